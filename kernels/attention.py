@@ -1,0 +1,211 @@
+"""Block-sparse attention: one entry point, one validation function that also chooses the backend and says why."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+
+from tilewise.kernels.plan import BlockPlan
+from tilewise.kernels.torch_forward import torch_forward
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and the reason it was chosen."""
+
+    backend: str
+    reason: str
+
+
+def _triton_missing(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on a device, or None if they can."""
+    try:
+        import triton
+    except ImportError:
+        return "the triton package is not installed"
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA device, the tensors are on {device.type}"
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    del triton
+    return None
+
+
+def available_backends(device: torch.device | str) -> list[tuple[str, bool, str]]:
+    """(name, whether it can run on ``device``, why or why not) for each backend."""
+    device = torch.device(device)
+    missing = _triton_missing(device)
+    found = "portable Triton kernel, compute capability 8.0 and later"
+    rows = [("triton", missing is None, found if missing is None else missing)]
+    on_cpu = device.type == "cpu"
+    rows.append(("torch", on_cpu, "gathered blocks through PyTorch's CPU flash attention" if on_cpu else "CPU only"))
+    return rows
+
+
+def choose_backend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, backend: str | None = None
+) -> Choice:
+    """Check that ``plan`` can be executed on these tensors, and by what.
+
+    Raises:
+        ValueError: shapes, head counts, devices or strides that do not fit, with what to do.
+        TypeError: dtypes that no kernel takes.
+        RuntimeError: no backend runs on this device, or the one asked for does not.
+    """
+    where = f"block_sparse_attention(q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)})"
+    if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:
+        raise ValueError(f"{where}: q must be (B, Sq, H, D), k and v (B, Sk, Hk, D) of one shape")
+    B, Sq, H, D = q.shape
+    if k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"{where}: batch size and head dimension of q, k and v must be equal")
+    if k.shape[2] == 0 or H % k.shape[2]:
+        raise ValueError(f"{where}: the {H} query heads must be a multiple of the {k.shape[2]} key heads")
+    if not MIN_HEAD_DIM <= D <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{where}: head dimension must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {D}; run dense instead"
+        )
+    if (q.dtype, q.dtype) != (k.dtype, v.dtype) or q.dtype not in DTYPES:
+        raise TypeError(f"{where}: needs one dtype of float16, bfloat16, float32, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device == plan.device:
+        raise ValueError(
+            f"{where}: q, k, v and the plan must be on one device, got {q.device}, {k.device}, {v.device} and "
+            f"{plan.device}; move the plan with plan.to(q.device)"
+        )
+    if (plan.q_len, plan.k_len) != (Sq, k.shape[1]):
+        raise ValueError(
+            f"{where}: the plan is for {plan.q_len} queries and {plan.k_len} keys; build one for this grid"
+        )
+    if plan.index.shape[0] not in (1, B):
+        raise ValueError(f"{where}: the plan has lists for {plan.index.shape[0]} samples, the batch is {B}")
+    if plan.head_set is None and plan.sets not in (1, H):
+        raise ValueError(f"{where}: the plan has lists for {plan.sets} heads, q has {H}")
+    if plan.head_set is not None and len(plan.head_set) != H:
+        raise ValueError(f"{where}: the plan's head_set is for {len(plan.head_set)} heads, q has {H}")
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+        raise ValueError(
+            f"{where}: the head dimension must be contiguous; call .contiguous() on the tensor that is not"
+        )
+
+    rows = {name: (usable, reason) for name, usable, reason in available_backends(q.device)}
+    if backend is not None:
+        if backend not in rows:
+            raise ValueError(f"{where}: unknown backend {backend!r}; there are {', '.join(rows)}")
+        if not rows[backend][0]:
+            raise RuntimeError(f"{where}: backend {backend!r} cannot run here: {rows[backend][1]}")
+        return Choice(backend, "asked for")
+    for name, (usable, reason) in rows.items():
+        if usable:
+            return Choice(name, reason)
+    raise RuntimeError(f"{where}: no backend runs here. " + "; ".join(f"{n}: {r}" for n, (_, r) in rows.items()))
+
+
+@overload
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale · q kᵀ) v over the key blocks that ``plan`` lists for each query block.
+
+    Args:
+        q: (B, Sq, H, D) float16, bfloat16 or float32, any strides with a contiguous D, 16 ≤ D ≤ 256.
+        k, v: (B, Sk, Hk, D), Hk dividing H (grouped-query attention).
+        plan: on the same device; see ``BlockPlan``.
+        scale: default 1/√D.
+        backend: "triton" or "torch"; None: the best that runs here.
+        return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, Sq) float32, which lets partial
+            results over disjoint keys be merged exactly.
+
+    Returns:
+        (B, Sq, H, D) in q's dtype. A query that sees no key has output 0 and log-sum-exp −inf.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: see ``choose_backend``.
+    """
+    choice = choose_backend(q, k, v, plan, backend)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if choice.backend == "torch":
+        out, lse = torch_forward(q, k, v, plan, scale)
+    else:
+        out, lse = block_sparse_op(
+            q, k, v, plan.q_start, plan.q_rows, plan.k_start, plan.k_rows, plan.index, plan.key_start, plan.ends,
+            plan.head_set, plan.coords, plan.intervals, plan.block, scale,
+        )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+@torch.library.custom_op("tilewise::block_sparse_attention", mutates_args=(), device_types=("cpu", "cuda"))
+def block_sparse_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_start: torch.Tensor,
+    q_rows: torch.Tensor,
+    k_start: torch.Tensor,
+    k_rows: torch.Tensor,
+    index: torch.Tensor,
+    key_start: torch.Tensor,
+    ends: torch.Tensor,
+    head_set: torch.Tensor | None,
+    coords: torch.Tensor | None,
+    intervals: torch.Tensor | None,
+    block: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel as a PyTorch operator (a BlockPlan's tensors one by one), so that torch.compile keeps it whole."""
+    plan = BlockPlan(
+        q_start=q_start, q_rows=q_rows, k_start=k_start, k_rows=k_rows, index=index, key_start=key_start, ends=ends,
+        block=block, q_len=q.shape[1], k_len=k.shape[1], density=math.nan, work=math.nan,
+        head_set=head_set, coords=coords, intervals=intervals,
+    )  # fmt: skip
+    if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return torch_forward(q, k, v, plan, scale)
+    from tilewise.kernels.triton_forward import triton_forward  # where Triton is missing, nothing gets here
+
+    return triton_forward(q, k, v, plan, scale)
+
+
+@block_sparse_op.register_fake
+def _(q, k, v, q_start, q_rows, k_start, k_rows, index, key_start, ends, head_set, coords, intervals, block, scale):
+    B, Sq, H, _ = q.shape
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((B, H, Sq), dtype=torch.float32)

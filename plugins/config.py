@@ -1,0 +1,178 @@
+"""What to run, where, and when: ``Config`` joins a method with its schedule. Presets are named configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tilewise.plugins.errors import ConfigError, unknown
+from tilewise.plugins.methods.base import Method, make_method, methods
+from tilewise.plugins.methods.sta import STA
+
+DEFAULT_STEPS = (0.25, 1.0)
+DEFAULT_BLOCKS = ":"
+
+
+def select_blocks(text: str, count: int) -> list[int]:
+    """The block numbers that a ``blocks`` text selects among ``count``, in order. Out of range is just not selected.
+
+    Raises:
+        ConfigError: if the text cannot be read.
+    """
+    chosen: set[int] = set()
+    for item in str(text).split(","):
+        try:
+            parts = [int(p) if p.strip() else None for p in item.split(":")]
+            if len(parts) > 3 or (len(parts) == 1 and parts[0] is None):
+                raise ValueError
+            if len(parts) == 1:
+                assert parts[0] is not None
+                chosen |= {parts[0] % count} if -count <= parts[0] < count else set()
+            else:
+                chosen |= set(range(count)[slice(*parts)])
+        except ValueError as error:
+            raise ConfigError(
+                f"blocks: cannot read {text!r}; use slices and numbers such as ':', '2:', ':-1' or '0,3:9'"
+            ) from error
+    return sorted(chosen)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A method and where it runs.
+
+    Args:
+        method: the method with its options.
+        steps: (from, to) as fractions of the denoising schedule; outside it attention is dense. Step i of n runs the method
+            if from ≤ i/n < to. The first steps settle the layout of the clip and are best left dense.
+        blocks: which transformer blocks run it: a Python slice, index, or comma-separated list of them ("2:", ":-1", "0,3:9").
+        strict: raise ``FallbackError`` where an attention call cannot run the method, instead of running it dense and saying so.
+
+    Raises:
+        ConfigError: for a range that is not 0 ≤ from ≤ to ≤ 1 or a ``blocks`` text that cannot be read.
+    """
+
+    method: Method
+    steps: tuple[float, float] = DEFAULT_STEPS
+    blocks: str = DEFAULT_BLOCKS
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            low, high = (float(x) for x in self.steps)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"steps must be two fractions (from, to), got {self.steps!r}") from error
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(f"steps must be fractions with 0 ≤ from ≤ to ≤ 1, got {self.steps!r}")
+        object.__setattr__(self, "steps", (low, high))
+        select_blocks(self.blocks, 1)
+
+    def runs_at(self, step: int, total: int) -> bool:
+        """Whether the method runs at step ``step`` of ``total``, counted from 0."""
+        # Rounded outward by a hair, so that 0.1 · 30 is 3 steps and not 3.0000000000000004.
+        return math.ceil(self.steps[0] * total - 1e-9) <= step < math.ceil(self.steps[1] * total - 1e-9)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method.to_dict(),
+            "steps": list(self.steps),
+            "blocks": self.blocks,
+            "strict": self.strict,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Config:
+        """The config of a dictionary as ``to_dict`` makes it. ``method`` may be just a name.
+
+        Raises:
+            ConfigError: for unknown keys or values.
+        """
+        if not isinstance(data, dict) or "method" not in data:
+            raise ConfigError("a config is a JSON object with the key 'method'")
+        valid = [f.name for f in dataclasses.fields(cls)]
+        for key in data:
+            if key not in valid:
+                raise unknown("config key", key, valid)
+        method = data["method"]
+        if isinstance(method, str):
+            method = {"name": method}
+        if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+            raise ConfigError(f"config: method must be a name, or an object with the key 'name', got {method!r}")
+        options = {key: value for key, value in method.items() if key != "name"}
+        if options.get("density") is not None and options.get("window") is None:
+            options.pop("window", None)
+        rest = {key: value for key, value in data.items() if key != "method"}
+        if not isinstance(rest.get("blocks", ""), str) or not isinstance(rest.get("strict", False), bool):
+            raise ConfigError("config: blocks must be a string and strict true or false")
+        return cls(make_method(method["name"], options), **rest)
+
+
+MethodLike: TypeAlias = str | Method | Config
+
+_PRESETS: dict[str, Config] = {
+    "sta-quality": Config(STA(density=0.5)),
+    "sta-balanced": Config(STA(density=0.35)),
+    "sta-fast": Config(STA(density=0.2)),
+}
+
+
+def presets() -> dict[str, Config]:
+    """Named configs, from most faithful to fastest."""
+    return dict(_PRESETS)
+
+
+def resolve(
+    method: MethodLike,
+    *,
+    steps: tuple[float, float] | None = None,
+    blocks: str | None = None,
+    strict: bool | None = None,
+) -> Config:
+    """The config that a method name, preset name, method object or config stands for, with what is given on top.
+
+    Raises:
+        ConfigError: unknown name, or an option that cannot be.
+    """
+    if isinstance(method, Config):
+        config = method
+    elif isinstance(method, Method):
+        config = Config(method)
+    elif isinstance(method, str):
+        if method in _PRESETS:
+            config = _PRESETS[method]
+        elif method in methods():
+            config = Config(make_method(method))
+        else:
+            raise unknown("method or preset", method, [*methods(), *_PRESETS])
+    else:
+        raise ConfigError(f"method must be a name, a preset, a method object or a Config, got {type(method).__name__}")
+    given: dict[str, Any] = {"steps": steps, "blocks": blocks, "strict": strict}
+    return dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
+
+
+def save_config(config: MethodLike, path: str | os.PathLike[str]) -> None:
+    """Write a config as JSON, complete or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(resolve(config).to_dict(), indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Read a config that ``save_config`` wrote, or that a person did.
+
+    Raises:
+        ConfigError: not JSON, or keys or values that cannot be, with the file's name.
+        OSError: if the file cannot be read.
+    """
+    try:
+        return Config.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a JSON file: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error

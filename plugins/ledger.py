@@ -1,0 +1,67 @@
+"""The books: what every attention call of a patched denoiser really did."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+SPARSE, DENSE_STEP, DENSE_LAYER, FALLBACK = "sparse", "dense step", "dense layer", "fallback"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one call was: its kind, and for a sparse one its density and backend, for a fallback the reason."""
+
+    kind: str
+    density: float = 1.0
+    backend: str = "stock"
+    reason: str = ""
+
+
+@dataclass
+class Tally:
+    """Calls of one kind in one layer, and their time on the device."""
+
+    calls: int = 0
+    wall: float = 0.0
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def seconds(self) -> float:
+        """Seconds spent; waits for the GPU if it is still at work on them."""
+        if self.events:
+            self.events[-1][1].synchronize()
+            self.wall += sum(start.elapsed_time(end) for start, end in self.events) / 1e3
+            self.events.clear()
+        return self.wall
+
+
+class Ledger:
+    """Tallies by (layer number, entry)."""
+
+    def __init__(self) -> None:
+        self.tallies: dict[tuple[int, Entry], Tally] = defaultdict(Tally)
+        self.skipped_layers: dict[str, str] = {}  # layers never taken over, with the reason
+
+    @contextmanager
+    def record(self, layer: int, entry: Entry, device: torch.device) -> Iterator[None]:
+        """Count the call in the ``with`` block and time it: device events on a GPU (no host sync), else the wall clock."""
+        tally = self.tallies[layer, entry]
+        tally.calls += 1
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            tally.events.append((start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            tally.wall += time.perf_counter() - begin
+
+    def clear(self) -> None:
+        self.tallies.clear()

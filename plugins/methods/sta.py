@@ -1,0 +1,147 @@
+"""``sta``: sliding tile attention (arXiv 2502.04507). Each tile of queries sees a window of whole tiles around it.
+
+Counting the window in tiles, not tokens, is what makes the method fast: a key block is seen by all queries of a tile or by
+none, so no block is computed only to be masked. At borders the window shifts inward and keeps its size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+
+from tilewise.kernels.layout import Grid, Layout, cached_layout, tile_counts
+from tilewise.kernels.plan import BlockPlan
+from tilewise.kernels.window import window_interval, window_plan
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.methods.base import Method, register
+
+Triple: TypeAlias = tuple[int, int, int]
+DEFAULT_WINDOW: Triple = (3, 3, 3)
+
+
+@register
+@dataclass(frozen=True)
+class STA(Method):
+    """Sliding tile attention.
+
+    Args:
+        window: window in tiles (t, h, w), each ≥ 1, odd or even; larger than the grid means the whole axis. Or one window
+            a head, as a sequence of triples. Default (3, 3, 3), the paper's, unless ``density`` is given.
+        tile: tile in tokens (t, h, w). Default: chosen for the grid, near the paper's (6, 8, 8) where the grid is large.
+        density: instead of ``window``: pick the window that keeps at most this fraction of token pairs, in (0, 1].
+
+    Raises:
+        ConfigError: for values outside those ranges, or for both ``window`` and ``density``.
+    """
+
+    window: Triple | tuple[Triple, ...] | None = None
+    tile: Triple | None = None
+    density: float | None = None
+
+    name: ClassVar[str] = "sta"
+
+    def __post_init__(self) -> None:
+        if self.tile is not None:
+            object.__setattr__(self, "tile", _triple("tile", self.tile, "tokens"))
+        if self.density is not None:
+            if self.window is not None:
+                raise ConfigError("STA: give window or density, not both: density picks the window")
+            if not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
+                raise ConfigError(f"STA: density must be in (0, 1], got {self.density!r}")
+        elif self.window is None:
+            object.__setattr__(self, "window", DEFAULT_WINDOW)
+        else:
+            object.__setattr__(self, "window", _windows(self.window))
+
+    def layout(self, grid: Grid) -> Layout:
+        return cached_layout(grid, self.tile or choose_tile(grid))
+
+    def windows(self, layout: Layout) -> tuple[Triple, ...]:
+        """One window that all heads share, or one a head."""
+        if self.density is not None:
+            return (choose_window(layout.grid.shape, layout.tile, self.density),)
+        assert self.window is not None
+        return self.window if isinstance(self.window[0], tuple) else (self.window,)
+
+    def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
+        windows = self.windows(layout)
+        if len(windows) not in (1, heads):
+            raise ConfigError(
+                f"STA: {len(windows)} windows were given, but the layer has {heads} heads; give 1 or {heads}"
+            )
+        # Heads with the same window share one set of lists.
+        distinct = list(dict.fromkeys(windows))
+        head_set = torch.tensor([distinct.index(w) for w in windows]) if len(distinct) > 1 else None
+        return window_plan(layout, distinct, unit="tile", head_set=head_set, device=device)
+
+    def describe(self, layout: Layout) -> dict[str, Any]:
+        windows = self.windows(layout)
+        return {"window": windows[0] if len(windows) == 1 else list(windows)}
+
+
+@lru_cache(maxsize=256)
+def choose_tile(grid: Grid) -> Triple:
+    """A tile for a grid: near the paper's (6, 8, 8), smaller where the grid has fewer than 3 × 4 × 4 such tiles (a window
+    must leave something out to mean anything), and such that blocks are well filled on this very grid."""
+    wanted = (min(6, -(-grid.t // 3)), min(8, -(-grid.h // 4)), min(8, -(-grid.w // 4)))
+
+    def cost(tile: Triple) -> float:
+        away = [abs(math.log(a / b)) for a, b in zip(tile, wanted, strict=True)]
+        volume = abs(math.log(math.prod(tile) / math.prod(wanted)))
+        return 1 / Layout(grid, tile).fill + 0.5 * volume + 0.1 * sum(away)
+
+    t, h, w = (range(max(1, round(0.7 * a)), round(1.35 * a) + 1) for a in wanted)
+    return min(itertools.product(t, h, w), key=cost)
+
+
+def axis_density(length: int, size: int, window: int) -> float:
+    """Fraction of the coordinate pairs of one axis that a window of tiles keeps. Densities of axes multiply."""
+    count = -(-length // size)
+    sizes = torch.full((count,), size, dtype=torch.float64)
+    sizes[-1] = length - size * (count - 1)
+    lo, hi = window_interval(torch.arange(count), count, window)
+    total = torch.cat([torch.zeros(1, dtype=torch.float64), sizes.cumsum(0)])
+    return float((sizes * (total[hi] - total[lo])).sum()) / length**2
+
+
+@lru_cache(maxsize=256)
+def choose_window(shape: Triple, tile: Triple, density: float) -> Triple:
+    """The window (in tiles) with the most even reach among those whose density is at most, and near, the one asked for.
+
+    The smallest window, (1, 1, 1), if even that keeps more.
+    """
+    counts = tile_counts(shape, tile)
+    kept = [[axis_density(n, s, w) for w in range(1, c + 1)] for n, s, c in zip(shape, tile, counts, strict=True)]
+    candidates: list[tuple[float, float, Triple]] = []
+    t, h, w = (range(1, count + 1) for count in counts)
+    for window in itertools.product(t, h, w):
+        parts = [kept[axis][w - 1] for axis, w in enumerate(window)]
+        total = math.prod(parts)
+        if total <= density + 1e-9:
+            logs = [math.log(p) for p in parts]
+            candidates.append((total, max(logs) - min(logs), window))
+    if not candidates:
+        return (1, 1, 1)
+    best = max(total for total, _, _ in candidates)
+    near = [c for c in candidates if c[0] >= 0.8 * best]
+    return min(near, key=lambda c: (round(c[1], 6), -c[0]))[2]
+
+
+def _triple(what: str, value: Any, unit: str) -> Triple:
+    good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3
+    if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value):
+        raise ConfigError(f"STA: {what} must be three whole numbers of at least 1, (t, h, w) in {unit}, got {value!r}")
+    return (value[0], value[1], value[2])
+
+
+def _windows(value: Any) -> Triple | tuple[Triple, ...]:
+    """One triple, or a tuple of triples; JSON's lists are taken too."""
+    if isinstance(value, Sequence) and value and all(isinstance(w, Sequence) for w in value):
+        return tuple(_triple(f"window of head {head}", w, "tiles") for head, w in enumerate(value))
+    return _triple("window", value, "tiles")

@@ -1,0 +1,117 @@
+"""What a family adapter is: how a group of diffusers denoisers reads its grid and orders its tokens.
+
+A new family is a new file in this folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import tilewise.plugins.models
+from tilewise.kernels.layout import Grid
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One self-attention layer of a denoiser: the module whose ``processor`` is replaced.
+
+    block: number of the transformer block it belongs to, which ``blocks="2:"`` selects by.
+    """
+
+    name: str
+    module: nn.Module
+    block: int
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a pipeline is asked to make: pixels and frames."""
+
+    height: int
+    width: int
+    num_frames: int
+
+
+class Reorder(Protocol):
+    """What an adapter's hooks ask during a forward: the token order in force, on a device."""
+
+    def order(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(permutation, inverse), both (S,) int64, or None while the forward runs in the model's own order."""
+
+
+class Family(Protocol):
+    """How tilewise reads one group of denoisers. Stateless: one instance serves all of them."""
+
+    name: str
+    classes: tuple[str, ...]
+
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        """The token grid of a forward call, from its arguments."""
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The timestep argument of a forward call: any shape; where tokens differ, the noisiest counts."""
+
+    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        """The self-attention layers over the grid, in order."""
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        """Register hooks that bring tokens into ``reorder.order()`` before the blocks and back after them.
+
+        Everything that has a token axis must follow: hidden states, rotary tables, per-token timesteps.
+        Returns the handles, each with ``remove()``.
+        """
+
+    def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
+        """The grid that a pipeline call of this size leads to.
+
+        Raises:
+            ConfigError: for a size the model does not take as it is, with the nearest one that it does.
+        """
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Make a family known; a denoiser is recognised by the name of its class or of a base class."""
+    for class_name in family.classes:
+        _FAMILIES[class_name] = family
+    return family
+
+
+@cache
+def _import_all() -> None:
+    for module in pkgutil.iter_modules(tilewise.plugins.models.__path__):
+        importlib.import_module(f"tilewise.plugins.models.{module.name}")
+
+
+def family_of(denoiser: nn.Module) -> Family | None:
+    """The family that serves a denoiser, or None."""
+    _import_all()
+    for cls in type(denoiser).__mro__:
+        if cls.__name__ in _FAMILIES:
+            return _FAMILIES[cls.__name__]
+    return None
+
+
+def supported_models() -> dict[str, list[str]]:
+    """Family name → names of the denoiser classes it serves."""
+    _import_all()
+    found: dict[str, list[str]] = {}
+    for class_name, family in _FAMILIES.items():
+        found.setdefault(family.name, []).append(class_name)
+    return {name: sorted(classes) for name, classes in sorted(found.items())}
+
+
+def permute_tokens(x: torch.Tensor, order: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """``x`` with its token axis in another order."""
+    return x.index_select(dim, order)

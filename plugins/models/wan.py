@@ -1,0 +1,99 @@
+"""Wan 2.1 and 2.2: text-, image- and video-to-video, both transformers of a 2.2 pipeline, per-token timesteps (5B).
+
+Self-attention is ``attn1`` of each block, over the video tokens alone in raster order (t slowest); text and image conditions
+enter through cross-attention (``attn2``), which stays as it is. Rotary tables come from ``rope``, one row a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, permute_tokens, register_family
+
+
+class WanFamily:
+    name = "wan"
+    classes: tuple[str, ...] = ("WanTransformer3DModel",)
+
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        latents = args[0] if args else kwargs["hidden_states"]  # (B, C, frames, height, width)
+        return Grid(*(n // p for n, p in zip(latents.shape[2:], _patch_size(denoiser), strict=True)))
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        return args[1] if len(args) > 1 else kwargs["timestep"]
+
+    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        config: Any = denoiser.config
+        blocks: Any = denoiser.blocks
+        return [
+            AttentionLayer(f"blocks.{i}.attn1", block.attn1, i, config.num_attention_heads, config.attention_head_dim)
+            for i, block in enumerate(blocks)
+        ]
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        model: Any = denoiser
+
+        def rotary_tables(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
+            order = reorder.order(output[0].device)
+            return None if order is None else tuple(permute_tokens(table, order[0]) for table in output)
+
+        def per_token_timesteps(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> Any:
+            # (temb, timestep_proj, …): with 2-D timesteps both are (B, S, …). The blocks use timestep_proj; temb is used
+            # after the last block, where the tokens are back in the model's own order.
+            if output[1].ndim != 3 or (order := reorder.order(output[1].device)) is None:
+                return None
+            return (output[0], permute_tokens(output[1], order[0]), *output[2:])
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if (order := reorder.order(hidden.device)) is None:
+                return None
+            hidden = permute_tokens(hidden, order[0])
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            order = reorder.order(output.device)
+            return None if order is None else permute_tokens(output, order[1])
+
+        return [
+            model.rope.register_forward_hook(rotary_tables),
+            model.condition_embedder.register_forward_hook(per_token_timesteps, with_kwargs=True),
+            model.blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
+            model.blocks[-1].register_forward_hook(leave),
+        ]
+
+    def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
+        pt, ph, pw = _patch_size(denoiser)
+        spatial, temporal = _vae_factors(pipe)
+        wrong = []
+        for name, given, step, offset in (
+            ("height", size.height, spatial * ph, 0),
+            ("width", size.width, spatial * pw, 0),
+            ("num_frames", size.num_frames, temporal * pt, 1),
+        ):
+            nearest = max(offset or step, offset + step * round((given - offset) / step))
+            if given != nearest:
+                rule = f"a multiple of {step}" if offset == 0 else f"{step}·k + 1"
+                wrong.append(f"{name}={given} must be {rule}, the nearest is {nearest}")
+        if wrong:
+            raise ConfigError(f"{type(denoiser).__name__} does not take this size: {'; '.join(wrong)}")
+        frames = (size.num_frames - 1) // temporal + 1
+        return Grid(frames // pt, size.height // spatial // ph, size.width // spatial // pw)
+
+
+def _patch_size(denoiser: nn.Module) -> tuple[int, int, int]:
+    config: Any = denoiser.config
+    return tuple(config.patch_size)
+
+
+def _vae_factors(pipe: Any) -> tuple[int, int]:
+    """(pixels per latent on h and w, frames per latent frame): the pipeline's, or Wan 2.1's where only a denoiser is known."""
+    return getattr(pipe, "vae_scale_factor_spatial", 8), getattr(pipe, "vae_scale_factor_temporal", 4)
+
+
+register_family(WanFamily())

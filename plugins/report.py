@@ -1,0 +1,302 @@
+"""summary: what really ran. explain: the same before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tilewise.kernels.attention import available_backends
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.ledger import FALLBACK, SPARSE, Entry
+from tilewise.plugins.models.base import Size, family_of
+from tilewise.plugins.patching import denoisers_of, patches_of
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """Attention calls of one kind in a group of layers that did the same."""
+
+    denoiser: str
+    layers: str  # block numbers, such as "0-29"
+    kind: str  # "sparse", "dense step", "dense layer" or "fallback"
+    calls: int
+    density: float
+    backend: str
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the attention calls of a patched target did since it was patched."""
+
+    method: dict[str, Any]
+    rows: list[SummaryRow]
+    grids: dict[str, str]
+    skipped_layers: dict[str, str]
+
+    @property
+    def calls(self) -> int:
+        return sum(row.calls for row in self.rows)
+
+    @property
+    def density(self) -> float:
+        """Kept ÷ all token pairs over the sparse calls; 1.0 if none was sparse."""
+        sparse = [row for row in self.rows if row.kind == SPARSE]
+        calls = sum(row.calls for row in sparse)
+        return sum(row.density * row.calls for row in sparse) / calls if calls else 1.0
+
+    @property
+    def overall_density(self) -> float:
+        """Kept ÷ all token pairs over every call, dense ones included."""
+        return sum(row.density * row.calls for row in self.rows) / self.calls if self.calls else 1.0
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Reason → calls that ran dense although the method should have run."""
+        found: dict[str, int] = defaultdict(int)
+        for row in self.rows:
+            if row.kind == FALLBACK:
+                found[row.reason] += row.calls
+        return dict(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "grids": self.grids,
+            "density": self.density,
+            "overall_density": self.overall_density,
+            "fallbacks": self.fallbacks,
+            "skipped_layers": self.skipped_layers,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        table = Table("denoiser", "blocks", "kind", "calls", "density", "backend", "seconds", title="attention calls")
+        for r in self.rows:
+            kind = f"{r.kind}: {r.reason}" if r.reason else r.kind
+            table.add_row(r.denoiser, r.layers, kind, str(r.calls), f"{r.density:.3f}", r.backend, f"{r.seconds:.2f}")
+        lines = [_render(table) if self.rows else "no attention call yet: run the pipeline first"]
+        lines += [f"{name} stays dense: {reason}" for name, reason in self.skipped_layers.items()]
+        return "\n".join(lines)
+
+
+def summary(target: Any) -> Summary:
+    """What ran since ``target`` was patched: per group of layers its calls, density, backend, seconds and fallbacks.
+
+    Seconds are spent inside attention calls: wall clock on a CPU, device time on a GPU (waits for the GPU to finish).
+
+    Raises:
+        ConfigError: if the target is not patched.
+    """
+    patches = patches_of(target)
+    if not patches:
+        raise ConfigError("summary: the target is not patched; call tilewise.patch(target, method) and run it first")
+    rows: list[SummaryRow] = []
+    skipped: dict[str, str] = {}
+    for name, patch in patches.items():
+        per_entry: dict[Entry, list[tuple[int, int, float]]] = defaultdict(list)
+        for (layer, entry), tally in patch.ledger.tallies.items():
+            per_entry[entry].append((patch.layers[layer].block, tally.calls, tally.seconds()))
+        for entry, found in per_entry.items():
+            blocks, calls, seconds = zip(*found, strict=True)
+            numbers = _ranges(list(blocks))
+            rows.append(
+                SummaryRow(
+                    name, numbers, entry.kind, sum(calls), entry.density, entry.backend, sum(seconds), entry.reason
+                )
+            )
+        skipped |= {f"{name}.{layer}": reason for layer, reason in patch.ledger.skipped_layers.items()}
+    config = next(iter(patches.values())).config
+    grids = {name: str(patch.grid) for name, patch in patches.items() if patch.grid is not None}
+    return Summary(config.to_dict(), rows, grids, skipped)
+
+
+@dataclass(frozen=True)
+class ExplainRow:
+    """What one denoiser would do."""
+
+    denoiser: str
+    model: str
+    grid: str
+    tokens: int
+    tile: tuple[int, int, int] | None
+    tiles: tuple[int, int, int] | None
+    options: dict[str, Any]
+    density: float
+    work: float
+    sparse_blocks: str
+    dense_blocks: str
+    backend: str
+    backend_reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would do: nothing has run."""
+
+    config: dict[str, Any]
+    size: dict[str, int]
+    sparse_steps: int
+    dense_steps: int
+    rows: list[ExplainRow]
+    notes: list[str]
+
+    @property
+    def density(self) -> float:
+        """Of the sparse calls, mean over denoisers."""
+        return sum(row.density for row in self.rows) / len(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "config": self.config,
+            "size": self.size,
+            "sparse_steps": self.sparse_steps,
+            "dense_steps": self.dense_steps,
+            "density": self.density,
+            "denoisers": [dataclasses.asdict(row) for row in self.rows],
+            "notes": self.notes,
+        }
+
+    def __str__(self) -> str:
+        table = Table("", *(row.denoiser for row in self.rows), title="what would run", show_lines=False)
+
+        def line(label: str, values: list[str]) -> None:
+            table.add_row(label, *values)
+
+        def triple(value: tuple[int, int, int] | None) -> str:
+            return "–" if value is None else "×".join(map(str, value))
+
+        line("model", [r.model for r in self.rows])
+        line("grid (t×h×w tokens)", [f"{r.grid} = {r.tokens}" for r in self.rows])
+        line("tile in tokens", [triple(r.tile) for r in self.rows])
+        line("tiles", [triple(r.tiles) for r in self.rows])
+        for key in self.rows[0].options:
+            line(key, [str(r.options[key]) for r in self.rows])
+        line("density (kept pairs)", [f"{r.density:.3f}" for r in self.rows])
+        line("work (computed pairs)", [f"{r.work:.3f}" for r in self.rows])
+        line("steps", [f"{self.sparse_steps} sparse, {self.dense_steps} dense" for _ in self.rows])
+        line("sparse blocks", [r.sparse_blocks or "none" for r in self.rows])
+        line("dense blocks", [r.dense_blocks or "none" for r in self.rows])
+        line("backend", [f"{r.backend}: {r.backend_reason}" for r in self.rows])
+        return "\n".join([_render(table), *self.notes])
+
+
+def explain(
+    target: Any,
+    *,
+    height: int,
+    width: int,
+    num_frames: int,
+    num_inference_steps: int = 50,
+    method: MethodLike | None = None,
+    steps: tuple[float, float] | None = None,
+    blocks: str | None = None,
+) -> Explanation:
+    """What a pipeline call of this size would do with a method: grid, tiles, density, what stays dense and why.
+
+    Nothing runs; the target is not changed.
+
+    Args:
+        target: a pipeline or denoiser, patched or not.
+        height, width: pixels. num_frames: frames.
+        num_inference_steps: denoising steps.
+        method, steps, blocks: as for ``patch``; default: what the target is patched with.
+
+    Raises:
+        ConfigError: for an option that cannot be, or a size that the model does not take (with the nearest one).
+        UnsupportedModelError: for a target that no family serves.
+    """
+    denoisers = denoisers_of(target)
+    patches = patches_of(target)
+    if method is None:
+        if not patches:
+            raise ConfigError("explain: the target is not patched; give method=")
+        method = next(iter(patches.values())).config
+    config = resolve(method, steps=steps, blocks=blocks)
+    size = Size(height, width, num_frames)
+    rows, notes = [], []
+    for name, denoiser in denoisers.items():
+        family = family_of(denoiser)
+        assert family is not None
+        grid = family.grid_of_size(denoiser, target, size)
+        layers = family.layers(denoiser)
+        device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+        rows.append(_explain_row(name, type(denoiser).__name__, config, grid, layers, device))
+        if name in patches:
+            notes += [f"{name}.{at} stays dense: {why}" for at, why in patches[name].ledger.skipped_layers.items()]
+    sparse = sum(config.runs_at(step, num_inference_steps) for step in range(num_inference_steps))
+    if rows[0].tile is None:
+        sparse = 0
+    shape = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps}
+    return Explanation(config.to_dict(), shape, sparse, num_inference_steps - sparse, rows, notes)
+
+
+def _explain_row(
+    name: str, model: str, config: Config, grid: Grid, layers: list[Any], device: torch.device
+) -> ExplainRow:
+    count = 1 + max((layer.block for layer in layers), default=-1)
+    selected = select_blocks(config.blocks, count)
+    layout = config.method.layout(grid)
+    if layout is None:
+        everything = _ranges(list(range(count)))
+        return ExplainRow(
+            name,
+            model,
+            str(grid),
+            grid.tokens,
+            None,
+            None,
+            {},
+            1.0,
+            1.0,
+            "",
+            everything,
+            "stock",
+            "the method is dense",
+        )
+    plan = config.method.plan(layout, layers[0].heads, torch.device("cpu"))
+    usable = [(backend, reason) for backend, can, reason in available_backends(device) if can]
+    backend, reason = usable[0] if usable else ("none", f"no backend runs on {device.type}: every call would fall back")
+    return ExplainRow(
+        denoiser=name,
+        model=model,
+        grid=str(grid),
+        tokens=grid.tokens,
+        tile=layout.tile,
+        tiles=layout.tiles,
+        options=config.method.describe(layout),
+        density=plan.density,
+        work=plan.work,
+        sparse_blocks=_ranges(selected),
+        dense_blocks=_ranges([b for b in range(count) if b not in set(selected)]),
+        backend=backend,
+        backend_reason=reason,
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """ "0-3,5" for [0, 1, 2, 3, 5]."""
+    parts: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _render(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=110, force_terminal=False)
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())

@@ -45,7 +45,7 @@ class TilewiseProcessor:
         rebound.__kwdefaults__ = stock_call.__kwdefaults__
         # On the instance, so that inspect.signature(processor.__call__) shows the stock signature: diffusers' Attention
         # drops every keyword argument that the signature does not name.
-        self.__call__ = types.MethodType(rebound, original)
+        self.__dict__["__call__"] = types.MethodType(rebound, original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["__call__"](*args, **kwargs)

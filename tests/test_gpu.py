@@ -1,0 +1,200 @@
+"""What only a GPU can show: the Triton kernel at real sizes and precisions, and the patch around it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import tiny_wan
+import torch
+import torch.nn.functional as F
+
+import tilewise
+from tilewise.kernels.attention import block_sparse_attention, block_sparse_op, choose_backend
+from tilewise.kernels.layout import Grid, Layout
+from tilewise.kernels.plan import BlockPlan
+from tilewise.kernels.window import window_plan
+
+pytestmark = pytest.mark.gpu
+
+
+@dataclass(frozen=True)
+class Real:
+    name: str
+    grid: Grid
+    tile: tuple[int, int, int]
+    window: tuple[int, int, int]
+    unit: str = "tile"
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 128
+    batch: int = 1
+
+
+REAL = [
+    Real("STA 30×48×80", Grid(30, 48, 80), (6, 8, 8), (3, 3, 3)),
+    Real("STA 21×45×80, ragged", Grid(21, 45, 80), (6, 8, 8), (3, 3, 3), batch=2),
+    Real("even window, head dim 64", Grid(21, 30, 52), (7, 5, 7), (2, 4, 3), head_dim=64),
+    Real("text, head dim 96, grouped", Grid(9, 32, 32, text=226), (3, 8, 8), (3, 2, 2), head_dim=96, kv_heads=2),
+    Real("inward window", Grid(21, 34, 60), (21, 2, 3), (21, 15, 27), unit="token"),
+    Real("head dim 256", Grid(9, 32, 32), (3, 8, 8), (3, 3, 3), head_dim=256),
+    Real("tile of 48 tokens", Grid(9, 16, 16), (3, 4, 4), (3, 3, 3), head_dim=64),
+]
+
+
+def tensors(case: Real, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    heads = (case.heads, case.kv_heads, case.kv_heads)
+    shape = (case.batch, case.grid.tokens)
+    return [torch.randn(*shape, h, case.head_dim, generator=generator, device="cuda").to(dtype) for h in heads]
+
+
+def plan_of(case: Real) -> tuple[Layout, BlockPlan]:
+    layout = Layout(case.grid, case.tile)
+    return layout, window_plan(layout, [case.window], unit=case.unit, device="cuda")  # type: ignore[arg-type]
+
+
+def mask_of_rows(case: Real, layout: Layout, rows: torch.Tensor) -> torch.Tensor:
+    """(rows, S) bool in layout order, by the formula, one axis at a time."""
+    at = layout.coords.cuda()
+    lengths = case.grid.shape
+    if case.unit == "tile":
+        at = torch.where(at < 0, at, at // torch.tensor(layout.tile, device="cuda")[:, None])
+        lengths = layout.tiles
+    mask = torch.ones(len(rows), case.grid.tokens, dtype=torch.bool, device="cuda")
+    for axis in range(3):
+        w = min(case.window[axis], lengths[axis])
+        start = (at[axis, rows] - w // 2).clamp(0, lengths[axis] - w)
+        mask &= (at[axis][None] >= start[:, None]) & (at[axis][None] < start[:, None] + w)
+    text = at[0] < 0
+    return mask | text[None] | text[rows][:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", REAL, ids=[c.name for c in REAL])
+def test_error_at_most_twice_that_of_pytorch_in_the_same_dtype(case, dtype):
+    """FlashAttention's own criterion: against fp32, no worse than 2 × PyTorch's attention in that dtype."""
+    layout, plan = plan_of(case)
+    q, k, v = tensors(case, dtype)
+    assert choose_backend(q, k, v, plan).backend == "triton"
+    out, lse = block_sparse_attention(q, k, v, plan, return_lse=True)
+    rows = torch.randperm(case.grid.tokens, generator=torch.Generator().manual_seed(1))[:192].cuda()
+    rows = torch.cat([rows, torch.tensor([0, case.grid.tokens - 1], device="cuda")])
+    mask = mask_of_rows(case, layout, rows)[None, None]
+    group = case.heads // case.kv_heads
+
+    def dense(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        qs, ks, vs = (x.to(dtype).transpose(1, 2) for x in (q[:, rows], k, v))
+        ks, vs = ks.repeat_interleave(group, 1), vs.repeat_interleave(group, 1)
+        scores = (qs @ ks.transpose(2, 3)) * qs.shape[-1] ** -0.5
+        scores = scores.masked_fill(~mask, -math.inf)
+        return (scores.softmax(-1) @ vs).transpose(1, 2).float(), scores.float().logsumexp(-1)
+
+    exact, exact_lse = dense(torch.float32)
+    same_dtype, _ = dense(dtype)
+    ours = float((out[:, rows].float() - exact).abs().max())
+    theirs = float((same_dtype - exact).abs().max())
+    assert ours <= 2 * theirs + 1e-5, f"ours {ours:.2e}, PyTorch's {theirs:.2e}"
+    torch.testing.assert_close(lse[:, :, rows], exact_lse, atol=2e-3, rtol=1e-4)
+
+
+def test_bit_equal_when_run_twice():
+    case = REAL[1]
+    _, plan = plan_of(case)
+    q, k, v = tensors(case, torch.bfloat16)
+    first = block_sparse_attention(q, k, v, plan, return_lse=True)
+    second = block_sparse_attention(q, k, v, plan, return_lse=True)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_every_element_is_written_and_nothing_else_is_read():
+    case = REAL[2]
+    _, plan = plan_of(case)
+    q, k, v = tensors(case, torch.bfloat16)
+    want = block_sparse_attention(q, k, v, plan)
+    poisoned = []
+    for x in (q, k, v):
+        room = torch.full((1, x.shape[1] + 256, x.shape[2], x.shape[3]), torch.nan, device="cuda", dtype=x.dtype)
+        room[:, 128:-128] = x
+        poisoned.append(room[:, 128:-128])
+    assert torch.equal(block_sparse_attention(*poisoned, plan), want)
+    assert bool(want.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_full_window_is_dense(dtype):
+    case = Real("full", Grid(9, 20, 22), (3, 8, 8), (99, 99, 99))
+    _, plan = plan_of(case)
+    q, k, v = tensors(case, dtype)
+    dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(block_sparse_attention(q, k, v, plan), dense, atol=tolerance, rtol=tolerance)
+
+
+def test_a_window_a_head():
+    layout = Layout(Grid(9, 32, 32), (3, 8, 8))
+    windows = [(3, 1, 1), (1, 4, 4), (9, 9, 9)]
+    head_set = torch.tensor([2, 0, 1, 0])
+    q, k, v = (torch.randn(1, layout.grid.tokens, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    mixed = block_sparse_attention(q, k, v, window_plan(layout, windows, unit="tile", head_set=head_set, device="cuda"))
+    for head, which in enumerate(head_set.tolist()):
+        one = (slice(None), slice(None), slice(head, head + 1))
+        alone = block_sparse_attention(
+            q[one], k[one], v[one], window_plan(layout, [windows[which]], unit="tile", device="cuda")
+        )
+        assert torch.equal(mixed[one], alone)
+
+
+def test_operator_passes_opcheck():
+    case = REAL[4]
+    _, p = plan_of(case)
+    q, k, v = tensors(case, torch.bfloat16)
+    tables = (p.q_start, p.q_rows, p.k_start, p.k_rows, p.index, p.key_start, p.ends, p.head_set, p.coords, p.intervals)
+    torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.block, 0.1))
+
+
+class TestPipeline:
+    """The patch on a tiny random-weight Wan pipeline, on the GPU."""
+
+    def latents(self, pipe, steps=4):
+        generator = torch.Generator("cpu").manual_seed(0)
+        return pipe(
+            "a red circle", height=64, width=64, num_frames=9, num_inference_steps=steps, guidance_scale=3.0,
+            generator=generator, output_type="latent", max_sequence_length=16,
+        ).frames  # fmt: skip
+
+    @pytest.fixture
+    def pipe(self):
+        pipe = tiny_wan.tiny_pipeline().to("cuda")
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def test_full_window_is_dense_and_unpatch_is_exact(self, pipe):
+        stock = self.latents(pipe)
+        tilewise.patch(pipe, tilewise.STA(window=(99, 99, 99)), steps=(0, 1), strict=True)
+        torch.testing.assert_close(self.latents(pipe), stock, atol=1e-3, rtol=1e-3)
+        rows = tilewise.summary(pipe).rows
+        assert {row.backend for row in rows} == {"triton"}
+        assert sum(row.seconds for row in rows) > 0
+        tilewise.unpatch(pipe)
+        assert torch.equal(self.latents(pipe), stock)
+
+    def test_no_host_synchronisation_in_a_forward(self, pipe):
+        """The schedule position, plan and order all come without asking the GPU."""
+        tilewise.patch(pipe, tilewise.STA(window=(1, 1, 1)), steps=(0.25, 1), strict=True)
+        self.latents(pipe)
+        model = pipe.transformer
+        pipe.scheduler.set_timesteps(4, device="cuda")
+        x = torch.randn(1, 4, 5, 16, 16, device="cuda")
+        text = torch.randn(1, 16, tiny_wan.TEXT_DIM, device="cuda")
+        timestep = pipe.scheduler.timesteps[:1].clone()
+        pipe.scheduler._step_index = 2
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.no_grad():
+                model(x, timestep, text)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert {row.kind for row in tilewise.summary(pipe).rows} == {"dense step", "sparse"}

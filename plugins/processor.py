@@ -43,6 +43,7 @@ class TilewiseProcessor:
             stock_call.__closure__,
         )
         rebound.__kwdefaults__ = stock_call.__kwdefaults__
+        rebound.__annotations__ = stock_call.__annotations__
         # On the instance, so that inspect.signature(processor.__call__) shows the stock signature: diffusers' Attention
         # drops every keyword argument that the signature does not name.
         self.__dict__["__call__"] = types.MethodType(rebound, original)

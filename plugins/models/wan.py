@@ -6,6 +6,7 @@ enter through cross-attention (``attn2``), which stays as it is. Rotary tables c
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -72,8 +73,9 @@ class WanFamily:
         spatial, temporal = _vae_factors(pipe)
         wrong = []
         for name, given, step, offset in (
-            ("height", size.height, spatial * ph, 0),
-            ("width", size.width, spatial * pw, 0),
+            # The pipelines' own check asks for 16, whatever the VAE; then they round down to whole patches, silently.
+            ("height", size.height, math.lcm(16, spatial * ph), 0),
+            ("width", size.width, math.lcm(16, spatial * pw), 0),
             ("num_frames", size.num_frames, temporal * pt, 1),
         ):
             nearest = max(offset or step, offset + step * round((given - offset) / step))

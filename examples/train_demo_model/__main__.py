@@ -1,0 +1,138 @@
+"""Command line of the recipe: `python -m examples.train_demo_model STAGE --run DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from . import checkpoints
+from .config import PRESETS, Config
+from .denoiser_training import train_denoiser
+from .evaluation import evaluate
+from .export import export
+from .loop import Limits, Run
+from .text_training import train_text
+from .vae_training import train_decoder, train_vae
+
+TRAINING: dict[str, Callable[[Run, Config, Limits], bool]] = {
+    "text": train_text,
+    "vae": train_vae,
+    "denoiser": train_denoiser,
+    "decoder": train_decoder,
+}
+# Minutes of one modern data-centre GPU, used by `all` when nothing else is asked for.
+GPU_MINUTES = {"text": 1.0, "vae": 5.0, "denoiser": 16.0, "decoder": 3.0}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m examples.train_demo_model", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder that holds everything")
+        command.add_argument("--preset", choices=PRESETS, default="full")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--threads", type=int, help="CPU threads for PyTorch")
+        return command
+
+    for name in (*TRAINING, "all"):
+        command = add(name, "every stage in order" if name == "all" else f"train: {name}")
+        command.add_argument("--steps", type=int, help="at most this many steps")
+        command.add_argument("--minutes", type=float, help="fewer steps if they would take longer than this")
+        command.add_argument("--stop-after-minutes", type=float, help="stop with a checkpoint; the schedule stays")
+        command.add_argument("--checkpoint-seconds", type=float, default=60.0)
+        command.add_argument("--compile", action="store_true", help="use torch.compile")
+        command.add_argument("--again", action="store_true", help="train a finished stage anew")
+        if name == "all":
+            command.add_argument("--to", type=Path, default=Path("pipelines/demo_model"), help="where to export")
+    command = add("evaluate", "score the model on held-out prompts")
+    command.add_argument("--prompts", type=int)
+    command.add_argument("--scheduler", choices=("unipc", "euler", "best"), default="best")
+    command.add_argument("--to", type=Path, help="write JSON and pictures here instead of the run's folder")
+    command = add("export", "write a diffusers folder")
+    command.add_argument("--to", type=Path, default=Path("pipelines/demo_model"))
+    command.add_argument("--scheduler", choices=("unipc", "euler"))
+    command = add("pack", "split a checkpoint into small files, to carry it to another machine")
+    command.add_argument("--what", nargs="+", default=["denoiser.state"])
+    command.add_argument("--to", type=Path, required=True)
+    command = add("unpack", "join what `pack` wrote")
+    command.add_argument("--from", dest="source", type=Path, required=True)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when the command finished, 3 when it stopped early as asked."""
+    options = parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    run = Run(options.run, device, options.seed, getattr(options, "compile", False))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    config = replace(PRESETS[options.preset](), seed=options.seed)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    run.say(f"{options.command} on {name}, torch {torch.__version__}, preset {config.name}")
+
+    if options.command in TRAINING:
+        return 0 if _train(options.command, run, config, options, options.minutes) else 3
+    if options.command == "all":
+        for stage in TRAINING:
+            minutes = options.minutes or (GPU_MINUTES[stage] if device.type == "cuda" else None)
+            if not _train(stage, run, config, options, minutes):
+                return 3
+        evaluate(run, config)
+        export(run, config, options.to)
+    elif options.command == "evaluate":
+        evaluate(run, config, scheduler=options.scheduler, prompts=options.prompts, folder=options.to)
+    elif options.command == "export":
+        export(run, config, options.to, options.scheduler)
+    elif options.command == "pack":
+        for what in options.what:
+            for path in checkpoints.pack(run.path(f"{what}.safetensors"), options.to):
+                run.say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    elif options.command == "unpack":
+        for path in checkpoints.unpack(options.source, run.folder):
+            run.say(f"wrote {path}")
+    return 0
+
+
+def _train(stage: str, run: Run, config: Config, options: argparse.Namespace, minutes: float | None) -> bool:
+    if options.again:
+        for suffix in ("safetensors", "state.safetensors"):
+            run.path(f"{stage}.{suffix}").unlink(missing_ok=True)
+    if run.path(f"{stage}.safetensors").exists():
+        run.say(f"{stage}: already done")
+        return True
+    steps = {
+        "text": config.text.steps,
+        "vae": config.vae.steps,
+        "denoiser": config.denoiser.steps,
+        "decoder": config.vae.decoder_steps,
+    }[stage]
+    stop = options.stop_after_minutes
+    limits = Limits(
+        steps=options.steps or steps,
+        minutes=minutes,
+        stop_at=None if stop is None else run.started + stop * 60,
+        checkpoint_seconds=options.checkpoint_seconds,
+    )
+    begun = time.monotonic()
+    finished = TRAINING[stage](run, config, limits)
+    run.say(f"{stage}: {'finished' if finished else 'stopped'} after {(time.monotonic() - begun) / 60:.1f} min")
+    return finished
+
+
+if __name__ == "__main__":
+    sys.exit(main())

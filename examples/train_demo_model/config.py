@@ -1,0 +1,136 @@
+"""Every number of the recipe in one place: what is trained on what, and for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The clips the model learns: frames must be 4k + 1, because the stock VAE encodes one frame and then fours."""
+
+    frames: int = 17
+    size: int = 128
+    two_objects: float = 0.15
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The UMT5 text encoder and its pre-training on naming a caption's attributes."""
+
+    width: int = 128
+    heads: int = 4
+    d_ff: int = 384
+    layers: int = 2
+    captions: int = 200_000
+    batch: int = 256
+    steps: int = 2500
+    lr: float = 3e-3
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """The autoencoder: 2×2 pixels become channels, one more 2× in space and 2× in time is learnt."""
+
+    base_dim: int = 32
+    z_dim: int = 12
+    clips: int = 12_000
+    crop: int = 64
+    crop_batch: int = 16
+    full_batch: int = 4
+    steps: int = 20_000
+    muon_lr: float = 5e-3
+    adam_lr: float = 2e-3
+    kl: float = 5e-5
+    decoder_batch: int = 6
+    decoder_steps: int = 10_000
+    decoder_rate: float = 0.5  # of the learning rates above
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """The diffusion transformer and its training."""
+
+    heads: int = 4
+    head_dim: int = 64
+    layers: int = 8
+    ffn: int = 1024
+    freq_dim: int = 128
+    clips: int = 60_000
+    caption_variants: int = 4
+    batch: int = 64
+    steps: int = 12_000
+    warmup: int = 200
+    decay_from: float = 0.15
+    muon_lr: float = 2e-3
+    adam_lr: float = 1e-3
+    text_lr: float = 3e-4
+    attribute_weight: float = 0.02
+    ema: float = 0.999
+    text_dropout: float = 0.10
+    per_frame: float = 0.30
+    max_prefix: int = 6
+    text_lengths: tuple[int, ...] = (32, 512)
+    train_shift: float = 2.0
+    sample_shift: float = 3.0
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How the finished model is scored."""
+
+    prompts: int = 64
+    steps: int = 20
+    guidance: float = 6.0
+    batch: int = 16
+    prefix_frames: int = 5
+    vae_clips: int = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """One preset."""
+
+    name: str = "full"
+    seed: int = 0
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def tiny() -> Config:
+    """Everything small enough for a test on one CPU core; the result is noise, the code path is the real one."""
+    return Config(
+        name="tiny",
+        clip=ClipConfig(frames=5, size=32),
+        text=TextConfig(width=32, heads=2, d_ff=32, layers=1, captions=200, batch=16, steps=6),
+        vae=VaeConfig(
+            base_dim=8, z_dim=4, clips=8, crop=16, crop_batch=2, full_batch=1, steps=4, decoder_batch=1, decoder_steps=3
+        ),
+        denoiser=DenoiserConfig(
+            heads=2,
+            head_dim=16,
+            layers=2,
+            ffn=32,
+            freq_dim=16,
+            clips=16,
+            caption_variants=2,
+            batch=4,
+            steps=6,
+            warmup=2,
+            max_prefix=2,
+            text_lengths=(32, 40),
+        ),
+        evaluation=EvaluationConfig(prompts=2, steps=2, batch=2, prefix_frames=2, vae_clips=2),
+    )
+
+
+PRESETS = {"full": Config, "tiny": tiny}
+
+
+def with_steps(config: Any, steps: int | None) -> Any:
+    """The same stage configuration with another number of steps."""
+    return config if steps is None else replace(config, steps=steps)

@@ -1,0 +1,77 @@
+"""Output files that are either whole or absent: written under another name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from tilewise.pipelines.errors import OutputPathError
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a name ending in .part, in the folder of `path`, to write to; renames it to `path` if the block ends well.
+
+    The data is on disk before the rename, so that even after a power cut `path` holds the old content or the new one.
+    If the block raises anything, KeyboardInterrupt included, the .part file is removed and `path` is left as it was.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
+    try:
+        yield part
+        _sync(part)
+        os.replace(part, path)
+        _sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)  # after the rename there is none left
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8 text so that `path` is never half-written."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def check_writable(path: str | Path, *, suffix: str = ".mp4", create: bool = True) -> Path:
+    """Makes sure, before long work, that `path` can be written later, and returns it as a Path.
+
+    The parent folder is created if need be, and a file is really written there and removed: permission bits do not tell
+    about read-only mounts or root. With `create=False` nothing is touched, and only what can be seen is checked.
+
+    Raises OutputPathError for another suffix than `suffix`, a directory, or a folder that cannot be made or written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputPathError(f"cannot write {path}: it is a directory; try {path / ('clip' + suffix)}")
+    if path.suffix.lower() != suffix:
+        raise OutputPathError(f"cannot write {path}: the output is a {suffix} file; try {path.with_suffix(suffix)}")
+    folder = path.parent
+    try:
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part"
+            try:
+                probe.write_bytes(b"")
+            finally:
+                probe.unlink(missing_ok=True)
+        else:
+            existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+            if not existing.is_dir():
+                raise NotADirectoryError(20, "Not a directory", str(existing))
+            if not os.access(existing, os.W_OK | os.X_OK):
+                raise PermissionError(13, "Permission denied", str(existing))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputPathError(f"cannot write {path}: {reason} ({error.filename or folder})") from error
+    return path
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

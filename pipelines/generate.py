@@ -1,0 +1,167 @@
+"""One clip from a pipeline, timed by phase; the pipeline is left as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tilewise.pipelines.clip_content import analyse, parse_prompt, score
+from tilewise.pipelines.errors import OutputError
+from tilewise.pipelines.native import native_size
+from tilewise.pipelines.settings import GenerateSettings
+from tilewise.pipelines.video import to_uint8
+from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.patching import is_patched, patched
+from tilewise.plugins.report import Summary, summary
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called as progress(phase, done, total): phase is "encode", "denoise" or "decode", done and total count its steps."""
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A generated clip.
+
+    frames: uint8 (T, H, W, 3). settings: what made it. summary: what the attention calls did; None for dense.
+    seconds: "encode" (text, noise), "denoise", "decode" (VAE to pixels) and "total", wall-clock.
+    content: what of the prompt the clip shows, attribute by attribute, None where the prompt says nothing; as a whole
+    None for models whose world the clip-content detector does not know.
+    """
+
+    frames: NDArray[np.uint8]
+    seconds: dict[str, float]
+    summary: Summary | None
+    settings: GenerateSettings
+    content: dict[str, bool | None] | None = None
+
+
+def generate(pipe: Any, settings: GenerateSettings, progress: Progress | None = None) -> Clip:
+    """Runs a text-to-video pipeline with the method of `settings`, and takes the method out again.
+
+    Method "dense" runs the stock pipeline without any patch. Whatever happens, KeyboardInterrupt included, the pipeline
+    is usable and unpatched afterwards.
+
+    Raises ConfigError if the pipeline is already patched (which method was meant?), UnsupportedModelError for a
+    pipeline that needs more than text, OutputError if the model's output is not a picture (NaN).
+    """
+    if is_patched(pipe):
+        raise ConfigError("the pipeline is already patched; call tilewise.unpatch(pipe) first, then generate")
+    report = None
+    if settings.is_dense:
+        output, seconds = run(pipe, settings, progress)
+    else:
+        with patched(pipe, settings.method):
+            output, seconds = run(pipe, settings, progress)
+            report = summary(pipe)
+    try:
+        frames = to_uint8(output)
+    except ValueError as error:
+        raise OutputError(f"the pipeline made no clip: {error}") from error
+    return Clip(frames, seconds, report, settings, check_content(pipe, settings, frames))
+
+
+def run(
+    pipe: Any, settings: GenerateSettings, progress: Progress | None = None, *, decode: bool = True
+) -> tuple[Any, dict[str, float]]:
+    """Calls the pipeline as it is; returns the first clip, (T, H, W, 3) in 0..1 or latents, and seconds by phase."""
+    tell = progress or (lambda phase, done, total: None)
+    clock = _Clock(getattr(pipe, "_execution_device", pipe.device))
+
+    def first_forward(*_: Any) -> None:
+        if "denoise" not in clock.start:
+            clock.enter("denoise")
+            tell("encode", 1, 1)
+            tell("denoise", 0, settings.steps)
+
+    def step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        total = pipe.num_timesteps
+        tell("denoise", step + 1, total)
+        if step + 1 == total:
+            clock.enter("decode")
+            tell("decode", 0, 1)
+        return tensors
+
+    arguments = call_arguments(pipe, settings)
+    arguments.update(callback_on_step_end=step_end, output_type="np" if decode else "latent", return_dict=False)
+    with _forward_hooks(pipe, first_forward):
+        tell("encode", 0, 1)
+        clock.enter("encode")
+        try:
+            output = pipe(**arguments)[0]
+        except BaseException:
+            pipe.maybe_free_model_hooks()  # with CPU offload, the part that was running would stay on the GPU
+            raise
+        clock.enter("end")
+    tell("decode", 1, 1)
+    return output[0], clock.seconds()
+
+
+def check_content(pipe: Any, settings: GenerateSettings, frames: NDArray[np.uint8]) -> dict[str, bool | None] | None:
+    """What of the prompt a clip (T, H, W, 3) shows, by the detector; None if it cannot judge this model or prompt."""
+    if native_size(pipe).world != "shapes":
+        return None
+    expected = parse_prompt(settings.prompt)
+    return score(analyse(frames), expected) if expected.objects else None
+
+
+def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
+    """The settings as arguments of the pipeline's call. UnsupportedModelError if it demands more, such as an image."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    arguments = {
+        "prompt": settings.prompt,
+        "negative_prompt": settings.negative,
+        "height": settings.height,
+        "width": settings.width,
+        "num_frames": settings.frames,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "generator": torch.Generator("cpu").manual_seed(settings.seed),
+        "max_sequence_length": settings.max_sequence_length,
+    }
+    demanded = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    extra = [name for name in demanded if name not in ("self", *arguments)]
+    if extra:
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} also needs {', '.join(extra)}; this makes clips from text alone. "
+            "Call the pipeline yourself, after tilewise.patch(pipe, ...)"
+        )
+    return {name: value for name, value in arguments.items() if name in parameters and value is not None}
+
+
+@contextlib.contextmanager
+def _forward_hooks(pipe: Any, hook: Callable[..., None]) -> Iterator[None]:
+    modules = [getattr(pipe, name, None) for name in DENOISERS]
+    handles = [module.register_forward_pre_hook(hook) for module in modules if isinstance(module, torch.nn.Module)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Clock:
+    """When each phase began. GPU work is awaited at the borders of phases only, which costs nothing measurable."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start: dict[str, float] = {}
+
+    def enter(self, phase: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.start[phase] = time.perf_counter()
+
+    def seconds(self) -> dict[str, float]:
+        begins = [self.start[phase] for phase in ("encode", "denoise", "decode", "end")]
+        spans = dict(zip(("encode", "denoise", "decode"), np.diff(begins).tolist(), strict=True))
+        return {**spans, "total": begins[-1] - begins[0]}

@@ -1,0 +1,75 @@
+"""What size and settings a model is meant for."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+from tilewise.pipelines.errors import ModelError
+from tilewise.pipelines.model_folder import read_json
+
+NATIVE_FILE = "tilewise.json"
+WAN_FPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Native:
+    """Defaults for generating with a model.
+
+    height, width: pixels. num_frames: frames of the clip. steps: denoising steps. guidance: classifier-free guidance
+    scale (1 is none). fps: frames a second on playback. max_sequence_length: text tokens, None for the pipeline's own.
+    world: "shapes" if the model draws the small world that `clip_content` can read back, else None.
+    """
+
+    height: int
+    width: int
+    num_frames: int
+    steps: int
+    guidance: float
+    fps: float
+    max_sequence_length: int | None = None
+    world: str | None = None
+
+
+def native_size(pipe: Any) -> Native:
+    """The defaults of a loaded pipeline: from tilewise.json in its folder if there is one, else its own signature's.
+
+    tilewise.json lies beside model_index.json; any of Native's fields may be given there, the rest come from the
+    signature. Raises ModelError, naming the file, for fields that are unknown or not positive numbers.
+    """
+    fields = _signature_defaults(pipe)
+    file = Path(str(getattr(pipe.config, "_name_or_path", None) or "")) / NATIVE_FILE
+    if file.is_file():
+        for name, value in read_json(file).items():
+            if name not in fields:
+                raise ModelError(f"{file}: unknown field {name!r}; it may hold {', '.join(fields)}")
+            if name == "world":
+                fields[name] = str(value)
+                continue
+            number = float if name in ("guidance", "fps") else int
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or value <= 0 or number(value) != value:
+                raise ModelError(f"{file}: {name} must be a positive {number.__name__}, not {value!r}")
+            fields[name] = number(value)
+    return Native(**fields)
+
+
+def _signature_defaults(pipe: Any) -> dict[str, Any]:
+    parameters = inspect.signature(type(pipe).__call__).parameters
+
+    def default(name: str, fallback: Any) -> Any:
+        value = parameters[name].default if name in parameters else None
+        return fallback if value is None or value is inspect.Parameter.empty else value
+
+    return {
+        "height": default("height", 480),
+        "width": default("width", 832),
+        "num_frames": default("num_frames", 81),
+        "steps": default("num_inference_steps", 50),
+        "guidance": float(default("guidance_scale", 5.0)),
+        "fps": float(WAN_FPS),
+        "max_sequence_length": default("max_sequence_length", None),
+        "world": None,
+    }

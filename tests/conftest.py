@@ -1,0 +1,39 @@
+"""Fixtures that every test may use, and the rules: GPU tests need a GPU, one thread a process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Before torch is imported, and inherited by the programs that tests start: on tiny tensors, and with several test
+# processes on few cores, threads mostly wait for each other (measured: 5 s instead of 40 for the same tests).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# With --import-mode=importlib the tests' own folder is not importable; helper modules such as tiny_wan live there.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import pytest
+import tiny_wan
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def tiny_pipe():
+    """A fresh tiny WanPipeline with random weights (64x64, 9 frames by default): yours to patch and break."""
+    return tiny_wan.tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pipeline as a diffusers folder on disk. Shared: read it, do not write to it."""
+    return tiny_wan.save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "tiny-wan")

@@ -1,0 +1,86 @@
+"""How a command ends: exit codes, one clear message on stderr, a traceback only if asked for.
+
+0 done · 1 failed · 2 the command line asks for something that cannot be · 3 this machine lacks something (model, network,
+device, ffmpeg) · 130 interrupted by Ctrl-C · 143 terminated.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import typer
+
+OK, FAILED, USAGE, ENVIRONMENT, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+DEBUG = "TILEWISE_DEBUG"
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def exit_codes(command: F) -> F:
+    """Decorates a command: whatever it raises becomes a message and an exit code."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _complain("interrupted; nothing was left half-written")
+            raise typer.Exit(INTERRUPTED) from None
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if os.environ.get(DEBUG, "0") not in ("", "0"):
+                traceback.print_exc()
+            code = _code(error)
+            _complain(_message(error, code))
+            raise typer.Exit(code) from None
+
+    return guarded  # type: ignore[return-value]
+
+
+def run_app(app: typer.Typer) -> NoReturn:
+    """Runs the app so that SIGTERM cleans up as Ctrl-C does, and exits."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except KeyboardInterrupt:  # outside a command: while importing or parsing
+        sys.exit(INTERRUPTED)
+    sys.exit(OK)
+
+
+def _terminate(*_: Any) -> NoReturn:
+    sys.exit(TERMINATED)
+
+
+def _code(error: Exception) -> int:
+    from tilewise.pipelines.errors import SetupError
+    from tilewise.plugins.errors import ConfigError
+
+    if isinstance(error, ConfigError):
+        return USAGE
+    if isinstance(error, SetupError | ImportError):
+        return ENVIRONMENT
+    return FAILED
+
+
+def _message(error: Exception, code: int) -> str:
+    from tilewise.plugins.errors import TilewiseError
+
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, TilewiseError):
+        return text
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of GPU memory: try fewer frames or a smaller size\n{text.splitlines()[0]}"
+    if isinstance(error, ImportError):
+        return f"a library is missing: {text}"
+    return f"{type(error).__name__}: {text}\nSet {DEBUG}=1 for the traceback."
+
+
+def _complain(message: str) -> None:
+    typer.echo(f"tilewise: {message}", err=True)

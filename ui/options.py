@@ -1,0 +1,52 @@
+"""What the words of the command line mean: methods, windows, file names."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from tilewise.plugins.config import Config, load_config, resolve
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.methods.sta import STA
+
+
+def method_config(method: str, window: str | None = None, density: float | None = None) -> Config:
+    """The config of --method, with --window or --density in place of its own.
+
+    Raises ConfigError for unknown names, files that cannot be read, and options that the method does not have.
+    """
+    config = _named(method)
+    if window is None and density is None:
+        return config
+    if not isinstance(config.method, STA):
+        raise ConfigError(f"--window and --density are options of method sta, not of {config.method.name}")
+    if window is not None and density is not None:
+        raise ConfigError("give --window or --density, not both: the density picks the window")
+    options: dict[str, Any] = {"window": None if window is None else parse_window(window), "density": density}
+    return dataclasses.replace(config, method=dataclasses.replace(config.method, **options))
+
+
+def parse_window(text: str) -> tuple[int, ...]:
+    """Whole numbers from "3,3,3"; the method itself checks how many and how large."""
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--window takes three whole numbers t,h,w such as 3,3,3, not {text!r}") from error
+
+
+def default_out(prompt: str, seed: int) -> Path:
+    """outputs/<the prompt's words>-<seed>.mp4"""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-")
+    return Path("outputs") / f"{slug or 'clip'}-{seed}.mp4"
+
+
+def _named(method: str) -> Config:
+    path = Path(method)
+    if path.suffix.lower() != ".json":
+        return resolve(method)
+    try:
+        return load_config(path)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {method}: {error.strerror or error}") from error

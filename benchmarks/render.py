@@ -1,11 +1,18 @@
-"""Markdown tables from a result file, so that no number in the README is typed by hand: python -m benchmarks.render FILE."""
+"""Markdown tables from result files, so that no number in the README is typed by hand.
+
+``python -m benchmarks.render`` rewrites the tables of README.md: each stands between ``<!-- results FILE -->`` and
+``<!-- /results -->`` and is made of that file in benchmarks/results.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
+import re
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- results (\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -56,5 +63,16 @@ def _markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def rendered(text: str) -> str:
+    """A Markdown text with every marked table made anew from its result file."""
+
+    def table(match: re.Match[str]) -> str:
+        result = json.loads((ROOT / "benchmarks" / "results" / match[2]).read_text(encoding="utf-8"))
+        return f"{match[1]}{tables(result)}\n{match[3]}"
+
+    return MARKED.sub(table, text)
+
+
 if __name__ == "__main__":
-    print(tables(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    readme = ROOT / "README.md"
+    readme.write_text(rendered(readme.read_text(encoding="utf-8")), encoding="utf-8")

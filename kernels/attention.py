@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -26,18 +27,17 @@ class Choice:
 
 def _triton_missing(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on a device, or None if they can."""
-    try:
-        import triton
-    except ImportError:
+    if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
     if device.type != "cuda":
-        return f"Triton kernels need a CUDA device, the tensors are on {device.type}"
+        return f"Triton kernels need a CUDA device, not {device.type}"
     if torch.version.hip is not None:
-        return None
+        return "the kernel has not been tried on ROCm"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"needs compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has {major}.{minor}"
-    del triton
     return None
 
 

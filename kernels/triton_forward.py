@@ -178,7 +178,9 @@ def launch_config(head_dim: int, block: int, itemsize: int, intervals: bool, lar
     depth = triton.next_power_of_2(max(head_dim, 16))
     row_bytes = depth * itemsize
     if row_bytes <= 256:  # head dim ≤ 128 in 16 bit
-        if large_memory or depth <= 64:
+        if large_memory:
+            m, n, stages = 128, 64, 5
+        elif depth <= 64:
             m, n, stages = 128, 64, 3
         else:
             m, n, stages = (64, 64, 2) if intervals else (128, 32, 2)

@@ -31,13 +31,22 @@ class Tally:
     wall: float = 0.0
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
+    def add(self, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        """Keep a pair of device events; fold those that are long done, so that a long session does not pile them up."""
+        self.events.append((start, end))
+        if len(self.events) >= 256 and self.events[127][1].query():  # asks, does not wait
+            self._fold(128)
+
     def seconds(self) -> float:
         """Seconds spent; waits for the GPU if it is still at work on them."""
         if self.events:
             self.events[-1][1].synchronize()
-            self.wall += sum(start.elapsed_time(end) for start, end in self.events) / 1e3
-            self.events.clear()
+            self._fold(len(self.events))
         return self.wall
+
+    def _fold(self, count: int) -> None:
+        self.wall += sum(start.elapsed_time(end) for start, end in self.events[:count]) / 1e3
+        del self.events[:count]
 
 
 class Ledger:
@@ -57,11 +66,8 @@ class Ledger:
             start.record()
             yield
             end.record()
-            tally.events.append((start, end))
+            tally.add(start, end)
         else:
             begin = time.perf_counter()
             yield
             tally.wall += time.perf_counter() - begin
-
-    def clear(self) -> None:
-        self.tallies.clear()

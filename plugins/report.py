@@ -230,7 +230,7 @@ def explain(
         assert family is not None
         grid = family.grid_of_size(denoiser, target, size)
         layers = family.layers(denoiser)
-        device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+        device = _run_device(denoiser)
         rows.append(_explain_row(name, type(denoiser).__name__, config, grid, layers, device))
         if name in patches:
             notes += [f"{name}.{at} stays dense: {why}" for at, why in patches[name].ledger.skipped_layers.items()]
@@ -239,6 +239,14 @@ def explain(
         sparse = 0
     shape = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps}
     return Explanation(config.to_dict(), shape, sparse, num_inference_steps - sparse, rows, notes)
+
+
+def _run_device(denoiser: torch.nn.Module) -> torch.device:
+    """Where a denoiser would run: where its weights are; for one without weights (on "meta"), where they would be put."""
+    device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device
 
 
 def _explain_row(

@@ -62,7 +62,9 @@ CASES = [
     Case("ragged, odd window", Grid(7, 10, 6), (2, 2, 2), ((3, 3, 1),), batch=2),
     Case("tile of several blocks", Grid(3, 9, 10), (3, 5, 5), ((1, 1, 1),)),
     Case("a window a head", Grid(4, 6, 6), (2, 2, 2), ((1, 3, 3), (2, 1, 1), (9, 9, 9)), heads=3, kv_heads=3),
-    Case("heads share windows", Grid(4, 6, 6), (2, 2, 2), ((1, 3, 3), (2, 1, 2)), head_set=(1, 0, 1), heads=3, kv_heads=1),
+    Case(
+        "heads share windows", Grid(4, 6, 6), (2, 2, 2), ((1, 3, 3), (2, 1, 2)), head_set=(1, 0, 1), heads=3, kv_heads=1
+    ),
     Case("grouped queries", Grid(3, 5, 8), (2, 3, 4), ((1, 1, 2),), heads=6, kv_heads=2, batch=2),
     Case("text last", Grid(3, 6, 6, text=41), (2, 3, 3), ((1, 1, 1),)),
     Case("text first", Grid(3, 6, 6, text=7, text_first=True), (2, 3, 3), ((2, 1, 1),), head_dim=96),

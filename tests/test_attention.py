@@ -177,7 +177,18 @@ class TestEntryPoint:
         case = CASES[CASE_IDS.index("token window, text")]
         q, k, v = case.tensors()
         p = case.plan()
-        tables = (p.q_start, p.q_rows, p.k_start, p.k_rows, p.index, p.key_start, p.ends, p.head_set, p.coords, p.intervals)
+        tables = (
+            p.q_start,
+            p.q_rows,
+            p.k_start,
+            p.k_rows,
+            p.index,
+            p.key_start,
+            p.ends,
+            p.head_set,
+            p.coords,
+            p.intervals,
+        )
         torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.block, 0.25))
         out, lse = block_sparse_op(q, k, v, *tables, p.block, 0.25)
         want, want_lse = block_sparse_attention(q, k, v, p, scale=0.25, return_lse=True)
@@ -193,7 +204,11 @@ class TestEntryPoint:
             (lambda q, k, v: (q.double(), k.double(), v.double()), TypeError, "float16, bfloat16, float32"),
             (lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]), ValueError, "head dimension must be 16 to 256"),
             (lambda q, k, v: (q[..., ::2], k[..., ::2], v[..., ::2]), ValueError, "contiguous"),
-            (lambda q, k, v: (q, torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)), ValueError, "multiple"),
+            (
+                lambda q, k, v: (q, torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)),
+                ValueError,
+                "multiple",
+            ),
             (lambda q, k, v: (q.to("meta"), k.to("meta"), v.to("meta")), ValueError, "one device"),
         ],
     )

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from tilewise.kernels.layout import Grid, Layout, cached_layout
 
 sizes = st.integers(1, 12)
-grids = st.builds(Grid, t=st.integers(1, 7), h=sizes, w=sizes, text=st.sampled_from([0, 0, 5, 40]), text_first=st.booleans())
+grids = st.builds(
+    Grid, t=st.integers(1, 7), h=sizes, w=sizes, text=st.sampled_from([0, 0, 5, 40]), text_first=st.booleans()
+)
 layouts = st.builds(
     Layout, grids, st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)), st.sampled_from([16, 32, 128])
 )

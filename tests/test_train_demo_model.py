@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,11 +16,12 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from examples.train_demo_model import checkpoints  # noqa: E402
+from examples.train_demo_model import checkpoints, scoring  # noqa: E402
 from examples.train_demo_model.__main__ import main  # noqa: E402
 from examples.train_demo_model.captions import build_tokenizer, captions_and_labels  # noqa: E402
 from examples.train_demo_model.config import Config, tiny  # noqa: E402
 from examples.train_demo_model.denoiser_training import _DenoiserTrainee, encode_text  # noqa: E402
+from examples.train_demo_model.evaluation import HALVES, held_out_prompts  # noqa: E402
 from examples.train_demo_model.loop import Limits, Run, train  # noqa: E402
 from examples.train_demo_model.muon import orthogonalise  # noqa: E402
 from examples.train_demo_model.objective import NoisePlan, draw_plan, flow_loss, noised  # noqa: E402
@@ -62,9 +65,23 @@ def test_exported_folder_is_a_stock_pipeline(finished, arguments):
     assert not list(folder.rglob("*.bin"))
     assert not list(folder.rglob("*.p*kl"))
     card = (folder / "README.md").read_text()
-    scores = json.loads((finished / "evaluation.json").read_text())
-    assert f"{scores['vae_psnr']['mean']:.1f} dB" in card
-    assert set(scores["scores"]) >= {"colour", "shape", "count", "motion", "background"}
+    report = json.loads((finished / "evaluation.json").read_text())
+    assert f"{report['vae_psnr']['mean']:.1f} dB" in card
+    dense = report["methods"]["dense"]
+    assert set(dense["scores"]) >= {"colour", "shape", "count", "motion", "background"}
+    assert list(dense["halves"]) == list(HALVES)
+    training = json.loads((folder / "training.json").read_text())
+    assert list(training["stages"]) == ["text", "vae", "denoiser", "decoder"]
+    assert training["stages"]["denoiser"]["steps"] == 6
+    assert training["stages"]["denoiser"]["metrics"].keys() >= {"whole", "attributes"}
+    assert (training["torch"], "held_out_psnr" in training["stages"]["decoder"]) == (torch.__version__, True)
+    native = json.loads((folder / "tilewise.json").read_text())
+    assert native == {
+        **{"height": 32, "width": 32, "num_frames": 5, "steps": 2, "guidance": 3.0, "fps": 8},
+        **{"max_sequence_length": 32, "world": "shapes"},
+    }
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
     assert (finished / "evaluation.png").exists()
 
 
@@ -73,6 +90,83 @@ def test_finished_stages_are_skipped(finished, capsys):
     assert main(["vae", "--run", str(finished), *TINY]) == 0
     assert "already done" in capsys.readouterr().out
     assert (finished / "vae.safetensors").stat().st_mtime_ns == before
+
+
+def _score(folder, work, *arguments):
+    options = ["--prompts", "3", "--batch", "2", "--device", "cpu", "--threads", "1", "--work", str(work)]
+    assert main(["score", "--model", str(folder), *options, *arguments]) == 0
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_score_compares_methods_and_continues(finished, tmp_path, capsys, monkeypatch):
+    folder, work = tmp_path / "model", tmp_path / "work"
+    shutil.copytree(finished / "model", folder)
+    kept = json.loads((folder / "evaluation.json").read_text())
+    first = _score(folder, work, "--methods", "dense")
+    assert list(first["methods"]) == ["dense"]
+    assert {key: first[key] for key in ("vae_psnr", "continuation")} == {
+        key: kept[key] for key in ("vae_psnr", "continuation")
+    }
+
+    # Killed between two batches of the second method: the first method stays, and so does the finished batch.
+    honest = scoring.generate_clips
+
+    def killed(pipe, prompts, *, first, **arguments):
+        if first:
+            raise _KilledError
+        return honest(pipe, prompts, first=first, **arguments)
+
+    monkeypatch.setattr(scoring, "generate_clips", killed)
+    with pytest.raises(_KilledError):
+        _score(folder, work, "--methods", "dense,sta-fast")
+    monkeypatch.setattr(scoring, "generate_clips", honest)
+    assert json.loads((folder / "evaluation.json").read_text()) == first
+    capsys.readouterr()
+    both = _score(folder, work, "--methods", "dense,sta-fast")
+    said = capsys.readouterr().out
+    assert "dense is already scored" in said
+    assert "sta-fast 2/3, kept from before" in said
+    assert both["methods"]["dense"] == first["methods"]["dense"]
+    fast = both["methods"]["sta-fast"]
+    assert 0 < fast["density"] < 1
+    assert fast["psnr_to_dense"]["min"] <= fast["psnr_to_dense"]["mean"] < 99
+    assert list(fast["halves"]) == list(HALVES)
+    assert set(fast["wrong"]) <= set(held_out_prompts(3)[0])
+    assert fast["command"].startswith("python -m examples.train_demo_model score --model")
+    assert both["protocol"].items() >= {"prompts": 3, "steps": 2, "guidance": 3.0, "text_tokens": 32}.items()
+    monkeypatch.setattr(scoring, "generate_clips", None)  # everything is there: nothing is generated
+    assert _score(folder, work, "--methods", "dense,sta-fast") == both
+    monkeypatch.setattr(scoring, "generate_clips", honest)
+    again = _score(folder, work, "--methods", "dense", "--again")["methods"]
+    assert again["dense"]["scores"] == first["methods"]["dense"]["scores"]
+    other = _score(folder, work, "--methods", "dense", "--steps", "1")
+    assert (list(other["methods"]), other["vae_psnr"]) == (["dense"], kept["vae_psnr"])
+
+
+def test_card_is_rendered_from_the_folder_alone(finished, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(finished / "model", folder)
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").unlink()
+    assert main(["card", "--model", str(folder)]) == 0
+    assert (folder / "README.md").read_text() == card
+    assert "| dense | 1.00 |" in card
+    for name in ("evaluation.json", "training.json"):
+        (folder / name).unlink()
+    assert main(["card", "--model", str(folder)]) == 0
+    card = (folder / "README.md").read_text()
+    assert "not scored yet" in card
+    assert "Not recorded." in card
+
+
+def test_held_out_prompts_are_two_balanced_halves():
+    texts, scenes = held_out_prompts(64)
+    assert len(set(texts)) == 64
+    triple = HELD_OUT[scenes["shape0"], scenes["colour0"], scenes["motion0"]]
+    assert triple.tolist() == [False] * 32 + [True] * 32
+    for half in (scenes["motion0"][:32], scenes["motion0"][32:]):
+        assert np.bincount(half).tolist() == [4] * 8
+    assert [len(held_out_prompts(count)[0]) for count in (1, 2, 5)] == [1, 2, 5]
 
 
 def _copy_inputs(source: Path, target: Path) -> Run:

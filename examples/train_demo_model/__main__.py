@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from .config import PRESETS, Config
 from .denoiser_training import train_denoiser
 from .evaluation import evaluate
 from .export import export
-from .loop import Limits, Run
+from .loop import Limits, Run, device_name
+from .model_card import write_card
+from .scoring import score_folder
 from .text_training import train_text
 from .vae_training import train_decoder, train_vae
 
@@ -27,7 +30,7 @@ TRAINING: dict[str, Callable[[Run, Config, Limits], bool]] = {
     "decoder": train_decoder,
 }
 # Minutes of one modern data-centre GPU, used by `all` when nothing else is asked for.
-GPU_MINUTES = {"text": 1.0, "vae": 5.0, "denoiser": 16.0, "decoder": 3.0}
+GPU_MINUTES = {"text": 1.0, "vae": 5.0, "denoiser": 14.5, "decoder": 4.5}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder that holds everything")
         command.add_argument("--preset", choices=PRESETS, default="full")
+        return machine(command)
+
+    def machine(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--threads", type=int, help="CPU threads for PyTorch")
@@ -54,13 +60,28 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--again", action="store_true", help="train a finished stage anew")
         if name == "all":
             command.add_argument("--to", type=Path, default=Path("pipelines/demo_model"), help="where to export")
-    command = add("evaluate", "score the model on held-out prompts")
+    command = add("evaluate", "score the run's model on held-out prompts")
     command.add_argument("--prompts", type=int)
     command.add_argument("--scheduler", choices=("unipc", "euler", "best"), default="best")
     command.add_argument("--to", type=Path, help="write JSON and pictures here instead of the run's folder")
     command = add("export", "write a diffusers folder")
     command.add_argument("--to", type=Path, default=Path("pipelines/demo_model"))
     command.add_argument("--scheduler", choices=("unipc", "euler"))
+    text = "score an exported folder with attention methods; writes its evaluation.json and model card"
+    command = machine(commands.add_parser("score", help=text, description=text))
+    command.add_argument("--model", type=Path, default=Path("pipelines/demo_model"))
+    command.add_argument("--methods", default="dense,sta-balanced", help="comma-separated; dense is always included")
+    command.add_argument("--prompts", type=int, default=64)
+    command.add_argument("--batch", type=int, default=4)
+    command.add_argument("--steps", type=int, help="default: what the folder's tilewise.json says")
+    command.add_argument("--guidance", type=float, help="default: what the folder's tilewise.json says")
+    command.add_argument(
+        "--work", type=Path, default=Path("runs/score"), help="keeps clips, to continue and to look at"
+    )
+    command.add_argument("--again", action="store_true", help="score anew what is already scored")
+    text = "write an exported folder's model card anew, from the files in it"
+    command = commands.add_parser("card", help=text, description=text)
+    command.add_argument("--model", type=Path, default=Path("pipelines/demo_model"))
     command = add("pack", "split a checkpoint into small files, to carry it to another machine")
     command.add_argument("--what", nargs="+", default=["denoiser.state"])
     command.add_argument("--to", type=Path, required=True)
@@ -72,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """0 when the command finished, 3 when it stopped early as asked."""
     options = parser().parse_args(arguments)
+    if options.command == "card":
+        print(f"wrote {write_card(options.model)}")
+        return 0
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -79,11 +103,26 @@ def main(arguments: list[str] | None = None) -> int:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+    if options.command == "score":
+        words = shlex.join(sys.argv[1:] if arguments is None else arguments)
+        score_folder(
+            options.model,
+            options.methods.split(","),
+            device=device,
+            count=options.prompts,
+            batch=options.batch,
+            seed=options.seed,
+            steps=options.steps,
+            guidance=options.guidance,
+            work=options.work,
+            again=options.again,
+            command=f"python -m examples.train_demo_model {words}",
+        )
+        return 0
     run = Run(options.run, device, options.seed, getattr(options, "compile", False))
     run.folder.mkdir(parents=True, exist_ok=True)
     config = replace(PRESETS[options.preset](), seed=options.seed)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    run.say(f"{options.command} on {name}, torch {torch.__version__}, preset {config.name}")
+    run.say(f"{options.command} on {device_name(device)}, torch {torch.__version__}, preset {config.name}")
 
     if options.command in TRAINING:
         return 0 if _train(options.command, run, config, options, options.minutes) else 3

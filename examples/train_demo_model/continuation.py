@@ -76,7 +76,10 @@ def continuation_scores(run: Run, config: Config, pipe: Any, count: int) -> tupl
         part = slice(start, start + config.evaluation.batch)
         latents = (vae.encode(video[part]).latent_dist.mode() - mean) / std
         steps = config.evaluation.steps
-        continued = continue_clips(pipe, prompts[part], latents[:, :, :kept], latents.shape[2], steps=steps)
+        guidance = config.evaluation.guidance
+        continued = continue_clips(
+            pipe, prompts[part], latents[:, :, :kept], latents.shape[2], steps=steps, guidance=guidance
+        )
         made.append(vae.decode(continued * std + mean).sample)
     true, drawn = to_frames(video), to_frames(torch.cat(made))
     return _compare(scenes, prompts, true, drawn, first=2 * kept - 1, size=config.clip.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
@@ -13,11 +14,12 @@ from . import checkpoints
 from .config import Config
 from .denoiser_training import build_denoiser
 from .loop import Run
-from .model_card import model_card
+from .model_card import write_card
 from .text_training import build_text_encoder, build_tokenizer
 from .vae_training import load_vae
 
 MAX_MEGABYTES = 24
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 
 
 def build_scheduler(name: str, shift: float) -> FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler:
@@ -59,7 +61,7 @@ def export(run: Run, config: Config, folder: Path, scheduler: str | None = None)
     """Write the folder under a temporary name, check it, and put it in place."""
     evaluation = run.path("evaluation.json")
     scores = json.loads(evaluation.read_text()) if evaluation.exists() else {}
-    scheduler = scheduler or scores.get("scheduler", "unipc")
+    scheduler = scheduler or str(scores.get("scheduler", "unipc"))
     pipe = build_pipeline(run, config, scheduler).to("cpu", torch.float16)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -79,21 +81,69 @@ def export(run: Run, config: Config, folder: Path, scheduler: str | None = None)
     total = sum(sizes.values())
     if total > MAX_MEGABYTES:
         raise ValueError(f"the weights take {total:.1f} MB, more than {MAX_MEGABYTES}: {sizes}")
-    parameters = {
-        name: sum(parameter.numel() for parameter in getattr(pipe, name).parameters())
-        for name in ("transformer", "vae", "text_encoder")
-    }
-    logs = {}
-    for stage in ("text", "vae", "denoiser", "decoder"):
-        log = run.path(f"{stage}.log.json")
-        if log.exists():
-            logs[stage] = json.loads(log.read_text())
-    (temporary / "README.md").write_text(model_card(config, scores, parameters, total, logs, scheduler))
+    _name_tokenizer(temporary)
+    write_native(config, temporary / "tilewise.json")
+    checkpoints.write_json(temporary / "training.json", training_facts(run, config))
     if scores:
         checkpoints.write_json(temporary / "evaluation.json", scores)
+    write_card(temporary)
     for file in temporary.rglob("*.safetensors"):
         file.chmod(0o644)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
     run.say(f"export: {folder}, {total:.1f} MB of weights, scheduler {scheduler}")
+
+
+def _name_tokenizer(folder: Path) -> None:
+    """Name the tokenizer's class as transformers 4 does; 5 knows it under that name too, but writes another."""
+    index = folder / "model_index.json"
+    values = json.loads(index.read_text())
+    index.write_text(json.dumps({**values, "tokenizer": ["transformers", TOKENIZER_CLASS]}, indent=2) + "\n")
+    own = folder / "tokenizer" / "tokenizer_config.json"
+    values = json.loads(own.read_text())
+    own.write_text(json.dumps({**values, "tokenizer_class": TOKENIZER_CLASS}, indent=2) + "\n")
+
+
+def write_native(config: Config, path: Path) -> None:
+    """tilewise.json: the arguments of a call for which the model was made."""
+    values = {
+        "height": config.clip.size,
+        "width": config.clip.size,
+        "num_frames": config.clip.frames,
+        "steps": config.evaluation.steps,
+        "guidance": config.evaluation.guidance,
+        "fps": config.evaluation.fps,
+        "max_sequence_length": config.evaluation.text_tokens,
+        "world": "shapes",
+    }
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def training_facts(run: Run, config: Config) -> dict[str, Any]:
+    """What the stages' logs in the run's folder say."""
+    stages: dict[str, Any] = {}
+    machines: dict[str, None] = {}
+    versions: dict[str, None] = {}
+    for stage in ("text", "vae", "denoiser", "decoder"):
+        log = run.path(f"{stage}.log.json")
+        if not log.exists():
+            continue
+        facts = json.loads(log.read_text())
+        last = facts["history"][-1] if facts["history"] else {}
+        metrics = {key: value for key, value in last.items() if key not in ("step", "seconds")}
+        stages[stage] = {"steps": facts["step"], "minutes": round(facts["seconds"] / 60, 1), "metrics": metrics}
+        result = run.path(f"{stage}.json")
+        measured = json.loads(result.read_text()) if result.exists() else {}
+        for key, name in (("psnr", "held_out_psnr"), ("held_out_accuracy", "held_out_accuracy")):
+            if key in measured:
+                stages[stage][name] = measured[key]
+        machines[facts.get("device", "not recorded")] = None
+        versions[facts.get("torch", "not recorded")] = None
+    return {
+        "preset": config.name,
+        "device": ", ".join(machines),
+        "torch": ", ".join(versions),
+        "minutes": round(sum(stage["minutes"] for stage in stages.values()), 1),
+        "stages": stages,
+    }

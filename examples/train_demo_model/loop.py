@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,16 @@ from typing import Any, Protocol
 import torch
 
 from . import checkpoints
+
+
+def device_name(device: torch.device) -> str:
+    """What the machine calls it, for the records."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"CPU ({names[0] if names else platform.processor() or platform.machine()})"
 
 
 class Trainee(Protocol):
@@ -95,6 +106,8 @@ def train(run: Run, stage: str, trainee: Trainee, limits: Limits, *, skip: int =
             "planned": planned,
             "seconds": spent + time.monotonic() - begun,
             "history": history,
+            "device": device_name(run.device),
+            "torch": torch.__version__,
         }
         checkpoints.save(state_path, trainee.state(), facts)
         checkpoints.write_json(run.path(f"{stage}.log.json"), facts)

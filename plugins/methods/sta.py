@@ -33,7 +33,8 @@ class STA(Method):
     Args:
         window: window in tiles (t, h, w), each ≥ 1, odd or even; larger than the grid means the whole axis. Or one window
             a head, as a sequence of triples. Default (3, 3, 3), the paper's, unless ``density`` is given.
-        tile: tile in tokens (t, h, w). Default: chosen for the grid, near the paper's (6, 8, 8) where the grid is large.
+        tile: tile in tokens (t, h, w). Default: chosen for the grid, near the paper's (6, 8, 8) where the grid is large, and
+            finer with ``density``, so that there are windows to pick from.
         density: instead of ``window``: pick the window that keeps at most this fraction of token pairs, in (0, 1].
 
     Raises:
@@ -60,7 +61,7 @@ class STA(Method):
             object.__setattr__(self, "window", _windows(self.window))
 
     def layout(self, grid: Grid) -> Layout:
-        return cached_layout(grid, self.tile or choose_tile(grid))
+        return cached_layout(grid, self.tile or choose_tile(grid, 4 if self.density is None else 8))
 
     def windows(self, layout: Layout) -> tuple[Triple, ...]:
         """One window that all heads share, or one a head."""
@@ -86,10 +87,10 @@ class STA(Method):
 
 
 @lru_cache(maxsize=256)
-def choose_tile(grid: Grid) -> Triple:
-    """A tile for a grid: near the paper's (6, 8, 8), smaller where the grid has fewer than 3 × 4 × 4 such tiles (a window
-    must leave something out to mean anything), and such that blocks are well filled on this very grid."""
-    wanted = (min(6, -(-grid.t // 3)), min(8, -(-grid.h // 4)), min(8, -(-grid.w // 4)))
+def choose_tile(grid: Grid, across: int = 4) -> Triple:
+    """A tile for a grid: near the paper's (6, 8, 8), smaller where the grid has fewer than 3 × across × across such tiles (a
+    window must leave something out to mean anything), and such that blocks are well filled on this very grid."""
+    wanted = (min(6, -(-grid.t // 3)), min(8, -(-grid.h // across)), min(8, -(-grid.w // across)))
 
     def cost(tile: Triple) -> float:
         away = [abs(math.log(a / b)) for a, b in zip(tile, wanted, strict=True)]
@@ -112,25 +113,26 @@ def axis_density(length: int, size: int, window: int) -> float:
 
 @lru_cache(maxsize=256)
 def choose_window(shape: Triple, tile: Triple, density: float) -> Triple:
-    """The window (in tiles) with the most even reach among those whose density is at most, and near, the one asked for.
+    """The window (in tiles) for a density: at most, and near, the one asked for. (1, 1, 1) if even that keeps more.
 
-    The smallest window, (1, 1, 1), if even that keeps more.
+    Only odd windows and whole axes come into question: they are centred, and an even window sees one tile more on one side.
+    Among those, reach over time comes first and then an even reach over height and width: on the bundled demo model a window
+    that is whole in time makes a smaller error at density 0.14 than one that is cut in time makes at 0.33.
     """
     counts = tile_counts(shape, tile)
     kept = [[axis_density(n, s, w) for w in range(1, c + 1)] for n, s, c in zip(shape, tile, counts, strict=True)]
-    candidates: list[tuple[float, float, Triple]] = []
-    t, h, w = (range(1, count + 1) for count in counts)
+    t, h, w = ([n for n in range(1, count + 1) if n % 2 or n == count] for count in counts)
+    best, cheapest = (1, 1, 1), math.inf
     for window in itertools.product(t, h, w):
-        parts = [kept[axis][w - 1] for axis, w in enumerate(window)]
-        total = math.prod(parts)
-        if total <= density + 1e-9:
-            logs = [math.log(p) for p in parts]
-            candidates.append((total, max(logs) - min(logs), window))
-    if not candidates:
-        return (1, 1, 1)
-    best = max(total for total, _, _ in candidates)
-    near = [c for c in candidates if c[0] >= 0.8 * best]
-    return min(near, key=lambda c: (round(c[1], 6), -c[0]))[2]
+        over_t, over_h, over_w = (kept[axis][n - 1] for axis, n in enumerate(window))
+        total = over_t * over_h * over_w
+        if total > density + 1e-9:
+            continue
+        # Distances as logarithms of ratios: density left unused, time left out, and unevenness over the frame.
+        cost = 1.5 * math.log(density / total) - 2 * math.log(over_t) + 0.5 * abs(math.log(over_h / over_w))
+        if cost < cheapest - 1e-9:
+            best, cheapest = window, cost
+    return best
 
 
 def _triple(what: str, value: Any, unit: str) -> Triple:

@@ -1,0 +1,45 @@
+"""Every example runs, on the bundled demo model, with few steps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tilewise.pipelines.video import read_frames
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(name: str, folder: Path, *options: str) -> str:
+    command = [sys.executable, EXAMPLES / name, *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_patch_a_pipeline(tmp_path):
+    said = run("patch_a_pipeline.py", tmp_path, "--steps", "4")
+    assert "what would run" in said
+    assert "sparse" in said
+    assert read_frames(tmp_path / "outputs/patched.mp4").shape == (17, 128, 128, 3)
+
+
+def test_compare_with_dense(tmp_path):
+    said = run("compare_with_dense.py", tmp_path, "--steps", "3", "--method", "sta-fast")
+    assert "PSNR" in said
+    frames = read_frames(tmp_path / "outputs/side-by-side.mp4")
+    assert frames.shape[0] == 17
+    assert frames.shape[2] >= 256
+
+
+def test_add_a_method(tmp_path):
+    said = run("add_a_method.py", tmp_path, "--steps", "3")
+    assert "sparse" in said
+    assert "0.556" in said  # 3 slabs: the first sees itself (1/3), the others two of three
+
+
+def test_every_example_is_tested():
+    tested = Path(__file__).read_text(encoding="utf-8")
+    for path in EXAMPLES.glob("*.py"):
+        assert path.name in tested

@@ -238,10 +238,10 @@ def patch(
         target: a diffusers pipeline, anything with ``transformer``, ``transformer_2`` or ``unet``, or a denoiser module.
         method: a method name ("sta", "dense"), a preset ("sta-quality", "sta-balanced", "sta-fast"), a method object such as
             ``STA(window=(3, 3, 3))``, or a ``Config``, for instance from ``load_config``.
-        steps: (from, to), the fraction of the denoising schedule that runs the method; dense outside. Default: the config's,
-            otherwise (0.25, 1.0). The step is read from the pipeline's scheduler; for a bare denoiser, from the timestep's
-            value (one host synchronisation a forward on a GPU).
-        blocks: which transformer blocks run it, such as "2:". Default: the config's, otherwise ":" (all).
+        steps: (from, to), the fraction of the denoising schedule that runs the method; dense outside. Default: what the
+            preset or config says, otherwise (0.25, 1.0). The step is read from the pipeline's scheduler; for a bare
+            denoiser, from the timestep's value (one host synchronisation a forward on a GPU).
+        blocks: which transformer blocks run it, such as "2:". Default: what the preset or config says, otherwise ":".
         strict: raise ``FallbackError`` instead of falling back to dense where a call cannot run the method.
 
     Returns:

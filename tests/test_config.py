@@ -146,7 +146,7 @@ def test_explain_runs_nothing_and_agrees_with_summary(tiny_pipe):
     size = {"height": 64, "width": 64, "num_frames": 9}
     for module in tiny_pipe.transformer.modules():
         module.register_forward_hook(lambda *a: pytest.fail("explain ran the model"))
-    told = tilewise.explain(tiny_pipe, **size, num_inference_steps=4, method="sta-balanced", blocks="1:")
+    told = tilewise.explain(tiny_pipe, **size, num_inference_steps=4, method="sta-fast", blocks="1:")
     assert not tilewise.is_patched(tiny_pipe)
     assert (told.sparse_steps, told.dense_steps) == (3, 1)
     row = told.rows[0]
@@ -154,7 +154,7 @@ def test_explain_runs_nothing_and_agrees_with_summary(tiny_pipe):
     json.dumps(told.to_dict())
     for module in tiny_pipe.transformer.modules():
         module._forward_hooks.clear()
-    tilewise.patch(tiny_pipe, "sta-balanced", blocks="1:")
+    tilewise.patch(tiny_pipe, "sta-fast", blocks="1:")
     tiny_pipe("a star", **size, num_inference_steps=4, output_type="latent", max_sequence_length=16)
     ran = tilewise.summary(tiny_pipe)
     assert ran.density == pytest.approx(row.density)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -225,4 +225,4 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cpu":
         facts["threads"] = torch.get_num_threads()
-    return {**facts, "date": datetime.now(timezone.utc).date().isoformat()}
+    return {**facts, "date": datetime.now(UTC).date().isoformat()}

@@ -1,6 +1,10 @@
 # demo: makes outputs/demo.mp4 with the bundled model.   test: the CPU test suite.   lint: ruff + mypy.
 # bench: the benchmarks (a GPU is used if there is one).  Each target sets up .venv by itself, once.
+#
+# PIP_ARGS is passed to pip. On a machine without a GPU, naming PyTorch's own index of CPU builds there saves gigabytes:
+#   make demo PIP_ARGS='--extra-index-url URL'
 PYTHON ?= python3
+PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -8,9 +12,12 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
+# A venv that Debian's python3 makes without the package python3-venv has no pip: it is made anew, not taken for a good one.
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tilewise needs Python 3.11 or later: make PYTHON=python3.12 …")'
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
+	  || { echo 'python3 -m venv failed: on Debian and Ubuntu, install python3-venv' >&2; rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) --editable '.[dev]'
 	touch $@
 
 demo: $(STAMP)

@@ -7,6 +7,7 @@ import json
 import platform
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +17,13 @@ import triton
 import typer
 
 import tilewise
-from benchmarks import attention, render, step
+from benchmarks import attention, launch, render, step
 
-SECTIONS = {"attention": attention.run, "step": step.run}
+SECTIONS: dict[str, Callable[[torch.device, float], Any]] = {
+    "attention": attention.run,
+    "step": step.run,
+    "launch": launch.run,
+}
 
 
 def device_name(device: torch.device) -> str:

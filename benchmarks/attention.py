@@ -10,10 +10,10 @@ import torch
 from benchmarks.peers import dense_peers
 from benchmarks.timing import measure
 from tilewise.kernels.attention import block_sparse_attention, choose_backend
-from tilewise.kernels.layout import Grid, Layout
+from tilewise.kernels.layout import Grid
 from tilewise.kernels.plan import BlockPlan
 from tilewise.kernels.reference import masked_attention
-from tilewise.kernels.window import window_plan
+from tilewise.plugins.methods.sta import STA
 
 Triple = tuple[int, int, int]
 
@@ -24,22 +24,27 @@ class Row:
     grid: Triple
     heads: int
     head_dim: int
-    tile: Triple
-    window: Triple
+    method: STA
 
 
+PAPER = STA(window=(3, 3, 3), tile=(6, 8, 8))
 GPU_ROWS = [
-    Row("STA 30×48×80", (30, 48, 80), 24, 128, (6, 8, 8), (3, 3, 3)),
-    Row("STA 18×48×80", (18, 48, 80), 24, 128, (6, 8, 8), (3, 3, 3)),
-    Row("STA 21×30×52", (21, 30, 52), 12, 128, (6, 8, 8), (3, 3, 3)),
-    Row("STA 21×45×80", (21, 45, 80), 40, 128, (6, 8, 8), (3, 3, 3)),
-    Row("full window 21×30×52", (21, 30, 52), 12, 128, (6, 8, 8), (99, 99, 99)),
+    Row("STA 30×48×80", (30, 48, 80), 24, 128, PAPER),
+    Row("STA 18×48×80", (18, 48, 80), 24, 128, PAPER),
+    Row("STA 21×30×52", (21, 30, 52), 12, 128, PAPER),
+    Row("STA 21×45×80", (21, 45, 80), 40, 128, PAPER),
+    Row("full window 21×30×52", (21, 30, 52), 12, 128, STA(window=(99, 99, 99), tile=(6, 8, 8))),
 ]
-# The bundled demo model at 128×128 and 256×256 pixels: its grid, heads, and the tiles that are chosen for it.
+# The bundled demo model at 128×128 and 256×256 pixels, as the method runs there: with chosen tiles and windows.
 CPU_ROWS = [
-    Row("demo 128×128", (9, 16, 16), 4, 64, (3, 4, 4), (3, 3, 3)),
-    Row("demo 256×256", (9, 32, 32), 4, 64, (3, 8, 8), (3, 2, 2)),
-    Row("demo 256×256, smaller window", (9, 32, 32), 4, 64, (3, 4, 4), (3, 3, 3)),
+    Row(f"demo {32 * across // 4}×{32 * across // 4}, {label}", (9, across, across), 4, 64, method)
+    for across in (16, 32)
+    for label, method in (
+        ("window (3,3,3)", STA()),
+        ("density 0.4", STA(density=0.4)),
+        ("density 0.25", STA(density=0.25)),
+        ("density 0.15", STA(density=0.15)),
+    )
 ]
 
 
@@ -63,8 +68,8 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, to
 
 def run_row(row: Row, device: torch.device, seconds: float) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    layout = Layout(Grid(*row.grid), row.tile)
-    plan = window_plan(layout, [row.window], unit="tile", device=device)
+    layout = row.method.layout(Grid(*row.grid))
+    plan = row.method.plan(layout, row.heads, device)
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, layout.grid.tokens, row.heads, row.head_dim)
     q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
@@ -84,8 +89,8 @@ def run_row(row: Row, device: torch.device, seconds: float) -> dict[str, Any]:
         "grid": row.grid,
         "heads": row.heads,
         "head_dim": row.head_dim,
-        "tile": row.tile,
-        "window": row.window,
+        "tile": layout.tile,
+        **row.method.describe(layout),
         "dtype": str(dtype).removeprefix("torch."),
         "density": plan.density,
         "work": plan.work,

@@ -23,6 +23,10 @@ def tables(result: dict[str, Any]) -> str:
         parts.append(attention_table(result["attention"]))
     if result.get("step"):
         parts.append(step_table(result["step"]))
+    if result.get("launch"):
+        parts.append(launch_table(result["launch"]))
+    if result.get("notes"):
+        parts.append("\n".join(f"- {note}" for note in result["notes"]))
     return "\n\n".join(parts)
 
 
@@ -56,6 +60,19 @@ def step_table(rows: list[dict[str, Any]]) -> str:
         for name, ours in row["patched"].items():
             cells = [row["name"], name, f"{ours['density']:.3f}", f"{ours['ms']:.1f}", f"{ours['speedup']:.2f}"]
             lines.append([*cells, f"{ours['peak_gib']:.2f}"])
+    return _markdown(lines)
+
+
+def launch_table(launch: dict[str, Any]) -> str:
+    """The four fastest configurations of each head dimension."""
+    lines = [[launch["work"], "tile M × N", "warps", "stages", "ms", "TFLOP/s on kept pairs"], ["---"] * 6]
+    timed = [row for row in launch["rows"] if "ms" in row]
+    for head_dim in dict.fromkeys(row["head_dim"] for row in timed):
+        best = sorted((row for row in timed if row["head_dim"] == head_dim), key=lambda row: row["ms"])[:4]
+        for row in best:
+            size = f"{row['BLOCK_M']} × {row['BLOCK_N']}"
+            cells = [f"head dim {head_dim}", size, str(row["num_warps"]), str(row["num_stages"])]
+            lines.append([*cells, f"{row['ms']:.2f}", str(row["tflops"])])
     return _markdown(lines)
 
 

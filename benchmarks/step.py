@@ -19,7 +19,11 @@ WAN_1_3B = {
     "freq_dim": 256,
 }
 SIZES = {"Wan2.1-1.3B 480×832×81": (21, 60, 104)}  # latent frames, height, width
-STA = {"sta (3,3,3)": tilewise.STA(), "sta-balanced": None, "sta-fast": None}
+METHODS = {
+    "sta, window (3,3,3)": tilewise.STA(),
+    "sta, density 0.4": tilewise.STA(density=0.4),
+    "sta, density 0.2": tilewise.STA(density=0.2),
+}
 
 
 def run(device: torch.device, seconds: float = 2.0) -> list[dict[str, Any]]:
@@ -52,8 +56,8 @@ def run(device: torch.device, seconds: float = 2.0) -> list[dict[str, Any]]:
             peak = torch.cuda.max_memory_allocated() / 2**30
             result["stock"][backend] = {**timing.to_dict(), "peak_gib": peak}
         best = min(row["ms"] for row in result["stock"].values())
-        for label, method in STA.items():
-            with tilewise.patched(model, method or label, steps=(0, 1), strict=True):
+        for label, method in METHODS.items():
+            with tilewise.patched(model, method, steps=(0, 1), strict=True):
                 torch.cuda.reset_peak_memory_stats()
                 timing = measure(forward, device, seconds=seconds)
                 peak = torch.cuda.max_memory_allocated() / 2**30

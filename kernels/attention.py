@@ -52,6 +52,15 @@ def available_backends(device: torch.device | str) -> list[tuple[str, bool, str]
     return rows
 
 
+def misfit(head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why no kernel takes a head dimension or dtype, or None if they do."""
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        return f"head dimension must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
+    if dtype not in DTYPES:
+        return f"dtype must be float16, bfloat16 or float32, got {dtype}"
+    return None
+
+
 def choose_backend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, backend: str | None = None
 ) -> Choice:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -69,6 +70,10 @@ class Config:
             raise ConfigError(f"steps must be two fractions (from, to), got {self.steps!r}") from error
         if not 0 <= low <= high <= 1:
             raise ConfigError(f"steps must be fractions with 0 ≤ from ≤ to ≤ 1, got {self.steps!r}")
+        if not isinstance(self.blocks, str) or not isinstance(self.strict, bool):
+            raise ConfigError(
+                f"blocks must be a string and strict true or false, got {self.blocks!r} and {self.strict!r}"
+            )
         object.__setattr__(self, "steps", (low, high))
         select_blocks(self.blocks, 1)
 
@@ -104,11 +109,7 @@ class Config:
         if not isinstance(method, dict) or not isinstance(method.get("name"), str):
             raise ConfigError(f"config: method must be a name, or an object with the key 'name', got {method!r}")
         options = {key: value for key, value in method.items() if key != "name"}
-        if options.get("density") is not None and options.get("window") is None:
-            options.pop("window", None)
         rest = {key: value for key, value in data.items() if key != "method"}
-        if not isinstance(rest.get("blocks", ""), str) or not isinstance(rest.get("strict", False), bool):
-            raise ConfigError("config: blocks must be a string and strict true or false")
         return cls(make_method(method["name"], options), **rest)
 
 
@@ -160,9 +161,15 @@ def resolve(
 def save_config(config: MethodLike, path: str | os.PathLike[str]) -> None:
     """Write a config as JSON, complete or not at all."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(resolve(config).to_dict(), indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    text = json.dumps(resolve(config).to_dict(), indent=2) + "\n"
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as part:
+        try:
+            part.write(text)
+            part.close()
+            os.replace(part.name, path)
+        except BaseException:
+            os.unlink(part.name)
+            raise
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:

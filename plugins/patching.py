@@ -21,7 +21,7 @@ from tilewise.kernels.attention import block_sparse_attention, choose_backend
 from tilewise.kernels.layout import Grid, Layout
 from tilewise.kernels.plan import BlockPlan
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
-from tilewise.plugins.errors import ConfigError, FallbackError, UnsupportedModelError
+from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP, FALLBACK, SPARSE, Entry, Ledger
 from tilewise.plugins.models.base import AttentionLayer, Family, family_of, supported_models
 from tilewise.plugins.processor import TilewiseProcessor, takes_dispatch
@@ -72,7 +72,9 @@ class Patch:
         blocks = 1 + max((layer.block for layer in self.layers), default=-1)
         self.selected = set(select_blocks(config.blocks, blocks))
         self.grid: Grid | None = None  # of the last forward
-        self._layout: Layout | None = None  # in force during a forward; None while it runs dense
+        self._layout: Layout | None = None  # the token order in force during a forward; None: the model's own
+        self._runs = False  # whether the method runs at this step
+        self._refused: str | None = None  # why it cannot in this forward, although it should
         self._orders: dict[tuple[Layout, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         self._plans: dict[tuple[Layout, int, torch.device], BlockPlan] = {}
         self._handles: list[Any] = []
@@ -81,44 +83,68 @@ class Patch:
     # ── putting on and taking off ────────────────────────────────────────────────────────────────────────────────
 
     def _install(self, denoiser: nn.Module) -> None:
-        for number, layer in enumerate(self.layers):
-            module: Any = layer.module
-            if takes_dispatch(module.processor):
-                module.set_processor(TilewiseProcessor(module.processor, self._answerer(number)))
-            else:
-                kind = type(module.processor).__name__
-                self.ledger.skipped_layers[layer.name] = f"its processor, {kind}, is not one that can be taken over"
-        if self.config.strict and self.ledger.skipped_layers:
-            reasons = "; ".join(f"{name}: {why}" for name, why in self.ledger.skipped_layers.items())
-            self._restore_processors()
-            raise FallbackError(f"strict: {self.name} has layers that would stay dense. {reasons}")
-        self._handles = [
-            denoiser.register_forward_pre_hook(self._begin, with_kwargs=True),
-            denoiser.register_forward_hook(self._end, always_call=True),
-            *self.family.reorder_hooks(denoiser, self),
-        ]
+        try:
+            for number, layer in enumerate(self.layers):
+                module: Any = layer.module
+                if takes_dispatch(module.processor):
+                    module.set_processor(TilewiseProcessor(module.processor, self._answerer(number)))
+                else:
+                    self._leave_alone(layer, f"its processor, {type(module.processor).__name__}, cannot be taken over")
+            self._handles.append(denoiser.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._handles.append(denoiser.register_forward_hook(self._end, always_call=True))
+            self._handles += self.family.reorder_hooks(denoiser, self)
+        except BaseException:
+            self._take_off()
+            raise
         setattr(denoiser, ATTRIBUTE, self)
 
+    def _leave_alone(self, layer: AttentionLayer, reason: str) -> None:
+        """A layer with a processor of its own stays dense, is reported, and gets its tokens in the model's own order."""
+        if self.config.strict:
+            raise FallbackError(f"strict: {self.name}.{layer.name} would stay dense: {reason}")
+        self.ledger.skipped_layers[layer.name] = reason
+        self._handles += self.family.raster_hooks(layer.module, self)
+
     def remove(self, denoiser: nn.Module) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._restore_processors()
+        self._take_off()
         delattr(denoiser, ATTRIBUTE)
 
-    def _restore_processors(self) -> None:
+    def _take_off(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         for layer in self.layers:
             module: Any = layer.module
             # One that was replaced since by somebody else is theirs to keep.
             if isinstance(module.processor, TilewiseProcessor):
                 module.set_processor(module.processor.original)
 
+    def __deepcopy__(self, memo: dict) -> Patch:
+        raise TilewiseError(
+            f"{self.name} is patched: a copy would share its hooks. Call tilewise.unpatch before copying"
+        )
+
     # ── during a forward ─────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.grid = self.family.grid(denoiser, args, kwargs)
         step, total = step_of(self.pipe(), self.family.timestep(args, kwargs))
-        runs = self.config.runs_at(step, total)
-        self._layout = self.config.method.layout(self.grid) if runs and self.selected else None
+        self._runs = self.config.runs_at(step, total)
+        self._refused = None
+        for layer in self.layers:
+            module: Any = layer.module
+            if isinstance(module.processor, TilewiseProcessor):
+                if module.processor._parallel_config is not None:
+                    self._refused = "context parallelism is enabled, and shards the tokens before they can be reordered"
+            elif layer.name not in self.ledger.skipped_layers:
+                kind = type(module.processor).__name__
+                self._leave_alone(layer, f"its processor was replaced by {kind} after the patch")
+        if self._refused and self._runs and self.config.strict:
+            raise FallbackError(f"strict: {self.name} cannot run {self.config.method.name}: {self._refused}")
+        # The order is in force in dense steps too: caches that keep tensors from one step to the next, as some of diffusers'
+        # do, must find them in the same order.
+        usable = self.selected and self._refused is None
+        self._layout = self.config.method.layout(self.grid) if usable else None
 
     def _end(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
         self._layout = None
@@ -159,13 +185,15 @@ class Patch:
             parallel_config: Any = None,
         ) -> torch.Tensor:
             layout = self._layout
-            if layout is None:
+            if not self._runs:
                 entry = Entry(DENSE_STEP)
-            elif layer.block not in self.selected:
+            elif layer.block not in self.selected or (layout is None and self._refused is None):
                 entry = Entry(DENSE_LAYER)
             else:
-                reason = _refusal(layout, query, key, attn_mask, dropout_p, is_causal, parallel_config)
-                if reason is None:
+                reason = self._refused
+                if layout is not None:
+                    reason = _refusal(layout, query, key, attn_mask, dropout_p, is_causal)
+                if reason is None and layout is not None:
                     plan = self.plan(layout, query.shape[2], query.device)
                     try:
                         chosen = choose_backend(query, key, value, plan)
@@ -179,7 +207,7 @@ class Patch:
                     raise FallbackError(
                         f"strict: {self.name}.{layer.name} cannot run {self.config.method.name}: {reason}"
                     )
-                entry = Entry(FALLBACK, reason=reason)
+                entry = Entry(FALLBACK, reason=reason or "")
             if layout is not None and attn_mask is not None:
                 attn_mask = _reorder_mask(attn_mask, layout, self.order(attn_mask.device))
             with self.ledger.record(number, entry, query.device):
@@ -198,7 +226,6 @@ def _refusal(
     attn_mask: torch.Tensor | None,
     dropout_p: float,
     is_causal: bool,
-    parallel_config: Any,
 ) -> str | None:
     """Why an attention call cannot run sparse although step and layer should, or None."""
     tokens = layout.grid.tokens
@@ -210,8 +237,6 @@ def _refusal(
         return "the call is causal"
     if dropout_p:
         return "the call has dropout"
-    if parallel_config is not None:
-        return "context parallelism is enabled"
     return None
 
 
@@ -256,13 +281,13 @@ def patch(
     config = resolve(method, steps=steps, blocks=blocks, strict=strict)
     denoisers = denoisers_of(target)
     for name, denoiser in denoisers.items():
-        _check_blocks(name, denoiser, config)
+        _check(name, denoiser, config)
     previous = _configs(denoisers)
     unpatch(target)
     try:
         for name, denoiser in denoisers.items():
             Patch(name, denoiser, target, config)
-    except FallbackError:
+    except BaseException:
         unpatch(target)
         for name, old in previous.items():
             Patch(name, denoisers[name], target, old)
@@ -270,12 +295,16 @@ def patch(
     return target
 
 
-def _check_blocks(name: str, denoiser: nn.Module, config: Config) -> None:
+def _check(name: str, denoiser: nn.Module, config: Config) -> None:
+    """Refuse what would only come to light in mid-denoise."""
     family = family_of(denoiser)
     assert family is not None
-    blocks = {layer.block for layer in family.layers(denoiser)}
+    layers = family.layers(denoiser)
+    blocks = {layer.block for layer in layers}
     if blocks and not blocks & set(select_blocks(config.blocks, max(blocks) + 1)):
         raise ConfigError(f"blocks={config.blocks!r} selects none of the {len(blocks)} blocks of {name}")
+    for heads in sorted({layer.heads for layer in layers}):
+        config.method.check(heads)
 
 
 def _configs(denoisers: dict[str, nn.Module]) -> dict[str, Config]:
@@ -309,7 +338,10 @@ def patched(
     blocks: str | None = None,
     strict: bool | None = None,
 ) -> Iterator[T]:
-    """``with patched(pipe, "sta"): …``: patch for the length of a block, then leave the target as it was before."""
+    """``with patched(pipe, "sta"): …``: patch for the length of a block, then unpatch.
+
+    A target that was patched before gets its earlier config back, with a new ``summary``.
+    """
     denoisers = denoisers_of(target)
     before = _configs(denoisers)
     patch(target, method, steps=steps, blocks=blocks, strict=strict)

@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tilewise.kernels.attention import available_backends
+from tilewise.kernels.attention import available_backends, misfit
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.ledger import FALLBACK, SPARSE, Entry
-from tilewise.plugins.models.base import Size, family_of
+from tilewise.plugins.models.base import AttentionLayer, Size, family_of
 from tilewise.plugins.patching import denoisers_of, patches_of
+from tilewise.plugins.processor import TilewiseProcessor, takes_dispatch
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,8 @@ def explain(
         ConfigError: for an option that cannot be, or a size that the model does not take (with the nearest one).
         UnsupportedModelError: for a target that no family serves.
     """
+    if num_inference_steps < 1:
+        raise ConfigError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
     denoisers = denoisers_of(target)
     patches = patches_of(target)
     if method is None:
@@ -230,10 +233,12 @@ def explain(
         assert family is not None
         grid = family.grid_of_size(denoiser, target, size)
         layers = family.layers(denoiser)
-        device = _run_device(denoiser)
-        rows.append(_explain_row(name, type(denoiser).__name__, config, grid, layers, device))
-        if name in patches:
-            notes += [f"{name}.{at} stays dense: {why}" for at, why in patches[name].ledger.skipped_layers.items()]
+        rows.append(_explain_row(name, denoiser, config, grid, layers))
+        for layer in layers:
+            processor: Any = layer.module.processor
+            if not isinstance(processor, TilewiseProcessor) and not takes_dispatch(processor):
+                why = f"its processor, {type(processor).__name__}, cannot be taken over"
+                notes.append(f"{name}.{layer.name} stays dense: {why}")
     sparse = sum(config.runs_at(step, num_inference_steps) for step in range(num_inference_steps))
     if rows[0].tile is None:
         sparse = 0
@@ -241,19 +246,26 @@ def explain(
     return Explanation(config.to_dict(), shape, sparse, num_inference_steps - sparse, rows, notes)
 
 
-def _run_device(denoiser: torch.nn.Module) -> torch.device:
-    """Where a denoiser would run: where its weights are; for one without weights (on "meta"), where they would be put."""
-    device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
-    if device.type == "meta":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device
+def _expected_backend(denoiser: torch.nn.Module, layer: AttentionLayer) -> tuple[str, str]:
+    """(backend, reason) that attention calls of a denoiser would get."""
+    weight = next(denoiser.parameters())
+    device = weight.device
+    if device.type == "meta":  # not loaded yet: where the weights would be put
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    elif unfit := misfit(layer.head_dim, weight.dtype):
+        return "stock", f"every call would fall back: {unfit}"
+    for backend, usable, reason in available_backends(device):
+        if usable:
+            return backend, reason
+    return "stock", f"every call would fall back: no backend runs on {device.type}"
 
 
 def _explain_row(
-    name: str, model: str, config: Config, grid: Grid, layers: list[Any], device: torch.device
+    name: str, denoiser: torch.nn.Module, config: Config, grid: Grid, layers: list[AttentionLayer]
 ) -> ExplainRow:
     count = 1 + max((layer.block for layer in layers), default=-1)
     selected = select_blocks(config.blocks, count)
+    model = type(denoiser).__name__
     layout = config.method.layout(grid)
     if layout is None:
         everything = _ranges(list(range(count)))
@@ -273,8 +285,7 @@ def _explain_row(
             "the method is dense",
         )
     plan = config.method.plan(layout, layers[0].heads, torch.device("cpu"))
-    usable = [(backend, reason) for backend, can, reason in available_backends(device) if can]
-    backend, reason = usable[0] if usable else ("none", f"no backend runs on {device.type}: every call would fall back")
+    backend, reason = _expected_backend(denoiser, layers[0])
     return ExplainRow(
         denoiser=name,
         model=model,

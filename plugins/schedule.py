@@ -15,25 +15,28 @@ def step_of(pipe: Any, timestep: torch.Tensor) -> tuple[int, int]:
 
     A diffusers scheduler counts its steps on the host, so both numbers cost no synchronisation; they are right for any number
     of steps, for multi-step solvers, for repeated calls, and for video-to-video, which enters the schedule part-way. Without a
-    pipeline, or with one whose scheduler is not in use, the noise level stands in: the timestep's value over 1000 (this reads
-    one number from the device).
+    pipeline, or with one whose scheduler is not in use or at its end (another pipeline is running the same denoiser), the noise
+    level stands in: the timestep's value over 1000 (this reads one number from the device).
     """
-    scheduler = getattr(pipe, "scheduler", None)
+    scheduler: Any = getattr(pipe, "scheduler", None)
     timesteps = getattr(scheduler, "timesteps", None)
-    in_use = getattr(scheduler, "num_inference_steps", None) is not None
     if (
-        scheduler is None
-        or timesteps is None
-        or len(timesteps) == 0
-        or not in_use
+        timesteps is None
+        or getattr(scheduler, "num_inference_steps", None) is None
         or not hasattr(scheduler, "step_index")
     ):
-        level = min(max(float(timestep.max()) / 1000, 0.0), 1.0)
-        return min(FINE - 1, round((1 - level) * FINE)), FINE
+        return _by_noise_level(timestep)
     step = scheduler.step_index
     if step is None:  # before the first step
         step = scheduler.begin_index
     if step is None:
         # Video-to-video drops the first timesteps without telling the scheduler; the pipeline knows how many are left.
         step = len(timesteps) - (getattr(pipe, "_num_timesteps", None) or len(timesteps))
-    return min(step, len(timesteps) - 1), len(timesteps)
+    if step >= len(timesteps):
+        return _by_noise_level(timestep)
+    return step, len(timesteps)
+
+
+def _by_noise_level(timestep: torch.Tensor) -> tuple[int, int]:
+    level = min(max(float(timestep.max()) / 1000, 0.0), 1.0)
+    return min(FINE - 1, round((1 - level) * FINE)), FINE

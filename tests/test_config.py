@@ -173,5 +173,31 @@ def test_explain_names_the_nearest_size(tiny_pipe):
         tilewise.explain(tiny_pipe, height=64, width=64, num_frames=9)
 
 
+def test_explain_says_what_would_stay_dense_and_why(tiny_pipe):
+    size = {"height": 64, "width": 64, "num_frames": 9, "method": "sta"}
+    assert tilewise.explain(tiny_pipe, **size).rows[0].backend == "torch"
+    tiny_pipe.transformer.blocks[0].attn1.processor = object()
+    assert tilewise.explain(tiny_pipe, **size).notes == [
+        "transformer.blocks.0.attn1 stays dense: its processor, object, cannot be taken over"
+    ]
+    row = tilewise.explain(tiny_pipe.to(torch.float64), **size).rows[0]
+    assert row.backend == "stock"
+    assert "every call would fall back: dtype must be" in row.backend_reason
+    with pytest.raises(tilewise.ConfigError, match="num_inference_steps must be at least 1"):
+        tilewise.explain(tiny_pipe, **size, num_inference_steps=0)
+
+
+def test_a_tile_that_is_too_small_for_the_grid_is_refused():
+    method = STA(tile=(1, 1, 1))
+    with pytest.raises(tilewise.ConfigError, match="32760 blocks, more than 12288; give a larger tile"):
+        method.plan(method.layout(Grid(21, 30, 52)), 12, torch.device("cpu"))
+
+
+def test_what_resolve_takes_can_be_loaded_again():
+    for wrong in ({"blocks": 1}, {"strict": 1}):
+        with pytest.raises(tilewise.ConfigError, match="blocks must be a string and strict true or false"):
+            resolve(STA(), **wrong)
+
+
 def test_supported_models_lists_wan():
     assert tilewise.supported_models() == {"wan": ["WanTransformer3DModel"]}

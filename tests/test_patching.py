@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import weakref
@@ -9,10 +10,16 @@ import weakref
 import pytest
 import tiny_wan
 import torch
-from diffusers import UniPCMultistepScheduler, WanVideoToVideoPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanVideoToVideoPipeline,
+)
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import tilewise
+import tilewise.plugins.models.base
 from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP, FALLBACK, SPARSE
 from tilewise.plugins.schedule import step_of
 
@@ -221,9 +228,9 @@ def test_a_window_a_head(tiny_pipe):
     assert (mixed - stock).abs().max() > 1e-3
     density = tilewise.summary(tiny_pipe).density
     assert 0.5 < density < 0.6
-    tilewise.patch(tiny_pipe, tilewise.STA(window=((1, 1, 1),) * 3, tile=(2, 3, 3)), steps=(0, 1))
     with pytest.raises(tilewise.ConfigError, match="3 windows were given, but the layer has 2 heads"):
-        latents(tiny_pipe)
+        tilewise.patch(tiny_pipe, tilewise.STA(window=((1, 1, 1),) * 3, tile=(2, 3, 3)), steps=(0, 1))
+    assert tilewise.summary(tiny_pipe).density == density  # the earlier patch is still on
 
 
 def test_patching_again_replaces(tiny_pipe):
@@ -270,7 +277,8 @@ class Exotic(WanAttnProcessor):
     """A processor that computes attention its own way."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        return hidden_states * 0.5
+        ramp = torch.linspace(0, 1, hidden_states.shape[1])[None, :, None]  # it counts on raster order
+        return hidden_states * ramp + rotary_emb[0].mean((2, 3))[..., None] * ramp
 
 
 def test_an_exotic_processor_stays_dense_and_is_reported(tiny_pipe):
@@ -278,9 +286,7 @@ def test_an_exotic_processor_stays_dense_and_is_reported(tiny_pipe):
     tilewise.patch(tiny_pipe, SMALL, steps=(0, 1))
     latents(tiny_pipe)
     report = tilewise.summary(tiny_pipe)
-    assert report.skipped_layers == {
-        "transformer.blocks.0.attn1": "its processor, Exotic, is not one that can be taken over"
-    }
+    assert report.skipped_layers == {"transformer.blocks.0.attn1": "its processor, Exotic, cannot be taken over"}
     assert "stays dense" in str(report)
     assert {row.layers for row in report.rows} == {"1"}
     tilewise.unpatch(tiny_pipe)
@@ -288,6 +294,108 @@ def test_an_exotic_processor_stays_dense_and_is_reported(tiny_pipe):
         tilewise.patch(tiny_pipe, SMALL, strict=True)
     assert not tilewise.is_patched(tiny_pipe)
     assert isinstance(tiny_pipe.transformer.blocks[0].attn1.processor, Exotic)
+
+
+def test_an_exotic_processor_gets_its_tokens_in_the_models_own_order(tiny_pipe):
+    tiny_pipe.transformer.blocks[1].attn1.set_processor(Exotic())
+    stock = latents(tiny_pipe)
+    tilewise.patch(tiny_pipe, FULL, steps=(0, 1))
+    torch.testing.assert_close(latents(tiny_pipe), stock, atol=1e-4, rtol=1e-4)
+    before = state(tilewise.unpatch(tiny_pipe).transformer)
+    assert not [hooks for _, hooks, _ in before.values() if any(hooks[:5])]
+
+
+def test_a_processor_that_is_replaced_after_the_patch_is_reported(tiny_pipe):
+    tilewise.patch(tiny_pipe, FULL, steps=(0, 1))
+    tiny_pipe.transformer.blocks[0].attn1.set_processor(Exotic())
+    patched = latents(tiny_pipe)
+    assert "replaced by Exotic" in tilewise.summary(tiny_pipe).skipped_layers["transformer.blocks.0.attn1"]
+    tilewise.unpatch(tiny_pipe)
+    torch.testing.assert_close(latents(tiny_pipe), patched, atol=1e-4, rtol=1e-4)
+    assert isinstance(tiny_pipe.transformer.blocks[0].attn1.processor, Exotic)
+    tiny_pipe.transformer.blocks[0].attn1.set_processor(WanAttnProcessor())
+    tilewise.patch(tiny_pipe, FULL, steps=(0, 1), strict=True)
+    tiny_pipe.transformer.blocks[0].attn1.set_processor(Exotic())
+    with pytest.raises(tilewise.FallbackError, match="replaced by Exotic"):
+        latents(tiny_pipe)
+
+
+def test_context_parallelism_is_refused_before_anything_is_reordered(tiny_pipe):
+    model = tilewise.patch(tiny_pipe.transformer, SMALL, steps=(0, 1), strict=True)
+    for block in model.blocks:
+        block.attn1.processor._parallel_config = object()  # what enable_parallelism sets
+    with torch.no_grad(), pytest.raises(tilewise.FallbackError, match="context parallelism"):
+        model(torch.randn(1, 4, 5, 16, 16), torch.tensor([500.0]), torch.randn(1, 16, tiny_wan.TEXT_DIM))
+    assert model._tilewise.order(torch.device("cpu")) is None
+
+
+def test_caches_that_outlive_a_step_stay_right(tiny_pipe):
+    """Pyramid attention broadcast replays a layer's output in a later step: across the first sparse step, too."""
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    def run():
+        tiny_pipe.transformer.enable_cache(
+            PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2,
+                spatial_attention_timestep_skip_range=(0, 1001),
+                spatial_attention_block_identifiers=("blocks",),
+                current_timestep_callback=lambda: tiny_pipe.current_timestep,
+            )
+        )
+        out = latents(tiny_pipe, steps=5)
+        tiny_pipe.transformer.disable_cache()
+        return out
+
+    stock = run()
+    assert not torch.equal(stock, latents(tiny_pipe, steps=5))  # the cache does something
+    for start in (0.2, 0.6):
+        with tilewise.patched(tiny_pipe, FULL, steps=(start, 1), strict=True):
+            torch.testing.assert_close(run(), stock, atol=1e-4, rtol=1e-4)
+
+
+def test_copying_a_patched_denoiser_is_refused(tiny_pipe):
+    tilewise.patch(tiny_pipe, SMALL)
+    with pytest.raises(tilewise.TilewiseError, match=r"Call tilewise\.unpatch before copying"):
+        copy.deepcopy(tiny_pipe.transformer)
+    copy.deepcopy(tilewise.unpatch(tiny_pipe).transformer)
+
+
+def test_another_pipeline_with_the_same_denoiser_keeps_its_dense_steps(tiny_pipe):
+    """Its own scheduler counts its steps; the one that was patched is at its end, so the noise level stands in."""
+    other = WanPipeline(**tiny_pipe.components | {"scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0)})
+    other.set_progress_bar_config(disable=True)
+    tilewise.patch(tiny_pipe, SMALL, steps=(0.25, 1))
+    latents(tiny_pipe, steps=8)
+    assert kinds(tiny_pipe) == {DENSE_STEP: 2 * 4, SPARSE: 6 * 4}
+    latents(other, steps=8)
+    assert kinds(other)[DENSE_STEP] > 2 * 4
+
+
+def test_offloading_before_and_after(tiny_pipe):
+    """accelerate wraps the denoiser's forward; the patch neither sees it nor minds."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_module
+
+    stock = latents(tiny_pipe)
+    tilewise.patch(tiny_pipe, FULL, steps=(0, 1), strict=True)
+    cpu_offload(tiny_pipe.transformer, torch.device("cpu"))
+    torch.testing.assert_close(latents(tiny_pipe), stock, atol=1e-4, rtol=1e-4)
+    tilewise.unpatch(tiny_pipe)
+    assert torch.equal(latents(tiny_pipe), stock)
+    tilewise.patch(tiny_pipe, FULL, steps=(0, 1), strict=True)
+    torch.testing.assert_close(latents(tiny_pipe), stock, atol=1e-4, rtol=1e-4)
+    remove_hook_from_module(tiny_pipe.transformer, recurse=True)
+    torch.testing.assert_close(latents(tiny_pipe), stock, atol=1e-4, rtol=1e-4)
+
+
+def test_a_failing_family_leaves_nothing_behind(monkeypatch):
+    model = tiny_wan.tiny_transformer()
+    before = state(model)
+    family = tilewise.plugins.models.base.family_of(model)
+    monkeypatch.setattr(type(family), "reorder_hooks", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tilewise.patch(model, SMALL)
+    assert state(model) == before
 
 
 def test_fallbacks_are_counted_with_their_reason_and_strict_makes_them_errors():

@@ -40,6 +40,13 @@ class Method:
         """
         raise NotImplementedError
 
+    def check(self, heads: int) -> None:
+        """Refuse, before anything runs, options that do not fit a layer with ``heads`` heads.
+
+        Raises:
+            ConfigError: saying what would fit.
+        """
+
     def describe(self, layout: Layout) -> dict[str, Any]:
         """What ``explain`` says about the method on this layout, beyond grid, tile and density."""
         return {}

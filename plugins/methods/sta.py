@@ -23,6 +23,7 @@ from tilewise.plugins.methods.base import Method, register
 
 Triple: TypeAlias = tuple[int, int, int]
 DEFAULT_WINDOW: Triple = (3, 3, 3)
+MAX_BLOCKS = 12_288  # block maps are N × N: beyond this, building one takes gigabytes
 
 
 @register
@@ -70,12 +71,19 @@ class STA(Method):
         assert self.window is not None
         return self.window if isinstance(self.window[0], tuple) else (self.window,)
 
+    def check(self, heads: int) -> None:
+        windows = 1 if self.window is None or isinstance(self.window[0], int) else len(self.window)
+        if windows not in (1, heads):
+            raise ConfigError(f"STA: {windows} windows were given, but the layer has {heads} heads; give 1 or {heads}")
+
     def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
-        windows = self.windows(layout)
-        if len(windows) not in (1, heads):
+        self.check(heads)
+        if layout.blocks > MAX_BLOCKS:
             raise ConfigError(
-                f"STA: {len(windows)} windows were given, but the layer has {heads} heads; give 1 or {heads}"
+                f"STA: tile {layout.tile} cuts the grid {layout.grid} into {layout.blocks} blocks, more than {MAX_BLOCKS}; "
+                "give a larger tile"
             )
+        windows = self.windows(layout)
         # Heads with the same window share one set of lists.
         distinct = list(dict.fromkeys(windows))
         head_set = torch.tensor([distinct.index(w) for w in windows]) if len(distinct) > 1 else None

@@ -70,6 +70,12 @@ class Family(Protocol):
         Returns the handles, each with ``remove()``.
         """
 
+    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
+        """Hooks that give one attention module its tokens in the model's own order, and bring its output back.
+
+        For a module whose processor is not ours: it may count on that order.
+        """
+
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         """The grid that a pipeline call of this size leads to.
 

@@ -68,6 +68,20 @@ class WanFamily:
             model.blocks[-1].register_forward_hook(leave),
         ]
 
+    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
+        def enter(module: nn.Module, args: tuple) -> Any:
+            # WanTransformerBlock calls attn1(hidden_states, None, None, rotary_emb).
+            if (order := reorder.order(args[0].device)) is None:
+                return None
+            rotary = tuple(permute_tokens(table, order[1]) for table in args[3])
+            return (permute_tokens(args[0], order[1]), *args[1:3], rotary, *args[4:])
+
+        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            order = reorder.order(output.device)
+            return None if order is None else permute_tokens(output, order[0])
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         pt, ph, pw = _patch_size(denoiser)
         spatial, temporal = _vae_factors(pipe)

@@ -39,9 +39,9 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
         UnsupportedModelError: if there is none, or one that no family serves.
     """
     found = {name: getattr(target, name, None) for name in DENOISERS}
-    denoisers = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
-    if isinstance(target, nn.Module) and (not denoisers or family_of(target) is not None):
-        denoisers = {"denoiser": target}
+    denoisers = {name: _uncompiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
+    if isinstance(target, nn.Module) and (not denoisers or family_of(_uncompiled(target)) is not None):
+        denoisers = {"denoiser": _uncompiled(target)}
     if not denoisers:
         raise UnsupportedModelError(
             f"{type(target).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a module. Give a diffusers pipeline, "
@@ -55,6 +55,20 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
                 "patched. To add it, write a Family (see tilewise.plugins.models.wan) and call tilewise.register_family"
             )
     return denoisers
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile(module)`` returned."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _forget_compiled(target: Any, denoisers: dict[str, nn.Module]) -> None:
+    """Compiled code does not look for hooks that come or go later: where there may be some, it is dropped and made anew."""
+    wrapped = [target, *(getattr(target, name, None) for name in denoisers)]
+    compiled = any(getattr(module, "_orig_mod", None) is not None for module in wrapped)
+    modules = (module for denoiser in denoisers.values() for module in denoiser.modules())
+    if compiled or any(getattr(module, "_compiled_call_impl", None) is not None for module in modules):
+        torch.compiler.reset()
 
 
 class Patch:
@@ -126,6 +140,7 @@ class Patch:
 
     # ── during a forward ─────────────────────────────────────────────────────────────────────────────────────────
 
+    @torch.compiler.disable
     def _begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.grid = self.family.grid(denoiser, args, kwargs)
         step, total = step_of(self.pipe(), self.family.timestep(args, kwargs))
@@ -146,9 +161,11 @@ class Patch:
         usable = self.selected and self._refused is None
         self._layout = self.config.method.layout(self.grid) if usable else None
 
+    @torch.compiler.disable
     def _end(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
         self._layout = None
 
+    @torch.compiler.disable
     def order(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The token order in force, for the family's hooks (the ``Reorder`` protocol)."""
         if self._layout is None:
@@ -292,6 +309,7 @@ def patch(
         for name, old in previous.items():
             Patch(name, denoisers[name], target, old)
         raise
+    _forget_compiled(target, denoisers)
     return target
 
 
@@ -313,9 +331,12 @@ def _configs(denoisers: dict[str, nn.Module]) -> dict[str, Config]:
 
 def unpatch(target: T) -> T:
     """Take the patch off: processors are put back by identity, hooks and state are removed. Harmless if there is none."""
-    for denoiser in denoisers_of(target).values():
-        if ATTRIBUTE in denoiser.__dict__:
-            denoiser.__dict__[ATTRIBUTE].remove(denoiser)
+    denoisers = denoisers_of(target)
+    on = [denoiser for denoiser in denoisers.values() if ATTRIBUTE in denoiser.__dict__]
+    for denoiser in on:
+        denoiser.__dict__[ATTRIBUTE].remove(denoiser)
+    if on:
+        _forget_compiled(target, denoisers)
     return target
 
 

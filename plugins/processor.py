@@ -11,6 +11,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 DISPATCH = "dispatch_attention_fn"
 
 
@@ -48,6 +50,9 @@ class TilewiseProcessor:
         # drops every keyword argument that the signature does not name.
         self.__dict__["__call__"] = types.MethodType(rebound, original)
 
+    # Left out of torch.compile's graphs: Dynamo keeps compiled code by code object, which the copy shares with the stock
+    # processor while its globals differ; and the books kept in ``answer`` are Python. The rest of the model is compiled.
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["__call__"](*args, **kwargs)
 

@@ -388,6 +388,27 @@ def test_offloading_before_and_after(tiny_pipe):
     torch.testing.assert_close(latents(tiny_pipe), stock, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
+def test_compiled_before_or_after_the_patch(tiny_pipe, how):
+    """torch.compile(module), module.compile() and compile_repeated_blocks(), with code that had already been compiled."""
+    stock = latents(tiny_pipe)
+    if how == "wrapped":
+        tiny_pipe.transformer = torch.compile(tiny_pipe.transformer, backend="eager")
+    elif how == "in place":
+        tiny_pipe.transformer.compile(backend="eager")
+    else:
+        tiny_pipe.transformer.compile_repeated_blocks(backend="eager")
+    torch.testing.assert_close(latents(tiny_pipe), stock, atol=1e-4, rtol=1e-4)
+    tilewise.patch(tiny_pipe, SMALL, steps=(0, 1))
+    sparse = latents(tiny_pipe)
+    assert (sparse - stock).abs().max() > 1e-2
+    assert kinds(tiny_pipe) == {SPARSE: 4 * 2 * 2}
+    tilewise.patch(tiny_pipe, FULL, steps=(0, 1))
+    torch.testing.assert_close(latents(tiny_pipe), stock, atol=1e-4, rtol=1e-4)
+    tilewise.unpatch(tiny_pipe)
+    torch.testing.assert_close(latents(tiny_pipe), stock, atol=1e-4, rtol=1e-4)
+
+
 def test_a_failing_family_leaves_nothing_behind(monkeypatch):
     model = tiny_wan.tiny_transformer()
     before = state(model)

@@ -7,12 +7,12 @@ language into the same terms, and `score` compares the two, so generated clips c
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial import ConvexHull, QhullError
 
 COLOURS = {
@@ -353,20 +353,8 @@ def score(content: ClipContent, expected: ExpectedContent) -> dict[str, bool | N
     result: dict[str, bool | None] = dict.fromkeys(ATTRIBUTES)
     result["count"] = content.count == len(expected.objects) if expected.objects else None
     wanted = expected.objects
-    candidates: list[DetectedObject | None] = [*content.objects, *[None] * len(wanted)]
-    best: tuple[float, dict[str, bool | None]] = (-1.0, dict.fromkeys(("colour", "shape", "motion")))
-    # The most prominent objects come first, so that they win where several assignments are equally right.
-    for chosen in itertools.permutations(candidates[: len(wanted) + 4], len(wanted)):
-        right = {key: _all_right(wanted, chosen, key) for key in ("colour", "shape", "motion")}
-        # Objects are told apart by their colour; the rest breaks ties.
-        value = sum(
-            weight * _matches(want, have, key)
-            for want, have in zip(wanted, chosen, strict=True)
-            for key, weight in (("colour", 10.0), ("shape", 2.0), ("motion", 1.0))
-        )
-        if value > best[0]:
-            best = value, right
-    result.update(best[1])
+    chosen = _assign(wanted, content.objects[: len(wanted) + 4])
+    result.update({key: _all_right(wanted, chosen, key) for key in ("colour", "shape", "motion")})
     colour, pattern = expected.background_colour, expected.background_pattern
     result["background_colour"] = None if colour is None else content.background_colour == colour
     result["background_pattern"] = None if pattern is None else content.background_pattern == pattern
@@ -375,11 +363,42 @@ def score(content: ClipContent, expected: ExpectedContent) -> dict[str, bool | N
     return result
 
 
+def _assign(wanted: tuple[ExpectedObject, ...], found: tuple[DetectedObject, ...]) -> list[DetectedObject | None]:
+    """For each wanted object the found one that it is judged by: the assignment with the most right, in polynomial time.
+
+    The most prominent objects come first in `found`: where several assignments are equally right, the first wanted object
+    gets the most prominent one it can have, then the second, and so on.
+    """
+    # Objects are told apart by their colour; the rest breaks ties.
+    weights = {"colour": 10, "shape": 2, "motion": 1}
+    value = np.array(
+        [[sum(w * _matches(want, have, key) for key, w in weights.items()) for have in found] for want in wanted], int
+    ).reshape(len(wanted), len(found))
+    chosen: list[DetectedObject | None] = []
+    free = list(range(len(found)))
+    best = _most(value)
+    for row in range(len(wanted)):
+        taken = None
+        for column in free:
+            others = _most(value[np.ix_(range(row + 1, len(wanted)), [other for other in free if other != column])])
+            if value[row, column] + others == best:
+                taken, best = column, others
+                free.remove(column)
+                break
+        chosen.append(None if taken is None else found[taken])  # none: its rivals need every object that is left
+    return chosen
+
+
+def _most(value: np.ndarray) -> int:
+    """The largest sum over pairs of a row and a column of its own."""
+    return int(value[linear_sum_assignment(value, maximize=True)].sum())
+
+
 def _matches(want: ExpectedObject, have: DetectedObject | None, key: str) -> bool:
     value = getattr(want, key)
     return value is not None and have is not None and getattr(have, key) == value
 
 
-def _all_right(wanted: tuple[ExpectedObject, ...], chosen: tuple[DetectedObject | None, ...], key: str) -> bool | None:
+def _all_right(wanted: tuple[ExpectedObject, ...], chosen: list[DetectedObject | None], key: str) -> bool | None:
     said = [(want, have) for want, have in zip(wanted, chosen, strict=True) if getattr(want, key) is not None]
     return all(_matches(want, have, key) for want, have in said) if said else None

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from tilewise.pipelines.generate import Clip, Progress, generate, run
+from tilewise.pipelines.generate import Clip, Progress, generate, refuse_patched, run
 from tilewise.pipelines.metrics import psnr, ssim
 from tilewise.pipelines.settings import GenerateSettings
 from tilewise.plugins.config import resolve
@@ -36,7 +36,7 @@ class Comparison:
     ssim: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values only, without the frames; psnr is null for identical clips."""
+        """JSON values only, without the frames; psnr is null for identical clips, content for clips not `judged`."""
         return {
             "speedup": self.speedup,
             "psnr": self.psnr if math.isfinite(self.psnr) else None,
@@ -58,6 +58,7 @@ def compare(pipe: Any, settings: GenerateSettings, progress: Progress | None = N
     """
     if settings.is_dense:
         raise ConfigError("comparing dense with dense says nothing; choose another method")
+    refuse_patched(pipe)  # before the warm-up, which would run on the wrong method
     tell = progress or (lambda phase, done, total: None)
     name = settings.method.method.name
     reference = dataclasses.replace(settings, method=resolve("dense"))

@@ -35,20 +35,32 @@ def write_text(path: str | Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def sidecar(path: str | Path) -> Path:
+    """Where a clip's settings lie as JSON: beside it, under the same name."""
+    return Path(path).with_suffix(".json")
+
+
 def check_writable(path: str | Path, *, suffix: str = ".mp4", create: bool = True) -> Path:
     """Makes sure, before long work, that `path` can be written later, and returns it as a Path.
 
     The parent folder is created if need be, and a file is really written there and removed: permission bits do not tell
     about read-only mounts or root. With `create=False` nothing is touched, and only what can be seen is checked.
 
-    Raises OutputPathError for another suffix than `suffix`, a directory, or a folder that cannot be made or written to.
+    Raises OutputPathError for another suffix than `suffix`, a directory, a read-only file, or a folder that cannot be made
+    or written to.
     """
     path = Path(path)
     if path.is_dir():
         raise OutputPathError(f"cannot write {path}: it is a directory; try {path / ('clip' + suffix)}")
     if path.suffix.lower() != suffix:
         raise OutputPathError(f"cannot write {path}: the output is a {suffix} file; try {path.with_suffix(suffix)}")
+    # A rename would replace it all the same, but whoever took the permission away wants the file kept.
+    if path.exists() and not os.access(path, os.W_OK):
+        raise OutputPathError(f"cannot write {path}: there is such a file, and it is read-only")
     folder = path.parent
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise OutputPathError(f"cannot write {path}: {existing} is a file, not a directory")
     try:
         if create:
             folder.mkdir(parents=True, exist_ok=True)
@@ -58,15 +70,28 @@ def check_writable(path: str | Path, *, suffix: str = ".mp4", create: bool = Tru
             finally:
                 probe.unlink(missing_ok=True)
         else:
-            existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-            if not existing.is_dir():
-                raise NotADirectoryError(20, "Not a directory", str(existing))
             if not os.access(existing, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied", str(existing))
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputPathError(f"cannot write {path}: {reason} ({error.filename or folder})") from error
     return path
+
+
+def check_sidecar(path: str | Path, *, keep: Path | None = None, create: bool = True) -> None:
+    """`check_writable` for the settings beside the clip `path`; `keep` is a file of the user's that they must not replace.
+
+    Raises OutputPathError, naming clip and settings file.
+    """
+    target = sidecar(path)
+    if target.is_dir():
+        raise OutputPathError(f"cannot write {path}: its settings go to {target}, which is a directory")
+    if keep is not None and target.exists() and keep.exists() and target.samefile(keep):
+        raise OutputPathError(
+            f"cannot write {path}: its settings go to {target}, which is the config that --method names; "
+            "choose another name for the clip"
+        )
+    check_writable(target, suffix=".json", create=create)
 
 
 def _sync(path: Path) -> None:

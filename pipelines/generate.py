@@ -19,13 +19,11 @@ from tilewise.pipelines.native import native_size
 from tilewise.pipelines.settings import GenerateSettings
 from tilewise.pipelines.video import to_uint8
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
-from tilewise.plugins.patching import is_patched, patched
-from tilewise.plugins.report import Summary, summary
+from tilewise.plugins.patching import DENOISERS, is_patched, patched
+from tilewise.plugins.summary import Summary, summary
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called as progress(phase, done, total): phase is "encode", "denoise" or "decode", done and total count its steps."""
-
-DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Clip:
     frames: uint8 (T, H, W, 3). settings: what made it. summary: what the attention calls did; None for dense.
     seconds: "encode" (text, noise), "denoise", "decode" (VAE to pixels) and "total", wall-clock.
     content: what of the prompt the clip shows, attribute by attribute, None where the prompt says nothing; as a whole
-    None for models whose world the clip-content detector does not know.
+    None until `judged` has looked, and for models whose world the clip-content detector does not know.
     """
 
     frames: NDArray[np.uint8]
@@ -54,8 +52,7 @@ def generate(pipe: Any, settings: GenerateSettings, progress: Progress | None = 
     Raises ConfigError if the pipeline is already patched (which method was meant?), UnsupportedModelError for a
     pipeline that needs more than text, OutputError if the model's output is not a picture (NaN).
     """
-    if is_patched(pipe):
-        raise ConfigError("the pipeline is already patched; call tilewise.unpatch(pipe) first, then generate")
+    refuse_patched(pipe)
     report = None
     if settings.is_dense:
         output, seconds = run(pipe, settings, progress)
@@ -67,7 +64,13 @@ def generate(pipe: Any, settings: GenerateSettings, progress: Progress | None = 
         frames = to_uint8(output)
     except ValueError as error:
         raise OutputError(f"the pipeline made no clip: {error}") from error
-    return Clip(frames, seconds, report, settings, check_content(pipe, settings, frames))
+    return Clip(frames, seconds, report, settings)
+
+
+def refuse_patched(pipe: Any) -> None:
+    """Raises ConfigError for a pipeline that is already patched."""
+    if is_patched(pipe):
+        raise ConfigError("the pipeline is already patched; call tilewise.unpatch(pipe) first, then generate")
 
 
 def run(
@@ -104,6 +107,11 @@ def run(
         clock.enter("end")
     tell("decode", 1, 1)
     return output[0], clock.seconds()
+
+
+def judged(pipe: Any, clip: Clip) -> Clip:
+    """The clip with its `content` filled in. A step of its own: a clip that took long to make can be written first."""
+    return dataclasses.replace(clip, content=check_content(pipe, clip.settings, clip.frames))
 
 
 def check_content(pipe: Any, settings: GenerateSettings, frames: NDArray[np.uint8]) -> dict[str, bool | None] | None:

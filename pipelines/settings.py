@@ -11,7 +11,7 @@ from tilewise import __version__
 from tilewise.pipelines.native import native_size
 from tilewise.plugins.config import Config, MethodLike, resolve
 from tilewise.plugins.errors import ConfigError, unknown
-from tilewise.plugins.report import Explanation, explain
+from tilewise.plugins.explain import Explanation, explain
 
 MAX_SEED = 2**63 - 1
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewise.pipelines.errors import FFmpegError, OutputError
-from tilewise.pipelines.files import replacing, write_text
+from tilewise.pipelines.files import replacing, sidecar, write_text
 
 # RGB is converted by the rules of HD video and labelled so; without labels players guess by size, and colours shift.
 COLOUR = ["-vf", "scale=out_color_matrix=bt709:out_range=tv"]
 COLOUR += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
+
+MP4 = ["-movflags", "+faststart", "-f", "mp4"]
 
 
 def write_video(
@@ -34,7 +38,8 @@ def write_video(
     crf: H.264 quality, 0 (lossless) to 51.
 
     The pixel format (yuv420p, the one that every player takes) needs even sizes: an odd height or width is padded by
-    one row or column that repeats the last one, with a UserWarning. Both files appear whole or not at all.
+    one row or column that repeats the last one, with a UserWarning. Both files appear whole or not at all, the clip last:
+    where there is a clip, there are its settings.
 
     Raises ValueError for frames that are no clip, FFmpegError without ffmpeg, OutputError when the encoder fails.
     """
@@ -45,18 +50,29 @@ def write_video(
     height, width = clip.shape[1:3]
     command = [ffmpeg_path(), "-hide_banner", "-loglevel", "error", "-y"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
-    command += ["-an", "-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", *COLOUR, "-movflags", "+faststart"]
-    text = None if settings is None else json.dumps(settings, indent=2, allow_nan=False)
-    if settings is not None:
-        command += ["-metadata", f"comment={json.dumps(settings, allow_nan=False)}"]
+    encode = ["-an", "-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", *COLOUR, *MP4]
     try:
-        with replacing(path) as part:
-            _feed([*command, "-f", "mp4", str(part.absolute())], clip)
-        if text is not None:
-            write_text(path.with_suffix(".json"), text + "\n")
+        with _metadata(settings) as metadata, replacing(path) as part:
+            _feed([*command, *metadata, *encode, str(part.absolute())], clip)
+            _write_sidecar(path, settings)
     except OSError as error:
         raise OutputError(f"could not write {path}: {error}") from error
     return path
+
+
+def write_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Puts other settings into and beside a clip that `write_video` wrote; the pictures are not encoded again.
+
+    Raises OutputError if that fails, and leaves the clip as it was; FFmpegError without ffmpeg.
+    """
+    path = Path(path)
+    try:
+        with _metadata(settings) as metadata, replacing(path) as part:
+            copy = ["-y", "-i", str(path.absolute()), *metadata, "-map", "0", "-c", "copy", *MP4]
+            _run([*copy, str(part.absolute())], path)
+            _write_sidecar(path, settings)
+    except OSError as error:
+        raise OutputError(f"could not write {path}: {error}") from error
 
 
 def read_settings(path: str | Path) -> dict[str, Any] | None:
@@ -125,6 +141,25 @@ def even(frames: NDArray) -> NDArray:
         stacklevel=3,
     )
     return np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+@contextmanager
+def _metadata(settings: Mapping[str, Any] | None) -> Iterator[list[str]]:
+    """Arguments that give ffmpeg the settings as its second input: one argument could not hold more than 128 KiB."""
+    if settings is None:
+        yield []
+        return
+    # Its own escape: a backslash before the characters that mean something in the format, line ends among them.
+    comment = re.sub(r"[=;#\\\n]", r"\\\g<0>", json.dumps(settings, allow_nan=False))
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".ffmetadata") as file:
+        file.write(f";FFMETADATA1\ncomment={comment}\n")
+        file.flush()
+        yield ["-f", "ffmetadata", "-i", file.name, "-map_metadata", "1"]
+
+
+def _write_sidecar(path: Path, settings: Mapping[str, Any] | None) -> None:
+    if settings is not None:
+        write_text(sidecar(path), json.dumps(settings, indent=2, allow_nan=False) + "\n")
 
 
 def _feed(command: list[str], clip: NDArray[np.uint8]) -> None:

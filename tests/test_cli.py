@@ -6,6 +6,7 @@ through the same app, because importing torch each time would take minutes.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -22,8 +23,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from typer.testing import CliRunner
 
 import tilewise
+from tilewise.pipelines.generate import judged
 from tilewise.pipelines.settings import GenerateSettings
 from tilewise.pipelines.video import read_frames, read_settings
+from tilewise.ui import generating
 from tilewise.ui.cli import app
 from tilewise.ui.options import default_out, method_config, parse_window
 
@@ -37,6 +40,12 @@ def cli(*words: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[st
     return subprocess.run(
         command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False
     )
+
+
+@pytest.fixture(scope="module")
+def shapes_dir(tmp_path_factory) -> Path:
+    """A tiny model that claims to draw the world of shapes, so that its clips are judged."""
+    return tiny_wan.save_tiny_pipeline(tmp_path_factory.mktemp("shapes") / "m", native={"world": "shapes"})
 
 
 def files_in(folder: Path) -> list[str]:
@@ -122,6 +131,67 @@ def test_help_and_version_need_no_model(tmp_path):
     assert cli("--version", cwd=tmp_path).stdout == f"tilewise {tilewise.__version__}\n"
 
 
+def test_help_and_version_import_no_torch():
+    code = (
+        "import sys, tilewise\n"
+        "from typer.testing import CliRunner\n"
+        "from tilewise.ui.cli import app\n"
+        "for word in ('--help', '--version'): assert CliRunner().invoke(app, [word]).exit_code == 0\n"
+        "print(sorted({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)))\n"
+        "tilewise.STA; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "[]\nTrue\n", done.stderr
+
+
+def test_the_lazy_names_are_the_public_names():
+    assert set(tilewise._MODULES) == set(tilewise.__all__)
+    tree = ast.parse(Path(tilewise.__file__).read_text())
+    checked = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: node.module for node in checked for alias in node.names if node.module != "importlib"}
+    seen.pop("TYPE_CHECKING"), seen.pop("Any")
+    assert seen == tilewise._MODULES
+    assert set(tilewise.__all__) < set(dir(tilewise))
+    with pytest.raises(AttributeError, match="has no attribute 'pacth'"):
+        tilewise.pacth  # noqa: B018
+
+
+def test_what_the_clip_shows_is_added_once_it_is_written(shapes_dir, tmp_path, monkeypatch):
+    words = ["generate", PROMPT, "--model", str(shapes_dir), "--steps", "1", "--window", "1,2,2", "--compare", "dense"]
+    stems = ("clip", "clip-dense", "clip-side-by-side")
+    before = []
+
+    def look(pipe, clip):
+        before.append([read_settings(tmp_path / f"{stem}.mp4")["run"]["content"] for stem in stems])
+        return judged(pipe, clip)
+
+    monkeypatch.setattr(generating, "judged", look)
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "clip.mp4")])
+    assert result.exit_code == 0, result.stderr
+    assert before == [[None, None, None]] * 2
+    for stem in stems:
+        record = read_settings(tmp_path / f"{stem}.mp4")
+        assert record == json.loads((tmp_path / f"{stem}.json").read_text())
+        assert set(record["run"]["content"]) >= {"colour", "shape", "motion"}
+    assert record["run"]["comparison"]["content"]["dense"] is not None
+    assert "prompt shown, dense" in result.stdout
+
+
+def test_a_failing_judge_is_a_note(shapes_dir, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[no] verdict")
+
+    monkeypatch.setattr(generating, "judged", fail)
+    path = tmp_path / "clip.mp4"
+    words = ["generate", PROMPT, "--model", str(shapes_dir), "--steps", "1", "--out", str(path)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr
+    assert "note: the clip is written, but could not be judged: [no] verdict" in result.stderr
+    assert f"wrote {path}" in result.stdout
+    assert len(read_frames(path)) == 9
+    assert read_settings(path)["run"]["content"] is None
+
+
 def test_a_config_file_as_method(tiny_pipe_dir, tmp_path):
     tilewise.save_config(tilewise.resolve(tilewise.STA(window=(1, 2, 2)), steps=(0.5, 1.0)), tmp_path / "my.json")
     assert method_config(str(tmp_path / "my.json")).steps == (0.5, 1.0)
@@ -159,7 +229,7 @@ BAD = {
     "no such config": (["--method", "nowhere.json"], 2, "nowhere.json"),
     "height": (["--height", "60"], 2, "nearest is 64"),
     "frames": (["--frames", "8"], 2, "num_frames=8"),
-    "steps": (["--steps", "0"], 2, "steps"),
+    "steps": (["--steps", "0"], 2, "steps must be a whole number of at least 1, not 0"),
     "not a number": (["--steps", "many"], 2, "--steps"),
     "seed": (["--seed", "-1"], 2, "seed"),
     "suffix": (["--out", "clip.avi"], 2, ".mp4"),
@@ -184,6 +254,48 @@ def test_bad_input(case, tiny_pipe_dir, tmp_path, monkeypatch):
     assert message in re.sub(r"[\s│]+", " ", result.stderr)
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("steps", ["0", "-5"])
+def test_explain_refuses_steps_below_1(steps, tiny_pipe_dir):
+    result = CliRunner().invoke(app, ["explain", "--model", str(tiny_pipe_dir), "--steps", steps])
+    assert result.exit_code == 2, result.output
+    assert re.search(rf"steps must be .*at least 1.* {steps}\n", result.stderr)
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("out", ["file/clip.mp4", "file/new/clip.mp4"])
+def test_a_parent_that_is_a_file(out, dry, tiny_pipe_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    result = CliRunner().invoke(app, ["generate", PROMPT, "--model", str(tiny_pipe_dir), "--out", out, *dry])
+    assert result.exit_code == 2, result.output
+    assert f"cannot write {out}: {tmp_path / 'file'} is a file, not a directory" in result.stderr
+    assert Path("file").read_text() == "mine"
+    assert files_in(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["", "-dense", "-side-by-side"])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_settings_that_cannot_be_written_are_found_before_any_work(kind, dry, tiny_pipe_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generating, "load_pipeline", lambda *_, **__: pytest.fail("the weights are read"))
+    words = ["generate", PROMPT, "--model", str(tiny_pipe_dir), "--compare", "dense", "--out", "new/clip.mp4", *dry]
+    config = Path("new", f"clip{kind}.json")
+    config.parent.mkdir()
+    tilewise.save_config(tilewise.resolve("sta-fast"), config)
+    before = config.read_text()
+    result = CliRunner().invoke(app, [*words, "--method", f"./{config}"])
+    assert result.exit_code == 2, result.output
+    assert f"{config}, which is the config that --method names" in result.stderr
+    assert config.read_text() == before
+    config.unlink()
+    config.mkdir()
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result.output
+    assert f"{config}, which is a directory" in result.stderr
     assert files_in(tmp_path) == []
 
 
@@ -278,3 +390,30 @@ def test_interrupted_while_denoising(tiny_pipe_dir, tmp_path, sent, code):
     assert "Traceback" not in stderr
     assert files_in(tmp_path) == ["clip.mp4"]
     assert (tmp_path / "clip.mp4").read_text() == "an older clip"
+
+
+@pytest.mark.parametrize(
+    ("module", "swallowed"),
+    [
+        ("typer", ""),
+        ("torch", ""),
+        ("torch", "except KeyboardInterrupt as e: raise ImportError('initialization failed') from e"),
+    ],
+)
+def test_interrupted_while_importing(module, swallowed, tmp_path):
+    """Ctrl-C while a library loads; extension modules turn it into an ImportError."""
+    slow = "try:\n    print('importing', flush=True)\n    time.sleep(60)\n"
+    (tmp_path / f"{module}.py").write_text(f"import time\n{slow}{swallowed or 'finally: pass'}\n")
+    process = subprocess.Popen(
+        [*COMMAND, "explain"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr

@@ -1,6 +1,7 @@
 """The detector against rendered ground truth: it must know what is in a clip without being told."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from scipy import ndimage
 
 from tilewise.pipelines.clip_content import (
     COLOURS,
+    ClipContent,
+    DetectedObject,
     ExpectedContent,
     ExpectedObject,
     analyse,
@@ -154,6 +157,38 @@ def test_every_training_caption_is_understood():
                 thing = parsed.objects[slot] if slot < len(parsed.objects) else ExpectedObject()
                 found[f"{kind}{slot}"] = getattr(thing, kind)
         assert found == wanted, text
+
+
+def thing(colour, shape=None, motion=None):
+    return DetectedObject(colour, shape, motion, 1.0, np.zeros((1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "colour", "shape", "motion"),
+    [
+        ("a blue star and a red circle", [("red", "circle"), ("blue", "star")], True, True, None),
+        # Told apart by colour, even where the shapes would fit better the other way round.
+        ("a blue star and a red circle", [("blue", "circle"), ("red", "star")], True, False, None),
+        ("two red circles and a red circle moving up", [("red", "circle", "up"), ("red", "circle")], True, True, True),
+        # The only red object is needed by the second; the first must do with none.
+        ("a circle and a red star", [("red", "circle")], True, False, None),
+        ("a red circle and a red circle", [("red", "circle")], False, False, None),
+        ("a red circle", [("blue", "circle"), ("green", "star"), ("red", "square")], True, False, None),
+        ("a red circle", [], False, False, None),
+    ],
+)
+def test_each_wanted_object_is_judged_by_the_one_that_fits_best(wanted, found, colour, shape, motion):
+    content = ClipContent(tuple(thing(*values) for values in found), None, None)
+    result = score(content, parse_prompt(wanted))
+    assert (result["colour"], result["shape"], result["motion"]) == (colour, shape, motion)
+
+
+def test_long_prompts_are_scored_at_once():
+    content = ClipContent((thing("red", "circle", "up"), thing("blue", "star", "left")), "white", "plain")
+    begin = time.perf_counter()
+    result = score(content, parse_prompt("a red circle moving up and a blue star and " * 50))
+    assert time.perf_counter() - begin < 1
+    assert (result["count"], result["colour"]) == (False, False)
 
 
 def test_score_says_none_where_nothing_was_asked_and_false_where_it_is_wrong():

@@ -6,16 +6,11 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from tilewise.pipelines.clip_content import analyse, parse_prompt, score
 from tilewise.pipelines.loading import load_skeleton
-from tilewise.pipelines.model_folder import DEMO_FOLDER
 from tilewise.pipelines.native import native_size
 from tilewise.pipelines.settings import GenerateSettings
 from tilewise.pipelines.video import read_frames, read_settings
-
-pytestmark = pytest.mark.skipif(not DEMO_FOLDER.is_dir(), reason="the demo model is not in this checkout")
 
 PROMPT = "a red circle moving right on a blue background"
 
@@ -47,5 +42,5 @@ def test_the_demo_clip_shows_the_prompt(tmp_path):
     run = record["run"]
     assert run["content"]["colour"] is True
     assert run["summary"]["fallbacks"] == {}
-    assert 0 < run["summary"]["density"] < 0.5
+    assert 0 < run["summary"]["density"] <= 0.4
     assert "prompt shown" in result.stdout

@@ -14,8 +14,8 @@ import torch
 import tilewise
 from tilewise.pipelines.compare import compare, side_by_side
 from tilewise.pipelines.errors import OutputError
-from tilewise.pipelines.generate import check_content, generate
-from tilewise.pipelines.loading import load_skeleton
+from tilewise.pipelines.generate import check_content, generate, judged
+from tilewise.pipelines.loading import load_pipeline, load_skeleton
 from tilewise.pipelines.metrics import psnr
 from tilewise.pipelines.settings import GenerateSettings, prompt_notes, resolve_settings
 
@@ -107,6 +107,15 @@ def test_a_patched_pipeline_is_refused_and_stays_patched(tiny_pipe):
     tilewise.patch(tiny_pipe, "sta-fast")
     with pytest.raises(tilewise.ConfigError, match="already patched"):
         generate(tiny_pipe, settings_for(tiny_pipe))
+    assert tilewise.is_patched(tiny_pipe)
+
+
+def test_compare_refuses_a_patched_pipeline_before_any_work(tiny_pipe):
+    tilewise.patch(tiny_pipe, "sta-fast")
+    phases = []
+    with pytest.raises(tilewise.ConfigError, match="already patched"):
+        compare(tiny_pipe, settings_for(tiny_pipe), lambda phase, done, total: phases.append(phase))
+    assert phases == []
     assert tilewise.is_patched(tiny_pipe)
 
 
@@ -235,3 +244,13 @@ def test_content_is_judged_only_in_the_world_of_shapes(tmp_path, tiny_pipe):
     found = check_content(shapes, settings_for(shapes), frames)
     assert found["colour"] is False
     assert check_content(shapes, dataclasses.replace(settings_for(shapes), prompt="something else"), frames) is None
+
+
+def test_judging_is_a_step_of_its_own(tmp_path):
+    native = {"world": "shapes"}
+    pipe = load_pipeline(tiny_wan.save_tiny_pipeline(tmp_path / "m", native=native), device="cpu")
+    clip = generate(pipe, settings_for(pipe, steps=1))
+    assert clip.content is None
+    seen = judged(pipe, clip)
+    assert seen.content == check_content(pipe, clip.settings, clip.frames)
+    assert (seen.content["colour"], seen.content["background"]) == (False, None)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tilewise.pipelines.errors import FFmpegError, OutputError, OutputPathError
-from tilewise.pipelines.files import check_writable, replacing, write_text
+from tilewise.pipelines.files import check_sidecar, check_writable, replacing, write_text
 from tilewise.pipelines.metrics import psnr
-from tilewise.pipelines.video import even, read_frames, read_settings, to_uint8, write_video
+from tilewise.pipelines.video import even, read_frames, read_settings, to_uint8, write_settings, write_video
 
 SETTINGS = {
     "prompt": 'a "red" circle; a=b \\ back\nslash # 円 – é',
@@ -61,9 +62,41 @@ def test_settings_live_in_the_file_and_beside_it(tmp_path):
     assert read_settings(tmp_path / "moved.mp4") == SETTINGS
 
 
-def test_long_settings_survive(tmp_path):
-    settings = {"prompt": "x" * 90_000}
-    assert read_settings(write_video(tmp_path / "clip.mp4", smooth_clip(1, 16, 16), 8, settings=settings)) == settings
+@pytest.mark.parametrize("text", ["x", "=;#\\\n", "\n[STREAM]\ncomment=other\n", '\r\n\t"é円🎬\u2028', "\\"])
+def test_long_settings_survive(tmp_path, text):
+    """Longer than one argument of a command may be, in characters that ffmpeg's metadata format gives a meaning."""
+    settings = {"prompt": text * (1 + 250_000 // len(text)), text: [text]}
+    path = write_video(tmp_path / "clip.mp4", smooth_clip(1, 16, 16), 8, settings=settings)
+    assert path.stat().st_size > 200_000
+    assert read_settings(path) == settings
+    assert json.loads((tmp_path / "clip.json").read_text()) == settings
+
+
+def test_other_settings_for_a_clip(tmp_path):
+    path = write_video(tmp_path / "clip.mp4", smooth_clip(), 8, settings={"a": "=;#\\\n"})
+    frames = read_frames(path)
+    write_settings(path, SETTINGS)
+    assert read_settings(path) == SETTINGS
+    assert json.loads((tmp_path / "clip.json").read_text()) == SETTINGS
+    assert (read_frames(path) == frames).all()
+    assert sorted(os.listdir(tmp_path)) == ["clip.json", "clip.mp4"]
+
+
+def test_other_settings_for_what_is_no_clip(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_text("not a clip")
+    with pytest.raises(OutputError, match="could not read"):
+        write_settings(path, SETTINGS)
+    assert path.read_text() == "not a clip"
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+
+
+def test_the_settings_are_there_before_the_clip(tmp_path, monkeypatch):
+    names = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda part, path: (names.append(Path(path).name), replace(part, path)))
+    write_video(tmp_path / "clip.mp4", smooth_clip(1, 16, 16), 8, settings=SETTINGS)
+    assert names == ["clip.json", "clip.mp4"]
 
 
 def test_no_settings(tmp_path):
@@ -177,11 +210,40 @@ def test_check_writable_says_what_is_wrong(tmp_path, create):
         "dir.mp4": "directory",
         "clip.avi": r"\.mp4",
         "clip": r"\.mp4",
-        "file/clip.mp4": "[Nn]ot a directory|File exists",
+        "file/clip.mp4": "file is a file, not a directory",
+        "file/sub/clip.mp4": "file is a file, not a directory",
     }
     for name, message in cases.items():
         with pytest.raises(OutputPathError, match=message):
             check_writable(tmp_path / name, create=create)
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_check_sidecar(tmp_path, create):
+    (tmp_path / "dir.json").mkdir()
+    with pytest.raises(OutputPathError, match=r"dir\.mp4: its settings go to .*dir\.json, which is a directory"):
+        check_sidecar(tmp_path / "dir.mp4", create=create)
+    config = tmp_path / "clip.json"
+    check_sidecar(tmp_path / "clip.mp4", keep=config, create=create)  # neither is there yet
+    config.write_text("{}")
+    (tmp_path / "link.json").symlink_to(config)
+    for name in ("clip.mp4", "link.mp4"):
+        with pytest.raises(OutputPathError, match="the config that --method names"):
+            check_sidecar(tmp_path / name, keep=config, create=create)
+    check_sidecar(tmp_path / "clip.mp4", create=create)  # a clip of before: it is replaced
+    check_sidecar(tmp_path / "other.mp4", keep=config, create=create)
+    assert config.read_text() == "{}"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("create", [True, False])
+def test_a_read_only_file_is_kept(tmp_path, create):
+    for name in ("clip.mp4", "clip.json"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o400)
+    for check in (check_writable, check_sidecar):
+        with pytest.raises(OutputPathError, match="read-only"):
+            check(tmp_path / "clip.mp4", create=create)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

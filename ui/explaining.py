@@ -6,7 +6,7 @@ import json
 
 from tilewise.pipelines.loading import load_skeleton
 from tilewise.pipelines.native import native_size
-from tilewise.plugins.report import explain
+from tilewise.plugins.explain import explain
 from tilewise.ui.options import method_config
 
 

@@ -35,6 +35,9 @@ def exit_codes(command: F) -> F:
         except typer.Exit:
             raise
         except Exception as error:
+            if _was_interrupted(error):
+                _complain("interrupted; nothing was left half-written")
+                raise typer.Exit(INTERRUPTED) from None
             if os.environ.get(DEBUG, "0") not in ("", "0"):
                 traceback.print_exc()
             code = _code(error)
@@ -56,6 +59,15 @@ def run_app(app: typer.Typer) -> NoReturn:
 
 def _terminate(*_: Any) -> NoReturn:
     sys.exit(TERMINATED)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error began as Ctrl-C: an extension module that is interrupted while it loads reports an ImportError."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _code(error: Exception) -> int:

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tilewise.pipelines.compare import Comparison, compare, side_by_side
-from tilewise.pipelines.files import check_writable
-from tilewise.pipelines.generate import Clip, call_arguments, generate
+from tilewise.pipelines.files import check_sidecar, check_writable
+from tilewise.pipelines.generate import Clip, call_arguments, generate, judged
 from tilewise.pipelines.loading import load_pipeline, load_skeleton, resolve_device, resolve_dtype
 from tilewise.pipelines.settings import GenerateSettings, explain_settings, prompt_notes, resolve_settings
-from tilewise.pipelines.video import ffmpeg_path, write_video
+from tilewise.pipelines.video import ffmpeg_path, write_settings, write_video
 from tilewise.plugins.errors import ConfigError
-from tilewise.ui.options import default_out, method_config
+from tilewise.ui.options import config_file, default_out, method_config
 from tilewise.ui.report import print_files, print_result, print_settings
 
 
@@ -59,11 +59,8 @@ def generate_request(request: Request) -> None:
         run = {"device": str(pipe.device), "dtype": _dtype_name(request)}
         with _progress_bars(notes) as progress:
             result = compare(pipe, settings, progress) if request.compare else generate(pipe, settings, progress)
-    if isinstance(result, Comparison):
-        _write_comparison(result, files, run)
-    else:
-        _write_clip(result, files[0], run)
-    print_result(result)
+    _write(result, files, run)
+    print_result(_judge(pipe, result, files, run, notes))
     print_files(files)
 
 
@@ -81,25 +78,60 @@ def _check(request: Request, *, create: bool) -> tuple[Any, GenerateSettings, li
     files = [request.out or default_out(settings.prompt, settings.seed)]
     if request.compare:
         files += [files[0].with_stem(f"{files[0].stem}-{kind}") for kind in ("dense", "side-by-side")]
-    for file in files:
-        check_writable(file, create=create)
+    for creating in (False, True) if create else (False,):  # no folder is made while another file may be refused
+        for file in files:
+            check_writable(file, create=creating)
+            check_sidecar(file, keep=config_file(request.method), create=creating)
     ffmpeg_path()
     return skeleton, settings, files
 
 
-def _write_clip(clip: Clip, path: Path, run: dict[str, Any], **more: Any) -> None:
-    report = None if clip.summary is None else clip.summary.to_dict()
-    record = {**run, "seconds": clip.seconds, "summary": report, "content": clip.content, **more}
-    write_video(path, clip.frames, clip.settings.fps, settings={**clip.settings.to_dict(), "run": record})
+def _write(result: Clip | Comparison, files: list[Path], run: dict[str, Any]) -> None:
+    frames = [clip.frames for clip in _clips(result)]
+    if isinstance(result, Comparison):
+        frames[2] = side_by_side(frames[1], frames[0], ("dense", result.sparse.settings.method.method.name))
+    for file, clip, pictures, record in zip(files, _clips(result), frames, _records(result, run), strict=True):
+        write_video(file, pictures, clip.settings.fps, settings=record)
 
 
-def _write_comparison(result: Comparison, files: list[Path], run: dict[str, Any]) -> None:
-    comparison = result.to_dict()
-    name = result.sparse.settings.method.method.name
-    _write_clip(result.sparse, files[0], run, comparison=comparison)
-    _write_clip(result.dense, files[1], run)
-    both = side_by_side(result.dense.frames, result.sparse.frames, ("dense", name))
-    _write_clip(dataclasses.replace(result.sparse, frames=both), files[2], run, comparison=comparison)
+def _judge(
+    pipe: Any, result: Clip | Comparison, files: list[Path], run: dict[str, Any], notes: Console
+) -> Clip | Comparison:
+    """The result with what the clips show, which is also added to the files.
+
+    They are written before, and whatever goes wrong here is only noted: a finished clip is worth more than its verdict.
+    """
+    try:
+        if isinstance(result, Comparison):
+            sparse, dense = judged(pipe, result.sparse), judged(pipe, result.dense)
+            seen: Clip | Comparison = dataclasses.replace(result, sparse=sparse, dense=dense)
+        else:
+            seen = judged(pipe, result)
+        if _clips(seen)[0].content is not None:
+            for file, record in zip(files, _records(seen, run), strict=True):
+                write_settings(file, record)
+    except Exception as error:
+        text = f"note: the clip is written, but could not be judged: {str(error) or type(error).__name__}"
+        notes.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        return result
+    return seen
+
+
+def _clips(result: Clip | Comparison) -> list[Clip]:
+    """The clip that each file is about; that with both side by side is about the sparse one."""
+    return [result.sparse, result.dense, result.sparse] if isinstance(result, Comparison) else [result]
+
+
+def _records(result: Clip | Comparison, run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings of each file, with how the run went."""
+    records = []
+    for number, clip in enumerate(_clips(result)):
+        report = None if clip.summary is None else clip.summary.to_dict()
+        record = {**run, "seconds": clip.seconds, "summary": report, "content": clip.content}
+        if isinstance(result, Comparison) and number != 1:
+            record["comparison"] = result.to_dict()
+        records.append({**clip.settings.to_dict(), "run": record})
+    return records
 
 
 @contextmanager

@@ -42,9 +42,15 @@ def default_out(prompt: str, seed: int) -> Path:
     return Path("outputs") / f"{slug or 'clip'}-{seed}.mp4"
 
 
-def _named(method: str) -> Config:
+def config_file(method: str) -> Path | None:
+    """The file that --method names; None for a method or preset."""
     path = Path(method)
-    if path.suffix.lower() != ".json":
+    return path if path.suffix.lower() == ".json" else None
+
+
+def _named(method: str) -> Config:
+    path = config_file(method)
+    if path is None:
         return resolve(method)
     try:
         return load_config(path)

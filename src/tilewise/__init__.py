@@ -6,16 +6,21 @@ print(tilewise.summary(pipe))    what really ran
 tilewise.unpatch(pipe)           as if it had never been patched
 """
 
-from tilewise.plugins.config import Config, load_config, presets, resolve, save_config
-from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
-from tilewise.plugins.methods.base import Method, methods, register
-from tilewise.plugins.methods.dense import Dense
-from tilewise.plugins.methods.sta import STA
-from tilewise.plugins.models.base import register_family, supported_models
-from tilewise.plugins.patching import is_patched, patch, patched, unpatch
-from tilewise.plugins.report import explain, summary
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+# Names are imported when they are first asked for (PEP 562): they bring in torch, which takes seconds, and neither --help
+# nor the version needs it. Type checkers read the imports below; a test holds the two lists together.
+if TYPE_CHECKING:
+    from tilewise.plugins.config import Config, load_config, presets, resolve, save_config
+    from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
+    from tilewise.plugins.explain import explain
+    from tilewise.plugins.methods.base import Method, methods, register
+    from tilewise.plugins.methods.dense import Dense
+    from tilewise.plugins.methods.sta import STA
+    from tilewise.plugins.models.base import register_family, supported_models
+    from tilewise.plugins.patching import is_patched, patch, patched, unpatch
+    from tilewise.plugins.summary import summary
 
 __all__ = [
     "STA",
@@ -41,3 +46,32 @@ __all__ = [
     "supported_models",
     "unpatch",
 ]
+
+_NAMES_BY_MODULE = {
+    "config": ("Config", "load_config", "presets", "resolve", "save_config"),
+    "errors": ("ConfigError", "FallbackError", "TilewiseError", "UnsupportedModelError"),
+    "explain": ("explain",),
+    "methods.base": ("Method", "methods", "register"),
+    "methods.dense": ("Dense",),
+    "methods.sta": ("STA",),
+    "models.base": ("register_family", "supported_models"),
+    "patching": ("is_patched", "patch", "patched", "unpatch"),
+    "summary": ("summary",),
+}
+_MODULES = {name: f"tilewise.plugins.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
+
+try:
+    __version__ = metadata.version("tilewise")
+except metadata.PackageNotFoundError:  # a source tree on sys.path that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'tilewise' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,125 +1,22 @@
-"""summary: what really ran. explain: the same before anything runs."""
+"""explain: what a pipeline call would do, before anything runs."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from tilewise.kernels.attention import available_backends, misfit
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.ledger import FALLBACK, SPARSE, Entry
 from tilewise.plugins.models.base import AttentionLayer, Size, family_of
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.processor import TilewiseProcessor, takes_dispatch
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """Attention calls of one kind in a group of layers that did the same."""
-
-    denoiser: str
-    layers: str  # block numbers, such as "0-29"
-    kind: str  # "sparse", "dense step", "dense layer" or "fallback"
-    calls: int
-    density: float
-    backend: str
-    seconds: float
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What the attention calls of a patched target did since it was patched."""
-
-    method: dict[str, Any]
-    rows: list[SummaryRow]
-    grids: dict[str, str]
-    skipped_layers: dict[str, str]
-
-    @property
-    def calls(self) -> int:
-        return sum(row.calls for row in self.rows)
-
-    @property
-    def density(self) -> float:
-        """Kept ÷ all token pairs over the sparse calls; 1.0 if none was sparse."""
-        sparse = [row for row in self.rows if row.kind == SPARSE]
-        calls = sum(row.calls for row in sparse)
-        return sum(row.density * row.calls for row in sparse) / calls if calls else 1.0
-
-    @property
-    def overall_density(self) -> float:
-        """Kept ÷ all token pairs over every call, dense ones included."""
-        return sum(row.density * row.calls for row in self.rows) / self.calls if self.calls else 1.0
-
-    @property
-    def fallbacks(self) -> dict[str, int]:
-        """Reason → calls that ran dense although the method should have run."""
-        found: dict[str, int] = defaultdict(int)
-        for row in self.rows:
-            if row.kind == FALLBACK:
-                found[row.reason] += row.calls
-        return dict(found)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "grids": self.grids,
-            "density": self.density,
-            "overall_density": self.overall_density,
-            "fallbacks": self.fallbacks,
-            "skipped_layers": self.skipped_layers,
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-        }
-
-    def __str__(self) -> str:
-        table = Table("denoiser", "blocks", "kind", "calls", "density", "backend", "seconds", title="attention calls")
-        for r in self.rows:
-            kind = f"{r.kind}: {r.reason}" if r.reason else r.kind
-            table.add_row(r.denoiser, r.layers, kind, str(r.calls), f"{r.density:.3f}", r.backend, f"{r.seconds:.2f}")
-        lines = [_render(table) if self.rows else "no attention call yet: run the pipeline first"]
-        lines += [f"{name} stays dense: {reason}" for name, reason in self.skipped_layers.items()]
-        return "\n".join(lines)
-
-
-def summary(target: Any) -> Summary:
-    """What ran since ``target`` was patched: per group of layers its calls, density, backend, seconds and fallbacks.
-
-    Seconds are spent inside attention calls: wall clock on a CPU, device time on a GPU (waits for the GPU to finish).
-
-    Raises:
-        ConfigError: if the target is not patched.
-    """
-    patches = patches_of(target)
-    if not patches:
-        raise ConfigError("summary: the target is not patched; call tilewise.patch(target, method) and run it first")
-    rows: list[SummaryRow] = []
-    skipped: dict[str, str] = {}
-    for name, patch in patches.items():
-        per_entry: dict[Entry, list[tuple[int, int, float]]] = defaultdict(list)
-        for (layer, entry), tally in patch.ledger.tallies.items():
-            per_entry[entry].append((patch.layers[layer].block, tally.calls, tally.seconds()))
-        for entry, found in per_entry.items():
-            blocks, calls, seconds = zip(*found, strict=True)
-            numbers = _ranges(list(blocks))
-            rows.append(
-                SummaryRow(
-                    name, numbers, entry.kind, sum(calls), entry.density, entry.backend, sum(seconds), entry.reason
-                )
-            )
-        skipped |= {f"{name}.{layer}": reason for layer, reason in patch.ledger.skipped_layers.items()}
-    config = next(iter(patches.values())).config
-    grids = {name: str(patch.grid) for name, patch in patches.items() if patch.grid is not None}
-    return Summary(config.to_dict(), rows, grids, skipped)
+from tilewise.plugins.text import ranges, render
 
 
 @dataclass(frozen=True)
@@ -189,7 +86,7 @@ class Explanation:
         line("sparse blocks", [r.sparse_blocks or "none" for r in self.rows])
         line("dense blocks", [r.dense_blocks or "none" for r in self.rows])
         line("backend", [f"{r.backend}: {r.backend_reason}" for r in self.rows])
-        return "\n".join([_render(table), *self.notes])
+        return "\n".join([render(table), *self.notes])
 
 
 def explain(
@@ -268,7 +165,7 @@ def _explain_row(
     model = type(denoiser).__name__
     layout = config.method.layout(grid)
     if layout is None:
-        everything = _ranges(list(range(count)))
+        everything = ranges(list(range(count)))
         return ExplainRow(
             name,
             model,
@@ -296,26 +193,8 @@ def _explain_row(
         options=config.method.describe(layout),
         density=plan.density,
         work=plan.work,
-        sparse_blocks=_ranges(selected),
-        dense_blocks=_ranges([b for b in range(count) if b not in set(selected)]),
+        sparse_blocks=ranges(selected),
+        dense_blocks=ranges([b for b in range(count) if b not in set(selected)]),
         backend=backend,
         backend_reason=reason,
     )
-
-
-def _ranges(numbers: list[int]) -> str:
-    """ "0-3,5" for [0, 1, 2, 3, 5]."""
-    parts: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if parts and n == parts[-1][1] + 1:
-            parts[-1][1] = n
-        else:
-            parts.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def _render(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=110, force_terminal=False)
-    console.print(table)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.splitlines())

@@ -1,0 +1,115 @@
+"""summary: what the attention calls of a patched target really did."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.ledger import FALLBACK, SPARSE, Entry
+from tilewise.plugins.patching import patches_of
+from tilewise.plugins.text import ranges, render
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """Attention calls of one kind in a group of layers that did the same."""
+
+    denoiser: str
+    layers: str  # block numbers, such as "0-29"
+    kind: str  # "sparse", "dense step", "dense layer" or "fallback"
+    calls: int
+    density: float
+    backend: str
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the attention calls of a patched target did since it was patched."""
+
+    method: dict[str, Any]
+    rows: list[SummaryRow]
+    grids: dict[str, str]
+    skipped_layers: dict[str, str]
+
+    @property
+    def calls(self) -> int:
+        return sum(row.calls for row in self.rows)
+
+    @property
+    def density(self) -> float:
+        """Kept ÷ all token pairs over the sparse calls; 1.0 if none was sparse."""
+        sparse = [row for row in self.rows if row.kind == SPARSE]
+        calls = sum(row.calls for row in sparse)
+        return sum(row.density * row.calls for row in sparse) / calls if calls else 1.0
+
+    @property
+    def overall_density(self) -> float:
+        """Kept ÷ all token pairs over every call, dense ones included."""
+        return sum(row.density * row.calls for row in self.rows) / self.calls if self.calls else 1.0
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Reason → calls that ran dense although the method should have run."""
+        found: dict[str, int] = defaultdict(int)
+        for row in self.rows:
+            if row.kind == FALLBACK:
+                found[row.reason] += row.calls
+        return dict(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "grids": self.grids,
+            "density": self.density,
+            "overall_density": self.overall_density,
+            "fallbacks": self.fallbacks,
+            "skipped_layers": self.skipped_layers,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        table = Table("denoiser", "blocks", "kind", "calls", "density", "backend", "seconds", title="attention calls")
+        for r in self.rows:
+            kind = f"{r.kind}: {r.reason}" if r.reason else r.kind
+            table.add_row(r.denoiser, r.layers, kind, str(r.calls), f"{r.density:.3f}", r.backend, f"{r.seconds:.2f}")
+        lines = [render(table) if self.rows else "no attention call yet: run the pipeline first"]
+        lines += [f"{name} stays dense: {reason}" for name, reason in self.skipped_layers.items()]
+        return "\n".join(lines)
+
+
+def summary(target: Any) -> Summary:
+    """What ran since ``target`` was patched: per group of layers its calls, density, backend, seconds and fallbacks.
+
+    Seconds are spent inside attention calls: wall clock on a CPU, device time on a GPU (waits for the GPU to finish).
+
+    Raises:
+        ConfigError: if the target is not patched.
+    """
+    patches = patches_of(target)
+    if not patches:
+        raise ConfigError("summary: the target is not patched; call tilewise.patch(target, method) and run it first")
+    rows: list[SummaryRow] = []
+    skipped: dict[str, str] = {}
+    for name, patch in patches.items():
+        per_entry: dict[Entry, list[tuple[int, int, float]]] = defaultdict(list)
+        for (layer, entry), tally in patch.ledger.tallies.items():
+            per_entry[entry].append((patch.layers[layer].block, tally.calls, tally.seconds()))
+        for entry, found in per_entry.items():
+            blocks, calls, seconds = zip(*found, strict=True)
+            numbers = ranges(list(blocks))
+            rows.append(
+                SummaryRow(
+                    name, numbers, entry.kind, sum(calls), entry.density, entry.backend, sum(seconds), entry.reason
+                )
+            )
+        skipped |= {f"{name}.{layer}": reason for layer, reason in patch.ledger.skipped_layers.items()}
+    config = next(iter(patches.values())).config
+    grids = {name: str(patch.grid) for name, patch in patches.items() if patch.grid is not None}
+    return Summary(config.to_dict(), rows, grids, skipped)

@@ -1,0 +1,26 @@
+"""Small helpers for what people read: tables as plain text, block numbers as ranges."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from rich.table import Table
+
+
+def ranges(numbers: list[int]) -> str:
+    """ "0-3,5" for [0, 1, 2, 3, 5]."""
+    parts: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def render(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=110, force_terminal=False)
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())

@@ -155,7 +155,7 @@ def _protocol(report: dict[str, Any]) -> str:
 
 
 def _percent(scores: dict[str, float] | None, name: str) -> str:
-    return f"{scores[name]:.0%}" if scores and name in scores else "–"
+    return f"{scores[name]:.1%}" if scores and name in scores else "–"
 
 
 def _columns(result: dict[str, Any]) -> list[dict[str, float] | None]:
@@ -204,7 +204,7 @@ def _guidance(report: dict[str, Any]) -> str:
     keys = ("motion", "background_pattern", "everything")
 
     def shares(scores: dict[str, float]) -> str:
-        return ", ".join(f"{key.replace('_', ' ')} {scores[key]:.0%}" for key in keys)
+        return ", ".join(f"{key.replace('_', ' ')} {scores[key]:.1%}" for key in keys)
 
     lines = [
         "**Guidance.** Strong guidance flattens the backgrounds' patterns. Dense, combinations unseen in training:"

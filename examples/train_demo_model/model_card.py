@@ -68,7 +68,9 @@ from diffusers import WanPipeline
 pipe = WanPipeline.from_pretrained("pipelines/demo_model", torch_dtype=torch.float32)
 frames = pipe(
     "a red circle moving right on a blue striped background",
-    height={height}, width={width}, num_frames={frames},
+    height={height},
+    width={width},
+    num_frames={frames},
     num_inference_steps={native["steps"]}, guidance_scale={native["guidance"]}, max_sequence_length=\
 {native["max_sequence_length"]},
 ).frames[0]

@@ -71,7 +71,9 @@ frames = pipe(
     height={height},
     width={width},
     num_frames={frames},
-    num_inference_steps={native["steps"]}, guidance_scale={native["guidance"]}, max_sequence_length=\
+    num_inference_steps={native["steps"]},
+    guidance_scale={native["guidance"]},
+    max_sequence_length=\
 {native["max_sequence_length"]},
 ).frames[0]
 ```

@@ -15,7 +15,7 @@ from tilewise.plugins.config import Config, select_blocks
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP, FALLBACK, SPARSE, Entry, Ledger
 from tilewise.plugins.models.base import AttentionLayer, Family, family_of
-from tilewise.plugins.processor import TilewiseProcessor, takes_dispatch
+from tilewise.plugins.processor import TilewiseProcessor, why_not
 from tilewise.plugins.schedule import step_of
 
 ATTRIBUTE = "_tilewise"  # the one attribute that a patch adds to a denoiser
@@ -50,10 +50,10 @@ class Patch:
         try:
             for number, layer in enumerate(self.layers):
                 module: Any = layer.module
-                if takes_dispatch(module.processor):
-                    module.set_processor(TilewiseProcessor(module.processor, self._answerer(number)))
+                if reason := why_not(module.processor):
+                    self._leave_alone(layer, reason)
                 else:
-                    self._leave_alone(layer, f"its processor, {type(module.processor).__name__}, cannot be taken over")
+                    module.set_processor(TilewiseProcessor(module.processor, self._answerer(number)))
             self._handles.append(denoiser.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._handles.append(denoiser.register_forward_hook(self._end, always_call=True))
             self._handles += self.family.reorder_hooks(denoiser, self)

@@ -15,7 +15,7 @@ from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import AttentionLayer, Size, family_of
 from tilewise.plugins.patching import denoisers_of, patches_of
-from tilewise.plugins.processor import TilewiseProcessor, takes_dispatch
+from tilewise.plugins.processor import why_not
 from tilewise.plugins.text import ranges, render
 
 
@@ -132,9 +132,8 @@ def explain(
         layers = family.layers(denoiser)
         rows.append(_explain_row(name, denoiser, config, grid, layers))
         for layer in layers:
-            processor: Any = layer.module.processor
-            if not isinstance(processor, TilewiseProcessor) and not takes_dispatch(processor):
-                why = f"its processor, {type(processor).__name__}, cannot be taken over"
+            module: Any = layer.module
+            if why := why_not(module.processor):
                 notes.append(f"{name}.{layer.name} stays dense: {why}")
     sparse = sum(config.runs_at(step, num_inference_steps) for step in range(num_inference_steps))
     if rows[0].tile is None:

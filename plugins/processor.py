@@ -16,10 +16,14 @@ import torch
 DISPATCH = "dispatch_attention_fn"
 
 
-def takes_dispatch(processor: Any) -> bool:
-    """Whether a processor calls diffusers' attention dispatcher by its name, and so can be taken over."""
+def why_not(processor: Any) -> str | None:
+    """Why a processor cannot be taken over, or None if it can: it must call diffusers' attention dispatcher by its name."""
+    if isinstance(processor, TilewiseProcessor):
+        return None
     call = type(processor).__dict__.get("__call__")
-    return isinstance(call, types.FunctionType) and DISPATCH in call.__code__.co_names and DISPATCH in call.__globals__
+    if isinstance(call, types.FunctionType) and DISPATCH in call.__code__.co_names and DISPATCH in call.__globals__:
+        return None
+    return f"its processor, {type(processor).__name__}, cannot be taken over"
 
 
 class TilewiseProcessor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tilewise.kernels.codes import encode, encode_intervals, fields
 from tilewise.kernels.layout import Layout
 
 
@@ -38,6 +39,9 @@ class BlockPlan:
         head_set: (H,) the list set g of each head; None: all heads share set 0, or head h has set h if G > 1.
         coords: (3, Sk) key coordinates, None if no block is partial.
         intervals: (G, 6, Sq) lo and hi (exclusive) of each query row per axis: (lo0, hi0, lo1, hi1, lo2, hi2), or None.
+        key_codes: (Sk,) ``coords`` with three axes in one integer (kernels/codes.py); None where they do not fit in 32 bits.
+        row_codes: (G, 2, Sq) ``intervals`` in the same form.
+        guard: the guard bits of both.
         density: token pairs that the mask keeps ÷ all pairs, in (0, 1]; mean over heads.
         work: token pairs in listed blocks, at full block size, ÷ all pairs: what a kernel computes. ≥ density.
     """
@@ -57,6 +61,9 @@ class BlockPlan:
     head_set: torch.Tensor | None = None
     coords: torch.Tensor | None = None
     intervals: torch.Tensor | None = None
+    key_codes: torch.Tensor | None = None
+    row_codes: torch.Tensor | None = None
+    guard: int = 0
     _cache: dict = field(default_factory=dict, repr=False)  # what a backend derives from a plan, kept with it
 
     @property
@@ -166,6 +173,14 @@ def plan_from_block_map(
     def int32(x: torch.Tensor) -> torch.Tensor:
         return x.to(device=device, dtype=torch.int32).contiguous()
 
+    packed: dict[str, Any] = {}
+    if partial is not None and intervals is not None and (found := fields(layout.grid.shape)):
+        shifts, guard = found
+        packed = {
+            "key_codes": encode(layout.coords.to(device), shifts),
+            "row_codes": encode_intervals(intervals.to(device), shifts, guard),
+            "guard": guard,
+        }
     return BlockPlan(
         q_start=int32(start),
         q_rows=int32(rows),
@@ -182,6 +197,7 @@ def plan_from_block_map(
         head_set=None if head_set is None else int32(head_set),
         coords=None if partial is None else int32(layout.coords),
         intervals=None if partial is None or intervals is None else int32(intervals),
+        **packed,
     )
 
 

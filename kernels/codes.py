@@ -1,0 +1,40 @@
+"""Three coordinates in one integer, so that a kernel tests a whole interval with two subtractions.
+
+Each axis of length L gets a field of bits enough for L − 1, and a guard bit above it:
+
+    code   = Σ coordinate_a << shift_a              guard = Σ 1 << (shift_a + bits_a)
+    lo ≤ x on every axis     ⇔  ((x | guard) − lo) & guard = guard
+    x ≤ hi on every axis     ⇔  ((hi | guard) − x) & guard = guard
+
+because a field whose difference is negative borrows from its own guard bit and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def fields(shape: tuple[int, int, int]) -> tuple[list[int], int] | None:
+    """(shift of each axis, guard bits as a signed 32-bit integer), or None if three fields do not fit in 32 bits."""
+    shifts, guard, at = [], 0, 0
+    for length in reversed(shape):
+        bits = max(1, (length - 1).bit_length())
+        shifts.append(at)
+        guard |= 1 << (at + bits)
+        at += bits + 1
+    if at > 32:
+        return None
+    return shifts[::-1], guard - (1 << 32) if guard >= 1 << 31 else guard
+
+
+def encode(coords: torch.Tensor, shifts: list[int]) -> torch.Tensor:
+    """(…) int32 codes of (3, …) coordinates; negative ones (text tokens, which no kernel tests) count as 0."""
+    total = sum(coords[axis].clamp(min=0).long() << shift for axis, shift in enumerate(shifts))
+    assert isinstance(total, torch.Tensor)
+    return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
+
+
+def encode_intervals(intervals: torch.Tensor, shifts: list[int], guard: int) -> torch.Tensor:
+    """(G, 2, S) int32 from (G, 6, S) intervals (lo, hi exclusive, per axis): lo, and hi − 1 with its guard bits set."""
+    lo, last = intervals[:, 0::2].transpose(0, 1), intervals[:, 1::2].transpose(0, 1) - 1
+    return torch.stack([encode(lo, shifts), encode(last, shifts) | guard], dim=1)

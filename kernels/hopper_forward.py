@@ -1,0 +1,362 @@
+"""Hopper forward kernel (Gluon: explicit wgmma, TMA and warp specialisation): executes any BlockPlan in one launch, sm_90.
+
+One thread block computes 128 query rows of one head with three groups of warps (FlashAttention-3, arXiv 2407.08608, §3.1–3.2):
+
+    producer      1 warp    reads the plan's list and copies key and value blocks into two rings of shared memory
+    consumer 0    4 warps   query rows 0 … 63: online softmax in base 2, accumulator in registers
+    consumer 1    4 warps   query rows 64 … 127
+
+A consumer issues the scores of block j and the values of block j − 1 together and does its softmax while the latter run; the
+other consumer's softmax fills the rest. Because the producer reads the list ahead, an indirect block address costs nothing.
+
+Key blocks are copied with their full room of rows whatever their size: rows that belong to the next block are masked in the
+scores. Their values are multiplied by a weight of 0, so they must be finite, as attention inputs are.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tilewise.kernels.plan import BlockPlan
+
+LOG2E = 1.4426950408889634
+LN2 = gl.constexpr(0.6931471805599453)
+BLOCK = 128  # rows of a query and of a key block
+HALF = gl.constexpr(64)  # rows of one consumer: what one wgmma of four warps covers
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    """The following slot of a ring, and the parity of its barriers."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _produce(
+    k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty, key_start, count, first_row, column,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    stage = 0
+    phase = 0
+    row = gl.load(key_start)
+    for j in range(count):
+        # The next address is fetched while this block waits for its slot.
+        following = gl.load(key_start + gl.minimum(j + 1, count - 1))
+        mbarrier.wait(k_empty.index(stage), phase ^ 1)
+        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [first_row + row, column], k_full.index(stage), k_ring.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase ^ 1)
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_desc, [first_row + row, column], v_full.index(stage), v_ring.index(stage))
+        row = following
+        stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _mask(s, rows, coords, interval_lo, interval_hi, guard, keys, INTERVALS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scores of a block's missing rows, and of keys outside the rows' intervals, become −inf."""
+    BLOCK_N: gl.constexpr = s.shape[1]
+    column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+    inside = column < rows
+    seen = inside[None, :]
+    if INTERVALS:
+        # coords and intervals hold three axes in one integer, each field with a guard bit above it: a difference keeps the
+        # guard bit where it is not negative, so two subtractions test six inequalities.
+        at = gl.load(coords + keys + column, mask=inside, other=0)
+        above = (at | guard)[None, :] - interval_lo[:, None]
+        below = interval_hi[:, None] - at[None, :]
+        seen = seen & ((above & below & guard) == guard)
+    return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def _softmax(s, row_max, row_sum, scale, MASKED: gl.constexpr):
+    """One step of the online softmax: weights, new maximum and sum, and the factor for what was summed before."""
+    new_max = gl.maximum(row_max, gl.max(s, 1) * scale)
+    base = new_max
+    if MASKED:
+        # A row may have seen nothing yet; −inf − −inf is NaN, so it is measured from 0 until it has.
+        base = gl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = gl.exp2(s * scale - base[:, None])
+    rescale = gl.exp2(row_max - base)
+    return weights, new_max, row_sum * rescale + gl.sum(weights, 1), rescale
+
+
+@gluon.jit
+def _steps(
+    acc, p, row_max, row_sum, begin, end, k_stage, k_phase, v_stage, v_phase, turn,
+    q, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns, WHO: gl.constexpr,
+    index, key_start, k_rows, coords, interval_lo, interval_hi, guard, scale,
+    MASK_ROWS: gl.constexpr, MASK_INTERVALS: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Entries begin … end − 1 of the list: the scores of each, and the values of the one before it."""
+    BLOCK_N: gl.constexpr = k_ring.shape[1]
+    empty = gl.zeros([HALF, BLOCK_N], gl.float32, S_LAYOUT)
+    for j in range(begin, end):
+        rows = 0
+        keys = 0
+        if MASK_ROWS:
+            rows = gl.load(k_rows + gl.load(index + j))
+        if MASK_INTERVALS:
+            keys = gl.load(key_start + j)
+        mbarrier.wait(k_full.index(k_stage), k_phase)
+        if PINGPONG:
+            mbarrier.wait(turns.index(WHO), turn)
+            turn = turn ^ 1
+        s = warpgroup_mma(q, k_ring.index(k_stage).permute([1, 0]), empty, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(v_stage), v_phase)
+        acc = warpgroup_mma(p, v_ring.index(v_stage), acc, is_async=True)
+        if PINGPONG:
+            mbarrier.arrive(turns.index(1 - WHO))
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(k_empty.index(k_stage))
+        if MASK_ROWS:
+            s = _mask(s, rows, coords, interval_lo, interval_hi, guard, keys, MASK_INTERVALS, S_LAYOUT)
+        weights, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, scale, MASK_ROWS)
+        acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+        mbarrier.arrive(v_empty.index(v_stage))
+        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        p = gl.convert_layout(weights.to(v_ring.dtype), P_LAYOUT)
+        k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+        v_stage, v_phase = _next(v_stage, v_phase, STAGES)
+    return acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase, turn
+
+
+@gluon.jit
+def _consume(
+    q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
+    out_ptr, lse_ptr, stride_os, index, key_start, k_rows, coords, interval_lo_ptr, interval_hi_ptr, guard,
+    complete_end, ragged_end, partial_end, query, rows, scale,
+    WHO: gl.constexpr, HAS_INTERVALS: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr,
+):  # fmt: skip
+    BLOCK_N: gl.constexpr = k_ring.shape[1]
+    D: gl.constexpr = k_ring.shape[2]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+
+    q = q_smem.index(WHO)
+    local = WHO * HALF + gl.arange(0, HALF, ROW)
+    interval_lo = local
+    interval_hi = local
+    if HAS_INTERVALS:
+        interval_lo = gl.load(interval_lo_ptr + query + local, mask=local < rows, other=0)
+        interval_hi = gl.load(interval_hi_ptr + query + local, mask=local < rows, other=0)
+    row_max = gl.full([HALF], float("-inf"), gl.float32, ROW)
+    row_sum = gl.zeros([HALF], gl.float32, ROW)
+    acc = gl.zeros([HALF, D], gl.float32, O_LAYOUT)
+
+    # The first block alone, with every mask: there is nothing yet to overlap it with. A list without any entry is run as one
+    # of a block without rows.
+    first_rows = gl.load(k_rows + gl.load(index))
+    first_rows = gl.where(partial_end > 0, first_rows, 0)
+    mbarrier.wait(q_full, 0)
+    mbarrier.wait(k_full.index(0), 0)
+    s = warpgroup_mma(
+        q, k_ring.index(0).permute([1, 0]), gl.zeros([HALF, BLOCK_N], gl.float32, S_LAYOUT), use_acc=False, is_async=True
+    )
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_empty.index(0))
+    s = _mask(s, first_rows, coords, interval_lo, interval_hi, guard, 0, False, S_LAYOUT)
+    if HAS_INTERVALS:
+        if ragged_end == 0:
+            s = _mask(
+                s, first_rows, coords, interval_lo, interval_hi, guard, gl.load(key_start), HAS_INTERVALS, S_LAYOUT
+            )
+    weights, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, scale, True)
+    p = gl.convert_layout(weights.to(v_ring.dtype), P_LAYOUT)
+
+    k_stage, k_phase = _next(0, 0, STAGES)
+    v_stage = 0
+    v_phase = 0
+    turn = WHO ^ 1
+    acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase, turn = _steps(
+        acc, p, row_max, row_sum, 1, complete_end, k_stage, k_phase, v_stage, v_phase, turn,
+        q, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns, WHO,
+        index, key_start, k_rows, coords, interval_lo, interval_hi, guard, scale,
+        False, False, STAGES, PINGPONG, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+    )  # fmt: skip
+    acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase, turn = _steps(
+        acc, p, row_max, row_sum, gl.maximum(complete_end, 1), ragged_end, k_stage, k_phase, v_stage, v_phase, turn,
+        q, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns, WHO,
+        index, key_start, k_rows, coords, interval_lo, interval_hi, guard, scale,
+        True, False, STAGES, PINGPONG, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+    )  # fmt: skip
+    if HAS_INTERVALS:
+        acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase, turn = _steps(
+            acc, p, row_max, row_sum, gl.maximum(ragged_end, 1), partial_end, k_stage, k_phase, v_stage, v_phase, turn,
+            q, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns, WHO,
+            index, key_start, k_rows, coords, interval_lo, interval_hi, guard, scale,
+            True, True, STAGES, PINGPONG, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+        )  # fmt: skip
+    mbarrier.wait(v_full.index(v_stage), v_phase)
+    acc = warpgroup_mma(p, v_ring.index(v_stage), acc, is_async=True)
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+
+    # A row that saw no key: output 0, log-sum-exp −inf.
+    seen = row_sum > 0
+    whole = gl.where(seen, row_sum, 1.0)
+    acc = acc * gl.convert_layout(1.0 / whole, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    lse = gl.where(seen, (row_max + gl.log2(whole)) * LN2, float("-inf"))
+    gl.store(lse_ptr + query + local, lse, mask=local < rows)
+    # Through shared memory, where the queries were, so that each thread writes 16 consecutive bytes.
+    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
+    q.store(acc.to(q.dtype))
+    out = q.load(STORE)
+    row = WHO * HALF + gl.arange(0, HALF, gl.SliceLayout(1, STORE))
+    at = (query + row).to(gl.int64)[:, None] * stride_os + gl.arange(0, D, gl.SliceLayout(0, STORE))[None, :]
+    gl.store(out_ptr + at, out, mask=(row < rows)[:, None])
+
+
+@gluon.jit
+def hopper_kernel(
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, stride_ob, stride_os, stride_oh,
+    q_start, q_rows, k_rows, index, key_start, ends, head_set, coords, intervals, guard,
+    stride_plan, q_blocks, longest, heads, group, q_len, k_len, scale,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED_SET: gl.constexpr, HAS_HEAD_SET: gl.constexpr,
+    HAS_INTERVALS: gl.constexpr, PINGPONG: gl.constexpr,
+):  # fmt: skip
+    """Grid: (query blocks, batch × heads). ``scale`` includes log2(e)."""
+    block = gl.program_id(0)
+    batch = gl.program_id(1) // heads
+    head = gl.program_id(1) % heads
+    if SHARED_SET:
+        set_of_head = head * 0
+    elif HAS_HEAD_SET:
+        set_of_head = gl.load(head_set + head)
+    else:
+        set_of_head = head
+    query = gl.load(q_start + block)
+    rows = gl.load(q_rows + block)
+    # stride_plan is 0 for a plan that all samples share.
+    listing = batch.to(gl.int64) * stride_plan + set_of_head * q_blocks + block
+    complete_end = gl.load(ends + listing * 3)
+    ragged_end = gl.load(ends + listing * 3 + 1)
+    partial_end = gl.load(ends + listing * 3 + 2)
+    index += listing * longest
+    key_start += listing * longest
+    out_ptr += batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
+    lse_ptr += (batch.to(gl.int64) * heads + head) * q_len
+    interval_lo = intervals + set_of_head.to(gl.int64) * 2 * q_len
+    interval_hi = interval_lo + q_len
+
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [2, HALF, D], q_desc.layout)
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=2)
+    for who in gl.static_range(2):
+        mbarrier.init(turns.index(who), count=1)
+    fence_async_shared()
+    mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
+    for who in gl.static_range(2):
+        row = batch * q_len + query + who * HALF
+        tma.async_copy_global_to_shared(q_desc, [row, head * D], q_full, q_smem.index(who))
+
+    # Written out in place: a local name would turn the constants among the arguments into run-time values.
+    gl.warp_specialize(
+        [
+            (_consume, (
+                q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
+                out_ptr, lse_ptr, stride_os, index, key_start, k_rows, coords, interval_lo, interval_hi, guard,
+                complete_end, ragged_end, partial_end, query, rows, scale,
+                0, HAS_INTERVALS, STAGES, PINGPONG,
+            )),
+            (_consume, (
+                q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
+                out_ptr, lse_ptr, stride_os, index, key_start, k_rows, coords, interval_lo, interval_hi, guard,
+                complete_end, ragged_end, partial_end, query, rows, scale,
+                1, HAS_INTERVALS, STAGES, PINGPONG,
+            )),
+            (_produce, (
+                k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+                key_start, gl.maximum(partial_end, 1), batch * k_len, head // group * D, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def hopper_misfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> str | None:
+    """Why this kernel does not take these tensors or this plan, or None if it does. Shapes were validated before."""
+    if q.shape[3] not in (64, 128):
+        return f"head dimension {q.shape[3]} is not 64 or 128"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"{q.dtype} is not a 16-bit type"
+    if plan.block != BLOCK:
+        return f"the plan's blocks have room for {plan.block} rows, not {BLOCK}"
+    if plan.intervals is not None and plan.row_codes is None:
+        return "the grid is too large for its coordinates to share one 32-bit integer"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        B, S, H, D = x.shape
+        if (H > 1 and x.stride(2) != D) or (B > 1 and x.stride(0) != S * x.stride(1)):
+            return f"{name} has strides {x.stride()}: tokens must follow each other evenly, their heads side by side"
+        if x.data_ptr() % 16 or x.stride(1) % 8:
+            return f"{name} is not aligned to 16 bytes"
+        if B * S >= 2**31:
+            return f"{name} has 2³¹ tokens or more"
+    return None
+
+
+def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """(B, S, H, D) as a matrix of B·S rows, read in pieces of ``rows`` × D."""
+    B, S, H, D = x.shape
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor(x, [B * S, H * D], [x.stride(1), 1], [rows, D], layout)
+
+
+def launch_config(head_dim: int) -> dict[str, int | bool]:
+    """Ring slots and whether the consumers take turns at the tensor cores."""
+    return {"STAGES": 2 if head_dim == 128 else 4, "PINGPONG": True}
+
+
+def hopper_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel. Shapes as in ``block_sparse_attention``, which validates them; see ``hopper_misfit``."""
+    B, Sq, H, D = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty((B, H, Sq), dtype=torch.float32, device=q.device)
+    per_set, q_blocks, longest = plan.sets, plan.index.shape[2], plan.index.shape[3]
+    unused = plan.index  # a pointer that a specialised kernel never reads
+    hopper_kernel[(q_blocks, B * H)](
+        _descriptor(q, HALF.value), _descriptor(k, BLOCK), _descriptor(v, BLOCK), out, lse,
+        out.stride(0), out.stride(1), out.stride(2),
+        plan.q_start, plan.q_rows, plan.k_rows,
+        plan.index, plan.key_start, plan.ends,
+        unused if plan.head_set is None else plan.head_set,
+        unused if plan.key_codes is None else plan.key_codes,
+        unused if plan.row_codes is None else plan.row_codes,
+        plan.guard,
+        0 if plan.index.shape[0] == 1 else per_set * q_blocks,
+        q_blocks, longest, H, H // k.shape[2], Sq, k.shape[1], scale * LOG2E,
+        D=D, BLOCK_N=BLOCK,
+        SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.intervals is not None,
+        num_warps=4, **launch_config(D),
+    )  # fmt: skip
+    return out, lse

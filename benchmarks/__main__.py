@@ -1,13 +1,17 @@
-"""``python -m benchmarks``: measure on this machine, write benchmarks/results/<device>-<date>.json, print the tables."""
+"""``python -m benchmarks``: measure on this machine, write benchmarks/results/<device>-<date>.json, print the tables.
+
+Every row is written as soon as it is measured. ``--only`` and ``--rows`` measure a part and keep the rest of the file.
+"""
 
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 import re
+import shlex
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +21,15 @@ import triton
 import typer
 
 import tilewise
-from benchmarks import attention, launch, render, step
+from benchmarks import attention, fused, launch, peers, render, results, rows, step
 
-SECTIONS: dict[str, Callable[[torch.device, float], Any]] = {
-    "attention": attention.run,
-    "step": step.run,
-    "launch": launch.run,
+SECTIONS = {
+    "attention": "attention kernels, ours and others'",
+    "step": "whole denoiser forwards (GPU)",
+    "fused": "the fused kernels around attention",
+    "launch": "launch configurations of the Triton kernel (GPU)",
 }
+STEP_SECONDS = 4  # a forward takes as long as many kernels: times the seconds of a kernel
 
 
 def device_name(device: torch.device) -> str:
@@ -32,37 +38,109 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def command(arguments: list[str]) -> str:
+    """The command line as others can repeat it: without the folder that the results went to."""
+    text = shlex.join(["python", "-m", "benchmarks", *arguments])
+    return re.sub(r" --out[ =](?:'[^']*'|\S+)", "", text)
+
+
+def work(section: str, device: torch.device, tiny: bool) -> list[tuple[str, Any]]:
+    """(name, what to run) for all rows of a section on this device."""
+    on_gpu = device.type == "cuda"
+    if section == "attention":
+        chosen = rows.TINY_ROWS if tiny else rows.GPU_ROWS if on_gpu else rows.CPU_ROWS
+        return [(row.name, row) for row in chosen]
+    if section == "step":
+        sizes = step.TINY if tiny else step.SIZES if on_gpu else []
+        return [(size.name, size) for size in sizes]
+    if section == "fused":
+        widths = fused.TINY if tiny else fused.SIZES if on_gpu else []
+        return [(f"{size.name}: {op.name}", (size, op)) for size in widths for op in fused.OPERATIONS]
+    if not on_gpu:
+        return []
+    named = {row.name: row for row in (rows.TINY_ROWS if tiny else rows.GPU_ROWS)}
+    picked = ["tiny STA"] if tiny else [f"STA 30×48×80, window (3,3,3){d}" for d in ("", ", head dim 64")]
+    return [(name, named[name]) for name in picked]
+
+
+def measured(section: str, items: list[Any], device: torch.device, seconds: float, backend: str) -> Iterator[dict]:
+    if section == "attention":
+        return attention.run(device, seconds, items, compiled=backend == "inductor")
+    if section == "step":
+        return step.run(device, seconds * STEP_SECONDS, items, backend)
+    if section == "fused":
+        return fused.run(device, seconds, items, backend)
+    return launch.run(device, seconds / 2, items)
+
+
+def in_short(row: dict[str, Any]) -> str:
+    """A row in a line, for whoever waits."""
+    timed = [*row.get("implementations", []), *row.get("variants", [])]
+    parts = [row["name"], *(f"{r['name']} {r['ms']:.4g} ms" for r in timed)]
+    return "; ".join([*parts, *(f"not run: {name}" for name in row.get("missing", {}))])
+
+
 def main(
     only: Annotated[str, typer.Option(help="comma-separated sections: " + ", ".join(SECTIONS))] = ",".join(SECTIONS),
+    rows_: Annotated[str, typer.Option("--rows", help="regular expression: only rows whose name it is found in")] = "",
     device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda if there is one")] = "",
-    seconds: Annotated[float, typer.Option(help="time spent on each measurement")] = 1.0,
-    out: Annotated[Path, typer.Option(help="folder of result files")] = Path(__file__).parent / "results",
+    seconds: Annotated[
+        float, typer.Option(help="time spent on each kernel measurement; on a forward, 4 times that")
+    ] = 0.5,
+    tiny: Annotated[
+        bool, typer.Option(help="tiny inputs, in a file of their own: shows what runs on this machine")
+    ] = False,
+    compiler: Annotated[
+        str, typer.Option(help="torch.compile's backend; 'eager' compiles nothing (for tests)")
+    ] = "inductor",
+    out: Annotated[Path, typer.Option(help="folder of result files")] = results.FOLDER,
 ) -> None:
+    """Measure on this machine, write a result file, print the tables."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = only.split(",")
     if unknown := set(chosen) - set(SECTIONS):
         raise typer.BadParameter(f"unknown sections {sorted(unknown)}; there are {', '.join(SECTIONS)}")
-    name = device_name(where)
+    pattern = re.compile(rows_)
+    todo: dict[str, dict[str, tuple[int, Any]]] = {}
+    for section in chosen:
+        found = enumerate(work(section, where, tiny))
+        todo[section] = {name: (order, item) for order, (name, item) in found if pattern.search(name)}
+    if not any(todo.values()):
+        raise typer.BadParameter(f"no row of {only} on {where.type} has {rows_!r} in its name")
     result: dict[str, Any] = {
-        "device": name,
+        "format": results.FORMAT,
+        "device": device_name(where),
         "date": datetime.date.today().isoformat(),
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "tiny": tiny,
+        "commands": [command(sys.argv[1:])],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": triton.__version__,
             "diffusers": diffusers.__version__,
             "tilewise": tilewise.__version__,
+            **peers.versions(),
         },
     }
-    for section in chosen:
-        result[section] = SECTIONS[section](where, seconds)
-    out.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = out / f"{slug}-{result['date']}.json"
-    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(render.tables(result))
+    path = results.path_of(result, out)
+    done: dict[str, list[dict[str, Any]]] = {}
+    wrong: list[str] = []
+    for section, named in todo.items():
+        begin = time.perf_counter()
+        items = [item for _, item in named.values()]
+        for row in measured(section, items, where, seconds, compiler):
+            row["order"] = named[row["name"]][0]
+            part = {**result, "sections": {section: [row]}}
+            path = results.write(part, out)
+            print(f"{time.perf_counter() - begin:6.1f} s  {section}: {in_short(row)}", flush=True)
+            wrong += [f"{row['name']}: {name}" for name in row.get("wrong", [])]
+            done.setdefault(section, []).append(row)
+    print(render.tables({**result, "sections": done}))
     print(f"written: {path}")
+    if wrong:
+        print("WRONG RESULTS: " + "; ".join(wrong), file=sys.stderr)
+        raise typer.Exit(1)
 
 
-typer.run(main)
+if __name__ == "__main__":
+    typer.run(main)

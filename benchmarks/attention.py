@@ -1,122 +1,201 @@
-"""Sparse attention against dense peers, on the same tensors in the same run, checked before it is timed."""
+"""Sparse attention against its peers: every row on the same tensors, in one process, checked before it is timed.
+
+needed work    token pairs that the mask keeps         density = needed / all
+kept work      token pairs that the kernel computes    work    = kept / all
+TFLOP/s        4 · needed pairs · head dim · heads / time; for a dense peer, which needs them all, all pairs
+of ideal       time of the fastest dense peer · density / time: 1 where nothing is lost against 1 / density
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from benchmarks.peers import dense_peers
+from benchmarks import flex, peers
+from benchmarks.rows import Row, visible
 from benchmarks.timing import measure
-from tilewise.kernels.attention import block_sparse_attention, choose_backend
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.attention import available_backends, block_sparse_attention, choose_backend
+from tilewise.kernels.layout import Layout
 from tilewise.kernels.plan import BlockPlan
 from tilewise.kernels.reference import masked_attention
-from tilewise.plugins.methods.sta import STA
 
-Triple = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    grid: Triple
-    heads: int
-    head_dim: int
-    method: STA
+Mask = Callable[[int, torch.Tensor], torch.Tensor]  # head, (n,) query positions → (n, S) bool
+DenseResults = dict[tuple, tuple[list[dict[str, Any]], dict[str, str]]]
+SAMPLES, SAMPLE_ROWS = 4, 32
 
 
-PAPER = STA(window=(3, 3, 3), tile=(6, 8, 8))
-GPU_ROWS = [
-    Row("STA 30×48×80", (30, 48, 80), 24, 128, PAPER),
-    Row("STA 18×48×80", (18, 48, 80), 24, 128, PAPER),
-    Row("STA 21×30×52", (21, 30, 52), 12, 128, PAPER),
-    Row("STA 21×45×80", (21, 45, 80), 40, 128, PAPER),
-    Row("full window 21×30×52", (21, 30, 52), 12, 128, STA(window=(99, 99, 99), tile=(6, 8, 8))),
-]
-# The bundled demo model at 128×128 and 256×256 pixels, as the method runs there: with chosen tiles and windows.
-CPU_ROWS = [
-    Row(f"demo {32 * across // 4}×{32 * across // 4}, {label}", (9, across, across), 4, 64, method)
-    for across in (16, 32)
-    for label, method in (
-        ("window (3,3,3)", STA()),
-        ("density 0.4", STA(density=0.4)),
-        ("density 0.25", STA(density=0.25)),
-        ("density 0.15", STA(density=0.15)),
-    )
-]
+class WrongResultError(AssertionError):
+    """An implementation whose output is not the reference's. It is not timed."""
 
 
-def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, tolerance: float) -> float:
-    """Largest relative error ‖out − ref‖/‖ref‖ over a few query blocks of the first head, against fp32."""
-    out = block_sparse_attention(q, k, v, plan)
+def check(
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask | None, tolerance: float
+) -> float:
+    """Largest relative error ‖out − ref‖ / ‖ref‖ over slices of rows of the first and last head, against fp32.
+
+    Args:
+        out: (B, S, H, D), what an implementation returned for q, k and v of that shape.
+        mask: None: every query sees every key.
+
+    Raises:
+        WrongResultError: if it is not below ``tolerance``, or not a number.
+    """
+    tokens, heads = q.shape[1:3]
+    if out.shape != q.shape:
+        raise WrongResultError(f"wrong result: shape {tuple(out.shape)}, expected {tuple(q.shape)}")
+    rows = min(SAMPLE_ROWS, tokens)
     worst = 0.0
-    for block in {0, plan.index.shape[2] // 2, plan.index.shape[2] - 1}:
-        rows = slice(int(plan.q_start[block]), int(plan.q_start[block] + plan.q_rows[block]))
-        listed = plan.index[0, 0, block, : int(plan.ends[0, 0, block, 2])].long()
-        keys = torch.cat(
-            [torch.arange(int(plan.k_start[b]), int(plan.k_start[b] + plan.k_rows[b]), device=q.device) for b in listed]
-        )
-        want, _ = masked_attention(q[:, rows, :1], k[:, keys, :1], v[:, keys, :1], dtype=torch.float32)
-        error = float((out[:, rows, :1].float() - want).norm() / want.norm())
-        worst = max(worst, error)
-    if not worst < tolerance:
-        raise AssertionError(f"wrong result: relative error {worst:.2e}, expected below {tolerance:.0e}")
+    for head in {0, heads - 1}:
+        for sample in range(SAMPLES):
+            first = (tokens - rows) * sample // (SAMPLES - 1)
+            queries = torch.arange(first, first + rows, device=q.device)
+            seen = None if mask is None else mask(head, queries)
+            one = (slice(None), slice(None), slice(head, head + 1))
+            want, _ = masked_attention(q[one][:, queries], k[one], v[one], seen, dtype=torch.float32)
+            error = float((out[one][:, queries].float() - want).norm() / want.norm())
+            if not error < tolerance:
+                raise WrongResultError(f"wrong result: relative error {error:.2e}, expected below {tolerance:.0e}")
+            worst = max(worst, error)
     return worst
 
 
-def run_row(row: Row, device: torch.device, seconds: float) -> dict[str, Any]:
+def run_row(
+    row: Row, device: torch.device, seconds: float, dense: DenseResults, compiled: bool = True
+) -> dict[str, Any]:
+    """Everything that runs ``row`` on ``device``. ``dense`` keeps the dense peers' times: they depend on the shape alone."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    layout = row.method.layout(Grid(*row.grid))
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    layout = row.method.layout(row.grid)
     plan = row.method.plan(layout, row.heads, device)
     generator = torch.Generator(device).manual_seed(0)
-    shape = (1, layout.grid.tokens, row.heads, row.head_dim)
+    shape = (1, row.grid.tokens, row.heads, row.head_dim)
     q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
-    error = check(q, k, v, plan, 1e-2 if dtype == torch.bfloat16 else 1e-5)
-    chosen = choose_backend(q, k, v, plan)
-    ours = measure(lambda: block_sparse_attention(q, k, v, plan), device, seconds=seconds)
-    order, inverse = layout.permutation.to(device), layout.inverse.to(device)
+    coords = layout.coords.to(device)
+    flops = 4 * row.grid.tokens**2 * row.heads * row.head_dim
+    results: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    wrong: list[str] = []
 
-    def with_permutes() -> torch.Tensor:
-        moved = [x.index_select(1, order) for x in (q, k, v)]
-        return block_sparse_attention(*moved, plan).index_select(1, inverse)
+    def attempt(name: str, kind: str, prepare: Callable[[], peers.Call], mask: Mask | None, **more: Any) -> None:
+        try:
+            call = prepare()
+            error = check(call(), q, k, v, mask, peers.TOLERANCES.get(name, tolerance))
+            timing = measure(call, device, seconds=seconds, warmup=0)
+        except Exception as error_:  # a fact about this implementation on this row: kept, by name
+            missing[name] = peers.reason(error_)
+            if kind == "ours" and isinstance(error_, WrongResultError):
+                wrong.append(name)
+            return
+        needed = flops if kind == "dense" else flops * plan.density
+        facts = {"relative_error": error, "tflops": needed / timing.median / 1e9}
+        results.append({"name": name, "kind": kind, **timing.to_dict(), **facts, **more})
 
-    permuted = measure(with_permutes, device, seconds=seconds)
-    flops = 4 * layout.grid.tokens**2 * row.heads * row.head_dim
+    in_tiles: Mask = lambda head, queries: visible(row, layout, coords, head, queries)  # noqa: E731
+    for name, usable, why in available_backends(device):
+        if usable:
+            attempt(
+                name,
+                "ours",
+                lambda name=name: lambda: block_sparse_attention(q, k, v, plan, backend=name),  # type: ignore[misc]
+                in_tiles,
+            )
+        elif device.type == "cuda" and name != "torch":
+            missing[name] = why
+    for order in row.flex:
+        _flex(row, layout, order, attempt, q, k, v, compiled)
+
+    # Tensors come from the same seed: rows of one shape have the same, and dense attention sees no difference but that.
+    key = (row.grid.tokens, row.heads, row.head_dim)
+    if key not in dense:
+        first, known = len(results), set(missing)
+        found, absent = peers.dense_peers(device)
+        for name, peer in found.items():
+            attempt(name, "dense", lambda peer=peer: peer(q, k, v), None)  # type: ignore[misc]
+        missing.update(absent)
+        dense[key] = results[first:], {name: missing[name] for name in missing if name not in known}
+    else:
+        results += dense[key][0]
+        missing.update(dense[key][1])
+
+    _compare(results, plan.density)
     result: dict[str, Any] = {
         "name": row.name,
-        "grid": row.grid,
+        "grid": [*row.grid.shape, row.grid.text],
         "heads": row.heads,
         "head_dim": row.head_dim,
         "tile": layout.tile,
-        **row.method.describe(layout),
+        "windows": sorted(set(row.windows(layout))),
+        "unit": row.unit,
+        "stride": row.stride,
         "dtype": str(dtype).removeprefix("torch."),
         "density": plan.density,
         "work": plan.work,
-        "backend": chosen.backend,
-        "relative_error": error,
-        "ours": ours.to_dict(),
-        "ours_with_permutes": permuted.to_dict(),
-        "tflops_on_kept_pairs": flops * plan.density / ours.median / 1e9,
-        "peers": {},
-        "speedup": {},
-        "fraction_of_ideal": {},
+        "implementations": results,
+        "missing": missing,
+        "wrong": wrong,
     }
-    peers, missing = dense_peers(device)
-    for name, attend in peers.items():
-        try:
-            timing = measure(lambda attend=attend: attend(q, k, v), device, seconds=seconds)  # type: ignore[misc]
-        except RuntimeError as error_:  # a backend that refuses this device or shape
-            missing[name] = str(error_).splitlines()[0]
-            continue
-        result["peers"][name] = timing.to_dict()
-        result["speedup"][name] = timing.median / ours.median
-        result["fraction_of_ideal"][name] = timing.median / ours.median * plan.density
-    result["missing_peers"] = missing
+    ours = [r for r in results if r["kind"] == "ours"]
+    if ours:
+        choice = choose_backend(q, k, v, plan)
+        result["chosen"], result["reason"] = choice.backend, choice.reason
+        result["best"] = min(ours, key=lambda r: r["ms"])["name"]
+        result["with_permutes"] = _with_permutes(layout, plan, q, k, v, result["best"], seconds)
     return result
 
 
-def run(device: torch.device, seconds: float = 1.0) -> list[dict[str, Any]]:
-    """All rows for a device."""
-    return [run_row(row, device, seconds) for row in (GPU_ROWS if device.type == "cuda" else CPU_ROWS)]
+def _flex(
+    row: Row,
+    layout: Layout,
+    order: str,
+    attempt: Callable,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    compiled: bool,
+) -> None:
+    """FlexAttention in one token order: q, k and v are taken to be in it already, as ours takes them to be in tile order."""
+    device = q.device
+    coords = layout.coords.to(device)
+    if order == "raster order":
+        coords = coords[:, layout.inverse.to(device)]
+    mask = flex.block_mask(flex.mask_mod(row, layout, order, device), row.grid.tokens, device)
+    attempt(
+        f"flex, {order}",
+        "sparse",
+        lambda: flex.flex_call(mask, q, k, v, compiled),
+        lambda head, queries: visible(row, layout, coords, head, queries),
+        work=flex.computed(mask),
+    )
+
+
+def _with_permutes(
+    layout: Layout, plan: BlockPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str, seconds: float
+) -> dict[str, float]:
+    """The same call with q, k and v reordered before and the output after: what a single call in raster order costs."""
+    order, inverse = layout.permutation.to(q.device), layout.inverse.to(q.device)
+
+    def call() -> torch.Tensor:
+        q_, k_, v_ = (x.index_select(1, order) for x in (q, k, v))
+        return block_sparse_attention(q_, k_, v_, plan, backend=backend).index_select(1, inverse)
+
+    return measure(call, q.device, seconds=seconds).to_dict()
+
+
+def _compare(results: list[dict[str, Any]], density: float) -> None:
+    """× over each dense peer and the fraction of the ideal, for what is not dense itself."""
+    dense = {r["name"]: r["ms"] for r in results if r["kind"] == "dense"}
+    for r in results:
+        if r["kind"] != "dense" and dense:
+            r["over"] = {name: ms / r["ms"] for name, ms in dense.items()}
+            r["of_ideal"] = min(dense.values()) * density / r["ms"]
+
+
+def run(device: torch.device, seconds: float, rows: list[Row], compiled: bool = True) -> Iterator[dict[str, Any]]:
+    """One result a row."""
+    dense: DenseResults = {}
+    for row in rows:
+        yield run_row(row, device, seconds, dense, compiled)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

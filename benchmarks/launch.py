@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks.attention import PAPER
+from benchmarks.attention import check
+from benchmarks.peers import reason
+from benchmarks.rows import Row, visible
 from benchmarks.timing import measure
-from tilewise.kernels.layout import Grid
 
-WORK = "STA 30×48×80, 24 heads, tile (6,8,8), window (3,3,3), bf16, kernel alone"
 # (BLOCK_M, BLOCK_N, num_warps, num_stages)
 CONFIGS = [
     *((128, 64, 8, stages) for stages in (2, 3, 4, 5, 6, 7)),
@@ -24,31 +25,43 @@ CONFIGS = [
 ]
 
 
-def run(device: torch.device, seconds: float = 0.25) -> dict[str, Any]:
-    """Milliseconds and TFLOP/s on kept pairs of each configuration, for head dims 128 and 64. Nothing without a GPU."""
-    if device.type != "cuda":
-        return {}
+def run(device: torch.device, seconds: float, rows: list[Row]) -> Iterator[dict[str, Any]]:
+    """Milliseconds and TFLOP/s on needed pairs of each configuration. Nothing without a GPU."""
+    if device.type == "cuda":
+        for row in rows:
+            yield run_row(row, device, seconds)
+
+
+def run_row(row: Row, device: torch.device, seconds: float) -> dict[str, Any]:
+    """Every configuration on one row; what the rules choose for it is the first of the list."""
     from tilewise.kernels import triton_forward as kernel
 
-    layout = PAPER.layout(Grid(30, 48, 80))
-    plan = PAPER.plan(layout, 24, device)
-    rows = []
-    for head_dim in (128, 64):
-        shape = (1, layout.grid.tokens, 24, head_dim)
-        q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
-        forward = functools.partial(kernel.triton_forward, q, k, v, plan, head_dim**-0.5)
-        want, _ = forward()
-        for m, n, warps, stages in CONFIGS:
-            config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-            with mock.patch.object(kernel, "launch_config", return_value={"BLOCK_D": head_dim, **config}):
-                try:
-                    torch.testing.assert_close(forward()[0], want, atol=2e-2, rtol=2e-2)
-                    timing = measure(forward, device, seconds=seconds)
-                except Exception as error:  # out of shared memory or registers: a fact about the configuration
-                    rows.append({"head_dim": head_dim, **config, "error": str(error).splitlines()[0][:200]})
-                    continue
-            flops = 4 * layout.grid.tokens**2 * 24 * head_dim * plan.density
-            rows.append(
-                {"head_dim": head_dim, **config, "ms": timing.median, "tflops": round(flops / timing.median / 1e9)}
-            )
-    return {"work": WORK, "rows": rows}
+    layout = row.method.layout(row.grid)
+    plan = row.method.plan(layout, row.heads, device)
+    shape = (1, row.grid.tokens, row.heads, row.head_dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
+    coords = layout.coords.to(device)
+    mask = functools.partial(visible, row, layout, coords)
+    forward = functools.partial(kernel.triton_forward, q, k, v, plan, row.head_dim**-0.5)
+    flops = 4 * row.grid.tokens**2 * row.heads * row.head_dim * plan.density
+    rules = kernel.launch_config
+    found = []
+    for config in (None, *CONFIGS):
+        keys = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+        wanted = {} if config is None else dict(zip(keys, config, strict=True))
+        used: dict[str, Any] = {}
+
+        def chosen(*args: Any, wanted: dict[str, int] = wanted, used: dict[str, Any] = used, **options: Any) -> Any:
+            used.update({**rules(*args, **options), **wanted})
+            return used
+
+        with mock.patch.object(kernel, "launch_config", chosen):
+            try:
+                check(forward()[0], q, k, v, mask, 1e-2)
+                timing = measure(forward, device, seconds=seconds, warmup=0)
+            except Exception as error:  # out of shared memory or registers: a fact about the configuration
+                found.append({**used, "rule": config is None, "error": reason(error)})
+                continue
+        facts = {**timing.to_dict(), "tflops": flops / timing.median / 1e9}
+        found.append({**used, "rule": config is None, **facts})
+    return {"name": row.name, "head_dim": row.head_dim, "configs": found}

@@ -1,82 +1,187 @@
 """Markdown tables from result files, so that no number in the README is typed by hand.
 
-``python -m benchmarks.render`` rewrites the tables of README.md: each stands between ``<!-- results FILE -->`` and
-``<!-- /results -->`` and is made of that file in benchmarks/results.
+``python -m benchmarks.render`` rewrites the tables of README.md and docs/*.md: each stands between ``<!-- results FILE -->`` and
+``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
+
+    attention implementations step time fused launch missing
+
+and without any, all of them do.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MARKED = re.compile(r"(<!-- results (\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- results (\S+)((?: \w+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
+Rows = list[dict[str, Any]]
+NAMES = {"cudnn": "cuDNN", "fa3": "FA3", "fa4": "FA4", "fa4 dense": "FA4 dense", "flash-sdpa": "flash SDPA"}
+NAMES |= {"sage": "SageAttention (int8)", "sdpa": "SDPA"}
 
 
-def tables(result: dict[str, Any]) -> str:
-    """All sections of a result as Markdown."""
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    parts = [f"{result['device']}, {result['date']}; {versions}; `{result['command'].strip()}`"]
-    if result.get("attention"):
-        parts.append(attention_table(result["attention"]))
-    if result.get("step"):
-        parts.append(step_table(result["step"]))
-    if result.get("launch"):
-        parts.append(launch_table(result["launch"]))
-    if result.get("notes"):
+def tables(result: dict[str, Any], wanted: Iterable[str] = (), header: bool = True) -> str:
+    """The wanted tables of a result as Markdown; all of them if none is named.
+
+    Raises:
+        ValueError: for a table that there is not.
+    """
+    wanted = tuple(wanted) or tuple(TABLES)
+    if unknown := set(wanted) - set(TABLES):
+        raise ValueError(f"no such table: {sorted(unknown)}; there are {', '.join(TABLES)}")
+    parts = []
+    if header:
+        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        commands = "; ".join(f"`{command.strip()}`" for command in result["commands"])
+        parts.append(f"{result['device']}, {result['date']}; {versions}; {commands}")
+    for name in wanted:
+        section, table = TABLES[name]
+        rows = result["sections"].get(section, []) if section else [r for s in result["sections"].values() for r in s]
+        if rows and (text := table(rows)):
+            parts.append(text)
+    if header and result.get("notes"):
         parts.append("\n".join(f"- {note}" for note in result["notes"]))
     return "\n\n".join(parts)
 
 
-def attention_table(rows: list[dict[str, Any]]) -> str:
-    peers = sorted({peer for row in rows for peer in row["peers"]})
-    head = ["work", "density", "computed", "ours, ms", "with permutes, ms", *(f"{p}, ms" for p in peers)]
-    head += [f"× {p}" for p in peers] + [f"of ideal ({p})" for p in peers]
-    lines = [head, ["---"] * len(head)]
+def attention_table(rows: Rows) -> str:
+    """The best of our backends on each work, against the dense peers that matter."""
+    dense = _names(rows, "dense")
+    over = [name for name in ("cudnn", "fa3") if name in dense] or dense
+    head = [
+        "work",
+        "density",
+        "kept / needed",
+        "ours, ms",
+        "with permutes, ms",
+        "TFLOP/s",
+        *(f"× {_title(n)}" for n in over),
+    ]
+    lines = [[*head, "of ideal"]]
     for row in rows:
-        cells = [
-            row["name"],
-            f"{row['density']:.3f}",
-            f"{row['work']:.3f}",
-            f"{row['ours']['ms']:.2f}",
-            f"{row['ours_with_permutes']['ms']:.2f}",
-        ]
-        cells += [f"{row['peers'][p]['ms']:.2f}" if p in row["peers"] else "–" for p in peers]
-        cells += [f"{row['speedup'][p]:.2f}" if p in row["speedup"] else "–" for p in peers]
-        cells += [f"{row['fraction_of_ideal'][p]:.2f}" if p in row["peers"] else "–" for p in peers]
+        best = next((r for r in row["implementations"] if r["name"] == row.get("best")), None)
+        cells = [row["name"], f"{row['density']:.3f}", f"{row['work'] / row['density']:.2f}"]
+        if best is None:
+            lines.append([*cells, *["–"] * (len(lines[0]) - len(cells))])
+            continue
+        by = best["name"] if row["chosen"] == best["name"] else f"{best['name']}; by itself {row['chosen']}"
+        cells += [f"{_spread(best)} ({by})", _spread(row["with_permutes"]), f"{best['tflops']:.3g}"]
+        cells += [f"{best['over'][n]:.2f}" if n in best.get("over", {}) else "–" for n in over]
+        lines.append([*cells, f"{best['of_ideal']:.2f}" if "of_ideal" in best else "–"])
+    return _markdown(lines)
+
+
+def implementations_table(rows: Rows) -> str:
+    """Milliseconds of everything that ran, own backends first, dense ones last."""
+    names = [name for kind in ("ours", "sparse", "dense") for name in _names(rows, kind)]
+    lines = [["ms: median ± half the range", *map(_title, names)]]
+    for row in rows:
+        found = {r["name"]: r for r in row["implementations"]}
+        lines.append([row["name"], *(_spread(found[n]) if n in found else "–" for n in names)])
+    return _markdown(lines)
+
+
+def step_table(rows: Rows) -> str:
+    head = ["denoiser forward", "", "density", "ms", "× stock", "× stock, cuDNN", "× stock, compiled", "peak GiB"]
+    lines = [[*head, "difference from stock"]]
+    for row in rows:
+        title = f"{row['name']}, grid {'×'.join(map(str, row['grid']))}"
+        for number, variant in enumerate(row["variants"]):
+            cells = ["" if number else title, variant["name"], f"{variant['density']:.3f}", _spread(variant)]
+            stocks = ("stock", "stock, cuDNN", "stock, torch.compile")
+            cells += [f"{variant['over'][n]:.2f}" if n in variant["over"] else "–" for n in stocks]
+            cells.append(f"{variant['peak_gib']:.2f}" if "peak_gib" in variant else "–")
+            lines.append([*cells, f"{variant['relative_error']:.1e}" if "relative_error" in variant else ""])
+    return _markdown(lines)
+
+
+def time_table(rows: Rows) -> str:
+    """Where the GPU time of a forward goes, before and after."""
+    groups = list(dict.fromkeys(g for row in rows for t in row["time"].values() for g in t["ms"]))
+    lines = [["GPU time of one forward, ms", "", *groups, "all"]]
+    for row in rows:
+        for number, (name, spent) in enumerate(row["time"].items()):
+            total = sum(spent["ms"].values())
+            cells = [f"{spent['ms'][g]:.1f} ({spent['ms'][g] / max(total, 1e-9):.0%})" for g in groups]
+            lines.append(["" if number else row["name"], name, *cells, f"{total:.1f}"])
+    return _markdown(lines) if len(lines) > 1 else ""
+
+
+def fused_table(rows: Rows) -> str:
+    names = _names(rows)
+    lines = [["operation", *(f"{n}, ms" for n in names), "tilewise, GB/s", *(f"× {n}" for n in names[:-1])]]
+    for row in rows:
+        found = {r["name"]: r for r in row["implementations"]}
+        ours = found.get("tilewise")
+        cells = [row["name"], *(f"{found[n]['ms']:.3f}" if n in found else "–" for n in names)]
+        cells.append("–" if ours is None else f"{ours['gbps']:.0f}")
+        cells += ["–" if ours is None or n not in found else f"{found[n]['ms'] / ours['ms']:.2f}" for n in names[:-1]]
         lines.append(cells)
     return _markdown(lines)
 
 
-def step_table(rows: list[dict[str, Any]]) -> str:
-    lines = [["denoiser forward", "attention", "density", "ms", "× best stock", "peak GiB"], ["---"] * 6]
+def launch_table(rows: Rows) -> str:
+    """What the rules choose, and the four fastest configurations."""
+    lines = [["Triton kernel alone", "tile M × N", "warps", "stages", "ms", "TFLOP/s"]]
     for row in rows:
-        best = min(s["ms"] for s in row["stock"].values())
-        for name, stock in row["stock"].items():
-            cells = [row["name"], f"stock, {name}", "1", f"{stock['ms']:.1f}", f"{best / stock['ms']:.2f}"]
-            lines.append([*cells, f"{stock['peak_gib']:.2f}"])
-        for name, ours in row["patched"].items():
-            cells = [row["name"], name, f"{ours['density']:.3f}", f"{ours['ms']:.1f}", f"{ours['speedup']:.2f}"]
-            lines.append([*cells, f"{ours['peak_gib']:.2f}"])
+        timed = [c for c in row["configs"] if "ms" in c]
+        best = sorted((c for c in timed if not c["rule"]), key=lambda c: c["ms"])[:4]
+        for config in [*(c for c in timed if c["rule"]), *best]:
+            name = f"{row['name']}, {'by rule' if config['rule'] else 'swept'}"
+            size = f"{config['BLOCK_M']} × {config['BLOCK_N']}"
+            cells = [name, size, str(config["num_warps"]), str(config["num_stages"])]
+            lines.append([*cells, _spread(config), f"{config['tflops']:.0f}"])
     return _markdown(lines)
 
 
-def launch_table(launch: dict[str, Any]) -> str:
-    """The four fastest configurations of each head dimension."""
-    lines = [[launch["work"], "tile M × N", "warps", "stages", "ms", "TFLOP/s on kept pairs"], ["---"] * 6]
-    timed = [row for row in launch["rows"] if "ms" in row]
-    for head_dim in dict.fromkeys(row["head_dim"] for row in timed):
-        best = sorted((row for row in timed if row["head_dim"] == head_dim), key=lambda row: row["ms"])[:4]
-        for row in best:
-            size = f"{row['BLOCK_M']} × {row['BLOCK_N']}"
-            cells = [f"head dim {head_dim}", size, str(row["num_warps"]), str(row["num_stages"])]
-            lines.append([*cells, f"{row['ms']:.2f}", str(row["tflops"])])
-    return _markdown(lines)
+def missing_list(rows: Rows) -> str:
+    """What did not run, with its reason; works in brackets unless it ran on none."""
+    found: dict[tuple[str, str], list[str]] = {}
+    ran = {r["name"] for row in rows for r in [*row.get("implementations", []), *row.get("variants", [])]}
+    for row in rows:
+        for name, why in row.get("missing", {}).items():
+            found.setdefault((name, why), []).append(row["name"])
+    lines = []
+    for (name, why), works in found.items():
+        where = f" ({'; '.join(works)})" if name in ran or len(works) < 3 else ""
+        lines.append(f"- {_title(name)} not run: {why}{where}")
+    return "\n".join(lines)
+
+
+# name → (section of the result file, its table); no section: rows of all
+TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
+    "attention": ("attention", attention_table),
+    "implementations": ("attention", implementations_table),
+    "step": ("step", step_table),
+    "time": ("step", time_table),
+    "fused": ("fused", fused_table),
+    "launch": ("launch", launch_table),
+    "missing": ("", missing_list),
+}
+
+
+def _title(name: str) -> str:
+    return NAMES.get(name, name)
+
+
+def _names(rows: Rows, kind: str | None = None) -> list[str]:
+    """Names of implementations (of one kind), in the order in which they are first met."""
+    found = [r for row in rows for r in row["implementations"]]
+    return list(dict.fromkeys(r["name"] for r in found if kind is None or r["kind"] == kind))
+
+
+def _spread(timing: dict[str, Any]) -> str:
+    """Median ± half the range, with as many decimals as matter."""
+    digits = 1 if timing["ms"] >= 100 else 2 if timing["ms"] >= 1 else 3
+    text = f"{timing['ms']:.{digits}f}"
+    return f"{text} ± {(timing['ms_max'] - timing['ms_min']) / 2:.{digits}f}" if "ms_max" in timing else text
 
 
 def _markdown(lines: list[list[str]]) -> str:
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -85,11 +190,11 @@ def rendered(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         result = json.loads((ROOT / "benchmarks" / "results" / match[2]).read_text(encoding="utf-8"))
-        return f"{match[1]}{tables(result)}\n{match[3]}"
+        return f"{match[1]}{tables(result, match[3].split())}\n{match[4]}"
 
     return MARKED.sub(table, text)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(rendered(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
 
+from tilewise.kernels.fa4_forward import fa4_forward, fa4_misfit, fa4_missing
 from tilewise.kernels.plan import BlockPlan
 from tilewise.kernels.torch_forward import torch_forward
 
@@ -41,15 +43,51 @@ def _triton_missing(device: torch.device) -> str | None:
     return None
 
 
+def _gluon_missing(device: torch.device) -> str | None:
+    """Why the Hopper kernel cannot run on a device, or None if it can."""
+    if reason := _triton_missing(device):
+        return reason
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return f"needs a Hopper GPU (compute capability 9.0), not {torch.cuda.get_device_name(device)}"
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if version >= (3, 6) else f"needs Triton 3.6 or later, found {triton.__version__}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to execute a plan: whether it runs on a device, and whether it takes a call (None: it does)."""
+
+    name: str
+    about: str
+    missing: Callable[[torch.device], str | None]
+    misfit: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, BlockPlan], str | None] = lambda q, k, v, plan: None
+
+
+def _gluon_misfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> str | None:
+    from tilewise.kernels.hopper_forward import hopper_misfit  # imports Triton's Gluon: only where it is there
+
+    return hopper_misfit(q, k, v, plan)
+
+
+# In order of preference, by the times in benchmarks/results.
+BACKENDS = (
+    Backend("gluon", "Hopper kernel in Triton's Gluon dialect", _gluon_missing, _gluon_misfit),
+    Backend("fa4", "FlashAttention-4's block-sparse kernel, Hopper and Blackwell", fa4_missing, fa4_misfit),
+    Backend("triton", "portable Triton kernel, compute capability 8.0 and later", _triton_missing),
+    Backend(
+        "torch",
+        "gathered blocks through PyTorch's CPU flash attention",
+        lambda device: None if device.type == "cpu" else "CPU only",
+    ),
+)
+
+
 def available_backends(device: torch.device | str) -> list[tuple[str, bool, str]]:
-    """(name, whether it can run on ``device``, why or why not) for each backend."""
+    """(name, whether it can run on ``device``, why or why not) for each backend, the preferred one first."""
     device = torch.device(device)
-    missing = _triton_missing(device)
-    found = "portable Triton kernel, compute capability 8.0 and later"
-    rows = [("triton", missing is None, found if missing is None else missing)]
-    on_cpu = device.type == "cpu"
-    rows.append(("torch", on_cpu, "gathered blocks through PyTorch's CPU flash attention" if on_cpu else "CPU only"))
-    return rows
+    return [(b.name, reason is None, reason or b.about) for b in BACKENDS for reason in [b.missing(device)]]
 
 
 def misfit(head_dim: int, dtype: torch.dtype) -> str | None:
@@ -105,17 +143,23 @@ def choose_backend(
             f"{where}: the head dimension must be contiguous; call .contiguous() on the tensor that is not"
         )
 
-    rows = {name: (usable, reason) for name, usable, reason in available_backends(q.device)}
+    known = {candidate.name: candidate for candidate in BACKENDS}
     if backend is not None:
-        if backend not in rows:
-            raise ValueError(f"{where}: unknown backend {backend!r}; there are {', '.join(rows)}")
-        if not rows[backend][0]:
-            raise RuntimeError(f"{where}: backend {backend!r} cannot run here: {rows[backend][1]}")
+        if backend not in known:
+            raise ValueError(f"{where}: unknown backend {backend!r}; there are {', '.join(known)}")
+        if reason := known[backend].missing(q.device) or known[backend].misfit(q, k, v, plan):
+            raise RuntimeError(f"{where}: backend {backend!r} cannot run this: {reason}")
         return Choice(backend, "asked for")
-    for name, (usable, reason) in rows.items():
-        if usable:
-            return Choice(name, reason)
-    raise RuntimeError(f"{where}: no backend runs here. " + "; ".join(f"{n}: {r}" for n, (_, r) in rows.items()))
+    passed: list[str] = []  # what would have been preferred here, but does not take this call
+    absent: list[str] = []
+    for candidate in BACKENDS:
+        if reason := candidate.missing(q.device):
+            absent.append(f"{candidate.name}: {reason}")
+        elif reason := candidate.misfit(q, k, v, plan):
+            passed.append(f"{candidate.name} does not take this: {reason}")
+        else:
+            return Choice(candidate.name, "; ".join([candidate.about, *passed]))
+    raise RuntimeError(f"{where}: no backend runs here. " + "; ".join(absent))
 
 
 @overload
@@ -161,7 +205,7 @@ def block_sparse_attention(
         k, v: (B, Sk, Hk, D), Hk dividing H (grouped-query attention).
         plan: on the same device; see ``BlockPlan``.
         scale: default 1/√D.
-        backend: "triton" or "torch"; None: the best that runs here.
+        backend: "gluon", "fa4", "triton" or "torch"; None: the best that runs here and takes this call.
         return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, Sq) float32, which lets partial
             results over disjoint keys be merged exactly.
 
@@ -175,10 +219,12 @@ def block_sparse_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if choice.backend == "torch":
         out, lse = torch_forward(q, k, v, plan, scale)
+    elif choice.backend == "fa4":
+        out, lse = fa4_forward(q, k, v, plan, scale)
     else:
         out, lse = block_sparse_op(
             q, k, v, plan.q_start, plan.q_rows, plan.k_start, plan.k_rows, plan.index, plan.key_start, plan.ends,
-            plan.head_set, plan.coords, plan.intervals, plan.block, scale,
+            plan.head_set, plan.key_codes, plan.row_codes, plan.guard, plan.block, scale, choice.backend,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -196,25 +242,32 @@ def block_sparse_op(
     key_start: torch.Tensor,
     ends: torch.Tensor,
     head_set: torch.Tensor | None,
-    coords: torch.Tensor | None,
-    intervals: torch.Tensor | None,
+    key_codes: torch.Tensor | None,
+    row_codes: torch.Tensor | None,
+    guard: int,
     block: int,
     scale: float,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel as a PyTorch operator (a BlockPlan's tensors one by one), so that torch.compile keeps it whole."""
+    """Our kernels as a PyTorch operator (a BlockPlan's tensors one by one), so that torch.compile keeps them whole."""
     plan = BlockPlan(
         q_start=q_start, q_rows=q_rows, k_start=k_start, k_rows=k_rows, index=index, key_start=key_start, ends=ends,
         block=block, q_len=q.shape[1], k_len=k.shape[1], density=math.nan, work=math.nan,
-        head_set=head_set, coords=coords, intervals=intervals,
+        head_set=head_set, key_codes=key_codes, row_codes=row_codes, guard=guard,
     )  # fmt: skip
     if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return torch_forward(q, k, v, plan, scale)
-    from tilewise.kernels.triton_forward import triton_forward  # where Triton is missing, nothing gets here
+    # Imported here: where Triton is missing, nothing gets here.
+    if backend == "gluon":
+        from tilewise.kernels.hopper_forward import hopper_forward
+
+        return hopper_forward(q, k, v, plan, scale)
+    from tilewise.kernels.triton_forward import triton_forward
 
     return triton_forward(q, k, v, plan, scale)
 
 
 @block_sparse_op.register_fake
-def _(q, k, v, q_start, q_rows, k_start, k_rows, index, key_start, ends, head_set, coords, intervals, block, scale):
+def _(q, k, v, *tables_and_options):
     B, Sq, H, _ = q.shape
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((B, H, Sq), dtype=torch.float32)

@@ -6,7 +6,8 @@ Each axis of length L gets a field of bits enough for L − 1, and a guard bit a
     lo ≤ x on every axis     ⇔  ((x | guard) − lo) & guard = guard
     x ≤ hi on every axis     ⇔  ((hi | guard) − x) & guard = guard
 
-because a field whose difference is negative borrows from its own guard bit and from nowhere else.
+because a field whose difference is negative borrows from its own guard bit and from nowhere else. An interval that holds
+nothing is written as lo = the field's largest value, hi = 0.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from __future__ import annotations
 import torch
 
 
-def fields(shape: tuple[int, int, int]) -> tuple[list[int], int] | None:
-    """(shift of each axis, guard bits as a signed 32-bit integer), or None if three fields do not fit in 32 bits."""
+def fields(shape: tuple[int, int, int]) -> tuple[list[int], int]:
+    """(shift of each axis, guard bits as a signed 32-bit integer).
+
+    Raises:
+        ValueError: three fields do not fit in 32 bits.
+    """
     shifts, guard, at = [], 0, 0
     for length in reversed(shape):
         bits = max(1, (length - 1).bit_length())
@@ -23,7 +28,7 @@ def fields(shape: tuple[int, int, int]) -> tuple[list[int], int] | None:
         guard |= 1 << (at + bits)
         at += bits + 1
     if at > 32:
-        return None
+        raise ValueError(f"a grid of {shape} positions needs {at} bits for an interval test, there are 32; use smaller grids")
     return shifts[::-1], guard - (1 << 32) if guard >= 1 << 31 else guard
 
 
@@ -36,5 +41,17 @@ def encode(coords: torch.Tensor, shifts: list[int]) -> torch.Tensor:
 
 def encode_intervals(intervals: torch.Tensor, shifts: list[int], guard: int) -> torch.Tensor:
     """(G, 2, S) int32 from (G, 6, S) intervals (lo, hi exclusive, per axis): lo, and hi − 1 with its guard bits set."""
-    lo, last = intervals[:, 0::2].transpose(0, 1), intervals[:, 1::2].transpose(0, 1) - 1
+    ends = [shifts[a - 1] if a else (guard & 0xFFFFFFFF).bit_length() for a in range(3)]
+    room = torch.tensor([(1 << (end - shift - 1)) - 1 for end, shift in zip(ends, shifts, strict=True)])
+    largest = room.to(intervals.device).view(3, 1, 1)
+    lo, hi = intervals[:, 0::2].transpose(0, 1).long(), intervals[:, 1::2].transpose(0, 1).long()
+    nothing = (hi <= lo) | (lo > largest) | (hi <= 0)
+    lo = torch.where(nothing, largest, lo.clamp(min=0))
+    last = torch.where(nothing, 0, (hi - 1).clamp(max=largest))
     return torch.stack([encode(lo, shifts), encode(last, shifts) | guard], dim=1)
+
+
+def inside(key_codes: torch.Tensor, row_codes: torch.Tensor, guard: int) -> torch.Tensor:
+    """(rows, keys) bool: the test that kernels make. ``key_codes`` (keys,), ``row_codes`` (2, rows)."""
+    at, (lo, last) = key_codes[None], row_codes[..., None]
+    return (((at | guard) - lo) & (last - at) & guard) == guard

@@ -47,10 +47,10 @@ def _produce(
     k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty, key_start, count, first_row, column,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    stage = 0
-    phase = 0
-    row = gl.load(key_start)
-    for j in range(count):
+    """Keys and values of entries 1 … count − 1; those of entry 0 are already on their way."""
+    stage, phase = _next(0, 0, STAGES)
+    row = gl.load(key_start + gl.minimum(1, count - 1))
+    for j in range(1, count):
         # The next address is fetched while this block waits for its slot.
         following = gl.load(key_start + gl.minimum(j + 1, count - 1))
         mbarrier.wait(k_empty.index(stage), phase ^ 1)
@@ -64,18 +64,17 @@ def _produce(
 
 
 @gluon.jit
-def _mask(s, rows, coords, interval_lo, interval_hi, guard, keys, INTERVALS: gl.constexpr, LAYOUT: gl.constexpr):
+def _mask(s, rows, key_codes, row_lo, row_hi, guard, keys, INTERVALS: gl.constexpr, LAYOUT: gl.constexpr):
     """Scores of a block's missing rows, and of keys outside the rows' intervals, become −inf."""
     BLOCK_N: gl.constexpr = s.shape[1]
     column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
     inside = column < rows
     seen = inside[None, :]
     if INTERVALS:
-        # coords and intervals hold three axes in one integer, each field with a guard bit above it: a difference keeps the
-        # guard bit where it is not negative, so two subtractions test six inequalities.
-        at = gl.load(coords + keys + column, mask=inside, other=0)
-        above = (at | guard)[None, :] - interval_lo[:, None]
-        below = interval_hi[:, None] - at[None, :]
+        # Two subtractions test six inequalities: see kernels/codes.py.
+        at = gl.load(key_codes + keys + column, mask=inside, other=0)
+        above = (at | guard)[None, :] - row_lo[:, None]
+        below = row_hi[:, None] - at[None, :]
         seen = seen & ((above & below & guard) == guard)
     return gl.where(seen, s, float("-inf"))
 
@@ -94,11 +93,25 @@ def _softmax(s, row_max, row_sum, scale, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def _narrow(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    """fp32 weights as a 16-bit operand. Two at a time by hand: one at a time, their halves are swapped and swapped back."""
+    if dtype == gl.bfloat16:
+        pairs = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [weights], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        pairs = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [weights], dtype=gl.float16, is_pure=True, pack=2
+        )
+    return gl.convert_layout(pairs, LAYOUT)
+
+
+@gluon.jit
 def _steps(
-    acc, p, row_max, row_sum, begin, end, k_stage, k_phase, v_stage, v_phase, turn,
-    q, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns, WHO: gl.constexpr,
-    index, key_start, k_rows, coords, interval_lo, interval_hi, guard, scale,
-    MASK_ROWS: gl.constexpr, MASK_INTERVALS: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr,
+    acc, p, row_max, row_sum, begin, end, k_stage, k_phase, v_stage, v_phase,
+    q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+    index, key_start, k_rows, key_codes, row_lo, row_hi, guard, scale,
+    MASK_ROWS: gl.constexpr, MASK_INTERVALS: gl.constexpr, STAGES: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Entries begin … end − 1 of the list: the scores of each, and the values of the one before it."""
@@ -112,34 +125,29 @@ def _steps(
         if MASK_INTERVALS:
             keys = gl.load(key_start + j)
         mbarrier.wait(k_full.index(k_stage), k_phase)
-        if PINGPONG:
-            mbarrier.wait(turns.index(WHO), turn)
-            turn = turn ^ 1
         s = warpgroup_mma(q, k_ring.index(k_stage).permute([1, 0]), empty, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         acc = warpgroup_mma(p, v_ring.index(v_stage), acc, is_async=True)
-        if PINGPONG:
-            mbarrier.arrive(turns.index(1 - WHO))
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(k_stage))
         if MASK_ROWS:
-            s = _mask(s, rows, coords, interval_lo, interval_hi, guard, keys, MASK_INTERVALS, S_LAYOUT)
+            s = _mask(s, rows, key_codes, row_lo, row_hi, guard, keys, MASK_INTERVALS, S_LAYOUT)
         weights, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, scale, MASK_ROWS)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         mbarrier.arrive(v_empty.index(v_stage))
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        p = gl.convert_layout(weights.to(v_ring.dtype), P_LAYOUT)
+        p = _narrow(weights, v_ring.dtype, P_LAYOUT)
         k_stage, k_phase = _next(k_stage, k_phase, STAGES)
         v_stage, v_phase = _next(v_stage, v_phase, STAGES)
-    return acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase, turn
+    return acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase
 
 
 @gluon.jit
 def _consume(
-    q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
-    out_ptr, lse_ptr, stride_os, index, key_start, k_rows, coords, interval_lo_ptr, interval_hi_ptr, guard,
+    q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+    out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_codes, row_lo_ptr, row_hi_ptr, guard,
     complete_end, ragged_end, partial_end, query, rows, scale,
-    WHO: gl.constexpr, HAS_INTERVALS: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr,
+    WHO: gl.constexpr, HAS_INTERVALS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = k_ring.shape[1]
     D: gl.constexpr = k_ring.shape[2]
@@ -150,19 +158,17 @@ def _consume(
 
     q = q_smem.index(WHO)
     local = WHO * HALF + gl.arange(0, HALF, ROW)
-    interval_lo = local
-    interval_hi = local
+    row_lo = local
+    row_hi = local
     if HAS_INTERVALS:
-        interval_lo = gl.load(interval_lo_ptr + query + local, mask=local < rows, other=0)
-        interval_hi = gl.load(interval_hi_ptr + query + local, mask=local < rows, other=0)
+        row_lo = gl.load(row_lo_ptr + query + local, mask=local < rows, other=0)
+        row_hi = gl.load(row_hi_ptr + query + local, mask=local < rows, other=0)
     row_max = gl.full([HALF], float("-inf"), gl.float32, ROW)
     row_sum = gl.zeros([HALF], gl.float32, ROW)
     acc = gl.zeros([HALF, D], gl.float32, O_LAYOUT)
 
     # The first block alone, with every mask: there is nothing yet to overlap it with. A list without any entry is run as one
     # of a block without rows.
-    first_rows = gl.load(k_rows + gl.load(index))
-    first_rows = gl.where(partial_end > 0, first_rows, 0)
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(
@@ -170,37 +176,36 @@ def _consume(
     )
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0))
-    s = _mask(s, first_rows, coords, interval_lo, interval_hi, guard, 0, False, S_LAYOUT)
-    if HAS_INTERVALS:
-        if ragged_end == 0:
-            s = _mask(
-                s, first_rows, coords, interval_lo, interval_hi, guard, gl.load(key_start), HAS_INTERVALS, S_LAYOUT
-            )
+    if complete_end == 0:
+        first_rows = gl.where(partial_end > 0, gl.load(k_rows + gl.load(index)), 0)
+        s = _mask(s, first_rows, key_codes, row_lo, row_hi, guard, 0, False, S_LAYOUT)
+        if HAS_INTERVALS:
+            if ragged_end == 0:
+                s = _mask(s, first_rows, key_codes, row_lo, row_hi, guard, gl.load(key_start), True, S_LAYOUT)
     weights, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, scale, True)
-    p = gl.convert_layout(weights.to(v_ring.dtype), P_LAYOUT)
+    p = _narrow(weights, v_ring.dtype, P_LAYOUT)
 
     k_stage, k_phase = _next(0, 0, STAGES)
     v_stage = 0
     v_phase = 0
-    turn = WHO ^ 1
-    acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase, turn = _steps(
-        acc, p, row_max, row_sum, 1, complete_end, k_stage, k_phase, v_stage, v_phase, turn,
-        q, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns, WHO,
-        index, key_start, k_rows, coords, interval_lo, interval_hi, guard, scale,
-        False, False, STAGES, PINGPONG, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+    acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase = _steps(
+        acc, p, row_max, row_sum, 1, complete_end, k_stage, k_phase, v_stage, v_phase,
+        q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+        index, key_start, k_rows, key_codes, row_lo, row_hi, guard, scale,
+        False, False, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
     )  # fmt: skip
-    acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase, turn = _steps(
-        acc, p, row_max, row_sum, gl.maximum(complete_end, 1), ragged_end, k_stage, k_phase, v_stage, v_phase, turn,
-        q, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns, WHO,
-        index, key_start, k_rows, coords, interval_lo, interval_hi, guard, scale,
-        True, False, STAGES, PINGPONG, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+    acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase = _steps(
+        acc, p, row_max, row_sum, gl.maximum(complete_end, 1), ragged_end, k_stage, k_phase, v_stage, v_phase,
+        q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+        index, key_start, k_rows, key_codes, row_lo, row_hi, guard, scale,
+        True, False, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
     )  # fmt: skip
     if HAS_INTERVALS:
-        acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase, turn = _steps(
-            acc, p, row_max, row_sum, gl.maximum(ragged_end, 1), partial_end, k_stage, k_phase, v_stage, v_phase, turn,
-            q, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns, WHO,
-            index, key_start, k_rows, coords, interval_lo, interval_hi, guard, scale,
-            True, True, STAGES, PINGPONG, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+        acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase = _steps(
+            acc, p, row_max, row_sum, gl.maximum(ragged_end, 1), partial_end, k_stage, k_phase, v_stage, v_phase,
+            q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+            index, key_start, k_rows, key_codes, row_lo, row_hi, guard, scale,
+            True, True, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
         )  # fmt: skip
     mbarrier.wait(v_full.index(v_stage), v_phase)
     acc = warpgroup_mma(p, v_ring.index(v_stage), acc, is_async=True)
@@ -224,10 +229,10 @@ def _consume(
 @gluon.jit
 def hopper_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, stride_ob, stride_os, stride_oh,
-    q_start, q_rows, k_rows, index, key_start, ends, head_set, coords, intervals, guard,
+    q_start, q_rows, k_rows, index, key_start, ends, head_set, key_codes, row_codes, guard,
     stride_plan, q_blocks, longest, heads, group, q_len, k_len, scale,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED_SET: gl.constexpr, HAS_HEAD_SET: gl.constexpr,
-    HAS_INTERVALS: gl.constexpr, PINGPONG: gl.constexpr,
+    HAS_INTERVALS: gl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, batch × heads). ``scale`` includes log2(e)."""
     block = gl.program_id(0)
@@ -250,8 +255,8 @@ def hopper_kernel(
     key_start += listing * longest
     out_ptr += batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
     lse_ptr += (batch.to(gl.int64) * heads + head) * q_len
-    interval_lo = intervals + set_of_head.to(gl.int64) * 2 * q_len
-    interval_hi = interval_lo + q_len
+    row_lo = row_codes + set_of_head.to(gl.int64) * 2 * q_len
+    row_hi = row_lo + q_len
 
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [2, HALF, D], q_desc.layout)
@@ -262,39 +267,43 @@ def hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=2)
-    for who in gl.static_range(2):
-        mbarrier.init(turns.index(who), count=1)
     fence_async_shared()
     mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
     for who in gl.static_range(2):
         row = batch * q_len + query + who * HALF
         tma.async_copy_global_to_shared(q_desc, [row, head * D], q_full, q_smem.index(who))
+    # The first keys and values too, before the other warps are started.
+    first_key = batch * k_len + gl.load(key_start)
+    column = head // group * D
+    mbarrier.expect(k_full.index(0), k_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [first_key, column], k_full.index(0), k_ring.index(0))
+    mbarrier.expect(v_full.index(0), v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(v_desc, [first_key, column], v_full.index(0), v_ring.index(0))
 
     # Written out in place: a local name would turn the constants among the arguments into run-time values.
     gl.warp_specialize(
         [
             (_consume, (
-                q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
-                out_ptr, lse_ptr, stride_os, index, key_start, k_rows, coords, interval_lo, interval_hi, guard,
+                q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+                out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_codes, row_lo, row_hi, guard,
                 complete_end, ragged_end, partial_end, query, rows, scale,
-                0, HAS_INTERVALS, STAGES, PINGPONG,
+                0, HAS_INTERVALS, STAGES,
             )),
             (_consume, (
-                q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, turns,
-                out_ptr, lse_ptr, stride_os, index, key_start, k_rows, coords, interval_lo, interval_hi, guard,
+                q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+                out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_codes, row_lo, row_hi, guard,
                 complete_end, ragged_end, partial_end, query, rows, scale,
-                1, HAS_INTERVALS, STAGES, PINGPONG,
+                1, HAS_INTERVALS, STAGES,
             )),
             (_produce, (
                 k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-                key_start, gl.maximum(partial_end, 1), batch * k_len, head // group * D, STAGES,
+                key_start, partial_end, batch * k_len, column, STAGES,
             )),
         ],
         [4, 1],
@@ -310,8 +319,6 @@ def hopper_misfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Block
         return f"{q.dtype} is not a 16-bit type"
     if plan.block != BLOCK:
         return f"the plan's blocks have room for {plan.block} rows, not {BLOCK}"
-    if plan.intervals is not None and plan.row_codes is None:
-        return "the grid is too large for its coordinates to share one 32-bit integer"
     for name, x in (("q", q), ("k", k), ("v", v)):
         B, S, H, D = x.shape
         if (H > 1 and x.stride(2) != D) or (B > 1 and x.stride(0) != S * x.stride(1)):
@@ -330,9 +337,9 @@ def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, [B * S, H * D], [x.stride(1), 1], [rows, D], layout)
 
 
-def launch_config(head_dim: int) -> dict[str, int | bool]:
-    """Ring slots and whether the consumers take turns at the tensor cores."""
-    return {"STAGES": 2 if head_dim == 128 else 4, "PINGPONG": True}
+def launch_config(head_dim: int) -> dict[str, int]:
+    """Slots of each ring. More of them were not faster (benchmarks/launch.py's shape, head dim 128: 2 or 3)."""
+    return {"STAGES": 2 if head_dim == 128 else 4}
 
 
 def hopper_forward(
@@ -356,7 +363,7 @@ def hopper_forward(
         0 if plan.index.shape[0] == 1 else per_set * q_blocks,
         q_blocks, longest, H, H // k.shape[2], Sq, k.shape[1], scale * LOG2E,
         D=D, BLOCK_N=BLOCK,
-        SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.intervals is not None,
+        SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_codes is not None,
         num_warps=4, **launch_config(D),
     )  # fmt: skip
     return out, lse

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tilewise.kernels.codes import encode, encode_intervals, fields
+from tilewise.kernels.codes import encode, encode_intervals, fields, inside
 from tilewise.kernels.layout import Layout
 
 
@@ -39,7 +39,7 @@ class BlockPlan:
         head_set: (H,) the list set g of each head; None: all heads share set 0, or head h has set h if G > 1.
         coords: (3, Sk) key coordinates, None if no block is partial.
         intervals: (G, 6, Sq) lo and hi (exclusive) of each query row per axis: (lo0, hi0, lo1, hi1, lo2, hi2), or None.
-        key_codes: (Sk,) ``coords`` with three axes in one integer (kernels/codes.py); None where they do not fit in 32 bits.
+        key_codes: (Sk,) ``coords`` with three axes in one integer (kernels/codes.py): the form that kernels read.
         row_codes: (G, 2, Sq) ``intervals`` in the same form.
         guard: the guard bits of both.
         density: token pairs that the mask keeps ÷ all pairs, in (0, 1]; mean over heads.
@@ -113,10 +113,8 @@ class BlockPlan:
 
     def visible(self, g: int, q: slice | torch.Tensor, k: slice | torch.Tensor) -> torch.Tensor:
         """(rows of q, rows of k) bool: the interval test of head set ``g``."""
-        assert self.intervals is not None and self.coords is not None
-        lo_hi, at = self.intervals[g][:, q], self.coords[:, k]
-        inside = [(at[a][None] >= lo_hi[2 * a][:, None]) & (at[a][None] < lo_hi[2 * a + 1][:, None]) for a in range(3)]
-        return inside[0] & inside[1] & inside[2]
+        assert self.key_codes is not None and self.row_codes is not None
+        return inside(self.key_codes[k], self.row_codes[g][:, q], self.guard)
 
 
 def plan_from_block_map(
@@ -139,7 +137,8 @@ def plan_from_block_map(
         density: kept ÷ all pairs, if the caller knows it; otherwise counted here (exactly).
 
     Raises:
-        ValueError: if the maps have a wrong shape, or ``partial`` comes without ``intervals``.
+        ValueError: if the maps have a wrong shape, ``partial`` comes without ``intervals``, or a grid with ``partial`` is so
+            large that its three coordinates do not fit in 32 bits (more than about 2²⁹ positions).
 
     Text blocks are made full rows and columns here, for every method: text sees everything and is seen by everything.
     """
@@ -174,8 +173,8 @@ def plan_from_block_map(
         return x.to(device=device, dtype=torch.int32).contiguous()
 
     packed: dict[str, Any] = {}
-    if partial is not None and intervals is not None and (found := fields(layout.grid.shape)):
-        shifts, guard = found
+    if partial is not None and intervals is not None:
+        shifts, guard = fields(layout.grid.shape)
         packed = {
             "key_codes": encode(layout.coords.to(device), shifts),
             "row_codes": encode_intervals(intervals.to(device), shifts, guard),

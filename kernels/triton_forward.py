@@ -28,7 +28,7 @@ def _attend(
     acc, row_max, row_sum, q,
     k_base, v_base, stride_ks, stride_vs,
     index, key_start, k_rows,
-    coords, k_len, lo0, hi0, lo1, hi1, lo2, hi2,
+    key_codes, row_lo, row_hi, guard,
     begin, end, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
     MASK_ROWS: tl.constexpr, MASK_INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
@@ -57,12 +57,11 @@ def _attend(
         if MASK_ROWS:
             seen = inside[None, :]
             if MASK_INTERVALS:
-                at0 = tl.load(coords + keys, mask=inside, other=-1)
-                at1 = tl.load(coords + k_len + keys, mask=inside, other=-1)
-                at2 = tl.load(coords + 2 * k_len + keys, mask=inside, other=-1)
-                seen = seen & (at0[None, :] >= lo0[:, None]) & (at0[None, :] < hi0[:, None])
-                seen = seen & (at1[None, :] >= lo1[:, None]) & (at1[None, :] < hi1[:, None])
-                seen = seen & (at2[None, :] >= lo2[:, None]) & (at2[None, :] < hi2[:, None])
+                # Two subtractions test six inequalities: see kernels/codes.py.
+                at = tl.load(key_codes + keys, mask=inside, other=0)
+                above = (at | guard)[None, :] - row_lo[:, None]
+                below = row_hi[:, None] - at[None, :]
+                seen = seen & ((above & below & guard) == guard)
             scores = tl.where(seen, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
         if MASK_ROWS:
@@ -87,9 +86,9 @@ def forward_kernel(
     stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh,
     q_start, q_rows, k_rows,
-    index, key_start, ends, head_set, coords, intervals,
+    index, key_start, ends, head_set, key_codes, row_codes, guard,
     stride_plan, sets, q_blocks, longest,
-    heads, group, q_len, k_len, scale,
+    heads, group, q_len, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
     SHARED_SET: tl.constexpr, HAS_HEAD_SET: tl.constexpr, HAS_INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -130,28 +129,23 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    none = row
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, k_base, v_base, stride_ks, stride_vs, index, key_start, k_rows,
-        coords, k_len, none, none, none, none, none, none, 0, complete_end, scale,
+        key_codes, row, row, guard, 0, complete_end, scale,
         D, BLOCK_D, BLOCK_N, PARTS, False, False, PRECISION,
     )  # fmt: skip
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, k_base, v_base, stride_ks, stride_vs, index, key_start, k_rows,
-        coords, k_len, none, none, none, none, none, none, complete_end, ragged_end, scale,
+        key_codes, row, row, guard, complete_end, ragged_end, scale,
         D, BLOCK_D, BLOCK_N, PARTS, True, False, PRECISION,
     )  # fmt: skip
     if HAS_INTERVALS:
-        interval = intervals + set_of_head * 6 * q_len + queries
-        lo0 = tl.load(interval, mask=in_block, other=0)
-        hi0 = tl.load(interval + q_len, mask=in_block, other=0)
-        lo1 = tl.load(interval + 2 * q_len, mask=in_block, other=0)
-        hi1 = tl.load(interval + 3 * q_len, mask=in_block, other=0)
-        lo2 = tl.load(interval + 4 * q_len, mask=in_block, other=0)
-        hi2 = tl.load(interval + 5 * q_len, mask=in_block, other=0)
+        row_code = row_codes + set_of_head * 2 * q_len + queries
+        row_lo = tl.load(row_code, mask=in_block, other=0)
+        row_hi = tl.load(row_code + q_len, mask=in_block, other=0)
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, k_base, v_base, stride_ks, stride_vs, index, key_start, k_rows,
-            coords, k_len, lo0, hi0, lo1, hi1, lo2, hi2, ragged_end, partial_end, scale,
+            key_codes, row_lo, row_hi, guard, ragged_end, partial_end, scale,
             D, BLOCK_D, BLOCK_N, PARTS, True, True, PRECISION,
         )  # fmt: skip
 
@@ -205,7 +199,7 @@ def triton_forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((B, H, Sq), dtype=torch.float32, device=q.device)
     large_memory = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    config = launch_config(D, plan.block, q.element_size(), plan.intervals is not None, large_memory)
+    config = launch_config(D, plan.block, q.element_size(), plan.row_codes is not None, large_memory)
     per_set, q_blocks, longest = plan.sets, plan.index.shape[2], plan.index.shape[3]
     unused = plan.index  # a pointer that a specialised kernel never reads
     grid = (q_blocks * (plan.block // config["BLOCK_M"]), B * H)
@@ -218,13 +212,14 @@ def triton_forward(
         plan.q_start, plan.q_rows, plan.k_rows,
         plan.index, plan.key_start, plan.ends,
         unused if plan.head_set is None else plan.head_set,
-        unused if plan.coords is None else plan.coords,
-        unused if plan.intervals is None else plan.intervals,
+        unused if plan.key_codes is None else plan.key_codes,
+        unused if plan.row_codes is None else plan.row_codes,
+        plan.guard,
         0 if plan.index.shape[0] == 1 else per_set * q_blocks,
         per_set, q_blocks, longest,
-        H, H // k.shape[2], Sq, k.shape[1], scale * LOG2E.value,
+        H, H // k.shape[2], Sq, scale * LOG2E.value,
         D=D, BLOCK=plan.block,
-        SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.intervals is not None,
+        SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_codes is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **config,
     )  # fmt: skip

@@ -53,6 +53,8 @@ class Config:
             if from ≤ i/n < to. The first steps settle the layout of the clip and are best left dense.
         blocks: which transformer blocks run it: a Python slice, index, or comma-separated list of them ("2:", ":-1", "0,3:9").
         strict: raise ``FallbackError`` where an attention call cannot run the method, instead of running it dense and saying so.
+        fuse: run norms, rotary embedding, modulation and gates in exact fused kernels, where the model's family has them, on a
+            GPU that Triton serves and under ``torch.no_grad()``. False: the stock code.
 
     Raises:
         ConfigError: for a range that is not 0 ≤ from ≤ to ≤ 1 or a ``blocks`` text that cannot be read.
@@ -62,6 +64,7 @@ class Config:
     steps: tuple[float, float] = DEFAULT_STEPS
     blocks: str = DEFAULT_BLOCKS
     strict: bool = False
+    fuse: bool = True
 
     def __post_init__(self) -> None:
         try:
@@ -74,6 +77,8 @@ class Config:
             raise ConfigError(
                 f"blocks must be a string and strict true or false, got {self.blocks!r} and {self.strict!r}"
             )
+        if not isinstance(self.fuse, bool):
+            raise ConfigError(f"fuse must be true or false, got {self.fuse!r}")
         object.__setattr__(self, "steps", (low, high))
         select_blocks(self.blocks, 1)
 
@@ -88,6 +93,7 @@ class Config:
             "steps": list(self.steps),
             "blocks": self.blocks,
             "strict": self.strict,
+            "fuse": self.fuse,
         }
 
     @classmethod
@@ -135,6 +141,7 @@ def resolve(
     steps: tuple[float, float] | None = None,
     blocks: str | None = None,
     strict: bool | None = None,
+    fuse: bool | None = None,
 ) -> Config:
     """The config that a method name, preset name, method object or config stands for, with what is given on top.
 
@@ -154,7 +161,7 @@ def resolve(
             raise unknown("method or preset", method, [*methods(), *_PRESETS])
     else:
         raise ConfigError(f"method must be a name, a preset, a method object or a Config, got {type(method).__name__}")
-    given: dict[str, Any] = {"steps": steps, "blocks": blocks, "strict": strict}
+    given: dict[str, Any] = {"steps": steps, "blocks": blocks, "strict": strict, "fuse": fuse}
     return dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
 
 

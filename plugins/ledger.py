@@ -15,12 +15,21 @@ SPARSE, DENSE_STEP, DENSE_LAYER, FALLBACK = "sparse", "dense step", "dense layer
 
 @dataclass(frozen=True)
 class Entry:
-    """What one call was: its kind, and for a sparse one its density and backend, for a fallback the reason."""
+    """What one call was: its kind, and for a sparse one its density and backend, for a fallback the reason.
+
+    fused: whether the family's fused kernels made its query and key, rather than stock code.
+    """
 
     kind: str
     density: float = 1.0
     backend: str = "stock"
     reason: str = ""
+    fused: bool = False
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether work on ``device`` is being recorded into a CUDA graph, and not run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass
@@ -58,10 +67,15 @@ class Ledger:
 
     @contextmanager
     def record(self, layer: int, entry: Entry, device: torch.device) -> Iterator[None]:
-        """Count the call in the ``with`` block and time it: device events on a GPU (no host sync), else the wall clock."""
+        """Count the call in the ``with`` block and time it: device events on a GPU (no host sync), else the wall clock.
+
+        A call that is captured into a CUDA graph is counted once, and neither its time nor its replays are seen.
+        """
         tally = self.tallies[layer, entry]
         tally.calls += 1
-        if device.type == "cuda":
+        if capturing(device):
+            yield
+        elif device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             yield

@@ -1,8 +1,10 @@
-"""patch and unpatch: three removable parts on each denoiser, and nothing anywhere else.
+"""patch and unpatch: a few removable parts on each denoiser, and nothing anywhere else.
 
 1. a forward pre-hook on the denoiser reads the grid and decides whether this step runs the method;
 2. the family's hooks reorder the tokens once on entry to the blocks and once on exit;
 3. attention processors stand in for the stock ones and answer their attention calls.
+
+Where the model's family has fused kernels for the rest of the step, a fourth puts them on its blocks.
 
 The one attribute on the denoiser, ``_tilewise``, holds all state; ``unpatch`` removes it, the hooks and the processors.
 """
@@ -56,12 +58,21 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 
 
 def _forget_compiled(target: Any, denoisers: dict[str, nn.Module]) -> None:
-    """Compiled code does not look for hooks that come or go later: where there may be some, it is dropped and made anew."""
+    """Drop compiled code of the denoisers where there may be some: it does not look for hooks that come or go later.
+
+    Found are ``torch.compile(module)`` on the target, ``module.compile()`` and a compiled ``forward`` of any submodule, blocks
+    compiled one by one among them. What cannot be seen from here, such as a compiled function that calls a denoiser, is made
+    anew by itself: compiled code goes by the class of the attention processors, which is another one in each patch.
+    """
     wrapped = [target, *(getattr(target, name, None) for name in denoisers)]
-    compiled = any(getattr(module, "_orig_mod", None) is not None for module in wrapped)
-    modules = (module for denoiser in denoisers.values() for module in denoiser.modules())
-    if compiled or any(getattr(module, "_compiled_call_impl", None) is not None for module in modules):
+    modules = [module for denoiser in denoisers.values() for module in denoiser.modules()]
+    if any(getattr(module, "_orig_mod", None) is not None for module in wrapped) or any(map(_compiled, modules)):
         torch.compiler.reset()
+
+
+def _compiled(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def patch(
@@ -71,6 +82,7 @@ def patch(
     steps: tuple[float, float] | None = None,
     blocks: str | None = None,
     strict: bool | None = None,
+    fuse: bool | None = None,
 ) -> T:
     """Replace the attention of a pipeline's denoisers in one call. Weights and classes stay untouched.
 
@@ -83,6 +95,9 @@ def patch(
             denoiser, from the timestep's value (one host synchronisation a forward on a GPU).
         blocks: which transformer blocks run it, such as "2:". Default: what the preset or config says, otherwise ":".
         strict: raise ``FallbackError`` instead of falling back to dense where a call cannot run the method.
+        fuse: run norms, rotary embedding, modulation and gates in exact fused kernels where the model's family has them and they
+            can run. Default: what the preset or config says, otherwise True: ``patch(pipe, "dense")`` is exact attention in
+            a faster step.
 
     Returns:
         ``target``. Patching a patched target replaces the earlier patch; ``unpatch`` always restores the original.
@@ -93,7 +108,7 @@ def patch(
         FallbackError: ``strict`` and a layer whose processor cannot be taken over.
         In each case nothing was changed.
     """
-    config = resolve(method, steps=steps, blocks=blocks, strict=strict)
+    config = resolve(method, steps=steps, blocks=blocks, strict=strict, fuse=fuse)
     denoisers = denoisers_of(target)
     for name, denoiser in denoisers.items():
         _check(name, denoiser, config)
@@ -156,6 +171,7 @@ def patched(
     steps: tuple[float, float] | None = None,
     blocks: str | None = None,
     strict: bool | None = None,
+    fuse: bool | None = None,
 ) -> Iterator[T]:
     """``with patched(pipe, "sta"): …``: patch for the length of a block, then unpatch.
 
@@ -163,7 +179,7 @@ def patched(
     """
     denoisers = denoisers_of(target)
     before = _configs(denoisers)
-    patch(target, method, steps=steps, blocks=blocks, strict=strict)
+    patch(target, method, steps=steps, blocks=blocks, strict=strict, fuse=fuse)
     try:
         yield target
     finally:

@@ -2,16 +2,23 @@
 
 diffusers' processors compute q, k and v (projections, norms, rotary embedding) and hand them to ``dispatch_attention_fn``. A
 copy of the processor's ``__call__`` that sees another function under that name keeps everything the stock one does, and in
-any order of LoRA, fused projections or offloading, without touching the class, the module or the library.
+any order of LoRA, fused projections or offloading, without touching the class, the module or the library. Where the family has
+fused kernels for what the stock processor does, and they can run, they stand in for it; the attention call is the same.
 """
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from tilewise.plugins.operators import attend, handle_for
+
+if TYPE_CHECKING:
+    from tilewise.plugins.denoiser_patch import Patch
 
 DISPATCH = "dispatch_attention_fn"
 
@@ -26,39 +33,92 @@ def why_not(processor: Any) -> str | None:
     return f"its processor, {type(processor).__name__}, cannot be taken over"
 
 
-class TilewiseProcessor:
-    """Stands in for ``original`` on one attention module.
+def rebind(call: types.FunctionType, dispatch: Callable[..., Any]) -> types.FunctionType:
+    """A copy of a stock processor's ``__call__`` that finds ``dispatch`` where the stock one finds diffusers' dispatcher.
 
-    ``answer(stock, query, key, value, **options)`` is called in place of ``dispatch_attention_fn``; ``stock`` is that
-    function, for calls that stay dense.
+    Two things are for torch.compile's tracer, Dynamo. It looks a function's globals up in the module that they name, and in
+    the dictionary itself only where they name none. And it keeps compiled code by code object, which the copy must not share
+    with the stock processor.
+    """
+    names = {key: value for key, value in call.__globals__.items() if key != "__name__"}
+    rebound = types.FunctionType(
+        call.__code__.replace(), names | {DISPATCH: dispatch}, call.__name__, call.__defaults__, call.__closure__
+    )
+    rebound.__kwdefaults__ = call.__kwdefaults__
+    rebound.__annotations__ = call.__annotations__
+    rebound.__module__ = call.__module__
+    return rebound
+
+
+class TilewiseProcessor:
+    """Stands in for ``original`` on layer ``number`` of a patched denoiser. Made from a class of ``processor_class``.
+
+    fused: what stands in for the original's ``__call__`` where ``patch.fused_here`` says so: called with the original, a
+    function to call as diffusers' dispatcher, and the processor's own arguments; returns None where it cannot, before it
+    called anything. See ``FusedFamily.self_attention``.
     """
 
-    def __init__(self, original: Any, answer: Callable[..., Any]) -> None:
+    traced: Callable[..., Any]  # the stock __call__ as torch.compile sees it, one for all layers of a patch
+
+    def __init__(self, original: Any, patch: Patch, number: int, fused: Callable[..., Any] | None = None) -> None:
         self.original = original
-        stock_call = type(original).__call__
-        stock_dispatch = stock_call.__globals__[DISPATCH]
+        self.patch = patch
+        self.number = number
+        self.handle = handle_for(self)
+        call: Any = type(original).__call__
+        self.stock: Callable[..., torch.Tensor] = call.__globals__[DISPATCH]
+        self._fused = fused
+        self._rebound = types.MethodType(rebind(call, self.dispatch), original)
 
-        def dispatch(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            return answer(stock_dispatch, query, key, value, *args, **kwargs)
+    def run(self, attn: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What ``__call__`` does."""
+        if self._fused is not None and self.patch.fused_here(hidden_states):
+            out = self._fused(self.original, self._dispatch_fused, attn, hidden_states, *args, **kwargs)
+            if out is not None:
+                return out
+        if not torch.compiler.is_compiling():
+            return self._rebound(attn, hidden_states, *args, **kwargs)
+        self.patch.tracing = self
+        out = self.traced(self.original, attn, hidden_states, *args, **kwargs)
+        self.patch.tracing = None
+        return out
 
-        rebound = types.FunctionType(
-            stock_call.__code__,
-            {**stock_call.__globals__, DISPATCH: dispatch},
-            stock_call.__name__,
-            stock_call.__defaults__,
-            stock_call.__closure__,
-        )
-        rebound.__kwdefaults__ = stock_call.__kwdefaults__
-        rebound.__annotations__ = stock_call.__annotations__
-        # On the instance, so that inspect.signature(processor.__call__) shows the stock signature: diffusers' Attention
-        # drops every keyword argument that the signature does not name.
-        self.__dict__["__call__"] = types.MethodType(rebound, original)
+    def dispatch(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+        fused: bool = False,
+    ) -> torch.Tensor:
+        """In place of diffusers' ``dispatch_attention_fn``. fused: whether fused kernels made the query and key."""
+        if torch.compiler.is_compiling() and not attention_kwargs and parallel_config is None:
+            return attend(
+                self.patch.ticket, query, key, value, attn_mask, self.handle, dropout_p, is_causal, scale, enable_gqa,
+                getattr(backend, "value", backend), fused,
+            )  # fmt: skip
+        return self.attend(
+            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+            enable_gqa=enable_gqa, backend=backend, fused=fused, attention_kwargs=attention_kwargs,
+            parallel_config=parallel_config,
+        )  # fmt: skip
 
-    # Left out of torch.compile's graphs: Dynamo keeps compiled code by code object, which the copy shares with the stock
-    # processor while its globals differ; and the books kept in ``answer`` are Python. The rest of the model is compiled.
+    def _dispatch_fused(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.dispatch(*args, **kwargs, fused=True)
+
+    # What an operator cannot carry, a processor's own options or a device mesh, costs a graph break.
     @torch.compiler.disable
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["__call__"](*args, **kwargs)
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Answer one attention call now; options by name as for ``dispatch``."""
+        return self.patch.step.attend(self, query, key, value, **options)
 
     # diffusers sets these two on processors (and skips those that lack them): they belong to the original, which reads
     # them, and keeps them when the patch is gone.
@@ -77,3 +137,21 @@ class TilewiseProcessor:
     @_parallel_config.setter
     def _parallel_config(self, value: Any) -> None:
         self.original._parallel_config = value
+
+
+def processor_class(original: type, patch: Patch) -> type[TilewiseProcessor]:
+    """The class of the processors that stand in for those of class ``original`` in one patch."""
+    stock_call: Any = original.__call__
+
+    # The rebound copy that torch.compile traces is told which layer it serves: a copy a layer would make a graph a layer.
+    def dispatch(*args: Any, **kwargs: Any) -> torch.Tensor:
+        assert patch.tracing is not None
+        return patch.tracing.dispatch(*args, **kwargs)
+
+    def call(self: TilewiseProcessor, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    # diffusers' Attention drops every keyword argument that inspect.signature(processor.__call__) does not name.
+    call.__signature__ = inspect.signature(stock_call)  # type: ignore[attr-defined]
+    members = {"__call__": call, "__doc__": original.__doc__, "traced": staticmethod(rebind(stock_call, dispatch))}
+    return type(f"Tilewise{original.__name__}", (TilewiseProcessor,), members)

@@ -27,6 +27,7 @@ class SummaryRow:
     backend: str
     seconds: float
     reason: str = ""
+    fused: bool = False  # whether fused kernels made the queries and keys of these calls
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Summary:
     @property
     def calls(self) -> int:
         return sum(row.calls for row in self.rows)
+
+    @property
+    def fused_calls(self) -> int:
+        """Attention calls around which the model family's fused kernels ran: all, where nothing stood in their way."""
+        return sum(row.calls for row in self.rows if row.fused)
 
     @property
     def density(self) -> float:
@@ -70,6 +76,7 @@ class Summary:
             "density": self.density,
             "overall_density": self.overall_density,
             "fallbacks": self.fallbacks,
+            "fused_calls": self.fused_calls,
             "skipped_layers": self.skipped_layers,
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
@@ -80,6 +87,8 @@ class Summary:
             kind = f"{r.kind}: {r.reason}" if r.reason else r.kind
             table.add_row(r.denoiser, r.layers, kind, str(r.calls), f"{r.density:.3f}", r.backend, f"{r.seconds:.2f}")
         lines = [render(table) if self.rows else "no attention call yet: run the pipeline first"]
+        if self.fused_calls:
+            lines.append(f"fused kernels ran around {self.fused_calls} of {self.calls} attention calls")
         lines += [f"{name} stays dense: {reason}" for name, reason in self.skipped_layers.items()]
         return "\n".join(lines)
 
@@ -99,17 +108,17 @@ def summary(target: Any) -> Summary:
     skipped: dict[str, str] = {}
     for name, patch in patches.items():
         per_entry: dict[Entry, list[tuple[int, int, float]]] = defaultdict(list)
-        for (layer, entry), tally in patch.ledger.tallies.items():
+        for (layer, entry), tally in patch.step.ledger.tallies.items():
             per_entry[entry].append((patch.layers[layer].block, tally.calls, tally.seconds()))
         for entry, found in per_entry.items():
             blocks, calls, seconds = zip(*found, strict=True)
-            numbers = ranges(list(blocks))
             rows.append(
                 SummaryRow(
-                    name, numbers, entry.kind, sum(calls), entry.density, entry.backend, sum(seconds), entry.reason
+                    name, ranges(list(blocks)), entry.kind, sum(calls), entry.density, entry.backend, sum(seconds),
+                    entry.reason, entry.fused,
                 )
-            )
-        skipped |= {f"{name}.{layer}": reason for layer, reason in patch.ledger.skipped_layers.items()}
+            )  # fmt: skip
+        skipped |= {f"{name}.{layer}": reason for layer, reason in patch.step.ledger.skipped_layers.items()}
     config = next(iter(patches.values())).config
-    grids = {name: str(patch.grid) for name, patch in patches.items() if patch.grid is not None}
+    grids = {name: str(patch.step.grid) for name, patch in patches.items() if patch.step.grid is not None}
     return Summary(config.to_dict(), rows, grids, skipped)

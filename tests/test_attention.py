@@ -171,7 +171,7 @@ class TestEntryPoint:
         assert choice.backend == "torch"
         assert "CPU" in choice.reason
         names = [name for name, _, _ in available_backends("cpu")]
-        assert names == ["triton", "torch"]
+        assert names == ["gluon", "fa4", "triton", "torch"]
 
     def test_operator_passes_opcheck(self):
         case = CASES[CASE_IDS.index("token window, text")]
@@ -186,11 +186,11 @@ class TestEntryPoint:
             p.key_start,
             p.ends,
             p.head_set,
-            p.coords,
-            p.intervals,
+            p.key_codes,
+            p.row_codes,
         )
-        torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.block, 0.25))
-        out, lse = block_sparse_op(q, k, v, *tables, p.block, 0.25)
+        torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.guard, p.block, 0.25, "torch"))
+        out, lse = block_sparse_op(q, k, v, *tables, p.guard, p.block, 0.25, "torch")
         want, want_lse = block_sparse_attention(q, k, v, p, scale=0.25, return_lse=True)
         assert torch.equal(out, want)
         assert torch.equal(lse, want_lse)
@@ -220,7 +220,7 @@ class TestEntryPoint:
 
     def test_unknown_or_missing_backend(self):
         case = CASES[3]
-        with pytest.raises(ValueError, match="unknown backend 'cuda'; there are triton, torch"):
+        with pytest.raises(ValueError, match="unknown backend 'cuda'; there are gluon, fa4, triton, torch"):
             block_sparse_attention(*case.tensors(), case.plan(), backend="cuda")
         with pytest.raises(RuntimeError, match="cannot run here"):
             block_sparse_attention(*case.tensors(), case.plan(), backend="triton")

@@ -151,8 +151,8 @@ def test_operator_passes_opcheck():
     case = REAL[4]
     _, p = plan_of(case)
     q, k, v = tensors(case, torch.bfloat16)
-    tables = (p.q_start, p.q_rows, p.k_start, p.k_rows, p.index, p.key_start, p.ends, p.head_set, p.coords, p.intervals)
-    torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.block, 0.1))
+    tables = (p.q_start, p.q_rows, p.k_start, p.k_rows, p.index, p.key_start, p.ends, p.head_set, p.key_codes, p.row_codes)
+    torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.guard, p.block, 0.1, backend))
 
 
 class TestPipeline:

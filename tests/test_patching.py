@@ -20,6 +20,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import tilewise
 import tilewise.plugins.models.base
+from tilewise.plugins.config import resolve
 from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP, FALLBACK, SPARSE
 from tilewise.plugins.schedule import step_of
 
@@ -326,7 +327,7 @@ def test_context_parallelism_is_refused_before_anything_is_reordered(tiny_pipe):
         block.attn1.processor._parallel_config = object()  # what enable_parallelism sets
     with torch.no_grad(), pytest.raises(tilewise.FallbackError, match="context parallelism"):
         model(torch.randn(1, 4, 5, 16, 16), torch.tensor([500.0]), torch.randn(1, 16, tiny_wan.TEXT_DIM))
-    assert model._tilewise.order(torch.device("cpu")) is None
+    assert model._tilewise.step.order(torch.device("cpu")) is None
 
 
 def test_caches_that_outlive_a_step_stay_right(tiny_pipe):
@@ -520,3 +521,17 @@ def test_blocks_that_select_nothing_are_refused(tiny_pipe):
 def test_summary_needs_a_patch(tiny_pipe):
     with pytest.raises(tilewise.ConfigError, match="not patched"):
         tilewise.summary(tiny_pipe)
+
+
+def test_fuse_is_part_of_a_config(tiny_pipe, tmp_path):
+    assert resolve("sta-fast").fuse
+    config = resolve("sta-fast", fuse=False)
+    tilewise.save_config(config, tmp_path / "config.json")
+    assert tilewise.load_config(tmp_path / "config.json") == config
+    tilewise.patch(tiny_pipe, config)
+    assert tilewise.summary(tiny_pipe).method["fuse"] is False
+    with tilewise.patched(tiny_pipe, config, fuse=True):
+        assert tilewise.summary(tiny_pipe).method["fuse"] is True
+    assert tilewise.summary(tiny_pipe).method["fuse"] is False
+    with pytest.raises(tilewise.ConfigError, match="fuse must be true or false, got 1"):
+        resolve("sta", fuse=1)

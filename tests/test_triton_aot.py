@@ -13,7 +13,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from tilewise.kernels.triton_forward import forward_kernel, launch_config  # noqa: E402
 
 POINTERS = {"q_ptr": "io", "k_ptr": "io", "v_ptr": "io", "out_ptr": "io", "lse_ptr": "*fp32"}
-PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "coords", "intervals"]
+PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_codes", "row_codes"]
 
 
 # What a block may take: on Hopper all of it; the other rules also serve consumer GPUs (sm_86, sm_89, sm_120).

@@ -17,12 +17,14 @@ import torch
 
 from tilewise.kernels.layout import Grid, Layout, cached_layout, tile_counts
 from tilewise.kernels.plan import BlockPlan
+from tilewise.kernels.tiling import window_work
 from tilewise.kernels.window import window_interval, window_plan
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import Method, register
 
 Triple: TypeAlias = tuple[int, int, int]
 DEFAULT_WINDOW: Triple = (3, 3, 3)
+WASTE = 1.08  # pairs computed ÷ pairs kept that a chosen tile may cost, where a tile near the wanted size allows it
 MAX_BLOCKS = 12_288  # block maps are N × N: beyond this, building one takes gigabytes
 
 
@@ -97,13 +99,19 @@ class STA(Method):
 @lru_cache(maxsize=256)
 def choose_tile(grid: Grid, across: int = 4) -> Triple:
     """A tile for a grid: near the paper's (6, 8, 8), smaller where the grid has fewer than 3 × across × across such tiles (a
-    window must leave something out to mean anything), and such that blocks are well filled on this very grid."""
+    window must leave something out to mean anything), and such that blocks are well filled on this very grid.
+
+    Well filled: on every window tried, a kernel computes at most ``WASTE`` times the pairs that the window keeps. Where tiles
+    near the wanted size allow that, the nearest of them is taken; where none does, nearness is weighed against fill."""
     wanted = (min(6, -(-grid.t // 3)), min(8, -(-grid.h // across)), min(8, -(-grid.w // across)))
 
-    def cost(tile: Triple) -> float:
+    def cost(tile: Triple) -> tuple[bool, float]:
         away = [abs(math.log(a / b)) for a, b in zip(tile, wanted, strict=True)]
         volume = abs(math.log(math.prod(tile) / math.prod(wanted)))
-        return 1 / Layout(grid, tile).fill + 0.5 * volume + 0.1 * sum(away)
+        near = 0.5 * volume + 0.1 * sum(away)
+        # The window is chosen after the tile: border tiles weigh more the wider it is.
+        waste = max(window_work(grid, tile, w, unit="tile").waste for w in (DEFAULT_WINDOW, (5, 5, 5), grid.shape))
+        return (False, waste + near) if waste <= WASTE else (True, 1 / Layout(grid, tile).fill + near)
 
     t, h, w = (range(max(1, round(0.7 * a)), round(1.35 * a) + 1) for a in wanted)
     return min(itertools.product(t, h, w), key=cost)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -46,6 +47,30 @@ class Reorder(Protocol):
 
     def order(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(permutation, inverse), both (S,) int64, or None while the forward runs in the model's own order."""
+
+
+class FusedState(Protocol):
+    """What a family's fused code asks at each call."""
+
+    def fused_here(self, x: torch.Tensor) -> bool:
+        """Whether fused kernels may run on hidden states like ``x``: wanted, on a device that has them, no gradients."""
+
+
+class FusedFamily(Protocol):
+    """What a family may offer besides ``Family``: the rest of the step in fused kernels. Both methods are optional."""
+
+    def fuse(self, denoiser: nn.Module, state: FusedState) -> list[Any]:
+        """Put fused forwards on a denoiser, exact to rounding, which ask ``state`` at each call whether to run.
+
+        Returns the handles, each with ``remove()``.
+        """
+
+    def self_attention(self, layer: AttentionLayer) -> Callable[..., torch.Tensor | None] | None:
+        """What can stand in for the stock processor of a layer, or None.
+
+        It is called with the stock processor, a function to call as diffusers' attention dispatcher, and then the
+        processor's own arguments. Where it cannot run it returns None, before it called anything.
+        """
 
 
 class Family(Protocol):

@@ -7,6 +7,7 @@ enter through cross-attention (``attn2``), which stays as it is. Rotary tables c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, permute_tokens, register_family
+from tilewise.plugins.models.base import AttentionLayer, FusedState, Reorder, Size, permute_tokens, register_family
 
 
 class WanFamily:
@@ -81,6 +82,18 @@ class WanFamily:
             return None if order is None else permute_tokens(output, order[0])
 
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    # fused.wan needs diffusers' classes: imported where there is a denoiser, which has brought them.
+
+    def fuse(self, denoiser: nn.Module, state: FusedState) -> list[Any]:
+        from tilewise.plugins.models.fused.wan import fuse_blocks
+
+        return list(fuse_blocks(denoiser, state))
+
+    def self_attention(self, layer: AttentionLayer) -> Callable[..., torch.Tensor | None] | None:
+        from tilewise.plugins.models.fused.wan import wan_self_attention
+
+        return wan_self_attention
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         pt, ph, pw = _patch_size(denoiser)

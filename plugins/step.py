@@ -1,0 +1,229 @@
+"""What a patched denoiser decides anew at every forward and attention call.
+
+torch.compile never sees this: it runs directly, or inside the operators of ``operators.py`` where the denoiser is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tilewise.kernels.attention import block_sparse_attention, choose_backend
+from tilewise.kernels.layout import Grid, Layout
+from tilewise.kernels.plan import BlockPlan
+from tilewise.plugins.config import Config
+from tilewise.plugins.errors import FallbackError, TilewiseError
+from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP, FALLBACK, SPARSE, Entry, Ledger, capturing
+from tilewise.plugins.models.base import AttentionLayer
+from tilewise.plugins.processor import TilewiseProcessor
+from tilewise.plugins.schedule import step_of
+
+Order = tuple[torch.Tensor, torch.Tensor]
+
+
+class Step:
+    """The forward that is under way, and what is kept from one to the next: plans, token orders and the books.
+
+    Args:
+        name: the denoiser's, for messages.
+        pipe: gives the pipeline whose scheduler counts the steps, or None.
+        layers, selected: the self-attention layers, and the numbers of the blocks that run the method.
+        reorders: whether any forward may reorder tokens.
+        leave_alone: called with a layer whose processor somebody replaced after the patch, and the reason to report.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        pipe: Callable[[], Any],
+        layers: list[AttentionLayer],
+        selected: set[int],
+        reorders: bool,
+        leave_alone: Callable[[AttentionLayer, str], None],
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.pipe = pipe
+        self.layers = layers
+        self.selected = selected
+        self.reorders = reorders
+        self.leave_alone = leave_alone
+        self.ledger = Ledger()
+        self.grid: Grid | None = None  # of the last forward
+        self._layout: Layout | None = None  # the token order in force during a forward; None: the model's own
+        self._runs = False  # whether the method runs at this step
+        self._refused: str | None = None  # why it cannot in this forward, although it should
+        self._orders: dict[tuple[Layout | int, torch.device], Order] = {}
+        self._plans: dict[tuple[Layout, int, torch.device], BlockPlan] = {}
+
+    def begin(self, grid: Grid, timestep: torch.Tensor) -> None:
+        """Decide what a forward over ``grid`` at ``timestep`` does."""
+        self.grid = grid
+        self._runs = self._runs_at(timestep)
+        self._refused = None
+        for layer in self.layers:
+            module: Any = layer.module
+            if isinstance(module.processor, TilewiseProcessor):
+                if module.processor._parallel_config is not None:
+                    self._refused = "context parallelism is enabled, and shards the tokens before they can be reordered"
+            else:
+                self.leave(layer)
+        if self._refused and self._runs and self.config.strict:
+            raise FallbackError(f"strict: {self.name} cannot run {self.config.method.name}: {self._refused}")
+        # The order is in force in dense steps too: caches that keep tensors from one step to the next, as some of diffusers'
+        # do, must find them in the same order.
+        usable = self.reorders and self._refused is None
+        self._layout = self.config.method.layout(grid) if usable else None
+
+    def end(self) -> None:
+        """The forward is over: outside one, tokens are in the model's own order."""
+        self._layout = None
+
+    def _runs_at(self, timestep: torch.Tensor) -> bool:
+        low, high = self.config.steps
+        if (low, high) == (0.0, 1.0) or low == high:  # always or never: a timestep's value need not be read
+            return low != high
+        try:
+            step, total = step_of(self.pipe(), timestep)
+        except RuntimeError as error:
+            if not capturing(timestep.device):
+                raise
+            raise TilewiseError(
+                f"{self.name}: steps={self.config.steps} of a denoiser without a scheduler in use needs the timestep's value, "
+                "which cannot be read while a CUDA graph is being captured. Patch the pipeline, or give steps=(0, 1), or "
+                "steps=(0, 0) for the dense steps' graph"
+            ) from error
+        return self.config.runs_at(step, total)
+
+    def leave(self, layer: AttentionLayer) -> None:
+        """Report a layer whose processor is not ours, once; what replaced ours may do attention its own way."""
+        if layer.name not in self.ledger.skipped_layers:
+            self._leave(layer)
+
+    @torch.compiler.disable
+    def _leave(self, layer: AttentionLayer) -> None:
+        module: Any = layer.module
+        kind = type(module.processor).__name__
+        self.leave_alone(layer, f"its processor was replaced by {kind} after the patch")
+
+    def order(self, device: torch.device) -> Order | None:
+        """(permutation, inverse), (S,) int64 on ``device``, or None while the model's own order is in force."""
+        if self._layout is None:
+            return None
+        key = (self._layout, device)
+        if key not in self._orders:
+            _not_while_capturing(self.name, device, self._layout)
+            self._orders[key] = self._layout.permutation.to(device), self._layout.inverse.to(device)
+        return self._orders[key]
+
+    def indices(self, tokens: int, device: torch.device, inverse: bool) -> torch.Tensor:
+        """One of ``order``, or the identity, for an axis of ``tokens`` tokens; the caller must not write to it."""
+        order = self.order(device)
+        if order is None:
+            key = (tokens, device)
+            if key not in self._orders:
+                self._orders[key] = (torch.arange(tokens, device=device),) * 2
+            order = self._orders[key]
+        if len(order[0]) != tokens:
+            raise TilewiseError(
+                f"{self.name}: cannot reorder {tokens} tokens, the grid {self.grid} has {len(order[0])}"
+            )
+        return order[inverse]
+
+    def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
+        """The method's plan, made once for a layout, number of heads and device."""
+        key = (layout, heads, device)
+        if key not in self._plans:
+            _not_while_capturing(self.name, device, layout)
+            self._plans[key] = self.config.method.plan(layout, heads, device)
+        return self._plans[key]
+
+    def attend(
+        self,
+        processor: TilewiseProcessor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        attn_mask: torch.Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        backend: Any,
+        fused: bool,
+        attention_kwargs: dict[str, Any] | None = None,
+        parallel_config: Any = None,
+    ) -> torch.Tensor:
+        """Answer one attention call in place of diffusers' dispatcher, sparse or dense, and count it."""
+        number, layout = processor.number, self._layout
+        layer = self.layers[number]
+        if not self._runs:
+            entry = Entry(DENSE_STEP, fused=fused)
+        elif layer.block not in self.selected or (layout is None and self._refused is None):
+            entry = Entry(DENSE_LAYER, fused=fused)
+        else:
+            reason = self._refused
+            if layout is not None:
+                reason = _refusal(layout, query, key, attn_mask, dropout_p, is_causal)
+            if reason is None and layout is not None:
+                plan = self.plan(layout, query.shape[2], query.device)
+                try:
+                    chosen = choose_backend(query, key, value, plan)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    reason = str(error)
+                else:
+                    entry = Entry(SPARSE, plan.density, chosen.backend, fused=fused)
+                    with self.ledger.record(number, entry, query.device):
+                        return block_sparse_attention(query, key, value, plan, scale=scale, backend=chosen.backend)
+            if self.config.strict:
+                raise FallbackError(f"strict: {self.name}.{layer.name} cannot run {self.config.method.name}: {reason}")
+            entry = Entry(FALLBACK, reason=reason or "", fused=fused)
+        if layout is not None and attn_mask is not None:
+            attn_mask = _reorder_mask(attn_mask, layout, self.order(attn_mask.device))
+        with self.ledger.record(number, entry, query.device):
+            return processor.stock(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
+                backend=backend, parallel_config=parallel_config,
+            )  # fmt: skip
+
+
+def _not_while_capturing(name: str, device: torch.device, layout: Layout) -> None:
+    if capturing(device):
+        raise TilewiseError(
+            f"{name}: the plan and token order of the grid {layout.grid} cannot be made while a CUDA graph is being captured; "
+            "run the denoiser once at this size first"
+        )
+
+
+def _refusal(
+    layout: Layout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+) -> str | None:
+    """Why an attention call cannot run sparse although step and layer should, or None."""
+    tokens = layout.grid.tokens
+    if query.shape[1] != tokens or key.shape[1] != tokens:
+        return f"{query.shape[1]} queries and {key.shape[1]} keys are not the {tokens} tokens of the grid {layout.grid}"
+    if attn_mask is not None:
+        return "the call has an attention mask"
+    if is_causal:
+        return "the call is causal"
+    if dropout_p:
+        return "the call has dropout"
+    return None
+
+
+def _reorder_mask(mask: torch.Tensor, layout: Layout, order: Order | None) -> torch.Tensor:
+    """A mask over raster tokens, brought into the order that queries and keys are in."""
+    assert order is not None
+    for dim in (-2, -1):
+        if mask.ndim >= -dim and mask.shape[dim] == layout.grid.tokens:
+            mask = mask.index_select(dim, order[0])
+    return mask

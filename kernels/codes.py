@@ -28,7 +28,9 @@ def fields(shape: tuple[int, int, int]) -> tuple[list[int], int]:
         guard |= 1 << (at + bits)
         at += bits + 1
     if at > 32:
-        raise ValueError(f"a grid of {shape} positions needs {at} bits for an interval test, there are 32; use smaller grids")
+        raise ValueError(
+            f"a grid of {shape} positions needs {at} bits for an interval test, there are 32; use smaller grids"
+        )
     return shifts[::-1], guard - (1 << 32) if guard >= 1 << 31 else guard
 
 

@@ -172,17 +172,21 @@ def _consume(
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(
-        q, k_ring.index(0).permute([1, 0]), gl.zeros([HALF, BLOCK_N], gl.float32, S_LAYOUT), use_acc=False, is_async=True
+        q,
+        k_ring.index(0).permute([1, 0]),
+        gl.zeros([HALF, BLOCK_N], gl.float32, S_LAYOUT),
+        use_acc=False,
+        is_async=True,
     )
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0))
     if complete_end == 0:
         first_rows = gl.where(partial_end > 0, gl.load(k_rows + gl.load(index)), 0)
         s = _mask(s, first_rows, key_codes, row_lo, row_hi, guard, 0, False, S_LAYOUT)
-        if HAS_INTERVALS:
+        if HAS_INTERVALS:  # noqa: SIM102 (decided when compiling, the next at run time)
             if ragged_end == 0:
                 s = _mask(s, first_rows, key_codes, row_lo, row_hi, guard, gl.load(key_start), True, S_LAYOUT)
-    weights, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, scale, True)
+    weights, row_max, row_sum, _ = _softmax(s, row_max, row_sum, scale, True)
     p = _narrow(weights, v_ring.dtype, P_LAYOUT)
 
     k_stage, k_phase = _next(0, 0, STAGES)

@@ -133,9 +133,6 @@ class Patch:
         order = self.step.order(x.device)
         return x if order is None else x.index_select(dim, order[inverse])
 
-    def order(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return self.step.order(device)
-
     def fused_here(self, x: torch.Tensor) -> bool:
         """Whether the family's fused kernels may run on ``x``: wanted, a GPU that Triton serves, no gradients."""
         if not self.config.fuse or torch.is_grad_enabled() or x.dtype not in DTYPES:

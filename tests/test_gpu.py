@@ -1,4 +1,4 @@
-"""What only a GPU can show: the Triton kernel at real sizes and precisions, and the patch around it."""
+"""What only a GPU can show: the kernels at real sizes and precisions, and the patch around them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import tilewise
-from tilewise.kernels.attention import block_sparse_attention, block_sparse_op, choose_backend
+from tilewise.kernels.attention import BACKENDS, block_sparse_attention, block_sparse_op, choose_backend
 from tilewise.kernels.layout import Grid, Layout
-from tilewise.kernels.plan import BlockPlan
+from tilewise.kernels.plan import BlockPlan, plan_from_block_map
+from tilewise.kernels.reference import masked_attention
 from tilewise.kernels.window import window_plan
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +42,18 @@ REAL = [
     Real("head dim 256", Grid(9, 32, 32), (3, 8, 8), (3, 3, 3), head_dim=256),
     Real("tile of 48 tokens", Grid(9, 16, 16), (3, 4, 4), (3, 3, 3), head_dim=64),
 ]
+
+
+def usable(backend: str, case: Real, dtype: torch.dtype) -> None:
+    """Skip what this machine or the kernel does not take, by the reason that a user would get."""
+    found = {b.name: b for b in BACKENDS}[backend]
+    if reason := found.missing(torch.device("cuda")):
+        pytest.skip(reason)
+    if reason := found.misfit(*tensors(case, dtype), plan_of(case)[1]):
+        pytest.skip(reason)
+
+
+OURS = ["gluon", "triton"]
 
 
 def tensors(case: Real, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
@@ -73,12 +86,13 @@ def mask_of_rows(case: Real, layout: Layout, rows: torch.Tensor) -> torch.Tensor
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", REAL, ids=[c.name for c in REAL])
-def test_error_at_most_twice_that_of_pytorch_in_the_same_dtype(case, dtype):
+@pytest.mark.parametrize("backend", [*OURS, "fa4"])
+def test_error_at_most_twice_that_of_pytorch_in_the_same_dtype(case, dtype, backend):
     """FlashAttention's own criterion: against fp32, no worse than 2 × PyTorch's attention in that dtype."""
     layout, plan = plan_of(case)
     q, k, v = tensors(case, dtype)
-    assert choose_backend(q, k, v, plan).backend == "triton"
-    out, lse = block_sparse_attention(q, k, v, plan, return_lse=True)
+    usable(backend, case, dtype)
+    out, lse = block_sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
     rows = torch.randperm(case.grid.tokens, generator=torch.Generator().manual_seed(1))[:192].cuda()
     rows = torch.cat([rows, torch.tensor([0, case.grid.tokens - 1], device="cuda")])
     mask = mask_of_rows(case, layout, rows)[None, None]
@@ -99,38 +113,100 @@ def test_error_at_most_twice_that_of_pytorch_in_the_same_dtype(case, dtype):
     torch.testing.assert_close(lse[:, :, rows], exact_lse, atol=2e-3, rtol=1e-4)
 
 
-def test_bit_equal_when_run_twice():
+@pytest.mark.parametrize("backend", OURS)
+def test_bit_equal_when_run_twice(backend):
     case = REAL[1]
+    usable(backend, case, torch.bfloat16)
     _, plan = plan_of(case)
     q, k, v = tensors(case, torch.bfloat16)
-    first = block_sparse_attention(q, k, v, plan, return_lse=True)
-    second = block_sparse_attention(q, k, v, plan, return_lse=True)
+    first = block_sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
+    second = block_sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
 
-def test_every_element_is_written_and_nothing_else_is_read():
-    case = REAL[2]
+@pytest.mark.parametrize("backend", OURS)
+def test_every_element_is_written_and_nothing_else_is_read(backend):
+    case = Real("inward, one sample", Grid(21, 34, 60), (21, 2, 3), (21, 15, 27), unit="token")
+    usable(backend, case, torch.bfloat16)
     _, plan = plan_of(case)
     q, k, v = tensors(case, torch.bfloat16)
-    want = block_sparse_attention(q, k, v, plan)
+    want = block_sparse_attention(q, k, v, plan, backend=backend)
     poisoned = []
     for x in (q, k, v):
         room = torch.full((1, x.shape[1] + 256, x.shape[2], x.shape[3]), torch.nan, device="cuda", dtype=x.dtype)
         room[:, 128:-128] = x
         poisoned.append(room[:, 128:-128])
-    assert torch.equal(block_sparse_attention(*poisoned, plan), want)
+    assert torch.equal(block_sparse_attention(*poisoned, plan, backend=backend), want)
     assert bool(want.isfinite().all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_full_window_is_dense(dtype):
-    case = Real("full", Grid(9, 20, 22), (3, 8, 8), (99, 99, 99))
+def test_strides_of_a_fused_projection_are_read_in_place():
+    """q, k and v as chunks of one (B, S, 3·H·D) tensor: both kernels take them as they are."""
+    case = REAL[0]
+    _, plan = plan_of(case)
+    qkv = torch.randn(1, case.grid.tokens, 3 * 4 * 128, device="cuda", dtype=torch.bfloat16)
+    chunks = [x.unflatten(2, (4, 128)) for x in qkv.chunk(3, dim=-1)]
+    for backend in OURS:
+        usable(backend, case, torch.bfloat16)
+        want = block_sparse_attention(*(x.contiguous() for x in chunks), plan, backend=backend)
+        assert torch.equal(block_sparse_attention(*chunks, plan, backend=backend), want)
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_queries_without_keys_are_zero(backend):
+    """Lists that are empty, and lists whose intervals keep nothing, beside ordinary ones."""
+    layout = Layout(Grid(1, 32, 64), (1, 8, 16))
+    N = layout.blocks
+    full = torch.eye(N, dtype=torch.bool, device="cuda")[None, None].clone()
+    full[..., 1:3, :] = False
+    partial = torch.zeros_like(full)
+    partial[..., 2, 5] = True
+    partial[..., 3, 6] = True
+    lo_hi = torch.zeros(1, 6, layout.grid.tokens, dtype=torch.int32, device="cuda")
+    lo_hi[:, 1::2, 3 * 128 : 3 * 128 + 64] = 99
+    plan = plan_from_block_map(layout, full, partial, intervals=lo_hi)
+    case = Real("empty", layout.grid, layout.tile, (1, 1, 1), heads=2, kv_heads=2)
+    usable(backend, case, torch.bfloat16)
+    q, k, v = tensors(case, torch.bfloat16)
+    out, lse = block_sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
+    want, want_lse = masked_attention(q, k, v, plan.to_mask(2).cuda())
+    torch.testing.assert_close(out.double(), want, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-3, rtol=1e-3)
+    assert bool((out[:, 128:384] == 0).all())
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_offsets_pass_two_to_the_31(backend):
+    """S · H · D > 2³¹ elements: the last block of the last head is right."""
+    layout = Layout(Grid(21, 90, 160), (6, 8, 8))
+    heads = 64  # 302,400 tokens × 64 × 128 = 2.5 · 10⁹
+    plan = window_plan(layout, [(1, 1, 1)], unit="tile", device="cuda")
+    case = Real("large", layout.grid, layout.tile, (1, 1, 1), heads=heads, kv_heads=heads)
+    found = {b.name: b for b in BACKENDS}[backend]
+    if reason := found.missing(torch.device("cuda")):
+        pytest.skip(reason)
+    q, k, v = (torch.randn(1, case.grid.tokens, heads, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    out = block_sparse_attention(q, k, v, plan, backend=backend)
+    last = (layout.block_tile == layout.block_tile[-1]).all(1).nonzero()[0, 0]
+    rows = slice(int(layout.block_start[last]), case.grid.tokens)
+    want, _ = masked_attention(*(x[:, rows, -1:] for x in (q, k, v)), dtype=torch.float32)
+    torch.testing.assert_close(out[:, rows, -1:].float(), want, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("triton", torch.float32), ("triton", torch.bfloat16), ("gluon", torch.bfloat16)]
+)
+def test_full_window_is_dense(backend, dtype):
+    case = Real("full", Grid(9, 20, 22), (3, 5, 8), (99, 99, 99))
+    usable(backend, case, dtype)
     _, plan = plan_of(case)
     q, k, v = tensors(case, dtype)
     dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     tolerance = 1e-5 if dtype == torch.float32 else 8e-3
-    torch.testing.assert_close(block_sparse_attention(q, k, v, plan), dense, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        block_sparse_attention(q, k, v, plan, backend=backend), dense, atol=tolerance, rtol=tolerance
+    )
 
 
 def test_a_window_a_head():
@@ -147,12 +223,35 @@ def test_a_window_a_head():
         assert torch.equal(mixed[one], alone)
 
 
-def test_operator_passes_opcheck():
+@pytest.mark.parametrize("backend", OURS)
+def test_operator_passes_opcheck(backend):
     case = REAL[4]
+    usable(backend, case, torch.bfloat16)
     _, p = plan_of(case)
     q, k, v = tensors(case, torch.bfloat16)
-    tables = (p.q_start, p.q_rows, p.k_start, p.k_rows, p.index, p.key_start, p.ends, p.head_set, p.key_codes, p.row_codes)
+    tables = (
+        p.q_start,
+        p.q_rows,
+        p.k_start,
+        p.k_rows,
+        p.index,
+        p.key_start,
+        p.ends,
+        p.head_set,
+        p.key_codes,
+        p.row_codes,
+    )
     torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.guard, p.block, 0.1, backend))
+
+
+def test_hopper_gets_the_hopper_kernel_and_says_why_where_not():
+    if {b.name: b for b in BACKENDS}["gluon"].missing(torch.device("cuda")):
+        pytest.skip("not a Hopper GPU")
+    for case, backend in ((REAL[0], "gluon"), (REAL[5], "triton")):
+        q, k, v = tensors(case, torch.bfloat16)
+        choice = choose_backend(q, k, v, plan_of(case)[1])
+        assert choice.backend == backend
+    assert "gluon does not take this: head dimension 256 is not 64 or 128" in choice.reason
 
 
 class TestPipeline:
@@ -176,7 +275,7 @@ class TestPipeline:
         tilewise.patch(pipe, tilewise.STA(window=(99, 99, 99)), steps=(0, 1), strict=True)
         torch.testing.assert_close(self.latents(pipe), stock, atol=1e-3, rtol=1e-3)
         rows = tilewise.summary(pipe).rows
-        assert {row.backend for row in rows} == {"triton"}
+        assert {row.backend for row in rows} <= {"gluon", "triton"}
         assert sum(row.seconds for row in rows) > 0
         tilewise.unpatch(pipe)
         assert torch.equal(self.latents(pipe), stock)

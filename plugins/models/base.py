@@ -43,10 +43,16 @@ class Size:
 
 
 class Reorder(Protocol):
-    """What an adapter's hooks ask during a forward: the token order in force, on a device."""
+    """How an adapter's hooks follow the token order in force, if there is one.
 
-    def order(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(permutation, inverse), both (S,) int64, or None while the forward runs in the model's own order."""
+    The hooks are traced by torch.compile, and so must not decide anything by the step: that is decided in here.
+    """
+
+    def into(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """``x`` with its token axis ``dim`` brought from the model's own order into the one in force."""
+
+    def back(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """``x`` with its token axis ``dim`` brought from the order in force back into the model's own."""
 
 
 class FusedState(Protocol):
@@ -89,7 +95,7 @@ class Family(Protocol):
         """The self-attention layers over the grid, in order."""
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        """Register hooks that bring tokens into ``reorder.order()`` before the blocks and back after them.
+        """Register hooks that bring tokens into the order in force before the blocks and back after them.
 
         Everything that has a token axis must follow: hidden states, rotary tables, per-token timesteps.
         Returns the handles, each with ``remove()``.
@@ -141,8 +147,3 @@ def supported_models() -> dict[str, list[str]]:
     for class_name, family in _FAMILIES.items():
         found.setdefault(family.name, []).append(class_name)
     return {name: sorted(classes) for name, classes in sorted(found.items())}
-
-
-def permute_tokens(x: torch.Tensor, order: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """``x`` with its token axis in another order."""
-    return x.index_select(dim, order)

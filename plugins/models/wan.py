@@ -15,7 +15,7 @@ from torch import nn
 
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.models.base import AttentionLayer, FusedState, Reorder, Size, permute_tokens, register_family
+from tilewise.plugins.models.base import AttentionLayer, FusedState, Reorder, Size, register_family
 
 
 class WanFamily:
@@ -41,26 +41,22 @@ class WanFamily:
         model: Any = denoiser
 
         def rotary_tables(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-            order = reorder.order(output[0].device)
-            return None if order is None else tuple(permute_tokens(table, order[0]) for table in output)
+            return tuple(reorder.into(table) for table in output)
 
         def per_token_timesteps(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> Any:
             # (temb, timestep_proj, …): with 2-D timesteps both are (B, S, …). The blocks use timestep_proj; temb is used
             # after the last block, where the tokens are back in the model's own order.
-            if output[1].ndim != 3 or (order := reorder.order(output[1].device)) is None:
+            if output[1].ndim != 3:
                 return None
-            return (output[0], permute_tokens(output[1], order[0]), *output[2:])
+            return (output[0], reorder.into(output[1]), *output[2:])
 
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if (order := reorder.order(hidden.device)) is None:
-                return None
-            hidden = permute_tokens(hidden, order[0])
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            if args:
+                return (reorder.into(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": reorder.into(kwargs["hidden_states"])}
 
         def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            order = reorder.order(output.device)
-            return None if order is None else permute_tokens(output, order[1])
+            return reorder.back(output)
 
         return [
             model.rope.register_forward_hook(rotary_tables),
@@ -72,14 +68,11 @@ class WanFamily:
     def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
         def enter(module: nn.Module, args: tuple) -> Any:
             # WanTransformerBlock calls attn1(hidden_states, None, None, rotary_emb).
-            if (order := reorder.order(args[0].device)) is None:
-                return None
-            rotary = tuple(permute_tokens(table, order[1]) for table in args[3])
-            return (permute_tokens(args[0], order[1]), *args[1:3], rotary, *args[4:])
+            rotary = tuple(reorder.back(table) for table in args[3])
+            return (reorder.back(args[0]), *args[1:3], rotary, *args[4:])
 
         def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            order = reorder.order(output.device)
-            return None if order is None else permute_tokens(output, order[0])
+            return reorder.into(output)
 
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 

@@ -7,7 +7,8 @@ Each axis of length L gets a field of bits enough for L − 1, and a guard bit a
     x ≤ hi on every axis     ⇔  ((hi | guard) − x) & guard = guard
 
 because a field whose difference is negative borrows from its own guard bit and from nowhere else. An interval that holds
-nothing is written as lo = the field's largest value, hi = 0.
+nothing is written as lo = the field's largest value, hi = 0. A key that nobody sees (a row that a block lacks) has the code
+``guard``: hi | guard less that has no guard bit left.
 """
 
 from __future__ import annotations

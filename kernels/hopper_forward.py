@@ -64,19 +64,25 @@ def _produce(
 
 
 @gluon.jit
-def _mask(s, rows, key_codes, row_lo, row_hi, guard, keys, INTERVALS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scores of a block's missing rows, and of keys outside the rows' intervals, become −inf."""
-    BLOCK_N: gl.constexpr = s.shape[1]
+def _codes_of(key_codes, keys, rows, guard, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Codes of a block's keys; the rows that it lacks get one that no interval holds."""
     column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-    inside = column < rows
-    seen = inside[None, :]
-    if INTERVALS:
-        # Two subtractions test six inequalities: see kernels/codes.py.
-        at = gl.load(key_codes + keys + column, mask=inside, other=0)
-        above = (at | guard)[None, :] - row_lo[:, None]
-        below = row_hi[:, None] - at[None, :]
-        seen = seen & ((above & below & guard) == guard)
-    return gl.where(seen, s, float("-inf"))
+    return gl.load(key_codes + keys + column, mask=column < rows, other=guard)
+
+
+@gluon.jit
+def _mask_rows(s, rows, LAYOUT: gl.constexpr):
+    """Scores of a block's missing rows become −inf."""
+    column = gl.arange(0, s.shape[1], gl.SliceLayout(0, LAYOUT))
+    return gl.where((column < rows)[None, :], s, float("-inf"))
+
+
+@gluon.jit
+def _mask_intervals(s, codes, row_lo, row_hi, guard):
+    """Scores of keys outside the rows' intervals become −inf: two subtractions test six inequalities (kernels/codes.py)."""
+    above = (codes | guard)[None, :] - row_lo[:, None]
+    below = row_hi[:, None] - codes[None, :]
+    return gl.where((guard & ~(above & below)) == 0, s, float("-inf"))
 
 
 @gluon.jit
@@ -118,20 +124,21 @@ def _steps(
     BLOCK_N: gl.constexpr = k_ring.shape[1]
     empty = gl.zeros([HALF, BLOCK_N], gl.float32, S_LAYOUT)
     for j in range(begin, end):
-        rows = 0
-        keys = 0
+        # What masks need is read before the products are waited for.
         if MASK_ROWS:
             rows = gl.load(k_rows + gl.load(index + j))
         if MASK_INTERVALS:
-            keys = gl.load(key_start + j)
+            codes = _codes_of(key_codes, gl.load(key_start + j), rows, guard, BLOCK_N, S_LAYOUT)
         mbarrier.wait(k_full.index(k_stage), k_phase)
         s = warpgroup_mma(q, k_ring.index(k_stage).permute([1, 0]), empty, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         acc = warpgroup_mma(p, v_ring.index(v_stage), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(k_stage))
-        if MASK_ROWS:
-            s = _mask(s, rows, key_codes, row_lo, row_hi, guard, keys, MASK_INTERVALS, S_LAYOUT)
+        if MASK_INTERVALS:
+            s = _mask_intervals(s, codes, row_lo, row_hi, guard)
+        elif MASK_ROWS:
+            s = _mask_rows(s, rows, S_LAYOUT)
         weights, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, scale, MASK_ROWS)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         mbarrier.arrive(v_empty.index(v_stage))
@@ -182,10 +189,11 @@ def _consume(
     mbarrier.arrive(k_empty.index(0))
     if complete_end == 0:
         first_rows = gl.where(partial_end > 0, gl.load(k_rows + gl.load(index)), 0)
-        s = _mask(s, first_rows, key_codes, row_lo, row_hi, guard, 0, False, S_LAYOUT)
+        s = _mask_rows(s, first_rows, S_LAYOUT)
         if HAS_INTERVALS:  # noqa: SIM102 (decided when compiling, the next at run time)
             if ragged_end == 0:
-                s = _mask(s, first_rows, key_codes, row_lo, row_hi, guard, gl.load(key_start), True, S_LAYOUT)
+                codes = _codes_of(key_codes, gl.load(key_start), first_rows, guard, BLOCK_N, S_LAYOUT)
+                s = _mask_intervals(s, codes, row_lo, row_hi, guard)
     weights, row_max, row_sum, _ = _softmax(s, row_max, row_sum, scale, True)
     p = _narrow(weights, v_ring.dtype, P_LAYOUT)
 

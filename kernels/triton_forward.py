@@ -54,15 +54,14 @@ def _attend(
             k = tl.load(k_at, mask=(depth < D)[:, None], other=0.0)
             v = tl.load(v_at, mask=(depth < D)[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION)
-        if MASK_ROWS:
-            seen = inside[None, :]
-            if MASK_INTERVALS:
-                # Two subtractions test six inequalities: see kernels/codes.py.
-                at = tl.load(key_codes + keys, mask=inside, other=0)
-                above = (at | guard)[None, :] - row_lo[:, None]
-                below = row_hi[:, None] - at[None, :]
-                seen = seen & ((above & below & guard) == guard)
-            scores = tl.where(seen, scores, float("-inf"))
+        if MASK_INTERVALS:
+            # Two subtractions test six inequalities, and the block's missing rows too: see kernels/codes.py.
+            at = tl.load(key_codes + keys, mask=inside, other=guard)
+            above = (at | guard)[None, :] - row_lo[:, None]
+            below = row_hi[:, None] - at[None, :]
+            scores = tl.where((guard & ~(above & below)) == 0, scores, float("-inf"))
+        elif MASK_ROWS:
+            scores = tl.where(inside[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
         if MASK_ROWS:
             # A row may have seen nothing yet; −inf − −inf is NaN, so it is measured from 0 until it has.

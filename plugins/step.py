@@ -5,6 +5,7 @@ torch.compile never sees this: it runs directly, or inside the operators of ``op
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from tilewise.kernels.attention import block_sparse_attention, choose_backend
 from tilewise.kernels.layout import Grid, Layout
 from tilewise.kernels.plan import BlockPlan
+from tilewise.plugins import exact
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP, FALLBACK, SPARSE, Entry, Ledger, capturing
@@ -58,6 +60,7 @@ class Step:
         self._refused: str | None = None  # why it cannot in this forward, although it should
         self._orders: dict[tuple[Layout | int, torch.device], Order] = {}
         self._plans: dict[tuple[Layout, int, torch.device], BlockPlan] = {}
+        self._exact_plans: dict[tuple[int, torch.device], BlockPlan] = {}
 
     def begin(self, grid: Grid, timestep: torch.Tensor) -> None:
         """Decide what a forward over ``grid`` at ``timestep`` does."""
@@ -141,6 +144,17 @@ class Step:
             self._plans[key] = self.config.method.plan(layout, heads, device)
         return self._plans[key]
 
+    def _exact_plan(self, tokens: int, device: torch.device) -> BlockPlan:
+        key = (tokens, device)
+        if key not in self._exact_plans:
+            if capturing(device):
+                raise TilewiseError(
+                    f"{self.name}: the plan of {tokens} tokens cannot be made while a CUDA graph is being captured; run the "
+                    "denoiser once at this size first"
+                )
+            self._exact_plans[key] = exact.exact_plan(tokens, device)
+        return self._exact_plans[key]
+
     def attend(
         self,
         processor: TilewiseProcessor,
@@ -182,6 +196,15 @@ class Step:
             if self.config.strict:
                 raise FallbackError(f"strict: {self.name}.{layer.name} cannot run {self.config.method.name}: {reason}")
             entry = Entry(FALLBACK, reason=reason or "", fused=fused)
+        if self.config.fuse and exact.takes(
+            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, backend=backend,
+            parallel_config=parallel_config,
+        ):  # fmt: skip
+            plan = self._exact_plan(query.shape[1], query.device)
+            if exact.HOPPER.misfit(query, key, value, plan) is None:
+                entry = dataclasses.replace(entry, backend=exact.HOPPER.name)
+                with self.ledger.record(number, entry, query.device):
+                    return block_sparse_attention(query, key, value, plan, scale=scale, backend=exact.HOPPER.name)
         if layout is not None and attn_mask is not None:
             attn_mask = _reorder_mask(attn_mask, layout, self.order(attn_mask.device))
         with self.ledger.record(number, entry, query.device):

@@ -297,3 +297,37 @@ class TestPipeline:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert {row.kind for row in tilewise.summary(pipe).rows} == {"dense step", "sparse"}
+
+
+class TestExact:
+    """Attention that stays dense runs in the Hopper kernel where that is at least as fast, unless somebody chose a backend."""
+
+    @pytest.fixture
+    def model(self):
+        if {b.name: b for b in BACKENDS}["gluon"].missing(torch.device("cuda")):
+            pytest.skip("not a Hopper GPU")
+        return tiny_wan.tiny_transformer(attention_head_dim=64).to("cuda", torch.bfloat16)
+
+    def forward(self, model):
+        generator = torch.Generator("cuda").manual_seed(0)
+        x = torch.randn(1, 4, 5, 64, 64, generator=generator, device="cuda", dtype=torch.bfloat16)  # 5,120 tokens
+        text = torch.randn(1, 16, tiny_wan.TEXT_DIM, generator=generator, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad():
+            return model(x, torch.tensor([500.0], device="cuda"), text, return_dict=False)[0].float()
+
+    @pytest.mark.parametrize("method", ["dense", tilewise.STA(window=(1, 1, 1))], ids=["dense", "sta, its dense steps"])
+    def test_result_is_stocks_to_rounding_and_counted(self, model, method):
+        stock = self.forward(model)
+        tilewise.patch(model, method, steps=(0, 0))
+        ours = self.forward(model)
+        assert float((ours - stock).norm() / stock.norm()) < 1e-2
+        assert {(row.kind, row.backend) for row in tilewise.summary(model).rows} == {("dense step", "gluon")}
+
+    def test_a_chosen_backend_and_fuse_false_are_respected(self, model):
+        tilewise.patch(model, "dense", fuse=False)
+        self.forward(model)
+        assert {row.backend for row in tilewise.summary(model).rows} == {"stock"}
+        model.set_attention_backend("_native_cudnn")
+        tilewise.patch(model, "dense")
+        self.forward(model)
+        assert {row.backend for row in tilewise.summary(model).rows} == {"stock"}

@@ -130,8 +130,9 @@ class Patch:
         if torch.compiler.is_compiling():
             # The indices come from an operator and the gather is the compiler's, which joins it with its neighbours.
             return x.index_select(dim, operators.order(self.ticket, self.handle, x.shape[dim], x.device, inverse))
-        order = self.step.order(x.device)
-        return x if order is None else x.index_select(dim, order[inverse])
+        if self.step.order(x.device) is None:
+            return x
+        return x.index_select(dim, self.step.indices(x.shape[dim], x.device, inverse))
 
     def fused_here(self, x: torch.Tensor) -> bool:
         """Whether the family's fused kernels may run on ``x``: wanted, a GPU that Triton serves, no gradients."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tilewise.kernels.attention import block_sparse_attention, choose_backend
-from tilewise.kernels.layout import Grid, Layout
+from tilewise.kernels.layout import Grid, Layout, cached_layout
 from tilewise.kernels.plan import BlockPlan
 from tilewise.plugins import exact
 from tilewise.plugins.config import Config
@@ -122,6 +122,15 @@ class Step:
             self._orders[key] = self._layout.permutation.to(device), self._layout.inverse.to(device)
         return self._orders[key]
 
+    def _video_order(self, layout: Layout, device: torch.device) -> Order:
+        """``order`` for the video tokens alone, counted from 0."""
+        alone = cached_layout(dataclasses.replace(layout.grid, text=0), layout.tile, layout.max_block_rows)
+        key = (alone, device)
+        if key not in self._orders:
+            _not_while_capturing(self.name, device, layout)
+            self._orders[key] = alone.permutation.to(device), alone.inverse.to(device)
+        return self._orders[key]
+
     def indices(self, tokens: int, device: torch.device, inverse: bool) -> torch.Tensor:
         """One of ``order``, or the identity, for an axis of ``tokens`` tokens; the caller must not write to it."""
         order = self.order(device)
@@ -130,6 +139,8 @@ class Step:
             if key not in self._orders:
                 self._orders[key] = (torch.arange(tokens, device=device),) * 2
             order = self._orders[key]
+        elif self._layout is not None and tokens == self._layout.grid.video != self._layout.grid.tokens:
+            order = self._video_order(self._layout, device)  # a stream of video tokens alone, beside one of text
         if len(order[0]) != tokens:
             raise TilewiseError(
                 f"{self.name}: cannot reorder {tokens} tokens, the grid {self.grid} has {len(order[0])}"

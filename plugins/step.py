@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 
-from tilewise.kernels.attention import block_sparse_attention, choose_backend
+from tilewise.kernels.attention import Choice, block_sparse_attention, choose_backend
 from tilewise.kernels.layout import Grid, Layout, cached_layout
 from tilewise.kernels.plan import BlockPlan
 from tilewise.plugins import exact
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import FallbackError, TilewiseError
+from tilewise.plugins.key_padding import Group, groups_of, visible_keys
 from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP, FALLBACK, SPARSE, Entry, Ledger, capturing
 from tilewise.plugins.models.base import AttentionLayer
 from tilewise.plugins.processor import TilewiseProcessor
 from tilewise.plugins.schedule import step_of
 
 Order = tuple[torch.Tensor, torch.Tensor]
+MAX_PLANS = 64
 
 
 class Step:
@@ -60,11 +62,13 @@ class Step:
         self._refused: str | None = None  # why it cannot in this forward, although it should
         self._orders: dict[tuple[Layout | int, torch.device], Order] = {}
         self._plans: dict[tuple[Layout, int, torch.device], BlockPlan] = {}
+        self._masks: dict[tuple, tuple[torch.Tensor, list[Group] | str]] = {}  # of this forward
         self._exact_plans: dict[tuple[int, torch.device], BlockPlan] = {}
 
     def begin(self, grid: Grid, timestep: torch.Tensor) -> None:
         """Decide what a forward over ``grid`` at ``timestep`` does."""
         self.grid = grid
+        self._masks.clear()
         self._runs = self._runs_at(timestep)
         self._refused = None
         for layer in self.layers:
@@ -84,6 +88,7 @@ class Step:
     def end(self) -> None:
         """The forward is over: outside one, tokens are in the model's own order."""
         self._layout = None
+        self._masks.clear()
 
     def _runs_at(self, timestep: torch.Tensor) -> bool:
         low, high = self.config.steps
@@ -152,8 +157,35 @@ class Step:
         key = (layout, heads, device)
         if key not in self._plans:
             _not_while_capturing(self.name, device, layout)
+            while len(self._plans) >= MAX_PLANS:  # prompts of ever new lengths bring ever new plans
+                del self._plans[next(iter(self._plans))]
             self._plans[key] = self.config.method.plan(layout, heads, device)
         return self._plans[key]
+
+    def _groups(self, mask: torch.Tensor | None, layout: Layout, query: torch.Tensor) -> list[Group] | str:
+        """The samples of a call by the tokens that its mask leaves them, or why it cannot run sparse.
+
+        Models hand one mask to all layers: it is read once a forward.
+        """
+        if mask is None:
+            return [Group(None, None, layout.grid.text)]
+        # By where it lies, not by its identity: a compiled model's operators get a new object at each call. The mask is kept with
+        # its entry, so that nothing else comes to lie there.
+        where = (mask.data_ptr(), mask.dtype, tuple(mask.shape), mask.stride())
+        if where not in self._masks:
+            if capturing(mask.device):
+                return "the call has an attention mask, which cannot be read while a CUDA graph is being captured"
+            found: list[Group] | str
+            visible = visible_keys(mask, query.shape[0], layout.grid.tokens)
+            found = visible if isinstance(visible, str) else groups_of(visible, layout.grid, query.device)
+            self._masks[where] = mask, found
+        return self._masks[where][1]
+
+    def _plan_of(self, layout: Layout, group: Group, query: torch.Tensor) -> tuple[Group, BlockPlan]:
+        if group.text != layout.grid.text:
+            grid = dataclasses.replace(layout.grid, text=group.text)
+            layout = cached_layout(grid, layout.tile, layout.max_block_rows)
+        return group, self.plan(layout, query.shape[2], query.device)
 
     def _exact_plan(self, tokens: int, device: torch.device) -> BlockPlan:
         key = (tokens, device)
@@ -193,17 +225,20 @@ class Step:
         else:
             reason = self._refused
             if layout is not None:
-                reason = _refusal(layout, query, key, attn_mask, dropout_p, is_causal)
-            if reason is None and layout is not None:
-                plan = self.plan(layout, query.shape[2], query.device)
-                try:
-                    chosen = choose_backend(query, key, value, plan)
-                except (TypeError, ValueError, RuntimeError) as error:
-                    reason = str(error)
-                else:
-                    entry = Entry(SPARSE, plan.density, chosen.backend, fused=fused)
-                    with self.ledger.record(number, entry, query.device):
-                        return block_sparse_attention(query, key, value, plan, scale=scale, backend=chosen.backend)
+                reason = _refusal(layout, query, key, dropout_p, is_causal)
+                groups = self._groups(attn_mask, layout, query) if reason is None else reason
+                if not isinstance(groups, str):
+                    plans = [self._plan_of(layout, group, query) for group in groups]
+                    try:
+                        # Strides and types are the batch's; only the number of tokens and samples differs from group to group.
+                        chosen = [choose_backend(*_part(group, query, key, value), plan) for group, plan in plans]
+                    except (TypeError, ValueError, RuntimeError) as error:
+                        groups = str(error)
+                    else:
+                        entry = Entry(SPARSE, _mean_density(plans, query), chosen[0].backend, fused=fused)
+                        with self.ledger.record(number, entry, query.device):
+                            return _attend_groups(plans, chosen, query, key, value, scale)
+                reason = groups
             if self.config.strict:
                 raise FallbackError(f"strict: {self.name}.{layer.name} cannot run {self.config.method.name}: {reason}")
             entry = Entry(FALLBACK, reason=reason or "", fused=fused)
@@ -233,20 +268,56 @@ def _not_while_capturing(name: str, device: torch.device, layout: Layout) -> Non
         )
 
 
-def _refusal(
-    layout: Layout,
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _part(group: Group, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> QKV:
+    """What of each (B, S, H, D) tensor belongs to a group: views where that is possible."""
+
+    def part(x: torch.Tensor) -> torch.Tensor:
+        if group.samples is not None:
+            x = x.index_select(0, group.samples)
+        if isinstance(group.tokens, slice):
+            return x[:, group.tokens]
+        return x if group.tokens is None else x.index_select(1, group.tokens)
+
+    return part(query), part(key), part(value)
+
+
+def _mean_density(plans: list[tuple[Group, BlockPlan]], query: torch.Tensor) -> float:
+    """Kept ÷ all token pairs, over the samples of a batch."""
+    samples = [query.shape[0] if group.samples is None else len(group.samples) for group, _ in plans]
+    return sum(n * plan.density for n, (_, plan) in zip(samples, plans, strict=True)) / sum(samples)
+
+
+def _attend_groups(
+    plans: list[tuple[Group, BlockPlan]],
+    chosen: list[Choice],
     query: torch.Tensor,
     key: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-) -> str | None:
-    """Why an attention call cannot run sparse although step and layer should, or None."""
+    value: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    """Each group by its own plan; tokens that a mask hides get 0."""
+    if len(plans) == 1 and plans[0][0].tokens is None:
+        return block_sparse_attention(query, key, value, plans[0][1], scale=scale, backend=chosen[0].backend)
+    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    for (group, plan), choice in zip(plans, chosen, strict=True):
+        part = block_sparse_attention(*_part(group, query, key, value), plan, scale=scale, backend=choice.backend)
+        if group.samples is not None and isinstance(group.tokens, torch.Tensor):
+            out[group.samples[:, None], group.tokens[None]] = part
+        elif group.samples is not None:
+            out[group.samples, slice(None) if group.tokens is None else group.tokens] = part
+        else:
+            out[:, slice(None) if group.tokens is None else group.tokens] = part
+    return out
+
+
+def _refusal(layout: Layout, query: torch.Tensor, key: torch.Tensor, dropout_p: float, is_causal: bool) -> str | None:
+    """Why an attention call cannot run sparse although step and layer should, whatever its mask, or None."""
     tokens = layout.grid.tokens
     if query.shape[1] != tokens or key.shape[1] != tokens:
         return f"{query.shape[1]} queries and {key.shape[1]} keys are not the {tokens} tokens of the grid {layout.grid}"
-    if attn_mask is not None:
-        return "the call has an attention mask"
     if is_causal:
         return "the call is causal"
     if dropout_p:

@@ -1,0 +1,72 @@
+"""Attention masks that hide whole keys: the padding of a prompt that is shorter than its neighbours or than the maximum.
+
+Such a mask needs no mask in a kernel. The hidden text tokens are left out, and each group of samples that keeps the same ones
+runs the method's plan for a grid with that many text tokens. It is exact: a hidden key has weight 0, and what a hidden token
+itself would get is never seen by one that is not hidden; here it gets 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tilewise.kernels.layout import Grid
+
+HIDDEN = -1e4  # what adds this much or less to a score hides it: e⁻¹⁰⁰⁰⁰ is 0 in every floating-point type
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that keep the same tokens.
+
+    samples: their numbers; None: all of the batch. tokens: positions that they keep, as a slice where these follow each
+    other; None: all. text: how many of the kept tokens are text.
+    """
+
+    samples: torch.Tensor | None
+    tokens: slice | torch.Tensor | None
+    text: int
+
+
+def visible_keys(mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor | str:
+    """(batch, tokens) bool on the CPU, True where a key may be seen, or why the mask is not one of keys alone.
+
+    Args:
+        mask: bool (True = visible) or additive floating point; (S,), (B, S), (B, 1, S) or (B, 1, 1, S), B may be 1. Reading it
+            waits for the GPU.
+    """
+    shape = tuple(mask.shape)
+    if mask.ndim > 4 or mask.ndim == 0 or shape[-1] != tokens or any(n != 1 for n in shape[1:-1]):
+        return f"the call has an attention mask of shape {shape}, which is not one of keys alone"
+    if mask.ndim > 1 and shape[0] not in (1, batch):
+        return f"the call has an attention mask for {shape[0]} samples, the batch is {batch}"
+    values = mask.detach().reshape(-1, tokens).cpu()
+    if values.dtype != torch.bool:
+        hidden = values <= HIDDEN
+        if not bool((hidden | (values == 0)).all()):
+            return "the call has an attention mask that weighs keys, not only hides them"
+        values = ~hidden
+    return values.expand(batch, tokens)
+
+
+def groups_of(visible: torch.Tensor, grid: Grid, device: torch.device) -> list[Group] | str:
+    """Samples by what they keep, or why the method cannot run with this mask.
+
+    Args:
+        visible: (B, S) bool, on the CPU. Text tokens stand where the grid has them; the order of the video tokens is free, as
+            all of them must be visible.
+    """
+    first = grid.text if grid.text_first else 0
+    if not bool(visible[:, first : first + grid.video].all()):
+        return "the call's attention mask hides video tokens"
+    kept, which = torch.unique(visible, dim=0, return_inverse=True)
+    groups = []
+    for number, row in enumerate(kept):
+        at = row.nonzero()[:, 0]
+        start, count = int(at[0]), len(at)
+        follow = start + count - 1 == int(at[-1])
+        tokens: slice | torch.Tensor | None = slice(start, start + count) if follow else at.to(device)
+        samples = (which == number).nonzero()[:, 0].to(device) if len(kept) > 1 else None
+        groups.append(Group(samples, None if count == grid.tokens else tokens, count - grid.video))
+    return groups

@@ -34,7 +34,8 @@ class Patch:
         blocks = 1 + max((layer.block for layer in self.layers), default=-1)
         selected = set(select_blocks(config.blocks, blocks))
         # Known before any forward: a graph is made for one or the other.
-        self.reorders = bool(selected) and not isinstance(config.method, Dense)
+        one_sequence = any(layer.halvings is None for layer in self.layers)
+        self.reorders = bool(selected) and one_sequence and not isinstance(config.method, Dense)
         owner = weakref.ref(pipe) if pipe is not denoiser else lambda: None
         self.step = Step(name, config, owner, self.layers, selected, self.reorders, self._leave_alone)
         self.handle = operators.handle_for(self.step)

@@ -16,6 +16,7 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import AttentionLayer, Size, family_of
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.processor import why_not
+from tilewise.plugins.step import MIN_OWN_TOKENS
 from tilewise.plugins.text import ranges, render
 
 
@@ -78,8 +79,8 @@ class Explanation:
         line("grid (t×h×w tokens)", [f"{r.grid} = {r.tokens}" for r in self.rows])
         line("tile in tokens", [triple(r.tile) for r in self.rows])
         line("tiles", [triple(r.tiles) for r in self.rows])
-        for key in self.rows[0].options:
-            line(key, [str(r.options[key]) for r in self.rows])
+        for key in dict.fromkeys(key for row in self.rows for key in row.options):
+            line(key, [str(r.options.get(key, "–")) for r in self.rows])
         line("density (kept pairs)", [f"{r.density:.3f}" for r in self.rows])
         line("work (computed pairs)", [f"{r.work:.3f}" for r in self.rows])
         line("steps", [f"{self.sparse_steps} sparse, {self.dense_steps} dense" for _ in self.rows])
@@ -130,13 +131,16 @@ def explain(
         assert family is not None
         grid = family.grid_of_size(denoiser, target, size)
         layers = family.layers(denoiser)
-        rows.append(_explain_row(name, denoiser, config, grid, layers))
+        for halvings in dict.fromkeys(layer.halvings for layer in layers):
+            here = [layer for layer in layers if layer.halvings == halvings]
+            label = name if halvings is None else f"{name}, 1/{2**halvings}"
+            rows.append(_explain_row(label, denoiser, config, here[0].grid(grid), here))
         for layer in layers:
             module: Any = layer.module
             if why := why_not(module.processor):
                 notes.append(f"{name}.{layer.name} stays dense: {why}")
     sparse = sum(config.runs_at(step, num_inference_steps) for step in range(num_inference_steps))
-    if rows[0].tile is None:
+    if all(row.tile is None for row in rows):
         sparse = 0
     shape = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps}
     return Explanation(config.to_dict(), shape, sparse, num_inference_steps - sparse, rows, notes)
@@ -156,15 +160,23 @@ def _expected_backend(denoiser: torch.nn.Module, layer: AttentionLayer) -> tuple
     return "stock", f"every call would fall back: no backend runs on {device.type}"
 
 
+def family_layers(denoiser: torch.nn.Module) -> list[AttentionLayer]:
+    family = family_of(denoiser)
+    assert family is not None
+    return family.layers(denoiser)
+
+
 def _explain_row(
     name: str, denoiser: torch.nn.Module, config: Config, grid: Grid, layers: list[AttentionLayer]
 ) -> ExplainRow:
-    count = 1 + max((layer.block for layer in layers), default=-1)
-    selected = select_blocks(config.blocks, count)
+    everywhere = family_layers(denoiser)
+    selected = set(select_blocks(config.blocks, 1 + max((layer.block for layer in everywhere), default=-1)))
+    blocks = sorted({layer.block for layer in layers})
     model = type(denoiser).__name__
     layout = config.method.layout(grid)
-    if layout is None:
-        everything = ranges(list(range(count)))
+    short = layers[0].halvings is not None and grid.tokens < MIN_OWN_TOKENS if layers else False
+    if layout is None or short:
+        everything = ranges(blocks)
         return ExplainRow(
             name,
             model,
@@ -178,7 +190,7 @@ def _explain_row(
             "",
             everything,
             "stock",
-            "the method is dense",
+            "the map is too small to pay" if short else "the method is dense",
         )
     plan = config.method.plan(layout, layers[0].heads, torch.device("cpu"))
     backend, reason = _expected_backend(denoiser, layers[0])
@@ -192,8 +204,8 @@ def _explain_row(
         options=config.method.describe(layout),
         density=plan.density,
         work=plan.work,
-        sparse_blocks=ranges(selected),
-        dense_blocks=ranges([b for b in range(count) if b not in set(selected)]),
+        sparse_blocks=ranges([b for b in blocks if b in selected]),
+        dense_blocks=ranges([b for b in blocks if b not in selected]),
         backend=backend,
         backend_reason=reason,
     )

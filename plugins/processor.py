@@ -1,9 +1,10 @@
 """The generic attention processor: runs the stock processor unchanged and answers only its attention call.
 
-diffusers' processors compute q, k and v (projections, norms, rotary embedding) and hand them to ``dispatch_attention_fn``. A
-copy of the processor's ``__call__`` that sees another function under that name keeps everything the stock one does, and in
-any order of LoRA, fused projections or offloading, without touching the class, the module or the library. Where the family has
-fused kernels for what the stock processor does, and they can run, they stand in for it; the attention call is the same.
+diffusers' processors compute q, k and v (projections, norms, rotary embedding) and hand them to ``dispatch_attention_fn``, or,
+in older ones, to ``F.scaled_dot_product_attention``. A copy of the processor's ``__call__`` that finds another function there
+keeps everything the stock one does, and in any order of LoRA, fused projections or offloading, without touching the class, the
+module or the library. Where the family has fused kernels for what the stock processor does, and they can run, they stand in
+for it; the attention call is the same.
 """
 
 from __future__ import annotations
@@ -21,28 +22,93 @@ if TYPE_CHECKING:
     from tilewise.plugins.denoiser_patch import Patch
 
 DISPATCH = "dispatch_attention_fn"
+SDPA = "scaled_dot_product_attention"
+
+
+def _form(call: Any) -> str | None:
+    """How a processor's ``__call__`` asks for attention: by the name ``DISPATCH``, by "F" (as ``F.SDPA``), or in no way that a
+    copy could find another function for."""
+    if not isinstance(call, types.FunctionType):
+        return None
+    names, module = call.__code__.co_names, call.__globals__
+    if DISPATCH in names and DISPATCH in module:
+        return DISPATCH
+    if "F" in names and SDPA in names and module.get("F") is torch.nn.functional:
+        return "F"
+    return None
 
 
 def why_not(processor: Any) -> str | None:
-    """Why a processor cannot be taken over, or None if it can: it must call diffusers' attention dispatcher by its name."""
-    if isinstance(processor, TilewiseProcessor):
-        return None
-    call = type(processor).__dict__.get("__call__")
-    if isinstance(call, types.FunctionType) and DISPATCH in call.__code__.co_names and DISPATCH in call.__globals__:
+    """Why a processor cannot be taken over, or None if it can: it must call diffusers' attention dispatcher by its name, or
+    PyTorch's attention as ``F.scaled_dot_product_attention``."""
+    if isinstance(processor, TilewiseProcessor) or _form(type(processor).__dict__.get("__call__")):
         return None
     return f"its processor, {type(processor).__name__}, cannot be taken over"
 
 
+class Functional:
+    """``torch.nn.functional`` with another attention: what a rebound processor finds under the name ``F``."""
+
+    def __init__(self, dispatch: Callable[..., torch.Tensor]) -> None:
+        self.dispatch = dispatch
+
+    def scaled_dot_product_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """(B, H, S, D), as PyTorch has it, where diffusers' dispatcher has (B, S, H, D)."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return self.dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).transpose(1, 2)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.nn.functional, name)
+
+
+def _plain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> torch.Tensor:
+    """The stock attention of a processor that calls PyTorch's, in the shapes of diffusers' dispatcher."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return out.transpose(1, 2)
+
+
+def stock_attention(call: types.FunctionType) -> Callable[..., torch.Tensor]:
+    """What answers the attention calls of a stock ``__call__``."""
+    return call.__globals__[DISPATCH] if _form(call) == DISPATCH else _plain
+
+
 def rebind(call: types.FunctionType, dispatch: Callable[..., Any]) -> types.FunctionType:
-    """A copy of a stock processor's ``__call__`` that finds ``dispatch`` where the stock one finds diffusers' dispatcher.
+    """A copy of a stock processor's ``__call__`` that finds ``dispatch`` where the stock one finds its attention.
 
     Two things are for torch.compile's tracer, Dynamo. It looks a function's globals up in the module that they name, and in
     the dictionary itself only where they name none. And it keeps compiled code by code object, which the copy must not share
     with the stock processor.
     """
     names = {key: value for key, value in call.__globals__.items() if key != "__name__"}
+    found = {DISPATCH: dispatch} if _form(call) == DISPATCH else {"F": Functional(dispatch)}
     rebound = types.FunctionType(
-        call.__code__.replace(), names | {DISPATCH: dispatch}, call.__name__, call.__defaults__, call.__closure__
+        call.__code__.replace(), names | found, call.__name__, call.__defaults__, call.__closure__
     )
     rebound.__kwdefaults__ = call.__kwdefaults__
     rebound.__annotations__ = call.__annotations__
@@ -66,7 +132,7 @@ class TilewiseProcessor:
         self.number = number
         self.handle = handle_for(self)
         call: Any = type(original).__call__
-        self.stock: Callable[..., torch.Tensor] = call.__globals__[DISPATCH]
+        self.stock = stock_attention(call)
         self._fused = fused
         self._rebound = types.MethodType(rebind(call, self.dispatch), original)
 
@@ -120,8 +186,8 @@ class TilewiseProcessor:
         """Answer one attention call now; options by name as for ``dispatch``."""
         return self.patch.step.attend(self, query, key, value, **options)
 
-    # diffusers sets these two on processors (and skips those that lack them): they belong to the original, which reads
-    # them, and keeps them when the patch is gone.
+    # diffusers sets these two on processors (and skips those that lack them, as it does ours where the original does): they
+    # belong to the original, which reads them, and keeps them when the patch is gone.
     @property
     def _attention_backend(self) -> Any:
         return self.original._attention_backend

@@ -25,6 +25,7 @@ from tilewise.plugins.schedule import step_of
 
 Order = tuple[torch.Tensor, torch.Tensor]
 MAX_PLANS = 64
+MIN_OWN_TOKENS = 1024  # below, reordering at each call costs more than sparse attention saves
 
 
 class Step:
@@ -74,7 +75,7 @@ class Step:
         for layer in self.layers:
             module: Any = layer.module
             if isinstance(module.processor, TilewiseProcessor):
-                if module.processor._parallel_config is not None:
+                if getattr(module.processor, "_parallel_config", None) is not None:
                     self._refused = "context parallelism is enabled, and shards the tokens before they can be reordered"
             else:
                 self.leave(layer)
@@ -119,22 +120,19 @@ class Step:
 
     def order(self, device: torch.device) -> Order | None:
         """(permutation, inverse), (S,) int64 on ``device``, or None while the model's own order is in force."""
-        if self._layout is None:
-            return None
-        key = (self._layout, device)
+        return None if self._layout is None else self._order_of(self._layout, device)
+
+    def _order_of(self, layout: Layout, device: torch.device) -> Order:
+        key = (layout, device)
         if key not in self._orders:
-            _not_while_capturing(self.name, device, self._layout)
-            self._orders[key] = self._layout.permutation.to(device), self._layout.inverse.to(device)
+            _not_while_capturing(self.name, device, layout)
+            self._orders[key] = layout.permutation.to(device), layout.inverse.to(device)
         return self._orders[key]
 
     def _video_order(self, layout: Layout, device: torch.device) -> Order:
         """``order`` for the video tokens alone, counted from 0."""
         alone = cached_layout(dataclasses.replace(layout.grid, text=0), layout.tile, layout.max_block_rows)
-        key = (alone, device)
-        if key not in self._orders:
-            _not_while_capturing(self.name, device, layout)
-            self._orders[key] = alone.permutation.to(device), alone.inverse.to(device)
-        return self._orders[key]
+        return self._order_of(alone, device)
 
     def indices(self, tokens: int, device: torch.device, inverse: bool) -> torch.Tensor:
         """One of ``order``, or the identity, for an axis of ``tokens`` tokens; the caller must not write to it."""
@@ -161,6 +159,14 @@ class Step:
                 del self._plans[next(iter(self._plans))]
             self._plans[key] = self.config.method.plan(layout, heads, device)
         return self._plans[key]
+
+    def _own_layout(self, layer: AttentionLayer) -> Layout | None:
+        """The layout of a layer with a feature map of its own; None where the method is dense or the map too small to pay."""
+        assert self.grid is not None
+        grid = layer.grid(self.grid)
+        if self._refused is not None or grid.tokens < MIN_OWN_TOKENS:
+            return None
+        return self.config.method.layout(grid)
 
     def _groups(self, mask: torch.Tensor | None, layout: Layout, query: torch.Tensor) -> list[Group] | str:
         """The samples of a call by the tokens that its mask leaves them, or why it cannot run sparse.
@@ -216,8 +222,9 @@ class Step:
         parallel_config: Any = None,
     ) -> torch.Tensor:
         """Answer one attention call in place of diffusers' dispatcher, sparse or dense, and count it."""
-        number, layout = processor.number, self._layout
+        number = processor.number
         layer = self.layers[number]
+        layout = self._layout if layer.halvings is None else self._own_layout(layer)
         if not self._runs:
             entry = Entry(DENSE_STEP, fused=fused)
         elif layer.block not in self.selected or (layout is None and self._refused is None):
@@ -237,7 +244,11 @@ class Step:
                     else:
                         entry = Entry(SPARSE, _mean_density(plans, query), chosen[0].backend, fused=fused)
                         with self.ledger.record(number, entry, query.device):
-                            return _attend_groups(plans, chosen, query, key, value, scale)
+                            if layer.halvings is None:
+                                return _attend_groups(plans, chosen, query, key, value, scale)
+                            there, back = self._order_of(layout, query.device)
+                            query, key, value = (x.index_select(1, there) for x in (query, key, value))
+                            return _attend_groups(plans, chosen, query, key, value, scale).index_select(1, back)
                 reason = groups
             if self.config.strict:
                 raise FallbackError(f"strict: {self.name}.{layer.name} cannot run {self.config.method.name}: {reason}")
@@ -251,8 +262,8 @@ class Step:
                 entry = dataclasses.replace(entry, backend=exact.HOPPER.name)
                 with self.ledger.record(number, entry, query.device):
                     return block_sparse_attention(query, key, value, plan, scale=scale, backend=exact.HOPPER.name)
-        if layout is not None and attn_mask is not None:
-            attn_mask = _reorder_mask(attn_mask, layout, self.order(attn_mask.device))
+        if self._layout is not None and attn_mask is not None:
+            attn_mask = _reorder_mask(attn_mask, self._layout, self.order(attn_mask.device))
         with self.ledger.record(number, entry, query.device):
             return processor.stock(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,

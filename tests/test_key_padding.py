@@ -11,6 +11,7 @@ from tilewise.kernels.reference import masked_attention
 from tilewise.plugins.config import resolve
 from tilewise.plugins.key_padding import groups_of, visible_keys
 from tilewise.plugins.ledger import FALLBACK, SPARSE
+from tilewise.plugins.models.base import AttentionLayer
 from tilewise.plugins.step import Step
 
 STA = tilewise.STA(window=(1, 2, 1), tile=(2, 3, 3))
@@ -23,7 +24,7 @@ LENGTHS = {
 
 
 def step_over(grid: Grid, heads: int = 2) -> Step:
-    layer = SimpleNamespace(name="blocks.0.attn", block=0, heads=heads, module=SimpleNamespace(processor=None))
+    layer = AttentionLayer("blocks.0.attn", torch.nn.Identity(), 0, heads, 32)
     step = Step("transformer", resolve(STA, steps=(0, 1)), lambda: None, [layer], {0}, True, lambda layer, reason: None)
     step.grid, step._runs, step._layout = grid, True, STA.layout(grid)
     return step

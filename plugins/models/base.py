@@ -5,6 +5,7 @@ A new family is a new file in this folder.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -24,6 +25,8 @@ class AttentionLayer:
     """One self-attention layer of a denoiser: the module whose ``processor`` is replaced.
 
     block: number of the transformer block it belongs to, which ``blocks="2:"`` selects by.
+    halvings: None: the layer attends over the denoiser's token sequence. A number: over a feature map of its own, whose height
+        and width are the grid's, halved that many times (rounded up); its tokens are reordered at each call.
     """
 
     name: str
@@ -31,6 +34,13 @@ class AttentionLayer:
     block: int
     heads: int
     head_dim: int
+    halvings: int | None = None
+
+    def grid(self, grid: Grid) -> Grid:
+        """The layer's own grid in a forward over ``grid``."""
+        if self.halvings is None:
+            return grid
+        return dataclasses.replace(grid, h=-(-grid.h >> self.halvings), w=-(-grid.w >> self.halvings))
 
 
 @dataclass(frozen=True)

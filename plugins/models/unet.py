@@ -1,0 +1,69 @@
+"""UNets: Stable Diffusion 1.x, 2.x and XL, AnimateDiff, Stable Video Diffusion.
+
+Self-attention is ``attn1`` of the spatial transformer blocks, over one feature map: the pixels of one frame (frames are in the
+batch) at the resolution of its level. Each level has a grid of its own, so tokens are reordered at each call and not once a
+forward. Temporal attention (motion modules, temporal transformers) runs over a handful of frames and stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+
+
+class UNetFamily:
+    name = "unet"
+    classes: tuple[str, ...] = ("UNet2DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel")
+
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        # (B, C, H, W), (B, C, frames, H, W) or (B, frames, C, H, W): rows and columns come last in all of them.
+        latents = args[0] if args else kwargs["sample"]
+        return Grid(1, *latents.shape[-2:])
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        return timestep if isinstance(timestep, torch.Tensor) else torch.tensor(timestep)
+
+    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        model: Any = denoiser
+        levels = [(f"down_blocks.{i}", block, i) for i, block in enumerate(model.down_blocks)]
+        deepest = len(levels) - 1
+        if getattr(model, "mid_block", None) is not None:
+            levels.append(("mid_block", model.mid_block, deepest))
+        levels += [(f"up_blocks.{i}", block, deepest - i) for i, block in enumerate(model.up_blocks)]
+        found: list[AttentionLayer] = []
+        for prefix, block, halvings in levels:
+            for i, transformer in enumerate(getattr(block, "attentions", None) or ()):
+                for j, inner in enumerate(getattr(transformer, "transformer_blocks", ())):
+                    if getattr(inner, "only_cross_attention", False):  # its attn1 looks at the text
+                        continue
+                    name = f"{prefix}.attentions.{i}.transformer_blocks.{j}.attn1"
+                    heads, width = inner.attn1.heads, inner.attn1.inner_dim
+                    found.append(AttentionLayer(name, inner.attn1, len(found), heads, width // heads, halvings))
+        return found
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        return []  # each layer's tokens are reordered at its call
+
+    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
+        return []  # and so every other processor gets them in the model's own order anyway
+
+    def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
+        factor = getattr(pipe, "vae_scale_factor", 8)
+        wrong = []
+        for name, given in (("height", size.height), ("width", size.width)):
+            nearest = max(1, round(given / factor)) * factor
+            if given != nearest:
+                wrong.append(f"{name}={given} must be a multiple of {factor}, the nearest is {nearest}")
+        if wrong:
+            raise ConfigError(f"{type(denoiser).__name__} does not take this size: {'; '.join(wrong)}")
+        return Grid(1, size.height // factor, size.width // factor)
+
+
+register_family(UNetFamily())

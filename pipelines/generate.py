@@ -109,6 +109,27 @@ def run(
     return output[0], clock.seconds()
 
 
+def warm_up(pipe: Any, settings: GenerateSettings, progress: Progress | None = None) -> float:
+    """Runs one denoising step, dense and (if the method is not dense) sparse, and throws it away; returns its seconds.
+
+    At the full size, and the dense one is decoded too: that loads libraries, compiles or picks kernels and fills the
+    allocators' pools, so that the run after it is measured as every later one. progress: as in `run`, one phase "warm-up".
+    """
+    tell = progress or (lambda phase, done, total: None)
+    passes = 1 if settings.is_dense else 2
+    one_step = dataclasses.replace(settings, steps=1)
+    start = time.perf_counter()
+    tell("warm-up", 0, passes)
+    run(pipe, one_step)
+    tell("warm-up", 1, passes)
+    if not settings.is_dense:
+        # On its usual schedule the method might leave the only step dense.
+        with patched(pipe, dataclasses.replace(settings.method, steps=(0.0, 1.0))):
+            run(pipe, one_step, decode=False)
+        tell("warm-up", 2, passes)
+    return time.perf_counter() - start
+
+
 def judged(pipe: Any, clip: Clip) -> Clip:
     """The clip with its `content` filled in. A step of its own: a clip that took long to make can be written first."""
     return dataclasses.replace(clip, content=check_content(pipe, clip.settings, clip.frames))

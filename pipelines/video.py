@@ -29,12 +29,19 @@ MP4 = ["-movflags", "+faststart", "-f", "mp4"]
 
 
 def write_video(
-    path: str | Path, frames: NDArray, fps: float, *, settings: Mapping[str, Any] | None = None, crf: int = 16
+    path: str | Path,
+    frames: NDArray,
+    fps: float,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    beside: bool = True,
+    crf: int = 16,
 ) -> Path:
     """Writes a clip as H.264 mp4 and, with `settings`, the settings as JSON beside it (NAME.json). Returns the path.
 
     frames: (T, H, W, 3), uint8 in 0..255 or float in 0..1 (values outside are clipped). fps: frames a second, above 0.
     settings: anything JSON can hold; kept in the file's comment tag, where `read_settings` finds it.
+    beside: False leaves the JSON file out, where something else keeps the settings (a batch's manifest).
     crf: H.264 quality, 0 (lossless) to 51.
 
     The pixel format (yuv420p, the one that every player takes) needs even sizes: an odd height or width is padded by
@@ -54,7 +61,8 @@ def write_video(
     try:
         with _metadata(settings) as metadata, replacing(path) as part:
             _feed([*command, *metadata, *encode, str(part.absolute())], clip)
-            _write_sidecar(path, settings)
+            if beside:
+                _write_sidecar(path, settings)
     except OSError as error:
         raise OutputError(f"could not write {path}: {error}") from error
     return path

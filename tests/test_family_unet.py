@@ -40,7 +40,7 @@ def unet_svd() -> torch.nn.Module:
     torch.manual_seed(0)
     return UNetSpatioTemporalConditionModel(
         sample_size=16, in_channels=8, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, num_frames=2,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"), 
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         projection_class_embeddings_input_dim=96,
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=32,
         num_attention_heads=(1, 2), addition_time_embed_dim=32,

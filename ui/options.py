@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tilewise.pipelines.job import slug
 from tilewise.plugins.config import Config, load_config, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.sta import STA
 
 
-def method_config(method: str, window: str | None = None, density: float | None = None) -> Config:
+def method_config(
+    method: str | Mapping[str, Any] | Config, window: str | None = None, density: float | None = None
+) -> Config:
     """The config of --method, with --window or --density in place of its own.
 
+    method: a name, a preset, a .json file, a config as `Config.to_dict` makes it, or a config.
     Raises ConfigError for unknown names, files that cannot be read, and options that the method does not have.
     """
-    config = _named(method)
+    config = method if isinstance(method, Config) else _named(method)
     if window is None and density is None:
         return config
     if not isinstance(config.method, STA):
@@ -38,8 +42,7 @@ def parse_window(text: str) -> tuple[int, ...]:
 
 def default_out(prompt: str, seed: int) -> Path:
     """outputs/<the prompt's words>-<seed>.mp4"""
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-")
-    return Path("outputs") / f"{slug or 'clip'}-{seed}.mp4"
+    return Path("outputs") / f"{slug(prompt)}-{seed}.mp4"
 
 
 def config_file(method: str) -> Path | None:
@@ -48,7 +51,9 @@ def config_file(method: str) -> Path | None:
     return path if path.suffix.lower() == ".json" else None
 
 
-def _named(method: str) -> Config:
+def _named(method: str | Mapping[str, Any]) -> Config:
+    if isinstance(method, Mapping):
+        return Config.from_dict(dict(method))
     path = config_file(method)
     if path is None:
         return resolve(method)

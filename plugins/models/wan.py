@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text-, image- and video-to-video, both transformers of a 2.2 pipeline, per-token timesteps (5B).
+"""Wan 2.1 and 2.2: text-, image- and video-to-video, both transformers of a 2.2 pipeline, per-token timesteps (5B); VACE; Animate.
 
 Self-attention is ``attn1`` of each block, over the video tokens alone in raster order (t slowest); text and image conditions
 enter through cross-attention (``attn2``), which stays as it is. Rotary tables come from ``rope``, one row a token.
@@ -21,6 +21,7 @@ from tilewise.plugins.models.base import AttentionLayer, FusedState, Reorder, Si
 class WanFamily:
     name = "wan"
     classes: tuple[str, ...] = ("WanTransformer3DModel",)
+    pixels = 16  # what the pipelines ask heights and widths to be a multiple of
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = args[0] if args else kwargs["hidden_states"]  # (B, C, frames, height, width)
@@ -55,15 +56,20 @@ class WanFamily:
                 return (reorder.into(args[0]), *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": reorder.into(kwargs["hidden_states"])}
 
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.back(output)
-
         return [
             model.rope.register_forward_hook(rotary_tables),
             model.condition_embedder.register_forward_hook(per_token_timesteps, with_kwargs=True),
             model.blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
-            model.blocks[-1].register_forward_hook(leave),
+            self.leave_hook(model, reorder),
         ]
+
+    def leave_hook(self, model: Any, reorder: Reorder) -> Any:
+        """The hook that brings the hidden states back, when the last block is done."""
+
+        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            return reorder.back(output)
+
+        return model.blocks[-1].register_forward_hook(leave)
 
     def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
         def enter(module: nn.Module, args: tuple) -> Any:
@@ -94,8 +100,8 @@ class WanFamily:
         wrong = []
         for name, given, step, offset in (
             # The pipelines' own check asks for 16, whatever the VAE; then they round down to whole patches, silently.
-            ("height", size.height, math.lcm(16, spatial * ph), 0),
-            ("width", size.width, math.lcm(16, spatial * pw), 0),
+            ("height", size.height, math.lcm(self.pixels, spatial * ph), 0),
+            ("width", size.width, math.lcm(self.pixels, spatial * pw), 0),
             ("num_frames", size.num_frames, temporal * pt, 1),
         ):
             nearest = max(offset or step, offset + step * round((given - offset) / step))
@@ -106,6 +112,73 @@ class WanFamily:
             raise ConfigError(f"{type(denoiser).__name__} does not take this size: {'; '.join(wrong)}")
         frames = (size.num_frames - 1) // temporal + 1
         return Grid(frames // pt, size.height // spatial // ph, size.width // spatial // pw)
+
+
+class _AddsAfterTheLastBlock(WanFamily):
+    """Of models that may add to the hidden states after the last block as well, token by token: in the order in force."""
+
+    def leave_hook(self, model: Any, reorder: Reorder) -> Any:
+        def leave(module: nn.Module, args: tuple) -> Any:
+            return (reorder.back(args[0]), *args[1:])
+
+        return model.norm_out.register_forward_pre_hook(leave)
+
+
+class WanVACEFamily(_AddsAfterTheLastBlock):
+    """VACE: control blocks run first, each beside the main block of ``vace_layers`` that its output is added to.
+
+    They have self-attention of their own over the control tokens, on the same grid, and belong to that block's number. Each
+    reference image is one more latent frame, which a size does not tell.
+    """
+
+    classes = ("WanVACETransformer3DModel",)
+    pixels = 1
+
+    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        config: Any = denoiser.config
+        blocks: Any = denoiser.vace_blocks
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        control = [
+            AttentionLayer(f"vace_blocks.{i}.attn1", block.attn1, config.vace_layers[i], heads, head_dim)
+            for i, block in enumerate(blocks)
+        ]
+        return [*super().layers(denoiser), *control]
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        model: Any = denoiser
+
+        def enter(module: nn.Module, args: tuple) -> Any:
+            # (hidden states, text, control, …). The first control block alone reads the hidden states, and adds them to control.
+            return (reorder.into(args[0]), args[1], reorder.into(args[2]), *args[3:])
+
+        return [*super().reorder_hooks(denoiser, reorder), model.vace_blocks[0].register_forward_pre_hook(enter)]
+
+
+class WanAnimateFamily(_AddsAfterTheLastBlock):
+    """Animate: face adapters between the blocks, which take equal runs of tokens for frames and so need the model's own order.
+
+    ``num_frames`` of a size is the length of one segment (``segment_frame_length``); the reference image is a latent frame more.
+    """
+
+    classes = ("WanAnimateTransformer3DModel",)
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        model: Any = denoiser
+
+        def enter(module: nn.Module, args: tuple) -> Any:
+            return (reorder.back(args[0]), *args[1:])
+
+        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            return reorder.into(output)
+
+        handles = super().reorder_hooks(denoiser, reorder)
+        for adapter in model.face_adapter:
+            handles += [adapter.register_forward_pre_hook(enter), adapter.register_forward_hook(leave)]
+        return handles
+
+    def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
+        grid = super().grid_of_size(denoiser, pipe, size)
+        return Grid(grid.t + 1, grid.h, grid.w)
 
 
 def _patch_size(denoiser: nn.Module) -> tuple[int, int, int]:
@@ -119,3 +192,5 @@ def _vae_factors(pipe: Any) -> tuple[int, int]:
 
 
 register_family(WanFamily())
+register_family(WanVACEFamily())
+register_family(WanAnimateFamily())

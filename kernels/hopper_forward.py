@@ -332,14 +332,18 @@ def hopper_misfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Block
     if plan.block != BLOCK:
         return f"the plan's blocks have room for {plan.block} rows, not {BLOCK}"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        B, S, H, D = x.shape
-        if (H > 1 and x.stride(2) != D) or (B > 1 and x.stride(0) != S * x.stride(1)):
-            return f"{name} has strides {x.stride()}: tokens must follow each other evenly, their heads side by side"
-        if x.data_ptr() % 16 or x.stride(1) % 8:
-            return f"{name} is not aligned to 16 bytes"
-        if B * S >= 2**31:
+        if x.shape[0] * x.shape[1] >= 2**31:
             return f"{name} has 2³¹ tokens or more"
     return None
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` (B, S, H, D) itself if it is a matrix of B·S evenly spaced rows with their heads side by side, as a projection or a
+    chunk of a fused one is; otherwise a copy. The copy engine asks for that, and for 16-byte alignment."""
+    B, S, H, D = x.shape
+    side_by_side = (H == 1 or x.stride(2) == D) and (B == 1 or x.stride(0) == S * x.stride(1))
+    aligned = x.data_ptr() % 16 == 0 and x.stride(1) % 8 == 0
+    return x if side_by_side and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -359,6 +363,7 @@ def hopper_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel. Shapes as in ``block_sparse_attention``, which validates them; see ``hopper_misfit``."""
     B, Sq, H, D = q.shape
+    q, k, v = as_rows(q), as_rows(k), as_rows(v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((B, H, Sq), dtype=torch.float32, device=q.device)
     per_set, q_blocks, longest = plan.sets, plan.index.shape[2], plan.index.shape[3]

@@ -33,9 +33,11 @@ def visible_keys(mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor | 
     """(batch, tokens) bool on the CPU, True where a key may be seen, or why the mask is not one of keys alone.
 
     Args:
-        mask: bool (True = visible) or additive floating point; (S,), (B, S), (B, 1, S) or (B, 1, 1, S), B may be 1. Reading it
-            waits for the GPU.
+        mask: bool (True = visible) or additive floating point; (S,), (B, S), (B, 1, S) or (B, 1, 1, S), B may be 1; also
+            (B, H, 1, S), the same for all heads. Reading it waits for the GPU.
     """
+    if mask.ndim == 4 and mask.shape[1] > 1 and mask.shape[2] == 1 and bool((mask == mask[:, :1]).all()):
+        mask = mask[:, :1]
     shape = tuple(mask.shape)
     if mask.ndim > 4 or mask.ndim == 0 or shape[-1] != tokens or any(n != 1 for n in shape[1:-1]):
         return f"the call has an attention mask of shape {shape}, which is not one of keys alone"

@@ -1,6 +1,7 @@
 """The Hopper kernel compiles without a GPU: warp-specialised wgmma, within a multiprocessor's shared memory, in registers."""
 
 import pytest
+import torch
 from test_triton_aot import ptxas_usage
 
 triton = pytest.importorskip("triton", minversion="3.6")
@@ -8,7 +9,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from tilewise.kernels.hopper_forward import BLOCK, hopper_kernel, launch_config  # noqa: E402
+from tilewise.kernels.hopper_forward import BLOCK, as_rows, hopper_kernel, launch_config  # noqa: E402
 
 PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_codes", "row_codes"]
 
@@ -69,3 +70,21 @@ def test_products_are_not_serialised(tmp_path):
     command = [ptxas, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "serialized" not in report, report
+
+
+def test_only_what_the_copy_engine_cannot_read_is_copied():
+    fused = torch.randn(2, 10, 3 * 4 * 64, dtype=torch.bfloat16)
+    for x in (
+        fused[..., :256].unflatten(2, (4, 64)),
+        fused[..., 256:512].unflatten(2, (4, 64)),
+        fused[:1, 3:, :64].unflatten(2, (1, 64)),
+    ):
+        assert as_rows(x) is x
+    heads_first = torch.randn(2, 4, 10, 64, dtype=torch.bfloat16).transpose(1, 2)
+    odd = torch.randn(1, 10 * 64 + 1, dtype=torch.bfloat16)[:, 1:].view(1, 10, 1, 64)
+    gap = torch.randn(2, 12, 4, 64, dtype=torch.bfloat16)[:, :10]
+    for x in (heads_first, odd, gap):
+        copy = as_rows(x)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+        assert torch.equal(copy, x)

@@ -65,7 +65,7 @@ def test_hidden_text_keys_change_exactly_what_they_should(text_first, side, leng
     # What hidden tokens hold must not matter, not even as 0 × NaN.
     k[~visible], v[~visible] = torch.nan, torch.nan
     additive = torch.where(visible, 0.0, -torch.inf)
-    for mask in (visible, visible[:, None, None], additive[:, None]):
+    for mask in (visible, visible[:, None, None], additive[:, None], additive[:, None, None].expand(-1, 2, -1, -1)):
         out = attend(step, q, k, v, mask)
         torch.testing.assert_close(out[visible], want[visible])
         assert bool((out[~visible] == 0).all())

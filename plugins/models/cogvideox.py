@@ -1,0 +1,146 @@
+"""CogVideoX 1.0 and 1.5: text-, image-, video-to-video and Fun control; ConsisID, which is made from it.
+
+    sequence = [text, video]        one softmax over both; the video in raster order, t slowest
+
+Self-attention is ``attn1`` of each block, which joins the two streams for its length alone. Rotary tables, one row a video
+token, are an argument of the forward (models without them add positions in ``patch_embed``, before the blocks). 1.5 has patches
+in time as well. Text is padded to a fixed length, without a mask: the model was trained to see the padding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+
+
+class CogVideoXFamily:
+    name = "cogvideox"
+    classes: tuple[str, ...] = ("CogVideoXTransformer3DModel",)
+    rotary: ClassVar[int] = 5  # position of image_rotary_emb among the forward's arguments
+
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        latents = args[0] if args else kwargs["hidden_states"]  # (B, frames, C, height, width)
+        text = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
+        pt, p = _patch_sizes(denoiser)
+        frames, _, height, width = latents.shape[1:]
+        return Grid(frames // pt, height // p, width // p, text=text.shape[1], text_first=True)
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        return torch.as_tensor(args[2] if len(args) > 2 else kwargs["timestep"])
+
+    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        config: Any = denoiser.config
+        blocks: Any = denoiser.transformer_blocks
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        return [
+            AttentionLayer(f"transformer_blocks.{i}.attn1", block.attn1, i, heads, head_dim)
+            for i, block in enumerate(blocks)
+        ]
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        model: Any = denoiser
+        rotary = self.rotary
+
+        def rotary_tables(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            if len(args) > rotary:
+                return (*args[:rotary], _moved(args[rotary], reorder.into), *args[rotary + 1 :]), kwargs
+            if "image_rotary_emb" not in kwargs:
+                return None
+            return args, {**kwargs, "image_rotary_emb": _moved(kwargs["image_rotary_emb"], reorder.into)}
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (reorder.into(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": reorder.into(kwargs["hidden_states"])}
+
+        def leave(module: nn.Module, args: tuple) -> Any:
+            return (reorder.back(args[0]), *args[1:])
+
+        return [
+            model.register_forward_pre_hook(rotary_tables, with_kwargs=True),
+            model.transformer_blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
+            # Later than the last block, after which ConsisID may add what its video tokens see of a face.
+            model.norm_final.register_forward_pre_hook(leave),
+        ]
+
+    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            # Blocks call attn1 with keyword arguments alone; a mask is still in the model's own order.
+            video = reorder.back(kwargs["hidden_states"])
+            rotary = _moved(kwargs["image_rotary_emb"], reorder.back)
+            return args, {**kwargs, "hidden_states": video, "image_rotary_emb": rotary}
+
+        def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
+            return reorder.into(output[0]), output[1]
+
+        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+    def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
+        config: Any = denoiser.config
+        pt, p = _patch_sizes(denoiser)
+        spatial = getattr(pipe, "vae_scale_factor_spatial", 8)
+        temporal = getattr(pipe, "vae_scale_factor_temporal", 4)
+        # The pipelines' own check asks for 8, whatever the VAE; what does not fill whole patches then fails in mid-denoise.
+        pixels = math.lcm(8, spatial * p)
+        sample = {"height": config.sample_height * spatial, "width": config.sample_width * spatial}
+        wrong = []
+        for name, given, step, offset in (
+            ("height", size.height, pixels, 0),
+            ("width", size.width, pixels, 0),
+            ("num_frames", size.num_frames, temporal, 1),
+        ):
+            nearest = max(offset or step, offset + step * round((given - offset) / step))
+            rule = f"a multiple of {step}" if offset == 0 else f"{step}·k + 1"
+            if name in sample and config.use_learned_positional_embeddings:
+                nearest, rule = sample[name], "the size that its positions were learned for"
+            elif name in sample and _patch_size_t(denoiser) is not None and given > sample[name]:
+                # The pipelines of 1.5 cut rotary tables out of those of the sample size.
+                nearest, rule = sample[name] // step * step, f"at most {sample[name]}"
+            if given != nearest:
+                wrong.append(f"{name}={given} must be {rule}, the nearest is {nearest}")
+        if wrong:
+            raise ConfigError(f"{type(denoiser).__name__} does not take this size: {'; '.join(wrong)}")
+        latents = (size.num_frames - 1) // temporal + 1
+        # Pipelines of 1.5 add latent frames until patches in time are whole, and drop them from the result.
+        return Grid(
+            -(-latents // pt),
+            size.height // spatial // p,
+            size.width // spatial // p,
+            text=config.max_text_seq_length,
+            text_first=True,
+        )
+
+
+class ConsisIDFamily(CogVideoXFamily):
+    """Between the blocks, video tokens look at a face: each for itself, wherever it stands."""
+
+    name = "consisid"
+    classes: tuple[str, ...] = ("ConsisIDTransformer3DModel",)
+    rotary: ClassVar[int] = 4
+
+
+def _patch_sizes(denoiser: nn.Module) -> tuple[int, int]:
+    """Patch size in time, and on h and w."""
+    config: Any = denoiser.config
+    return _patch_size_t(denoiser) or 1, config.patch_size
+
+
+def _patch_size_t(denoiser: nn.Module) -> int | None:
+    """None for CogVideoX 1.0, and for ConsisID, whose config has no entry of that name."""
+    return getattr(denoiser.config, "patch_size_t", None)
+
+
+def _moved(tables: Any, move: Any) -> Any:
+    """Rotary tables, (video tokens, D) each, by ``reorder.into`` or ``reorder.back``; None where a model has none."""
+    return None if tables is None else tuple(move(table, dim=0) for table in tables)
+
+
+register_family(CogVideoXFamily())
+register_family(ConsisIDFamily())

@@ -1,0 +1,266 @@
+"""LTX-Video: text- and image-to-video, conditioned video, long video. What LTX-2's video stream shares is here as well.
+
+    sequence = [condition frames,] video [, condition frames]        the video in raster order, t slowest
+
+Latents come packed, (B, S, C), so the grid is in the forward's ``num_frames``, ``height`` and ``width``. Pipelines that give
+``video_coords`` instead have it there: the position of every token, in pixels and seconds. Condition frames that some of them
+put before or after the video are no part of its grid: they count as the grid's text tokens, which all see and are seen by all.
+
+Self-attention is ``attn1`` of each block; the prompt enters through ``attn2``, which stays as it is. Rotary tables come from
+``rope``, one row a token. A timestep per token (image-to-video, conditions) is embedded by ``time_embed``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.errors import ConfigError, TilewiseError
+from tilewise.plugins.ledger import capturing
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+
+
+class LTXFamily:
+    name = "ltx"
+    classes: tuple[str, ...] = ("LTXVideoTransformer3DModel",)
+
+    # The leading arguments of the denoiser's forward.
+    arguments: ClassVar[tuple[str, ...]] = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "timestep",
+        "encoder_attention_mask",
+        "num_frames",
+        "height",
+        "width",
+        "rope_interpolation_scale",
+        "video_coords",
+    )
+    rotary: ClassVar[str] = "image_rotary_emb"  # what a block calls the tables that it gives attn1
+
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        tokens = self._argument("hidden_states", args, kwargs).shape[1]
+        sizes = [self._argument(name, args, kwargs) for name in ("num_frames", "height", "width")]
+        # With video_coords, the model does not read the sizes; the long-video pipeline gives 1, 1, 1 then.
+        if None not in sizes and math.prod(sizes) == tokens:
+            return Grid(*sizes)
+        return self._grid_of_coords(denoiser, tokens, sizes, args, kwargs)
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        timestep: torch.Tensor = self._argument("timestep", args, kwargs)
+        return timestep
+
+    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        config: Any = denoiser.config
+        blocks: Any = denoiser.transformer_blocks
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        return [
+            AttentionLayer(f"transformer_blocks.{i}.attn1", block.attn1, i, heads, head_dim)
+            for i, block in enumerate(blocks)
+        ]
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        model: Any = denoiser
+        return [
+            *follow_rotary(model.rope, reorder),
+            *follow_timesteps(model.time_embed, reorder),
+            *follow_blocks(model.transformer_blocks, reorder),
+        ]
+
+    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
+        rotary = self.rotary
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            # Blocks call attn1 with keyword arguments alone. A mask is still in the model's own order.
+            tables = kwargs[rotary]
+            moved: dict[str, Any] = {"hidden_states": reorder.back(kwargs["hidden_states"])}
+            if tables is not None:
+                moved[rotary] = tuple(reorder.back(table, dim=token_axis(table)) for table in tables)
+            return args, {**kwargs, **moved}
+
+        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            return reorder.into(output)
+
+        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+    def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
+        config: Any = denoiser.config
+        spatial = getattr(pipe, "vae_spatial_compression_ratio", 32)
+        temporal = getattr(pipe, "vae_temporal_compression_ratio", 8)
+        pixels, frames = spatial * config.patch_size, temporal * config.patch_size_t
+        wrong = []
+        for name, given, step, offset in (
+            # The pipelines' own check asks for 32, whatever the VAE.
+            ("height", size.height, math.lcm(32, pixels), 0),
+            ("width", size.width, math.lcm(32, pixels), 0),
+            ("num_frames", size.num_frames, frames, 1),
+        ):
+            nearest = max(offset or step, offset + step * round((given - offset) / step))
+            if given != nearest:
+                rule = f"a multiple of {step}" if offset == 0 else f"{step}·k + 1"
+                wrong.append(f"{name}={given} must be {rule}, the nearest is {nearest}")
+        if wrong:
+            raise ConfigError(f"{type(denoiser).__name__} does not take this size: {'; '.join(wrong)}")
+        latents = (size.num_frames - 1) // temporal + 1
+        return Grid(-(-latents // config.patch_size_t), size.height // pixels, size.width // pixels)
+
+    def _argument(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        at = self.arguments.index(name)
+        return args[at] if at < len(args) else kwargs.get(name)
+
+    def _grid_of_coords(
+        self, denoiser: nn.Module, tokens: int, sizes: list[int | None], args: tuple, kwargs: dict[str, Any]
+    ) -> Grid:
+        coords = self._argument("video_coords", args, kwargs)
+        if coords is None:
+            raise TilewiseError(
+                f"{type(denoiser).__name__}: the token grid of {tokens} packed tokens cannot be read: num_frames, height and "
+                f"width are {sizes}, and there are no video_coords. Give the latents' sizes, as diffusers' pipelines do"
+            )
+        if coords.shape[2] != tokens:
+            raise TilewiseError(
+                f"{type(denoiser).__name__}: video_coords {tuple(coords.shape)} are not those of {tokens} tokens"
+            )
+        return grid_of_coords(coords)
+
+
+# ── what follows the tokens ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def token_axis(table: torch.Tensor) -> int:
+    """The token axis of a rotary table: (B, S, C), or (B, H, S, D / 2) where it was split into heads."""
+    return table.ndim - 2
+
+
+def follow_rotary(rope: nn.Module, reorder: Reorder) -> list[Any]:
+    """Hooks that bring the tables that a rotary module makes into the order in force."""
+
+    def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
+        return tuple(reorder.into(table, dim=token_axis(table)) for table in output)
+
+    return [rope.register_forward_hook(leave)]
+
+
+def follow_timesteps(embed: nn.Module, reorder: Reorder) -> list[Any]:
+    """Hooks for a module that embeds timesteps: (B,) or, one a token, (B·S,), to (modulation, embedding).
+
+    Reordering the timesteps themselves is cheapest: their modulation is some 10⁴ times as large. Blocks read the modulation;
+    the embedding is read after the last of them, where tokens are back in the model's own order.
+    """
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        batch = kwargs["batch_size"]
+        if args[0].shape[0] == batch:
+            return None
+        return (reorder.into(args[0].view(batch, -1)).flatten(), *args[1:]), kwargs
+
+    def leave(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        modulation, embedding = output
+        batch = kwargs["batch_size"]
+        if embedding.shape[0] == batch:
+            return None
+        return modulation, reorder.back(embedding.unflatten(0, (batch, -1))).flatten(0, 1)
+
+    return [
+        embed.register_forward_pre_hook(enter, with_kwargs=True),
+        embed.register_forward_hook(leave, with_kwargs=True),
+    ]
+
+
+def follow_blocks(blocks: Any, reorder: Reorder) -> list[Any]:
+    """Hooks that reorder hidden states before the first block, and back after the last. Its first output, if it has several."""
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (reorder.into(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": reorder.into(kwargs["hidden_states"])}
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (reorder.back(output[0]), *output[1:])
+        return reorder.back(output)
+
+    return [
+        blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
+        blocks[-1].register_forward_hook(leave),
+    ]
+
+
+# ── a grid from the positions of its tokens ───────────────────────────────────────────────────────────────────────────
+
+# Pipelines give the same tensor at every step: it is read, which waits for the GPU, once.
+_grids: Any = WeakTensorKeyDictionary()
+
+
+@torch.compiler.disable
+def grid_of_coords(coords: torch.Tensor) -> Grid:
+    """The grid of the tokens at ``coords``, (B, 3, S) or, as [start, end) of each token, (B, 3, S, 2): t, y and x.
+
+    All samples have the first one's grid. Reading it costs one host synchronisation for each new tensor, and torch.compile
+    a graph break.
+
+    Raises:
+        TilewiseError: for positions that hold no grid, or that cannot be read now.
+    """
+    # A tensor made in inference mode does not count its changes, so it is read each time.
+    version = None if coords.is_inference() else coords._version
+    known = _grids.get(coords)
+    if known is not None and version is not None and known[0] == version:
+        grid: Grid = known[1]
+        return grid
+    if capturing(coords.device):
+        raise TilewiseError(
+            "video_coords cannot be read while a CUDA graph is being captured; run the denoiser once with the same tensor first"
+        )
+    grid = _read_grid(coords[0].detach().cpu().double())
+    if version is not None:
+        _grids[coords] = version, grid
+    return grid
+
+
+def _read_grid(coords: torch.Tensor) -> Grid:
+    """The grid of (3, S) or (3, S, 2) positions in raster order, frames of conditions before or after it left out."""
+    start = coords[..., 0] if coords.ndim == 3 else coords
+    tokens = start.shape[1]
+    w = _run(tokens, lambda i: bool(start[2, i] > start[2, i - 1]))
+    h = _run(tokens // w, lambda i: bool(start[1, i * w] > start[1, (i - 1) * w]))
+    area = w * h
+    frames = start[:, : tokens // area * area].view(3, -1, area)
+    t = frames[0, :, 0]
+    raster = (frames[1:] == frames[1:, :1]).all(2).all(0) & (frames[0] == t[:, None]).all(1)
+
+    def follows(i: int) -> bool:
+        """Whether frame i is the next of the video that frame i − 1 belongs to."""
+        if not (raster[i] and raster[i - 1] and t[i] > t[i - 1]):
+            return False
+        # Where a video's frame ends, its next one begins. A single frame given as a condition lasts less than a latent frame.
+        return coords.ndim == 2 or bool(torch.isclose(t[i], coords[0, (i - 1) * area, 1]))
+
+    count = len(t)
+    first = _run(count, follows)
+    if first == count or coords.ndim == 3 or t[0] <= 0:  # the video comes first; it begins at 0
+        found = Grid(first, h, w, text=tokens - first * area)
+    else:
+        last = _run(count, lambda i: follows(count - i))
+        found = Grid(last, h, w, text=tokens - last * area, text_first=True)
+    # Rows and columns were counted at the first token: what they say must hold for all of the first frame. LTX-Video's
+    # conditions have the video's rows and columns; LTX-2's references may be smaller.
+    y, x = frames[1, 0].view(h, w), frames[2, 0].view(h, w)
+    whole = bool(raster[0] and (y == y[:, :1]).all() and (x == x[:1]).all())
+    if not whole or (coords.ndim == 2 and (tokens % area or not raster.all())):
+        raise TilewiseError(f"video_coords of {tokens} tokens are not those of a video's latents in raster order")
+    return found
+
+
+def _run(count: int, goes_on: Callable[[int], bool]) -> int:
+    """How many of ``count`` ≥ 1 items belong to the run that item 0 begins."""
+    return next((i for i in range(1, count) if not goes_on(i)), count)
+
+
+register_family(LTXFamily())

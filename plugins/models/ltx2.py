@@ -1,0 +1,71 @@
+"""LTX-2: the video stream of the audio-video model, all its pipelines.
+
+    video tokens = video [, condition frames or references]         the video in raster order, t slowest
+
+Self-attention over the video, ``attn1``, runs the method. The audio stream, cross-attention with the prompt and between the two
+streams stay as they are: each gives a video token the same wherever it stands, as its rotary tables and modulation follow it.
+The sizes that the forward is given are those of the latents before patchify. A mask over video tokens, which the IC-LoRA pipeline
+makes to weaken its references, is S × S: such calls fall back to dense, and are counted.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import nn
+
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.models.base import Reorder, register_family
+from tilewise.plugins.models.ltx import LTXFamily, follow_blocks, follow_rotary, follow_timesteps
+
+
+class LTX2Family(LTXFamily):
+    name = "ltx2"
+    classes: tuple[str, ...] = ("LTX2VideoTransformer3DModel",)
+    arguments: ClassVar[tuple[str, ...]] = (
+        "hidden_states",
+        "audio_hidden_states",
+        "encoder_hidden_states",
+        "audio_encoder_hidden_states",
+        "timestep",
+        "audio_timestep",
+        "sigma",
+        "audio_sigma",
+        "encoder_attention_mask",
+        "audio_encoder_attention_mask",
+        "num_frames",
+        "height",
+        "width",
+        "fps",
+        "audio_num_frames",
+        "video_coords",
+    )
+    rotary: ClassVar[str] = "query_rotary_emb"
+
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        config: Any = denoiser.config
+        tokens = self._argument("hidden_states", args, kwargs).shape[1]
+        sizes = [self._argument(name, args, kwargs) for name in ("num_frames", "height", "width")]
+        if None not in sizes:
+            patch = (config.patch_size_t, config.patch_size, config.patch_size)
+            t, h, w = (-(-n // p) for n, p in zip(sizes, patch, strict=True))
+            extra = tokens - math.prod((t, h, w))
+            if extra == 0 or (extra > 0 and self._argument("video_coords", args, kwargs) is not None):
+                return Grid(t, h, w, text=extra)
+        return self._grid_of_coords(denoiser, tokens, sizes, args, kwargs)
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        model: Any = denoiser
+        return [
+            *follow_rotary(model.rope, reorder),
+            *follow_rotary(model.cross_attn_rope, reorder),
+            *follow_timesteps(model.time_embed, reorder),
+            # The video's side of the attention between the two streams, with the video's timesteps.
+            *follow_timesteps(model.av_cross_attn_video_scale_shift, reorder),
+            *follow_timesteps(model.av_cross_attn_video_a2v_gate, reorder),
+            *follow_blocks(model.transformer_blocks, reorder),
+        ]
+
+
+register_family(LTX2Family())

@@ -21,9 +21,10 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.errors import ConfigError, TilewiseError
+from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.ledger import capturing
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.sizes import Rule, refuse, wrong_sizes
 
 
 class LTXFamily:
@@ -94,19 +95,15 @@ class LTXFamily:
         spatial = getattr(pipe, "vae_spatial_compression_ratio", 32)
         temporal = getattr(pipe, "vae_temporal_compression_ratio", 8)
         pixels, frames = spatial * config.patch_size, temporal * config.patch_size_t
-        wrong = []
-        for name, given, step, offset in (
-            # The pipelines' own check asks for 32, whatever the VAE.
-            ("height", size.height, math.lcm(32, pixels), 0),
-            ("width", size.width, math.lcm(32, pixels), 0),
-            ("num_frames", size.num_frames, frames, 1),
-        ):
-            nearest = max(offset or step, offset + step * round((given - offset) / step))
-            if given != nearest:
-                rule = f"a multiple of {step}" if offset == 0 else f"{step}·k + 1"
-                wrong.append(f"{name}={given} must be {rule}, the nearest is {nearest}")
-        if wrong:
-            raise ConfigError(f"{type(denoiser).__name__} does not take this size: {'; '.join(wrong)}")
+        side = math.lcm(32, pixels)  # the pipelines' own check asks for 32, whatever the VAE
+        refuse(
+            denoiser,
+            wrong_sizes(
+                Rule("height", size.height, side),
+                Rule("width", size.width, side),
+                Rule("num_frames", size.num_frames, frames, 1),
+            ),
+        )
         latents = (size.num_frames - 1) // temporal + 1
         return Grid(-(-latents // config.patch_size_t), size.height // pixels, size.width // pixels)
 

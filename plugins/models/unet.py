@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.sizes import Rule, refuse, wrong_sizes
 
 
 class UNetFamily:
@@ -56,13 +56,7 @@ class UNetFamily:
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         factor = getattr(pipe, "vae_scale_factor", 8)
-        wrong = []
-        for name, given in (("height", size.height), ("width", size.width)):
-            nearest = max(1, round(given / factor)) * factor
-            if given != nearest:
-                wrong.append(f"{name}={given} must be a multiple of {factor}, the nearest is {nearest}")
-        if wrong:
-            raise ConfigError(f"{type(denoiser).__name__} does not take this size: {'; '.join(wrong)}")
+        refuse(denoiser, wrong_sizes(Rule("height", size.height, factor), Rule("width", size.width, factor)))
         return Grid(1, size.height // factor, size.width // factor)
 
 

@@ -1,0 +1,160 @@
+"""HunyuanVideo: text-, image- and (SkyReels) image-to-video. Video and text share each self-attention: [video, text].
+
+    transformer_blocks          two streams, video and text, each with its own projections; one softmax over both
+    single_transformer_blocks   one stream, which is cut from and joined to the text in every block; the same softmax
+
+Video tokens are in raster order (t slowest) and text is always last. Every call brings a mask over keys alone, which hides the
+padding of the prompt. Rotary tables, one row a video token, come from ``rope``.
+
+Video tokens take the layout's order as they leave the patch embedding and give it up before the output norm. Image-conditioned
+models of the kind ``token_replace`` are another matter: their blocks take the first frame by its position, in two dozen places,
+so there the order is taken and given up around each attention module. That moves two tensors a layer, which beside an attention
+over the same tokens is little.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.sizes import Rule, refuse, wrong_sizes
+
+PROMPT = 256  # max_sequence_length of the pipelines
+IMAGE_PROMPT = 252  # the same where the prompt holds an image: four tokens of the template are cut out of it
+IMAGE_TOKENS = {"latent_concat": 576 // 2, "token_replace": 576 // 4}  # of LLaVA's 576, every second or fourth is kept
+
+
+class HunyuanVideoFamily:
+    name = "hunyuan_video"
+    classes: tuple[str, ...] = ("HunyuanVideoTransformer3DModel",)
+
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, frames, height, width)
+        text = argument(args, kwargs, 2, "encoder_hidden_states")  # (B, text, C)
+        return Grid(*patches(denoiser, latents.shape[2:]), text=text.shape[1])
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        return argument(args, kwargs, 1, "timestep")
+
+    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        model: Any = denoiser
+        heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
+        stacks = ("transformer_blocks", "single_transformer_blocks")
+        blocks = [(f"{stack}.{i}.attn", b) for stack in stacks for i, b in enumerate(getattr(model, stack, ()))]
+        return [AttentionLayer(name, block.attn, n, heads, head_dim) for n, (name, block) in enumerate(blocks)]
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        model: Any = denoiser
+        handles = [model.rope.register_forward_hook(_rotary_tables(reorder))]
+        if getattr(model.config, "image_condition_type", None) == "token_replace":
+            for layer in self.layers(denoiser):
+                handles += around_attention(layer.module, reorder)
+            return handles
+        return handles + around_blocks(denoiser, reorder)
+
+    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            cos, sin = kwargs["image_rotary_emb"]
+            video = reorder.back(kwargs["hidden_states"])
+            tables = (reorder.back(cos, 0), reorder.back(sin, 0))
+            return args, {**kwargs, "hidden_states": video, "image_rotary_emb": tables}
+
+        def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
+            return (reorder.into(output[0]), *output[1:])
+
+        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+    def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
+        config: Any = denoiser.config
+        text = PROMPT
+        # SkyReels' pipeline gives its image to the latents alone. A denoiser alone is taken for one of the image pipeline.
+        if config.image_condition_type and (pipe is denoiser or hasattr(pipe, "image_processor")):
+            text = IMAGE_TOKENS[config.image_condition_type] + IMAGE_PROMPT
+        spatial, temporal = vae_factors(pipe, 8)
+        return grid_of(denoiser, size, spatial, temporal, text=text, smallest=16)
+
+
+def argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:
+    """An argument of a forward call, however it was given."""
+    return args[position] if len(args) > position else kwargs[name]
+
+
+def patches(denoiser: nn.Module, latent: Any) -> tuple[int, int, int]:
+    """Tokens along (t, h, w) of a latent video of that many frames, rows and columns."""
+    config: Any = denoiser.config
+    t, h, w = latent
+    return t // config.patch_size_t, h // config.patch_size, w // config.patch_size
+
+
+def around_blocks(denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+    """Hooks that keep the video tokens in the order in force from the patch embedding to the output norm."""
+    model: Any = denoiser
+
+    def enter(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+        return reorder.into(output)
+
+    def leave(module: nn.Module, args: tuple) -> Any:
+        return (reorder.back(args[0]), *args[1:])
+
+    return [model.x_embedder.register_forward_hook(enter), model.norm_out.register_forward_pre_hook(leave)]
+
+
+def around_attention(module: nn.Module, reorder: Reorder) -> list[Any]:
+    """Hooks that bring the video tokens into the order in force for one attention module alone."""
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "hidden_states": reorder.into(kwargs["hidden_states"])}
+
+    def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
+        return (reorder.back(output[0]), *output[1:])
+
+    return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+
+def _rotary_tables(reorder: Reorder) -> Any:
+    def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
+        return tuple(reorder.into(table, 0) for table in output)  # (video, D) each
+
+    return leave
+
+
+def vae_factors(pipe: Any, spatial: int) -> tuple[int, int]:
+    """(pixels per latent on h and w, frames per latent frame): the pipeline's, or the released VAE's for a denoiser alone."""
+    return getattr(pipe, "vae_scale_factor_spatial", spatial), getattr(pipe, "vae_scale_factor_temporal", 4)
+
+
+def grid_of(
+    denoiser: nn.Module,
+    size: Size,
+    spatial: int,
+    temporal: int,
+    *,
+    text: int,
+    smallest: int = 1,
+    any_length: bool = False,
+) -> Grid:
+    """The grid of a size in pixels.
+
+    Args:
+        smallest: height and width must be multiples of this too, whatever the VAE.
+        any_length: the pipeline takes any number of frames and generates in windows of its own.
+
+    Raises:
+        ConfigError: for a size that the pipeline refuses or would round down silently, with the nearest one that it takes.
+    """
+    config: Any = denoiser.config
+    multiple = math.lcm(smallest, spatial * config.patch_size)
+    rules = [Rule("height", size.height, multiple), Rule("width", size.width, multiple)]
+    if not any_length:
+        rules.append(Rule("num_frames", size.num_frames, temporal * config.patch_size_t, 1))
+    refuse(denoiser, wrong_sizes(*rules))
+    frames = (size.num_frames - 1) // temporal + 1
+    return Grid(*patches(denoiser, (frames, size.height // spatial, size.width // spatial)), text=text)
+
+
+register_family(HunyuanVideoFamily())

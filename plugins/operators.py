@@ -63,10 +63,10 @@ def _owner(handle: torch.Tensor) -> Any:
 # Inductor must not record these into a CUDA graph, which would freeze one step's decision; it records what lies between them.
 # A PyTorch without the tag (before 2.9) leaves CUDA graphs off for graphs that hold tensors on the CPU, which handles are.
 _UNSAFE = getattr(torch._C.Tag, "cudagraph_unsafe", None)
-_OPTIONS: dict[str, Any] = {} if _UNSAFE is None else {"tags": (_UNSAFE,)}
+DECIDES: dict[str, Any] = {} if _UNSAFE is None else {"tags": (_UNSAFE,)}
 
 
-@torch.library.custom_op("tilewise::begin", mutates_args=(), **_OPTIONS)
+@torch.library.custom_op("tilewise::begin", mutates_args=(), **DECIDES)
 def begin(
     timestep: torch.Tensor, handle: torch.Tensor, t: int, h: int, w: int, text: int, text_first: bool
 ) -> torch.Tensor:
@@ -80,7 +80,7 @@ def _(timestep, handle, t, h, w, text, text_first):
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("tilewise::order", mutates_args=(), **_OPTIONS)
+@torch.library.custom_op("tilewise::order", mutates_args=(), **DECIDES)
 def order(ticket: torch.Tensor, handle: torch.Tensor, tokens: int, device: torch.device, inverse: bool) -> torch.Tensor:
     """Where each token comes from, (tokens,) int64 on ``device``: into the order in force, or back from it."""
     return _owner(handle).indices(tokens, device, inverse).clone()  # a graph may write over what an operator gives it
@@ -91,7 +91,7 @@ def _(ticket, handle, tokens, device, inverse):
     return torch.empty(tokens, dtype=torch.int64, device=device)
 
 
-@torch.library.custom_op("tilewise::attend", mutates_args=(), **_OPTIONS)
+@torch.library.custom_op("tilewise::attend", mutates_args=(), **DECIDES)
 def attend(
     ticket: torch.Tensor,
     query: torch.Tensor,

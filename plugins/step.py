@@ -224,7 +224,7 @@ class Step:
         """Answer one attention call in place of diffusers' dispatcher, sparse or dense, and count it."""
         number = processor.number
         layer = self.layers[number]
-        layout = self._layout if layer.halvings is None else self._own_layout(layer)
+        layout = _shortened(self._layout, query, key) if layer.halvings is None else self._own_layout(layer)
         if not self._runs:
             entry = Entry(DENSE_STEP, fused=fused)
         elif layer.block not in self.selected or (layout is None and self._refused is None):
@@ -277,6 +277,17 @@ def _not_while_capturing(name: str, device: torch.device, layout: Layout) -> Non
             f"{name}: the plan and token order of the grid {layout.grid} cannot be made while a CUDA graph is being captured; "
             "run the denoiser once at this size first"
         )
+
+
+def _shortened(layout: Layout | None, query: torch.Tensor, key: torch.Tensor) -> Layout | None:
+    """The layout in force for a call over the video tokens and only some of the text, in the same order.
+
+    For blocks with an attention over the image alone beside the joint one, and refiners that run before the text is joined.
+    """
+    if layout is None or not layout.grid.video <= query.shape[1] == key.shape[1] < layout.grid.tokens:
+        return layout
+    grid = dataclasses.replace(layout.grid, text=query.shape[1] - layout.grid.video)
+    return cached_layout(grid, layout.tile, layout.max_block_rows)
 
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -150,6 +150,12 @@ def family_of(denoiser: nn.Module) -> Family | None:
     return None
 
 
+def family_named(name: str) -> Family:
+    """The family of a name in ``supported_models``."""
+    _import_all()
+    return next(family for family in _FAMILIES.values() if family.name == name)
+
+
 def supported_models() -> dict[str, list[str]]:
     """Family name → names of the denoiser classes it serves."""
     _import_all()

@@ -1,0 +1,51 @@
+"""Chroma: Flux.1 without guidance or pooled text, and with an attention mask for the padding of the prompt.
+
+Its blocks make an (S, S) mask of the (B, S) one that they are given. Where that is of booleans, the keys' mask alone says as
+much: what a padding token gets is never seen by an image token. Then no (S, S) mask is made. diffusers' own pipelines give
+floating-point ones, 1 for a visible token and 0 for padding, which PyTorch adds to the scores: padding is weighed down by
+e and not hidden. That is left as it is, dense and counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewise.plugins.models.base import Reorder, register_family
+from tilewise.plugins.models.flux import CONTROLNET, FluxFamily
+from tilewise.plugins.models.image import by_name
+
+
+class ChromaFamily(FluxFamily):
+    name = "chroma"
+    classes: tuple[str, ...] = ("ChromaTransformer2DModel",)
+    parameters: tuple[str, ...] = (
+        "hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "attention_mask",
+        "joint_attention_kwargs", *CONTROLNET,
+    )  # fmt: skip
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        keys: list[torch.Tensor] = []  # the mask of the forward that is under way, where the blocks do not get it
+
+        def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            call = by_name(self.parameters, args, kwargs)
+            mask = call.get("attention_mask")
+            keys.clear()
+            if mask is None or mask.dtype != torch.bool:
+                return None
+            keys.append(mask[:, None, None, :])
+            return (), {**call, "attention_mask": None}
+
+        def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return (args, {**kwargs, "attention_mask": keys[0]}) if keys else None
+
+        return [
+            *super().reorder_hooks(denoiser, reorder),
+            denoiser.register_forward_pre_hook(take, with_kwargs=True),
+            *(layer.module.register_forward_pre_hook(give, with_kwargs=True) for layer in self.layers(denoiser)),
+        ]
+
+
+register_family(ChromaFamily())

@@ -1,0 +1,37 @@
+"""Flux.2 (dev, klein): as Flux.1, with four numbers a position and a batch of them.
+
+Its double blocks attend over [text | image]; its single blocks, which have the feed-forward in the same projections, run on that
+sequence. Reference images follow the image in its stream; in a patched denoiser they stand before it, and count as text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.models.base import register_family
+from tilewise.plugins.models.flux import FluxFamily
+
+
+class Flux2Family(FluxFamily):
+    name = "flux2"
+    classes: tuple[str, ...] = ("Flux2Transformer2DModel",)
+    parameters: tuple[str, ...] = (
+        "hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "guidance", "joint_attention_kwargs",
+    )  # fmt: skip
+
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        if kwargs.get("kv_cache_mode") is not None:
+            # There reference images come first, see only each other, and are left out after the first step.
+            raise TilewiseError(
+                f"{type(denoiser).__name__}: kv_cache_mode={kwargs['kv_cache_mode']!r} keeps the keys and values of reference "
+                "images from the first step, which tilewise does not serve. Call tilewise.unpatch, or use Flux2Pipeline or "
+                "Flux2KleinPipeline, which attend to reference images at every step"
+            )
+        return super().grid(denoiser, args, kwargs)
+
+
+register_family(Flux2Family())

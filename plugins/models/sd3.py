@@ -1,0 +1,93 @@
+"""Stable Diffusion 3 and 3.5: two streams, and one attention over [image | text] in every block.
+
+Some blocks of 3.5 have a second attention over the image alone (``attn2``). Positions are added when the image is cut into
+patches, so only hidden states have a token order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.image import by_name, image_tokens
+
+CONTROLNET = "block_controlnet_hidden_states"
+PARAMETERS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", CONTROLNET)
+MAX_TEXT = 77 + 256  # CLIP's tokens and the pipelines' max_sequence_length for T5, which they pad every prompt to
+
+
+class SD3Family:
+    name = "sd3"
+    classes: tuple[str, ...] = ("SD3Transformer2DModel",)
+
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        call = by_name(PARAMETERS, args, kwargs)
+        model: Any = denoiser
+        rows, columns = (n // model.config.patch_size for n in call["hidden_states"].shape[2:])
+        return Grid(1, rows, columns, text=call["encoder_hidden_states"].shape[1])
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        return by_name(PARAMETERS, args, kwargs)["timestep"]
+
+    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        model: Any = denoiser
+        heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
+        found = []
+        for i, block in enumerate(model.transformer_blocks):
+            for name in ("attn", "attn2"):
+                attn = getattr(block, name, None)
+                if attn is not None:
+                    found.append(AttentionLayer(f"transformer_blocks.{i}.{name}", attn, i, heads, head_dim))
+        return found
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        model: Any = denoiser
+
+        def controlnet(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            call = by_name(PARAMETERS, args, kwargs)
+            samples = call.get(CONTROLNET)
+            if samples is None:
+                return None
+            return (), {**call, CONTROLNET: [reorder.into(sample) for sample in samples]}
+
+        def enter(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            return reorder.into(output)
+
+        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            return reorder.back(output)
+
+        return [
+            model.register_forward_pre_hook(controlnet, with_kwargs=True),
+            model.pos_embed.register_forward_hook(enter),
+            model.norm_out.register_forward_hook(leave),
+        ]
+
+    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, "hidden_states": reorder.back(kwargs["hidden_states"])}
+
+        def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+            if isinstance(output, tuple):  # image, text
+                return (reorder.into(output[0]), *output[1:])
+            return reorder.into(output)
+
+        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+    def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
+        model: Any = denoiser
+        rows, columns = image_tokens(denoiser, size, model.config.patch_size * getattr(pipe, "vae_scale_factor", 8))
+        largest = model.config.pos_embed_max_size
+        if largest and max(rows, columns) > largest:
+            raise ConfigError(
+                f"{type(denoiser).__name__} does not take this size: {rows}×{columns} tokens, it has positions for "
+                f"{largest}×{largest}"
+            )
+        return Grid(1, rows, columns, text=MAX_TEXT)
+
+
+register_family(SD3Family())

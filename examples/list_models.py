@@ -8,10 +8,10 @@ from tilewise.plugins.models.base import family_named, supported_models
 
 HEAD = """# Supported models
 
-`tilewise.patch` serves these diffusers denoisers, in pipelines or alone; `tilewise.supported_models()` is this list in code. Each
-passes the same checks on a tiny random-weight model: a window that holds everything gives stock's output, a real window gives what
-stock gives with that window as an explicit mask, and `unpatch` is exact and leaves no trace. Other denoisers are refused, untouched,
-with the names of these; how to add one: [CONTRIBUTING.md](../CONTRIBUTING.md).
+`tilewise.patch` serves these diffusers denoisers, in pipelines or alone; `tilewise.supported_models()` is this list in code.
+Each passes the same checks on a tiny random-weight model: a window that holds everything gives stock's output, a real window
+gives what stock gives with that window as an explicit mask, and `unpatch` is exact and leaves no trace. Other denoisers are
+refused, untouched, with the names of these; how to add one: [CONTRIBUTING.md](../CONTRIBUTING.md).
 
 | family | denoisers | notes |
 | --- | --- | --- |

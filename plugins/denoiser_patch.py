@@ -57,7 +57,7 @@ class Patch:
                 if reason := why_not(module.processor):
                     self._leave_alone(layer, reason)
                 else:
-                    module.set_processor(self._stand_in(module.processor, number, self_attention(layer)))
+                    _set_processor(module, self._stand_in(module.processor, number, self_attention(layer)))
             self._handles.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(denoiser.register_forward_hook(self._after, always_call=True))
             self._handles += self.family.reorder_hooks(denoiser, self)
@@ -92,7 +92,7 @@ class Patch:
             module: Any = layer.module
             # One that was replaced since by somebody else is theirs to keep.
             if isinstance(module.processor, TilewiseProcessor):
-                module.set_processor(module.processor.original)
+                _set_processor(module, module.processor.original)
 
     def __deepcopy__(self, memo: dict) -> Patch:
         raise TilewiseError(
@@ -104,14 +104,18 @@ class Patch:
     def _before(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         grid = self.family.grid(denoiser, args, kwargs)
         timestep = self.family.timestep(args, kwargs)
+        family: Any = self.family
+        refused: str | None = family.refuses(denoiser, args, kwargs) if hasattr(family, "refuses") else None
         if not torch.compiler.is_compiling():
-            self.step.begin(grid, timestep)
+            self.step.begin(grid, timestep, refused)
             return
         for layer in self.layers:  # now, as the hooks that one would get must be there to be traced
             module: Any = layer.module
             if not isinstance(module.processor, TilewiseProcessor):
                 self.step.leave(layer)
-        self.ticket = operators.begin(timestep, self.handle, grid.t, grid.h, grid.w, grid.text, grid.text_first)
+        self.ticket = operators.begin(
+            timestep, self.handle, grid.t, grid.h, grid.w, grid.text, grid.text_first, refused
+        )
 
     def _after(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
         self.step.end()
@@ -140,6 +144,13 @@ class Patch:
         if not self.config.fuse or torch.is_grad_enabled() or x.dtype not in DTYPES:
             return False
         return x.is_cuda and _triton_runs(x.device)
+
+
+def _set_processor(module: Any, processor: Any) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:  # Mochi's attention has a processor, but no such method
+        module.processor = processor
 
 
 @torch.compiler.assume_constant_result

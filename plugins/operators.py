@@ -68,15 +68,22 @@ DECIDES: dict[str, Any] = {} if _UNSAFE is None else {"tags": (_UNSAFE,)}
 
 @torch.library.custom_op("tilewise::begin", mutates_args=(), **DECIDES)
 def begin(
-    timestep: torch.Tensor, handle: torch.Tensor, t: int, h: int, w: int, text: int, text_first: bool
+    timestep: torch.Tensor,
+    handle: torch.Tensor,
+    t: int,
+    h: int,
+    w: int,
+    text: int,
+    text_first: bool,
+    refused: str | None = None,
 ) -> torch.Tensor:
     """Begin a forward over the grid (t, h, w, text); see ``Step.begin``. Returns its ticket, () int64 on the CPU."""
-    _owner(handle).begin(Grid(t, h, w, text, text_first), timestep)
+    _owner(handle).begin(Grid(t, h, w, text, text_first), timestep, refused)
     return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @begin.register_fake
-def _(timestep, handle, t, h, w, text, text_first):
+def _(timestep, handle, t, h, w, text, text_first, refused=None):
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 

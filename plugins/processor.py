@@ -166,7 +166,8 @@ class TilewiseProcessor:
         fused: bool = False,
     ) -> torch.Tensor:
         """In place of diffusers' ``dispatch_attention_fn``. fused: whether fused kernels made the query and key."""
-        if torch.compiler.is_compiling() and not attention_kwargs and parallel_config is None:
+        plain = attn_mask is None or isinstance(attn_mask, torch.Tensor)  # and not FlexAttention's block mask
+        if torch.compiler.is_compiling() and plain and not attention_kwargs and parallel_config is None:
             return attend(
                 self.patch.ticket, query, key, value, attn_mask, self.handle, dropout_p, is_causal, scale, enable_gqa,
                 getattr(backend, "value", backend), fused,

@@ -30,8 +30,14 @@ def step_of(pipe: Any, timestep: torch.Tensor) -> tuple[int, int]:
     if step is None:  # before the first step
         step = scheduler.begin_index
     if step is None:
-        # Video-to-video drops the first timesteps without telling the scheduler; the pipeline knows how many are left.
-        step = len(timesteps) - (getattr(pipe, "_num_timesteps", None) or len(timesteps))
+        at = getattr(pipe, "_current_timestep", None)
+        if isinstance(at, torch.Tensor) and at.ndim:
+            # Diffusion forcing: each frame has its own timestep and its own copy of the scheduler, and this one never moves.
+            # The noisiest frame of the call counts (one number read from the device, as the pipeline does for each frame).
+            step = int((timesteps.long() > timestep.max().long()).sum())
+        else:
+            # Video-to-video drops the first timesteps without telling the scheduler; the pipeline knows how many are left.
+            step = len(timesteps) - (getattr(pipe, "_num_timesteps", None) or len(timesteps))
     if step >= len(timesteps):
         return _by_noise_level(timestep)
     return step, len(timesteps)

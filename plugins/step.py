@@ -66,12 +66,12 @@ class Step:
         self._masks: dict[tuple, tuple[torch.Tensor, list[Group] | str]] = {}  # of this forward
         self._exact_plans: dict[tuple[int, torch.device], BlockPlan] = {}
 
-    def begin(self, grid: Grid, timestep: torch.Tensor) -> None:
-        """Decide what a forward over ``grid`` at ``timestep`` does."""
+    def begin(self, grid: Grid, timestep: torch.Tensor, refused: str | None = None) -> None:
+        """Decide what a forward over ``grid`` at ``timestep`` does; ``refused``: why its family says it cannot be sparse."""
         self.grid = grid
         self._masks.clear()
         self._runs = self._runs_at(timestep)
-        self._refused = None
+        self._refused = refused
         for layer in self.layers:
             module: Any = layer.module
             if isinstance(module.processor, TilewiseProcessor):

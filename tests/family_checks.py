@@ -1,7 +1,7 @@
 """What every model family must show, on a tiny random-weight denoiser. Each family's test file calls these.
 
-    full_window_is_dense   a window that holds everything gives stock's output, and unpatch gives stock's bits
-    sparse_is_masked_stock a real window gives what stock gives with that window as an explicit (S, S) attention mask
+full_window_is_dense   a window that holds everything gives stock's output, and unpatch gives stock's bits
+sparse_is_masked_stock a real window gives what stock gives with that window as an explicit (S, S) attention mask
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ SMALL = tilewise.STA(window=(1, 2, 1), tile=(2, 3, 3))
 
 def forward(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
-        out = model(**inputs, return_dict=False)[0]
-    return out
+        return model(**inputs, return_dict=False)[0]
 
 
 def traces(module: torch.nn.Module) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def sparse_is_masked_stock(
     method: tilewise.STA = SMALL,
     atol: float = 2e-5,
 ) -> None:
-    """Our sparse output = stock's with the same window as an explicit mask over raster tokens, text seen by all and seeing all."""
+    """Our sparse output = stock's with the same window as an explicit mask over raster tokens; text sees and is seen by all."""
     (layer, *_) = tilewise_layers(model)
     layout = method.layout(grid)
     plan = method.plan(layout, layer.heads, torch.device("cpu"))

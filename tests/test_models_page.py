@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from examples.list_models import page
-
 from tilewise.plugins.models.base import supported_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,7 +14,9 @@ def test_the_page_is_up_to_date():
 
 
 def test_every_denoiser_is_tested():
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py") if path != Path(__file__))
+    tests = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py") if path != Path(__file__)
+    )
     for classes in supported_models().values():
         for name in classes:
             assert name in tests, f"no test builds a {name}"

@@ -89,6 +89,14 @@ class FusedFamily(Protocol):
         """
 
 
+class SelectiveFamily(Protocol):
+    """What a family may offer besides ``Family`` if some of its models, or some calls, cannot run a method at all."""
+
+    def refuses(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        """Why a forward call cannot be sparse, or None. It then runs stock, in the model's own token order, and is counted as
+        fallen back; ``strict`` raises. Traced by torch.compile: it may go by the config and by which arguments are given."""
+
+
 class Family(Protocol):
     """How tilewise reads one group of denoisers. Stateless: one instance serves all of them."""
 

@@ -1,4 +1,5 @@
-"""Wan 2.1 and 2.2: text-, image- and video-to-video, both transformers of a 2.2 pipeline, per-token timesteps (5B); VACE; Animate.
+"""Wan 2.1 and 2.2: text-, image- and video-to-video, both transformers of a 2.2 pipeline, per-token timesteps (5B), VACE and
+Animate.
 
 Self-attention is ``attn1`` of each block, over the video tokens alone in raster order (t slowest); text and image conditions
 enter through cross-attention (``attn2``), which stays as it is. Rotary tables come from ``rope``, one row a token.
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import AttentionLayer, FusedState, Reorder, Size, register_family
+from tilewise.plugins.models.sizes import Rule, refuse, wrong_sizes
 
 
 class WanFamily:
@@ -97,19 +98,13 @@ class WanFamily:
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         pt, ph, pw = _patch_size(denoiser)
         spatial, temporal = _vae_factors(pipe)
-        wrong = []
-        for name, given, step, offset in (
+        wrong = wrong_sizes(
             # The pipelines' own check asks for 16, whatever the VAE; then they round down to whole patches, silently.
-            ("height", size.height, math.lcm(self.pixels, spatial * ph), 0),
-            ("width", size.width, math.lcm(self.pixels, spatial * pw), 0),
-            ("num_frames", size.num_frames, temporal * pt, 1),
-        ):
-            nearest = max(offset or step, offset + step * round((given - offset) / step))
-            if given != nearest:
-                rule = f"a multiple of {step}" if offset == 0 else f"{step}·k + 1"
-                wrong.append(f"{name}={given} must be {rule}, the nearest is {nearest}")
-        if wrong:
-            raise ConfigError(f"{type(denoiser).__name__} does not take this size: {'; '.join(wrong)}")
+            Rule("height", size.height, math.lcm(self.pixels, spatial * ph)),
+            Rule("width", size.width, math.lcm(self.pixels, spatial * pw)),
+            Rule("num_frames", size.num_frames, temporal * pt, 1),
+        )
+        refuse(denoiser, wrong)
         frames = (size.num_frames - 1) // temporal + 1
         return Grid(frames // pt, size.height // spatial // ph, size.width // spatial // pw)
 
@@ -131,7 +126,7 @@ class WanVACEFamily(_AddsAfterTheLastBlock):
     reference image is one more latent frame, which a size does not tell.
     """
 
-    classes = ("WanVACETransformer3DModel",)
+    classes: tuple[str, ...] = ("WanVACETransformer3DModel",)
     pixels = 1
 
     def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
@@ -160,7 +155,7 @@ class WanAnimateFamily(_AddsAfterTheLastBlock):
     ``num_frames`` of a size is the length of one segment (``segment_frame_length``); the reference image is a latent frame more.
     """
 
-    classes = ("WanAnimateTransformer3DModel",)
+    classes: tuple[str, ...] = ("WanAnimateTransformer3DModel",)
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
         model: Any = denoiser

@@ -1,0 +1,92 @@
+"""Allegro.
+
+Self-attention is ``attn1`` of each block, over the video tokens alone in raster order (t slowest); text enters through
+cross-attention. The pipeline hands the forward tables of rotations by position and, apart, each token's three positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.forward_arguments import argument, changed, check_size
+
+
+class AllegroFamily:
+    name = "allegro"
+    classes: tuple[str, ...] = ("AllegroTransformer3DModel",)
+
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, frames, height, width)
+        config: Any = denoiser.config
+        frames, height, width = latents.shape[2:]
+        return Grid(frames // config.patch_size_t, height // config.patch_size, width // config.patch_size)
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        return argument(args, kwargs, 2, "timestep")
+
+    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        config: Any = denoiser.config
+        blocks: Any = denoiser.transformer_blocks
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        return [
+            AttentionLayer(f"transformer_blocks.{i}.attn1", block.attn1, i, heads, head_dim)
+            for i, block in enumerate(blocks)
+        ]
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        model: Any = denoiser
+
+        def into(rotary: Any) -> Any:
+            tables, positions = rotary
+            return tables, tuple(reorder.into(axis) for axis in positions)  # (1, S) each
+
+        def rotary(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return changed(args, kwargs, 5, "image_rotary_emb", into)
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return changed(args, kwargs, 0, "hidden_states", reorder.into)
+
+        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            return reorder.back(output)
+
+        return [
+            model.register_forward_pre_hook(rotary, with_kwargs=True),
+            model.transformer_blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
+            model.transformer_blocks[-1].register_forward_hook(leave),
+        ]
+
+    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
+        def back(rotary: Any) -> Any:
+            tables, positions = rotary
+            return tables, tuple(reorder.back(axis) for axis in positions)
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            # AllegroTransformerBlock calls attn1(hidden_states, …, image_rotary_emb=…); a mask is in the model's own order.
+            args, kwargs = changed(args, kwargs, 0, "hidden_states", reorder.back)
+            return changed(args, kwargs, len(args), "image_rotary_emb", back)
+
+        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            return reorder.into(output)
+
+        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+    def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
+        config: Any = denoiser.config
+        spatial = getattr(pipe, "vae_scale_factor_spatial", 8)
+        temporal = getattr(pipe, "vae_scale_factor_temporal", 4)
+        side = spatial * config.patch_size
+        # The pipeline's own check asks for 8; what does not fill whole patches then fails in mid-denoise.
+        check_size(denoiser, pipe, size, height=math.lcm(8, side), width=math.lcm(8, side), frames=1)
+        # Any number of frames: the pipeline adds what the last latent frame lacks, and cuts it off again.
+        odd = size.num_frames % 2
+        frames = math.ceil((size.num_frames - odd) / temporal) + odd
+        return Grid(frames // config.patch_size_t, size.height // side, size.width // side)
+
+
+register_family(AllegroFamily())

@@ -1,0 +1,105 @@
+"""Kandinsky 5: text- and image-to-video, text-to-image, image-to-image.
+
+Self-attention is ``self_attention`` of each visual block, over the visual tokens alone; text has blocks of its own and enters
+through ``cross_attention``. Latents have their channels last. Models with ``attention_type="nabla"`` bring sparse attention of
+their own: tokens in squares of 8 × 8 and, in each layer, a block mask for FlexAttention; that is left as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.forward_arguments import argument, changed, check_size
+
+
+class Kandinsky5Family:
+    name = "kandinsky5"
+    classes: tuple[str, ...] = ("Kandinsky5Transformer3DModel",)
+
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        latents = argument(args, kwargs, 0, "hidden_states")  # (B, frames, height, width, C)
+        return Grid(*(n // p for n, p in zip(latents.shape[1:4], _patch_size(denoiser), strict=True)))
+
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        return argument(args, kwargs, 2, "timestep")
+
+    def refuses(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        if argument(args, kwargs, 7, "sparse_params") is None:
+            return None
+        return (
+            "the model runs its own sparse attention (nabla); transformer.register_to_config(attention_type='regular') "
+            "switches that off"
+        )
+
+    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        config: Any = denoiser.config
+        blocks: Any = denoiser.visual_transformer_blocks
+        head_dim = sum(config.axes_dims)
+        heads = config.model_dim // head_dim
+        return [
+            AttentionLayer(f"visual_transformer_blocks.{i}.self_attention", block.self_attention, i, heads, head_dim)
+            for i, block in enumerate(blocks)
+        ]
+
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        model: Any = denoiser
+
+        def rotary_table(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            # (B, t, h, w, …): the forward makes one axis of the three, or squares that are not for us.
+            return reorder.into(output.flatten(1, 3)).unflatten(1, output.shape[1:4])
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return changed(args, kwargs, 0, "visual_embed", reorder.into)
+
+        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            return reorder.back(output)
+
+        return [
+            model.visual_rope_embeddings.register_forward_hook(rotary_table),
+            model.visual_transformer_blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
+            model.visual_transformer_blocks[-1].register_forward_hook(leave),
+        ]
+
+    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            # Blocks call self_attention(visual_out, rotary_emb=…, sparse_params=…).
+            return (reorder.back(args[0]), *args[1:]), {**kwargs, "rotary_emb": reorder.back(kwargs["rotary_emb"])}
+
+        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+            return reorder.into(output)
+
+        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+    def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
+        pt, ph, pw = _patch_size(denoiser)
+        spatial = getattr(pipe, "vae_scale_factor_spatial", 8)
+        temporal = getattr(pipe, "vae_scale_factor_temporal", 4)
+        # The pipelines' own check asks for 16, whatever the VAE.
+        height, width = math.lcm(16, spatial * ph), math.lcm(16, spatial * pw)
+        check_size(denoiser, pipe, size, height=height, width=width, frames=temporal * pt)
+        known = getattr(
+            pipe, "resolutions", None
+        )  # image pipelines: (width, height); they take others for the nearest shape
+        if known and (size.width, size.height) not in known:
+            w, h = min(known, key=lambda r: abs(r[0] / r[1] - size.width / size.height))
+            raise ConfigError(
+                f"{type(pipe).__name__} does not make {size.width}×{size.height} (width × height): it would take the nearest "
+                f"shape that it knows, {w}×{h}"
+            )
+        frames = (size.num_frames - 1) // temporal + 1
+        return Grid(frames // pt, size.height // spatial // ph, size.width // spatial // pw)
+
+
+def _patch_size(denoiser: nn.Module) -> tuple[int, int, int]:
+    config: Any = denoiser.config
+    return tuple(config.patch_size)
+
+
+register_family(Kandinsky5Family())

@@ -39,6 +39,10 @@ def test_add_a_method(tmp_path):
     assert "0.556" in said  # 3 slabs: the first sees itself (1/3), the others two of three
 
 
+def test_list_models(tmp_path):
+    assert "| wan | `WanAnimateTransformer3DModel`, `WanTransformer3DModel`" in run("list_models.py", tmp_path)
+
+
 def test_every_example_is_tested():
     tested = Path(__file__).read_text(encoding="utf-8")
     for path in EXAMPLES.glob("*.py"):

@@ -1,4 +1,4 @@
-"""The command line: `tilewise generate`, `tilewise explain`, `tilewise env`.
+"""The command line: `tilewise generate`, `tilewise batch`, `tilewise compare`, `tilewise explain`, `tilewise env`.
 
 Only typer and rich are imported here; torch and diffusers come in with the command that needs them, so that --help and
 usage errors answer at once.
@@ -26,6 +26,11 @@ MODEL_HELP = "demo (bundled), a diffusers folder, or a hub id such as org/name."
 METHOD_HELP = "sta, dense, a preset (sta-quality, sta-balanced, sta-fast), or a config .json."
 WINDOW_HELP = "Window of method sta in tiles, t,h,w: for example 3,3,3."
 DENSITY_HELP = "Instead of a window: the fraction of token pairs to keep, in (0, 1]."
+DTYPE_HELP = "auto, float32, bfloat16 or float16."
+INPUT_HELP = "A .txt (a prompt a line, # comments), .csv or .jsonl file; fields of a line override the options."
+SWEEP_HELP = "Make every clip with each value: method=dense,sta or window=3,3,3;1,5,5. May be given several times."
+RETRY_HELP = "Out of GPU memory: try again with VAE tiling, then with offloading too."
+WARM_UP_HELP = "Run a step and throw it away before a method and size is timed."
 NATIVE = "Default: the model's own."
 
 
@@ -47,9 +52,9 @@ def _app(
 @app.command()
 @exit_codes
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the clip should show.", show_default=False)],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
-    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "sta-balanced",
+    prompt: Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="demo")] = None,
+    method: Annotated[str | None, typer.Option(help=METHOD_HELP, show_default="sta-balanced")] = None,
     window: Annotated[str | None, typer.Option(help=WINDOW_HELP)] = None,
     density: Annotated[float | None, typer.Option(help=DENSITY_HELP)] = None,
     height: Annotated[int | None, typer.Option(help=f"Pixels. {NATIVE}")] = None,
@@ -57,8 +62,14 @@ def generate(
     frames: Annotated[int | None, typer.Option(help=f"Frames of the clip. {NATIVE}")] = None,
     steps: Annotated[int | None, typer.Option(help=f"Denoising steps. {NATIVE}")] = None,
     guidance: Annotated[float | None, typer.Option(help=f"Guidance scale; 1 is without. {NATIVE}")] = None,
-    negative: Annotated[str, typer.Option(help="What the clip should not show.")] = "",
-    seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
+    negative: Annotated[str | None, typer.Option(help="What the clip should not show.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the starting noise.", show_default="0")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="A clip to make again: its settings, but for those given here.", show_default=False
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The .mp4 to write. Default: outputs/<prompt>-<seed>.mp4", show_default=False)
     ] = None,
@@ -66,10 +77,10 @@ def generate(
         str | None, typer.Option(help="'dense': also make the dense clip, measure both, and put them side by side.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP, show_default="auto")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
-    """Make a clip (mp4) from a prompt."""
+    """Make a clip (mp4) from a prompt, or again from a clip."""
     from tilewise.ui.generating import Request, dry_run_request, generate_request
 
     wishes = {
@@ -81,8 +92,73 @@ def generate(
         "negative": negative,
         "seed": seed,
     }
-    request = Request(prompt, model, method, window, density, wishes, out, compare, device, dtype)
+    request = Request(prompt, model, method, window, density, wishes, out, compare, device, dtype, source)
     (dry_run_request if dry_run else generate_request)(request)
+
+
+@app.command()
+@exit_codes
+def batch(
+    input: Annotated[Path, typer.Argument(help=INPUT_HELP, show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder. Default: outputs/<name of the input>")] = None,
+    seeds: Annotated[str, typer.Option(help="For every line without a seed: 7, 0-9 or 0-3,7.")] = "0",
+    sweep: Annotated[list[str] | None, typer.Option(help=SWEEP_HELP, metavar="FIELD=A,B")] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default="demo")] = None,
+    method: Annotated[str | None, typer.Option(help=METHOD_HELP, show_default="sta-balanced")] = None,
+    window: Annotated[str | None, typer.Option(help=WINDOW_HELP)] = None,
+    density: Annotated[float | None, typer.Option(help=DENSITY_HELP)] = None,
+    height: Annotated[int | None, typer.Option(help=f"Pixels. {NATIVE}")] = None,
+    width: Annotated[int | None, typer.Option(help=f"Pixels. {NATIVE}")] = None,
+    frames: Annotated[int | None, typer.Option(help=f"Frames of a clip. {NATIVE}")] = None,
+    steps: Annotated[int | None, typer.Option(help=f"Denoising steps. {NATIVE}")] = None,
+    guidance: Annotated[float | None, typer.Option(help=f"Guidance scale; 1 is without. {NATIVE}")] = None,
+    negative: Annotated[str | None, typer.Option(help="What the clips should not show.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make clips again that are there.")] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first clip that fails.")] = False,
+    max_failures: Annotated[int | None, typer.Option(help="Stop after so many (each process counts its own).")] = None,
+    retry_oom: Annotated[bool, typer.Option("--retry-oom", help=RETRY_HELP)] = False,
+    warm_up: Annotated[bool | None, typer.Option(help=WARM_UP_HELP, show_default="on a GPU")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP, show_default="auto")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+) -> None:
+    """Make many clips from a file of prompts. Run again, it goes on where it was stopped.
+
+    For several GPUs: torchrun --nproc-per-node 8 -m tilewise batch …, or accelerate launch -m tilewise batch …
+    """
+    from tilewise.ui.batching import BatchRequest, batch_request, dry_run_batch
+
+    fields = {
+        "model": model,
+        "method": method,
+        "window": window,
+        "density": density,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "steps": steps,
+        "guidance": guidance,
+        "negative": negative,
+        "dtype": dtype,
+    }
+    policy = (overwrite, fail_fast, max_failures, retry_oom, warm_up)
+    request = BatchRequest(input, out, seeds, sweep or [], fields, device, *policy)
+    (dry_run_batch if dry_run else batch_request)(request)
+
+
+@app.command()
+@exit_codes
+def compare(
+    manifests: Annotated[
+        list[Path], typer.Argument(help="manifest.jsonl files, or folders of batches.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The .html to write.")] = Path("comparison.html"),
+    embed: Annotated[int, typer.Option(help="MiB of clips to put into the report; the rest is linked.")] = 200,
+) -> None:
+    """Compare the methods of batches: a table, and a report (HTML, one file) with the clips side by side."""
+    from tilewise.ui.comparing import compare_command
+
+    compare_command(manifests, out, embed)
 
 
 @app.command()

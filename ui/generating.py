@@ -12,78 +12,131 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tilewise import __version__
 from tilewise.pipelines.compare import Comparison, compare, side_by_side
 from tilewise.pipelines.files import check_sidecar, check_writable
 from tilewise.pipelines.generate import Clip, call_arguments, generate, judged
 from tilewise.pipelines.loading import load_pipeline, load_skeleton, resolve_device, resolve_dtype
+from tilewise.pipelines.memory import possible, saving
+from tilewise.pipelines.record import Recorded, clip_record, frames_sha256, machine, read_record
 from tilewise.pipelines.settings import GenerateSettings, explain_settings, prompt_notes, resolve_settings
 from tilewise.pipelines.video import ffmpeg_path, write_settings, write_video
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.options import config_file, default_out, method_config
 from tilewise.ui.report import print_files, print_result, print_settings
 
+MODEL, METHOD = "demo", "sta-balanced"  # where nobody says otherwise
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line said. wishes: settings by name, None where the model's own are wanted."""
+    """What the command line said; None where it said nothing.
 
-    prompt: str
-    model: str
-    method: str
+    wishes: settings by name. source: a clip whose settings stand for what is not given, in place of the usual defaults.
+    """
+
+    prompt: str | None
+    model: str | None
+    method: str | None
     window: str | None
     density: float | None
     wishes: dict[str, Any]
     out: Path | None
     compare: str | None
     device: str
+    dtype: str | None
+    source: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A checked request. skeleton: the pipeline without weights. files: what will be written. dtype: by name. origin: what the
+    clip of --from says."""
+
+    skeleton: Any
+    settings: GenerateSettings
+    files: list[Path]
     dtype: str
+    origin: Recorded | None
 
 
 def dry_run_request(request: Request) -> None:
     """Prints the settings and what the method would do. Nothing is written, and no weights are read."""
-    skeleton, settings, files = _check(request, create=False)
+    work = _check(request, create=False)
     device = resolve_device(request.device)
-    print_settings(settings, str(device), _dtype_name(request), files)
-    print(explain_settings(skeleton, settings))
+    print_settings(work.settings, str(device), work.dtype, work.files)
+    print(explain_settings(work.skeleton, work.settings))
 
 
 def generate_request(request: Request) -> None:
     """Makes the clip, or with --compare both clips, and reports."""
     notes = Console(stderr=True)
-    with _quiet_libraries():
-        _, settings, files = _check(request, create=True)
-        with notes.status(f"loading {request.model} …"):
-            pipe = load_pipeline(request.model, device=request.device, dtype=request.dtype)
-        for note in prompt_notes(pipe, settings):
+    with quiet_libraries():
+        work = _check(request, create=True)
+        settings = work.settings
+        with notes.status(f"loading {settings.model} …"):
+            pipe = load_pipeline(settings.model, device=request.device, dtype=work.dtype)
+        for note in [*prompt_notes(pipe, settings), *_origin_notes(work)]:
             notes.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
-        run = {"device": str(pipe.device), "dtype": _dtype_name(request)}
-        with _progress_bars(notes) as progress:
+        run = machine(pipe.device, work.dtype)
+        # Tiles of the VAE show in the pixels: a clip that was made with them is made again with them.
+        measures = [] if work.origin is None else work.origin.run.get("memory_saving", [])
+        measures = [measure for measure in measures if measure in possible(pipe)]
+        with progress_bars(notes) as progress, saving(pipe, measures):
             result = compare(pipe, settings, progress) if request.compare else generate(pipe, settings, progress)
-    _write(result, files, run)
-    print_result(_judge(pipe, result, files, run, notes))
-    print_files(files)
+    _write(result, work.files, {**run, "memory_saving": measures})
+    print_result(_judge(pipe, result, work.files, {**run, "memory_saving": measures}, notes))
+    print_files(work.files)
+    _print_sameness(_clips(result)[0], work, request)
 
 
-def _check(request: Request, *, create: bool) -> tuple[Any, GenerateSettings, list[Path]]:
-    """Everything that can be wrong is found here, before weights are read; returns a skeleton of the pipeline."""
+def _check(request: Request, *, create: bool) -> Work:
+    """Everything that can be wrong is found here, before weights are read."""
     if request.compare not in (None, "dense"):
         raise ConfigError(f"--compare takes 'dense', not {request.compare!r}")
-    config = method_config(request.method, request.window, request.density)
+    origin = None if request.source is None else read_record(request.source)
+    earlier: dict[str, Any] = {} if origin is None else dict(vars(origin.settings))
+    prompt = earlier.pop("prompt", None) if request.prompt is None else request.prompt
+    if prompt is None:
+        raise ConfigError("there is no prompt: say what the clip should show, or name a clip to make again with --from")
+    config = method_config(request.method or earlier.pop("method", METHOD), request.window, request.density)
     if request.compare and config.method.name == "dense":
         raise ConfigError("--compare dense needs another method than dense")
-    resolve_dtype(request.dtype, resolve_device(request.device))
-    skeleton = load_skeleton(request.model)
-    settings = resolve_settings(skeleton, request.prompt, method=config, model=request.model, **request.wishes)
+    dtype = request.dtype or (origin.run.get("dtype") if origin else None) or "auto"
+    dtype = str(resolve_dtype(dtype, resolve_device(request.device))).removeprefix("torch.")
+    model = request.model or earlier.pop("model", MODEL)
+    skeleton = load_skeleton(model)
+    given = {name: value for name, value in request.wishes.items() if value is not None}
+    wishes = {name: value for name, value in earlier.items() if name not in ("prompt", "method", "model")} | given
+    settings = resolve_settings(skeleton, prompt, method=config, model=model, **wishes)
     call_arguments(skeleton, settings)
     files = [request.out or default_out(settings.prompt, settings.seed)]
     if request.compare:
         files += [files[0].with_stem(f"{files[0].stem}-{kind}") for kind in ("dense", "side-by-side")]
+    if request.source is not None and any(file.exists() and file.samefile(request.source) for file in files):
+        raise ConfigError(f"the clip of --from, {request.source}, would be replaced; give another --out")
     for creating in (False, True) if create else (False,):  # no folder is made while another file may be refused
         for file in files:
             check_writable(file, create=creating)
-            check_sidecar(file, keep=config_file(request.method), create=creating)
+            check_sidecar(file, keep=None if request.method is None else config_file(request.method), create=creating)
     ffmpeg_path()
-    return skeleton, settings, files
+    return Work(skeleton, settings, files, dtype, origin)
+
+
+def _origin_notes(work: Work) -> list[str]:
+    if work.origin is None or work.origin.version == __version__:
+        return []
+    return [f"the clip is of tilewise {work.origin.version}, this is {__version__}: it may come out differently"]
+
+
+def _print_sameness(clip: Clip, work: Work, request: Request) -> None:
+    """Whether a clip that was made again shows what the first one showed, to the last bit."""
+    before = None if work.origin is None else work.origin.run.get("frames_sha256")
+    if work.origin is None or before is None or work.settings != work.origin.settings:
+        return
+    same = frames_sha256(clip.frames) == before
+    made = f"it was made on {work.origin.run.get('device_name')}, {work.origin.run.get('dtype')}"
+    print(f"frames of {request.source}: {'the same, bit for bit' if same else f'not the same; {made}'}")
 
 
 def _write(result: Clip | Comparison, files: list[Path], run: dict[str, Any]) -> None:
@@ -124,18 +177,12 @@ def _clips(result: Clip | Comparison) -> list[Clip]:
 
 def _records(result: Clip | Comparison, run: dict[str, Any]) -> list[dict[str, Any]]:
     """The settings of each file, with how the run went."""
-    records = []
-    for number, clip in enumerate(_clips(result)):
-        report = None if clip.summary is None else clip.summary.to_dict()
-        record = {**run, "seconds": clip.seconds, "summary": report, "content": clip.content}
-        if isinstance(result, Comparison) and number != 1:
-            record["comparison"] = result.to_dict()
-        records.append({**clip.settings.to_dict(), "run": record})
-    return records
+    told = {"comparison": result.to_dict()} if isinstance(result, Comparison) else {}
+    return [clip_record(clip, run if number == 1 else {**run, **told}) for number, clip in enumerate(_clips(result))]
 
 
 @contextmanager
-def _progress_bars(console: Console) -> Iterator[Any]:
+def progress_bars(console: Console) -> Iterator[Any]:
     """A bar for each phase, on stderr: steps done, time taken, time left. Into a file or pipe, a line instead."""
     if not console.is_terminal:
         yield _progress_lines(console)
@@ -168,7 +215,7 @@ def _progress_lines(console: Console) -> Any:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Their progress bars and hints would run through ours; downloads keep theirs."""
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
@@ -185,7 +232,3 @@ def _quiet_libraries() -> Iterator[None]:
         for library, level in zip(loggers, levels, strict=True):
             library.set_verbosity(level)
             library.enable_progress_bar()
-
-
-def _dtype_name(request: Request) -> str:
-    return str(resolve_dtype(request.dtype, resolve_device(request.device))).removeprefix("torch.")

@@ -1,0 +1,125 @@
+"""One clip of a batch: generated within the memory that there is, judged, written whole with its record inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.distributed import World
+from tilewise.pipelines.generate import Clip, generate, judged, warm_up
+from tilewise.pipelines.job import Job
+from tilewise.pipelines.manifest import Line
+from tilewise.pipelines.memory import PeakMemory, free_memory, is_out_of_memory, possible, saving
+from tilewise.pipelines.record import clip_record, machine
+from tilewise.pipelines.settings import prompt_notes
+from tilewise.pipelines.video import write_video
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """overwrite: make every clip again. max_failures: stop after so many failed jobs (of one process); None is never.
+    retry_oom: with too little memory, try again with the measures of `memory`. warm_up: one thrown-away step for each
+    method and size before the first is timed; None: on a GPU only, where the first run compiles."""
+
+    overwrite: bool = False
+    max_failures: int | None = None
+    retry_oom: bool = False
+    warm_up: bool | None = None
+
+
+class Watch:
+    """What a caller may want to see of a batch. Every method may be overridden; here they do nothing."""
+
+    def begin(self, total: int, done: int, mine: int) -> None:
+        """total: jobs of the batch. done: made before. mine: jobs that this process will make."""
+
+    def loading(self, model: str) -> None: ...
+
+    def started(self, job: Job) -> None: ...
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Of the clip at work, as in `generate`."""
+
+    def finished(self, job: Job, line: Line) -> None: ...
+
+    def failed(self, job: Job, error: Exception) -> None: ...
+
+    def overall(self, done: int) -> None:
+        """How many jobs of the whole batch are done, by all processes."""
+
+    def note(self, text: str) -> None: ...
+
+
+class ClipMaker:
+    """Makes clips into a folder, and remembers what it learned about shapes: which are warm, which need less memory."""
+
+    def __init__(self, folder: Path, options: Options, world: World, watch: Watch) -> None:
+        self.folder, self.options, self.world, self.watch = folder, options, world, watch
+        self.warmed: set[str] = set()
+        self.measures: dict[str, tuple[str, ...]] = {}
+
+    def new_pipeline(self) -> None:
+        """Nothing is warm any more."""
+        self.warmed.clear()
+
+    def make(self, pipe: Any, job: Job, load_seconds: float) -> dict[str, Any]:
+        """Generates and writes a clip; returns its record, which the clip's own metadata holds as well."""
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        notes = prompt_notes(pipe, job.settings)
+        device = pipe.device
+        clip, run = self._within_memory(pipe, job)
+        try:
+            clip = judged(pipe, clip)
+        except Exception as error:  # a finished clip is worth more than its verdict
+            notes.append(f"the clip could not be judged: {str(error) or type(error).__name__}")
+        for note in notes:
+            self.watch.note(f"{job.file}: {note}")
+        seconds = {"load": load_seconds, "warm_up": run.pop("warm_up"), **clip.seconds}
+        place = {"rank": self.world.rank, "world_size": self.world.size}
+        told = {**machine(device, job.dtype), "started": started, "seconds": seconds, **run, **place, "notes": notes}
+        record = clip_record(clip, {**told, "batch": job.to_dict()})
+        write_video(self.folder / job.file, clip.frames, clip.settings.fps, settings=record, beside=False)
+        return record
+
+    def _within_memory(self, pipe: Any, job: Job) -> tuple[Clip, dict[str, Any]]:
+        """Generates; where memory does not suffice and it was asked for, again with one more measure, until none is left.
+
+        What sufficed for one clip is where the next of the same shape begins."""
+        shape = repr(dataclasses.replace(job.settings, prompt="?", negative="", seed=0))
+        measures = list(self.measures.get(shape, ()))
+        device = pipe.device  # asked before any offload moves it
+        retries = 0
+        while True:
+            peak = PeakMemory(device)
+            peak.start()
+            try:
+                with saving(pipe, measures):
+                    warm = self._warm_up(pipe, job, shape) if self._warms_up(device) else None
+                    clip = generate(pipe, job.settings, self.watch.progress)
+                self.measures[shape] = tuple(measures)
+                told = {"peak_memory": peak.read(), "memory_saving": measures, "oom_retries": retries}
+                return clip, {"warm_up": warm, **told}
+            except Exception as error:
+                left = [measure for measure in possible(pipe) if measure not in measures]
+                if not (self.options.retry_oom and is_out_of_memory(error) and left):
+                    raise
+            # Here the error is gone, and with it what its traceback kept on the GPU.
+            free_memory()
+            retries += 1
+            measures.append(left[0])
+            self.watch.note(f"{job.file}: out of GPU memory; trying again with {' and '.join(measures)}")
+
+    def _warms_up(self, device: torch.device) -> bool:
+        wanted = self.options.warm_up
+        return device.type == "cuda" if wanted is None else wanted
+
+    def _warm_up(self, pipe: Any, job: Job, shape: str) -> float:
+        if shape in self.warmed:
+            return 0.0
+        seconds = warm_up(pipe, job.settings, self.watch.progress)
+        self.warmed.add(shape)
+        return seconds

@@ -1,0 +1,254 @@
+"""The input of a batch: a file with a clip a line, read strictly, with every mistake reported by its line.
+
+.txt: a prompt a line; empty lines and lines that begin with # are skipped.
+.csv: a header with the names of fields, then a clip a row; an empty cell is a field that is not given.
+.jsonl: a JSON object a line. This is the canonical form: every field has its own type, and `method` may be a config object.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tilewise.plugins.errors import ConfigError, unknown
+
+KINDS = {
+    "id": "text",
+    "prompt": "text",
+    "negative": "text",
+    "model": "text",
+    "method": "method",
+    "window": "window",
+    "density": "number",
+    "height": "whole",
+    "width": "whole",
+    "frames": "whole",
+    "steps": "whole",
+    "guidance": "number",
+    "seed": "whole",
+    "fps": "number",
+    "max_sequence_length": "whole",
+    "dtype": "text",
+}
+WHOLE_BATCH = ("out", "device", "compare", "dry_run", "seeds", "sweep")  # words of the command that no line can have
+MAX_PROMPT = 50_000  # characters; text encoders read hundreds of tokens, so that more is a mistake
+MAX_ID = 200
+SHOWN = 50  # problems and line numbers that a message lists before it only counts
+
+
+class InputError(ConfigError):
+    """Lines of a batch's input that cannot be; the message lists all of them with their line numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the input. line: its number from 1 (of the row's first line, if a cell spans several)."""
+
+    line: int
+    fields: dict[str, Any]
+
+
+class Problems:
+    """Mistakes collected by line, so that one run tells about all of them. The same mistake in many lines is told once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, list[int]] = {}
+
+    def add(self, line: int, error: object) -> None:
+        lines = self.found.setdefault(str(error), [])
+        if line not in lines[-1:]:
+            lines.append(line)
+
+    def refuse(self) -> None:
+        """Raises InputError if there are any."""
+        if not self.found:
+            return
+        told = [f"  {_lines(lines)}: {text}" for text, lines in sorted(self.found.items(), key=lambda item: item[1])]
+        if len(told) > SHOWN:
+            told[SHOWN:] = [f"  and {len(told) - SHOWN} more kinds of mistakes"]
+        raise InputError("\n".join([f"{self.path} cannot be used; nothing was done:", *told]))
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The lines of an input file.
+
+    Raises InputError for what cannot be (suffix, encoding, malformed lines, unknown fields, values of the wrong kind,
+    repeated ids, no prompt at all), all mistakes at once; ConfigError if the file cannot be read.
+    """
+    path = Path(path)
+    readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"the input {path} must be one of {', '.join(readers)}: the suffix says how it is read")
+    problems = Problems(path)
+    try:
+        lines = list(_decoded(path.read_bytes(), problems))
+    except OSError as error:
+        raise ConfigError(f"cannot read the input {path}: {error.strerror or error}") from error
+    rows = list(reader(lines, problems))
+    _check_ids(rows, problems)
+    problems.refuse()
+    if not rows:
+        raise InputError(f"{path} holds no prompts: one a line is wanted")
+    return rows
+
+
+def parse_field(name: str, value: Any, *, text: bool) -> Any:
+    """A field's value in its own type; with `text`, from words as in a table's cell. Raises ConfigError."""
+    if name not in KINDS:
+        if name.replace("-", "_") in WHOLE_BATCH:
+            raise ConfigError(f"{name!r} is for the whole batch: give --{name.replace('_', '-')} to the command")
+        raise unknown("field", name[:80], KINDS)
+    kind = KINDS[name]
+    said = value if isinstance(value, str) else json.dumps(value)
+    if text and kind in ("whole", "number"):
+        value = _number(value)
+    good = {
+        "text": isinstance(value, str),
+        "whole": isinstance(value, int) and not isinstance(value, bool),
+        "number": isinstance(value, int | float) and not isinstance(value, bool),
+        "method": isinstance(value, str | Mapping),
+        "window": isinstance(value, str) or (isinstance(value, list) and all(type(n) is int for n in value)),
+    }[kind]
+    if not good:
+        wanted = {"whole": "a whole number", "number": "a number", "text": "text", "window": "t,h,w or [t, h, w]"}
+        raise ConfigError(f"{name} must be {wanted.get(kind, 'a name or a config object')}, not {said[:80]!r}")
+    if kind == "window" and isinstance(value, list):
+        return ",".join(map(str, value))
+    if name == "prompt" and len(value) > MAX_PROMPT:
+        raise ConfigError(f"the prompt has {len(value):,} characters; at most {MAX_PROMPT:,} are taken")
+    if name == "prompt" and not value.strip():
+        raise ConfigError("the prompt is empty: say what the clip should show")
+    if name == "id" and not (value.strip() and len(value) <= MAX_ID):
+        raise ConfigError(f"an id has 1 to {MAX_ID} characters, not {len(value.strip())}")
+    return value
+
+
+def _decoded(data: bytes, problems: Problems) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            yield number, line.decode("utf-8").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            problems.add(number, f"not UTF-8 (byte 0x{byte:02x} at position {error.start + 1}); save the file as UTF-8")
+
+
+def _read_txt(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Row]:
+    for number, line in lines:
+        prompt = line.strip()
+        if prompt and not prompt.startswith("#"):
+            yield from _row(number, {"prompt": prompt}, problems, text=True)
+
+
+def _read_csv(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Row]:
+    table = csv.reader((line + "\n" for _, line in lines), strict=True)
+    header: list[str] | None = None
+    while True:
+        first = lines[table.line_num][0] if table.line_num < len(lines) else 0
+        try:
+            cells = next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:  # where the next row begins cannot be known, so that this is the last one read
+            problems.add(first, f"malformed CSV: {error}")
+            return
+        if not any(cell.strip() for cell in cells):
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            for name in header:
+                if name not in KINDS or header.count(name) > 1:
+                    problems.add(first, f"the header names {name!r} twice" if name in KINDS else _why_not(name))
+            if "prompt" not in header:
+                problems.add(first, "the header (the first row) has no column 'prompt'")
+            if problems.found:
+                return
+        elif len(cells) != len(header):
+            problems.add(first, f"{len(cells)} cells where the header has {len(header)}; quote cells that hold commas")
+        else:
+            fields = {name: cell.strip() for name, cell in zip(header, cells, strict=True) if cell.strip()}
+            yield from _row(first, fields, problems, text=True)
+
+
+def _read_jsonl(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Row]:
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            problems.add(number, f"malformed JSON: {str(error)[:200]}")
+            continue
+        if not isinstance(fields, dict):
+            problems.add(number, f'a JSON object such as {{"prompt": "…"}} is wanted, not {type(fields).__name__}')
+            continue
+        if isinstance(fields.get("id"), int) and not isinstance(fields["id"], bool):
+            fields["id"] = str(fields["id"])
+        # null is "not given", as an empty cell is
+        fields = {name: value for name, value in fields.items() if value is not None or name not in KINDS}
+        yield from _row(number, fields, problems, text=False)
+
+
+def _row(number: int, fields: Mapping[str, Any], problems: Problems, *, text: bool) -> Iterator[Row]:
+    parsed, good = {}, True
+    for name, value in fields.items():
+        try:
+            parsed[name] = parse_field(name, value, text=text)
+        except ConfigError as error:
+            problems.add(number, error)
+            good = False
+    if "prompt" not in fields:
+        problems.add(number, "there is no prompt")
+        good = False
+    if good:
+        yield Row(number, parsed)
+
+
+def _check_ids(rows: list[Row], problems: Problems) -> None:
+    first: dict[str, int] = {}
+    for row in rows:
+        name = row.fields.get("id")
+        if name is not None and first.setdefault(name, row.line) != row.line:
+            problems.add(row.line, f"the id {name!r} is taken by line {first[name]}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name[:80]!r} is given twice")
+    return dict(pairs)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _number(text: str) -> Any:
+    """An int or float from words, or the words themselves if they are none: the caller says what was wanted."""
+    if re.fullmatch(r"[+-]?\d{1,30}", text):
+        return int(text)
+    try:
+        return float(text) if "_" not in text else text
+    except ValueError:
+        return text
+
+
+def _why_not(name: str) -> str:
+    try:
+        parse_field(name, "", text=True)
+    except ConfigError as error:
+        return str(error)
+    return f"cannot use {name!r}"
+
+
+def _lines(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:10]))
+    more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
+    return f"{'line' if len(numbers) == 1 else 'lines'} {shown}{more}"

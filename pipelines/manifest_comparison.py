@@ -1,0 +1,189 @@
+"""The clips of one or more manifests side by side: those that differ in their attention method only, measured against dense."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tilewise.pipelines.errors import OutputError
+from tilewise.pipelines.manifest import NAME, Line, clip_path, is_whole, read_manifest
+from tilewise.pipelines.metrics import psnr, ssim
+from tilewise.pipelines.video import read_frames
+from tilewise.plugins.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedClip:
+    """A clip next to the dense one of its group.
+
+    psnr (dB, infinite for the same pixels), ssim: of the mp4s' pixels; None without a dense clip. speedup: of the denoising,
+    dense seconds / own; None where device or dtype differ. shown: the share of what the prompt says that the clip shows, for
+    models that the detector can judge. damaged: the file is not as the manifest says; it is then not measured.
+    """
+
+    path: Path
+    line: Line
+    method: str
+    psnr: float | None = None
+    ssim: float | None = None
+    speedup: float | None = None
+    shown: float | None = None
+    damaged: bool = False
+
+    @property
+    def is_dense(self) -> bool:
+        return self.line["method"]["method"]["name"] == "dense"
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Clips of one prompt, seed, size, model: the same but for the method; the dense one first, if there is one."""
+
+    clips: list[ComparedClip]
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodRow:
+    """One method over all groups; medians, None where nothing could be measured. same: clips with exactly dense's pixels, which
+    the PSNR (infinite there) leaves out."""
+
+    method: str
+    clips: int
+    density: float
+    seconds: float
+    speedup: float | None
+    psnr: float | None
+    same: int
+    ssim: float | None
+    shown: float | None
+    fallbacks: int
+
+
+def read_groups(manifests: Sequence[Path]) -> list[Group]:
+    """The clips of manifests (files, or folders that hold one), grouped. Raises ConfigError if there is none at all."""
+    groups: dict[str, dict[str, tuple[Path, Line]]] = {}
+    for given in manifests:
+        folder = given if given.is_dir() else given.parent
+        if not given.is_dir() and given.name != NAME:
+            raise ConfigError(f"{given} is no manifest: give {NAME}, or the folder that holds it")
+        for key, line in read_manifest(folder).items():
+            path = clip_path(folder, line)
+            if line["status"] == "done" and path is not None:
+                groups.setdefault(_same_but_method(line), {})[key] = (path, line)
+    if not groups:
+        raise ConfigError(f"no clip to compare: {', '.join(map(str, manifests))} tells of none")
+    return [Group(_ordered(list(group.values()))) for group in groups.values()]
+
+
+def measured(groups: Sequence[Group]) -> Iterator[Group]:
+    """Each group with its clips measured against the dense one; reads the clips, one group at a time."""
+    for group in groups:
+        yield Group(list(_measure(group)))
+
+
+def method_rows(groups: Sequence[Group]) -> list[MethodRow]:
+    """The table: one row a method, dense first, then by density."""
+    by_method: dict[str, list[ComparedClip]] = {}
+    for group in groups:
+        for clip in group.clips:
+            by_method.setdefault(clip.method, []).append(clip)
+    rows = []
+    for method, clips in by_method.items():
+        finite = [clip.psnr for clip in clips if clip.psnr is not None and math.isfinite(clip.psnr)]
+        row = MethodRow(
+            method,
+            len(clips),
+            statistics.median(clip.line["run"]["density"] for clip in clips),
+            statistics.median(clip.line["run"]["seconds"]["denoise"] for clip in clips),
+            _median([clip.speedup for clip in clips]),
+            _median(finite),
+            sum(clip.psnr is not None and math.isinf(clip.psnr) for clip in clips if not clip.is_dense),
+            _median([clip.ssim for clip in clips]),
+            _mean([clip.shown for clip in clips]),
+            sum(sum(clip.line["run"]["fallbacks"].values()) for clip in clips),
+        )
+        rows.append((not clips[0].is_dense, -row.density, method, row))
+    return [row for *_, row in sorted(rows, key=lambda entry: entry[:3])]
+
+
+def method_name(line: Line) -> str:
+    """A method with the options that it was given and its schedule, in a few words."""
+    config = line["method"]
+    name = config["method"]["name"]
+    if name == "dense":
+        return name
+    options = [
+        f"{key} {_plain(value)}" for key, value in config["method"].items() if key != "name" and value is not None
+    ]
+    low, high = config["steps"]
+    return ", ".join([" ".join([name, *options]), f"steps {low:g}–{high:g}", f"blocks {config['blocks']}"])
+
+
+def _same_but_method(line: Line) -> str:
+    names = (
+        "prompt",
+        "negative",
+        "height",
+        "width",
+        "frames",
+        "steps",
+        "guidance",
+        "seed",
+        "fps",
+        "max_sequence_length",
+    )
+    return json.dumps([*(line.get(name) for name in names), line["run"]["batch"]["revision"]])
+
+
+def _ordered(members: list[tuple[Path, Line]]) -> list[ComparedClip]:
+    clips = [ComparedClip(path, line, method_name(line), shown=_shown(line)) for path, line in members]
+    return sorted(clips, key=lambda clip: (not clip.is_dense, -clip.line["run"]["density"], clip.method))
+
+
+def _measure(group: Group) -> Iterator[ComparedClip]:
+    clips = [dataclasses.replace(clip, damaged=not is_whole(clip.path.parent, clip.line)) for clip in group.clips]
+    first = clips[0]
+    reference = read_frames(first.path) if first.is_dense and not first.damaged and len(clips) > 1 else None
+    for clip in clips:
+        if reference is None or clip.damaged or clip.is_dense:
+            yield clip
+            continue
+        frames = read_frames(clip.path)
+        if frames.shape != reference.shape:
+            raise OutputError(
+                f"{clip.path} has frames {frames.shape}, {first.path} {reference.shape}: they cannot be compared"
+            )
+        like = ssim(frames, reference) if min(frames.shape[1:3]) >= 11 else None
+        yield dataclasses.replace(
+            clip, psnr=psnr(frames, reference), ssim=like, speedup=_speedup(first.line, clip.line)
+        )
+
+
+def _speedup(dense: Line, line: Line) -> float | None:
+    same = all(dense["run"][name] == line["run"][name] for name in ("device_name", "dtype"))
+    seconds = line["run"]["seconds"]["denoise"]
+    return dense["run"]["seconds"]["denoise"] / seconds if same and seconds > 0 else None
+
+
+def _shown(line: Line) -> float | None:
+    found = [right for right in (line["run"]["content"] or {}).values() if right is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def _plain(value: Any) -> str:
+    return ",".join(_plain(item) for item in value) if isinstance(value, list) else f"{value}"

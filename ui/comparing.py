@@ -1,0 +1,44 @@
+"""The work behind `tilewise compare`: measure what manifests tell of, print the table, write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from tilewise.pipelines.files import check_writable, replacing
+from tilewise.pipelines.manifest_comparison import measured, method_rows, read_groups
+from tilewise.pipelines.video import ffmpeg_path
+from tilewise.plugins.errors import ConfigError
+from tilewise.ui.html_report import COLUMNS, table_cells, write_html
+from tilewise.ui.report import console
+
+
+def compare_command(manifests: Sequence[Path], out: Path, embed: int) -> None:
+    """Prints a row a method, and writes the HTML report. embed: MiB of clips that go into the file."""
+    if embed < 0:
+        raise ConfigError(f"--embed takes a size in MiB of at least 0, not {embed}")
+    groups = read_groups(manifests)
+    ffmpeg_path()
+    check_writable(out, suffix=".html")
+    notes = Console(stderr=True)
+    shown = track(measured(groups), "measuring", len(groups), console=notes, disable=not notes.is_terminal)
+    found = list(shown)
+    rows = method_rows(found)
+    table = Table(title="medians over clips; speed-up, PSNR and SSIM against dense", title_justify="left")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*table_cells(row))
+    console().print(table)
+    with replacing(out) as part, part.open("w", encoding="utf-8") as file:
+        left_out = write_html(file, out.parent, found, rows, embed * 2**20)
+    damaged = sum(clip.damaged for group in found for clip in group.clips)
+    if damaged:
+        print(f"{damaged} clips are missing or not as their manifest says; they are not measured")
+    if left_out - damaged:
+        print(f"{left_out - damaged} clips are linked, not inside: they are more than --embed {embed} MiB")
+    print(f"wrote {out}")

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from tilewise.pipelines.generate import Clip, Progress, generate, refuse_patched, run
+from tilewise.pipelines.generate import Clip, Progress, generate, refuse_patched, warm_up
 from tilewise.pipelines.metrics import psnr, ssim
 from tilewise.pipelines.settings import GenerateSettings
 from tilewise.plugins.config import resolve
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.patching import patched
 
 LABEL_HEIGHT = 16
 GAP = 4
@@ -63,14 +62,7 @@ def compare(pipe: Any, settings: GenerateSettings, progress: Progress | None = N
     name = settings.method.method.name
     reference = dataclasses.replace(settings, method=resolve("dense"))
 
-    tell("warm-up", 0, 2)
-    one_step = dataclasses.replace(settings, steps=1)
-    run(pipe, one_step)
-    tell("warm-up", 1, 2)
-    # On its usual schedule the method might leave the only step dense.
-    with patched(pipe, dataclasses.replace(settings.method, steps=(0.0, 1.0))):
-        run(pipe, one_step, decode=False)
-    tell("warm-up", 2, 2)
+    warm_up(pipe, settings, progress)
 
     dense = generate(pipe, reference, lambda phase, *count: tell(f"dense: {phase}", *count))
     sparse = generate(pipe, settings, lambda phase, *count: tell(f"{name}: {phase}", *count))

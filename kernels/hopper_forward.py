@@ -49,10 +49,11 @@ def _produce(
 ):  # fmt: skip
     """Keys and values of entries 1 … count − 1; those of entry 0 are already on their way."""
     stage, phase = _next(0, 0, STAGES)
-    row = gl.load(key_start + gl.minimum(1, count - 1))
+    last = gl.maximum(count, 1) - 1  # a list without any entry is read at 0, as everywhere
+    row = gl.load(key_start + gl.minimum(1, last))
     for j in range(1, count):
         # The next address is fetched while this block waits for its slot.
-        following = gl.load(key_start + gl.minimum(j + 1, count - 1))
+        following = gl.load(key_start + gl.minimum(j + 1, last))
         mbarrier.wait(k_empty.index(stage), phase ^ 1)
         mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(k_desc, [first_row + row, column], k_full.index(stage), k_ring.index(stage))
@@ -368,19 +369,20 @@ def hopper_forward(
     lse = torch.empty((B, H, Sq), dtype=torch.float32, device=q.device)
     per_set, q_blocks, longest = plan.sets, plan.index.shape[2], plan.index.shape[3]
     unused = plan.index  # a pointer that a specialised kernel never reads
-    hopper_kernel[(q_blocks, B * H)](
-        _descriptor(q, HALF.value), _descriptor(k, BLOCK), _descriptor(v, BLOCK), out, lse,
-        out.stride(0), out.stride(1), out.stride(2),
-        plan.q_start, plan.q_rows, plan.k_rows,
-        plan.index, plan.key_start, plan.ends,
-        unused if plan.head_set is None else plan.head_set,
-        unused if plan.key_codes is None else plan.key_codes,
-        unused if plan.row_codes is None else plan.row_codes,
-        plan.guard,
-        0 if plan.index.shape[0] == 1 else per_set * q_blocks,
-        q_blocks, longest, H, H // k.shape[2], Sq, k.shape[1], scale * LOG2E,
-        D=D, BLOCK_N=BLOCK,
-        SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_codes is not None,
-        num_warps=4, **launch_config(D),
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        hopper_kernel[(q_blocks, B * H)](
+            _descriptor(q, HALF.value), _descriptor(k, BLOCK), _descriptor(v, BLOCK), out, lse,
+            out.stride(0), out.stride(1), out.stride(2),
+            plan.q_start, plan.q_rows, plan.k_rows,
+            plan.index, plan.key_start, plan.ends,
+            unused if plan.head_set is None else plan.head_set,
+            unused if plan.key_codes is None else plan.key_codes,
+            unused if plan.row_codes is None else plan.row_codes,
+            plan.guard,
+            0 if plan.index.shape[0] == 1 else per_set * q_blocks,
+            q_blocks, longest, H, H // k.shape[2], Sq, k.shape[1], scale * LOG2E,
+            D=D, BLOCK_N=BLOCK,
+            SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_codes is not None,
+            num_warps=4, **launch_config(D),
+        )  # fmt: skip
     return out, lse

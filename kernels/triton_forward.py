@@ -202,24 +202,25 @@ def triton_forward(
     per_set, q_blocks, longest = plan.sets, plan.index.shape[2], plan.index.shape[3]
     unused = plan.index  # a pointer that a specialised kernel never reads
     grid = (q_blocks * (plan.block // config["BLOCK_M"]), B * H)
-    forward_kernel[grid](
-        q, k, v, out, lse,
-        q.stride(0), q.stride(1), q.stride(2),
-        k.stride(0), k.stride(1), k.stride(2),
-        v.stride(0), v.stride(1), v.stride(2),
-        out.stride(0), out.stride(1), out.stride(2),
-        plan.q_start, plan.q_rows, plan.k_rows,
-        plan.index, plan.key_start, plan.ends,
-        unused if plan.head_set is None else plan.head_set,
-        unused if plan.key_codes is None else plan.key_codes,
-        unused if plan.row_codes is None else plan.row_codes,
-        plan.guard,
-        0 if plan.index.shape[0] == 1 else per_set * q_blocks,
-        per_set, q_blocks, longest,
-        H, H // k.shape[2], Sq, scale * LOG2E.value,
-        D=D, BLOCK=plan.block,
-        SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_codes is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        **config,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        forward_kernel[grid](
+            q, k, v, out, lse,
+            q.stride(0), q.stride(1), q.stride(2),
+            k.stride(0), k.stride(1), k.stride(2),
+            v.stride(0), v.stride(1), v.stride(2),
+            out.stride(0), out.stride(1), out.stride(2),
+            plan.q_start, plan.q_rows, plan.k_rows,
+            plan.index, plan.key_start, plan.ends,
+            unused if plan.head_set is None else plan.head_set,
+            unused if plan.key_codes is None else plan.key_codes,
+            unused if plan.row_codes is None else plan.row_codes,
+            plan.guard,
+            0 if plan.index.shape[0] == 1 else per_set * q_blocks,
+            per_set, q_blocks, longest,
+            H, H // k.shape[2], Sq, scale * LOG2E.value,
+            D=D, BLOCK=plan.block,
+            SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_codes is not None,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            **config,
+        )  # fmt: skip
     return out, lse

@@ -55,7 +55,7 @@ class Config:
         strict: raise ``FallbackError`` where an attention call cannot run the method, instead of running it dense and saying so.
         fuse: run norms, rotary embedding, modulation and gates in exact fused kernels, where the model's family has them, on a
             GPU that Triton serves and under ``torch.no_grad()``; and, on a Hopper GPU, the attention that stays dense in our
-            kernel where nobody chose another backend. False: the stock code.
+            kernel where nobody chose another diffusers backend. False: the stock code.
 
     Raises:
         ConfigError: for a range that is not 0 ≤ from ≤ to ≤ 1 or a ``blocks`` text that cannot be read.

@@ -37,12 +37,13 @@ class Patch:
         one_sequence = any(layer.halvings is None for layer in self.layers)
         self.reorders = bool(selected) and one_sequence and not isinstance(config.method, Dense)
         owner = weakref.ref(pipe) if pipe is not denoiser else lambda: None
-        self.step = Step(name, config, owner, self.layers, selected, self.reorders, self._leave_alone)
+        self.step = Step(name, config, owner, self.layers, selected, self.reorders, self._leave_alone, self._take_back)
         self.handle = operators.handle_for(self.step)
         self.ticket = self._resting = operators.new_ticket()
         self.tracing: TilewiseProcessor | None = None  # the layer whose stock processor torch.compile is tracing
         self._classes: dict[type, type[TilewiseProcessor]] = {}  # by the class that they stand in for
         self._handles: list[Any] = []
+        self._raster: dict[str, list[Any]] = {}  # of layers left alone: what gives them the model's own order
         self._install(denoiser)
 
     # ── putting on and taking off ────────────────────────────────────────────────────────────────────────────────
@@ -54,6 +55,10 @@ class Patch:
         try:
             for number, layer in enumerate(self.layers):
                 module: Any = layer.module
+                while isinstance(
+                    module.processor, TilewiseProcessor
+                ):  # of an earlier patch, put back by who had saved it
+                    _set_processor(module, module.processor.original)
                 if reason := why_not(module.processor):
                     self._leave_alone(layer, reason)
                 else:
@@ -72,7 +77,14 @@ class Patch:
         if self.config.strict:
             raise FallbackError(f"strict: {self.name}.{layer.name} would stay dense: {reason}")
         self.step.ledger.skipped_layers[layer.name] = reason
-        self._handles += self.family.raster_hooks(layer.module, self)
+        self._raster[layer.name] = self.family.raster_hooks(layer.module, self)
+        self._handles += self._raster[layer.name]
+
+    def _take_back(self, layer: AttentionLayer) -> None:
+        """A layer that had been left alone has our processor again: somebody put back what they had saved."""
+        for handle in self._raster.pop(layer.name, ()):
+            handle.remove()
+        self.step.ledger.skipped_layers.pop(layer.name, None)
 
     def _stand_in(self, original: Any, number: int, fused: Any) -> TilewiseProcessor:
         kind = type(original)
@@ -85,6 +97,7 @@ class Patch:
         delattr(denoiser, ATTRIBUTE)
 
     def _take_off(self) -> None:
+        self.step.removed = True
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -113,6 +126,8 @@ class Patch:
             module: Any = layer.module
             if not isinstance(module.processor, TilewiseProcessor):
                 self.step.leave(layer)
+            elif layer.name in self._raster:
+                self._take_back(layer)
         self.ticket = operators.begin(
             timestep, self.handle, grid.t, grid.h, grid.w, grid.text, grid.text_first, refused
         )

@@ -41,7 +41,8 @@ def takes(
     plain = attn_mask is None and not dropout_p and not is_causal and parallel_config is None
     if not plain or not MIN_TOKENS <= tokens <= MAX_TOKENS or key.shape != value.shape or key.shape[1] != tokens:
         return False
-    same = query.dtype == key.dtype == value.dtype and query.shape[2] % key.shape[2] == 0
+    same = query.dtype == key.dtype == value.dtype and query.shape[0] == key.shape[0]
+    same = same and query.shape[2] % key.shape[2] == 0 and all(x.stride(3) == 1 for x in (query, key, value))
     return same and HOPPER.missing(query.device) is None and _is_default(backend)
 
 

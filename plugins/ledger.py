@@ -77,9 +77,10 @@ class Ledger:
             yield
         elif device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            stream = torch.cuda.current_stream(device)  # of q's device, which need not be the current one
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
             tally.add(start, end)
         else:
             begin = time.perf_counter()

@@ -92,7 +92,8 @@ def patch(
             ``STA(window=(3, 3, 3))``, or a ``Config``, for instance from ``load_config``.
         steps: (from, to), the fraction of the denoising schedule that runs the method; dense outside. Default: what the
             preset or config says, otherwise (0.25, 1.0). The step is read from the pipeline's scheduler; for a bare
-            denoiser, from the timestep's value (one host synchronisation a forward on a GPU).
+            denoiser, from the timestep's value (one host synchronisation a forward on a GPU). An attention mask is read once a
+            forward, which waits for the GPU too.
         blocks: which transformer blocks run it, such as "2:". Default: what the preset or config says, otherwise ":".
         strict: raise ``FallbackError`` instead of falling back to dense where a call cannot run the method.
         fuse: run norms, rotary embedding, modulation and gates in exact fused kernels where the model's family has them and they

@@ -138,6 +138,8 @@ class TilewiseProcessor:
 
     def run(self, attn: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What ``__call__`` does."""
+        if self.patch.step.removed:
+            return self.original(attn, hidden_states, *args, **kwargs)
         if self._fused is not None and self.patch.fused_here(hidden_states):
             out = self._fused(self.original, self._dispatch_fused, attn, hidden_states, *args, **kwargs)
             if out is not None:

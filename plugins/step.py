@@ -25,6 +25,7 @@ from tilewise.plugins.schedule import step_of
 
 Order = tuple[torch.Tensor, torch.Tensor]
 MAX_PLANS = 64
+MAX_EXACT_PLANS = 8  # up to 32 MiB each
 MIN_OWN_TOKENS = 1024  # below, reordering at each call costs more than sparse attention saves
 
 
@@ -37,6 +38,7 @@ class Step:
         layers, selected: the self-attention layers, and the numbers of the blocks that run the method.
         reorders: whether any forward may reorder tokens.
         leave_alone: called with a layer whose processor somebody replaced after the patch, and the reason to report.
+        take_back: called with one that had been left alone and has our processor again.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Step:
         selected: set[int],
         reorders: bool,
         leave_alone: Callable[[AttentionLayer, str], None],
+        take_back: Callable[[AttentionLayer], None] = lambda layer: None,
     ) -> None:
         self.name = name
         self.config = config
@@ -56,6 +59,8 @@ class Step:
         self.selected = selected
         self.reorders = reorders
         self.leave_alone = leave_alone
+        self.take_back = take_back
+        self.removed = False  # whether the patch is off: a processor of it that is still called runs stock
         self.ledger = Ledger()
         self.grid: Grid | None = None  # of the last forward
         self._layout: Layout | None = None  # the token order in force during a forward; None: the model's own
@@ -75,6 +80,8 @@ class Step:
         for layer in self.layers:
             module: Any = layer.module
             if isinstance(module.processor, TilewiseProcessor):
+                if layer.name in self.ledger.skipped_layers:
+                    self.take_back(layer)
                 if getattr(module.processor, "_parallel_config", None) is not None:
                     self._refused = "context parallelism is enabled, and shards the tokens before they can be reordered"
             else:
@@ -126,6 +133,7 @@ class Step:
         key = (layout, device)
         if key not in self._orders:
             _not_while_capturing(self.name, device, layout)
+            _make_room(self._orders, MAX_PLANS)
             self._orders[key] = layout.permutation.to(device), layout.inverse.to(device)
         return self._orders[key]
 
@@ -155,8 +163,7 @@ class Step:
         key = (layout, heads, device)
         if key not in self._plans:
             _not_while_capturing(self.name, device, layout)
-            while len(self._plans) >= MAX_PLANS:  # prompts of ever new lengths bring ever new plans
-                del self._plans[next(iter(self._plans))]
+            _make_room(self._plans, MAX_PLANS)
             self._plans[key] = self.config.method.plan(layout, heads, device)
         return self._plans[key]
 
@@ -176,7 +183,7 @@ class Step:
         if mask is None:
             return [Group(None, None, layout.grid.text)]
         # By where it lies, not by its identity: a compiled model's operators get a new object at each call. The mask is kept with
-        # its entry, so that nothing else comes to lie there.
+        # its entry, so that the allocator puts nothing else there before the forward ends.
         where = (mask.data_ptr(), mask.dtype, tuple(mask.shape), mask.stride())
         if where not in self._masks:
             if capturing(mask.device):
@@ -201,6 +208,7 @@ class Step:
                     f"{self.name}: the plan of {tokens} tokens cannot be made while a CUDA graph is being captured; run the "
                     "denoiser once at this size first"
                 )
+            _make_room(self._exact_plans, MAX_EXACT_PLANS)
             self._exact_plans[key] = exact.exact_plan(tokens, device)
         return self._exact_plans[key]
 
@@ -235,20 +243,23 @@ class Step:
                 reason = _refusal(layout, query, key, dropout_p, is_causal)
                 groups = self._groups(attn_mask, layout, query) if reason is None else reason
                 if not isinstance(groups, str):
+                    if layer.halvings is not None:
+                        there, back = self._order_of(layout, query.device)
+                        parts = [
+                            _part(group, *(x.index_select(1, there) for x in (query, key, value))) for group in groups
+                        ]
+                    else:
+                        parts = [_part(group, query, key, value) for group in groups]
                     plans = [self._plan_of(layout, group, query) for group in groups]
                     try:
-                        # Strides and types are the batch's; only the number of tokens and samples differs from group to group.
-                        chosen = [choose_backend(*_part(group, query, key, value), plan) for group, plan in plans]
+                        chosen = [choose_backend(*part, plan) for part, (_, plan) in zip(parts, plans, strict=True)]
                     except (TypeError, ValueError, RuntimeError) as error:
                         groups = str(error)
                     else:
                         entry = Entry(SPARSE, _mean_density(plans, query), chosen[0].backend, fused=fused)
                         with self.ledger.record(number, entry, query.device):
-                            if layer.halvings is None:
-                                return _attend_groups(plans, chosen, query, key, value, scale)
-                            there, back = self._order_of(layout, query.device)
-                            query, key, value = (x.index_select(1, there) for x in (query, key, value))
-                            return _attend_groups(plans, chosen, query, key, value, scale).index_select(1, back)
+                            out = _attend_groups(plans, parts, chosen, query, scale)
+                            return out if layer.halvings is None else out.index_select(1, back)
                 reason = groups
             if self.config.strict:
                 raise FallbackError(f"strict: {self.name}.{layer.name} cannot run {self.config.method.name}: {reason}")
@@ -262,13 +273,19 @@ class Step:
                 entry = dataclasses.replace(entry, backend=exact.HOPPER.name)
                 with self.ledger.record(number, entry, query.device):
                     return block_sparse_attention(query, key, value, plan, scale=scale, backend=exact.HOPPER.name)
-        if self._layout is not None and attn_mask is not None:
-            attn_mask = _reorder_mask(attn_mask, self._layout, self.order(attn_mask.device))
+        if layer.halvings is None and layout is not None and attn_mask is not None:
+            attn_mask = _reorder_mask(attn_mask, layout, self._order_of(layout, attn_mask.device))
         with self.ledger.record(number, entry, query.device):
             return processor.stock(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
+
+
+def _make_room(kept: dict[Any, Any], most: int) -> None:
+    """Forget the oldest entries: prompts of ever new lengths bring ever new plans and orders."""
+    while len(kept) >= most:
+        del kept[next(iter(kept))]
 
 
 def _not_while_capturing(name: str, device: torch.device, layout: Layout) -> None:
@@ -314,18 +331,17 @@ def _mean_density(plans: list[tuple[Group, BlockPlan]], query: torch.Tensor) -> 
 
 def _attend_groups(
     plans: list[tuple[Group, BlockPlan]],
+    parts: list[QKV],
     chosen: list[Choice],
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
     scale: float | None,
 ) -> torch.Tensor:
     """Each group by its own plan; tokens that a mask hides get 0."""
     if len(plans) == 1 and plans[0][0].tokens is None:
-        return block_sparse_attention(query, key, value, plans[0][1], scale=scale, backend=chosen[0].backend)
+        return block_sparse_attention(*parts[0], plans[0][1], scale=scale, backend=chosen[0].backend)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    for (group, plan), choice in zip(plans, chosen, strict=True):
-        part = block_sparse_attention(*_part(group, query, key, value), plan, scale=scale, backend=choice.backend)
+    for (group, plan), qkv, choice in zip(plans, parts, chosen, strict=True):
+        part = block_sparse_attention(*qkv, plan, scale=scale, backend=choice.backend)
         if group.samples is not None and isinstance(group.tokens, torch.Tensor):
             out[group.samples[:, None], group.tokens[None]] = part
         elif group.samples is not None:

@@ -207,3 +207,37 @@ def test_an_interrupted_run_leaves_the_next_one_right(tiny_pipe):
 
     assert not torch.equal(latents(tiny_pipe, callback_on_step_end=stop), whole)
     assert torch.equal(latents(tiny_pipe), whole)
+
+
+@pytest.mark.parametrize("between", [True, False], ids=["a forward between", "none between"])
+def test_a_processor_that_was_put_away_and_put_back(tiny_pipe, between):
+    """As diffusers' fused projections and some guiders do: everything is as if it had never been away."""
+    tilewise.patch(tiny_pipe, SMALL, steps=(0, 1))
+    patched = latents(tiny_pipe)
+    modules = [block.attn1 for block in tiny_pipe.transformer.blocks]
+    ours = [module.processor for module in modules]
+    for module in modules:
+        module.set_processor(type(module.processor.original)())
+    if between:
+        latents(tiny_pipe)
+    for module, processor in zip(modules, ours, strict=True):
+        module.set_processor(processor)
+    assert torch.equal(latents(tiny_pipe), patched)
+    assert not tilewise.summary(tiny_pipe).skipped_layers
+
+
+def test_a_processor_put_back_after_unpatch_runs_stock_and_can_be_patched_again(tiny_pipe):
+    stock = latents(tiny_pipe)
+    tilewise.patch(tiny_pipe, SMALL, steps=(0, 1))
+    patched = latents(tiny_pipe)
+    modules = [block.attn1 for block in tiny_pipe.transformer.blocks]
+    stale = [module.processor for module in modules]
+    tilewise.unpatch(tiny_pipe)
+    for module, processor in zip(modules, stale, strict=True):
+        module.set_processor(processor)
+    assert torch.equal(latents(tiny_pipe), stock)
+    tilewise.patch(tiny_pipe, SMALL, steps=(0, 1))
+    assert torch.equal(latents(tiny_pipe), patched)
+    assert tilewise.summary(tiny_pipe).calls > 0
+    tilewise.unpatch(tiny_pipe)
+    assert torch.equal(latents(tiny_pipe), stock)

@@ -15,14 +15,16 @@ import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
-from tilewise.plugins.models.forward_arguments import argument, changed, check_size
+from tilewise.plugins.models.base import Size, register_family
+from tilewise.plugins.models.forward_arguments import argument, check_size
+from tilewise.plugins.models.two_streams import TwoStreams
 
 MAX_TEXT = 256  # the pipelines' default length of a prompt
 
 
-class EasyAnimateFamily:
+class EasyAnimateFamily(TwoStreams):
     name = "easyanimate"
+    rope = "rope_embedding"
     classes: tuple[str, ...] = ("EasyAnimateTransformer3DModel",)
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
@@ -38,45 +40,6 @@ class EasyAnimateFamily:
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return argument(args, kwargs, 1, "timestep")
-
-    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
-        config: Any = denoiser.config
-        blocks: Any = denoiser.transformer_blocks
-        heads, head_dim = config.num_attention_heads, config.attention_head_dim
-        return [
-            AttentionLayer(f"transformer_blocks.{i}.attn1", block.attn1, i, heads, head_dim)
-            for i, block in enumerate(blocks)
-        ]
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-
-        def rotary_tables(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-            return tuple(reorder.into(table, 0) for table in output)
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            return changed(args, kwargs, 0, "hidden_states", reorder.into)
-
-        def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
-            return reorder.back(output[0]), output[1]
-
-        return [
-            model.rope_embedding.register_forward_hook(rotary_tables),
-            model.transformer_blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
-            model.transformer_blocks[-1].register_forward_hook(leave),
-        ]
-
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            # EasyAnimateTransformerBlock calls attn1 with keyword arguments alone.
-            rotary = tuple(reorder.back(table, 0) for table in kwargs["image_rotary_emb"])
-            video = reorder.back(kwargs["hidden_states"])
-            return args, {**kwargs, "hidden_states": video, "image_rotary_emb": rotary}
-
-        def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
-            return reorder.into(output[0]), output[1]
-
-        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         config: Any = denoiser.config

@@ -243,13 +243,15 @@ class Step:
                 reason = _refusal(layout, query, key, dropout_p, is_causal)
                 groups = self._groups(attn_mask, layout, query) if reason is None else reason
                 if not isinstance(groups, str):
+                    ordered, back = (query, key, value), None
                     if layer.halvings is not None:
                         there, back = self._order_of(layout, query.device)
-                        parts = [
-                            _part(group, *(x.index_select(1, there) for x in (query, key, value))) for group in groups
-                        ]
-                    else:
-                        parts = [_part(group, query, key, value) for group in groups]
+                        ordered = (
+                            query.index_select(1, there),
+                            key.index_select(1, there),
+                            value.index_select(1, there),
+                        )
+                    parts = [_part(group, *ordered) for group in groups]
                     plans = [self._plan_of(layout, group, query) for group in groups]
                     try:
                         chosen = [choose_backend(*part, plan) for part, (_, plan) in zip(parts, plans, strict=True)]
@@ -259,7 +261,7 @@ class Step:
                         entry = Entry(SPARSE, _mean_density(plans, query), chosen[0].backend, fused=fused)
                         with self.ledger.record(number, entry, query.device):
                             out = _attend_groups(plans, parts, chosen, query, scale)
-                            return out if layer.halvings is None else out.index_select(1, back)
+                            return out if back is None else out.index_select(1, back)
                 reason = groups
             if self.config.strict:
                 raise FallbackError(f"strict: {self.name}.{layer.name} cannot run {self.config.method.name}: {reason}")

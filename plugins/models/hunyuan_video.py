@@ -22,6 +22,7 @@ from torch import nn
 
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.forward_arguments import argument
 from tilewise.plugins.models.sizes import Rule, refuse, wrong_sizes
 
 PROMPT = 256  # max_sequence_length of the pipelines
@@ -77,11 +78,6 @@ class HunyuanVideoFamily:
             text = IMAGE_TOKENS[config.image_condition_type] + IMAGE_PROMPT
         spatial, temporal = vae_factors(pipe, 8)
         return grid_of(denoiser, size, spatial, temporal, text=text, smallest=16)
-
-
-def argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:
-    """An argument of a forward call, however it was given."""
-    return args[position] if len(args) > position else kwargs[name]
 
 
 def patches(denoiser: nn.Module, latent: Any) -> tuple[int, int, int]:

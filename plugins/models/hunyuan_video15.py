@@ -17,7 +17,8 @@ from torch import nn
 
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.models.base import Reorder, Size, register_family
-from tilewise.plugins.models.hunyuan_video import HunyuanVideoFamily, argument, grid_of, patches, vae_factors
+from tilewise.plugins.models.forward_arguments import argument
+from tilewise.plugins.models.hunyuan_video import HunyuanVideoFamily, grid_of, patches, vae_factors
 from tilewise.plugins.processor import TilewiseProcessor
 
 STOCK = "HunyuanVideo15AttnProcessor2_0"

@@ -20,10 +20,10 @@ from torch import nn
 
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.models.base import Reorder, Size, register_family
+from tilewise.plugins.models.forward_arguments import argument
 from tilewise.plugins.models.hunyuan_video import (
     PROMPT,
     HunyuanVideoFamily,
-    argument,
     around_blocks,
     grid_of,
     patches,

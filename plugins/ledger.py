@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 SPARSE, DENSE_STEP, DENSE_LAYER, FALLBACK = "sparse", "dense step", "dense layer", "fallback"
+FULL_PATH = "full path"  # dense on purpose, beside a sparse path through the same layer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ torch.compile never sees this: it runs directly, or inside the operators of ``op
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from tilewise.plugins import exact
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.key_padding import Group, groups_of, visible_keys
-from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP, FALLBACK, SPARSE, Entry, Ledger, capturing
+from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP, FALLBACK, FULL_PATH, SPARSE, Entry, Ledger, capturing
 from tilewise.plugins.models.base import AttentionLayer
 from tilewise.plugins.processor import TilewiseProcessor
 from tilewise.plugins.schedule import step_of
@@ -66,6 +67,7 @@ class Step:
         self._layout: Layout | None = None  # the token order in force during a forward; None: the model's own
         self._runs = False  # whether the method runs at this step
         self._refused: str | None = None  # why it cannot in this forward, although it should
+        self._full_path = False  # whether calls are dense just now, on purpose: see full_path
         self._orders: dict[tuple[Layout | int, torch.device], Order] = {}
         self._plans: dict[tuple[Layout, int, torch.device], BlockPlan] = {}
         self._masks: dict[tuple, tuple[torch.Tensor, list[Group] | str]] = {}  # of this forward
@@ -92,6 +94,15 @@ class Step:
         # do, must find them in the same order.
         usable = self.reorders and self._refused is None
         self._layout = self.config.method.layout(grid) if usable else None
+
+    @contextmanager
+    def full_path(self) -> Iterator[None]:
+        """Attention calls in here are dense on purpose, in whatever order the tokens are: the full path beside a sparse one."""
+        before, self._full_path = self._full_path, True
+        try:
+            yield
+        finally:
+            self._full_path = before
 
     def end(self) -> None:
         """The forward is over: outside one, tokens are in the model's own order."""
@@ -233,7 +244,9 @@ class Step:
         number = processor.number
         layer = self.layers[number]
         layout = _shortened(self._layout, query, key) if layer.halvings is None else self._own_layout(layer)
-        if not self._runs:
+        if self._full_path:
+            entry = Entry(FULL_PATH, fused=fused)
+        elif not self._runs:
             entry = Entry(DENSE_STEP, fused=fused)
         elif layer.block not in self.selected or (layout is None and self._refused is None):
             entry = Entry(DENSE_LAYER, fused=fused)

@@ -21,7 +21,7 @@ class SummaryRow:
 
     denoiser: str
     layers: str  # block numbers, such as "0-29"
-    kind: str  # "sparse", "dense step", "dense layer" or "fallback"
+    kind: str  # "sparse", "dense step", "dense layer", "full path" or "fallback"
     calls: int
     density: float
     backend: str

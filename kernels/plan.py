@@ -42,8 +42,9 @@ class BlockPlan:
         key_codes: (Sk,) ``coords`` with three axes in one integer (kernels/codes.py): the form that kernels read.
         row_codes: (G, 2, Sq) ``intervals`` in the same form.
         guard: the guard bits of both.
-        density: token pairs that the mask keeps ÷ all pairs, in (0, 1]; mean over heads.
-        work: token pairs in listed blocks, at full block size, ÷ all pairs: what a kernel computes. ≥ density.
+        density: token pairs that the mask keeps ÷ all pairs, in (0, 1]; mean over heads. nan where only the device knows it.
+        work: token pairs in listed blocks, at full block size, ÷ all pairs: what a kernel computes. ≥ density, or nan as it is.
+        device_density: () float32, the density of a plan made at a call (kernels/dynamic_plan.py), not yet waited for; or None.
     """
 
     q_start: torch.Tensor
@@ -64,6 +65,7 @@ class BlockPlan:
     key_codes: torch.Tensor | None = None
     row_codes: torch.Tensor | None = None
     guard: int = 0
+    device_density: torch.Tensor | None = None
     _cache: dict = field(default_factory=dict, repr=False)  # what a backend derives from a plan, kept with it
 
     @property

@@ -1,0 +1,49 @@
+"""Triton kernel of ``block_stats``: a program holds one block of one head in registers, so x is read once.
+
+mean = Σ x / n,   var = Σ (x − mean)² / n
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_stats_kernel(
+    x_ptr, start_ptr, rows_ptr, mean_ptr, variance_ptr, stride_b, stride_s, stride_h, H, N,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: (N, B·H). variance_ptr: None if not wanted."""
+    block = tl.program_id(0)
+    batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    first = tl.load(start_ptr + block).to(tl.int64)
+    n = tl.load(rows_ptr + block).to(tl.int32)
+    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)
+    mask = (row < n) & (column < D)[None, :]
+    at = x_ptr + batch * stride_b + head.to(tl.int64) * stride_h + (first + row) * stride_s + column[None, :]
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 0) / n
+    out = ((batch * N + block) * H + head) * D + column
+    tl.store(mean_ptr + out, mean, mask=column < D)
+    if variance_ptr is not None:
+        away = tl.where(mask, x - mean[None, :], 0.0)
+        tl.store(variance_ptr + out, tl.sum(away * away, 0) / n, mask=column < D)
+
+
+def triton_block_stats(
+    x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, variance: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mean and variance, (B, N, H, D) float32; arguments as in ``block_stats``."""
+    B, _, H, D = x.shape
+    N = len(start)
+    mean = x.new_empty((B, N, H, D), dtype=torch.float32)
+    spread = torch.empty_like(mean) if variance else None
+    if mean.numel():
+        with torch.cuda.device_of(x):
+            block_stats_kernel[(N, B * H)](
+                x, start, rows, mean, spread, x.stride(0), x.stride(1), x.stride(2), H, N,
+                D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=128, num_warps=4,
+            )  # fmt: skip
+    return mean, spread

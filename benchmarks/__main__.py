@@ -21,15 +21,17 @@ import triton
 import typer
 
 import tilewise
-from benchmarks import attention, fused, launch, peers, render, results, rows, step
+from benchmarks import attention, families, fused, launch, peers, render, results, rows, step
 
 SECTIONS = {
     "attention": "attention kernels, ours and others'",
     "step": "whole denoiser forwards (GPU)",
+    "families": "denoiser forwards of other families (GPU)",
     "fused": "the fused kernels around attention",
     "launch": "launch configurations of the Triton kernel (GPU)",
 }
 STEP_SECONDS = 4  # a forward takes as long as many kernels: times the seconds of a kernel
+FAMILY_SECONDS = 2  # more rows, and the goals are far apart
 
 
 def device_name(device: torch.device) -> str:
@@ -53,6 +55,9 @@ def work(section: str, device: torch.device, tiny: bool) -> list[tuple[str, Any]
     if section == "step":
         sizes = step.TINY if tiny else step.SIZES if on_gpu else []
         return [(size.name, size) for size in sizes]
+    if section == "families":
+        works = families.TINY if tiny else families.WORKS if on_gpu else []
+        return [(work.name, work) for work in works]
     if section == "fused":
         widths = fused.TINY if tiny else fused.SIZES if on_gpu else []
         return [(f"{size.name}: {op.name}", (size, op)) for size in widths for op in fused.OPERATIONS]
@@ -68,6 +73,8 @@ def measured(section: str, items: list[Any], device: torch.device, seconds: floa
         return attention.run(device, seconds, items, compiled=backend == "inductor")
     if section == "step":
         return step.run(device, seconds * STEP_SECONDS, items, backend)
+    if section == "families":
+        return families.run(device, seconds * FAMILY_SECONDS, items)
     if section == "fused":
         return fused.run(device, seconds, items, backend)
     return launch.run(device, seconds / 2, items)

@@ -3,7 +3,7 @@
 ``python -m benchmarks.render`` rewrites the tables of README.md and docs/*.md: each stands between ``<!-- results FILE -->`` and
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
-    attention implementations step time fused launch missing
+    headline attention implementations step families time fused launch missing
 
 and without any, all of them do.
 """
@@ -99,6 +99,48 @@ def step_table(rows: Rows) -> str:
     return _markdown(lines)
 
 
+def families_table(rows: Rows) -> str:
+    """As ``step_table``; where a window was measured, also what a window that holds everything changes, which is rounding."""
+    head = ["denoiser forward", "layers", "", "density", "ms", "× stock", "× stock, cuDNN", "peak GiB"]
+    lines = [[*head, "difference from stock"]]
+    for row in rows:
+        title = f"{row['name']}, grid {row['grid']}"
+        for number, variant in enumerate(row["variants"]):
+            cells = ["", ""] if number else [title, row["layers"]]
+            cells += [variant["name"], f"{variant['overall_density']:.3f}" if "overall_density" in variant else "1.000"]
+            cells.append(_spread(variant))
+            cells += [f"{variant['over'][n]:.2f}" if n in variant["over"] else "–" for n in ("stock", "stock, cuDNN")]
+            cells.append(f"{variant['peak_gib']:.2f}" if "peak_gib" in variant else "–")
+            error = f"{variant['relative_error']:.1e}" if "relative_error" in variant else ""
+            if "window_changes" in variant:
+                error = f"full window {error or 'not run'}; this one {variant['window_changes']:.1e}"
+            lines.append([*cells, error])
+    return _markdown(lines)
+
+
+def headline_table(rows: Rows) -> str:
+    """Of every denoiser forward, whatever its section: exact and sparse against stock, as they come out of the box."""
+    lines = [["denoiser forward", "layers", "with tilewise", "density", "stock, ms", "ms", "× stock", "× stock, cuDNN"]]
+    for row in rows:
+        variants = row.get("variants", [])
+        stock = next((v for v in variants if v["name"] == "stock"), None)
+        ours = [v for v in variants if v["name"].startswith("tilewise, ")]
+        ours = [v for v in ours if not v["name"].endswith(("not fused", "torch.compile"))]
+        for number, variant in enumerate(ours if stock else []):
+            assert stock is not None
+            cells = [
+                "",
+                "",
+                variant["name"].removeprefix("tilewise, "),
+                f"{variant.get('overall_density', variant['density']):.3f}",
+            ]
+            if not number:
+                cells[:2] = [row["name"], str(row["layers"])]
+            over = [f"{variant['over'][n]:.2f}" if n in variant["over"] else "–" for n in ("stock", "stock, cuDNN")]
+            lines.append([*cells, "" if number else f"{stock['ms']:.0f}", f"{variant['ms']:.0f}", *over])
+    return _markdown(lines) if len(lines) > 1 else ""
+
+
 def time_table(rows: Rows) -> str:
     """Where the GPU time of a forward goes, before and after."""
     groups = list(dict.fromkeys(g for row in rows for t in row["time"].values() for g in t["ms"]))
@@ -154,9 +196,11 @@ def missing_list(rows: Rows) -> str:
 
 # name → (section of the result file, its table); no section: rows of all
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
+    "headline": ("", headline_table),
     "attention": ("attention", attention_table),
     "implementations": ("attention", implementations_table),
     "step": ("step", step_table),
+    "families": ("families", families_table),
     "time": ("step", time_table),
     "fused": ("fused", fused_table),
     "launch": ("launch", launch_table),

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import attention, flex, fused, launch, profiling, render, results, rows, step  # noqa: E402
+from benchmarks import attention, families, flex, fused, launch, profiling, render, results, rows, step  # noqa: E402
 from benchmarks.timing import measure  # noqa: E402
 from tilewise.kernels.layout import Grid  # noqa: E402
 from tilewise.plugins.methods.sta import STA  # noqa: E402
@@ -255,6 +255,46 @@ def test_warming_up_and_compiling_leave_the_model_as_it_was():
         assert all(block._compiled_call_impl is not None for block in model.blocks)
     assert model.blocks is blocks
     assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_every_family_is_measured_and_a_full_window_is_stock(tiny_run):
+    result, *_ = tiny_run
+    found = result["sections"]["families"]
+    assert [row["name"] for row in found] == [work.name for work in families.TINY]
+    for row in found:
+        assert list(row["missing"]) == ["stock, cuDNN"]  # there is none on a CPU
+        stock, dense, sparse = row["variants"]
+        assert (stock["name"], dense["name"]) == ("stock", "tilewise, dense")
+        assert dense["relative_error"] < 1e-5 and sparse["relative_error"] < 1e-5
+        assert sparse["window_changes"] > 1e-2, "the window must matter"
+        assert sparse["density"] < 0.6 and any(kind.startswith("sparse, ") for kind in sparse["calls"])
+        assert sparse["over"]["stock"] == pytest.approx(stock["ms"] / sparse["ms"])
+    text = render.families_table(found)
+    assert text.count("| tiny ") == len(families.TINY) and text.count("full window ") == len(families.TINY)
+
+
+def test_a_family_that_differs_from_stock_is_reported(monkeypatch):
+    work = next(work for work in families.TINY if "LTX" in work.name)
+    model = work.build(CPU, torch.float32)
+    small = families.Work(**{**vars(work), "method": families.tilewise.STA(window=(1, 1, 1), tile=(2, 3, 3))})
+    monkeypatch.setattr(families, "EVERYTHING", (1, 2, 1))
+    row = families.run_work(small, model, CPU, torch.float32, 0.001)
+    assert row["wrong"] == ["tilewise, full window: difference from stock nan"]
+    blocks = model.transformer_blocks
+    with families.first_blocks(model):
+        assert len(model.transformer_blocks) == 1
+    assert model.transformer_blocks is blocks and not families.tilewise.is_patched(model)
+
+
+def test_full_size_rows_are_published_configs():
+    """The widths of the released models, on meta tensors: numbers of parameters of a layer, times all layers."""
+    published = {"Flux.1 4096²": 11.9e9, "SDXL 1024², two samples": 2.57e9, "LTX-Video 161×704×1216": 1.92e9}
+    published["CogVideoX-5B 49×480×720"] = 5.57e9
+    for work in families.WORKS:
+        if work.name in published:
+            with torch.device("meta"):
+                model = getattr(__import__("diffusers"), work.model)(**work.config)
+            assert sum(p.numel() for p in model.parameters()) == pytest.approx(published[work.name], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from tilewise.pipelines.video import read_frames
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -47,3 +50,14 @@ def test_every_example_is_tested():
     tested = Path(__file__).read_text(encoding="utf-8")
     for path in EXAMPLES.glob("*.py"):
         assert path.name in tested
+
+
+def test_draw_methods(tmp_path):
+    """The pictures of the documentation are what the script draws."""
+    command = [sys.executable, "-m", "examples.draw_methods", tmp_path]
+    subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, timeout=100, check=True)
+    drawn = sorted(tmp_path.glob("*.png"))
+    assert len(drawn) >= 4
+    for picture in drawn:
+        kept = EXAMPLES.parent / "docs/images" / picture.name
+        assert (np.asarray(Image.open(picture).convert("RGB")) == np.asarray(Image.open(kept).convert("RGB"))).all()

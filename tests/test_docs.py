@@ -1,0 +1,106 @@
+"""The documentation's Python runs, block after block of a page, and its links lead somewhere.
+
+Pipelines that a page loads from the hub are stood in for: by the tiny Wan pipeline, or by a tiny random denoiser of the
+class that the real one has. A call of theirs is made small, and checked for what the page's lines ask of the real one.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import tiny_wan
+import torch
+
+import tilewise
+from benchmarks import family_inputs
+from tilewise.plugins.methods import base
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)")
+SMALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 4}
+STAND_INS = {
+    "HunyuanVideoPipeline": "HunyuanVideoTransformer3DModel",
+    "LTXPipeline": "LTXVideoTransformer3DModel",
+    "CogVideoXPipeline": "CogVideoXTransformer3DModel",
+    "FluxPipeline": "FluxTransformer2DModel",
+}
+
+
+class StandIn:
+    """What a page may do with a pipeline: move it, patch it, call it. Each call runs the denoiser once."""
+
+    def __init__(self, kind: str) -> None:
+        self.work = next(work for work in family_inputs.TINY if work.model == STAND_INS[kind])
+        self.transformer = self.work.build(torch.device("cpu"), torch.float32)
+
+    def to(self, *where: Any) -> StandIn:
+        return self
+
+    def __call__(self, prompt: str, **arguments: int) -> Any:
+        # The page's size must be one that the real pipeline takes: explain refuses others.
+        call = family_inputs.Call(torch.device("cpu"), torch.float32, self.work.size, self.work.text, self.transformer)
+        with torch.no_grad():
+            self.transformer(**self.work.inputs(call), return_dict=False)
+        return types.SimpleNamespace(frames=[None], images=[None])
+
+
+@pytest.fixture
+def no_downloads(monkeypatch, tmp_path):
+    """Everything from the hub is tiny and random, files are written to a folder that goes away."""
+
+    def wan(*_: Any, **__: Any) -> Any:
+        pipe = tiny_wan.tiny_pipeline()
+        kind = type(pipe)
+
+        def small(self: Any, prompt: str, **arguments: Any) -> Any:
+            return kind.__call__(self, prompt, **{**arguments, **SMALL})
+
+        pipe.__class__ = type(kind.__name__, (kind,), {"__call__": small, "to": lambda self, *_: self})
+        return pipe
+
+    monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", wan)
+    for name in STAND_INS:
+        monkeypatch.setattr(getattr(diffusers, name), "from_pretrained", lambda *_, name=name, **__: StandIn(name))
+    monkeypatch.chdir(tmp_path)
+
+
+def blocks_of(page: Path) -> list[str]:
+    return [block.replace("steps=20", "steps=2") for block in BLOCK.findall(page.read_text())]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
+def test_code_runs(page, no_downloads, monkeypatch, capsys):
+    module = types.ModuleType("docs_" + page.stem.replace("-", "_"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look for their names
+    monkeypatch.setattr(base, "_REGISTRY", {name: base._REGISTRY[name] for name in base.methods()})
+    names = module.__dict__
+    for number, block in enumerate(blocks_of(page)):
+        before = names.get("pipe")
+        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+        pipe = names.get("pipe")
+        if isinstance(pipe, StandIn) and pipe is not before:
+            report = tilewise.summary(pipe)
+            assert report.calls
+            assert not report.fallbacks
+            assert not report.skipped_layers
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"], ids=lambda page: page.stem
+)
+def test_links_lead_somewhere(page):
+    for link in LINK.findall(page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_every_page_is_in_the_index():
+    index = (DOCS / "index.md").read_text()
+    assert {page.name for page in PAGES} - {"index.md"} <= set(LINK.findall(index))

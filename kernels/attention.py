@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, overload
 
 import torch
@@ -110,57 +111,70 @@ def choose_backend(
         TypeError: dtypes that no kernel takes.
         RuntimeError: no backend runs on this device, or the one asked for does not.
     """
-    where = f"block_sparse_attention(q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)})"
+    if error := _wrong(q, k, v, plan):
+        raise type(error)(f"{_where(q, k, v)}: {error}")
+    return _choice(q, k, v, plan, backend)
+
+
+def _where(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    return f"block_sparse_attention(q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)})"
+
+
+def _wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> ValueError | TypeError | None:
+    """The error where no backend takes a call. Runs at every one: makes no text unless there is something wrong."""
     if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:
-        raise ValueError(f"{where}: q must be (B, Sq, H, D), k and v (B, Sk, Hk, D) of one shape")
+        return ValueError("q must be (B, Sq, H, D), k and v (B, Sk, Hk, D) of one shape")
     B, Sq, H, D = q.shape
     if k.shape[0] != B or k.shape[3] != D:
-        raise ValueError(f"{where}: batch size and head dimension of q, k and v must be equal")
+        return ValueError("batch size and head dimension of q, k and v must be equal")
     if k.shape[2] == 0 or H % k.shape[2]:
-        raise ValueError(f"{where}: the {H} query heads must be a multiple of the {k.shape[2]} key heads")
+        return ValueError(f"the {H} query heads must be a multiple of the {k.shape[2]} key heads")
     if not MIN_HEAD_DIM <= D <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"{where}: head dimension must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {D}; run dense instead"
-        )
+        return ValueError(f"head dimension must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {D}; run dense instead")
     if (q.dtype, q.dtype) != (k.dtype, v.dtype) or q.dtype not in DTYPES:
-        raise TypeError(f"{where}: needs one dtype of float16, bfloat16, float32, got {q.dtype}, {k.dtype}, {v.dtype}")
+        return TypeError(f"needs one dtype of float16, bfloat16, float32, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device == plan.device:
-        raise ValueError(
-            f"{where}: q, k, v and the plan must be on one device, got {q.device}, {k.device}, {v.device} and "
+        return ValueError(
+            f"q, k, v and the plan must be on one device, got {q.device}, {k.device}, {v.device} and "
             f"{plan.device}; move the plan with plan.to(q.device)"
         )
     if (plan.q_len, plan.k_len) != (Sq, k.shape[1]):
-        raise ValueError(
-            f"{where}: the plan is for {plan.q_len} queries and {plan.k_len} keys; build one for this grid"
-        )
+        return ValueError(f"the plan is for {plan.q_len} queries and {plan.k_len} keys; build one for this grid")
     if plan.index.shape[0] not in (1, B):
-        raise ValueError(f"{where}: the plan has lists for {plan.index.shape[0]} samples, the batch is {B}")
+        return ValueError(f"the plan has lists for {plan.index.shape[0]} samples, the batch is {B}")
     if plan.head_set is None and plan.sets not in (1, H):
-        raise ValueError(f"{where}: the plan has lists for {plan.sets} heads, q has {H}")
+        return ValueError(f"the plan has lists for {plan.sets} heads, q has {H}")
     if plan.head_set is not None and len(plan.head_set) != H:
-        raise ValueError(f"{where}: the plan's head_set is for {len(plan.head_set)} heads, q has {H}")
+        return ValueError(f"the plan's head_set is for {len(plan.head_set)} heads, q has {H}")
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
-        raise ValueError(
-            f"{where}: the head dimension must be contiguous; call .contiguous() on the tensor that is not"
-        )
+        return ValueError("the head dimension must be contiguous; call .contiguous() on the tensor that is not")
+    return None
 
+
+@cache
+def _absent(candidate: Backend, device: torch.device) -> str | None:
+    """``candidate.missing``, asked once: what a machine has does not change, and asking takes longer than a launch."""
+    return candidate.missing(device)
+
+
+def _choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, backend: str | None) -> Choice:
     known = {candidate.name: candidate for candidate in BACKENDS}
     if backend is not None:
         if backend not in known:
-            raise ValueError(f"{where}: unknown backend {backend!r}; there are {', '.join(known)}")
-        if reason := known[backend].missing(q.device) or known[backend].misfit(q, k, v, plan):
-            raise RuntimeError(f"{where}: backend {backend!r} cannot run this: {reason}")
+            raise ValueError(f"{_where(q, k, v)}: unknown backend {backend!r}; there are {', '.join(known)}")
+        if reason := _absent(known[backend], q.device) or known[backend].misfit(q, k, v, plan):
+            raise RuntimeError(f"{_where(q, k, v)}: backend {backend!r} cannot run this: {reason}")
         return Choice(backend, "asked for")
     passed: list[str] = []  # what would have been preferred here, but does not take this call
     absent: list[str] = []
     for candidate in BACKENDS:
-        if reason := candidate.missing(q.device):
+        if reason := _absent(candidate, q.device):
             absent.append(f"{candidate.name}: {reason}")
         elif reason := candidate.misfit(q, k, v, plan):
             passed.append(f"{candidate.name} does not take this: {reason}")
         else:
             return Choice(candidate.name, "; ".join([candidate.about, *passed]))
-    raise RuntimeError(f"{where}: no backend runs here. " + "; ".join(absent))
+    raise RuntimeError(f"{_where(q, k, v)}: no backend runs here. " + "; ".join(absent))
 
 
 @overload
@@ -171,7 +185,7 @@ def block_sparse_attention(
     plan: BlockPlan,
     *,
     scale: float | None = None,
-    backend: str | None = None,
+    backend: str | Choice | None = None,
     return_lse: Literal[False] = False,
 ) -> torch.Tensor: ...
 
@@ -184,7 +198,7 @@ def block_sparse_attention(
     plan: BlockPlan,
     *,
     scale: float | None = None,
-    backend: str | None = None,
+    backend: str | Choice | None = None,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -196,7 +210,7 @@ def block_sparse_attention(
     plan: BlockPlan,
     *,
     scale: float | None = None,
-    backend: str | None = None,
+    backend: str | Choice | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale · q kᵀ) v over the key blocks that ``plan`` lists for each query block.
@@ -206,7 +220,8 @@ def block_sparse_attention(
         k, v: (B, Sk, Hk, D), Hk dividing H (grouped-query attention).
         plan: on the same device; see ``BlockPlan``.
         scale: default 1/√D.
-        backend: "gluon", "fa4", "triton" or "torch"; None: the best that runs here and takes this call.
+        backend: "gluon", "fa4", "triton" or "torch"; None: the best that runs here and takes this call. Or what
+            ``choose_backend`` said of these very tensors and plan: then they are not checked a second time.
         return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, Sq) float32, which lets partial
             results over disjoint keys be merged exactly.
 
@@ -216,18 +231,28 @@ def block_sparse_attention(
     Raises:
         ValueError, TypeError, RuntimeError: see ``choose_backend``.
     """
-    choice = choose_backend(q, k, v, plan, backend)
+    choice = backend if isinstance(backend, Choice) else choose_backend(q, k, v, plan, backend)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if choice.backend == "torch":
         out, lse = torch_forward(q, k, v, plan, scale)
     elif choice.backend == "fa4":
         out, lse = fa4_forward(q, k, v, plan, scale)
+    elif _plain(q, k, v):
+        out, lse = _run_own(q, k, v, plan, scale, choice.backend)
     else:
         out, lse = block_sparse_op(
             q, k, v, plan.q_start, plan.q_rows, plan.k_start, plan.k_rows, plan.index, plan.key_start, plan.ends,
             plan.head_set, plan.key_codes, plan.row_codes, plan.guard, plan.block, scale, choice.backend,
         )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether a kernel can be launched straight away, which saves the host an operator's way through PyTorch's dispatcher: no
+    graph is being made, no gradient recorded, and the tensors are plain ones."""
+    if torch.compiler.is_compiling() or not type(q) is type(k) is type(v) is torch.Tensor:
+        return False
+    return not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
 
 
 @torch.library.custom_op("tilewise::block_sparse_attention", mutates_args=(), device_types=("cpu", "cuda"))
@@ -256,6 +281,13 @@ def block_sparse_op(
         block=block, q_len=q.shape[1], k_len=k.shape[1], density=math.nan, work=math.nan,
         head_set=head_set, key_codes=key_codes, row_codes=row_codes, guard=guard,
     )  # fmt: skip
+    return _run_own(q, k, v, plan, scale, backend)
+
+
+def _run_own(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp by one of our kernels, or what stands for it on a CPU."""
     if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return torch_forward(q, k, v, plan, scale)
     # Imported here: where Triton is missing, nothing gets here.

@@ -347,11 +347,13 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x if side_by_side and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
+SHARED_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
 def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """(B, S, H, D) as a matrix of B·S rows, read in pieces of ``rows`` × D."""
     B, S, H, D = x.shape
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(x, [B * S, H * D], [x.stride(1), 1], [rows, D], layout)
+    return TensorDescriptor(x, [B * S, H * D], [x.stride(1), 1], [rows, D], SHARED_LAYOUT)
 
 
 def launch_config(head_dim: int) -> dict[str, int]:

@@ -287,20 +287,14 @@ class TestAheadOfTime:
 
     @pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 96)])
     def test_add_skipped(self, dtype, head_dim, capability, tmp_path):
-        from tilewise.kernels.triton_skipped import add_skipped_kernel, launch_width
+        from tilewise.kernels.triton_skipped import add_skipped_kernel, launch_config
 
         types = dict.fromkeys(["q_ptr", "seen_ptr", "key_ptr", "value_ptr", "out_ptr"], f"*{dtype}")
         types |= {"lse_ptr": "*fp32", "bias_ptr": "*fp32", "start_ptr": "*i32", "rows_ptr": "*i32"}
         types |= {"scale_log2": "fp32", "log2e": "fp32"}
         width = 128 if head_dim > 64 else 64
-        constants = {
-            "D": head_dim,
-            "BLOCK_D": width,
-            "BLOCK_M": 128,
-            "BLOCK_N": launch_width(head_dim, 2),
-            "PRECISION": "tf32",
-        }
-        kernel = compiled(add_skipped_kernel, capability, constants, types, 8 if head_dim > 64 else 4)
+        constants = {"D": head_dim, "BLOCK_D": width, "BLOCK_M": 128, "BLOCK_N": 32, "PRECISION": "tf32"}
+        kernel = compiled(add_skipped_kernel, capability, constants, types, launch_config(head_dim, 2)["num_warps"])
         self.check(kernel, capability, tmp_path)
 
 
@@ -313,7 +307,9 @@ def test_on_a_gpu(layout):
     device, N, B, H, D = torch.device("cuda"), layout.blocks, 2, 4, 128
     q, k, v = (random(B, layout.grid.tokens, H, D, seed=seed).to(device, torch.bfloat16) for seed in range(3))
     k[:, :, 1] *= 3
-    start, rows, is_text = block_table(layout, k.device)  # made once a layout: the one time that the device is waited for
+    start, rows, is_text = block_table(
+        layout, k.device
+    )  # made once a layout: the one time that the device is waited for
     stats = block_stats(k, start, rows, variance=True)
     want = block_stats_reference(k.double(), start, rows, True)
     torch.testing.assert_close(stats.mean.double(), want.mean, rtol=1e-5, atol=1e-5)

@@ -75,6 +75,7 @@ def triton_add_skipped(
     merged = torch.empty((B, S, H, D), dtype=out.dtype, device=out.device)
     if out.stride(3) != 1:
         out = out.contiguous()
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
     if merged.numel():
         with torch.cuda.device_of(q):
             add_skipped_kernel[(N, B * H)](
@@ -82,13 +83,14 @@ def triton_add_skipped(
                 q.stride(0), q.stride(1), q.stride(2), out.stride(0), out.stride(1), out.stride(2),
                 S, H, N, H // Hk, scale * LOG2E, LOG2E,
                 D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_M=128, BLOCK_N=32,
-                PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **launch_config(D, q.dtype.itemsize),
+                PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **launch_config(D, q.element_size(), hopper),
             )  # fmt: skip
     return merged
 
 
-def launch_config(head_dim: int, itemsize: int) -> dict[str, int]:
+def launch_config(head_dim: int, itemsize: int, hopper: bool) -> dict[str, int]:
     """Warps and pipeline stages. 32 summary rows at a time and few warps win: 4.0 ms at 115,200 tokens and 24 heads × 128 on an
-    H200, where 64 rows and 8 warps take 5.1. Wide heads need the registers of 8."""
-    wide = head_dim * itemsize > 256
+    H200, where 64 rows and 8 warps take 5.1. Before Hopper, whose products read the queries from shared memory, heads wider
+    than 64 need the registers of 8 warps; and so do wide rows everywhere."""
+    wide = head_dim * itemsize > (256 if hopper else 128)
     return {"num_warps": 8 if wide else 4, "num_stages": 2 if wide else 3}

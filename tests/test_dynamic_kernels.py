@@ -294,7 +294,8 @@ class TestAheadOfTime:
         types |= {"scale_log2": "fp32", "log2e": "fp32"}
         width = 128 if head_dim > 64 else 64
         constants = {"D": head_dim, "BLOCK_D": width, "BLOCK_M": 128, "BLOCK_N": 32, "PRECISION": "tf32"}
-        kernel = compiled(add_skipped_kernel, capability, constants, types, launch_config(head_dim, 2)["num_warps"])
+        warps = launch_config(head_dim, 2, hopper=capability >= 90)["num_warps"]
+        kernel = compiled(add_skipped_kernel, capability, constants, types, warps)
         self.check(kernel, capability, tmp_path)
 
 

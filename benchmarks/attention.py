@@ -17,6 +17,7 @@ from benchmarks import flex, peers
 from benchmarks.rows import Row, visible
 from benchmarks.timing import measure
 from tilewise.kernels.attention import available_backends, block_sparse_attention, choose_backend
+from tilewise.kernels.attention_8bit import VALUES, block_sparse_attention_8bit
 from tilewise.kernels.layout import Layout
 from tilewise.kernels.plan import BlockPlan
 from tilewise.kernels.reference import masked_attention
@@ -103,6 +104,14 @@ def run_row(
             )
         elif device.type == "cuda" and name != "torch":
             missing[name] = why
+    # Quantisation is part of the call.
+    for precision in VALUES if device.type == "cuda" else ():
+        attempt(
+            precision,
+            "8-bit",
+            lambda precision=precision: lambda: block_sparse_attention_8bit(q, k, v, plan, precision=precision),  # type: ignore[misc]
+            in_tiles,
+        )
     for order in row.flex:
         _flex(row, layout, order, attempt, q, k, v, compiled)
 
@@ -184,12 +193,16 @@ def _with_permutes(
 
 
 def _compare(results: list[dict[str, Any]], density: float) -> None:
-    """× over each dense peer and the fraction of the ideal, for what is not dense itself."""
+    """× over each dense peer and the fraction of the ideal, for what is not dense itself; for 8 bits also × over ours in 16."""
     dense = {r["name"]: r["ms"] for r in results if r["kind"] == "dense"}
     for r in results:
         if r["kind"] != "dense" and dense:
             r["over"] = {name: ms / r["ms"] for name, ms in dense.items()}
             r["of_ideal"] = min(dense.values()) * density / r["ms"]
+    ours = {r["name"]: r["ms"] for r in results if r["kind"] == "ours"}
+    for r in results:
+        if r["kind"] == "8-bit":
+            r["over"] = {**r.get("over", {}), **{name: ms / r["ms"] for name, ms in ours.items()}}
 
 
 def run(device: torch.device, seconds: float, rows: list[Row], compiled: bool = True) -> Iterator[dict[str, Any]]:

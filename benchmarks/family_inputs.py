@@ -217,7 +217,10 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-TINY_SDXL = {
+TINY_SDXL = {  # attention at the first level: smaller maps than 64 × 64 stay dense
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
     "block_out_channels": (16, 32, 64),
     "transformer_layers_per_block": (1, 1, 1),
     "attention_head_dim": (1, 2, 4),

@@ -25,6 +25,10 @@ from tilewise.plugins.summary import Summary, summary
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called as progress(phase, done, total): phase is "encode", "denoise" or "decode", done and total count its steps."""
 
+Preview: TypeAlias = Callable[[int, int, torch.Tensor], None]
+"""Called as preview(done, total, latents) after each denoising step, with the latents as the pipeline holds them: on its device,
+not to be written to. A GPU has not computed them yet; whoever reads them waits."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
@@ -43,11 +47,13 @@ class Clip:
     content: dict[str, bool | None] | None = None
 
 
-def generate(pipe: Any, settings: GenerateSettings, progress: Progress | None = None) -> Clip:
+def generate(
+    pipe: Any, settings: GenerateSettings, progress: Progress | None = None, *, preview: Preview | None = None
+) -> Clip:
     """Runs a text-to-video pipeline with the method of `settings`, and takes the method out again.
 
     Method "dense" runs the stock pipeline without any patch. Whatever happens, KeyboardInterrupt included, the pipeline
-    is usable and unpatched afterwards.
+    is usable and unpatched afterwards; `stopping.stoppable` stops it from another thread.
 
     Raises ConfigError if the pipeline is already patched (which method was meant?), UnsupportedModelError for a
     pipeline that needs more than text, OutputError if the model's output is not a picture (NaN).
@@ -55,10 +61,10 @@ def generate(pipe: Any, settings: GenerateSettings, progress: Progress | None = 
     refuse_patched(pipe)
     report = None
     if settings.is_dense:
-        output, seconds = run(pipe, settings, progress)
+        output, seconds = run(pipe, settings, progress, preview=preview)
     else:
         with patched(pipe, settings.method):
-            output, seconds = run(pipe, settings, progress)
+            output, seconds = run(pipe, settings, progress, preview=preview)
             report = summary(pipe)
     try:
         frames = to_uint8(output)
@@ -74,7 +80,12 @@ def refuse_patched(pipe: Any) -> None:
 
 
 def run(
-    pipe: Any, settings: GenerateSettings, progress: Progress | None = None, *, decode: bool = True
+    pipe: Any,
+    settings: GenerateSettings,
+    progress: Progress | None = None,
+    *,
+    decode: bool = True,
+    preview: Preview | None = None,
 ) -> tuple[Any, dict[str, float]]:
     """Calls the pipeline as it is; returns the first clip, (T, H, W, 3) in 0..1 or latents, and seconds by phase."""
     tell = progress or (lambda phase, done, total: None)
@@ -89,6 +100,8 @@ def run(
     def step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         total = pipe.num_timesteps
         tell("denoise", step + 1, total)
+        if preview is not None:
+            preview(step + 1, total, tensors["latents"])
         if step + 1 == total:
             clock.enter("decode")
             tell("decode", 0, 1)

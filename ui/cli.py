@@ -13,6 +13,7 @@ import typer
 
 from tilewise import __version__
 from tilewise.ui.failing import exit_codes, run_app
+from tilewise.ui.web.command import ui
 
 app = typer.Typer(
     name="tilewise",
@@ -32,6 +33,12 @@ SWEEP_HELP = "Make every clip with each value: method=dense,sta or window=3,3,3;
 RETRY_HELP = "Out of GPU memory: try again with VAE tiling, then with offloading too."
 WARM_UP_HELP = "Run a step and throw it away before a method and size is timed."
 NATIVE = "Default: the model's own."
+PLOT_HELP = "Also draw it: a .png, .svg or .pdf. A method that chooses by the content runs the model for four steps."
+HIGHRES_HELP = "Past the model's size: a clip at its own size first, then --height and --width from that."
+STRENGTH_HELP = "--highres: share of the steps that run at the target, in (0, 1]."
+REFRESH_HELP = "--highres: the full path runs every so many steps."
+GLOBAL_PATH_HELP = "--highres: what guides the window: dense, pooled or none."
+UPSCALE_HELP = "--highres: bicubic, bilinear, lanczos or latent."
 
 
 def _version(wanted: bool) -> None:
@@ -78,10 +85,18 @@ def generate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP, show_default="auto")] = None,
+    highres: Annotated[bool, typer.Option("--highres", help=HIGHRES_HELP)] = False,
+    strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP, show_default="0.7")] = None,
+    refresh: Annotated[int | None, typer.Option(help=REFRESH_HELP, show_default="2")] = None,
+    global_path: Annotated[str | None, typer.Option(help=GLOBAL_PATH_HELP, show_default="dense")] = None,
+    upscale: Annotated[str | None, typer.Option(help=UPSCALE_HELP, show_default="bicubic")] = None,
+    native: Annotated[str | None, typer.Option(help=f"--highres: size of the first stage, HxW. {NATIVE}")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="--highres: memory to stay within, such as 24GB.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
     """Make a clip (mp4) from a prompt, or again from a clip."""
     from tilewise.ui.generating import Request, dry_run_request, generate_request
+    from tilewise.ui.options import highres_options
 
     wishes = {
         "height": height,
@@ -92,7 +107,16 @@ def generate(
         "negative": negative,
         "seed": seed,
     }
-    request = Request(prompt, model, method, window, density, wishes, out, compare, device, dtype, source)
+    stages = {
+        "strength": strength,
+        "refresh": refresh,
+        "global_path": global_path,
+        "upscale": upscale,
+        "native": native,
+        "max_memory": max_memory,
+    }
+    second = highres_options(highres, stages)
+    request = Request(prompt, model, method, window, density, wishes, out, compare, device, dtype, source, second)
     (dry_run_request if dry_run else generate_request)(request)
 
 
@@ -173,11 +197,12 @@ def explain(
     frames: Annotated[int | None, typer.Option(help=f"Frames of the clip. {NATIVE}")] = None,
     steps: Annotated[int | None, typer.Option(help=f"Denoising steps. {NATIVE}")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help=PLOT_HELP, show_default=False)] = None,
 ) -> None:
     """Say what a method would do: grid, tiles, window, density, what stays dense and why. Runs no weights."""
     from tilewise.ui.explaining import explain_command
 
-    explain_command(model, method, window, density, height, width, frames, steps, as_json=as_json)
+    explain_command(model, method, window, density, height, width, frames, steps, as_json=as_json, picture=plot)
 
 
 @app.command()
@@ -187,6 +212,9 @@ def env() -> None:
     from tilewise.ui.environment import environment_command
 
     environment_command()
+
+
+app.command()(ui)
 
 
 def main() -> None:

@@ -12,26 +12,38 @@ from typing import TYPE_CHECKING, Any
 # Names are imported when they are first asked for (PEP 562): they bring in torch, which takes seconds, and neither --help
 # nor the version needs it. Type checkers read the imports below; a test holds the two lists together.
 if TYPE_CHECKING:
+    from tilewise.pipelines.highres import highres
     from tilewise.plugins.config import Config, load_config, presets, resolve, save_config
     from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
     from tilewise.plugins.explain import explain
     from tilewise.plugins.methods.base import Method, methods, register
     from tilewise.plugins.methods.dense import Dense
+    from tilewise.plugins.methods.draft import Draft
+    from tilewise.plugins.methods.inward import Inward
+    from tilewise.plugins.methods.neighborhood import Neighborhood
     from tilewise.plugins.methods.sta import STA
+    from tilewise.plugins.methods.xattention import XAttention
     from tilewise.plugins.models.base import register_family, supported_models
     from tilewise.plugins.patching import is_patched, patch, patched, unpatch
     from tilewise.plugins.summary import summary
+    from tilewise.plugins.two_paths import two_paths
+    from tilewise.plugins.watch import watch
 
 __all__ = [
     "STA",
     "Config",
     "ConfigError",
     "Dense",
+    "Draft",
     "FallbackError",
+    "Inward",
     "Method",
+    "Neighborhood",
     "TilewiseError",
     "UnsupportedModelError",
+    "XAttention",
     "explain",
+    "highres",
     "is_patched",
     "load_config",
     "methods",
@@ -44,7 +56,9 @@ __all__ = [
     "save_config",
     "summary",
     "supported_models",
+    "two_paths",
     "unpatch",
+    "watch",
 ]
 
 _NAMES_BY_MODULE = {
@@ -53,12 +67,19 @@ _NAMES_BY_MODULE = {
     "explain": ("explain",),
     "methods.base": ("Method", "methods", "register"),
     "methods.dense": ("Dense",),
+    "methods.draft": ("Draft",),
+    "methods.inward": ("Inward",),
+    "methods.neighborhood": ("Neighborhood",),
     "methods.sta": ("STA",),
+    "methods.xattention": ("XAttention",),
     "models.base": ("register_family", "supported_models"),
     "patching": ("is_patched", "patch", "patched", "unpatch"),
     "summary": ("summary",),
+    "two_paths": ("two_paths",),
+    "watch": ("watch",),
 }
 _MODULES = {name: f"tilewise.plugins.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
+_MODULES["highres"] = "tilewise.pipelines.highres"
 
 try:
     __version__ = metadata.version("tilewise")

@@ -1,0 +1,144 @@
+"""How much memory a clip will take, before anything is loaded.
+
+    peak = weights + max(one denoiser forward, one decode)
+
+Weights are counted. The decode is run on the meta device, where tensors have sizes and no content, and its live tensors are
+added up: exact but for a convolution's scratch memory. A denoiser forward takes about
+
+    tokens × (7 d + 1.6 f) × bytes an element        d: heads × head dim, f: the widest layer
+
+of activations, fitted to stock Wan forwards on an H200: 1.3B at 480×832×81 (1.55 GiB) and 10 layers of 14B at 720×1280×81
+(8.2 GiB). It is rough for other families.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tilewise.pipelines.settings import GenerateSettings
+from tilewise.plugins.explain import Explanation
+from tilewise.plugins.models.base import family_of
+from tilewise.plugins.patching import denoisers_of
+
+OF_WIDTH, OF_WIDEST = 7.0, 1.6
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes. denoise, decode: beyond the weights; decode is None where it cannot be told. notes: what is not counted."""
+
+    weights: int
+    denoise: int
+    decode: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        return self.weights + max(self.denoise, self.decode or 0)
+
+
+def estimate_memory(
+    skeleton: Any, settings: GenerateSettings, explanation: Explanation, dtype: torch.dtype
+) -> MemoryEstimate:
+    """For one clip, all parts of the pipeline on the device. skeleton: from `load_skeleton`. dtype: of all but the VAE."""
+    notes = []
+    weights = 0
+    for name, part in skeleton.components.items():
+        if isinstance(part, nn.Module):
+            size = 4 if name == "vae" else dtype.itemsize
+            weights += sum(weight.numel() for weight in part.parameters()) * size
+        elif part is None and name.startswith(("text_encoder", "image_encoder")):
+            folder = Path(str(skeleton.config.get("_name_or_path") or "")) / name
+            numbers = _numbers_in(folder)
+            weights += (numbers or 0) * dtype.itemsize
+            if numbers is None:
+                notes.append(f"{name} is not counted: its files are not here")
+    decode = None
+    try:
+        decode = _decode_bytes(skeleton, settings.height, settings.width, settings.frames)
+    except (
+        Exception
+    ) as error:  # a VAE that cannot run without weights, or of another kind: the rest is still worth telling
+        notes.append(
+            f"the decode is not counted: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
+        )
+    return MemoryEstimate(weights, _denoise_bytes(skeleton, explanation, dtype), decode, tuple(notes))
+
+
+def _denoise_bytes(skeleton: Any, explanation: Explanation, dtype: torch.dtype) -> int:
+    tokens = max(row.tokens for row in explanation.rows)
+    most = 0.0
+    for denoiser in denoisers_of(skeleton).values():
+        family = family_of(denoiser)
+        assert family is not None
+        width = max((layer.heads * layer.head_dim for layer in family.layers(denoiser)), default=0)
+        widest = max((m.out_features for m in denoiser.modules() if isinstance(m, nn.Linear)), default=width)
+        most = max(most, OF_WIDTH * width + OF_WIDEST * widest)
+    return int(tokens * most * dtype.itemsize)
+
+
+@lru_cache(maxsize=64)
+def _decode_bytes(skeleton: Any, height: int, width: int, frames: int) -> int:
+    """Peak of the live tensors of `vae.decode` for a clip of this size, on the meta device."""
+    vae = skeleton.vae
+    if next(vae.parameters()).device.type != "meta":
+        raise ValueError("the VAE has weights; only a skeleton's can be run without work")
+    channels = int(getattr(vae.config, "z_dim", None) or vae.config.latent_channels)
+    spatial = int(getattr(skeleton, "vae_scale_factor_spatial", None) or skeleton.vae_scale_factor)
+    temporal = int(getattr(skeleton, "vae_scale_factor_temporal", None) or 1)
+    small = (height // spatial, width // spatial)
+    video = any(isinstance(module, nn.Conv3d) for module in vae.modules())
+    shape = (1, channels, (frames - 1) // temporal + 1, *small) if video else (frames, channels, *small)
+    latents = torch.empty(shape, device="meta")
+    with torch.no_grad(), _LiveTensors() as live:
+        vae.decode(latents, return_dict=False)
+    return live.peak
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Adds up the storages that operations make, until they are freed. peak: the most bytes alive at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self._sizes:
+                    self._sizes[key] = storage.nbytes()
+                    self.now += self._sizes[key]
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._freed, key)
+        return out
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+
+def _numbers_in(folder: Path) -> int | None:
+    """How many numbers the safetensors files of a folder hold, by their headers; None if there is no such file."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return None
+    total = 0
+    for file in files:
+        with safe_open(file, framework="np") as content:
+            for name in content.keys():  # noqa: SIM118 - no dictionary: it cannot be iterated
+                total += torch.Size(content.get_slice(name).get_shape()).numel()
+    return total

@@ -1,0 +1,130 @@
+"""The clips of this machine, from the manifests in the output folder, and their settings for the controls again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from tilewise.pipelines.manifest import Line, ManifestError, clip_path, read_manifest
+from tilewise.pipelines.manifest_comparison import method_name
+from tilewise.pipelines.settings import GenerateSettings
+from tilewise.plugins.errors import ConfigError
+from tilewise.ui.web import media
+from tilewise.ui.web.controls import Controls
+from tilewise.ui.web.sentences import complaint, log_unexpected
+from tilewise.ui.web.wishes import FIELDS, settings_from_json, values_of
+
+MOST = 60  # clips that the list shows, the latest first
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """One clip of a manifest."""
+
+    name: str  # folder and key: what the page calls it by
+    path: Path
+    line: Line
+
+    @property
+    def label(self) -> str:
+        started = str(self.line["run"].get("started", ""))[:16].replace("T", " ")
+        prompt = str(self.line["prompt"])
+        words = prompt if len(prompt) <= 60 else prompt[:59] + "…"
+        size = f"{self.line['frames']}×{self.line['height']}×{self.line['width']}"
+        return f"{started} · {words} · {self.line['method']['method']['name']} · {size} · seed {self.line['seed']}"
+
+
+def past_clips(outputs: Path, most: int = MOST) -> tuple[list[Past], list[str]]:
+    """The latest clips whose files are there, and what could not be read."""
+    folders = [outputs, *sorted(path for path in outputs.iterdir() if path.is_dir())] if outputs.is_dir() else []
+    found, problems = [], []
+    for folder in folders:
+        try:
+            lines = read_manifest(folder)
+        except ManifestError as error:
+            problems.append(str(error))
+            continue
+        for key, line in lines.items():
+            path = clip_path(folder, line)
+            if line["status"] == "done" and path is not None and path.is_file():
+                found.append(Past(f"{folder.name}/{key}", path, line))
+    found.sort(key=lambda past: str(past.line["run"].get("started", "")), reverse=True)
+    return found[:most], problems
+
+
+class HistoryTab:
+    """Built inside a gr.Tab, which brings the list up to date when it is opened."""
+
+    def __init__(self, controls: Controls, outputs: Path, tab: gr.Tab) -> None:
+        self.controls, self.outputs = controls, outputs
+        with gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                clips = gr.Radio([], label="Clips made on this machine, the latest first", elem_id="history")
+                fresh = gr.Button("Look again", elem_id="history-fresh")
+            with gr.Column(scale=2, min_width=260):
+                shown = gr.HTML(elem_id="history-clip")
+                again = gr.Button("Use these settings again", variant="primary", elem_id="use-again")
+        with gr.Accordion("Or settings as JSON", open=False):
+            text = gr.Textbox(label="Settings, as the page shows them under a clip", lines=6, elem_id="paste-settings")
+            paste = gr.Button("Use these settings", elem_id="use-pasted")
+        words = gr.HTML(elem_id="history-words")
+        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        gr.on([tab.select, fresh.click], self.look, None, [clips, words], **quiet)
+        clips.change(self.show, [clips], [shown], **quiet)
+        again.click(self.use, [clips], [words, *controls.inputs], **quiet)
+        paste.click(self.use_pasted, [text], [words, *controls.inputs], **quiet)
+
+    def look(self) -> list[Any]:
+        found, problems = past_clips(self.outputs)
+        told = problems or ([] if found else ["there are no clips yet"])
+        return [
+            gr.update(choices=[(past.label, past.name) for past in found]),
+            "".join(f"<p>{escape(t)}</p>" for t in told),
+        ]
+
+    def show(self, name: str | None) -> str:
+        try:
+            past = self._find(name)
+        except ConfigError:
+            return ""
+        run = past.line["run"]
+        rows = [
+            ("prompt", escape(str(past.line["prompt"])[:500])),
+            ("method", escape(method_name(past.line))),
+            ("density", media.bar(run["density"], f"{run['density']:.3f}")),
+            ("seconds", f"{run['seconds']['total']:.2f}"),
+            ("device", escape(f"{run['device_name']}, {run['dtype']}")),
+        ]
+        player = media.video(past.path, str(past.line["prompt"]), version=str(past.line["sha256"])[:12])
+        return f'<div class="tw-result">{player}<div>{media.table(rows)}{media.download(past.path)}</div></div>'
+
+    def use(self, name: str | None) -> list[Any]:
+        try:
+            line = self._find(name).line
+            names = {field.name for field in dataclasses.fields(GenerateSettings)}
+            return self._filled(json.dumps({k: v for k, v in line.items() if k in names}))
+        except Exception as error:
+            log_unexpected(error)
+            return [complaint(error), *[gr.skip()] * len(FIELDS)]
+
+    def use_pasted(self, text: str) -> list[Any]:
+        try:
+            return self._filled(text or "")
+        except Exception as error:
+            log_unexpected(error)
+            return [complaint(error), *[gr.skip()] * len(FIELDS)]
+
+    def _filled(self, text: str) -> list[Any]:
+        values = values_of(settings_from_json(text, self.controls.models))
+        return ['<div class="tw-status" role="status">the controls are set</div>', *(values[name] for name in FIELDS)]
+
+    def _find(self, name: str | None) -> Past:
+        for past in past_clips(self.outputs)[0]:
+            if past.name == name:
+                return past
+        raise ConfigError("choose a clip of the list first")

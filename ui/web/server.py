@@ -1,0 +1,136 @@
+"""Serving the page: what is reachable, what is not, and what browsers are told about it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tilewise.pipelines.errors import SetupError
+from tilewise.ui.web.desk import Desk
+from tilewise.ui.web.models import Models
+from tilewise.ui.web.safety import Address, Limits, check_outputs
+
+# Nothing is fetched from elsewhere, nothing is sent elsewhere, and no other site may show the page in a frame.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
+    "worker-src 'self' blob:; object-src 'none'; frame-ancestors 'none'; form-action 'self'"
+)
+UPLOAD = "2mb"
+
+
+class Headers:
+    """ASGI middleware: the policy on every answer. On a local address, requests for another host's name are refused: a web
+    site whose name was pointed at this machine would otherwise be the same origin as the page."""
+
+    def __init__(self, app: Any, local: bool) -> None:
+        self.app, self.local = app, local
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if self.local:
+            name = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            if name.rsplit(":", 1)[0] not in ("127.0.0.1", "localhost", "[::1]") and not name.startswith("127."):
+                await send(
+                    {"type": "http.response.start", "status": 421, "headers": [(b"content-type", b"text/plain")]}
+                )
+                await send({"type": "http.response.body", "body": b"this page is for its own machine only"})
+                return
+
+        async def told(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                more = [
+                    (b"content-security-policy", POLICY.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+                message = {**message, "headers": [*message["headers"], *more]}
+            await send(message)
+
+        await self.app(scope, receive, told)
+
+
+@contextlib.contextmanager
+def serving(
+    model_names: Sequence[str],
+    outputs: Path,
+    address: Address,
+    limits: Limits,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Iterator[str]:
+    """Serves the page while the block runs; gives its URL. Work under way is cancelled at the end.
+
+    Raises ConfigError and SetupError before anything listens, for what cannot be: models, outputs, device.
+    """
+    folder = check_outputs(outputs)
+    with tempfile.TemporaryDirectory(prefix="tilewise-ui-") as private, _environment(private):
+        models = Models(model_names, device, dtype)
+        from tilewise.ui.web.page import CSS, SCRIPT, build_page, theme
+
+        desk = Desk(limits.waiting)
+        page = build_page(models, limits, desk, folder)
+        page.queue(max_size=None, default_concurrency_limit=None, api_open=False)
+        from starlette.middleware import Middleware
+
+        try:
+            _, url, _ = _launched(
+                page,
+                server_name=address.host,
+                server_port=address.port or None,
+                auth=address.auth,
+                share=False,
+                allowed_paths=[str(folder)],
+                max_file_size=UPLOAD,
+                show_error=False,
+                footer_links=["settings"],
+                enable_monitoring=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                quiet=True,
+                inbrowser=False,
+                prevent_thread_lock=True,
+                theme=theme(),
+                css=CSS,
+                head=SCRIPT,
+                app_kwargs={"middleware": [Middleware(Headers, local=address.is_local)]},
+            )
+            yield url
+        finally:
+            desk.close()
+            page.close(verbose=False)
+            models.unload()
+
+
+def _launched(page: Any, **options: Any) -> tuple[Any, str, str]:
+    try:
+        return page.launch(**options)
+    except OSError as error:
+        where = f"{options['server_name']}, port {options['server_port'] or 'any'}"
+        raise SetupError(
+            f"the page cannot listen on {where}: {error}; try another --port (0: any that is free)"
+        ) from error
+
+
+@contextlib.contextmanager
+def _environment(private: str) -> Iterator[None]:
+    """Gradio's switches: no telemetry, and what visitors upload goes to a folder of this process alone."""
+    wanted = {"GRADIO_TEMP_DIR": private, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

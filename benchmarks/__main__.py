@@ -21,10 +21,11 @@ import triton
 import typer
 
 import tilewise
-from benchmarks import attention, families, fused, launch, peers, render, results, rows, step
+from benchmarks import attention, dynamic, families, fused, launch, peers, render, results, rows, step
 
 SECTIONS = {
     "attention": "attention kernels, ours and others'",
+    "dynamic": "methods that look before they choose: planning, attention, summaries (GPU)",
     "step": "whole denoiser forwards (GPU)",
     "families": "denoiser forwards of other families (GPU)",
     "fused": "the fused kernels around attention",
@@ -52,6 +53,9 @@ def work(section: str, device: torch.device, tiny: bool) -> list[tuple[str, Any]
     if section == "attention":
         chosen = rows.TINY_ROWS if tiny else rows.GPU_ROWS if on_gpu else rows.CPU_ROWS
         return [(row.name, row) for row in chosen]
+    if section == "dynamic":
+        calls = dynamic.TINY if tiny else dynamic.ROWS if on_gpu else []
+        return [(row.name, row) for row in calls]
     if section == "step":
         sizes = step.TINY if tiny else step.SIZES if on_gpu else []
         return [(size.name, size) for size in sizes]
@@ -71,6 +75,8 @@ def work(section: str, device: torch.device, tiny: bool) -> list[tuple[str, Any]
 def measured(section: str, items: list[Any], device: torch.device, seconds: float, backend: str) -> Iterator[dict]:
     if section == "attention":
         return attention.run(device, seconds, items, compiled=backend == "inductor")
+    if section == "dynamic":
+        return dynamic.run(device, seconds, items)
     if section == "step":
         return step.run(device, seconds * STEP_SECONDS, items, backend)
     if section == "families":

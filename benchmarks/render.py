@@ -3,7 +3,7 @@
 ``python -m benchmarks.render`` rewrites the tables of README.md and docs/*.md: each stands between ``<!-- results FILE -->`` and
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
-    headline attention implementations step families time fused launch missing
+    headline attention implementations dynamic step families time fused launch missing
 
 and without any, all of them do.
 """
@@ -77,11 +77,26 @@ def attention_table(rows: Rows) -> str:
 
 def implementations_table(rows: Rows) -> str:
     """Milliseconds of everything that ran, own backends first, dense ones last."""
-    names = [name for kind in ("ours", "sparse", "dense") for name in _names(rows, kind)]
+    names = [name for kind in ("ours", "8-bit", "sparse", "dense") for name in _names(rows, kind)]
     lines = [["ms: median ± half the range", *map(_title, names)]]
     for row in rows:
         found = {r["name"]: r for r in row["implementations"]}
         lines.append([row["name"], *(_spread(found[n]) if n in found else "–" for n in names)])
+    return _markdown(lines)
+
+
+def dynamic_table(rows: Rows) -> str:
+    """What looking costs, and what is left."""
+    over = [name for name in ("cudnn", "fa3") if any(name in row["over"] for row in rows)]
+    head = ["method and call", "density", "planning, ms", "attention, ms", "summaries, ms", "all, ms"]
+    lines = [[*head, *(f"× {_title(name)}" for name in over), "of ideal", "planning / dense"]]
+    for row in rows:
+        parts = row["parts"]
+        cells = [row["name"], f"{row['density']:.3f}", *(f"{parts[n]:.2f}" for n in ("planning", "attention"))]
+        cells += [f"{parts['summaries']:.2f}" if "summaries" in parts else "–", _spread(row)]
+        cells += [f"{row['over'][name]:.2f}" if name in row["over"] else "–" for name in over]
+        cells += [f"{row['of_ideal']:.2f}", f"{row['planning_share']:.1%}"] if "of_ideal" in row else ["–", "–"]
+        lines.append(cells)
     return _markdown(lines)
 
 
@@ -199,6 +214,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "headline": ("", headline_table),
     "attention": ("attention", attention_table),
     "implementations": ("attention", implementations_table),
+    "dynamic": ("dynamic", dynamic_table),
     "step": ("step", step_table),
     "families": ("families", families_table),
     "time": ("step", time_table),

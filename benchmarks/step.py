@@ -60,6 +60,8 @@ METHODS = {  # name → (method, whether norms, RoPE, modulation and gates are f
     "tilewise, STA window (3,3,3)": (tilewise.STA(), True),
     "tilewise, STA density 0.2, not fused": (tilewise.STA(density=0.2), False),
     "tilewise, STA density 0.2": (tilewise.STA(density=0.2), True),
+    # However short: without a minimum length, which the tiny size is below.
+    "tilewise, draft density 0.25": (tilewise.Draft(density=0.25, min_tokens=0), True),
 }
 LOOKED_INTO = "tilewise, STA density 0.2"  # compiled and profiled too; with ``Size.thorough``, so is dense
 EXACT = (CUDNN, COMPILED, "tilewise, dense")  # the same mathematics as stock: their difference from it is rounding

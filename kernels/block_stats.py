@@ -54,12 +54,14 @@ def block_stats(x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, *, var
 def block_stats_reference(x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, variance: bool) -> BlockStats:
     """The naive formula, in float32 or in x's float64."""
     x = x if x.dtype == torch.float64 else x.float()
-    of_block = torch.repeat_interleave(rows, output_size=x.shape[1]) if len(rows) else rows.long()
+    offsets = torch.arange(int(rows.max()) if len(rows) else 0, device=x.device)
+    there = (offsets < rows[:, None])[None, :, :, None, None]
+    # Rows that a block does not have are read from its first, and masked.
+    at = torch.where(offsets < rows[:, None], start[:, None] + offsets, start[:, None])
+    blocks = x[:, at].masked_fill(~there, 0)  # (B, N, rows, H, D)
     count = rows.to(x.dtype)[:, None, None]
-
-    def means(y: torch.Tensor) -> torch.Tensor:
-        room = y.new_zeros(y.shape[0], len(rows), *y.shape[2:])
-        return room.index_add_(1, of_block, y) / count
-
-    mean = means(x)
-    return BlockStats(mean, means((x - mean[:, of_block]).square()) if variance else None)
+    mean = blocks.sum(2) / count
+    if not variance:
+        return BlockStats(mean, None)
+    away = (blocks - mean[:, :, None]).masked_fill(~there, 0)
+    return BlockStats(mean, away.square().sum(2) / count)

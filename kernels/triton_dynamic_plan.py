@@ -20,7 +20,8 @@ def lists_kernel(
     row = tl.program_id(1).to(tl.int64) * N + i
     whole_row = tl.load(text_ptr + i) != 0
     # Ragged blocks come after all complete ones: count those first.
-    complete_count, tokens = 0, 0
+    complete_count = tl.full((), 0, tl.int32)
+    tokens = tl.full((), 0, tl.int32)
     for first in range(0, N, CHUNK):
         j = first + tl.arange(0, CHUNK)
         there = j < N
@@ -29,7 +30,8 @@ def lists_kernel(
         kept = (kept | (tl.load(text_ptr + j, mask=there, other=0) != 0) | whole_row) & there
         complete_count += tl.sum((kept & (rows == BLOCK)).to(tl.int32), 0)
         tokens += tl.sum(tl.where(kept, rows, 0), 0)
-    complete_seen, ragged_seen = 0, complete_count
+    complete_seen = tl.full((), 0, tl.int32)
+    ragged_seen = complete_count
     for first in range(0, N, CHUNK):
         j = first + tl.arange(0, CHUNK)
         there = j < N

@@ -10,6 +10,7 @@ whole clips.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,7 +56,9 @@ def denoising_flop(pipe: Any, settings: GenerateSettings, explanation: Explanati
             row = level[layer.halvings]
             full = 4.0 * row.tokens**2 * layer.heads * layer.head_dim
             dense += full
-            sparse += full * row.work if layer.block in _chosen(row.sparse_blocks) else full
+            # A dynamic method knows what it will compute by its density at best, and by a recall not at all: then as dense.
+            work = next((share for share in (row.work, row.density) if not math.isnan(share)), 1.0)
+            sparse += full * work if layer.block in _chosen(row.sparse_blocks) else full
     dense, sparse = dense / len(denoisers), sparse / len(denoisers)
     passes = 2 if settings.guidance > 1 else 1
     return passes * (dense * explanation.dense_steps + sparse * explanation.sparse_steps)

@@ -25,7 +25,7 @@ class FallbackError(TilewiseError):
 def unknown(what: str, name: object, valid: Iterable[str]) -> ConfigError:
     """A ``ConfigError`` for a misspelt name that lists the valid ones, closest first."""
     names = sorted(valid)
-    close = difflib.get_close_matches(str(name), names, n=len(names), cutoff=0.5)
+    close = difflib.get_close_matches(str(name), names, n=max(1, len(names)), cutoff=0.5)
     ordered = close + [n for n in names if n not in close]
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return ConfigError(f"unknown {what} {name!r}.{hint} Valid: {', '.join(ordered)}")
+    return ConfigError(f"unknown {what} {name!r}.{hint} Valid: {', '.join(ordered) or 'none'}")

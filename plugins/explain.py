@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from rich.table import Table
 
 from tilewise.kernels.attention import available_backends, misfit
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.layout import Grid, Layout
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.methods.base import DynamicMethod, Method
 from tilewise.plugins.models.base import AttentionLayer, Size, family_of
+from tilewise.plugins.native_grid import prepared
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.processor import why_not
 from tilewise.plugins.step import MIN_OWN_TOKENS
@@ -31,8 +34,8 @@ class ExplainRow:
     tile: tuple[int, int, int] | None
     tiles: tuple[int, int, int] | None
     options: dict[str, Any]
-    density: float
-    work: float
+    density: float  # nan where it is only decided at each call, by a recall
+    work: float  # nan where the plan is made at each call
     sparse_blocks: str
     dense_blocks: str
     backend: str
@@ -56,13 +59,17 @@ class Explanation:
         return sum(row.density for row in self.rows) / len(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
+        """For JSON: numbers that only a call decides are None."""
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        for row in rows:
+            row |= {name: None for name in ("density", "work") if math.isnan(row[name])}
         return {
             "config": self.config,
             "size": self.size,
             "sparse_steps": self.sparse_steps,
             "dense_steps": self.dense_steps,
-            "density": self.density,
-            "denoisers": [dataclasses.asdict(row) for row in self.rows],
+            "density": None if math.isnan(self.density) else self.density,
+            "denoisers": rows,
             "notes": self.notes,
         }
 
@@ -81,8 +88,12 @@ class Explanation:
         line("tiles", [triple(r.tiles) for r in self.rows])
         for key in dict.fromkeys(key for row in self.rows for key in row.options):
             line(key, [str(r.options.get(key, "–")) for r in self.rows])
-        line("density (kept pairs)", [f"{r.density:.3f}" for r in self.rows])
-        line("work (computed pairs)", [f"{r.work:.3f}" for r in self.rows])
+
+        def share(value: float) -> str:
+            return "decided at each call" if math.isnan(value) else f"{value:.3f}"
+
+        line("density (kept pairs)", [share(r.density) for r in self.rows])
+        line("work (computed pairs)", [share(r.work) for r in self.rows])
         line("steps", [f"{self.sparse_steps} sparse, {self.dense_steps} dense" for _ in self.rows])
         line("sparse blocks", [r.sparse_blocks or "none" for r in self.rows])
         line("dense blocks", [r.dense_blocks or "none" for r in self.rows])
@@ -126,7 +137,9 @@ def explain(
     config = resolve(method, steps=steps, blocks=blocks)
     size = Size(height, width, num_frames)
     rows, notes = [], []
+    given = config
     for name, denoiser in denoisers.items():
+        config = prepared(given, target, denoiser)
         family = family_of(denoiser)
         assert family is not None
         grid = family.grid_of_size(denoiser, target, size)
@@ -146,12 +159,19 @@ def explain(
     return Explanation(config.to_dict(), shape, sparse, num_inference_steps - sparse, rows, notes)
 
 
+def _expected_device(denoiser: torch.nn.Module) -> torch.device:
+    device = next(denoiser.parameters()).device
+    if device.type == "meta":  # not loaded yet: where the weights would be put
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device
+
+
 def _expected_backend(denoiser: torch.nn.Module, layer: AttentionLayer) -> tuple[str, str]:
     """(backend, reason) that attention calls of a denoiser would get."""
     weight = next(denoiser.parameters())
-    device = weight.device
-    if device.type == "meta":  # not loaded yet: where the weights would be put
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _expected_device(denoiser)
+    if weight.device.type == "meta":
+        pass
     elif unfit := misfit(layer.head_dim, weight.dtype):
         return "stock", f"every call would fall back: {unfit}"
     for backend, usable, reason in available_backends(device):
@@ -166,6 +186,15 @@ def family_layers(denoiser: torch.nn.Module) -> list[AttentionLayer]:
     return family.layers(denoiser)
 
 
+def _kept(method: Method, layout: Layout, heads: int) -> tuple[float, float]:
+    """(density, work) of a method on a layout, as far as they are known before anything runs."""
+    if isinstance(method, DynamicMethod):
+        asked = getattr(method, "density", None)
+        return (math.nan if asked is None else asked), math.nan
+    plan = method.plan(layout, heads, torch.device("cpu"))
+    return plan.density, plan.work
+
+
 def _explain_row(
     name: str, denoiser: torch.nn.Module, config: Config, grid: Grid, layers: list[AttentionLayer]
 ) -> ExplainRow:
@@ -174,7 +203,15 @@ def _explain_row(
     blocks = sorted({layer.block for layer in layers})
     model = type(denoiser).__name__
     layout = config.method.layout(grid)
-    short = layers[0].halvings is not None and grid.tokens < MIN_OWN_TOKENS if layers else False
+    short = (
+        "the map is too small to pay"
+        if layers and layers[0].halvings is not None and grid.tokens < MIN_OWN_TOKENS
+        else None
+    )
+    if layout is not None and isinstance(config.method, DynamicMethod):
+        short = short or config.method.stays_dense(grid.tokens, _expected_device(denoiser))
+        if why := config.method.refuses_call(layout):
+            short = f"every call would fall back: {why}"
     if layout is None or short:
         everything = ranges(blocks)
         return ExplainRow(
@@ -190,9 +227,9 @@ def _explain_row(
             "",
             everything,
             "stock",
-            "the map is too small to pay" if short else "the method is dense",
+            short or "the method is dense",
         )
-    plan = config.method.plan(layout, layers[0].heads, torch.device("cpu"))
+    density, work = _kept(config.method, layout, layers[0].heads)
     backend, reason = _expected_backend(denoiser, layers[0])
     return ExplainRow(
         denoiser=name,
@@ -202,8 +239,8 @@ def _explain_row(
         tile=layout.tile,
         tiles=layout.tiles,
         options=config.method.describe(layout),
-        density=plan.density,
-        work=plan.work,
+        density=density,
+        work=work,
         sparse_blocks=ranges([b for b in blocks if b in selected]),
         dense_blocks=ranges([b for b in blocks if b not in selected]),
         backend=backend,

@@ -7,11 +7,13 @@ itself would get is never seen by one that is not hidden; here it gets 0.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from tilewise.kernels.layout import Grid
+from tilewise.plugins.weighed_text import visible_of
 
 HIDDEN = -1e4  # what adds this much or less to a score hides it: e⁻¹⁰⁰⁰⁰ is 0 in every floating-point type
 
@@ -21,12 +23,14 @@ class Group:
     """Samples that keep the same tokens.
 
     samples: their numbers; None: all of the batch. tokens: positions that they keep, as a slice where these follow each
-    other; None: all. text: how many of the kept tokens are text.
+    other; None: all. text: how many of the kept tokens are text. weighed: positions of the others, where they are not hidden
+    but weighed down (see ``weighed_text``), and by how much; None: hidden.
     """
 
     samples: torch.Tensor | None
     tokens: slice | torch.Tensor | None
     text: int
+    weighed: tuple[torch.Tensor, float] | None = None
 
 
 def visible_keys(mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor | str:
@@ -50,6 +54,24 @@ def visible_keys(mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor | 
             return "the call has an attention mask that weighs keys, not only hides them"
         values = ~hidden
     return values.expand(batch, tokens)
+
+
+def read_groups(mask: torch.Tensor, batch: int, grid: Grid, device: torch.device) -> list[Group] | str:
+    """Samples by what a mask leaves them, hidden or weighed, or why the method cannot run with it. Waits for the GPU."""
+    weighed = visible_of(mask, batch, grid)
+    if weighed is None:
+        visible = visible_keys(mask, batch, grid.tokens)
+        return visible if isinstance(visible, str) else groups_of(visible, grid, device)
+    shown, weight = weighed
+    found = groups_of(shown, grid, device)
+    if isinstance(found, str):
+        return found
+    groups = []
+    for group in found:
+        sample = 0 if group.samples is None else int(group.samples[0])
+        others = (~shown[sample]).nonzero()[:, 0].to(device)
+        groups.append(group if group.tokens is None else dataclasses.replace(group, weighed=(others, weight)))
+    return groups
 
 
 def groups_of(visible: torch.Tensor, grid: Grid, device: torch.device) -> list[Group] | str:

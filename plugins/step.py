@@ -12,22 +12,47 @@ from typing import Any
 
 import torch
 
-from tilewise.kernels.attention import Choice, block_sparse_attention, choose_backend
+from tilewise.kernels.attention import block_sparse_attention
 from tilewise.kernels.layout import Grid, Layout, cached_layout
 from tilewise.kernels.plan import BlockPlan
 from tilewise.plugins import exact
 from tilewise.plugins.config import Config
+from tilewise.plugins.dynamic_state import Memories
 from tilewise.plugins.errors import FallbackError, TilewiseError
-from tilewise.plugins.key_padding import Group, groups_of, visible_keys
-from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP, FALLBACK, FULL_PATH, SPARSE, Entry, Ledger, capturing
+from tilewise.plugins.key_padding import Group, read_groups
+from tilewise.plugins.ledger import (
+    DENSE_LAYER,
+    DENSE_STEP,
+    FALLBACK,
+    FULL_PATH,
+    SHORT,
+    SPARSE,
+    Call,
+    Entry,
+    Ledger,
+    capturing,
+)
+from tilewise.plugins.methods.base import DynamicMethod, Planned
 from tilewise.plugins.models.base import AttentionLayer
 from tilewise.plugins.processor import TilewiseProcessor
 from tilewise.plugins.schedule import step_of
+from tilewise.plugins.sparse_call import (
+    QKV,
+    AttentionCall,
+    attend_groups,
+    choose,
+    mean_density,
+    measured,
+    part_of,
+    with_text,
+)
 
 Order = tuple[torch.Tensor, torch.Tensor]
 MAX_PLANS = 64
 MAX_EXACT_PLANS = 8  # up to 32 MiB each
-MIN_OWN_TOKENS = 1024  # below, reordering at each call costs more than sparse attention saves
+MIN_OWN_TOKENS = (
+    4096  # below, reordering at each call and the launches cost more than sparse attention saves (SDXL at 1024²)
+)
 
 
 class Step:
@@ -72,12 +97,16 @@ class Step:
         self._plans: dict[tuple[Layout, int, torch.device], BlockPlan] = {}
         self._masks: dict[tuple, tuple[torch.Tensor, list[Group] | str]] = {}  # of this forward
         self._exact_plans: dict[tuple[int, torch.device], BlockPlan] = {}
+        self.watchers: list[Callable[[AttentionCall], None]] = []  # told of every attention call
+        self._memories = Memories()  # of a dynamic method
+        self._position: int | None = None  # the step of this forward, if anybody wants to know
 
     def begin(self, grid: Grid, timestep: torch.Tensor, refused: str | None = None) -> None:
         """Decide what a forward over ``grid`` at ``timestep`` does; ``refused``: why its family says it cannot be sparse."""
         self.grid = grid
         self._masks.clear()
         self._runs = self._runs_at(timestep)
+        self._follow(timestep)
         self._refused = refused
         for layer in self.layers:
             module: Any = layer.module
@@ -124,6 +153,19 @@ class Step:
                 "steps=(0, 0) for the dense steps' graph"
             ) from error
         return self.config.runs_at(step, total)
+
+    def _follow(self, timestep: torch.Tensor) -> None:
+        """Keep count of runs, steps and branches, where somebody goes by them; a bare denoiser's timestep is read for it."""
+        method = self.config.method
+        wanted = self.watchers or (isinstance(method, DynamicMethod) and method.keeps_memory)
+        if not wanted or capturing(timestep.device):  # a captured call plans for itself at every replay
+            self._position = None
+            self._memories.begin(None)
+            return
+        pipe = self.pipe()
+        self._position, _ = step_of(pipe, timestep)
+        # A scheduler makes its timesteps anew for each run.
+        self._memories.begin(self._position, getattr(getattr(pipe, "scheduler", None), "timesteps", None))
 
     def leave(self, layer: AttentionLayer) -> None:
         """Report a layer whose processor is not ours, once; what replaced ours may do attention its own way."""
@@ -199,17 +241,16 @@ class Step:
         if where not in self._masks:
             if capturing(mask.device):
                 return "the call has an attention mask, which cannot be read while a CUDA graph is being captured"
-            found: list[Group] | str
-            visible = visible_keys(mask, query.shape[0], layout.grid.tokens)
-            found = visible if isinstance(visible, str) else groups_of(visible, layout.grid, query.device)
-            self._masks[where] = mask, found
+            self._masks[where] = mask, read_groups(mask, query.shape[0], layout.grid, query.device)
         return self._masks[where][1]
 
     def _plan_of(self, layout: Layout, group: Group, query: torch.Tensor) -> tuple[Group, BlockPlan]:
-        if group.text != layout.grid.text:
-            grid = dataclasses.replace(layout.grid, text=group.text)
-            layout = cached_layout(grid, layout.tile, layout.max_block_rows)
-        return group, self.plan(layout, query.shape[2], query.device)
+        return group, self.plan(with_text(layout, group.text), query.shape[2], query.device)
+
+    def _scale(self, layout: Layout | None, query: torch.Tensor, scale: float | None) -> float | None:
+        """The attention scale of the method, or else the call's own."""
+        chosen = None if layout is None else self.config.method.scale(layout, query.shape[-1])
+        return scale if chosen is None else chosen
 
     def _exact_plan(self, tokens: int, device: torch.device) -> BlockPlan:
         key = (tokens, device)
@@ -222,6 +263,92 @@ class Step:
             _make_room(self._exact_plans, MAX_EXACT_PLANS)
             self._exact_plans[key] = exact.exact_plan(tokens, device)
         return self._exact_plans[key]
+
+    def _attend_sparse(
+        self,
+        call: Call,
+        number: int,
+        layout: Layout,
+        groups: list[Group],
+        parts: list[QKV],
+        whole: QKV,
+        scale: float | None,
+        fused: bool,
+    ) -> torch.Tensor | str:
+        """The output of a call by the method's plans, and what ``call`` was; or why no kernel takes it."""
+        query = whole[0]
+        if isinstance(self.config.method, DynamicMethod):
+            planned = [
+                self._plan_call(number, n, layout, group, part, scale)
+                for n, (group, part) in enumerate(zip(groups, parts, strict=True))
+            ]
+        else:
+            planned = [(group, Planned(self._plan_of(layout, group, query)[1])) for group in groups]
+        try:
+            found = [choose(part, p.plan, self.config.precision) for part, (_, p) in zip(parts, planned, strict=True)]
+        except (TypeError, ValueError, RuntimeError) as error:
+            return str(error)
+        chosen, in_16_bits = [choice for choice, _ in found], found[0][1]
+        if in_16_bits and self.config.strict:
+            return in_16_bits
+        out = attend_groups(layout, planned, parts, chosen, whole, scale)
+        dynamic = isinstance(self.config.method, DynamicMethod)
+        density = None if dynamic else mean_density(planned, query)
+        call.entry = Entry(SPARSE, density, chosen[0].backend, in_16_bits, fused)
+        if dynamic:
+            call.values = measured(planned, query)
+        for (group, p), part in zip(planned, parts, strict=True):
+            self._tell(number, SPARSE, part, with_text(layout, group.text), p.plan, p.draft)
+        return out
+
+    def _stays_dense(self, query: torch.Tensor) -> str | None:
+        method = self.config.method
+        return method.stays_dense(query.shape[1], query.device) if isinstance(method, DynamicMethod) else None
+
+    def _refuses_call(self, layout: Layout) -> str | None:
+        method = self.config.method
+        return method.refuses_call(layout) if isinstance(method, DynamicMethod) else None
+
+    def _plan_call(
+        self, number: int, place: int, layout: Layout, group: Group, part: QKV, scale: float | None
+    ) -> tuple[Group, Planned]:
+        """A dynamic method's plan for the ``place``-th group of samples of a layer's call."""
+        method, query = self.config.method, part[0]
+        assert isinstance(method, DynamicMethod)
+        layout = with_text(layout, group.text)
+        memory: dict[str, Any] = {}
+        if method.keeps_memory and not capturing(query.device):
+            memory = self._memories.of(number, place, layout, query.shape, part[1].shape, query.dtype, query.device)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return group, method.plan_call(layout, *part, scale, memory, self._memories.tick)
+
+    def _tell(
+        self,
+        number: int,
+        kind: str,
+        tensors: QKV,
+        layout: Layout | None = None,
+        plan: BlockPlan | None = None,
+        draft: torch.Tensor | None = None,
+    ) -> None:
+        """Tell the watchers of a call that ran."""
+        if not self.watchers:
+            return
+        layer = self.layers[number]
+        told = AttentionCall(
+            self.name,
+            layer.name,
+            layer.block,
+            self._position,
+            self._memories.branch,
+            kind,
+            layout,
+            plan,
+            draft,
+            *tensors,
+        )
+        for watcher in list(self.watchers):
+            watcher(told)
 
     def attend(
         self,
@@ -246,14 +373,17 @@ class Step:
         layout = _shortened(self._layout, query, key) if layer.halvings is None else self._own_layout(layer)
         if self._full_path:
             entry = Entry(FULL_PATH, fused=fused)
+            scale = self._scale(layout, query, scale)
         elif not self._runs:
             entry = Entry(DENSE_STEP, fused=fused)
         elif layer.block not in self.selected or (layout is None and self._refused is None):
             entry = Entry(DENSE_LAYER, fused=fused)
+        elif layout is not None and (short := self._stays_dense(query)) is not None:
+            entry = Entry(SHORT, reason=short, fused=fused)
         else:
             reason = self._refused
             if layout is not None:
-                reason = _refusal(layout, query, key, dropout_p, is_causal)
+                reason = _refusal(layout, query, key, dropout_p, is_causal) or self._refuses_call(layout)
                 groups = self._groups(attn_mask, layout, query) if reason is None else reason
                 if not isinstance(groups, str):
                     ordered, back = (query, key, value), None
@@ -264,17 +394,14 @@ class Step:
                             key.index_select(1, there),
                             value.index_select(1, there),
                         )
-                    parts = [_part(group, *ordered) for group in groups]
-                    plans = [self._plan_of(layout, group, query) for group in groups]
-                    try:
-                        chosen = [choose_backend(*part, plan) for part, (_, plan) in zip(parts, plans, strict=True)]
-                    except (TypeError, ValueError, RuntimeError) as error:
-                        groups = str(error)
-                    else:
-                        entry = Entry(SPARSE, _mean_density(plans, query), chosen[0].backend, fused=fused)
-                        with self.ledger.record(number, entry, query.device):
-                            out = _attend_groups(plans, parts, chosen, query, scale)
-                            return out if back is None else out.index_select(1, back)
+                    parts = [part_of(group, *ordered) for group in groups]
+                    with self.ledger.record(number, None, query.device) as call:
+                        found = self._attend_sparse(
+                            call, number, layout, groups, parts, ordered, self._scale(layout, query, scale), fused
+                        )
+                    if isinstance(found, torch.Tensor):
+                        return found if back is None else found.index_select(1, back)
+                    groups = found
                 reason = groups
             if self.config.strict:
                 raise FallbackError(f"strict: {self.name}.{layer.name} cannot run {self.config.method.name}: {reason}")
@@ -287,14 +414,18 @@ class Step:
             if exact.HOPPER.misfit(query, key, value, plan) is None:
                 entry = dataclasses.replace(entry, backend=exact.HOPPER.name)
                 with self.ledger.record(number, entry, query.device):
-                    return block_sparse_attention(query, key, value, plan, scale=scale, backend=exact.HOPPER.name)
+                    out = block_sparse_attention(query, key, value, plan, scale=scale, backend=exact.HOPPER.name)
+                self._tell(number, entry.kind, (query, key, value))
+                return out
         if layer.halvings is None and layout is not None and attn_mask is not None:
             attn_mask = _reorder_mask(attn_mask, layout, self._order_of(layout, attn_mask.device))
         with self.ledger.record(number, entry, query.device):
-            return processor.stock(
+            out = processor.stock(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
+        self._tell(number, entry.kind, (query, key, value))
+        return out
 
 
 def _make_room(kept: dict[Any, Any], most: int) -> None:
@@ -320,50 +451,6 @@ def _shortened(layout: Layout | None, query: torch.Tensor, key: torch.Tensor) ->
         return layout
     grid = dataclasses.replace(layout.grid, text=query.shape[1] - layout.grid.video)
     return cached_layout(grid, layout.tile, layout.max_block_rows)
-
-
-QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _part(group: Group, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> QKV:
-    """What of each (B, S, H, D) tensor belongs to a group: views where that is possible."""
-
-    def part(x: torch.Tensor) -> torch.Tensor:
-        if group.samples is not None:
-            x = x.index_select(0, group.samples)
-        if isinstance(group.tokens, slice):
-            return x[:, group.tokens]
-        return x if group.tokens is None else x.index_select(1, group.tokens)
-
-    return part(query), part(key), part(value)
-
-
-def _mean_density(plans: list[tuple[Group, BlockPlan]], query: torch.Tensor) -> float:
-    """Kept ÷ all token pairs, over the samples of a batch."""
-    samples = [query.shape[0] if group.samples is None else len(group.samples) for group, _ in plans]
-    return sum(n * plan.density for n, (_, plan) in zip(samples, plans, strict=True)) / sum(samples)
-
-
-def _attend_groups(
-    plans: list[tuple[Group, BlockPlan]],
-    parts: list[QKV],
-    chosen: list[Choice],
-    query: torch.Tensor,
-    scale: float | None,
-) -> torch.Tensor:
-    """Each group by its own plan; tokens that a mask hides get 0."""
-    if len(plans) == 1 and plans[0][0].tokens is None:
-        return block_sparse_attention(*parts[0], plans[0][1], scale=scale, backend=chosen[0].backend)
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    for (group, plan), qkv, choice in zip(plans, parts, chosen, strict=True):
-        part = block_sparse_attention(*qkv, plan, scale=scale, backend=choice.backend)
-        if group.samples is not None and isinstance(group.tokens, torch.Tensor):
-            out[group.samples[:, None], group.tokens[None]] = part
-        elif group.samples is not None:
-            out[group.samples, slice(None) if group.tokens is None else group.tokens] = part
-        else:
-            out[:, slice(None) if group.tokens is None else group.tokens] = part
-    return out
 
 
 def _refusal(layout: Layout, query: torch.Tensor, key: torch.Tensor, dropout_p: float, is_causal: bool) -> str | None:

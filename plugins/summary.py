@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.ledger import FALLBACK, SPARSE, Entry
+from tilewise.plugins.ledger import FALLBACK, SPARSE, Entry, Tally
 from tilewise.plugins.patching import patches_of
 from tilewise.plugins.text import ranges, render
 
@@ -21,13 +22,16 @@ class SummaryRow:
 
     denoiser: str
     layers: str  # block numbers, such as "0-29"
-    kind: str  # "sparse", "dense step", "dense layer", "full path" or "fallback"
+    kind: str  # "sparse", "dense step", "dense layer", "full path", "short" or "fallback"
     calls: int
-    density: float
+    density: float  # nan where every call was captured into a CUDA graph, and chose its own
     backend: str
     seconds: float
     reason: str = ""
     fused: bool = False  # whether fused kernels made the queries and keys of these calls
+    recall: float | None = None  # attention mass kept, as a dynamic method estimates it
+    probe: float | None = None  # the same, measured exactly on the method's probe rows
+    broken: int = 0  # lists of key blocks that kept everything, because queries or keys were not finite
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,25 @@ class Summary:
                 found[row.reason] += row.calls
         return dict(found)
 
+    def _mean(self, name: str) -> float | None:
+        found = [(getattr(row, name), row.calls) for row in self.rows if getattr(row, name) is not None]
+        return sum(value * calls for value, calls in found) / sum(calls for _, calls in found) if found else None
+
+    @property
+    def recall(self) -> float | None:
+        """Share of the attention mass that dynamic calls kept, as their method estimates it; None if there were none."""
+        return self._mean("recall")
+
+    @property
+    def probe(self) -> float | None:
+        """The same, measured exactly on probe rows; None if the method was not asked for any."""
+        return self._mean("probe")
+
+    @property
+    def broken(self) -> int:
+        """Lists of key blocks that kept everything, because queries or keys were not finite."""
+        return sum(row.broken for row in self.rows)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "method": self.method,
@@ -77,6 +100,9 @@ class Summary:
             "overall_density": self.overall_density,
             "fallbacks": self.fallbacks,
             "fused_calls": self.fused_calls,
+            "recall": self.recall,
+            "probe": self.probe,
+            "broken": self.broken,
             "skipped_layers": self.skipped_layers,
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
@@ -89,8 +115,40 @@ class Summary:
         lines = [render(table) if self.rows else "no attention call yet: run the pipeline first"]
         if self.fused_calls:
             lines.append(f"fused kernels ran around {self.fused_calls} of {self.calls} attention calls")
+        if self.recall is not None:
+            probed = "" if self.probe is None else f"; measured on probe rows: {self.probe:.3f}"
+            lines.append(f"attention mass kept by sparse calls, estimated: {self.recall:.3f}{probed}")
+        if self.broken:
+            lines.append(f"queries or keys were not finite: {self.broken} lists of key blocks kept everything")
         lines += [f"{name} stays dense: {reason}" for name, reason in self.skipped_layers.items()]
         return "\n".join(lines)
+
+
+def _row(denoiser: str, entry: Entry, found: list[tuple[int, Tally]]) -> SummaryRow:
+    """One row of the layers (block, tally) that did the same."""
+    tallies = [tally for _, tally in found]
+
+    def mean(name: str) -> float | None:
+        totals = [tally.measured.total(name) for tally in tallies]
+        calls = sum(count for _, count in totals)
+        return sum(total for total, _ in totals) / calls if calls else None
+
+    measured = mean("density")
+    density = entry.density if entry.density is not None else math.nan if measured is None else measured
+    return SummaryRow(
+        denoiser=denoiser,
+        layers=ranges([block for block, _ in found]),
+        kind=entry.kind,
+        calls=sum(tally.calls for tally in tallies),
+        density=density,
+        backend=entry.backend,
+        seconds=sum(tally.seconds() for tally in tallies),
+        reason=entry.reason,
+        fused=entry.fused,
+        recall=mean("recall"),
+        probe=mean("probe"),
+        broken=round(sum(tally.measured.total("broken")[0] for tally in tallies)),
+    )
 
 
 def summary(target: Any) -> Summary:
@@ -107,17 +165,10 @@ def summary(target: Any) -> Summary:
     rows: list[SummaryRow] = []
     skipped: dict[str, str] = {}
     for name, patch in patches.items():
-        per_entry: dict[Entry, list[tuple[int, int, float]]] = defaultdict(list)
+        per_entry: dict[Entry, list[tuple[int, Tally]]] = defaultdict(list)
         for (layer, entry), tally in patch.step.ledger.tallies.items():
-            per_entry[entry].append((patch.layers[layer].block, tally.calls, tally.seconds()))
-        for entry, found in per_entry.items():
-            blocks, calls, seconds = zip(*found, strict=True)
-            rows.append(
-                SummaryRow(
-                    name, ranges(list(blocks)), entry.kind, sum(calls), entry.density, entry.backend, sum(seconds),
-                    entry.reason, entry.fused,
-                )
-            )  # fmt: skip
+            per_entry[entry].append((patch.layers[layer].block, tally))
+        rows += [_row(name, entry, found) for entry, found in per_entry.items()]
         skipped |= {f"{name}.{layer}": reason for layer, reason in patch.step.ledger.skipped_layers.items()}
     config = next(iter(patches.values())).config
     grids = {name: str(patch.step.grid) for name, patch in patches.items() if patch.step.grid is not None}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from plan_cases import Case
 
+import tilewise
 from tilewise.kernels.attention_8bit import block_sparse_attention_8bit, forward_8bit_naive, missing_8bit
 from tilewise.kernels.layout import Grid
 from tilewise.kernels.quantise import quantise
@@ -73,3 +74,21 @@ def test_rows_without_keys_strides_and_repeats():
     out, lse = block_sparse_attention_8bit(q, k, v, nothing, return_lse=True)
     assert not out.any()
     assert (lse == -torch.inf).all()
+
+
+def test_a_patched_denoiser_runs_in_8_bits():
+    from benchmarks import step
+
+    config = {"num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 128, "num_layers": 2, "text_dim": 32}
+    bench = step.Bench(
+        step.Size("two layers", "", (5, 60, 104)), step.build(config, torch.device("cuda"), torch.bfloat16),
+        torch.device("cuda"), 0.0, "eager",
+    )  # fmt: skip
+    model, outputs = bench.model, {}
+    for precision in (None, "int8", "fp8"):
+        with torch.no_grad(), tilewise.patched(model, tilewise.STA(), steps=(0, 1), strict=True, precision=precision):
+            outputs[precision] = bench.forward().float()
+            assert {row.backend for row in tilewise.summary(model).rows} == {precision or "gluon"}
+    for precision in ("int8", "fp8"):
+        away = float((outputs[precision] - outputs[None]).norm() / outputs[None].norm())
+        assert 0 < away < BOUND[precision]

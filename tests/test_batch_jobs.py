@@ -243,6 +243,11 @@ def test_the_operations_of_a_denoising(tiny_pipe_dir):
     explanation = explain_settings(skeleton, sparse)
     saved = explanation.sparse_steps * 4 * 320**2 * 32 * (1 - explanation.rows[0].work)
     assert denoising_flop(skeleton, sparse, explanation) == pytest.approx(4 * per_pass - saved)
+    # Methods that decide at each call: by the density that they were asked for, and by a recall as if dense.
+    for options, cheaper in (({"density": 0.25}, True), ({"recall": 0.9}, False)):
+        dynamic = dataclasses.replace(sparse, method=tilewise.Config(tilewise.Draft(min_tokens=0, **options)))
+        guess = denoising_flop(skeleton, dynamic, explain_settings(skeleton, dynamic))
+        assert (guess < 4 * per_pass) == cheaper
 
 
 def job(index: int, flop: float) -> Job:

@@ -56,6 +56,16 @@ def test_block_stats(layout, dtype):
     assert block_stats(x, start, rows).variance is None
 
 
+def test_block_stats_of_any_runs():
+    """Blocks may overlap, leave tokens out, and come in any order."""
+    x, start, rows = random(1, 20, 2, 16), torch.tensor([12, 0, 3]), torch.tensor([8, 5, 1])
+    got = block_stats(x, start.int(), rows.int(), variance=True)
+    parts = [x[0, s : s + n] for s, n in zip(start, rows, strict=True)]
+    torch.testing.assert_close(got.mean[0], torch.stack([p.mean(0) for p in parts]))
+    assert got.variance is not None
+    torch.testing.assert_close(got.variance[0], torch.stack([p.var(0, unbiased=False) for p in parts]))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("sets", [(1, 1), (2, 3)])
 def test_dynamic_plan_is_the_plan_of_the_map(layout, sets):

@@ -40,6 +40,11 @@ class Method:
         """
         raise NotImplementedError
 
+    def scale(self, layout: Layout, head_dim: int) -> float | None:
+        """What queries times keys are multiplied with, in the method's calls and in a full path beside them; None: as the model
+        has it."""
+        return None
+
     def check(self, heads: int) -> None:
         """Refuse, before anything runs, options that do not fit a layer with ``heads`` heads.
 
@@ -53,6 +58,77 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """What stands for the key blocks that a plan skips; see ``tilewise.kernels.skipped.add_skipped``.
+
+    key_mean, value_mean: (B, N, Hk, D) float32. bias: (B, H, N, N) float32, −inf where the block is seen.
+    """
+
+    key_mean: torch.Tensor
+    value_mean: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What a dynamic method decided for one attention call. All tensors are on the call's device: nothing is waited for.
+
+    Attributes:
+        plan: the key blocks that each query block sees.
+        skipped: summary rows of those that it does not, to be merged into the output; None: they are left out.
+        draft: (B, H, N, N) float32, the expected share of attention mass of each pair of blocks; for pictures, None if there
+            is none.
+        recall: () float32, attention mass that the plan keeps by the method's own estimate, mean over queries and heads.
+        probe: the same, measured exactly on some queries; None if that was not asked for.
+        broken: () float32, number of lists that keep everything because the draft was not finite there.
+    """
+
+    plan: BlockPlan
+    skipped: Skipped | None = None
+    draft: torch.Tensor | None = None
+    recall: torch.Tensor | None = None
+    probe: torch.Tensor | None = None
+    broken: torch.Tensor | None = None
+
+
+class DynamicMethod(Method):
+    """A method whose plan depends on the queries and keys of the call. It gives ``plan_call`` in place of ``plan``.
+
+    What it keeps from one step to the next it keeps in ``memory``: a dictionary for one layer and branch (conditional and
+    unconditional forwards each have one), empty at the first call of a run, and whenever the shape of the call changes.
+    """
+
+    def plan_call(
+        self,
+        layout: Layout,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        memory: dict[str, Any],
+        tick: int,
+    ) -> Planned:
+        """What a call sees: query (B, S, H, D), key and value (B, S, Hk, D) in the layout's order.
+
+        Must not wait for the device. tick: counts the denoising steps; it is only true where ``keeps_memory``.
+        """
+        raise NotImplementedError
+
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether ``memory`` is used at all: only then are steps and branches told apart."""
+        return False
+
+    def refuses_call(self, layout: Layout) -> str | None:
+        """Why a call over this layout cannot run, or None. It falls back to dense, counted."""
+        return None
+
+    def stays_dense(self, tokens: int, device: torch.device) -> str | None:
+        """Why a call of ``tokens`` tokens is dense on purpose, as it would not be faster; or None."""
+        return None
 
 
 M = TypeVar("M", bound=type[Method])

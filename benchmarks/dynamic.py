@@ -1,0 +1,140 @@
+"""Methods that look before they choose, against dense attention: what does the looking cost, and what is left of the speed-up?
+
+planning       the method's plan of one call: statistics of blocks, map, selection, lists
+attention      the kernel that runs the plan
+summaries      merging the summary rows of what was skipped, where the method does that
+of ideal       time of the fastest dense peer · density / time of all three
+
+Queries and keys are random: what is chosen means nothing here, only how long it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from benchmarks.timing import measure
+from tilewise.kernels.attention import block_sparse_attention, choose_backend
+from tilewise.kernels.layout import Grid
+from tilewise.kernels.skipped import add_skipped
+from tilewise.plugins.methods.base import DynamicMethod, make_method
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on one attention call."""
+
+    grid: Grid
+    heads: int
+    method: str
+    options: tuple[tuple[str, Any], ...]
+    head_dim: int = 128
+
+    @property
+    def shape(self) -> str:
+        return f"{self.grid}, {self.heads} heads × {self.head_dim}"
+
+    @property
+    def name(self) -> str:
+        options = ", ".join(f"{key} {value}" for key, value in self.options)
+        return f"{self.method} on {self.shape}: {options}"
+
+
+VARIANTS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
+    ("draft", (("density", 0.25),)),
+    ("draft", (("density", 0.25), ("compensate", False))),
+    ("draft", (("density", 0.1),)),
+    ("draft", (("density", 0.25), ("refresh", 4), ("drift", None))),
+    ("xattention", (("density", 0.25), ("compensate", False))),
+)
+SHAPES = ((Grid(30, 48, 80), 24), (Grid(21, 45, 80), 40), (Grid(21, 45, 80), 12))
+ROWS = [Row(grid, heads, method, options) for grid, heads in SHAPES for method, options in VARIANTS]
+TINY = [Row(Grid(3, 9, 12), 2, method, (*options, ("min_tokens", 0)), 64) for method, options in VARIANTS]
+
+
+def run_row(row: Row, device: torch.device, seconds: float, dense: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """One row; ``dense`` keeps the dense peers' milliseconds by shape."""
+    method = make_method(row.method, dict(row.options))
+    assert isinstance(method, DynamicMethod)
+    layout = method.layout(row.grid)
+    assert layout is not None
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, row.grid.tokens, row.heads, row.head_dim)
+    q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
+    scale = row.head_dim**-0.5
+    missing: dict[str, str] = {}
+    if row.shape not in dense:
+        found, missing = peers.dense_peers(device)
+        dense[row.shape] = {}
+        for name, prepare in found.items():
+            if name == "sage":  # 8-bit: another precision
+                continue
+            try:
+                dense[row.shape][name] = measure(prepare(q, k, v), device, seconds=seconds).median
+            except Exception as error:
+                missing[name] = peers.reason(error)
+    memory: dict[str, Any] = {}
+    calls = 0
+
+    def plan() -> Any:
+        nonlocal calls
+        calls += 1
+        return method.plan_call(layout, q, k, v, scale, memory, calls)
+
+    planned = plan()
+    backend = choose_backend(q, k, v, planned.plan)
+
+    def attend() -> Any:
+        merged = planned.skipped is not None
+        return block_sparse_attention(q, k, v, planned.plan, scale=scale, backend=backend, return_lse=merged)
+
+    def merge(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        skipped = planned.skipped
+        return add_skipped(q, out, lse, skipped.key_mean, skipped.value_mean, skipped.bias, layout, scale)
+
+    def everything() -> torch.Tensor:
+        nonlocal planned
+        planned = plan()
+        out = attend()
+        return out if planned.skipped is None else merge(*out)
+
+    ms = {
+        "planning": measure(plan, device, seconds=seconds).median,
+        "attention": measure(attend, device, seconds=seconds).median,
+    }
+    if planned.skipped is not None:
+        out, lse = attend()
+        ms["summaries"] = measure(lambda: merge(out, lse), device, seconds=seconds).median
+    timing = measure(everything, device, seconds=seconds)
+    assert planned.plan.device_density is not None
+    density = float(planned.plan.device_density)
+    result = {
+        "name": row.name,
+        "tokens": row.grid.tokens,
+        "tile": list(layout.tile),
+        "density": density,
+        "backend": backend.backend,
+        **timing.to_dict(),
+        "parts": ms,
+        "dense": dense[row.shape],
+        "over": {name: other / timing.median for name, other in dense[row.shape].items()},
+        "missing": missing,
+    }
+    if dense[row.shape]:
+        fastest = min(dense[row.shape].values())
+        result["of_ideal"] = fastest * density / timing.median
+        result["planning_share"] = ms["planning"] / fastest
+    return result
+
+
+def run(device: torch.device, seconds: float, rows: list[Row]) -> Iterator[dict[str, Any]]:
+    """One result a row."""
+    dense: dict[str, dict[str, float]] = {}
+    with torch.no_grad():
+        for row in rows:
+            yield run_row(row, device, seconds, dense)

@@ -1,0 +1,361 @@
+"""What all methods that look before they choose share: a map of expected attention mass goes in, a plan comes out.
+
+    map of blocks  →  rank  →  select  →  lists of key blocks  (+ summary rows of what is skipped)
+    (the method's)    by mass or    by density or recall;
+                      by error      guarantees, floor, window
+
+A method on top of this is one file that gives ``draft``: the logits of its map. Everything runs on the device of the queries
+and nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from tilewise.kernels.block_stats import BlockStats, block_stats
+from tilewise.kernels.dynamic_plan import block_table, dynamic_plan
+from tilewise.kernels.layout import MAX_BLOCK_ROWS, Grid, Layout, cached_layout, tile_counts
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.ledger import capturing
+from tilewise.plugins.methods.base import DynamicMethod, Method, Planned, Skipped, make_method
+from tilewise.plugins.methods.draft_logits import error_logits, score_variance, variance_term
+from tilewise.plugins.methods.guarantees import GUARANTEES, always_kept
+from tilewise.plugins.methods.probe import exact_recall, probe_rows
+from tilewise.plugins.methods.selection import RULES, broken_rows, select
+from tilewise.plugins.methods.within import Bounds, bounds_of, plan_within
+from tilewise.plugins.reuse import Drift
+
+Triple = tuple[int, int, int]
+DEFAULT_TILE: Triple = (1, 8, 16)  # 128 tokens, a kernel's whole block; the paper's patch
+DEFAULT_DENSITY = 0.25
+MAX_BLOCKS = 4096  # maps are heads × N × N: at 24 heads and this many blocks, 1.6 GB each
+FEWEST_BLOCKS = 64  # a smaller map leaves little to choose from: the tile is halved until there are so many
+SMALLEST_TILE = 16  # tokens: the least that a kernel's block is used for
+# Tokens below which a call stays dense: planning and its launches cost more than sparse attention saves.
+MIN_TOKENS = {"cuda": 4096, "cpu": 1024}
+
+
+@dataclass(frozen=True)
+class DraftMap:
+    """What a method expects, before anything is chosen.
+
+    Attributes:
+        logits: (B, H, N, N) float32, log of the attention mass of query block i in key block j, up to a constant of the row.
+        keys: means and variances of the key blocks, if the method made both.
+        s2: (B, H, N, N) float32, the variance of scores within a key block, if the method knows it.
+    """
+
+    logits: torch.Tensor
+    keys: BlockStats | None = None
+    s2: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Guided(DynamicMethod):
+    """Options that such methods share.
+
+    Args:
+        density: fraction of token pairs to keep, in (0, 1], text included. Default 0.25 if ``recall`` is not given.
+        recall: instead: fraction of the attention mass to keep, in (0, 1], as the draft estimates it.
+        safety: with ``recall``: by how much the draft may underestimate what is lost, ≥ 1; it aims at losing (1 − recall) ÷
+            safety. With the default, 4, 95 % of the query blocks of the demo model reach a recall of 0.9 that is asked for.
+        tile: tokens of a block (t, h, w), at most 128. Default (1, 8, 16), halved until the grid has 64 of them.
+        select: how pairs are chosen: "rows", "head", "topk" or "shared"; see ``selection.py``. "topk" needs a density.
+        rank: what counts as best at a density: "mass", or "error", the error that skipping makes where compensation follows.
+            Default: "error" if ``compensate``, else "mass". By a recall it is always mass.
+        compensate: put one summary row in the place of each block that is skipped (kernels/skipped.py). Default: on. On the
+            bundled demo model it divides the error of attention by 1.4 to 3 (benchmarks/attention_error.py).
+        floor: fewest blocks of a row, ≥ 1.
+        cap: most blocks of a row, for "rows"; None: no limit.
+        always: pairs kept in any case: names of "self", "neighbours", "first-frame".
+        within: a static method (or its dictionary) whose windows bound where a block may look: ``STA``, ``Inward``, …. A window
+            in tiles counts this method's.
+        refresh: denoising steps that a choice is kept for; 1: chosen anew at each call.
+        drift: with ``refresh`` > 1: how much estimated recall may fall before the choice is made anew at the next step, in
+            [0, 1]; None: not tested.
+        probe: queries a call whose recall is measured exactly, for ``summary``; 0: none.
+        min_tokens: shorter sequences stay dense, counted as "short". Default: where sparse attention begins to pay on the
+            device: 4096 on a GPU, 1024 on a CPU.
+
+    Raises:
+        ConfigError: for values outside those ranges, or both density and recall.
+    """
+
+    density: float | None = None
+    recall: float | None = None
+    safety: float = 4.0
+    tile: Triple | None = None
+    select: str = "rows"
+    rank: str | None = None
+    compensate: bool | None = None
+    floor: int = 1
+    cap: int | None = None
+    always: tuple[str, ...] = ("self",)
+    within: Any = None
+    refresh: int = 1
+    drift: float | None = 0.02
+    probe: int = 0
+    min_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.density is not None and self.recall is not None:
+            raise ConfigError(f"{self.name}: give density or recall, not both: each decides how much is kept")
+        if self.density is None and self.recall is None:
+            put("density", DEFAULT_DENSITY)
+        for option in ("density", "recall"):
+            value = getattr(self, option)
+            if value is not None and not (_is_number(value) and 0 < value <= 1):
+                raise ConfigError(f"{self.name}: {option} must be in (0, 1], got {value!r}")
+        if not (_is_number(self.safety) and self.safety >= 1):
+            raise ConfigError(f"{self.name}: safety must be at least 1, got {self.safety!r}")
+        if self.tile is not None:
+            put("tile", _tile(self.name, self.tile))
+        _one_of(self.name, "select", self.select, RULES)
+        if self.select == "topk" and self.recall is not None:
+            raise ConfigError(f"{self.name}: select='topk' keeps a fixed number of blocks; give density, not recall")
+        if self.rank is not None:
+            _one_of(self.name, "rank", self.rank, ("mass", "error"))
+        if self.compensate not in (None, True, False):
+            raise ConfigError(f"{self.name}: compensate must be true or false, got {self.compensate!r}")
+        for option, least in (("floor", 1), ("refresh", 1), ("probe", 0)):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{self.name}: {option} must be a whole number of at least {least}, got {value!r}")
+        for option in ("cap", "min_tokens"):
+            value = getattr(self, option)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ConfigError(f"{self.name}: {option} must be a whole number, got {value!r}")
+        if self.cap is not None and (self.cap < self.floor or self.select != "rows"):
+            raise ConfigError(f"{self.name}: cap={self.cap} is for select='rows', and at least floor={self.floor}")
+        if isinstance(self.always, str) or not isinstance(self.always, Sequence):
+            raise ConfigError(f"{self.name}: always must be a list of {', '.join(GUARANTEES)}, got {self.always!r}")
+        for name in self.always:
+            _one_of(self.name, "always", name, GUARANTEES)
+        put("always", tuple(self.always))
+        if self.drift is not None and not (_is_number(self.drift) and 0 <= self.drift <= 1):
+            raise ConfigError(f"{self.name}: drift must be a fall of recall in [0, 1], or null, got {self.drift!r}")
+        put("within", self._window_method(self.within))
+
+    def _window_method(self, within: Any) -> Method | None:
+        if isinstance(within, Mapping):
+            options = {key: value for key, value in within.items() if key != "name"}
+            within = make_method(str(within.get("name")), options)
+        if within is None:
+            return None
+        if not isinstance(within, Method) or isinstance(within, DynamicMethod) or within.name == "dense":
+            raise ConfigError(f"{self.name}: within must be a method with windows, such as STA, got {within!r}")
+        tile = getattr(within, "tile", None)
+        if tile is not None and tuple(tile) != self.tile:
+            raise ConfigError(
+                f"{self.name}: the window of within counts tiles of {tuple(tile)}, this method has tiles of "
+                f"{self.tile or 'its own choice'}; leave the tile of within out, or give tile={tuple(tile)} to both"
+            )
+        return within
+
+    # ── before anything runs ─────────────────────────────────────────────────────────────────────────────────────
+
+    def prepare(self, target: Any, denoiser: Any) -> Guided:
+        """With what the window's method wants to know of the denoiser; see ``native_grid.prepared``."""
+        prepare = getattr(self.within, "prepare", None)
+        return self if prepare is None else dataclasses.replace(self, within=prepare(target, denoiser))
+
+    def check(self, heads: int) -> None:
+        if self.within is not None:
+            self.within.check(heads)
+
+    def layout(self, grid: Grid) -> Layout:
+        return cached_layout(grid, self.tile or default_tile(grid.shape))
+
+    def scale(self, layout: Layout, head_dim: int) -> float | None:
+        return None if self.within is None else self.within.scale(layout, head_dim)
+
+    def describe(self, layout: Layout) -> dict[str, Any]:
+        target = {"density": self.density} if self.recall is None else {"recall": self.recall}
+        more = {"within": self.within.to_dict()} if self.within is not None else {}
+        return {**target, "select": self.select, "compensate": self.compensates, **more}
+
+    def to_dict(self) -> dict[str, Any]:
+        within = None if self.within is None else self.within.to_dict()
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"name": self.name, **fields, "within": within}
+
+    def refuses_call(self, layout: Layout) -> str | None:
+        if layout.blocks <= MAX_BLOCKS:
+            return None
+        return f"tile {layout.tile} cuts {layout.grid} into {layout.blocks} blocks, more than {MAX_BLOCKS}; give a larger tile"
+
+    def stays_dense(self, tokens: int, device: torch.device) -> str | None:
+        least = MIN_TOKENS.get(device.type, 0) if self.min_tokens is None else self.min_tokens
+        return None if tokens >= least else f"{tokens} tokens, {self.name} pays from {least} on"
+
+    @property
+    def compensates(self) -> bool:
+        return self.compensate is not False
+
+    @property
+    def keeps_memory(self) -> bool:
+        return self.refresh > 1
+
+    # ── a call ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def draft(self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float) -> DraftMap:
+        """The method's map of a call: query (B, S, H, D) and key (B, S, Hk, D) in the layout's order."""
+        raise NotImplementedError
+
+    def plan_call(
+        self,
+        layout: Layout,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        memory: dict[str, Any],
+        tick: int,
+    ) -> Planned:
+        heads = query.shape[2]
+        _, rows, text = block_table(layout, query.device)
+        bounds = self._bounds(layout, heads, query.device)
+        drafted = self.draft(layout, query, key, scale)
+        logits = drafted.logits
+        if bounds is not None:
+            logits = logits.masked_fill(~bounds.seen_by_head(heads), -math.inf)
+        broken = broken_rows(logits)
+        share = logits.softmax(-1)
+        blocks = self._block_stats(layout, drafted, query, key, value, scale)
+
+        target = None if self.recall is None else 1 - (1 - self.recall) / self.safety
+
+        def choose() -> torch.Tensor:
+            if self.density == 1 or self.recall == 1:  # exactly: a rule may stop a rounding error short of it
+                return torch.ones_like(logits, dtype=torch.bool)
+            always = always_kept(layout, self.always, query.device)
+            if bounds is not None:
+                always = always & bounds.seen_by_all()
+            ranked = logits
+            if blocks is not None and blocks.values.variance is not None:
+                ranked = error_logits(logits, blocks.s2, blocks.values.variance)
+            density = self.density if self.select in ("head", "shared") else _row_density(self.density, layout)
+            kept = select(
+                self.select, ranked, always, rows, density=density, recall=target, floor=self.floor, cap=self.cap
+            )
+            return kept | text[:, None] | text[None, :]
+
+        def recall_of(kept: torch.Tensor) -> torch.Tensor:
+            """() estimated recall, queries counted by token; a broken row keeps everything."""
+            mass = (share * kept).sum(-1).masked_fill(broken, 1.0)
+            return (mass * rows).sum(-1).mean() / layout.grid.tokens
+
+        if self.keeps_memory and not capturing(query.device):
+            kept, recall = Drift(self.refresh, self.drift).reuse(memory, tick, choose, recall_of)
+            kept = kept | broken[..., None]
+        else:
+            kept = choose()
+            recall = recall_of(kept)
+        plan = dynamic_plan(layout, kept) if bounds is None else plan_within(bounds, kept)
+        if bounds is not None:
+            kept = kept & bounds.seen_by_head(heads)
+        skipped = None
+        if blocks is not None and self.compensates:
+            bias = rows.log() + variance_term(blocks.s2, rows)
+            # What is outside the window is not skipped but invisible.
+            seen = kept if bounds is None else kept | ~bounds.seen_by_head(heads)
+            skipped = Skipped(blocks.keys.mean, blocks.values.mean, bias.masked_fill(seen, -math.inf))
+        probe = None
+        if self.probe:
+            at = probe_rows(query.shape[1], self.probe, query.device)
+            probe = exact_recall(query, key, kept, rows, scale, at).mean()
+        return Planned(plan, skipped, share, recall, probe, broken.sum(dtype=torch.float32))
+
+    def _bounds(self, layout: Layout, heads: int, device: torch.device) -> Bounds | None:
+        return None if self.within is None else _window_bounds(self.within, layout, heads, device)
+
+    @property
+    def ranks_by_error(self) -> bool:
+        """Whether skipped pairs are ranked by the error that they would make."""
+        return self.recall is None and (self.compensates if self.rank is None else self.rank == "error")
+
+    def _block_stats(
+        self,
+        layout: Layout,
+        drafted: DraftMap,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> _Blocks | None:
+        """What ranking by error and compensation go by; what the method's map has not, is made here. None: not needed."""
+        if not (self.compensates or self.ranks_by_error):
+            return None
+        start, rows, _ = block_table(layout, query.device)
+        keys = drafted.keys or block_stats(key, start, rows, variance=True)
+        s2 = drafted.s2
+        if s2 is None:
+            assert keys.variance is not None
+            s2 = score_variance(block_stats(query, start, rows).mean, keys.variance, scale)
+        return _Blocks(keys, block_stats(value, start, rows, variance=self.ranks_by_error), s2)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Statistics of key and value blocks, and the variance of scores (B, H, N, N). values.variance: None where it is not
+    ranked by error."""
+
+    keys: BlockStats
+    values: BlockStats
+    s2: torch.Tensor
+
+
+def default_tile(shape: Triple) -> Triple:
+    """(1, 8, 16), halved on its longer side until the grid has 64 tiles or a tile 16 tokens."""
+    t, h, w = DEFAULT_TILE
+    while math.prod(tile_counts(shape, (t, h, w))) < FEWEST_BLOCKS and h * w > SMALLEST_TILE:
+        h, w = (h, w // 2) if w > h else (h // 2, w)
+    return (t, h, w)
+
+
+@lru_cache(maxsize=32)
+def _window_bounds(within: Method, layout: Layout, heads: int, device: torch.device) -> Bounds:
+    """The window over this layout: one that counts tiles counts the layout's."""
+    if any(field.name == "tile" for field in dataclasses.fields(within)):
+        within = dataclasses.replace(within, tile=layout.tile)  # type: ignore[call-arg]
+    with torch.inference_mode(False):
+        return bounds_of(within.plan(layout, heads, device))
+
+
+def _row_density(density: float | None, layout: Layout) -> float | None:
+    """What video rows must keep for the whole to keep ``density``: text rows keep everything."""
+    if density is None or not layout.grid.text:
+        return density
+    text = layout.grid.text / layout.grid.tokens
+    return min(1.0, max((density - text) / (1 - text), 1 / layout.grid.tokens))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _one_of(method: str, option: str, value: Any, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{method}: {option} must be one of {', '.join(valid)}, got {value!r}")
+
+
+def _tile(method: str, value: Any) -> Triple:
+    good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3
+    if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value):
+        raise ConfigError(f"{method}: tile must be three whole numbers of tokens (t, h, w), got {value!r}")
+    if math.prod(value) > MAX_BLOCK_ROWS:
+        raise ConfigError(
+            f"{method}: tile {tuple(value)} has {math.prod(value)} tokens; a block is planned as one and has at most "
+            f"{MAX_BLOCK_ROWS}, such as {DEFAULT_TILE}"
+        )
+    return (value[0], value[1], value[2])

@@ -1,0 +1,114 @@
+"""``inward``: a window as large as the frame that the model was trained on, around each token (FreeSwim, arXiv 2511.14712).
+
+    window = (all of t,  2·⌊native_h / 2⌋ + 1,  2·⌊native_w / 2⌋ + 1)  tokens, shifted inward at borders: it keeps its size
+
+Past its training size a model's dense attention spreads over more keys than it ever saw, and pictures get blurred or show
+things twice. Here each query sees as many keys as in training. With it comes the paper's attention temperature, N tokens to a
+native frame:
+
+    scale = sqrt(log_N(2N) / head_dim)
+
+A window alone does not know what the rest of the frame shows: see ``plugins/two_paths.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from tilewise.kernels.layout import Grid, Layout, cached_layout
+from tilewise.kernels.plan import BlockPlan
+from tilewise.kernels.tiling import choose_tile_for_window
+from tilewise.kernels.window import window_plan
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.methods.base import Method, register
+from tilewise.plugins.models.base import family_of
+from tilewise.plugins.native_grid import native_grid
+
+MAX_BLOCKS = 12_288  # block maps are N × N: beyond this, building one takes gigabytes
+
+
+@register
+@dataclass(frozen=True)
+class Inward(Method):
+    """Inward-shifted window of the native size, exact to the token.
+
+    Args:
+        native: (h, w), the training size in tokens of the denoiser's grid. Default: the pipeline's own, filled in when a
+            pipeline is patched.
+        temperature: whether attention is sharpened by the paper's scale. Only where the window leaves something out: on a
+            grid of the native size or smaller the method is dense attention, unchanged.
+
+    Raises:
+        ConfigError: for sizes below 1; later, for a bare denoiser patched without ``native``.
+    """
+
+    native: tuple[int, int] | None = None
+    temperature: bool = True
+
+    name: ClassVar[str] = "inward"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.temperature, bool):
+            raise ConfigError(f"inward: temperature must be true or false, got {self.temperature!r}")
+        native = self.native
+        if native is None:
+            return
+        good = isinstance(native, Sequence) and not isinstance(native, str) and len(native) == 2
+        if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in native):
+            raise ConfigError(
+                f"inward: native must be two whole numbers of at least 1, (h, w) in tokens, got {native!r}"
+            )
+        object.__setattr__(self, "native", (native[0], native[1]))
+
+    def prepare(self, target: Any, denoiser: nn.Module) -> Inward:
+        """The method with the native size of ``target``'s model, if none was given.
+
+        Raises:
+            ConfigError: if the size cannot be found, or the denoiser's layers have feature maps of several sizes.
+        """
+        family = family_of(denoiser)
+        if family is not None and any(layer.halvings is not None for layer in family.layers(denoiser)):
+            raise ConfigError(
+                f"inward: the layers of {type(denoiser).__name__} attend over feature maps of several sizes, and one native "
+                "size does not fit them; the method is for denoisers with one token grid"
+            )
+        if self.native is not None:
+            return self
+        grid = native_grid(target, denoiser)
+        return dataclasses.replace(self, native=(grid.h, grid.w))
+
+    def window(self, grid: Grid) -> tuple[int, int, int]:
+        """The window on a grid, (t, h, w) in tokens, no larger than the grid."""
+        if self.native is None:
+            raise ConfigError(
+                f"inward: the native size is not known, so there is no window on the grid {grid}; give native=(h, w) in tokens"
+            )
+        h, w = (2 * (n // 2) + 1 for n in self.native)
+        return grid.t, min(h, grid.h), min(w, grid.w)
+
+    def layout(self, grid: Grid) -> Layout:
+        return cached_layout(grid, choose_tile_for_window(grid, self.window(grid)))
+
+    def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
+        if layout.blocks > MAX_BLOCKS:
+            raise ConfigError(
+                f"inward: the grid {layout.grid} has {layout.blocks} blocks, more than {MAX_BLOCKS}: the size is too large"
+            )
+        return window_plan(layout, [self.window(layout.grid)], unit="token", device=device)
+
+    def scale(self, layout: Layout, head_dim: int) -> float | None:
+        """What queries times keys are multiplied with; None: as the model has it, 1 / sqrt(head_dim)."""
+        if not self.temperature or self.native is None or self.window(layout.grid) == layout.grid.shape:
+            return None
+        tokens = math.prod(self.native)
+        return math.sqrt(math.log(2 * tokens, tokens) / head_dim) if tokens > 1 else None
+
+    def describe(self, layout: Layout) -> dict[str, Any]:
+        return {"window (tokens)": self.window(layout.grid)}

@@ -1,0 +1,75 @@
+"""``xattention``: blocks scored by sums over their antidiagonals (XAttention, arXiv 2503.16428).
+
+    score of groups a, b  =  1/s · Σ_{r < s}  q[a·s + s − 1 − r] · k[b·s + r]           s: stride
+    mass of a block pair  =  mean over a of  Σ_b softmax_b(scale · score)
+
+s tokens of queries, backwards, against s tokens of keys, forwards: an antidiagonal of each s × s square crosses every row and
+every column of it, and so meets what is vertical or slanted in the pattern. It costs 1/s of the products of attention.
+
+A ragged block's last group is filled with the block's own first tokens and weighs only as much as it holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from tilewise.kernels.layout import Layout
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.methods.base import register
+from tilewise.plugins.methods.draft_logits import per_query_head
+from tilewise.plugins.methods.guided import DraftMap, Guided
+
+CHUNK_BYTES = 1 << 28  # of scores between groups that are made at once
+
+
+@register
+@dataclass(frozen=True)
+class XAttention(Guided):
+    """Antidiagonal block scoring; the other options are ``Guided``'s.
+
+    Args:
+        stride: tokens of a group, 1 … 64. The paper uses 8 and 16.
+    """
+
+    stride: int = 8
+
+    name: ClassVar[str] = "xattention"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.stride, int) or isinstance(self.stride, bool) or not 1 <= self.stride <= 64:
+            raise ConfigError(f"xattention: stride must be a whole number from 1 to 64, got {self.stride!r}")
+
+    def draft(self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float) -> DraftMap:
+        B, _, H, _ = query.shape
+        N = layout.blocks
+        at, weight = groups(layout, self.stride, query.device)
+        A = weight.shape[1]  # groups of a block, as many as the largest has
+        keys = per_query_head(key[:, at.flatten()], H).unflatten(2, (N * A, -1)).flatten(3)  # (B, H, N·A, s·D)
+        backwards = query[:, at.flip(-1).flatten()].transpose(1, 2).unflatten(2, (N * A, -1)).flatten(3)
+        weigh = weight.flatten().log()  # −inf where a block has no such group
+        rows = max(1, CHUNK_BYTES // (4 * B * H * A * N * A))  # query blocks at once
+        found = []
+        for first in range(0, N, rows):
+            some = backwards[:, :, first * A : (first + rows) * A]
+            scores = (some @ keys.transpose(2, 3)).float() * (scale / self.stride) + weigh
+            mass = scores.softmax(-1).unflatten(-1, (N, A)).sum(-1).unflatten(2, (-1, A))
+            share = weight[first : first + rows, :, None]
+            found.append((mass * share).sum(3) / share.sum(1))
+        return DraftMap(torch.cat(found, 2).log())
+
+
+@lru_cache(maxsize=32)
+def groups(layout: Layout, stride: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, A, stride) int64 tokens of each group of each block, and (N, A) float32, how much of it is the group's own."""
+    rows = layout.block_rows
+    A = -(-int(rows.max()) // stride)
+    place = torch.arange(A * stride).view(A, stride)
+    at = layout.block_start[:, None, None] + place % rows[:, None, None]
+    weight = (rows[:, None] - torch.arange(A) * stride).clamp(0, stride) / stride
+    with torch.inference_mode(False):
+        return at.to(device), weight.to(device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,13 +14,14 @@ from torch import nn
 from tilewise.kernels.attention import DTYPES, available_backends
 from tilewise.plugins import operators
 from tilewise.plugins.config import Config, select_blocks
+from tilewise.plugins.copies import COPIER, copy_patched
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.methods.dense import Dense
-from tilewise.plugins.models.base import AttentionLayer, Family, family_of
+from tilewise.plugins.models.base import AttentionLayer, Family, UnreadableGridError, family_of
 from tilewise.plugins.processor import TilewiseProcessor, processor_class, why_not
 from tilewise.plugins.step import Step
 
-ATTRIBUTE = "_tilewise"  # the one attribute that a patch adds to a denoiser
+ATTRIBUTE = "_tilewise"  # what a patch adds to a denoiser, besides the COPIER for copy.deepcopy
 
 
 class Patch:
@@ -36,7 +39,7 @@ class Patch:
         # Known before any forward: a graph is made for one or the other.
         one_sequence = any(layer.halvings is None for layer in self.layers)
         self.reorders = bool(selected) and one_sequence and not isinstance(config.method, Dense)
-        owner = weakref.ref(pipe) if pipe is not denoiser else lambda: None
+        owner = _reference(pipe) if pipe is not denoiser else lambda: None
         self.step = Step(name, config, owner, self.layers, selected, self.reorders, self._leave_alone, self._take_back)
         self.handle = operators.handle_for(self.step)
         self.ticket = self._resting = operators.new_ticket()
@@ -71,6 +74,7 @@ class Patch:
             self._take_off()
             raise
         setattr(denoiser, ATTRIBUTE, self)
+        setattr(denoiser, COPIER, functools.partial(copy_patched, self, denoiser, {ATTRIBUTE, COPIER}))
 
     def _leave_alone(self, layer: AttentionLayer, reason: str) -> None:
         """A layer with a processor of its own stays dense, is reported, and gets its tokens in the model's own order."""
@@ -95,6 +99,7 @@ class Patch:
     def remove(self, denoiser: nn.Module) -> None:
         self._take_off()
         delattr(denoiser, ATTRIBUTE)
+        delattr(denoiser, COPIER)
 
     def _take_off(self) -> None:
         self.step.removed = True
@@ -107,18 +112,27 @@ class Patch:
             if isinstance(module.processor, TilewiseProcessor):
                 _set_processor(module, module.processor.original)
 
+    @property
+    def handles(self) -> list[Any]:
+        """Everything that is on the denoiser's modules now."""
+        return list(self._handles)
+
     def __deepcopy__(self, memo: dict) -> Patch:
         raise TilewiseError(
-            f"{self.name} is patched: a copy would share its hooks. Call tilewise.unpatch before copying"
+            f"{self.name} is patched: a copy of one of its modules would share its hooks. Copy the whole denoiser or pipeline, "
+            "which gives a patched copy, or call tilewise.unpatch before copying"
         )
 
     # ── during a forward; torch.compile traces all of it, so nothing here may go by the step ─────────────────────
 
     def _before(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        grid = self.family.grid(denoiser, args, kwargs)
+        if denoiser.training and torch.is_grad_enabled():
+            raise TilewiseError(
+                f"{self.name} is patched, which is for inference: attention has no backward pass. Call it under torch.no_grad(), "
+                "or call tilewise.unpatch before training"
+            )
         timestep = self.family.timestep(args, kwargs)
-        family: Any = self.family
-        refused: str | None = family.refuses(denoiser, args, kwargs) if hasattr(family, "refuses") else None
+        grid, refused = self._grid(denoiser, args, kwargs)
         if not torch.compiler.is_compiling():
             self.step.begin(grid, timestep, refused)
             return
@@ -128,9 +142,21 @@ class Patch:
                 self.step.leave(layer)
             elif layer.name in self._raster:
                 self._take_back(layer)
-        self.ticket = operators.begin(
-            timestep, self.handle, grid.t, grid.h, grid.w, grid.text, grid.text_first, refused
-        )
+        shape = (0, 0, 0, 0, False) if grid is None else (grid.t, grid.h, grid.w, grid.text, grid.text_first)
+        self.ticket = operators.begin(timestep, self.handle, *shape, refused)
+
+    def _grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
+        """The grid of a forward; or None, and why it has none that can be read."""
+        family: Any = self.family
+        refused: str | None = family.refuses(denoiser, args, kwargs) if hasattr(family, "refuses") else None
+        if refused is not None:
+            return None, refused
+        if torch.compiler.is_compiling():
+            return family.grid(denoiser, args, kwargs), None
+        try:
+            return family.grid(denoiser, args, kwargs), None
+        except UnreadableGridError as error:
+            return None, str(error)
 
     def _after(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
         self.step.end()
@@ -159,6 +185,14 @@ class Patch:
         if not self.config.fuse or torch.is_grad_enabled() or x.dtype not in DTYPES:
             return False
         return x.is_cuda and _triton_runs(x.device)
+
+
+def _reference(pipe: Any) -> Callable[[], Any]:
+    """Gives ``pipe`` for as long as there is one. A patch must not keep a pipeline alive, if that can be helped."""
+    try:
+        return weakref.ref(pipe)
+    except TypeError:
+        return lambda: pipe
 
 
 def _set_processor(module: Any, processor: Any) -> None:

@@ -77,8 +77,11 @@ def begin(
     text_first: bool,
     refused: str | None = None,
 ) -> torch.Tensor:
-    """Begin a forward over the grid (t, h, w, text); see ``Step.begin``. Returns its ticket, () int64 on the CPU."""
-    _owner(handle).begin(Grid(t, h, w, text, text_first), timestep, refused)
+    """Begin a forward over the grid (t, h, w, text); see ``Step.begin``. Returns its ticket, () int64 on the CPU.
+
+    t: 0 where there is no grid, as ``refused`` says.
+    """
+    _owner(handle).begin(Grid(t, h, w, text, text_first) if t else None, timestep, refused)
     return torch.zeros((), dtype=torch.int64, device="cpu")
 
 

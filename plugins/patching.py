@@ -6,7 +6,8 @@
 
 Where the model's family has fused kernels for the rest of the step, a fourth puts them on its blocks.
 
-The one attribute on the denoiser, ``_tilewise``, holds all state; ``unpatch`` removes it, the hooks and the processors.
+One attribute on the denoiser, ``_tilewise``, holds all state; another, ``__deepcopy__``, makes copies patched ones of their own
+(``copies.py``). ``unpatch`` removes them, the hooks and the processors.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import nn
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.denoiser_patch import ATTRIBUTE, Patch
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
-from tilewise.plugins.models.base import family_of, supported_models
+from tilewise.plugins.models.base import attention_layers, family_of, supported_models
+from tilewise.plugins.native_grid import prepared
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 T = TypeVar("T")
@@ -83,6 +85,7 @@ def patch(
     blocks: str | None = None,
     strict: bool | None = None,
     fuse: bool | None = None,
+    precision: str | None = None,
 ) -> T:
     """Replace the attention of a pipeline's denoisers in one call. Weights and classes stay untouched.
 
@@ -99,25 +102,30 @@ def patch(
         fuse: run norms, rotary embedding, modulation and gates in exact fused kernels where the model's family has them and they
             can run. Default: what the preset or config says, otherwise True: ``patch(pipe, "dense")`` is exact attention in
             a faster step.
+        precision: "int8" or "fp8": the method's attention calls with 8-bit products, on a Hopper GPU; see ``Config``.
 
     Returns:
         ``target``. Patching a patched target replaces the earlier patch; ``unpatch`` always restores the original.
 
     Raises:
         ConfigError: unknown method, preset or option, or a value that cannot be.
-        UnsupportedModelError: a target without a denoiser, or with one that no family serves.
+        UnsupportedModelError: a target without a denoiser, or with one that no family serves, without self-attention, or
+            whose attention another library has fused or replaced.
         FallbackError: ``strict`` and a layer whose processor cannot be taken over.
         In each case nothing was changed.
     """
-    config = resolve(method, steps=steps, blocks=blocks, strict=strict, fuse=fuse)
+    config = resolve(method, steps=steps, blocks=blocks, strict=strict, fuse=fuse, precision=precision)
     denoisers = denoisers_of(target)
     for name, denoiser in denoisers.items():
-        _check(name, denoiser, config)
+        attention_layers(denoiser, name)
+    configs = {name: prepared(config, target, denoiser) for name, denoiser in denoisers.items()}
+    for name, denoiser in denoisers.items():
+        _check(name, denoiser, configs[name])
     previous = _configs(denoisers)
     unpatch(target)
     try:
         for name, denoiser in denoisers.items():
-            Patch(name, denoiser, target, config)
+            Patch(name, denoiser, target, configs[name])
     except BaseException:
         unpatch(target)
         for name, old in previous.items():
@@ -129,9 +137,7 @@ def patch(
 
 def _check(name: str, denoiser: nn.Module, config: Config) -> None:
     """Refuse what would only come to light in mid-denoise."""
-    family = family_of(denoiser)
-    assert family is not None
-    layers = family.layers(denoiser)
+    layers = attention_layers(denoiser, name)
     blocks = {layer.block for layer in layers}
     if blocks and not blocks & set(select_blocks(config.blocks, max(blocks) + 1)):
         raise ConfigError(f"blocks={config.blocks!r} selects none of the {len(blocks)} blocks of {name}")
@@ -173,6 +179,7 @@ def patched(
     blocks: str | None = None,
     strict: bool | None = None,
     fuse: bool | None = None,
+    precision: str | None = None,
 ) -> Iterator[T]:
     """``with patched(pipe, "sta"): …``: patch for the length of a block, then unpatch.
 
@@ -180,7 +187,7 @@ def patched(
     """
     denoisers = denoisers_of(target)
     before = _configs(denoisers)
-    patch(target, method, steps=steps, blocks=blocks, strict=strict, fuse=fuse)
+    patch(target, method, steps=steps, blocks=blocks, strict=strict, fuse=fuse, precision=precision)
     try:
         yield target
     finally:

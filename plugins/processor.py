@@ -9,6 +9,7 @@ for it; the attention call is the same.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.operators import attend, handle_for
 
 if TYPE_CHECKING:
@@ -40,7 +42,10 @@ def _form(call: Any) -> str | None:
 
 def why_not(processor: Any) -> str | None:
     """Why a processor cannot be taken over, or None if it can: it must call diffusers' attention dispatcher by its name, or
-    PyTorch's attention as ``F.scaled_dot_product_attention``."""
+    PyTorch's attention as ``F.scaled_dot_product_attention``, and must not be a module: the denoiser would lose its weights from
+    its own modules, and what is set on it, such as an IP-Adapter's scale, would not reach it."""
+    if isinstance(processor, torch.nn.Module):
+        return f"its processor, {type(processor).__name__}, has weights of its own"
     if isinstance(processor, TilewiseProcessor) or _form(type(processor).__dict__.get("__call__")):
         return None
     return f"its processor, {type(processor).__name__}, cannot be taken over"
@@ -106,7 +111,11 @@ def rebind(call: types.FunctionType, dispatch: Callable[..., Any]) -> types.Func
     with the stock processor.
     """
     names = {key: value for key, value in call.__globals__.items() if key != "__name__"}
-    found = {DISPATCH: dispatch} if _form(call) == DISPATCH else {"F": Functional(dispatch)}
+    found: dict[str, Any] = {DISPATCH: dispatch} if _form(call) == DISPATCH else {"F": Functional(dispatch)}
+    for name in call.__code__.co_names:  # functions beside the processor that ask for attention on its behalf
+        helper: Any = names.get(name)
+        if name != DISPATCH and _form(helper) == DISPATCH and helper.__globals__ is call.__globals__:
+            found[name] = rebind(helper, dispatch)
     rebound = types.FunctionType(
         call.__code__.replace(), names | found, call.__name__, call.__defaults__, call.__closure__
     )
@@ -114,6 +123,20 @@ def rebind(call: types.FunctionType, dispatch: Callable[..., Any]) -> types.Func
     rebound.__annotations__ = call.__annotations__
     rebound.__module__ = call.__module__
     return rebound
+
+
+class ForwardOnly(torch.autograd.Function):
+    """The first argument, with gradients that raise on their way to the others, where kernels would leave none without a word."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise TilewiseError(
+            "a patched denoiser is for inference: its attention has no backward pass. Call tilewise.unpatch first"
+        )
 
 
 class TilewiseProcessor:
@@ -125,6 +148,11 @@ class TilewiseProcessor:
     """
 
     traced: Callable[..., Any]  # the stock __call__ as torch.compile sees it, one for all layers of a patch
+    original_class: type
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # diffusers makes new processors of the class that it finds on a layer, as when an IP-Adapter comes or goes.
+        return super().__new__(cls) if args or kwargs else cls.original_class()
 
     def __init__(self, original: Any, patch: Patch, number: int, fused: Callable[..., Any] | None = None) -> None:
         self.original = original
@@ -135,6 +163,12 @@ class TilewiseProcessor:
         self.stock = stock_attention(call)
         self._fused = fused
         self._rebound = types.MethodType(rebind(call, self.dispatch), original)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copied with its denoiser it becomes stock's, which is what ``copies.copy_patched`` goes on from."""
+        if id(self.patch) not in memo and not self.patch.step.removed:
+            copy.deepcopy(self.patch, memo)  # raises, and says why
+        return copy.deepcopy(self.original, memo)
 
     def run(self, attn: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What ``__call__`` does."""
@@ -187,7 +221,10 @@ class TilewiseProcessor:
     @torch.compiler.disable
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
         """Answer one attention call now; options by name as for ``dispatch``."""
-        return self.patch.step.attend(self, query, key, value, **options)
+        out = self.patch.step.attend(self, query, key, value, **options)
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return ForwardOnly.apply(out.detach(), query, key, value)
+        return out
 
     # diffusers sets these two on processors (and skips those that lack them, as it does ours where the original does): they
     # belong to the original, which reads them, and keeps them when the patch is gone.
@@ -222,5 +259,10 @@ def processor_class(original: type, patch: Patch) -> type[TilewiseProcessor]:
 
     # diffusers' Attention drops every keyword argument that inspect.signature(processor.__call__) does not name.
     call.__signature__ = inspect.signature(stock_call)  # type: ignore[attr-defined]
-    members = {"__call__": call, "__doc__": original.__doc__, "traced": staticmethod(rebind(stock_call, dispatch))}
+    members = {
+        "__call__": call,
+        "__doc__": original.__doc__,
+        "traced": staticmethod(rebind(stock_call, dispatch)),
+        "original_class": original,
+    }
     return type(f"Tilewise{original.__name__}", (TilewiseProcessor,), members)

@@ -2,21 +2,24 @@
 
 full_window_is_dense   a window that holds everything gives stock's output, and unpatch gives stock's bits
 sparse_is_masked_stock a real window gives what stock gives with that window as an explicit (S, S) attention mask
+refused_is_stock       inputs without a grid run stock, bit by bit; each call is counted with the reason, and strict raises
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 import tilewise
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.ledger import SPARSE
+from tilewise.plugins.ledger import FALLBACK, SPARSE
 from tilewise.plugins.patching import patches_of
 
 FULL = tilewise.STA(window=(99, 99, 99), tile=(2, 3, 3))
@@ -97,6 +100,23 @@ def sparse_is_masked_stock(
     with tilewise.patched(model, method, steps=(0, 1), strict=True):
         ours = forward(model, inputs)
     torch.testing.assert_close(ours, want, atol=atol, rtol=atol)
+
+
+def refused_is_stock(model: torch.nn.Module, inputs: dict[str, Any], said: str, run: Any = None) -> None:
+    """said: part of the reason, a regular expression. run: the forward, if not ``forward``; it may be several."""
+    run = run or forward
+    stock = run(model, inputs)
+    with tilewise.patched(model, FULL, steps=(0, 1)):
+        assert torch.equal(run(model, inputs), stock)
+        counted = tilewise.summary(model)
+        assert counted.fallbacks and all(re.search(said, reason) for reason in counted.fallbacks), counted.fallbacks
+        assert {row.kind for row in counted.rows} == {FALLBACK}
+        assert min(counted.fallbacks.values()) >= len(tilewise_layers(model))
+    with tilewise.patched(model, FULL, steps=(0, 1), strict=True), pytest.raises(tilewise.FallbackError, match=said):
+        run(model, inputs)
+    with tilewise.patched(model, FULL, steps=(0, 0), strict=True):  # a dense step asks for nothing
+        assert torch.equal(run(model, inputs), stock)
+    assert torch.equal(run(model, inputs), stock)
 
 
 def tilewise_layers(model: torch.nn.Module) -> list[Any]:

@@ -32,6 +32,10 @@ def random_weights(model: torch.nn.Module, seed: int = 0) -> Any:
     return model.eval()
 
 
+def random(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def positions(h: int, w: int, number: int = 0, columns: int = 3) -> torch.Tensor:
     """(h·w, columns) positions of an image as the Flux pipelines make them: image number, row, column, 0 …"""
     ids = torch.zeros(h, w, columns)
@@ -69,7 +73,9 @@ def _masked(model: Any, method: tilewise.STA, grid: Grid, others: int) -> Iterat
             return given
         calls.append(tokens)
         mask = _window(method, dataclasses.replace(grid, text=grid.text - (grid.tokens - tokens)), layer.heads, others)
-        return mask if given is None else mask & given
+        if given is None:
+            return mask
+        return mask & given if given.dtype == torch.bool else torch.where(mask, given, -torch.inf)
 
     def dispatch(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
         return stock(query, key, value, window(query.shape[1], attn_mask), **options)

@@ -16,20 +16,20 @@ CHANNELS, TEXT_DIM, TEXT = 8, 12, 7
 PADDED = torch.arange(TEXT) < torch.tensor([[TEXT], [4]])
 
 
-def tiny():
-    model = ChromaTransformer2DModel(
-        in_channels=CHANNELS,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT_DIM,
-        axes_dims_rope=(4, 6, 6),
-        approximator_num_channels=16,
-        approximator_hidden_dim=16,
-        approximator_layers=1,
-    )
-    return image_checks.random_weights(model)
+def tiny(**overrides):
+    config = {
+        "in_channels": CHANNELS,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_DIM,
+        "axes_dims_rope": (4, 6, 6),
+        "approximator_num_channels": 16,
+        "approximator_hidden_dim": 16,
+        "approximator_layers": 1,
+    }
+    return image_checks.random_weights(ChromaTransformer2DModel(**config | overrides))
 
 
 def inputs(h, w, padded=None):
@@ -70,8 +70,20 @@ def test_no_square_mask_is_made_of_booleans(model):
     assert seen == [(2, 1, 1, 87)] * 2
 
 
-def test_a_mask_that_weighs_tokens_falls_back(model):
-    x = inputs(8, 10, PADDED.float())
+@pytest.mark.parametrize("lengths", [(TEXT, 4), (3, 3), (TEXT, TEXT)])
+def test_a_mask_that_weighs_padding_runs_sparse_and_exactly(model, lengths):
+    """As ChromaPipeline gives it: 1 for a visible token and 0 for padding, added to the scores."""
+    padded = (torch.arange(TEXT) < torch.tensor(lengths)[:, None]).float()
+    x, hidden = inputs(8, 10, padded), inputs(8, 10, padded.bool())
+    if min(lengths) < TEXT:
+        assert float((image_checks.output(model, x) - image_checks.output(model, hidden)).abs().max()) > 1e-3
+    grid = Grid(1, 8, 10, text=TEXT, text_first=True)
+    family_checks.full_window_is_dense(model, x, grid)
+    image_checks.masked_stock(model, x, grid)
+
+
+def test_a_mask_of_another_kind_falls_back(model):
+    x = inputs(8, 10, PADDED.float() * 0.5 + 0.25)
     want = image_checks.output(model, x)
     with tilewise.patched(model, family_checks.SMALL, steps=(0, 1)):
         ours = image_checks.output(model, x)
@@ -92,8 +104,8 @@ def test_own_processor(model, number):
     image_checks.own_processor(model, inputs(8, 9, PADDED), number)
 
 
-def test_compiled(model):
-    image_checks.compiled_is_eager(model, inputs(8, 10), inputs(7, 11, PADDED))
+def test_compiled():
+    image_checks.compiled_is_eager(tiny(num_single_layers=1), inputs(7, 11, PADDED))  # other sizes: as Flux
 
 
 def test_pipeline():
@@ -102,9 +114,9 @@ def test_pipeline():
     generator = torch.Generator().manual_seed(0)
     call = {
         "prompt_embeds": torch.randn(2, TEXT, TEXT_DIM, generator=generator),
-        "prompt_attention_mask": PADDED,
+        "prompt_attention_mask": PADDED.float(),  # the pipeline's own are floating point too
         "negative_prompt_embeds": torch.randn(2, TEXT, TEXT_DIM, generator=generator),
-        "negative_prompt_attention_mask": PADDED.flip(0),
+        "negative_prompt_attention_mask": PADDED.flip(0).float(),
         "height": 144,
         "width": 176,
         "num_inference_steps": 4,

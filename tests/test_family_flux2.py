@@ -7,10 +7,10 @@ import image_checks
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
 
 import tilewise
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.errors import TilewiseError
 
 CHANNELS, TEXT_DIM, TEXT = 8, 12, 7
 
@@ -68,14 +68,28 @@ def test_own_processor(model, number):
     image_checks.own_processor(model, inputs(8, 9), number)
 
 
-def test_kept_keys_of_reference_images_are_refused(model):
-    x = inputs(8, 9) | {"kv_cache_mode": "extract", "num_ref_tokens": 12}
-    with tilewise.patched(model, family_checks.FULL, steps=(0, 1)), pytest.raises(TilewiseError, match="kv_cache_mode"):
-        image_checks.output(model, x)
+def with_kept_keys(model, x):
+    """Two steps as Flux2KleinKVPipeline has them: reference images first, and then their keys and values alone."""
+    with torch.no_grad():
+        first, cache = model(**x, kv_cache_mode="extract", num_ref_tokens=12, return_dict=False)
+        image = {**x, "hidden_states": x["hidden_states"][:, 12:], "img_ids": x["img_ids"][:, 12:]}
+        return torch.cat([first, model(**image, kv_cache=cache, kv_cache_mode="cached", return_dict=False)[0]], dim=1)
 
 
-def test_compiled(model):
-    image_checks.compiled_is_eager(model, inputs(8, 10), inputs(7, 11), inputs(8, 9, (5, 6)))
+def test_kept_keys_of_reference_images_stay_dense_and_are_counted():
+    model, x = tiny(), inputs(8, 9)
+    for layer in family_checks.tilewise_layers(model):
+        single = "single" in layer.name
+        layer.module.set_processor(Flux2KVParallelSelfAttnProcessor() if single else Flux2KVAttnProcessor())
+    x["img_ids"] = torch.cat([image_checks.positions(3, 4, number=10, columns=4).expand(2, -1, -1), x["img_ids"]], 1)
+    x["hidden_states"] = torch.cat([image_checks.random(2, 12, CHANNELS), x["hidden_states"]], dim=1)
+    family_checks.refused_is_stock(model, x, "kv_cache_mode='(extract|cached)'", with_kept_keys)
+    # Without a cache, the same processors run sparse.
+    family_checks.full_window_is_dense(model, inputs(8, 9), Grid(1, 8, 9, text=TEXT, text_first=True))
+
+
+def test_compiled():
+    image_checks.compiled_is_eager(tiny(num_single_layers=1), inputs(8, 10), inputs(8, 9, (5, 6)))
 
 
 def test_pipeline():

@@ -178,7 +178,7 @@ def test_compile(kind, how):
     """One graph for steps that run sparse and steps that do not, and for prompts of other lengths."""
     torch.compiler.reset()
     counters.clear()
-    model = tiny(kind)
+    model = tiny(kind, num_layers=1, num_single_layers=1)
     steps = [
         inputs(kind, (3, 10, 14), lengths, t) for t, lengths in ((999.0, (9, 4)), (500.0, (9, 4)), (500.0, (2, 7)))
     ]

@@ -227,9 +227,17 @@ def test_positions_without_a_grid_are_refused():
     with pytest.raises(TilewiseError, match="not those of a video's latents"):
         grid_of_coords(coords[:, :, torch.randperm(60, generator=torch.Generator().manual_seed(0))])
     model, given = ltx(), inputs(GRIDS[1])
-    del given["height"]
+    del given["height"]  # stock cannot run either
     with tilewise.patched(model, "sta"), pytest.raises(TilewiseError, match="no video_coords"):
         family_checks.forward(model, given)
+
+
+def test_tokens_in_another_order_stay_dense_and_are_counted():
+    model, given = ltx(), inputs((4, 3, 5))
+    coords = condition_coords([(0, 4, 3, 5)])
+    given |= {"num_frames": 1, "height": 1, "width": 1}  # as the long-video pipeline gives them
+    given["video_coords"] = coords[:, :, torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+    family_checks.refused_is_stock(model, given, "not those of a video's latents")
 
 
 def touched(model, given, token):

@@ -10,24 +10,24 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTra
 
 import tilewise
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.errors import ConfigError, TilewiseError
+from tilewise.plugins.errors import ConfigError
 
 TEXT_DIM = 12
 
 
-def tiny():
-    model = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=TEXT_DIM,
-        axes_dims=[4, 6, 6],
-        axes_lens=[128, 80, 80],
-    )
-    return image_checks.random_weights(model)
+def tiny(**more):
+    config = {
+        "in_channels": 4,
+        "dim": 32,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": TEXT_DIM,
+        "axes_dims": [4, 6, 6],
+        "axes_lens": [128, 80, 80],
+    }
+    return image_checks.random_weights(ZImageTransformer2DModel(**config | more))
 
 
 def inputs(h, w, text=(7, 7)):
@@ -74,17 +74,26 @@ def test_own_processor(model, number):
     image_checks.own_processor(model, inputs(7, 11, (40, 7)), number)
 
 
-def test_what_has_no_one_grid_is_refused(model):
-    several = inputs(8, 9) | {"x": [inputs(8, 9)["x"], inputs(8, 9)["x"]]}
-    unequal = inputs(8, 9) | {"x": [inputs(8, 9)["x"][0], inputs(9, 8)["x"][0]]}
-    with tilewise.patched(model, family_checks.FULL, steps=(0, 1)):
-        for x, said in (several, "omni"), (unequal, "different sizes"):
-            with pytest.raises(TilewiseError, match=said):
-                image_checks.output(model, x)
+def outputs(model, x):
+    """All images of all samples, whatever their sizes."""
+    with torch.no_grad():
+        return torch.cat([image.flatten() for image in model(**x, return_dict=False)[0]])
 
 
-def test_compiled(model):
-    image_checks.compiled_is_eager(model, inputs(8, 12), inputs(7, 11))
+def test_images_of_several_sizes_stay_dense_and_are_counted(model):
+    unequal = inputs(8, 9) | {"x": [inputs(8, 9)["x"][0], inputs(10, 8)["x"][0]]}
+    family_checks.refused_is_stock(model, unequal, "different sizes", outputs)
+
+
+def test_omni_mode_stays_dense_and_is_counted():
+    model, images, prompts = tiny(siglip_feat_dim=6), inputs(6, 8)["x"], inputs(6, 8, (5, 9, 7))["cap_feats"]
+    x = {"x": [images], "t": torch.full((1,), 0.5), "cap_feats": [prompts], "image_noise_mask": [[0, 1]]}
+    x["siglip_feats"] = [[image_checks.random(4, 5, 6), None]]
+    family_checks.refused_is_stock(model, x, "omni mode", outputs)
+
+
+def test_compiled():
+    image_checks.compiled_is_eager(tiny(n_layers=1), inputs(7, 11))
 
 
 def test_pipeline_with_guidance_in_one_batch():

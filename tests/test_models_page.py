@@ -1,11 +1,13 @@
 """docs/models.md is what the code says, and every model on it has a test file."""
 
+import sys
 from pathlib import Path
 
-from examples.list_models import page
-from tilewise.plugins.models.base import supported_models
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from examples.list_models import page  # noqa: E402
+from tilewise.plugins.models.base import supported_models  # noqa: E402
 
 
 def test_the_page_is_up_to_date():

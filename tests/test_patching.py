@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import inspect
 import weakref
@@ -352,13 +351,6 @@ def test_caches_that_outlive_a_step_stay_right(tiny_pipe):
     for start in (0.2, 0.6):
         with tilewise.patched(tiny_pipe, FULL, steps=(start, 1), strict=True):
             torch.testing.assert_close(run(), stock, atol=1e-4, rtol=1e-4)
-
-
-def test_copying_a_patched_denoiser_is_refused(tiny_pipe):
-    tilewise.patch(tiny_pipe, SMALL)
-    with pytest.raises(tilewise.TilewiseError, match=r"Call tilewise\.unpatch before copying"):
-        copy.deepcopy(tiny_pipe.transformer)
-    copy.deepcopy(tilewise.unpatch(tiny_pipe).transformer)
 
 
 def test_another_pipeline_with_the_same_denoiser_keeps_its_dense_steps(tiny_pipe):

@@ -18,6 +18,12 @@ from torch import nn
 
 import tilewise.plugins.models
 from tilewise.kernels.layout import Grid
+from tilewise.plugins.errors import TilewiseError, UnsupportedModelError
+
+
+class UnreadableGridError(TilewiseError):
+    """The inputs of a forward hold no grid that its family can read, although the model takes them. Raised by ``Family.grid``;
+    the forward then runs as if ``SelectiveFamily.refuses`` had said why."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,9 @@ class SelectiveFamily(Protocol):
 
     def refuses(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
         """Why a forward call cannot be sparse, or None. It then runs stock, in the model's own token order, and is counted as
-        fallen back; ``strict`` raises. Traced by torch.compile: it may go by the config and by which arguments are given."""
+        fallen back; ``strict`` raises. ``grid`` is not asked for then, and hooks must not need what it would have read.
+        Traced by torch.compile: it may go by the config and by which arguments are given. What only values tell, ``grid``
+        finds, by raising ``UnreadableGridError``; in a compiled denoiser that is an error."""
 
 
 class Family(Protocol):
@@ -104,7 +112,11 @@ class Family(Protocol):
     classes: tuple[str, ...]
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
-        """The token grid of a forward call, from its arguments."""
+        """The token grid of a forward call, from its arguments.
+
+        Raises:
+            UnreadableGridError: where they hold none, and the model may still run.
+        """
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """The timestep argument of a forward call: any shape; where tokens differ, the noisiest counts."""
@@ -156,6 +168,40 @@ def family_of(denoiser: nn.Module) -> Family | None:
         if cls.__name__ in _FAMILIES:
             return _FAMILIES[cls.__name__]
     return None
+
+
+def attention_layers(denoiser: nn.Module, name: str = "denoiser") -> list[AttentionLayer]:
+    """The self-attention layers of a denoiser that a family serves.
+
+    Args:
+        name: the denoiser's, for messages.
+
+    Raises:
+        UnsupportedModelError: where its blocks are not those of its class, as in engines that fuse blocks or whole stacks of
+            them (nunchaku), or where it has no self-attention at all.
+    """
+    family = family_of(denoiser)
+    assert family is not None
+    model = type(denoiser).__name__
+    try:
+        layers = family.layers(denoiser)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{name}: this {model} does not have the attention modules of its class ({error}); blocks that another library "
+            "fused or replaced cannot be patched. Nothing was changed. Load the model with diffusers alone"
+        ) from error
+    for layer in layers:
+        if not hasattr(layer.module, "processor"):
+            raise UnsupportedModelError(
+                f"{name}.{layer.name} is a {type(layer.module).__name__} without an attention processor: another library put its "
+                "own attention there, which cannot be patched. Nothing was changed. Load the model with diffusers alone"
+            )
+    if not layers:
+        raise UnsupportedModelError(
+            f"{name}: this {model} has no self-attention layer, so there is nothing to patch; a UNet has them in blocks whose "
+            "type has CrossAttn in its name"
+        )
+    return layers
 
 
 def family_named(name: str) -> Family:

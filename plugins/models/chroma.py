@@ -1,9 +1,9 @@
 """Chroma: Flux.1 without guidance or pooled text, and with an attention mask for the padding of the prompt.
 
-Its blocks make an (S, S) mask of the (B, S) one that they are given. Where that is of booleans, the keys' mask alone says as
-much: what a padding token gets is never seen by an image token. Then no (S, S) mask is made. diffusers' own pipelines give
-floating-point ones, 1 for a visible token and 0 for padding, which PyTorch adds to the scores: padding is weighed down by
-e and not hidden. That is left as it is, dense and counted.
+Its blocks make an (S, S) mask of the (B, S) one that they are given, each anew. Here the attention modules are given one. Where
+the mask is of booleans, that is the keys' alone, which says as much: what a padding token gets is never seen by an image token.
+diffusers' own pipelines give floating-point ones, 1 for a visible token and 0 for padding, which PyTorch adds to the scores:
+padding is weighed down by e and not hidden. There it is stock's (S, S) mask, made once: see ``weighed_text``.
 """
 
 from __future__ import annotations
@@ -27,23 +27,28 @@ class ChromaFamily(FluxFamily):
     )  # fmt: skip
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        keys: list[torch.Tensor] = []  # the mask of the forward that is under way, where the blocks do not get it
+        masks: list[torch.Tensor] = []  # of the forward that is under way, where the blocks do not get it
 
         def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             call = by_name(self.parameters, args, kwargs)
             mask = call.get("attention_mask")
-            keys.clear()
-            if mask is None or mask.dtype != torch.bool:
+            masks.clear()
+            if mask is None:
                 return None
-            keys.append(mask[:, None, None, :])
+            keys = mask[:, None, None, :]
+            masks.append(keys if mask.dtype == torch.bool else keys * mask[:, None, :, None])
             return (), {**call, "attention_mask": None}
 
         def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            return (args, {**kwargs, "attention_mask": keys[0]}) if keys else None
+            return (args, {**kwargs, "attention_mask": masks[0]}) if masks else None
+
+        def forget(module: nn.Module, args: tuple, output: Any) -> None:
+            masks.clear()
 
         return [
             *super().reorder_hooks(denoiser, reorder),
             denoiser.register_forward_pre_hook(take, with_kwargs=True),
+            denoiser.register_forward_hook(forget, always_call=True),
             *(layer.module.register_forward_pre_hook(give, with_kwargs=True) for layer in self.layers(denoiser)),
         ]
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, UnreadableGridError, register_family
 from tilewise.plugins.models.image import StreamOrder, by_name, image_tokens
 from tilewise.plugins.models.position_ids import image_shape
 
@@ -34,6 +34,21 @@ class FluxFamily:
         rows, columns, others = image_shape(call["img_ids"])
         return Grid(1, rows, columns, text=call["encoder_hidden_states"].shape[1] + others, text_first=True)
 
+    def refuses(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        return None
+
+    def _others(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int:
+        """Tokens of reference images; 0 where no order can be in force, and nothing needs to be read."""
+        if self.refuses(denoiser, args, kwargs) is not None:
+            return 0
+        ids = by_name(self.parameters, args, kwargs)["img_ids"]
+        if torch.compiler.is_compiling():
+            return image_shape(ids)[2]
+        try:
+            return image_shape(ids)[2]
+        except UnreadableGridError:  # said already, by ``grid``
+            return 0
+
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return by_name(self.parameters, args, kwargs)["timestep"] * 1000  # given in 0 … 1
 
@@ -53,7 +68,7 @@ class FluxFamily:
         # The arguments are reordered and not what the embedders make of them: a LoRA may put itself in an embedder's place.
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             call = by_name(self.parameters, args, kwargs)
-            others = image_shape(call["img_ids"])[2]
+            others = self._others(module, args, kwargs)
             x, text = call["hidden_states"], call["encoder_hidden_states"].shape[1]
             order = StreamOrder(reorder, x.shape[1], text, x.device, text_first=True, others=others)
             orders[:] = [order]

@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from tilewise.kernels.layout import Grid
-from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.models.base import register_family
 from tilewise.plugins.models.flux import FluxFamily
 
@@ -23,15 +21,15 @@ class Flux2Family(FluxFamily):
         "hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "guidance", "joint_attention_kwargs",
     )  # fmt: skip
 
-    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
-        if kwargs.get("kv_cache_mode") is not None:
-            # There reference images come first, see only each other, and are left out after the first step.
-            raise TilewiseError(
-                f"{type(denoiser).__name__}: kv_cache_mode={kwargs['kv_cache_mode']!r} keeps the keys and values of reference "
-                "images from the first step, which tilewise does not serve. Call tilewise.unpatch, or use Flux2Pipeline or "
-                "Flux2KleinPipeline, which attend to reference images at every step"
-            )
-        return super().grid(denoiser, args, kwargs)
+    def refuses(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        mode = kwargs.get("kv_cache_mode")
+        if mode is None:
+            return None
+        # There reference images come first, see only each other, and are left out after the first step.
+        return (
+            f"kv_cache_mode={mode!r} keeps the keys and values of reference images from the first step; Flux2Pipeline and "
+            "Flux2KleinPipeline attend to reference images at every step"
+        )
 
 
 register_family(Flux2Family())

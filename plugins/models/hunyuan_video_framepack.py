@@ -29,6 +29,7 @@ from tilewise.plugins.models.hunyuan_video import (
     patches,
     vae_factors,
 )
+from tilewise.plugins.override import MethodOverride
 from tilewise.plugins.processor import TilewiseProcessor
 
 PACK = "_pack_history_states"  # the method that joins history and video, and their rotary tables
@@ -61,7 +62,7 @@ class HunyuanVideoFramepackFamily(HunyuanVideoFamily):
             return []  # where no order is ever taken, the history need not move either
         model: Any = denoiser
         pack = _Packing(model, reorder)
-        handles: list[Any] = [pack, *around_blocks(denoiser, reorder)]
+        handles: list[Any] = [pack.handle, *around_blocks(denoiser, reorder)]
         for layer in self.layers(denoiser):
             handles += pack.as_stock_has_it(layer.module)
         blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
@@ -91,10 +92,9 @@ def _history_tokens(latent: Any, scale: int) -> int:
 
 
 class _Packing:
-    """The history's way behind the video and back, and the handle that takes it off."""
+    """The history's way behind the video and back; ``handle`` takes it off."""
 
     def __init__(self, denoiser: Any, reorder: Reorder) -> None:
-        self.denoiser = denoiser
         self.reorder = reorder
         self.stock: Callable[..., Any] = getattr(denoiser, PACK)
         self.video = 0  # video tokens of the forward under way
@@ -102,12 +102,7 @@ class _Packing:
         def pack(video: torch.Tensor, *rest: Any, **options: Any) -> Any:
             return self.pack(video, *rest, **options)
 
-        self.ours = pack
-        setattr(denoiser, PACK, pack)
-
-    def remove(self) -> None:
-        if self.denoiser.__dict__.get(PACK) is self.ours:
-            delattr(self.denoiser, PACK)
+        self.handle = MethodOverride(denoiser, PACK, pack)
 
     def pack(
         self, video: torch.Tensor, clean: Any, half: Any, quarter: Any, tables: Any, *rest: Any, **options: Any

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.ledger import capturing
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, UnreadableGridError, register_family
 from tilewise.plugins.models.sizes import Rule, refuse, wrong_sizes
 
 
@@ -203,7 +203,8 @@ def grid_of_coords(coords: torch.Tensor) -> Grid:
     a graph break.
 
     Raises:
-        TilewiseError: for positions that hold no grid, or that cannot be read now.
+        UnreadableGridError: for positions that hold no grid.
+        TilewiseError: for positions that cannot be read now.
     """
     # A tensor made in inference mode does not count its changes, so it is read each time.
     version = None if coords.is_inference() else coords._version
@@ -251,7 +252,7 @@ def _read_grid(coords: torch.Tensor) -> Grid:
     y, x = frames[1, 0].view(h, w), frames[2, 0].view(h, w)
     whole = bool(raster[0] and (y == y[:, :1]).all() and (x == x[:1]).all())
     if not whole or (coords.ndim == 2 and (tokens % area or not raster.all())):
-        raise TilewiseError(f"video_coords of {tokens} tokens are not those of a video's latents in raster order")
+        raise UnreadableGridError(f"video_coords of {tokens} tokens are not those of a video's latents in raster order")
     return found
 
 

@@ -12,17 +12,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.ledger import capturing
+from tilewise.plugins.models.base import UnreadableGridError
 from tilewise.plugins.operators import DECIDES
 
-_read: WeakIdKeyDictionary = WeakIdKeyDictionary()  # positions → (their version, what image_shape says of them)
+_read: WeakIdKeyDictionary = WeakIdKeyDictionary()  # positions → (their version, what image_shape says or raises)
 
 
 def image_shape(ids: torch.Tensor) -> tuple[int, int, int]:
     """(h, w, others): the tokens of the image that ``ids`` (S, ≥ 3) or (B, S, ≥ 3) begins with, and those after it, S − h·w.
 
     Raises:
-        TilewiseError: where the first tokens are not an image in raster order, or when their values cannot be read because a
-            CUDA graph is being captured.
+        UnreadableGridError: where the first tokens are not an image in raster order.
+        TilewiseError: when their values cannot be read because a CUDA graph is being captured.
     """
     if torch.compiler.is_compiling():
         rows, columns, others = torch.ops.tilewise.image_shape(ids)
@@ -45,13 +46,19 @@ def _image_shape(ids: torch.Tensor) -> tuple[int, int, int]:
     version = None if ids.is_inference() else ids._version  # inference tensors do not count their changes: read anew
     known = _read.get(ids)
     if known is not None and version is not None and known[0] == version:
+        if isinstance(known[1], str):
+            raise UnreadableGridError(known[1])
         return known[1]
     if capturing(ids.device):
         raise TilewiseError(
             "the positions of the image tokens cannot be read while a CUDA graph is being captured; run the denoiser once with "
             "the same img_ids first"
         )
-    shape = read_image_shape(ids.detach().cpu())
+    try:
+        shape = read_image_shape(ids.detach().cpu())
+    except UnreadableGridError as error:
+        _read[ids] = (version, str(error))
+        raise
     _read[ids] = (version, shape)
     return shape
 
@@ -73,9 +80,8 @@ def read_image_shape(ids: torch.Tensor) -> tuple[int, int, int]:
         and torch.equal(column[:tokens].view(rows, columns), expected_column.to(row.dtype).expand(rows, columns))
     )
     if not in_raster_order:
-        raise TilewiseError(
-            f"img_ids: the first {tokens} tokens are not an image in raster order, so windows cannot be laid over it. "
-            "Call tilewise.unpatch for this input"
+        raise UnreadableGridError(
+            f"img_ids: the first {tokens} tokens are not an image in raster order, so windows cannot be laid over it"
         )
     return rows, columns, len(row) - tokens
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.errors import TilewiseError
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, UnreadableGridError, register_family
 from tilewise.plugins.models.image import StreamOrder, by_name, image_tokens
+from tilewise.plugins.override import MethodOverride
 
 PARAMETERS = (
     "x", "t", "cap_feats", "return_dict", "controlnet_block_samples", "siglip_feats", "image_noise_mask", "patch_size",
@@ -35,19 +35,18 @@ class ZImageFamily:
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         call = by_name(PARAMETERS, args, kwargs)
         images = call["x"]
-        if isinstance(images[0], list):
-            raise TilewiseError(
-                f"{type(denoiser).__name__}: several images a sample (omni mode) stand in one sequence, which tilewise does "
-                "not serve. Call tilewise.unpatch for this input"
-            )
         sizes = {tuple(image.shape[1:]) for image in images}
         if len(sizes) > 1:
-            raise TilewiseError(
-                f"{type(denoiser).__name__}: the images of a batch have different sizes ({sorted(sizes)}), and so no grid in "
-                "common. Give images of one size at a time"
+            raise UnreadableGridError(
+                f"the images of a batch have different sizes ({sorted(sizes)}), and so no grid in common"
             )
         t, h, w = _image_grid(call)
         return Grid(t, h, w, text=sum(_lengths(call)) - t * h * w)
+
+    def refuses(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        if isinstance(by_name(PARAMETERS, args, kwargs)["x"][0], list):
+            return "several images a sample (omni mode) stand in one sequence, which has no grid"
+        return None
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return (1 - by_name(PARAMETERS, args, kwargs)["t"]) * 1000  # given in 0 (noise) … 1
@@ -71,7 +70,7 @@ class ZImageFamily:
 
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             call = by_name(PARAMETERS, args, kwargs)
-            lengths[:] = _lengths(call)
+            lengths[:] = [0, 0] if self.refuses(module, args, kwargs) else _lengths(call)
             samples = call.get("controlnet_block_samples")
             if samples is None:
                 return None
@@ -91,7 +90,7 @@ class ZImageFamily:
         stock = type(model)._prepare_sequence
         return [
             model.register_forward_pre_hook(begin, with_kwargs=True),
-            _Method(model, "_prepare_sequence", prepare),
+            MethodOverride(model, "_prepare_sequence", prepare),
             *(final.register_forward_hook(leave) for final in model.all_final_layer.values()),
         ]
 
@@ -115,18 +114,6 @@ class ZImageFamily:
         model: Any = denoiser
         rows, columns = image_tokens(denoiser, size, model.all_patch_size[0] * getattr(pipe, "vae_scale_factor", 8))
         return Grid(1, rows, columns, text=_padded(rows * columns) - rows * columns + MAX_TEXT)
-
-
-class _Method:
-    """``function`` in place of a method, on one object; ``remove()`` takes it off."""
-
-    def __init__(self, owner: Any, name: str, function: Any) -> None:
-        self.owner, self.name, self.function = owner, name, function
-        setattr(owner, name, function)
-
-    def remove(self) -> None:
-        if self.owner.__dict__.get(self.name) is self.function:
-            delattr(self.owner, self.name)
 
 
 # By patch: the lengths (image and its padding, text) of the forward that is under way, which its hooks share.

@@ -3,7 +3,8 @@
 ``python -m benchmarks.render`` rewrites the tables of README.md and docs/*.md: each stands between ``<!-- results FILE -->`` and
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
-    headline attention implementations dynamic step families time fused launch missing
+    headline attention implementations dynamic quality errors step families time fused launch
+    missing
 
 and without any, all of them do.
 """
@@ -97,6 +98,39 @@ def dynamic_table(rows: Rows) -> str:
         cells += [f"{row['over'][name]:.2f}" if name in row["over"] else "–" for name in over]
         cells += [f"{row['of_ideal']:.2f}", f"{row['planning_share']:.1%}"] if "of_ideal" in row else ["–", "–"]
         lines.append(cells)
+    return _markdown(lines)
+
+
+def quality_table(rows: Rows) -> str:
+    """Clips of the demo model beside their dense twins: a variant a line, a density a column."""
+    return _by_density(
+        rows,
+        lambda row: row["name"].split(", density")[0],
+        "clips",
+        "PSNR to dense (worst), dB · everything right",
+        lambda row: f"{row['psnr']['mean']:.1f} ({row['psnr']['min']:.1f}) · {row['scores']['everything']:.0%}",
+    )
+
+
+def errors_table(rows: Rows) -> str:
+    """Attention calls of the demo model: a variant a line, a density a column."""
+    return _by_density(
+        rows,
+        lambda row: row["name"].split(", density")[0],
+        "attention calls",
+        "relative error · recall",
+        lambda row: f"{row['error']:.3f} · {row['recall']:.2f}" if row["recall"] is not None else f"{row['error']:.3f}",
+    )
+
+
+def _by_density(rows: Rows, place: Callable[[dict], str], what: str, shown: str, cell: Callable[[dict], str]) -> str:
+    densities = sorted({row["density_asked"] for row in rows}, reverse=True)
+    lines = [[what, "variant", *(f"density {d:g}: {shown}" for d in densities)]]
+    found = {(place(row), row["variant"], row["density_asked"]): cell(row) for row in rows}
+    for where in dict.fromkeys(w for w, _, _ in found):
+        for number, variant in enumerate(dict.fromkeys(v for w, v, _ in found if w == where)):
+            cells = [found.get((where, variant, d), "–") for d in densities]
+            lines.append(["" if number else where, variant, *cells])
     return _markdown(lines)
 
 
@@ -215,6 +249,8 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "attention": ("attention", attention_table),
     "implementations": ("attention", implementations_table),
     "dynamic": ("dynamic", dynamic_table),
+    "quality": ("quality", quality_table),
+    "errors": ("attention error", errors_table),
     "step": ("step", step_table),
     "families": ("families", families_table),
     "time": ("step", time_table),

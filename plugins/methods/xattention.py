@@ -32,10 +32,10 @@ class XAttention(Guided):
     """Antidiagonal block scoring; the other options are ``Guided``'s.
 
     Args:
-        stride: tokens of a group, 1 … 64. The paper uses 8 and 16.
+        stride: tokens of a group, 1 … 64. The paper uses 8 and 16; at 8 the scores alone take half as long as dense attention.
     """
 
-    stride: int = 8
+    stride: int = 16
 
     name: ClassVar[str] = "xattention"
 

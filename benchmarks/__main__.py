@@ -72,13 +72,15 @@ def work(section: str, device: torch.device, tiny: bool) -> list[tuple[str, Any]
     return [(name, named[name]) for name in picked]
 
 
-def measured(section: str, items: list[Any], device: torch.device, seconds: float, backend: str) -> Iterator[dict]:
+def measured(
+    section: str, items: list[Any], device: torch.device, seconds: float, backend: str, variants: str
+) -> Iterator[dict]:
     if section == "attention":
         return attention.run(device, seconds, items, compiled=backend == "inductor")
     if section == "dynamic":
         return dynamic.run(device, seconds, items)
     if section == "step":
-        return step.run(device, seconds * STEP_SECONDS, items, backend)
+        return step.run(device, seconds * STEP_SECONDS, items, backend, variants)
     if section == "families":
         return families.run(device, seconds * FAMILY_SECONDS, items)
     if section == "fused":
@@ -96,6 +98,9 @@ def in_short(row: dict[str, Any]) -> str:
 def main(
     only: Annotated[str, typer.Option(help="comma-separated sections: " + ", ".join(SECTIONS))] = ",".join(SECTIONS),
     rows_: Annotated[str, typer.Option("--rows", help="regular expression: only rows whose name it is found in")] = "",
+    variants: Annotated[
+        str, typer.Option(help="regular expression: of the section step, only these beside stock")
+    ] = "",
     device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda if there is one")] = "",
     seconds: Annotated[
         float, typer.Option(help="time spent on each kernel measurement; on a forward, 4 times that")
@@ -141,7 +146,7 @@ def main(
     for section, named in todo.items():
         begin = time.perf_counter()
         items = [item for _, item in named.values()]
-        for row in measured(section, items, where, seconds, compiler):
+        for row in measured(section, items, where, seconds, compiler, variants):
             row["order"] = named[row["name"]][0]
             part = {**result, "sections": {section: [row]}}
             path = results.write(part, out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -111,10 +112,13 @@ def first_blocks_only(model: Any) -> Iterator[None]:
 class Bench:
     """One size of one model: its inputs, stock output, and what has been measured."""
 
-    def __init__(self, size: Size, model: Any, device: torch.device, seconds: float, backend: str) -> None:
+    def __init__(
+        self, size: Size, model: Any, device: torch.device, seconds: float, backend: str, only: str = ""
+    ) -> None:
         dtype = model.proj_out.weight.dtype
         generator = torch.Generator(device).manual_seed(0)
         self.size, self.model, self.device, self.seconds, self.backend = size, model, device, seconds, backend
+        self.only = re.compile(only)
         self.latents = torch.randn(1, 16, *size.latents, generator=generator, device=device).to(dtype)
         self.text = torch.randn(1, 512, model.config.text_dim, generator=generator, device=device).to(dtype)
         self.timestep = torch.tensor([500.0], device=device)
@@ -129,6 +133,8 @@ class Bench:
 
     def variant(self, name: str, context: Callable[[], Any], exact: bool, profiled: bool, compiles: bool) -> None:
         """Warm up, profile, and time the forward within ``context()``. What fails is kept, by name."""
+        if name != NATIVE and not self.only.search(name):
+            return
         on_gpu = self.device.type == "cuda"
         try:
             with context():
@@ -190,9 +196,11 @@ class Bench:
         }
 
 
-def run_size(size: Size, model: Any, device: torch.device, seconds: float, backend: str) -> dict[str, Any]:
-    """All variants of one size. ``backend`` is torch.compile's."""
-    bench = Bench(size, model, device, seconds, backend)
+def run_size(
+    size: Size, model: Any, device: torch.device, seconds: float, backend: str, only: str = ""
+) -> dict[str, Any]:
+    """All variants of one size, or stock and those in whose name ``only`` is found. ``backend`` is torch.compile's."""
+    bench = Bench(size, model, device, seconds, backend, only)
 
     @contextlib.contextmanager
     def stock(attention: str, compile_it: bool = False) -> Iterator[None]:
@@ -229,7 +237,9 @@ def run_size(size: Size, model: Any, device: torch.device, seconds: float, backe
     return bench.result()
 
 
-def run(device: torch.device, seconds: float, sizes: list[Size], backend: str = "inductor") -> Iterator[dict[str, Any]]:
+def run(
+    device: torch.device, seconds: float, sizes: list[Size], backend: str = "inductor", only: str = ""
+) -> Iterator[dict[str, Any]]:
     """One result a size; a model is built once for the sizes that follow each other."""
     model, built = None, ""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -238,6 +248,6 @@ def run(device: torch.device, seconds: float, sizes: list[Size], backend: str = 
             model = None  # before the next one is made
             gc.collect()
             model, built = build(CONFIGS[size.model], device, dtype), size.model
-        yield run_size(size, model, device, seconds, backend)
+        yield run_size(size, model, device, seconds, backend, only)
         if device.type == "cuda":
             torch.cuda.empty_cache()

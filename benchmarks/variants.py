@@ -47,6 +47,8 @@ def variants(density: float) -> dict[str, Method]:
         "draft, tile (1,8,16)": Draft(**common, tile=(1, 8, 16)),
         "draft, tile (1,4,4)": Draft(**common, tile=(1, 4, 4)),
         "draft, tile (2,4,4)": Draft(**common, tile=(2, 4, 4)),
+        "draft, tile (4,8,4)": Draft(**common, tile=(4, 8, 4)),
+        "draft, tile (9,3,4)": Draft(**common, tile=(9, 3, 4)),
         "draft, not compensated": Draft(**plain),
         PAPER: Draft(**paper, select="head"),
         "draft, paper's selection and tile (1,8,16)": Draft(**paper, select="head", tile=(1, 8, 16)),

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from tilewise.pipelines.coherence import repetition
 from tilewise.pipelines.generate import Clip, Progress, generate, refuse_patched, warm_up
 from tilewise.pipelines.metrics import psnr, ssim
 from tilewise.pipelines.settings import GenerateSettings
@@ -25,7 +26,8 @@ class Comparison:
     """A sparse and a dense clip from the same seed.
 
     speedup: "denoise" and "total", dense seconds / sparse seconds. psnr: dB, infinite for identical clips.
-    ssim: in [-1, 1], None for frames below 11 x 11 pixels.
+    ssim: in [-1, 1], None for frames below 11 x 11 pixels. repetition: "sparse" and "dense", how much each clip shows the same
+    thing several times (`coherence.repetition`): what a window makes of a large picture.
     """
 
     sparse: Clip
@@ -33,6 +35,7 @@ class Comparison:
     speedup: dict[str, float]
     psnr: float
     ssim: float | None
+    repetition: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only, without the frames; psnr is null for identical clips, content for clips not `judged`."""
@@ -40,6 +43,7 @@ class Comparison:
             "speedup": self.speedup,
             "psnr": self.psnr if math.isfinite(self.psnr) else None,
             "ssim": self.ssim,
+            "repetition": self.repetition,
             "content": {"sparse": self.sparse.content, "dense": self.dense.content},
             "seconds": {"sparse": self.sparse.seconds, "dense": self.dense.seconds},
         }
@@ -73,6 +77,7 @@ def compare(pipe: Any, settings: GenerateSettings, progress: Progress | None = N
         {phase: dense.seconds[phase] / max(sparse.seconds[phase], 1e-9) for phase in ("denoise", "total")},
         psnr(sparse.frames, dense.frames),
         ssim(sparse.frames, dense.frames) if large else None,
+        {"sparse": repetition(sparse.frames), "dense": repetition(dense.frames)},
     )
 
 

@@ -42,6 +42,13 @@ def test_add_a_method(tmp_path):
     assert "0.556" in said  # 3 slabs: the first sees itself (1/3), the others two of three
 
 
+def test_high_resolution(tmp_path):
+    options = ("--steps", "2", "--frames", "1", "--height", "144", "--width", "160", "--no-dense")
+    said = run("high_resolution.py", tmp_path, *options)
+    assert "repetition" in said
+    assert read_frames(tmp_path / "outputs/high-resolution.mp4").shape == (1, 144, 320, 3)
+
+
 def test_list_models(tmp_path):
     assert "| wan | `WanAnimateTransformer3DModel`, `WanTransformer3DModel`" in run("list_models.py", tmp_path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tilewise.pipelines.coherence import repetition
 from tilewise.pipelines.files import check_writable, replacing
-from tilewise.pipelines.manifest_comparison import measured, method_rows, read_groups
-from tilewise.pipelines.video import ffmpeg_path
+from tilewise.pipelines.manifest_comparison import Group, measured, method_rows, read_groups
+from tilewise.pipelines.video import ffmpeg_path, read_frames
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.html_report import COLUMNS, table_cells, write_html
 from tilewise.ui.report import console
@@ -34,6 +36,8 @@ def compare_command(manifests: Sequence[Path], out: Path, embed: int) -> None:
     for row in rows:
         table.add_row(*table_cells(row))
     console().print(table)
+    for line in repetition_lines(found):
+        print(line)
     with replacing(out) as part, part.open("w", encoding="utf-8") as file:
         left_out = write_html(file, out.parent, found, rows, embed * 2**20)
     damaged = sum(clip.damaged for group in found for clip in group.clips)
@@ -42,3 +46,23 @@ def compare_command(manifests: Sequence[Path], out: Path, embed: int) -> None:
     if left_out - damaged:
         print(f"{left_out - damaged} clips are linked, not inside: they are more than --embed {embed} MiB")
     print(f"wrote {out}")
+
+
+def repetition_lines(groups: Sequence[Group]) -> list[str]:
+    """How much each method's clips show the same thing several times, and how much more than dense at the same size does."""
+    by_method: dict[str, list[tuple[float, float | None]]] = {}
+    for group in groups:
+        dense: float | None = None
+        for clip in group.clips:  # the dense one first
+            if clip.damaged:
+                continue
+            score = repetition(read_frames(clip.path))
+            dense = score if clip.is_dense else dense
+            excess = None if dense is None else score - dense
+            by_method.setdefault(clip.method, []).append((score, excess))
+    lines = ["repetition (0 … 1, means over clips; against dense):"] if by_method else []
+    for method, scores in by_method.items():
+        above = [more for _, more in scores if more is not None]
+        told = f", {statistics.mean(above):+.3f}" if above else ""
+        lines.append(f"  {method}: {statistics.mean(score for score, _ in scores):.3f}{told}")
+    return lines

@@ -46,6 +46,7 @@ class Request:
     device: str
     dtype: str | None
     source: Path | None = None
+    highres: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Work:
 
 def dry_run_request(request: Request) -> None:
     """Prints the settings and what the method would do. Nothing is written, and no weights are read."""
+    if request.highres is not None:
+        from tilewise.ui.generating_highres import dry_run_highres
+
+        dry_run_highres(request)
+        return
     work = _check(request, create=False)
     device = resolve_device(request.device)
     print_settings(work.settings, str(device), work.dtype, work.files)
@@ -70,6 +76,11 @@ def dry_run_request(request: Request) -> None:
 
 def generate_request(request: Request) -> None:
     """Makes the clip, or with --compare both clips, and reports."""
+    if request.highres is not None:
+        from tilewise.ui.generating_highres import generate_highres
+
+        generate_highres(request)
+        return
     notes = Console(stderr=True)
     with quiet_libraries():
         work = _check(request, create=True)
@@ -95,6 +106,11 @@ def _check(request: Request, *, create: bool) -> Work:
     if request.compare not in (None, "dense"):
         raise ConfigError(f"--compare takes 'dense', not {request.compare!r}")
     origin = None if request.source is None else read_record(request.source)
+    if origin is not None and "highres" in origin.run:
+        raise ConfigError(
+            f"{request.source} was made in two stages, which --from does not follow yet: give its prompt with --highres and its "
+            f"options, {origin.run['highres']['options']}"
+        )
     earlier: dict[str, Any] = {} if origin is None else dict(vars(origin.settings))
     prompt = earlier.pop("prompt", None) if request.prompt is None else request.prompt
     if prompt is None:

@@ -61,3 +61,22 @@ def _named(method: str | Mapping[str, Any]) -> Config:
         return load_config(path)
     except OSError as error:
         raise ConfigError(f"cannot read the config {method}: {error.strerror or error}") from error
+
+
+def highres_options(wanted: bool, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The options of a second stage that were given; None without --highres. Raises ConfigError for options without it."""
+    options = {name: value for name, value in given.items() if value is not None}
+    if wanted:
+        return options
+    if options:
+        name = next(iter(options)).replace("_", "-")
+        raise ConfigError(f"--{name} is an option of --highres, which makes a clip past its model's own size")
+    return None
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) from "480x832"."""
+    words = text.lower().split("x")
+    if len(words) != 2 or not all(word.strip().isdigit() for word in words):
+        raise ConfigError(f"--native takes a height and width such as 480x832, not {text!r}")
+    return int(words[0]), int(words[1])

@@ -1,0 +1,308 @@
+"""A step past the training size: dense, FreeSwim as published, and ours. Real architecture, random weights.
+
+    python -m benchmarks.highres --size 1.3B-1080p
+
+A step is two forwards, of the prompt and the negative prompt. What differs from step to step (refresh or reuse) is timed by kind
+and averaged as a run of k steps has it:  step(k) = (refresh + (k − 1) · reuse) / k, over both forwards. ``layers`` of the model's
+blocks run, and the rest is added by what a block takes:  forward(L) = forward(l) + (L − l) · (forward(l) − forward(l/2)) / (l/2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffusers
+import torch
+import triton
+import typer
+from torch import nn
+
+import tilewise
+from benchmarks import results
+from benchmarks.freeswim import REFRESH, REUSE, WINDOW, FreeSwim, raster_mask
+from benchmarks.peers import reason
+from benchmarks.step import CONFIGS, SHARED, build
+from tilewise.kernels.layout import Grid
+from tilewise.plugins.methods.inward import Inward
+from tilewise.plugins.two_paths import two_paths
+
+EVERY = (1, 2, 5)  # steps from one refresh to the next
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, the latents' frames, height and width, native tokens (h, w), how many layers the whole model has and how many
+    of them are run."""
+
+    model: str
+    pixels: str
+    latents: tuple[int, int, int]
+    native: tuple[int, int]
+    whole: int
+    layers: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.pixels}"
+
+
+SIZES = {
+    "1.3B-1080p": Size("Wan2.1-1.3B", "1088×1920×81", (21, 136, 240), (30, 52), 30, 10),
+    "1.3B-4K": Size("Wan2.1-1.3B", "2160×3840×81", (21, 270, 480), (30, 52), 30, 2),
+    "14B-1080p": Size("Wan2.1-14B", "1088×1920×81", (21, 136, 240), (45, 80), 40, 4),
+    "14B-4K": Size("Wan2.1-14B", "2160×3840×81", (21, 270, 480), (45, 80), 40, 2),
+    "tiny": Size("tiny", "160×128×5", (3, 20, 16), (5, 4), 4, 2),
+}
+MODELS: dict[str, dict[str, Any]] = {**CONFIGS, "Wan2.1-14B": {**CONFIGS["Wan2.1-14B, 10 layers"]}}
+
+
+class Bench:
+    """One size: its inputs, and forwards timed at two depths."""
+
+    def __init__(self, size: Size, device: torch.device, runs: int) -> None:
+        self.size, self.device, self.runs = size, device, runs
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        config = {**MODELS[size.model], "num_layers": size.layers}
+        self.model = build(config, device, dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        self.latents = torch.randn(1, 16, *size.latents, generator=generator, device=device).to(dtype)
+        width = {**SHARED, **config}["text_dim"]
+        self.text = torch.randn(1, 512, width, generator=generator, device=device).to(dtype)
+        self.timestep = torch.tensor([500.0], device=device)
+        pt, ph, pw = self.model.config.patch_size
+        t, h, w = size.latents
+        self.grid = Grid(t // pt, h // ph, w // pw)
+        self.forwards: dict[str, dict[str, float]] = {}
+        self.missing: dict[str, str] = {}
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def time(
+        self,
+        name: str,
+        forward: Callable[[], Any],
+        around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        skip: int = 0,
+    ) -> None:
+        """Seconds of a forward at the model's depth, from runs at ``layers`` and half of them. The shorter ones warm up.
+
+        around: entered at each depth, as patches hold on to the blocks. skip: forwards in it before those that are timed.
+        """
+        size = self.size
+        few, many = size.layers // 2, size.layers
+        seconds = {}
+        for count in (few, many):
+            warm_up = skip + (count == few)
+            times = []
+            with _only(self.model, count), around():
+                for _ in range(warm_up):
+                    forward()
+                for _ in range(self.runs):
+                    self.synchronize()
+                    start = time.perf_counter()
+                    forward()
+                    self.synchronize()
+                    times.append(time.perf_counter() - start)
+            seconds[count] = min(times)
+        block = (seconds[many] - seconds[few]) / (many - few)
+        found = {"seconds": seconds[many] + (size.whole - many) * block, "measured": seconds[many], "a block": block}
+        self.forwards[name] = found
+        told = f"{many} of {size.whole} layers in {seconds[many]:.3f} s"
+        print(f"  {name}: {found['seconds']:.3f} s a forward ({told})", flush=True)
+
+    def variant(self, name: str, run: Callable[[], None]) -> float | None:
+        """Run a measurement; its peak memory in GiB. What fails is kept, by name."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            with torch.no_grad():
+                run()
+        except Exception as error:
+            self.missing[name] = reason(error)
+            print(f"  not run: {name}: {self.missing[name]}", flush=True)
+            return None
+        return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def _only(model: Any, count: int) -> Iterator[None]:
+    """The first ``count`` blocks alone."""
+    blocks = model.blocks
+    model.blocks = nn.ModuleList(blocks[:count])
+    try:
+        yield
+    finally:
+        model.blocks = blocks
+
+
+def _stock(bench: Bench, backend: str) -> None:
+    bench.model.set_attention_backend(backend)
+    try:
+        bench.time("stock dense", lambda: bench.model(bench.latents, bench.timestep, bench.text, return_dict=False))
+    finally:
+        bench.model.reset_attention_backend()
+
+
+def _freeswim(bench: Bench, compiled: bool) -> None:
+    mask = raster_mask(bench.grid, bench.size.native, bench.device)
+    paths = FreeSwim(bench.model, mask, bench.size.native, compiled)
+    try:
+        for mode in (REFRESH, REUSE, WINDOW):
+            paths.mode = mode
+            bench.time(f"FreeSwim {mode}", lambda: paths.forward(bench.latents, bench.timestep, bench.text))
+    finally:
+        paths.remove()
+
+
+def _ours(bench: Bench, global_path: Any) -> None:
+    """A refresh, a reuse, and the window alone."""
+    label = "ours" if global_path == "dense" else f"ours, {global_path}"
+    method = Inward(native=bench.size.native)
+
+    def forward() -> None:
+        bench.model(bench.latents, bench.timestep, bench.text, return_dict=False)
+
+    def window() -> Any:
+        return tilewise.patched(bench.model, method, steps=(0, 1), strict=True)
+
+    @contextlib.contextmanager
+    def paths(refresh: int) -> Iterator[None]:
+        with window(), two_paths(bench.model, refresh=refresh, global_path=global_path):
+            yield
+
+    bench.time(f"{label} refresh", forward, lambda: paths(1))
+    bench.time(f"{label} reuse", forward, lambda: paths(10**6), skip=1)  # the first refreshes, all others reuse
+    if global_path == "dense":
+        bench.time("ours window only", forward, window)
+
+
+def steps_of(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Seconds of a step (two forwards), averaged over k of them, for what was measured."""
+    at = {name: found["seconds"] for name, found in forwards.items()}
+    rows: list[dict[str, Any]] = []
+    if "stock dense" in at:
+        rows.append({"name": "stock dense", "k": None, "seconds": 2 * at["stock dense"]})
+
+    def average(first: float, later: float, k: int) -> float:
+        return (first + (k - 1) * later) / k
+
+    names = {"FreeSwim": "FreeSwim", "ours": "ours", "ours, pooled": "ours, pooled"}
+    for label, name in names.items():
+        parts = [at.get(f"{label} {kind}") for kind in (REFRESH, REUSE)]
+        window = at.get("FreeSwim window only" if label == "FreeSwim" else "ours window only")
+        if None in parts or window is None:
+            continue
+        refresh, reuse = parts
+        assert refresh is not None
+        assert reuse is not None
+        for k in EVERY:
+            both = 2 * refresh if k == 1 else 2 * average(refresh, reuse, k)
+            if label != "FreeSwim" or k == 1:  # its cached code guides the prompt's forward alone
+                rows.append({"name": f"{name}, both guided", "k": k, "seconds": both})
+            rows.append({"name": f"{name}, prompt guided", "k": k, "seconds": average(refresh, reuse, k) + window})
+    return rows
+
+
+def run(
+    size: Size, device: torch.device, runs: int, backend: str, peers: bool, compiled: bool = True
+) -> dict[str, Any]:
+    """Everything of one size."""
+    bench = Bench(size, device, runs)
+    peak: dict[str, float | None] = {}
+    if peers:
+        peak["stock dense"] = bench.variant("stock dense", lambda: _stock(bench, backend))
+        peak["FreeSwim"] = bench.variant("FreeSwim", lambda: _freeswim(bench, compiled))
+    peak["ours"] = bench.variant("ours", lambda: _ours(bench, "dense"))
+    peak["ours, pooled"] = bench.variant("ours, pooled", lambda: _ours(bench, "pooled"))
+    rows = steps_of(bench.forwards)
+    named = {(row["name"], row["k"]): row["seconds"] for row in rows}
+    for row in rows:
+        for name, key in (
+            ("over dense", ("stock dense", None)),
+            ("over FreeSwim", ("FreeSwim, prompt guided", row["k"])),
+        ):
+            row[name] = named[key] / row["seconds"] if key in named else None
+    weights = sum(p.numel() * p.element_size() for p in bench.model.parameters()) / 2**30
+    width = bench.model.config.num_attention_heads * bench.model.config.attention_head_dim
+    cache = bench.grid.tokens * width * bench.latents.element_size() / 2**30
+    return {
+        "name": size.name, "grid": list(bench.grid.shape), "native": list(size.native), "layers": size.whole,
+        "layers_run": size.layers, "forwards": bench.forwards, "steps": rows, "peak_gib": peak, "weights_gib": weights,
+        "cache_gib_a_layer": cache, "missing": bench.missing, "order": list(SIZES.values()).index(size),
+    }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    depth = f"{result['layers_run']} of {result['layers']} layers measured"
+    lines = [f"{result['name']}, {depth}; seconds a step (two forwards). FreeSwim: cached, at the same k"]
+    for row in result["steps"]:
+        k = "" if row["k"] is None else f" k={row['k']}"
+        over = [
+            f"{row[key]:5.2f} × {what}"
+            for key, what in (("over dense", "dense"), ("over FreeSwim", "FreeSwim"))
+            if row[key]
+        ]
+        lines.append(f"  {row['name'] + k:34} {row['seconds']:8.2f} s   {'   '.join(over)}")
+    peaks = ", ".join(f"{name} {gib:.1f}" for name, gib in result["peak_gib"].items() if gib is not None)
+    lines.append(
+        f"  peak GiB of the layers run: {peaks}; cache a layer and guided text {result['cache_gib_a_layer']:.3f}"
+    )
+    lines += [f"  not run: {name}: {why}" for name, why in result["missing"].items()]
+    return "\n".join(lines)
+
+
+def main(
+    size: Annotated[str, typer.Option(help="comma-separated: " + ", ".join(SIZES))] = "1.3B-1080p",
+    device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda if there is one")] = "",
+    layers: Annotated[int, typer.Option(help="how many layers to run; default: the size's own")] = 0,
+    runs: Annotated[int, typer.Option(help="timed forwards of each kind and depth")] = 1,
+    backend: Annotated[str, typer.Option(help="diffusers' attention backend of the stock forward")] = "_native_cudnn",
+    peers: Annotated[bool, typer.Option(help="dense and FreeSwim too")] = True,
+    eager: Annotated[bool, typer.Option("--eager", help="FlexAttention as separate operations (for tests)")] = False,
+    out: Annotated[Path | None, typer.Option(help="folder of result files; default: nothing is written")] = None,
+) -> None:
+    """Measure steps at sizes past the training one."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for name in size.split(","):
+        if name not in SIZES:
+            raise typer.BadParameter(f"unknown size {name!r}; there are {', '.join(SIZES)}")
+        chosen = SIZES[name]
+        if layers:
+            chosen = Size(chosen.model, chosen.pixels, chosen.latents, chosen.native, chosen.whole, layers)
+            SIZES[name] = chosen
+        result = run(chosen, where, runs, backend if where.type == "cuda" else "native", peers, not eager)
+        print(table(result), flush=True)
+        if out is not None:
+            print(f"written: {_write(result, where, out, name)}")
+
+
+def _write(row: dict[str, Any], device: torch.device, out: Path, size: str) -> Path:
+    on_gpu = device.type == "cuda"
+    result = {
+        "format": results.FORMAT,
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "date": datetime.date.today().isoformat(),
+        "tiny": size == "tiny",
+        "commands": [f"python -m benchmarks.highres --size {size}"],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
+                     "diffusers": diffusers.__version__, "tilewise": tilewise.__version__},
+        "sections": {"highres": [json.loads(json.dumps(row))]},
+    }  # fmt: skip
+    return results.write(result, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,322 @@
+"""A clip larger than its model was trained for, coherent: FreeSwim's two stages (arXiv 2511.14712) around a stock pipeline.
+
+    native stage   the stock pipeline at its own size                                                       what the clip shows
+    in between     frames upscaled, encoded, noised to σ(strength)     (or the latents themselves, upscaled)
+    target stage   the remaining steps: inward-window attention, guided by a full path (plugins/two_paths.py)         its detail
+
+The pipeline's own loop runs both stages, with its scheduler entered part-way for the second: what works with it (guidance, two
+denoisers, LoRA, offloading) works here. Latents of one stage are all that is passed on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tilewise.kernels.layout import Grid
+from tilewise.pipelines.coherence import Coherence, coherence
+from tilewise.pipelines.errors import OutputError
+from tilewise.pipelines.generate import Clip, Progress, call_arguments, check_content, refuse_patched
+from tilewise.pipelines.highres_schedule import entered_at, noised, steps_to_run
+from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.highres_vae import decode, encode, tiled
+from tilewise.pipelines.memory import saving
+from tilewise.pipelines.memory_plan import MemoryPlan, check_plan, plan_memory
+from tilewise.pipelines.native import native_size
+from tilewise.pipelines.settings import GenerateSettings, resolve_settings
+from tilewise.pipelines.upscale import upscale_frames, upscale_latents
+from tilewise.pipelines.video import to_uint8
+from tilewise.plugins.config import Config, MethodLike
+from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.methods.inward import Inward
+from tilewise.plugins.models.base import Size, family_of
+from tilewise.plugins.patching import denoisers_of, patched
+from tilewise.plugins.rope_scaling import scaled_rope
+from tilewise.plugins.summary import summary
+from tilewise.plugins.two_paths import two_paths
+
+SERVED = ("WanPipeline",)
+
+
+@dataclasses.dataclass(frozen=True)
+class HighresClip:
+    """A clip and how it came about.
+
+    clip: at the target; its settings say the target size and window, its seconds the target stage's phases. native: the stage
+    before. options: the second stage's. plan: memory, as planned. coherence: of the clip against its native stage.
+    forwards: of the denoisers at the target: "refreshed" with both paths, "reused" with cached cross-attention, "unguided".
+    """
+
+    clip: Clip
+    native: Clip
+    options: HighresSettings
+    plan: MemoryPlan
+    coherence: Coherence
+    forwards: dict[str, int]
+
+    @property
+    def frames(self) -> NDArray[np.uint8]:
+        """uint8 (T, H, W, 3)."""
+        return self.clip.frames
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only, without frames: what a clip's record says of its making."""
+        return {
+            "options": self.options.to_dict(),
+            "native": {"height": self.native.settings.height, "width": self.native.settings.width,
+                       "method": self.native.settings.method.to_dict(), "seconds": self.native.seconds},
+            "plan": self.plan.to_dict(),
+            "coherence": self.coherence.to_dict(),
+            "forwards": self.forwards,
+        }  # fmt: skip
+
+
+def highres(
+    pipe: Any,
+    prompt: str,
+    *,
+    height: int,
+    width: int,
+    native: tuple[int, int] | None = None,
+    native_method: MethodLike = "dense",
+    progress: Progress | None = None,
+    on_native: Callable[[Clip], None] | None = None,
+    options: HighresSettings | None = None,
+    model: str = "",
+    negative: str = "",
+    frames: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    **given: Any,
+) -> HighresClip:
+    """Makes a clip of 2–4 times the side length that the model was trained at.
+
+    Args:
+        pipe: a loaded ``WanPipeline`` (2.1 or 2.2), not patched; left as it was found, whatever happens.
+        prompt: one prompt. height, width: of the clip, pixels.
+        native: (height, width) of the first stage, pixels; default: the model's own. native_method: its attention.
+        progress: called as progress(phase, done, total), with phases "native: denoise", "upscale", "denoise" and the like.
+        on_native: called with the first stage's clip as soon as it is there, to be written or shown.
+        options: the second stage; single ones may be given by name instead (``strength=0.6``).
+        negative, frames, steps, guidance, seed: as for ``resolve_settings``; both stages have the same.
+
+    Raises:
+        ConfigError: a size that the model does not take (with the nearest one that it does), one smaller than native, a plan of
+            memory that does not fit, options that cannot be.
+        UnsupportedModelError: another pipeline.
+    """
+    if not isinstance(prompt, str):
+        raise ConfigError("highres makes one clip of one prompt; for several, call it for each")
+    options = dataclasses.replace(options or HighresSettings(), **_known(given))
+    shared = {
+        "model": model, "negative": negative, "frames": frames, "steps": steps, "guidance": guidance, "seed": seed,
+    }  # fmt: skip
+    work = prepare(pipe, prompt, height, width, native, native_method, options, shared)
+    refuse_patched(pipe)
+    return make(pipe, work, progress, on_native)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Everything that was decided before anything runs."""
+
+    native: GenerateSettings
+    target: GenerateSettings
+    native_grid: Grid
+    options: HighresSettings
+    plan: MemoryPlan
+
+
+def prepare(
+    pipe: Any,
+    prompt: str,
+    height: int,
+    width: int,
+    native: tuple[int, int] | None,
+    native_method: MethodLike,
+    options: HighresSettings,
+    shared: dict[str, Any],
+    device: torch.device | None = None,
+) -> Work:
+    """Both stages' settings and the plan of memory; raises as `highres` does.
+
+    `pipe` may be a skeleton: `device` is then where it would run. shared: settings that both stages have.
+    """
+    if type(pipe).__name__ not in SERVED:
+        raise UnsupportedModelError(
+            f"highres serves {', '.join(SERVED)}, not {type(pipe).__name__}: it needs latents that it can encode and enter the "
+            "schedule with, and cross-attention for the full path. tilewise.patch(pipe, 'inward') gives the window alone"
+        )
+    size: dict[str, Any] = {} if native is None else {"height": native[0], "width": native[1]}
+    first = resolve_settings(pipe, prompt, method=native_method, **size, **shared)
+    for name, wanted, least in (("height", height, first.height), ("width", width, first.width)):
+        if not isinstance(wanted, int) or isinstance(wanted, bool):
+            raise ConfigError(f"{name} must be a whole number of pixels, not {wanted!r}")
+        if wanted < least:
+            raise ConfigError(
+                f"{name} {wanted} is smaller than the native stage's {least}: highres is for sizes past it. Generate at "
+                f"{width}×{height} as usual, or give a smaller native size (native=(height, width))"
+            )
+    window = options.window or (first.height, first.width)
+    # Frames as many as the model was trained on: what rotary scaling over time goes by.
+    native_grid = _grid(pipe, Size(*window, native_size(pipe).num_frames))
+    grid = _grid(pipe, Size(height, width, first.frames))
+    guided = 2 if first.guidance > 1 and options.guided == "all" else 1
+    plan = plan_memory(
+        pipe, grid, height=height, width=width, frames=first.frames, branches=guided, limit=options.max_memory, device=device,
+        refresh=1 if options.global_path == "none" else options.refresh,
+    )  # fmt: skip
+    check_plan(plan, f"a clip of {width}×{height} pixels and {first.frames} frames")
+    method = Inward((native_grid.h, native_grid.w), temperature=options.temperature)
+    target = resolve_settings(
+        pipe, prompt, method=Config(method, steps=(0.0, 1.0)), **{**shared, "height": height, "width": width}
+    )
+    call_arguments(pipe, target)
+    steps_to_run(target.steps, options.strength)
+    return Work(first, target, native_grid, options, plan)
+
+
+def _grid(pipe: Any, size: Size) -> Grid:
+    denoiser = next(iter(denoisers_of(pipe).values()))  # those of Wan 2.2 have the same grid
+    family = family_of(denoiser)
+    assert family is not None
+    return family.grid_of_size(denoiser, pipe, size)
+
+
+def make(
+    pipe: Any, work: Work, progress: Progress | None = None, on_native: Callable[[Clip], None] | None = None
+) -> HighresClip:
+    """Runs what `prepare` decided; see `highres`."""
+    tell = progress or (lambda phase, done, total: None)
+    options, target = work.options, work.target
+    saved = ["offload"] if work.plan.offload else []
+    with saving(pipe, saved):
+        native_latents, native_seconds, report = _stage(pipe, work.native, lambda p, *n: tell(f"native: {p}", *n))
+        tell("native: decode", 0, 1)
+        start = time.perf_counter()
+        native_frames = decode(pipe, native_latents)
+        native_seconds["decode"] = time.perf_counter() - start
+        native_seconds["total"] += native_seconds["decode"]
+        tell("native: decode", 1, 1)
+        native = Clip(_pixels(native_frames), native_seconds, report, work.native)
+        if on_native is not None:
+            on_native(native)
+
+        tell("upscale", 0, 1)
+        start = time.perf_counter()
+        with tiled(pipe.vae, work.plan.vae_tiling):
+            clean = _upscaled(pipe, native_frames, native_latents, work)
+        seconds = {"upscale": time.perf_counter() - start}
+        tell("upscale", 1, 1)
+        del native_latents
+        with entered_at(pipe, target.steps, options.strength, options.flow_shift) as scheduler:
+            generator = torch.Generator("cpu").manual_seed(
+                target.seed + 1
+            )  # other noise than the first stage began with
+            latents = noised(clean, scheduler, target.steps, generator)
+            del clean
+            with _guided(pipe, work) as paths:
+                latents, more, report = _stage(pipe, target, tell, latents)
+                forwards = _forwards(paths)
+        seconds.update(more)
+        tell("decode", 0, 1)
+        start = time.perf_counter()
+        with tiled(pipe.vae, work.plan.vae_tiling):
+            frames = _pixels(decode(pipe, latents))
+        seconds["decode"] = time.perf_counter() - start
+        seconds["total"] += seconds["decode"] + seconds["upscale"]
+        tell("decode", 1, 1)
+    clip = Clip(frames, seconds, report, target)
+    return HighresClip(clip, native, options, work.plan, coherence(frames, native.frames), forwards)
+
+
+def judged(pipe: Any, made: HighresClip) -> HighresClip:
+    """With what of the prompt both stages show, for models whose world the detector knows."""
+    clip, native = (
+        dataclasses.replace(clip, content=check_content(pipe, clip.settings, clip.frames))
+        for clip in (made.clip, made.native)
+    )
+    return dataclasses.replace(made, clip=clip, native=native)
+
+
+def _stage(
+    pipe: Any, settings: GenerateSettings, tell: Progress, latents: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str, float], Any]:
+    """One run of the pipeline to latents (1, C, t, h, w); seconds by phase; what attention did, None for a stock pipeline."""
+
+    def step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        tell("denoise", step + 1, pipe.num_timesteps)
+        return tensors
+
+    arguments = call_arguments(pipe, settings)
+    if latents is not None:
+        arguments["latents"] = latents
+    arguments.update(callback_on_step_end=step_end, output_type="latent", return_dict=False)
+    method = contextlib.nullcontext(pipe) if settings.is_dense else patched(pipe, settings.method)
+    owner = latents is None  # the second stage is patched around the paths already
+    start = time.perf_counter()
+    with method if owner else contextlib.nullcontext(pipe):
+        try:
+            out = pipe(**arguments)[0]
+        except BaseException:
+            pipe.maybe_free_model_hooks()
+            raise
+        if out.is_cuda:
+            torch.cuda.synchronize(out.device)
+        report = None if settings.is_dense else summary(pipe)
+    spent = time.perf_counter() - start
+    return out, {"encode": 0.0, "denoise": spent, "decode": 0.0, "total": spent}, report
+
+
+def _upscaled(pipe: Any, frames: NDArray[np.float32], latents: torch.Tensor, work: Work) -> torch.Tensor:
+    """The native stage at the target's size, as latents."""
+    height, width = work.target.height, work.target.width
+    if work.options.upscale == "latent":
+        spatial = pipe.vae_scale_factor_spatial
+        return upscale_latents(latents, height // spatial, width // spatial)
+    return encode(pipe, upscale_frames(frames, height, width, work.options.upscale))
+
+
+@contextlib.contextmanager
+def _guided(pipe: Any, work: Work) -> Iterator[dict[str, Any]]:
+    """The target stage's patch: window, paths, rotary frequencies."""
+    options = work.options
+    with (
+        patched(pipe, work.target.method),
+        scaled_rope(pipe, work.native_grid, spatial=options.rope, temporal=options.rope_time),
+    ):
+        if options.global_path == "none":
+            yield {}
+            return
+        count = len(denoisers_of(pipe))
+        near = None if work.plan.cache_on_device == work.plan.cache else work.plan.cache_on_device // count
+        path: Any = options.global_path
+        guided: Any = options.guided
+        with two_paths(pipe, refresh=options.refresh, global_path=path, guided=guided, cache_bytes=near) as paths:
+            yield paths
+
+
+def _forwards(paths: dict[str, Any]) -> dict[str, int]:
+    names = ("refreshed", "reused", "unguided")
+    return {name: sum(getattr(p.counts, name) for p in paths.values()) for name in names}
+
+
+def _pixels(frames: NDArray[np.float32]) -> NDArray[np.uint8]:
+    try:
+        return to_uint8(frames)
+    except ValueError as error:
+        raise OutputError(f"the pipeline made no clip: {error}") from error
+
+
+def _known(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the second stage by name; HighresSettings.from_dict refuses others."""
+    HighresSettings.from_dict(given)
+    return given

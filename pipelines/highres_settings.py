@@ -1,0 +1,78 @@
+"""What a high-resolution clip is made with, beyond the settings of its native stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tilewise.pipelines.highres_schedule import steps_to_run
+from tilewise.pipelines.memory_plan import parse_bytes
+from tilewise.pipelines.upscale import UPSCALES
+from tilewise.plugins.errors import ConfigError, unknown
+from tilewise.plugins.rope_scaling import SPATIAL, TEMPORAL
+
+PATHS = ("dense", "pooled", "none")
+GUIDED = ("all", "cond")
+
+
+@dataclasses.dataclass(frozen=True)
+class HighresSettings:
+    """The second stage. Defaults are the paper's (FreeSwim, arXiv 2511.14712), where it has them.
+
+    Args:
+        strength: share of the steps that run at the target, from the upscaled clip noised accordingly, in (0, 1].
+        refresh: the full path runs every so many steps; 1: at each.
+        global_path: "dense"; "pooled": the full path sees the means of 2×2 tokens; "none": the window path alone.
+        guided: whether the full path guides "all" forwards, or those of the prompt and not the negative prompt ("cond").
+        upscale: "bicubic", "bilinear" or "lanczos" on frames, or "latent".
+        flow_shift: of the target's noise schedule; None: the scheduler's own.
+        temperature: whether the window's attention is sharpened by the paper's scale.
+        window: native height and width in pixels that the window stands for; None: the native stage's.
+        rope: "ntk" or "yarn" for height and width; None: unchanged. rope_time: "riflex", "ntk" or "yarn".
+        max_memory: bytes on the device, or text such as "24GB"; None: what is free.
+
+    Raises:
+        ConfigError: for a value that cannot be.
+    """
+
+    strength: float = 0.7
+    refresh: int = 2
+    global_path: str = "dense"
+    guided: str = "all"
+    upscale: str = "bicubic"
+    flow_shift: float | None = 9.0
+    temperature: bool = True
+    window: tuple[int, int] | None = None
+    rope: str | None = None
+    rope_time: str | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        steps_to_run(10**9, self.strength)
+        if not isinstance(self.refresh, int) or isinstance(self.refresh, bool) or self.refresh < 1:
+            raise ConfigError(f"refresh must be a whole number of at least 1, not {self.refresh!r}")
+        for name, valid in (("global_path", PATHS), ("guided", GUIDED), ("upscale", UPSCALES)):
+            if getattr(self, name) not in valid:
+                raise unknown(name.replace("_", " "), getattr(self, name), valid)
+        for name, rules in (("rope", SPATIAL), ("rope_time", TEMPORAL)):
+            if getattr(self, name) is not None and getattr(self, name) not in rules:
+                raise unknown(name.replace("_", " "), getattr(self, name), rules)
+        if not isinstance(self.temperature, bool):
+            raise ConfigError(f"temperature must be true or false, not {self.temperature!r}")
+        if self.window is not None:
+            object.__setattr__(self, "window", tuple(self.window))
+        if self.max_memory is not None:
+            object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HighresSettings:
+        """What `to_dict` wrote. Raises ConfigError for unknown keys."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise unknown("high-resolution setting", key, names)
+        return cls(**values)

@@ -1,0 +1,227 @@
+"""Will a high-resolution clip fit, and what has to give so that it does? Decided before anything runs.
+
+    denoise = weights + activations + cache on the device          decode = weights + VAE
+
+Weights are counted. Activations of a denoiser forward are  tokens × (7 d + 1.6 f + 2 d) × bytes:  d channels, f the widest layer;
+the first two terms were fitted to stock Wan forwards on an H200 (``memory_estimate``), the last is the second path. The cache is
+exact:  branches × layers × tokens × d × bytes. The VAE's part comes from a run on the meta device, where tensors have a size and
+no content; in tiles, of one tile, and 4 times the clip for the tiles that wait to be put together.
+
+What gives, in this order, each on top of the last: the VAE in tiles; part of the cache in pinned host memory; the parts that are
+not at work kept off the device (model offload). A plan that still does not fit is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewise.kernels.layout import Grid
+from tilewise.pipelines.memory_estimate import OF_WIDEST, OF_WIDTH, _LiveTensors
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.models.base import family_of
+from tilewise.plugins.patching import denoisers_of
+
+SECOND_PATH = 2.0  # hidden states more: the full path's, and the cross-attention on its way from one path to the other
+WAITING = 4.0  # clips' worth of decoded tiles: overlapping, blended, put together by rows, and whole
+TILE = 256  # pixels: diffusers' tiles
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, and what is done to stay within ``limit``.
+
+    weights: on the device at a time. activations: of a denoiser forward with both paths. cache: of cross-attention, all of it.
+    cache_on_device: what of it stays there. vae: of decoding, beside weights; output: of the clip.
+    """
+
+    limit: int
+    host_limit: int
+    weights: int
+    activations: int
+    cache: int
+    cache_on_device: int
+    vae: int
+    output: int
+    vae_tiling: bool
+    offload: bool
+
+    @property
+    def denoise(self) -> int:
+        return self.weights + self.activations + self.cache_on_device
+
+    @property
+    def decode(self) -> int:
+        return self.weights + self.vae
+
+    @property
+    def peak(self) -> int:
+        return max(self.denoise, self.decode)
+
+    @property
+    def on_host(self) -> int:
+        return self.cache - self.cache_on_device
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit and self.on_host <= self.host_limit
+
+    def __str__(self) -> str:
+        done = [
+            name
+            for name, on in (
+                ("the VAE in tiles", self.vae_tiling),
+                (f"{gib(self.on_host)} of the cache in host memory", self.on_host > 0),
+                ("parts that are not at work off the device", self.offload),
+            )
+            if on
+        ]
+        return (
+            f"memory: {gib(self.peak)} of {gib(self.limit)} (denoising {gib(self.denoise)}: weights {gib(self.weights)}, "
+            f"activations {gib(self.activations)}, cache {gib(self.cache_on_device)}; decoding {gib(self.decode)}: VAE "
+            f"{gib(self.vae)})" + (f"; {', '.join(done)}" if done else "")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "peak": self.peak, "fits": self.fits}
+
+
+def plan_memory(
+    pipe: Any,
+    grid: Grid,
+    *,
+    height: int,
+    width: int,
+    frames: int,
+    refresh: int,
+    branches: int,
+    limit: int | None = None,
+    device: torch.device | None = None,
+) -> MemoryPlan:
+    """The plan of a clip of this size; `fits` says whether there is one.
+
+    Args:
+        pipe: a loaded Wan pipeline, or its skeleton.
+        grid: of the target size. height, width: pixels. frames: of the clip.
+        refresh: as for ``two_paths``; 1 keeps no cache. branches: texts that the full path guides, 1 or 2.
+        limit: bytes; None: what the device has. device: default: the pipeline's.
+    """
+    device = pipe.device if device is None else device
+    limit = device_bytes(device) if limit is None else limit
+    host = host_bytes()
+    denoisers = denoisers_of(pipe)
+    weights = {name: _bytes(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    activations, cache = 0, 0
+    for denoiser in denoisers.values():
+        family = family_of(denoiser)
+        assert family is not None
+        layers = family.layers(denoiser)
+        size = next(p for p in denoiser.parameters() if p.ndim > 1).dtype.itemsize
+        width_ = max(layer.heads * layer.head_dim for layer in layers)
+        widest = max((m.out_features for m in denoiser.modules() if isinstance(m, nn.Linear)), default=width_)
+        each = OF_WIDTH * width_ + OF_WIDEST * widest + SECOND_PATH * width_
+        activations = max(activations, int(grid.tokens * each * size))
+        if refresh > 1:
+            cache += branches * len(layers) * grid.tokens * width_ * size
+    output = 3 * frames * height * width * 4
+    whole, tile = vae_bytes(pipe, height, width, frames), None
+    plan = MemoryPlan(limit, host, sum(weights.values()), activations, cache, cache, whole, output, False, False)
+    if plan.decode > limit and min(height, width) > TILE:
+        tile = vae_bytes(pipe, min(height, TILE), min(width, TILE), frames) + int(WAITING * output)
+        plan = dataclasses.replace(plan, vae=min(tile, whole), vae_tiling=tile < whole)
+    plan = _cache_placed(plan)
+    if not plan.fits and device.type == "cuda" and getattr(pipe, "model_cpu_offload_seq", None):
+        largest = max(weights.values())
+        plan = _cache_placed(dataclasses.replace(plan, weights=largest, offload=True))
+    return plan
+
+
+def check_plan(plan: MemoryPlan, what: str) -> None:
+    """Raises ConfigError, with the plan's numbers, for a plan that does not fit."""
+    if plan.fits:
+        return
+    if plan.on_host > plan.host_limit:
+        short = f"the cache's {gib(plan.on_host)} do not fit into the {gib(plan.host_limit)} of host memory; refresh=1 keeps none"
+    elif plan.denoise > plan.limit:
+        short = f"denoising needs {gib(plan.denoise)}; give a smaller size or fewer frames"
+    else:
+        short = f"decoding needs {gib(plan.decode)}; give a smaller size or fewer frames"
+    raise ConfigError(f"{what} does not fit: {short}. {plan}")
+
+
+def vae_bytes(pipe: Any, height: int, width: int, frames: int) -> int:
+    """Peak of the live tensors of a decode in one piece: run on the meta device, with a VAE of the same config.
+
+    The first five latent frames are run: after that, memory grows by the clip itself, which is added.
+    """
+    vae = pipe.vae
+    spatial, temporal = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
+    latent_frames = min((frames - 1) // temporal + 1, 5)
+    config = json.dumps(dict(vae.config), sort_keys=True, default=str)
+    kind: Any = type(vae)
+    live = _decode_peak(kind, config, vae.dtype, latent_frames, height // spatial, width // spatial)
+    run = 1 + (latent_frames - 1) * temporal
+    return live + 2 * 3 * height * width * (frames - run) * vae.dtype.itemsize  # the clip, twice while it grows
+
+
+@lru_cache(maxsize=32)
+def _decode_peak(kind: Any, config: str, dtype: torch.dtype, *latents: int) -> int:
+    """Peak of the live tensors of a decode of (1, z, *latents) by a VAE of a config."""
+    with torch.device("meta"):
+        model: Any = kind.from_config({k: v for k, v in json.loads(config).items() if not k.startswith("_")})
+    model.eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    with torch.no_grad(), _LiveTensors() as live:
+        model.decode(torch.empty(1, model.config.z_dim, *latents, device="meta", dtype=dtype), return_dict=False)
+    return live.peak
+
+
+def device_bytes(device: torch.device) -> int:
+    """What a device has for this process: all that is free, and what PyTorch holds already."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    return host_bytes()
+
+
+def host_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def parse_bytes(text: str | int | float) -> int:
+    """Bytes from a number, or from text such as "24GB", "24 GiB" or "500M".
+
+    Raises:
+        ConfigError: for anything else, or less than 1.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", str(text).lower())
+    unit = UNITS.get(found[2]) if found else None
+    size = int(float(found[1]) * unit) if found and unit and math.isfinite(float(found[1])) else 0
+    if isinstance(text, bool) or size < 1:
+        raise ConfigError(f"a size of memory is a number of bytes, or text such as 24GB or 24GiB, not {text!r}")
+    return size
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _cache_placed(plan: MemoryPlan) -> MemoryPlan:
+    """The plan with as much of the cache on the device as there is room for."""
+    room = max(0, plan.limit - plan.weights - plan.activations)
+    return dataclasses.replace(plan, cache_on_device=min(plan.cache, room))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.dtype.itemsize for p in module.parameters())

@@ -1,0 +1,342 @@
+"""Two paths through a patched denoiser: the window path makes the picture, the full path tells it what the rest shows.
+
+FreeSwim (arXiv 2511.14712, §3.3). Past its training size, a model under window attention draws well but each window by itself:
+objects come up twice. So in every block both paths' cross-attention uses the output of the full path's query:
+
+    full path     f ← f + SelfAttention_all(f);     c = CrossAttention(f, text);   f ← f + c;   f ← f + FFN(f)
+    window path   h ← h + SelfAttention_window(h);                                 h ← h + c;   h ← h + FFN(h)
+
+Both start from the same latents; only h reaches the output, and f is dropped. At a *refresh* each block runs f before h. In the
+steps between two refreshes c comes from a cache, layer by layer, and f is not computed at all.
+
+No row is computed that nobody uses: f does not run past the last cross-attention, h computes no cross-attention of its own, and
+with ``refresh=1`` nothing is kept. What the paper's code does in one doubled batch is here two calls of each block, so any batch
+size works, and the memory is that of one hidden state more.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from tilewise.plugins.cross_attention_cache import CrossAttentionCache
+from tilewise.plugins.denoiser_patch import Patch
+from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
+from tilewise.plugins.override import ForwardOverride, override_forward
+from tilewise.plugins.patching import denoisers_of, patches_of
+from tilewise.plugins.pooled_attention import Patches, pooled_attention, pooling_of
+from tilewise.plugins.processor import TilewiseProcessor, rebind
+from tilewise.plugins.schedule import step_of
+
+GlobalPath = Literal["dense", "pooled"]
+Guided = Literal["all", "cond"]
+
+# Denoisers with cross-attention ``attn2`` in every block: where the blocks are, and which argument of the forward is the text.
+_SERVED = {"WanTransformer3DModel": ("blocks", 2), "LTXVideoTransformer3DModel": ("transformer_blocks", 1)}
+
+
+@dataclass
+class Counts:
+    """Forwards by what they did: both paths, the window path with cached cross-attention, the window path by itself."""
+
+    refreshed: int = 0
+    reused: int = 0
+    unguided: int = 0
+
+
+@dataclass(eq=False)
+class _Branch:
+    """One text that is denoised with: the prompt or the negative prompt."""
+
+    text: weakref.ref
+    forwards: int = 0
+    step: int = -1
+    shape: tuple[int, ...] = ()
+
+
+class _Enough(Exception):  # noqa: N818 - no error: the way out of a block that has done its part
+    """The full path has given its last cross-attention; nothing after it is used."""
+
+
+class TwoPaths:
+    """The two paths of one patched denoiser. ``two_paths`` puts them on; ``remove()`` takes them off without a trace."""
+
+    def __init__(
+        self, patch: Patch, denoiser: nn.Module, refresh: int, global_path: str, guided: str, pool: tuple[int, int],
+        cache: CrossAttentionCache,
+    ) -> None:  # fmt: skip
+        where, self._text_at = _SERVED[type(denoiser).__name__]
+        self.patch, self.refresh, self.global_path, self.guided, self.pool = patch, refresh, global_path, guided, pool
+        self.cache = cache
+        self.counts = Counts()
+        self.blocks: list[Any] = list(getattr(denoiser, where))
+        self._branches: list[_Branch] = []
+        self._branch: _Branch | None = None  # of the forward under way; None: its cross-attention is its own
+        self._refreshing = False
+        self._in_full = False
+        self._full: torch.Tensor | None = None
+        self._handed: torch.Tensor | None = None
+        self._step = -1
+        self._patches: tuple[Any, Patches] | None = None
+        self._handles: list[Any] = []
+        try:
+            self._install(denoiser)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _install(self, denoiser: nn.Module) -> None:
+        self._handles.append(denoiser.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(denoiser.register_forward_hook(self._end, always_call=True))
+        for number, block in enumerate(self.blocks):
+            cross = override_forward(block.attn2, _cross_attention, (self, number))
+            if cross is None:
+                raise UnsupportedModelError(
+                    f"two paths: the cross-attention of block {number} of {type(denoiser).__name__} has a forward that somebody "
+                    "else replaced; take that off first"
+                )
+            self._handles.append(cross)
+            # After the patch's own hooks, so that the tokens are already in the order in force.
+            self._handles.append(block.register_forward_pre_hook(self._block_hook(number), with_kwargs=True))
+            if self.global_path == "pooled":
+                attention = override_forward(block.attn1, _pooled_self_attention, self)
+                if attention is None:
+                    raise UnsupportedModelError(
+                        f"two paths: the self-attention of block {number} has a forward that somebody else replaced"
+                    )
+                self._handles.append(attention)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._reset()
+        for branch in self._branches:
+            self.cache.drop(branch)
+        self._branches.clear()
+
+    # ── a forward ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        text = args[self._text_at] if len(args) > self._text_at else kwargs["encoder_hidden_states"]
+        latents = args[0] if args else kwargs["hidden_states"]
+        step, _ = step_of(self.patch.step.pipe(), self.patch.family.timestep(args, kwargs))
+        first_in_step, self._step = step != self._step, step
+        self._reset()
+        if self.guided == "cond" and not first_in_step:
+            self.counts.unguided += 1
+            return
+        branch = self._branch_of(text)
+        # Earlier in the schedule than before, or another size: a new clip with the same text.
+        if step < branch.step or branch.shape != tuple(latents.shape):
+            branch.forwards, branch.shape = 0, tuple(latents.shape)
+        branch.step = step
+        self._branch = branch
+        self._refreshing = branch.forwards % self.refresh == 0
+        branch.forwards += 1
+        if self._refreshing:
+            self.counts.refreshed += 1
+        else:
+            self.counts.reused += 1
+            self.cache.prefetch((branch, 0), latents.device)
+
+    def _end(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._branch, self._refreshing, self._in_full, self._full, self._handed = None, False, False, None, None
+
+    def _branch_of(self, text: torch.Tensor) -> _Branch:
+        """The branch of a text, told by the tensor itself: pipelines give the same one at every step."""
+        for branch in [b for b in self._branches if b.text() is None]:
+            self._branches.remove(branch)
+            self.cache.drop(branch)
+        found = next((b for b in self._branches if b.text() is text), None)
+        if found is None:
+            found = _Branch(weakref.ref(text))
+            self._branches.append(found)
+        return found
+
+    def _block_hook(self, number: int) -> Any:
+        def before(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            if not self._refreshing or self._in_full:
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]
+            full = hidden if number == 0 else self._full
+            assert full is not None
+            self._full = None
+            if args:
+                args = (full, *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": full}
+            del hidden, full
+            self._in_full = True
+            try:
+                # The block's forward and not the block: its hooks reorder tokens, which has been done.
+                with self.patch.step.full_path():
+                    self._full = block.forward(*args, **kwargs)
+            except _Enough:
+                pass
+            finally:
+                self._in_full = False
+
+        return before
+
+    def _cross(self, number: int, override: ForwardOverride, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        branch = self._branch
+        if branch is None:
+            return override.stock(*args, **kwargs)
+        last = number == len(self.blocks) - 1
+        if self._in_full:
+            self._handed = override.stock(*args, **kwargs)
+            if self.refresh > 1:
+                self.cache.put((branch, number), self._handed)
+            if last:
+                raise _Enough
+            return self._handed
+        if self._refreshing:
+            given, self._handed = self._handed, None
+        else:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            given = self.cache.get((branch, number), hidden.device)
+            if not last:
+                self.cache.prefetch((branch, number + 1), hidden.device)
+        if given is None:
+            raise TilewiseError(
+                f"two paths: block {number} of {self.patch.name} has no cross-attention of the full path; its blocks did not all "
+                "run at the last refresh. Step caches that skip blocks cannot be used together with two paths"
+            )
+        return given
+
+    def _pooled(self, override: ForwardOverride, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """A self-attention layer of the full path with pooled keys and values: its own processor, with another attention."""
+        module: Any = override.module
+        processor = module.processor
+        if not self._in_full or not isinstance(processor, TilewiseProcessor):  # or left alone by the patch
+            return override.stock(*args, **kwargs)
+        original: Any = processor.original
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if processor._fused is not None and self.patch.fused_here(hidden):
+            out = processor._fused(original, self._pooled_dispatch, module, *args, **kwargs)
+            if out is not None:
+                return out
+        stock: Any = type(original).__call__
+        return types.MethodType(rebind(stock, self._pooled_dispatch), original)(module, *args, **kwargs)
+
+    def _pooled_dispatch(
+        self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        """In place of diffusers' attention dispatcher."""
+        if attn_mask is not None:
+            raise TilewiseError(
+                "two paths: a pooled full path cannot follow an attention mask; use global_path='dense'"
+            )
+        step = self.patch.step
+        grid, order = step.grid, step.order(query.device)
+        assert grid is not None
+        there = None if order is None else order[0]
+        known = (grid, None if there is None else there.data_ptr(), query.device)
+        if self._patches is None or self._patches[0] != known:
+            self._patches = known, pooling_of(grid, there, self.pool, query.device)
+        scale, layout = getattr(self.patch.config.method, "scale", None), step._layout
+        chosen = None if scale is None or layout is None else scale(layout, query.shape[-1])
+        return pooled_attention(query, key, value, self._patches[1], chosen)
+
+
+def _cross_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if override.state is None:
+        return override.stock(*args, **kwargs)
+    paths, number = override.state
+    return paths._cross(number, override, args, kwargs)
+
+
+def _pooled_self_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if override.state is None:
+        return override.stock(*args, **kwargs)
+    return override.state._pooled(override, args, kwargs)
+
+
+@contextmanager
+def two_paths(
+    target: Any,
+    *,
+    refresh: int = 2,
+    global_path: GlobalPath = "dense",
+    guided: Guided = "all",
+    pool: tuple[int, int] = (2, 2),
+    cache_bytes: int | None = None,
+    host_bytes: int | None = None,
+) -> Iterator[dict[str, TwoPaths]]:
+    """``with two_paths(pipe): …``: add the full path to a pipeline that is patched with a window method.
+
+    Args:
+        target: a pipeline or denoiser, patched with a method that reorders tokens, "inward" for instance.
+        refresh: the full path runs at every so many forwards of a branch; in between its cross-attention is reused. 1: always.
+        global_path: how the full path attends to itself. "dense": to every token. "pooled": to the means of small patches.
+        guided: which forwards the full path guides. "all", or "cond": the first of each step alone, which in diffusers'
+            pipelines is the prompt's, and not the negative prompt's (as the paper's cached code does). Where guidance runs as
+            one batch, both are in that first forward.
+        pool: patch (h, w) in tokens for "pooled".
+        cache_bytes: most bytes of the cache on the device, for each denoiser; what is over goes to pinned host memory. None: no
+            limit.
+        host_bytes: most bytes there. None: no limit.
+
+    Yields:
+        ``TwoPaths`` by denoiser name, whose ``counts`` say what ran. On exit they are taken off and their caches are freed.
+
+    Raises:
+        ConfigError: options that cannot be, a target that is not patched or with a method that leaves all attention dense.
+        UnsupportedModelError: a denoiser without cross-attention in every block, or one that is compiled or skips blocks.
+    """
+    if not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 1:
+        raise ConfigError(f"two paths: refresh must be a whole number of at least 1, got {refresh!r}")
+    for name, value, valid in (("global_path", global_path, ("dense", "pooled")), ("guided", guided, ("all", "cond"))):
+        if value not in valid:
+            raise ConfigError(f"two paths: {name} must be one of {', '.join(valid)}, got {value!r}")
+    if len(pool) != 2 or min(pool) < 1:
+        raise ConfigError(f"two paths: pool must be two sizes of at least 1, (h, w) in tokens, got {pool!r}")
+    patches = patches_of(target)
+    if not patches or not all(patch.reorders for patch in patches.values()):
+        raise ConfigError(
+            "two paths: patch the target first with a window method, such as tilewise.patch(pipe, 'inward')"
+        )
+    denoisers = denoisers_of(target)
+    for name, denoiser in denoisers.items():
+        _check(name, denoiser)
+    on: dict[str, TwoPaths] = {}
+    try:
+        for name, patch in patches.items():
+            cache = CrossAttentionCache(cache_bytes, host_bytes)
+            on[name] = TwoPaths(patch, denoisers[name], refresh, global_path, guided, pool, cache)
+        yield on
+    finally:
+        for paths in on.values():
+            paths.remove()
+
+
+def _check(name: str, denoiser: nn.Module) -> None:
+    kind = type(denoiser).__name__
+    if kind not in _SERVED:
+        raise UnsupportedModelError(
+            f"two paths: {name} is a {kind}; served are {', '.join(_SERVED)}. The full path guides the window path through the "
+            "blocks' cross-attention to the text, which models with text in the same sequence (HunyuanVideo, Flux, …) do not have"
+        )
+    if any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in denoiser.modules()
+    ):
+        raise UnsupportedModelError(
+            f"two paths: {name} is compiled, which two calls of a block do not follow; run it as it is"
+        )
+    if getattr(denoiser, "is_cache_enabled", False):
+        raise UnsupportedModelError(
+            f"two paths: {name} has a step cache that skips blocks; call its disable_cache() first"
+        )

@@ -1,0 +1,331 @@
+"""The two-stage pipeline, on a tiny pipeline with random weights: its parts, what it runs, what it refuses, its command."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny_wan
+import torch
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+
+import tilewise
+from tilewise.pipelines.highres import highres, prepare
+from tilewise.pipelines.highres_schedule import entered_at, noised, steps_to_run
+from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.highres_vae import decode, encode, tiled
+from tilewise.pipelines.upscale import upscale_frames, upscale_latents
+from tilewise.pipelines.video import read_frames, read_settings
+from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.ledger import FULL_PATH, SPARSE
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_pipe_dir):
+    pipe = WanPipeline.from_pretrained(tiny_pipe_dir)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make(pipe, height=128, width=96, **options):
+    return highres(pipe, "a red circle", **{"height": height, "width": width, "frames": 5, "steps": 4, **options})
+
+
+# ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_two_stages(pipe):
+    told, native = [], []
+    scheduler, before = pipe.scheduler, set(vars(pipe.transformer))
+    made = make(pipe, progress=lambda *now: told.append(now), on_native=native.append)
+    assert made.frames.shape == (5, 128, 96, 3)
+    assert made.frames.dtype == np.uint8
+    assert made.native is native[0]
+    assert made.native.frames.shape == (5, 64, 64, 3)
+    assert made.forwards == {"refreshed": 2, "reused": 2, "unguided": 0}  # 2 of 4 steps, 2 texts, every second
+    calls = {row.kind: row.calls for row in made.clip.summary.rows}
+    assert calls == {SPARSE: 2 * 2 * 2, FULL_PATH: 2 * 2}
+    assert made.clip.summary.density == pytest.approx(9 / 16 * 9 / 12)
+    phases = list(dict.fromkeys(phase for phase, _, _ in told))
+    assert phases == ["native: denoise", "native: decode", "upscale", "denoise", "decode"]
+    assert ("denoise", 2, 2) in told
+    assert pipe.scheduler is scheduler
+    assert set(vars(pipe.transformer)) - before <= {"_diffusers_hook"}  # which the pipeline's own cache_context leaves
+    assert not tilewise.is_patched(pipe)
+    json.dumps(made.to_dict())
+    assert np.array_equal(make(pipe).frames, made.frames)
+    assert not np.array_equal(make(pipe, seed=1).frames, made.frames)
+
+
+def test_options_reach_the_run(pipe):
+    size = {"height": 80, "width": 64, "frames": 1}
+    base = make(pipe, refresh=1, **size).frames
+    for options, forwards in (
+        ({"refresh": 1, "guided": "cond"}, {"refreshed": 2, "reused": 0, "unguided": 2}),
+        ({"global_path": "none"}, {"refreshed": 0, "reused": 0, "unguided": 0}),
+        ({"refresh": 1, "strength": 1.0}, {"refreshed": 8, "reused": 0, "unguided": 0}),
+    ):
+        made = make(pipe, **size, **options)
+        assert made.forwards == forwards
+        assert not np.array_equal(made.frames, base)
+    for options in (
+        {"global_path": "pooled"}, {"upscale": "latent"}, {"upscale": "lanczos"}, {"flow_shift": 3.0}, {"temperature": False},
+        {"rope": "ntk"}, {"native": (48, 48)}, {"window": (32, 32)},
+    ):  # fmt: skip
+        assert not np.array_equal(make(pipe, **{"refresh": 1, **size, **options}).frames, base), options
+    long = {"height": 64, "width": 64, "refresh": 1, "frames": 13}  # past the model's 9 frames
+    assert not np.array_equal(make(pipe, rope_time="ntk", **long).frames, make(pipe, **long).frames)
+
+
+def test_native_size_is_a_target_too(pipe):
+    """At the native size the window is the whole frame: the second stage is stock video-to-video."""
+    made = make(pipe, 64, 64, refresh=1, native_method="sta")
+    assert made.clip.summary.density == 1.0
+    assert made.native.summary is not None
+
+
+def test_two_denoisers_and_a_timestep_per_token(tmp_path):
+    for options in ({"boundary_ratio": 0.9}, {"expand_timesteps": True}):
+        pipe = tiny_wan.tiny_pipeline(**options)
+        made = make(pipe, 64, 96, native=(48, 48), guidance=3.0, flow_shift=None)
+        assert made.frames.shape == (5, 64, 96, 3)
+
+
+def test_interrupted(pipe):
+    """Whatever stops it, the pipeline is as it was, and the first stage's clip has been handed out."""
+    native = []
+
+    def stop(phase, done, total):
+        if phase == "denoise" and done == 1:
+            raise KeyboardInterrupt
+
+    scheduler = pipe.scheduler
+    with pytest.raises(KeyboardInterrupt):
+        make(pipe, progress=stop, on_native=native.append)
+    assert len(native) == 1
+    assert not tilewise.is_patched(pipe)
+    assert pipe.scheduler is scheduler
+    assert not pipe.vae.use_tiling
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.transformer.modules())
+    assert all("forward" not in vars(m) for m in pipe.transformer.modules())
+
+
+# ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"height": 120}, r"height=120 must be a multiple of 16, the nearest is 128"),
+        ({"frames": 6}, "num_frames=6 must be"),
+        ({"width": 96.0}, "width must be a whole number"),
+        ({"height": 32}, "height 32 is smaller than the native stage's 64"),
+        ({"height": 16384, "width": 16384}, r"a clip of 16384×16384 pixels and 5 frames does not fit: .*GiB"),
+        ({"max_memory": "1MB"}, "does not fit: denoising needs"),
+        ({"strength": 0.1}, "strength 0.1 leaves none of 4 steps; at least 0.25"),
+        ({"strength": 2}, "strength must be in"),
+        ({"refresh": 0}, "refresh must be"),
+        ({"global_path": "draft"}, "dense, none, pooled"),
+        ({"upscale": "nearest"}, "upscale"),
+        ({"flow_shift": -1}, "flow_shift must be"),
+        ({"rope": "riflex"}, "rope"),
+        ({"refrehs": 3}, "refrehs"),
+        ({"max_memory": "lots"}, "a size of memory"),
+    ],
+)
+def test_bad_input(pipe, options, match):
+    with pytest.raises(ConfigError, match=match):
+        make(pipe, **options)
+    assert not tilewise.is_patched(pipe)
+
+
+def test_other_bad_input(pipe):
+    with pytest.raises(ConfigError, match="one prompt"):
+        highres(pipe, ["a", "b"], height=128, width=128)
+    image = tiny_wan.tiny_pipeline(image=True)
+    with pytest.raises(UnsupportedModelError, match="not WanImageToVideoPipeline"):
+        make(image)
+    tilewise.patch(pipe, "sta")
+    with pytest.raises(ConfigError, match="already patched"):
+        make(pipe)
+    tilewise.unpatch(pipe)
+
+
+# ── its parts ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ],
+    ids=["euler", "unipc"],
+)
+def test_the_schedule_is_the_end_of_the_whole_one(scheduler):
+    class Pipe:
+        pass
+
+    pipe = Pipe()
+    pipe.scheduler = scheduler
+    whole = type(scheduler).from_config(
+        scheduler.config, **{k: 9.0 for k in ("flow_shift", "shift") if k in scheduler.config}
+    )
+    whole.set_timesteps(10)
+    with entered_at(pipe, 10, 0.7, 9.0) as entered:
+        assert pipe.scheduler is entered
+        x = noised(torch.ones(1, 2, 3), entered, 10, torch.Generator().manual_seed(0))
+        entered.set_timesteps(10)
+        assert torch.equal(entered.timesteps, whole.timesteps[3:])
+        assert torch.equal(entered.sigmas, whole.sigmas[3:])
+        sigma = float(whole.sigmas[3])
+        noise = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(x, (1 - sigma) * torch.ones(1, 2, 3) + sigma * noise)
+        # A denoiser that always knows the answer leads to it, whatever the schedule.
+        clean = torch.full((1, 2, 3), 0.5)
+        latents = (1 - sigma) * clean + sigma * noise
+        entered.set_begin_index(0)
+        for i, t in enumerate(entered.timesteps):
+            velocity = (latents - clean) / float(entered.sigmas[i])
+            latents = entered.step(velocity, t, latents, return_dict=False)[0]
+        torch.testing.assert_close(latents, clean, atol=1e-3, rtol=1e-3)
+    assert pipe.scheduler is scheduler
+    with entered_at(pipe, 10, 1.0, None) as entered:
+        entered.set_timesteps(10)
+        scheduler.set_timesteps(10)
+        assert torch.equal(entered.sigmas, scheduler.sigmas)
+        assert entered is not scheduler
+
+
+def test_other_schedulers_are_refused():
+    class Pipe:
+        scheduler = EulerDiscreteScheduler()
+
+    with pytest.raises(UnsupportedModelError, match="no flow-matching scheduler"), entered_at(Pipe(), 4, 0.5, None):
+        pass
+    Pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ConfigError, match="flow_shift=None"), entered_at(Pipe(), 4, 0.5, 9.0):
+        pass
+    assert steps_to_run(50, 0.7) == 35
+
+
+@pytest.mark.parametrize("how", ["bicubic", "bilinear", "lanczos"])
+def test_upscaling(how):
+    y, x = np.mgrid[0:16, 0:12].astype(np.float32)
+    clip = np.stack([y / 20, x / 20, 0.2 + 0 * x], -1)[None].repeat(2, 0)
+    large = upscale_frames(clip, 48, 24, how)
+    assert large.shape == (2, 48, 24, 3)
+    # A ramp stays one, away from the borders: pixel centres agree.
+    wanted = ((np.arange(48) + 0.5) / 3 - 0.5) / 20
+    np.testing.assert_allclose(large[0, 9:-9, 12, 0], wanted[9:-9], atol=2e-3)
+    assert upscale_frames(np.float32(clip > 0.3), 48, 24, how).max() <= 1
+    with pytest.raises(ConfigError, match="nearest"):
+        upscale_frames(clip, 32, 24, "nearest")
+
+
+def test_upscaling_latents():
+    latents = torch.randn(2, 3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    large = upscale_latents(latents, 8, 10)
+    assert large.shape == (2, 3, 2, 8, 10)
+    one = torch.nn.functional.interpolate(latents[1:, :, 1], (8, 10), mode="bicubic")
+    torch.testing.assert_close(large[1:, :, 1], one)
+    with pytest.raises(ConfigError, match="latents to upscale"):
+        upscale_latents(latents[0], 8, 10)
+
+
+def test_vae_there_and_back():
+    """On the trained demo model: any length comes back, whole or in tiles, and is what the pipeline's own decode gives."""
+    from tilewise.pipelines.loading import load_pipeline
+
+    pipe = load_pipeline("demo", device="cpu")
+    y, x = np.mgrid[0:64, 0:96] / 64
+    frames = np.full((7, 64, 96, 3), (0.16, 0.31, 0.86), np.float32)
+    for t, frame in enumerate(frames):
+        frame[np.hypot(y - 0.5, x - 0.4 - t / 40) < 0.25] = (0.86, 0.16, 0.16)
+    latents = encode(pipe, frames)
+    assert latents.shape == (1, 12, 4, 16, 24)
+    assert 0.1 < latents.std() < 3
+    back = decode(pipe, latents)
+    assert back.shape == frames.shape
+    assert np.abs(back - frames).mean() < 0.03
+    vae = pipe.vae
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 48
+    vae.tile_sample_stride_height = vae.tile_sample_stride_width = 32
+    with tiled(vae, True):
+        pieces = decode(pipe, latents)
+    assert not vae.use_tiling
+    assert np.abs(pieces - back).max() > 0
+    assert np.abs(pieces - back).mean() < 0.02
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def command(tiny_pipe_dir, *options):
+    from typer.testing import CliRunner
+
+    from tilewise.ui.cli import app
+
+    words = [
+        "generate",
+        "a red circle",
+        "--model",
+        str(tiny_pipe_dir),
+        "--frames",
+        "5",
+        "--steps",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    return CliRunner().invoke(app, [*words, *options], catch_exceptions=False)
+
+
+def test_command(tiny_pipe_dir, tmp_path):
+    out = tmp_path / "large.mp4"
+    size = ("--height", "128", "--width", "96", "--out", str(out))
+    dry = command(tiny_pipe_dir, "--highres", *size, "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert "memory:" in dry.output
+    assert not out.exists()
+    done = command(tiny_pipe_dir, "--highres", *size, "--refresh", "1", "--max-memory", "2GB")
+    assert done.exit_code == 0, done.output
+    assert "repetition" in done.output
+    assert read_frames(out).shape == (5, 128, 96, 3)
+    assert read_frames(tmp_path / "large-native.mp4").shape == (5, 64, 64, 3)
+    told = read_settings(out)["run"]["highres"]
+    assert told["options"]["refresh"] == 1
+    assert told["options"]["max_memory"] == 2 * 10**9
+    assert HighresSettings.from_dict(told["options"]).refresh == 1
+    again = command(tiny_pipe_dir, "--from", str(out), "--out", str(tmp_path / "again.mp4"))
+    assert again.exit_code != 0
+    assert "--highres" in again.output
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (("--strength", "0.5"), "--strength is an option of --highres"),
+        (("--highres",), "needs a prompt, --height and --width"),
+        (("--highres", "--height", "128", "--width", "128", "--compare", "dense"), "--compare cannot be used"),
+        (("--highres", "--height", "128", "--width", "128", "--native", "big"), "such as 480x832"),
+        (("--highres", "--height", "128", "--width", "120"), "the nearest is"),
+        (("--highres", "--height", "128", "--width", "128", "--max-memory", "1MB"), "does not fit"),
+    ],
+)
+def test_command_refuses(tiny_pipe_dir, options, match):
+    done = command(tiny_pipe_dir, *options)
+    assert done.exit_code != 0
+    assert match in " ".join(done.output.split())
+
+
+def test_prepare_works_on_a_skeleton(tiny_pipe_dir):
+    from tilewise.pipelines.loading import load_skeleton
+
+    skeleton = load_skeleton(tiny_pipe_dir)
+    shared = {"frames": 5, "steps": 4}
+    work = prepare(skeleton, "a star", 128, 96, None, "dense", HighresSettings(), shared, torch.device("cpu"))
+    assert work.plan.fits
+    assert (work.native.height, work.target.height) == (64, 128)
+    assert work.target.method.method.native == (8, 8)

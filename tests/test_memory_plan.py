@@ -1,0 +1,107 @@
+"""The plan of memory: what is counted, what gives in which order, and what is refused with numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny_wan
+import torch
+
+from tilewise.kernels.layout import Grid
+from tilewise.pipelines.memory_plan import MemoryPlan, check_plan, parse_bytes, plan_memory, vae_bytes
+from tilewise.plugins.errors import ConfigError
+
+GRID = Grid(5, 32, 48)
+
+
+def plan(pipe, limit=None, refresh=2, branches=2):
+    return plan_memory(
+        pipe, GRID, height=256, width=384, frames=9, refresh=refresh, branches=branches, limit=limit
+    )  # fmt: skip
+
+
+def test_what_is_counted():
+    pipe = tiny_wan.tiny_pipeline()
+    found = plan(pipe)
+    parts = (pipe.transformer, pipe.vae, pipe.text_encoder)
+    assert found.weights == sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    assert found.cache == 2 * 2 * GRID.tokens * 32 * 4  # branches × layers × tokens × channels × bytes
+    assert plan(pipe, branches=1).cache == found.cache // 2
+    assert plan(pipe, refresh=1).cache == 0
+    assert found.cache_on_device == found.cache
+    assert found.fits
+    assert not found.vae_tiling
+    assert found.peak == max(found.denoise, found.decode)
+
+
+def test_the_cache_is_as_large_as_planned():
+    import tilewise
+    from tilewise.plugins.methods.inward import Inward
+    from tilewise.plugins.two_paths import two_paths
+
+    pipe = tiny_wan.tiny_pipeline()
+    tilewise.patch(pipe, Inward(native=(8, 8)), steps=(0, 1))
+    with two_paths(pipe, refresh=2) as paths:
+        pipe("a star", height=256, width=384, num_frames=9, num_inference_steps=1, guidance_scale=3.0, max_sequence_length=16,
+             output_type="latent")  # fmt: skip
+        assert paths["transformer"].cache.on_device == plan(pipe).cache
+
+
+def test_the_vae_estimate_is_what_a_decode_holds():
+    """Run in the open on the CPU: the live tensors there are those of the meta run."""
+    from tilewise.pipelines.memory_estimate import _LiveTensors
+
+    pipe = tiny_wan.tiny_pipeline()
+    with torch.no_grad(), _LiveTensors() as live:
+        pipe.vae.decode(torch.randn(1, 4, 5, 16, 16))
+    assert vae_bytes(pipe, 64, 64, 9) == pytest.approx(live.peak, rel=0.1)
+    assert vae_bytes(pipe, 128, 128, 9) > 3 * vae_bytes(pipe, 64, 64, 9)
+
+
+def test_what_gives_and_in_which_order():
+    pipe = tiny_wan.tiny_pipeline()
+
+    def denoising(limit=None):  # so small a picture that decoding does not count
+        return plan_memory(pipe, GRID, height=16, width=16, frames=1, refresh=2, branches=2, limit=limit)
+
+    free = denoising()
+    tight = denoising(free.denoise - free.cache // 2)
+    assert tight.cache_on_device == free.cache // 2
+    assert tight.on_host == free.cache - free.cache // 2
+    assert tight.fits
+    assert "in host memory" in str(tight)
+    assert "host memory" not in str(free)
+    # The VAE gives first: a decode that does not fit is made of tiles, where they are smaller than the clip.
+    large = plan_memory(pipe, GRID, height=512, width=1024, frames=9, refresh=1, branches=1)
+    small = plan_memory(pipe, GRID, height=512, width=1024, frames=9, refresh=1, branches=1, limit=large.decode - 1)
+    assert small.vae_tiling
+    assert small.vae < large.vae
+    assert "the VAE in tiles" in str(small)
+
+
+def test_refusals_have_numbers():
+    pipe = tiny_wan.tiny_pipeline()
+    found = plan(pipe, 1000)
+    assert not found.fits
+    with pytest.raises(ConfigError, match=r"a clip of nothing does not fit: denoising needs [\d.]+ GiB.*weights"):
+        check_plan(found, "a clip of nothing")
+    base = MemoryPlan(100, 10, 1, 1, 50, 0, 5, 5, False, False)
+    with pytest.raises(ConfigError, match=r"host memory; refresh=1 keeps none"):
+        check_plan(base, "this")
+    with pytest.raises(ConfigError, match="decoding needs"):
+        check_plan(dataclasses.replace(base, cache=0, vae=1000), "this")
+    check_plan(dataclasses.replace(base, cache=0), "this")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24 * 10**9), ("24 GiB", 24 * 2**30), ("500M", 5 * 10**8), (1234, 1234), ("0.5k", 500)]
+)
+def test_sizes_of_memory(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["much", "", "-1GB", 0, True, "3 XB", None, float("nan")])
+def test_bad_sizes_of_memory(text):
+    with pytest.raises(ConfigError, match="a size of memory"):
+        parse_bytes(text)

@@ -1,0 +1,139 @@
+"""The work behind `tilewise generate --highres`: a clip at the model's own size, then one past it. Both are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tilewise.pipelines.files import check_sidecar, check_writable
+from tilewise.pipelines.generate import Clip
+from tilewise.pipelines.highres import HighresClip, Work, judged, make, prepare
+from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.loading import load_pipeline, load_skeleton, resolve_device, resolve_dtype
+from tilewise.pipelines.record import clip_record, machine
+from tilewise.pipelines.settings import explain_settings, prompt_notes
+from tilewise.pipelines.video import ffmpeg_path, write_settings, write_video
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.patching import denoisers_of
+from tilewise.ui.generating import MODEL, Request, progress_bars, quiet_libraries
+from tilewise.ui.options import default_out, method_config, parse_size
+from tilewise.ui.report import console, print_files, print_result, print_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A checked request. arguments: of `prepare`, for the loaded pipeline. files: the clip, and its native stage's."""
+
+    skeleton: Any
+    work: Work
+    arguments: tuple
+    files: list[Path]
+    dtype: str
+
+
+def dry_run_highres(request: Request) -> None:
+    """Prints both stages' settings and the plan of memory. Nothing is written, and no weights are read."""
+    found = _check(request, create=False)
+    device = str(resolve_device(request.device))
+    print_settings(found.work.native, device, found.dtype, [found.files[1]])
+    print_settings(found.work.target, device, found.dtype, [found.files[0]])
+    print(explain_settings(found.skeleton, found.work.target))
+    print(f"{found.work.plan}; without the text encoder, which was not loaded")
+
+
+def generate_highres(request: Request) -> None:
+    """Makes both clips and reports. The native one is written as soon as it is there: it stays if the rest is stopped."""
+    notes = Console(stderr=True)
+    with quiet_libraries():
+        found = _check(request, create=True)
+        model = found.work.target.model
+        with notes.status(f"loading {model} …"):
+            pipe = load_pipeline(model, device=request.device, dtype=found.dtype)
+        work = prepare(pipe, *found.arguments)
+        target = work.target
+        for note in [str(work.plan), *(f"note: {text}" for text in prompt_notes(pipe, target))]:
+            notes.print(note, style="yellow", highlight=False, soft_wrap=True)
+        run = machine(pipe.device, found.dtype)
+
+        def write_native(clip: Clip) -> None:
+            write_video(found.files[1], clip.frames, clip.settings.fps, settings=clip_record(clip, run))
+
+        with progress_bars(notes) as progress:
+            made = make(pipe, work, progress, write_native)
+    write_video(found.files[0], made.frames, target.fps, settings=_record(made, run))
+    made = _judged(pipe, made, found.files, run, notes)
+    print_result(made.clip)
+    _print_stages(made)
+    print_files(found.files)
+
+
+def _check(request: Request, *, create: bool) -> _Checked:
+    """Everything that can be wrong is found here, before weights are read."""
+    assert request.highres is not None
+    given = dict(request.highres)
+    native = given.pop("native", None)
+    options = HighresSettings.from_dict(given)
+    for name, value in (("--from", request.source), ("--compare", request.compare), ("--window", request.window),
+                        ("--density", request.density)):  # fmt: skip
+        if value is not None:
+            raise ConfigError(f"{name} cannot be used with --highres")
+    wishes = dict(request.wishes)
+    height, width = wishes.pop("height"), wishes.pop("width")
+    if request.prompt is None or height is None or width is None:
+        raise ConfigError("--highres needs a prompt, --height and --width")
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype or "auto", device)
+    model = request.model or MODEL
+    skeleton = load_skeleton(model)
+    for denoiser in denoisers_of(skeleton).values():
+        for parameter in denoiser.parameters():
+            parameter.data = parameter.data.to(dtype)
+    # --method is the native stage's; the target's is the inward window.
+    shared = {"model": model, **{name: value for name, value in wishes.items() if value is not None}}
+    size = None if native is None else parse_size(native)
+    arguments = (request.prompt, height, width, size, method_config(request.method or "dense"), options, shared)
+    work = prepare(skeleton, *arguments, device)
+    file = request.out or default_out(request.prompt, work.target.seed)
+    files = [file, file.with_stem(f"{file.stem}-native")]
+    for creating in (False, True) if create else (False,):
+        for path in files:
+            check_writable(path, create=creating)
+            check_sidecar(path, create=creating)
+    ffmpeg_path()
+    return _Checked(skeleton, work, arguments, files, str(dtype).removeprefix("torch."))
+
+
+def _record(made: HighresClip, run: dict[str, Any]) -> dict[str, Any]:
+    return clip_record(made.clip, {**run, "highres": made.to_dict()})
+
+
+def _judged(pipe: Any, made: HighresClip, files: list[Path], run: dict[str, Any], notes: Console) -> HighresClip:
+    """With what the clips show, which is also added to their files; what goes wrong here is only noted."""
+    try:
+        seen = judged(pipe, made)
+        if seen.clip.content is not None:
+            write_settings(files[0], _record(seen, run))
+            write_settings(files[1], clip_record(seen.native, run))
+        return seen
+    except Exception as error:
+        text = f"note: the clips are written, but could not be judged: {str(error) or type(error).__name__}"
+        notes.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        return made
+
+
+def _print_stages(made: HighresClip) -> None:
+    found, forwards = made.coherence, made.forwards
+    print_to = console()
+    print_to.print(
+        f"repetition {found.repetition:.3f}, native {found.native:.3f}: {found.excess:+.3f}; sharpness {found.sharpness:.2f} × "
+        "the native clip scaled up",
+        soft_wrap=True,
+    )
+    print_to.print(
+        f"forwards at the target: {forwards['refreshed']} with the full path, {forwards['reused']} with its cached "
+        f"cross-attention, {forwards['unguided']} by the window alone; native stage {made.native.seconds['total']:.2f} s",
+        soft_wrap=True,
+    )

@@ -5,7 +5,8 @@
     branch   one of a step's forwards        the first, the second, …: conditional and unconditional, where a pipeline runs both
 
 Branches are told apart by their order, which every pipeline keeps; where their number changes, guidance came or went, and what
-had been kept is forgotten rather than mixed up. The two denoisers of a pipeline each have a state of their own.
+had been kept is forgotten as soon as that shows, at the step after. The two denoisers of a pipeline each have a state of their
+own. After the last forward of a run nothing is kept: maps are large, and the VAE comes next.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 MAX_KEPT = 4096  # dictionaries; ever new shapes within one run would pile up
+MAX_BRANCHES = 8  # of one step; more are no branches, but a denoiser that is called again and again at one timestep
 
 
 class Memories:
@@ -41,6 +43,11 @@ class Memories:
             self.tick += 1
             self.branch = 0
 
+    def end(self, last: bool) -> None:
+        """A forward is over; last: of a run's last step."""
+        if last and self.branch + 1 == self._branches:
+            self.forget()
+
     def forget(self) -> None:
         """Begin anew."""
         self.tick = self.branch = 0
@@ -49,6 +56,8 @@ class Memories:
 
     def of(self, *call: Any) -> dict[str, Any]:
         """The memory of a call in the branch under way. call: the layer, and all that the shape of its memory depends on."""
+        if self.branch >= MAX_BRANCHES:
+            return {}
         key = (self.branch, *call)
         if key not in self._kept:
             if len(self._kept) >= MAX_KEPT:

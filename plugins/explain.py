@@ -189,8 +189,7 @@ def family_layers(denoiser: torch.nn.Module) -> list[AttentionLayer]:
 def _kept(method: Method, layout: Layout, heads: int) -> tuple[float, float]:
     """(density, work) of a method on a layout, as far as they are known before anything runs."""
     if isinstance(method, DynamicMethod):
-        asked = getattr(method, "density", None)
-        return (math.nan if asked is None else asked), math.nan
+        return method.expected_density(layout, heads), math.nan
     plan = method.plan(layout, heads, torch.device("cpu"))
     return plan.density, plan.work
 

@@ -100,6 +100,7 @@ class Step:
         self.watchers: list[Callable[[AttentionCall], None]] = []  # told of every attention call
         self._memories = Memories()  # of a dynamic method
         self._position: int | None = None  # the step of this forward, if anybody wants to know
+        self._is_last = False  # whether that is the last one of its run
 
     def begin(self, grid: Grid, timestep: torch.Tensor, refused: str | None = None) -> None:
         """Decide what a forward over ``grid`` at ``timestep`` does; ``refused``: why its family says it cannot be sparse."""
@@ -135,6 +136,7 @@ class Step:
 
     def end(self) -> None:
         """The forward is over: outside one, tokens are in the model's own order."""
+        self._memories.end(self._is_last)
         self._layout = None
         self._masks.clear()
 
@@ -159,11 +161,12 @@ class Step:
         method = self.config.method
         wanted = self.watchers or (isinstance(method, DynamicMethod) and method.keeps_memory)
         if not wanted or capturing(timestep.device):  # a captured call plans for itself at every replay
-            self._position = None
+            self._position, self._is_last = None, False
             self._memories.begin(None)
             return
         pipe = self.pipe()
-        self._position, _ = step_of(pipe, timestep)
+        self._position, total = step_of(pipe, timestep)
+        self._is_last = self._position + 1 == total
         # A scheduler makes its timesteps anew for each run.
         self._memories.begin(self._position, getattr(getattr(pipe, "scheduler", None), "timesteps", None))
 
@@ -288,13 +291,15 @@ class Step:
             found = [choose(part, p.plan, self.config.precision) for part, (_, p) in zip(parts, planned, strict=True)]
         except (TypeError, ValueError, RuntimeError) as error:
             return str(error)
-        chosen, in_16_bits = [choice for choice, _ in found], found[0][1]
+        chosen, in_16_bits = [choice for choice, _ in found], next((why for _, why in found if why), "")
         if in_16_bits and self.config.strict:
             return in_16_bits
         out = attend_groups(layout, planned, parts, chosen, whole, scale)
         dynamic = isinstance(self.config.method, DynamicMethod)
         density = None if dynamic else mean_density(planned, query)
-        call.entry = Entry(SPARSE, density, chosen[0].backend, in_16_bits, fused)
+        call.entry = Entry(
+            SPARSE, density, ", ".join(dict.fromkeys(choice.backend for choice in chosen)), in_16_bits, fused
+        )
         if dynamic:
             call.values = measured(planned, query)
         for (group, p), part in zip(planned, parts, strict=True):

@@ -55,14 +55,16 @@ class Summary:
     @property
     def density(self) -> float:
         """Kept ÷ all token pairs over the sparse calls; 1.0 if none was sparse."""
-        sparse = [row for row in self.rows if row.kind == SPARSE]
+        sparse = [row for row in self.rows if row.kind == SPARSE and not math.isnan(row.density)]
         calls = sum(row.calls for row in sparse)
         return sum(row.density * row.calls for row in sparse) / calls if calls else 1.0
 
     @property
     def overall_density(self) -> float:
         """Kept ÷ all token pairs over every call, dense ones included."""
-        return sum(row.density * row.calls for row in self.rows) / self.calls if self.calls else 1.0
+        known = [row for row in self.rows if not math.isnan(row.density)]
+        calls = sum(row.calls for row in known)
+        return sum(row.density * row.calls for row in known) / calls if calls else 1.0
 
     @property
     def fallbacks(self) -> dict[str, int]:
@@ -93,6 +95,7 @@ class Summary:
         return sum(row.broken for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON values; null for a number that is not known, or is none (the probe of activations that are not finite)."""
         return {
             "method": self.method,
             "grids": self.grids,
@@ -100,11 +103,11 @@ class Summary:
             "overall_density": self.overall_density,
             "fallbacks": self.fallbacks,
             "fused_calls": self.fused_calls,
-            "recall": self.recall,
-            "probe": self.probe,
+            "recall": _finite(self.recall),
+            "probe": _finite(self.probe),
             "broken": self.broken,
             "skipped_layers": self.skipped_layers,
-            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "rows": [{k: _finite(v) for k, v in dataclasses.asdict(row).items()} for row in self.rows],
         }
 
     def __str__(self) -> str:
@@ -122,6 +125,10 @@ class Summary:
             lines.append(f"queries or keys were not finite: {self.broken} lists of key blocks kept everything")
         lines += [f"{name} stays dense: {reason}" for name, reason in self.skipped_layers.items()]
         return "\n".join(lines)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(denoiser: str, entry: Entry, found: list[tuple[int, Tally]]) -> SummaryRow:

@@ -12,6 +12,7 @@ from tilewise.kernels.block_selection import GOLDEN
 from tilewise.kernels.layout import Grid
 from tilewise.kernels.reference import masked_attention
 from tilewise.kernels.skipped import add_skipped
+from tilewise.kernels.window import window_plan
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import make_method
 from tilewise.plugins.methods.draft import Draft
@@ -302,3 +303,48 @@ def test_default_tile_follows_the_grid():
     assert default_tile((21, 45, 80)) == (1, 8, 16)
     assert default_tile((9, 16, 16)) == (1, 4, 8)
     assert math.prod(default_tile((1, 2, 2))) >= 16
+
+
+def test_summary_rows_show_nothing_from_outside_a_token_window():
+    """What lies outside a query's window moves nothing, not even through the mean of a block that is partly inside."""
+    grid = Grid(1, 12, 16)
+    method = Draft(density=0.1, within=Inward(native=(5, 5), temperature=False), tile=(1, 4, 4), min_tokens=0)
+    layout = method.layout(grid)
+    q, k, v = (torch.randn(1, grid.tokens, 2, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    window = Inward(native=(5, 5), temperature=False)
+    bounds = window_plan(layout, [window.window(grid)], unit="token")
+    seen = bounds.to_mask(2)[0, 0]
+
+    def output(values):
+        planned = method.plan_call(layout, q, k, values, 0.25, {}, 0)
+        out, lse = block_sparse_attention(q, k, values, planned.plan, scale=0.25, return_lse=True)
+        s = planned.skipped
+        return add_skipped(q, out, lse, s.key_mean, s.value_mean, s.bias, layout, 0.25)
+
+    at = 100
+    outside = (~seen[at]).nonzero()[:, 0]
+    moved = v.clone()
+    moved[:, outside] += 100.0  # the ranking may change, and with it what is skipped inside the window
+    away = (output(moved)[0, at] - output(v)[0, at]).abs().max()
+    assert float(away) < 5  # values are of size 1: anything from outside would show as tens
+
+
+def test_the_probe_counts_within_the_window_alone():
+    grid = Grid(1, 12, 16)
+    method = Draft(density=1.0, within=Inward(native=(5, 5), temperature=False), tile=(1, 4, 4), min_tokens=0, probe=32)
+    q, k, v = (torch.randn(1, grid.tokens, 2, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    planned = method.plan_call(method.layout(grid), q, k, v, 0.25, {}, 0)
+    assert float(planned.probe) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_more_blocks_than_there_are_cannot_be_asked_for_by_floor():
+    layout = Draft(floor=500, min_tokens=0).layout(Grid(2, 8, 8))
+    q, k, v = (torch.randn(1, 128, 1, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    assert float(Draft(floor=500, min_tokens=0).plan_call(layout, q, k, v, 0.25, {}, 0).plan.device_density) == 1.0
+
+
+def test_values_that_are_not_finite_are_reported():
+    layout = Draft(density=0.2, min_tokens=0).layout(Grid(2, 8, 8))
+    q, k, v = (torch.randn(1, 128, 1, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    v[0, 3] = torch.nan
+    assert float(Draft(density=0.2, min_tokens=0).plan_call(layout, q, k, v, 0.25, {}, 0).broken) > 0

@@ -160,12 +160,25 @@ def test_branches_and_sizes_have_their_own_memory(tiny_pipe):
     method = Draft(density=0.4, tile=TILE, min_tokens=0, refresh=9, drift=None)
     tilewise.patch(tiny_pipe, method, steps=(0, 1), strict=True)
     memories = tiny_pipe.transformer._tilewise.step._memories
-    run(tiny_pipe)
-    assert len(memories) == CALLS
-    assert {key[0] for key in memories._kept} == {0, 1}
-    run(tiny_pipe, guidance_scale=1.0, height=48)
-    assert len(memories) == 2
-    assert {key[3].grid for key in memories._kept} == {Grid(5, 6, 8)}
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append((len(memories), {key[0] for key in memories._kept}, {key[3].grid for key in memories._kept}))
+        return tensors
+
+    run(tiny_pipe, callback_on_step_end=look)
+    assert seen[0][:2] == (CALLS, {0, 1})
+    assert len(memories) == 0, "maps are large: none outlives its run"
+    run(tiny_pipe, guidance_scale=1.0, height=48, callback_on_step_end=look)
+    assert seen[-2] == (2, {0}, {Grid(5, 6, 8)})
+
+
+def test_a_denoiser_called_again_and_again_at_one_timestep_does_not_pile_up_memories():
+    memories = Memories()
+    for _ in range(100):
+        memories.begin(3)
+        memories.of("layer")["map"] = object()
+    assert len(memories) <= 8
 
 
 def test_memories_begin_anew():

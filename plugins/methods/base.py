@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 from functools import cache
 from typing import Any, ClassVar, TypeVar
@@ -121,6 +122,10 @@ class DynamicMethod(Method):
     def keeps_memory(self) -> bool:
         """Whether ``memory`` is used at all: only then are steps and branches told apart."""
         return False
+
+    def expected_density(self, layout: Layout, heads: int) -> float:
+        """Kept ÷ all token pairs, as far as it is known before anything runs; nan if only a call decides."""
+        return math.nan
 
     def refuses_call(self, layout: Layout) -> str | None:
         """Why a call over this layout cannot run, or None. It falls back to dense, counted."""

@@ -74,7 +74,7 @@ class Draft(Guided):
             if first.shape[1] == 1:
                 return DraftMap(logits, None if s2 is None else keys, s2)
             share = share + weight[:, piece, None] * logits.softmax(-1)
-        return DraftMap(share.log(), None if keys.variance is None else keys)
+        return DraftMap(share.clamp_min(torch.finfo(torch.float32).tiny).log(), None if keys.variance is None else keys)
 
 
 @lru_cache(maxsize=32)

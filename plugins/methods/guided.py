@@ -66,7 +66,8 @@ class Guided(DynamicMethod):
         recall: instead: fraction of the attention mass to keep, in (0, 1], as the draft estimates it.
         safety: with ``recall``: by how much the draft may underestimate what is lost, ≥ 1; it aims at losing (1 − recall) ÷
             safety. With the default, 4, 95 % of the query blocks of the demo model reach a recall of 0.9 that is asked for.
-        tile: tokens of a block (t, h, w), at most 128. Default (1, 8, 16), halved until the grid has 64 of them.
+        tile: tokens of a block (t, h, w), at most 128. Default (1, 8, 16); without text in the sequence, halved until the grid
+            has 64 of them.
         select: how pairs are chosen: "rows", "head", "topk" or "shared"; see ``selection.py``. "topk" needs a density.
         rank: what counts as best at a density: "mass", or "error", the error that skipping makes where compensation follows.
             Default: "error" if ``compensate``, else "mass". By a recall it is always mass.
@@ -174,7 +175,9 @@ class Guided(DynamicMethod):
             self.within.check(heads)
 
     def layout(self, grid: Grid) -> Layout:
-        return cached_layout(grid, self.tile or default_tile(grid.shape))
+        # Text in the sequence is cut at 128 rows, and a kernel's block has room for as many: smaller tiles would leave it empty.
+        usual = DEFAULT_TILE if grid.text >= SMALLEST_TILE else default_tile(grid.shape)
+        return cached_layout(grid, self.tile or usual)
 
     def scale(self, layout: Layout, head_dim: int) -> float | None:
         return None if self.within is None else self.within.scale(layout, head_dim)
@@ -188,6 +191,12 @@ class Guided(DynamicMethod):
         within = None if self.within is None else self.within.to_dict()
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"name": self.name, **fields, "within": within}
+
+    def expected_density(self, layout: Layout, heads: int) -> float:
+        if self.density is None:
+            return math.nan
+        bounds = self._bounds(layout, heads, torch.device("cpu"))
+        return self.density if bounds is None else min(self.density, bounds.plan.density)
 
     def refuses_call(self, layout: Layout) -> str | None:
         if layout.blocks <= MAX_BLOCKS:
@@ -229,25 +238,26 @@ class Guided(DynamicMethod):
         logits = drafted.logits
         if bounds is not None:
             logits = logits.masked_fill(~bounds.seen_by_head(heads), -math.inf)
-        broken = broken_rows(logits)
         share = logits.softmax(-1)
         blocks = self._block_stats(layout, drafted, query, key, value, scale)
+        ranked = logits
+        if blocks is not None and blocks.values.variance is not None:
+            ranked = error_logits(logits, blocks.s2, blocks.values.variance)
+        broken = broken_rows(ranked)
 
         target = None if self.recall is None else 1 - (1 - self.recall) / self.safety
 
         def choose() -> torch.Tensor:
             if self.density == 1 or self.recall == 1:  # exactly: a rule may stop a rounding error short of it
                 return torch.ones_like(logits, dtype=torch.bool)
-            always = always_kept(layout, self.always, query.device)
-            if bounds is not None:
-                always = always & bounds.seen_by_all()
-            ranked = logits
-            if blocks is not None and blocks.values.variance is not None:
-                ranked = error_logits(logits, blocks.s2, blocks.values.variance)
+            wanted = always_kept(layout, self.always, query.device)
+            always = wanted if bounds is None else wanted & bounds.seen_by_all()
             density = self.density if self.select in ("head", "shared") else _row_density(self.density, layout)
             kept = select(
                 self.select, ranked, always, rows, density=density, recall=target, floor=self.floor, cap=self.cap
             )
+            if bounds is not None:  # those within the window of some heads alone
+                kept = kept | (wanted & bounds.seen_by_head(heads))
             return kept | text[:, None] | text[None, :]
 
         def recall_of(kept: torch.Tensor) -> torch.Tensor:
@@ -267,13 +277,13 @@ class Guided(DynamicMethod):
         skipped = None
         if blocks is not None and self.compensates:
             bias = rows.log() + variance_term(blocks.s2, rows)
-            # What is outside the window is not skipped but invisible.
-            seen = kept if bounds is None else kept | ~bounds.seen_by_head(heads)
+            # What is outside the window is not skipped but invisible, and the means of a block partly outside would show it.
+            seen = kept if bounds is None else kept | ~bounds.whole_by_head(heads)
             skipped = Skipped(blocks.keys.mean, blocks.values.mean, bias.masked_fill(seen, -math.inf))
         probe = None
         if self.probe:
             at = probe_rows(query.shape[1], self.probe, query.device)
-            probe = exact_recall(query, key, kept, rows, scale, at).mean()
+            probe = exact_recall(query, key, kept, rows, scale, at, bounds).mean()
         return Planned(plan, skipped, share, recall, probe, broken.sum(dtype=torch.float32))
 
     def _bounds(self, layout: Layout, heads: int, device: torch.device) -> Bounds | None:

@@ -38,7 +38,9 @@ def select(
         ValueError: an unknown rule, or a target that the rule does not take.
     """
     if rule == "rows":
-        return select_rows(logits, always, rows, density=density, recall=recall, floor=floor, cap=cap)
+        return select_rows(
+            logits, always, rows, density=density, recall=recall, floor=min(floor, logits.shape[-1]), cap=cap
+        )
     if rule == "topk":
         if density is None:
             raise ValueError("select: 'topk' keeps a fixed number of blocks, and takes a density, not a recall")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tilewise.kernels.codes import inside
 from tilewise.kernels.plan import BlockPlan
 
 
@@ -25,17 +26,35 @@ class Bounds:
     Attributes:
         plan: the window's.
         seen: (G, N, N) bool, pairs of blocks of which any tokens see each other.
+        whole: (G, N, N) bool, those of which all do.
         pairs: (G, N, M) float32, token pairs that see each other in each place of the plan's lists.
     """
 
     plan: BlockPlan
     seen: torch.Tensor
+    whole: torch.Tensor
     pairs: torch.Tensor
+
+    def whole_by_head(self, heads: int) -> torch.Tensor:
+        """(1, H or 1, N, N) bool."""
+        return self._by_head(self.whole, heads)
 
     def seen_by_head(self, heads: int) -> torch.Tensor:
         """(1, H or 1, N, N) bool."""
-        sets = self.plan.sets_of_heads(heads).long()
-        return self.seen[None] if self.plan.sets == 1 else self.seen[sets][None]
+        return self._by_head(self.seen, heads)
+
+    def _by_head(self, pairs: torch.Tensor, heads: int) -> torch.Tensor:
+        return pairs[None] if self.plan.sets == 1 else pairs[self.plan.sets_of_heads(heads).long()][None]
+
+    def visible(self, at: torch.Tensor, of_token: torch.Tensor, heads: int) -> torch.Tensor:
+        """(1, H, P, S) bool: the keys within the window of queries ``at``; of_token: (S,) block of each token."""
+        whole = self.whole_by_head(heads).expand(1, heads, -1, -1)[:, :, of_token[at]][..., of_token]
+        plan = self.plan
+        if plan.row_codes is None or plan.key_codes is None:
+            return whole
+        some = self.seen_by_head(heads).expand(1, heads, -1, -1)[:, :, of_token[at]][..., of_token]
+        agree = torch.stack([inside(plan.key_codes, codes[:, at], plan.guard) for codes in plan.row_codes])
+        return whole | (some & self._by_head(agree, heads))
 
     def seen_by_all(self) -> torch.Tensor:
         """(N, N) bool: pairs within the window of every head."""
@@ -47,16 +66,18 @@ def bounds_of(plan: BlockPlan) -> Bounds:
     _, G, N, M = plan.index.shape
     place = torch.arange(M, device=plan.device)
     listed = place < plan.ends[0, :, :, 2:]
-    seen = torch.zeros(G, N, N + 1, dtype=torch.bool, device=plan.device)
-    at = torch.where(listed, plan.index[0].long(), N)
-    seen.scatter_(-1, at, True)
     index = plan.index[0].long()
+
+    def pairs_of(places: torch.Tensor) -> torch.Tensor:
+        found = torch.zeros(G, N, N + 1, dtype=torch.bool, device=plan.device)
+        return found.scatter_(-1, torch.where(places, index, N), True)[..., :N]
+
     rows = plan.q_rows[None, :, None] * plan.k_rows[index]
     pairs = torch.where(listed, rows, 0).float()
     if plan.row_codes is not None:
         partial = listed & (place >= plan.ends[0, :, :, 1:2])
         pairs = torch.where(partial, _partial_pairs(plan), pairs)
-    return Bounds(plan, seen[..., :N], pairs)
+    return Bounds(plan, pairs_of(listed), pairs_of(place < plan.ends[0, :, :, 1:2]), pairs)
 
 
 def _partial_pairs(plan: BlockPlan) -> torch.Tensor:

@@ -23,6 +23,7 @@ from tilewise.plugins.methods.base import register
 from tilewise.plugins.methods.draft_logits import per_query_head
 from tilewise.plugins.methods.guided import DraftMap, Guided
 
+TINY = torch.finfo(torch.float32).tiny
 CHUNK_BYTES = 1 << 28  # of scores between groups that are made at once
 
 
@@ -51,16 +52,19 @@ class XAttention(Guided):
         A = weight.shape[1]  # groups of a block, as many as the largest has
         keys = per_query_head(key[:, at.flatten()], H).unflatten(2, (N * A, -1)).flatten(3)  # (B, H, N·A, s·D)
         backwards = query[:, at.flip(-1).flatten()].transpose(1, 2).unflatten(2, (N * A, -1)).flatten(3)
+        backwards = backwards * (
+            scale / self.stride
+        )  # before the products: a sum over stride · D channels may leave float16
         weigh = weight.flatten().log()  # −inf where a block has no such group
         rows = max(1, CHUNK_BYTES // (4 * B * H * A * N * A))  # query blocks at once
         found = []
         for first in range(0, N, rows):
             some = backwards[:, :, first * A : (first + rows) * A]
-            scores = (some @ keys.transpose(2, 3)).float() * (scale / self.stride) + weigh
+            scores = (some @ keys.transpose(2, 3)).float() + weigh
             mass = scores.softmax(-1).unflatten(-1, (N, A)).sum(-1).unflatten(2, (-1, A))
             share = weight[first : first + rows, :, None]
             found.append((mass * share).sum(3) / share.sum(1))
-        return DraftMap(torch.cat(found, 2).log())
+        return DraftMap(torch.cat(found, 2).clamp_min(TINY).log())  # 0 by underflow is little, not never
 
 
 @lru_cache(maxsize=32)

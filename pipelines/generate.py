@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -28,6 +29,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 Preview: TypeAlias = Callable[[int, int, torch.Tensor], None]
 """Called as preview(done, total, latents) after each denoising step, with the latents as the pipeline holds them: on its device,
 not to be written to. A GPU has not computed them yet; whoever reads them waits."""
+
+LOG = logging.getLogger("tilewise.generate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,10 @@ def run(
     decode: bool = True,
     preview: Preview | None = None,
 ) -> tuple[Any, dict[str, float]]:
-    """Calls the pipeline as it is; returns the first clip, (T, H, W, 3) in 0..1 or latents, and seconds by phase."""
+    """Calls the pipeline as it is; returns the first clip, (T, H, W, 3) in 0..1 or latents, and seconds by phase.
+
+    A preview that raises an Exception is logged and not called again; the run goes on.
+    """
     tell = progress or (lambda phase, done, total: None)
     clock = _Clock(getattr(pipe, "_execution_device", pipe.device))
 
@@ -98,10 +104,15 @@ def run(
             tell("denoise", 0, settings.steps)
 
     def step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal preview
         total = pipe.num_timesteps
         tell("denoise", step + 1, total)
         if preview is not None:
-            preview(step + 1, total, tensors["latents"])
+            try:
+                preview(step + 1, total, tensors["latents"])
+            except Exception as error:  # a clip is worth more than the previews of it
+                LOG.warning("no more previews of this run: %s: %s", type(error).__name__, error)
+                preview = None
         if step + 1 == total:
             clock.enter("decode")
             tell("decode", 0, 1)
@@ -116,6 +127,8 @@ def run(
             output = pipe(**arguments)[0]
         except BaseException:
             pipe.maybe_free_model_hooks()  # with CPU offload, the part that was running would stay on the GPU
+            if hasattr(getattr(pipe, "vae", None), "clear_cache"):
+                pipe.vae.clear_cache()  # what a video VAE keeps between the frames of a decode
             raise
         clock.enter("end")
     tell("decode", 1, 1)

@@ -3,7 +3,8 @@
     peak = weights + max(one denoiser forward, one decode)
 
 Weights are counted. The decode is run on the meta device, where tensors have sizes and no content, and its live tensors are
-added up: exact but for a convolution's scratch memory. A denoiser forward takes about
+added up: exact but for a convolution's scratch memory. Of a long clip the first few latent frames are run, and what the last
+of them added is added for each that is left. A denoiser forward takes about
 
     tokens × (7 d + 1.6 f) × bytes an element        d: heads × head dim, f: the widest layer
 
@@ -14,6 +15,7 @@ of activations, fitted to stock Wan forwards on an H200: 1.3B at 480×832×81 (1
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +32,11 @@ from tilewise.plugins.models.base import family_of
 from tilewise.plugins.patching import denoisers_of
 
 OF_WIDTH, OF_WIDEST = 7.0, 1.6
+DECODED = 5  # latent frames that are run; a decoder works frame by frame, and from the third on all are alike
+
+_DECODING = (
+    threading.Lock()
+)  # a video VAE keeps its causal convolutions' past on itself: one decode of a skeleton at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,8 @@ def estimate_memory(
                 notes.append(f"{name} is not counted: its files are not here")
     decode = None
     try:
-        decode = _decode_bytes(skeleton, settings.height, settings.width, settings.frames)
+        with _DECODING:
+            decode = _decode_bytes(skeleton, settings.height, settings.width, settings.frames)
     except (
         Exception
     ) as error:  # a VAE that cannot run without weights, or of another kind: the rest is still worth telling
@@ -88,7 +96,7 @@ def _denoise_bytes(skeleton: Any, explanation: Explanation, dtype: torch.dtype) 
 
 @lru_cache(maxsize=64)
 def _decode_bytes(skeleton: Any, height: int, width: int, frames: int) -> int:
-    """Peak of the live tensors of `vae.decode` for a clip of this size, on the meta device."""
+    """Peak of the live tensors of `vae.decode` for a clip of this size, on the meta device. Under _DECODING only."""
     vae = skeleton.vae
     if next(vae.parameters()).device.type != "meta":
         raise ValueError("the VAE has weights; only a skeleton's can be run without work")
@@ -97,19 +105,31 @@ def _decode_bytes(skeleton: Any, height: int, width: int, frames: int) -> int:
     temporal = int(getattr(skeleton, "vae_scale_factor_temporal", None) or 1)
     small = (height // spatial, width // spatial)
     video = any(isinstance(module, nn.Conv3d) for module in vae.modules())
-    shape = (1, channels, (frames - 1) // temporal + 1, *small) if video else (frames, channels, *small)
-    latents = torch.empty(shape, device="meta")
-    with torch.no_grad(), _LiveTensors() as live:
-        vae.decode(latents, return_dict=False)
-    return live.peak
+    count = (frames - 1) // temporal + 1 if video else frames
+
+    def run(count: int) -> tuple[int, int]:
+        """Of decoding so many latent frames: the peak, and what is alive while the pictures are joined (0: they are not)."""
+        shape = (1, channels, count, *small) if video else (count, channels, *small)
+        with torch.no_grad(), _LiveTensors() as live:
+            pictures = vae.decode(torch.empty(shape, device="meta"), return_dict=False)[0]
+        return live.peak, live.joining.get(pictures.nbytes, 0)
+
+    if count <= DECODED:
+        return run(count)[0]
+    # Some decoders join their frames one by one, by a copy: a long clip's two copies outgrow what a frame's layers need.
+    return max(
+        last + (count - DECODED) * (last - before) for before, last in zip(run(DECODED - 1), run(DECODED), strict=True)
+    )
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Adds up the storages that operations make, until they are freed. peak: the most bytes alive at a time."""
+    """Adds up the storages that operations make, until they are freed. peak: the most bytes alive at a time. joining: the
+    same after concatenations, by the bytes of what each gave."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.joining: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -123,6 +143,8 @@ class _LiveTensors(TorchDispatchMode):
                     self.now += self._sizes[key]
                     self.peak = max(self.peak, self.now)
                     weakref.finalize(storage, self._freed, key)
+                if func is torch.ops.aten.cat.default:
+                    self.joining[tensor.nbytes] = max(self.now, self.joining.get(tensor.nbytes, 0))
         return out
 
     def _freed(self, key: int) -> None:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.override import ForwardOverride, MethodOverride
 
 if TYPE_CHECKING:
     from tilewise.plugins.denoiser_patch import Patch
 
 COPIER = "__deepcopy__"  # copy.deepcopy asks the object for it, before its class
+STATE = "__getstate__"  # copy.copy asks for it, in the same way
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -35,11 +37,9 @@ def copy_patched(patch: Patch, denoiser: nn.Module, attributes: set[str], memo: 
         attributes: what ``patch`` added to the denoiser's own attributes.
     """
     memo[id(patch)] = patch  # hooks that are its methods are copied as they are, and removed below
-    reduced: Any = denoiser.__reduce_ex__(4)
-    make, arguments, state = reduced[:3]
-    copied: Any = make(*arguments)
+    copied: Any = type(denoiser).__new__(type(denoiser))
     memo[id(denoiser)] = copied
-    kept = {name: value for name, value in state.items() if name not in attributes}
+    kept = {name: value for name, value in denoiser.__dict__.items() if name not in attributes}
     copied.__setstate__(copy.deepcopy(kept, memo))
     _clean(copied, patch.handles, memo)
     pipe = patch.step.pipe()
@@ -47,6 +47,19 @@ def copy_patched(patch: Patch, denoiser: nn.Module, attributes: set[str], memo: 
     owner = memo.get(id(pipe), copied) if pipe is not None else copied
     type(patch)(patch.name, copied, owner, patch.config)
     return copied
+
+
+def shallow_state(patch: Patch, denoiser: nn.Module) -> dict[str, Any]:
+    """What ``copy.copy(denoiser)`` gets. It shares modules, hooks and patch with the original, as shallow copies do, and no
+    deep copy can be made of it: the patch knows the modules by the original."""
+
+    def refuse(memo: dict[int, Any]) -> nn.Module:
+        raise TilewiseError(
+            f"this is a shallow copy of {patch.name}, which is patched: copy.deepcopy cannot tell the two apart. Deep-copy the "
+            "original, or call tilewise.unpatch before copying"
+        )
+
+    return {**{name: value for name, value in denoiser.__dict__.items() if name != STATE}, COPIER: refuse}
 
 
 def _clean(copied: nn.Module, handles: list[Any], memo: dict[int, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from tilewise.kernels.attention import DTYPES, available_backends
 from tilewise.plugins import operators
 from tilewise.plugins.config import Config, select_blocks
-from tilewise.plugins.copies import COPIER, copy_patched
+from tilewise.plugins.copies import COPIER, STATE, copy_patched, shallow_state
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.methods.dense import Dense
 from tilewise.plugins.models.base import AttentionLayer, Family, UnreadableGridError, family_of
@@ -74,7 +74,8 @@ class Patch:
             self._take_off()
             raise
         setattr(denoiser, ATTRIBUTE, self)
-        setattr(denoiser, COPIER, functools.partial(copy_patched, self, denoiser, {ATTRIBUTE, COPIER}))
+        setattr(denoiser, COPIER, functools.partial(copy_patched, self, denoiser, {ATTRIBUTE, COPIER, STATE}))
+        setattr(denoiser, STATE, functools.partial(shallow_state, self, denoiser))
 
     def _leave_alone(self, layer: AttentionLayer, reason: str) -> None:
         """A layer with a processor of its own stays dense, is reported, and gets its tokens in the model's own order."""
@@ -99,7 +100,8 @@ class Patch:
     def remove(self, denoiser: nn.Module) -> None:
         self._take_off()
         delattr(denoiser, ATTRIBUTE)
-        delattr(denoiser, COPIER)
+        for name in (COPIER, STATE):  # a shallow copy may lack the latter
+            denoiser.__dict__.pop(name, None)
 
     def _take_off(self) -> None:
         self.step.removed = True

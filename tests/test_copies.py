@@ -145,3 +145,13 @@ def test_a_module_alone_is_refused(tiny_pipe):
     with pytest.raises(tilewise.TilewiseError, match="Copy the whole denoiser or pipeline"):
         copy.deepcopy(block)
     copy.deepcopy(tilewise.unpatch(tiny_pipe).transformer.blocks[0])
+
+
+def test_a_shallow_copy_is_not_taken_for_the_original(tiny_pipe):
+    tilewise.patch(tiny_pipe, SMALL)
+    shallow = copy.copy(tiny_pipe.transformer)
+    assert shallow.blocks is tiny_pipe.transformer.blocks and tilewise.is_patched(shallow)
+    for alike in (shallow, copy.copy(shallow)):
+        with pytest.raises(tilewise.TilewiseError, match="shallow copy"):
+            copy.deepcopy(alike)
+    copy.deepcopy(copy.copy(tilewise.unpatch(tiny_pipe).transformer))

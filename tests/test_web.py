@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
+import re
 import shlex
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +22,9 @@ pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[u
 
 import tilewise
 from tilewise.kernels.layout import Grid
+from tilewise.pipelines import memory_estimate
+from tilewise.pipelines.batch_input import Row
+from tilewise.pipelines.batch_jobs import parse_seeds
 from tilewise.pipelines.errors import SetupError
 from tilewise.pipelines.generate import generate
 from tilewise.pipelines.loading import load_pipeline, load_skeleton
@@ -27,16 +35,19 @@ from tilewise.pipelines.stopping import Cancelled, stoppable
 from tilewise.pipelines.video import read_frames, write_video
 from tilewise.plugins.methods.base import methods
 from tilewise.plugins.region import region_of_query
-from tilewise.ui.cli import app
+from tilewise.ui.cli import METHOD_HELP, app
 from tilewise.ui.web import media
 from tilewise.ui.web.attention_picture import cell, frame_size, one_frame, strip, strip_places, token_at
 from tilewise.ui.web.attention_region import Place, draft_of_query, seen_from
-from tilewise.ui.web.batch_tab import _config
+from tilewise.ui.web.batch_tab import _config, check_rows, seed_count
+from tilewise.ui.web.clips import Studio
 from tilewise.ui.web.desk import Desk, Job
+from tilewise.ui.web.generate_tab import stream
+from tilewise.ui.web.history_tab import past_clips
 from tilewise.ui.web.models import Models
 from tilewise.ui.web.safety import Address, Limits, RefusedError, check_outputs, parse_auth
 from tilewise.ui.web.sentences import sentence
-from tilewise.ui.web.server import serving
+from tilewise.ui.web.server import Headers, serving
 from tilewise.ui.web.snippets import command_line, python_program
 from tilewise.ui.web.wishes import choices, settings_from_json, settings_of, values_of
 
@@ -104,6 +115,88 @@ def test_caps(models):
     for bad in ({"work": 0}, {"waiting": 0}):
         with pytest.raises(tilewise.ConfigError):
             Limits(**bad)
+
+
+def test_caps_cannot_be_passed_round_by_shape(models):
+    limits, small = Limits(), values_of(settings_for(models))
+    changes: dict[str, Any] = {"height": 16, "width": 16}
+    for field, value, words in (
+        ("frames", 4001, "1,025 frames"), ("height", 8208, "pixels in height"), ("width", 1e300, "pixels in width"),
+        ("steps", 1001, "1,000 steps"), ("text_tokens", 1025, "1,024 text tokens"), ("text_tokens", 10**9, "text tokens"),
+    ):  # fmt: skip
+        with pytest.raises(RefusedError, match=words):
+            settings_of(models, limits, {**small, **changes, field: value})
+    with pytest.raises(RefusedError, match="text tokens"):
+        limits.check(dataclasses.replace(settings_for(models), max_sequence_length=1025))
+
+
+def test_a_batch_is_checked_before_it_is_planned():
+    fields = {"height": 64, "width": 64, "frames": 9, "steps": 2, "max_sequence_length": None}
+    rows = [Row(1, {"prompt": "a"}), Row(2, {"prompt": "b", "seed": 7})]
+    check_rows(rows, fields, 199, Limits())
+    with pytest.raises(RefusedError, match="these are 201 clips"):
+        check_rows(rows, fields, 200, Limits())
+    for field, value in (("frames", 4001), ("height", 10**9), ("steps", 10**400), ("max_sequence_length", 5000)):
+        with pytest.raises(RefusedError, match="line 2: "):
+            check_rows([rows[0], Row(2, {"prompt": "b", field: value})], fields, 1, Limits())
+    for text in ("0", "0-3", "0-3,7", " 5 - 9 , 1"):
+        assert seed_count(text) == len(parse_seeds(text))
+    assert seed_count(",".join(["0-99999999999"] * 1000)) == 10**14
+
+
+HERE = ["127.0.0.1", "127.0.0.1:7860", "localhost", "LOCALHOST:1", "[::1]", "[::1]:7860", "127.1.2.3:80"]
+ELSEWHERE = ["127.evil.com", "127.0.0.1.evil.com", "127.0.0.1.evil.com:80", "evil.com", "", "[::1", "::1.evil.com", "0.0.0.0",
+             "evil.com@127.0.0.1", "127.0.0.1:x@evil.com", "[evil.com]"]  # fmt: skip
+
+
+def answer(method: str = "GET", local: bool = True, **headers: str) -> int:
+    """The status of Headers before an app that says 200 to everything."""
+    sent: list[Any] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    given = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": method, "headers": given}
+    asyncio.run(Headers(inner, local=local)(scope, None, send))
+    if sent[0]["status"] == 200:
+        assert b"content-security-policy" in dict(sent[0]["headers"])
+    return sent[0]["status"]
+
+
+def test_names_that_were_pointed_at_this_machine():
+    assert [answer(host=host) for host in HERE] == [200] * len(HERE)
+    assert [answer(host=host) for host in ELSEWHERE] == [421] * len(ELSEWHERE)
+    assert answer() == 421
+    assert answer(local=False, host="gpu.example") == 200
+
+
+def test_other_sites_get_nothing():
+    host = "localhost:7860"
+    for method in ("GET", "POST", "OPTIONS"):
+        assert answer(method, host=host, origin=f"http://{host}") == 200
+        for origin in (
+            "http://evil.com",
+            "http://localhost:3000",
+            "null",
+            "http://[",
+            "http://localhost:7860.evil.com",
+        ):
+            assert answer(method, host=host, origin=origin) == 403
+    assert answer("POST", host=host) == 200  # not a browser
+    assert answer("POST", host=host, sec_fetch_site="cross-site") == 403
+    assert answer("POST", host=host, sec_fetch_site="same-site", origin=f"http://{host}") == 403
+    assert answer("GET", host=host, sec_fetch_site="cross-site") == 200  # a link to the page
+    assert answer("POST", host=host, sec_fetch_site="same-origin", origin="null") == 200  # our referrer policy
+
+
+@pytest.mark.parametrize("cap", ["inf", "nan", "-inf", "0"])
+def test_a_cap_that_is_no_number_is_a_usage_error(cap):
+    result = CliRunner().invoke(app, ["ui", f"--max-pixels-frames-steps={cap}"])
+    assert result.exit_code == 2, result.output
 
 
 def test_only_models_of_the_list(models):
@@ -226,6 +319,53 @@ def test_a_failure_is_the_jobs_alone():
     desk.close()
 
 
+def test_a_job_that_was_done_before_it_heard_of_the_cancelling_has_its_result():
+    desk = Desk(waiting=1)
+
+    def deaf(job: Job) -> str:
+        while not job.cancelled():
+            time.sleep(0.005)
+        return "written"
+
+    def endless(job: Job) -> None:
+        while True:
+            job.tell("denoise", 1, 100)
+            time.sleep(0.005)
+
+    for work, status, result in ((deaf, "", "written"), (endless, "kept", None)):
+        told = stream(desk, "a", work, "cancelled; kept")
+        for _ in range(3):
+            next(told)
+        desk.cancel("a")
+        last = list(told)[-1]
+        assert status in last[0] and last[2] == result
+    desk.close()
+
+
+def test_a_preview_that_fails_does_not_fail_the_clip(models, pipe, tmp_path, monkeypatch):
+    asked = []
+
+    def broken(self, done, latents):
+        asked.append(done)
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(models, "_loaded", ("demo", pipe, LatentPreview(pipe)))
+    monkeypatch.setattr(LatentPreview, "frames", broken)
+    made = Studio(models, tmp_path).clip(settings_for(models, steps=3), Job("a"))
+    assert asked == [1] and made.path.is_file()
+    assert [note for note in made.record["run"]["notes"] if "no live preview from step 1 on: no picture" in note]
+
+    # a line that was written by something else hides no other
+    manifest = tmp_path / "ui" / "manifest.jsonl"
+    line = json.loads(manifest.read_text())
+    odd = {**line, "run": {**line["run"], "batch": {"key": "odd"}}}
+    del odd["frames"]
+    manifest.write_text(json.dumps(odd) + "\n" + manifest.read_text())
+    found, problems = past_clips(tmp_path)
+    assert [past.path for past in found] == [made.path]
+    assert len(problems) == 1 and "frames" in problems[0]
+
+
 @pytest.mark.parametrize("where", ["denoise", "decode"])
 def test_a_pipeline_stops_within_a_step_and_is_as_before(tiny_pipe, where):
     settings = resolve_settings(tiny_pipe, PROMPT, method="sta", max_sequence_length=16, **{**SMALL, "steps": 4})
@@ -243,6 +383,7 @@ def test_a_pipeline_stops_within_a_step_and_is_as_before(tiny_pipe, where):
     assert not tilewise.is_patched(tiny_pipe)
     assert not tiny_pipe.transformer._forward_pre_hooks
     assert not tiny_pipe.vae.decoder._forward_pre_hooks
+    assert not any(isinstance(kept, torch.Tensor) for kept in tiny_pipe.vae._feat_map)
     assert (generate(tiny_pipe, settings).frames == clean).all()
 
 
@@ -262,6 +403,13 @@ def test_settings_there_and_back(models, method):
     assert settings_from_json(json.dumps(settings.to_dict()), models) == settings
 
 
+@pytest.mark.parametrize("field", [{"precision": "fp8"}, {"strict": True}, {"fuse": False}])
+def test_what_no_control_can_say_is_not_dropped(models, field):
+    settings = settings_for(models, dataclasses.replace(tilewise.resolve("sta"), **field))
+    with pytest.raises(tilewise.ConfigError, match=rf"{next(iter(field))} .*tilewise generate --from"):
+        values_of(settings)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("method", "nonsense"), ("options", "{"), ("options", "[]"), ("options", '{"windw": 1}'), ("seed", "-1"), ("seed", "1e3"),
@@ -278,6 +426,11 @@ def test_values_that_cannot_be(models, field, value):
 def test_json_that_holds_no_settings(models, text):
     with pytest.raises(tilewise.ConfigError):
         settings_from_json(text, models)
+
+
+def test_the_help_of_the_command_names_every_method():
+    words = set(re.split(r"[ ,()]+", METHOD_HELP))
+    assert {*methods(), *tilewise.presets()} <= words
 
 
 def test_every_registered_method_can_be_chosen():
@@ -383,6 +536,30 @@ def test_memory_is_estimated(models):
     assert 3.5 < found[1].decode / found[0].decode < 4.5
     assert found[1].denoise == 4 * found[0].denoise
     assert found[0].notes == ()
+
+
+@pytest.mark.parametrize("frames", [21, 121])  # a layer of the decoder is the peak, or the joining of the frames
+def test_memory_of_a_long_clip_is_that_of_its_whole_decode(frames, monkeypatch):
+    skeleton = load_skeleton("demo")
+    short = memory_estimate._decode_bytes(skeleton, 64, 64, frames)
+    monkeypatch.setattr(memory_estimate, "DECODED", 10**6)
+    memory_estimate._decode_bytes.cache_clear()
+    assert memory_estimate._decode_bytes(skeleton, 64, 64, frames) == pytest.approx(short, rel=0.01)
+
+
+def test_memory_is_estimated_alike_in_many_threads(models):
+    skeleton, sizes = models.skeleton("demo"), [64, 80, 96, 112]
+
+    def decode(size: int) -> int | None:
+        settings = settings_for(models, height=size, width=size)
+        return estimate_memory(skeleton, settings, explain_settings(skeleton, settings), torch.float32).decode
+
+    memory_estimate._decode_bytes.cache_clear()
+    alone = [decode(size) for size in sizes]
+    memory_estimate._decode_bytes.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(decode, sizes)) == alone
+    assert None not in alone
 
 
 def test_what_comes_from_outside_is_escaped():

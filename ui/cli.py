@@ -24,7 +24,10 @@ app = typer.Typer(
 )
 
 MODEL_HELP = "demo (bundled), a diffusers folder, or a hub id such as org/name."
-METHOD_HELP = "sta, dense, a preset (sta-quality, sta-balanced, sta-fast), or a config .json."
+METHOD_HELP = (
+    "sta, draft, xattention, inward, neighborhood, dense, a preset (sta-quality, sta-balanced, sta-fast), "
+    "or a config .json."
+)
 WINDOW_HELP = "Window of method sta in tiles, t,h,w: for example 3,3,3."
 DENSITY_HELP = "Instead of a window: the fraction of token pairs to keep, in (0, 1]."
 DTYPE_HELP = "auto, float32, bfloat16 or float16."
@@ -86,7 +89,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP, show_default="auto")] = None,
     highres: Annotated[bool, typer.Option("--highres", help=HIGHRES_HELP)] = False,
-    strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP, show_default="0.7")] = None,
+    strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP, show_default="the model's own")] = None,
     refresh: Annotated[int | None, typer.Option(help=REFRESH_HELP, show_default="2")] = None,
     global_path: Annotated[str | None, typer.Option(help=GLOBAL_PATH_HELP, show_default="dense")] = None,
     upscale: Annotated[str | None, typer.Option(help=UPSCALE_HELP, show_default="bicubic")] = None,
@@ -199,7 +202,10 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help=PLOT_HELP, show_default=False)] = None,
 ) -> None:
-    """Say what a method would do: grid, tiles, window, density, what stays dense and why. Runs no weights."""
+    """Say what a method would do: grid, tiles, window, density, what stays dense and why.
+
+    Runs no weights, but for a --plot of a method that chooses by the content.
+    """
     from tilewise.ui.explaining import explain_command
 
     explain_command(model, method, window, density, height, width, frames, steps, as_json=as_json, picture=plot)

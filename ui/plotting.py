@@ -36,7 +36,8 @@ def check_plot(out: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{error}; --plot needs Matplotlib: pip install matplotlib") from error
+        hint = "pip install 'tilewise[plot]', or in a clone of it pip install '.[plot]'"
+        raise ImportError(f"{error}; --plot needs Matplotlib: {hint}") from error
     check_writable(out, suffix=out.suffix if out.suffix in FORMATS else FORMATS[0])
 
 

@@ -84,9 +84,15 @@ def layer_at(skeleton: Any, settings: GenerateSettings, block: int) -> tuple[Att
     return layer, Extent(layer.grid(grid), layer.heads, settings.steps, blocks), denoiser
 
 
-def seen_from(skeleton: Any, settings: GenerateSettings, place: Place, calls: Sequence[WatchedCall] = ()) -> Seen:
+def seen_from(
+    skeleton: Any,
+    settings: GenerateSettings,
+    place: Place,
+    calls: Sequence[WatchedCall] = (),
+    device: str | torch.device = "cpu",
+) -> Seen:
     """What a query sees. skeleton: a pipeline, its weights are not read. place: clamped to what there is. calls: of a watched
-    run with these settings, which dynamic methods need.
+    run with these settings, which dynamic methods need. device: that it would run on, by which such methods may stay dense.
 
     Raises ConfigError where the method does not fit the size.
     """
@@ -107,8 +113,7 @@ def seen_from(skeleton: Any, settings: GenerateSettings, place: Place, calls: Se
     if place.block not in select_blocks(config.blocks, extent.blocks):
         return Seen(place, extent, everything, f"dense: the method runs in blocks {config.blocks}")
     if isinstance(method, DynamicMethod):
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if short := method.stays_dense(extent.grid.tokens, device):
+        if short := method.stays_dense(extent.grid.tokens, torch.device(device)):
             return Seen(place, extent, everything, f"dense: {short}")
         return _watched(place, extent, method.name, calls)
     region = region_of_query(

@@ -24,7 +24,7 @@ from tilewise.ui.web.attention_region import Place, Seen, layer_at, seen_from
 from tilewise.ui.web.clips import Studio
 from tilewise.ui.web.controls import Controls
 from tilewise.ui.web.desk import Desk
-from tilewise.ui.web.generate_tab import owner_of, stream
+from tilewise.ui.web.generate_tab import cancel, owner_of, stream
 from tilewise.ui.web.safety import RefusedError
 from tilewise.ui.web.sentences import complaint, log_unexpected
 from tilewise.ui.web.slider import Slider
@@ -49,7 +49,7 @@ class AttentionTab:
             with gr.Column(scale=3, min_width=320):
                 gr.Markdown("**The query's frame** (click a place)")
                 large = gr.Image(
-                    label="The query's frame", show_label=False, type="pil", interactive=False, format="png",
+                    label="The query's frame", show_label=False, type="pil", interactive=False, format="webp",
                     buttons=["fullscreen"], elem_id="attention", alt_text="what the query sees in its own frame",
                 )  # fmt: skip
             with gr.Column(scale=2, min_width=240):
@@ -64,7 +64,7 @@ class AttentionTab:
             "**Every latent frame**, with the share of it that the query sees (click one to move the query there)"
         )
         film = gr.Image(
-            label="Every latent frame", show_label=False, type="pil", interactive=False, format="png",
+            label="Every latent frame", show_label=False, type="pil", interactive=False, format="webp",
             buttons=["fullscreen"], elem_id="attention-strip", alt_text="what the query sees in every latent frame",
         )  # fmt: skip
         gr.Markdown(
@@ -75,7 +75,7 @@ class AttentionTab:
             stop = gr.Button("Cancel", variant="stop", elem_id="watch-cancel")
         status = gr.HTML(elem_id="watch-status")
         draft = gr.Image(
-            label="What the method expected", show_label=False, type="pil", interactive=False, format="png", visible=False,
+            label="What the method expected", show_label=False, type="pil", interactive=False, format="webp", visible=False,
             buttons=["fullscreen"], elem_id="attention-draft", alt_text="the low-resolution map of the query",
         )  # fmt: skip
         begun = gr.State(False)  # whether the tab was ever shown
@@ -126,9 +126,8 @@ class AttentionTab:
             log_unexpected(error)
             yield [complaint(error), gr.skip()]
 
-    def cancel(self, request: gr.Request) -> str:
-        words = "cancelling …" if self.desk.cancel(owner_of(request)) else "nothing is running for you"
-        return f'<div class="tw-status" role="status">{words}</div>'
+    def cancel(self, request: gr.Request) -> Any:
+        return cancel(self.desk, request)
 
     def opened(self, request: gr.Request, begun: bool, *given: Any) -> list[Any]:
         """The tab is shown: from now on the picture follows the controls."""
@@ -183,9 +182,9 @@ class AttentionTab:
         place = Place(*(int(n or 0) for n in given[: len(PLACE)]))
         of, calls = self._watched.get(owner, (None, []))
         same = of is not None and dataclasses.replace(of, fps=settings.fps) == settings
-        return settings, seen_from(
-            self.controls.models.skeleton(settings.model), settings, place, calls if same else ()
-        )
+        models = self.controls.models
+        kept = calls if same else ()
+        return settings, seen_from(models.skeleton(settings.model), settings, place, kept, models.device)
 
 
 def clip_frames(clip: str | None, settings: GenerateSettings) -> NDArray[np.uint8] | None:

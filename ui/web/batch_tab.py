@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,25 @@ import gradio as gr
 
 from tilewise.pipelines.batch import Outcome, run_batch
 from tilewise.pipelines.batch_clip import Watch
-from tilewise.pipelines.batch_input import read_rows
+from tilewise.pipelines.batch_input import Row, read_rows
 from tilewise.pipelines.batch_jobs import Tools, make_jobs, parse_seeds
 from tilewise.pipelines.job import Job as Entry
 from tilewise.pipelines.job import slug
 from tilewise.pipelines.stopping import stoppable
 from tilewise.plugins.config import Config
-from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.ui.options import config_file, method_config
 from tilewise.ui.web import media
 from tilewise.ui.web.controls import Controls
 from tilewise.ui.web.desk import Desk, Job
-from tilewise.ui.web.generate_tab import owner_of, stream
-from tilewise.ui.web.safety import RefusedError
+from tilewise.ui.web.generate_tab import cancel, given_up, owner_of, stream
+from tilewise.ui.web.safety import Limits, RefusedError
 from tilewise.ui.web.sentences import complaint, log_unexpected
 from tilewise.ui.web.wishes import settings_of
 
 MAX_CLIPS = 200  # of one batch: it holds the device for as long
 MAX_INPUT = 10**6  # characters
+CANCELLED = "cancelled; finished clips are kept"
 SHOWN = 24  # clips that the page plays; all are in the folder
 ABOUT = """A prompt a line, or a file as `tilewise batch` takes it (.txt, .csv, .jsonl, where a line may say any setting
 itself). The settings on the left hold for what a line does not say. Clips that are there are kept: start again to go on."""
@@ -64,18 +65,19 @@ class BatchTab:
             jobs, folder = self._plan(prompts, file, seeds, given)
             work = functools.partial(self._work, jobs, folder)
             ended = False
-            for status, _, outcome in stream(self.desk, owner_of(request), work):
+            for status, _, outcome in stream(self.desk, owner_of(request), work, CANCELLED):
                 ended = ended or outcome is not None
-                yield ["" if outcome else status, self._result(jobs, folder, outcome) if outcome else gr.skip()]
+                if outcome is not None:  # between two clips a cancelled batch ends by itself
+                    status = given_up(CANCELLED) if outcome.stopped else ""
+                yield [status, self._result(jobs, folder, outcome) if outcome else gr.skip()]
             if not ended:
                 yield [gr.skip(), self._result(jobs, folder, None)]
         except Exception as error:
             log_unexpected(error)
             yield [complaint(error), gr.skip()]
 
-    def cancel(self, request: gr.Request) -> str:
-        words = "cancelling …" if self.desk.cancel(owner_of(request)) else "nothing is running for you"
-        return f'<div class="tw-status" role="status">{words}</div>'
+    def cancel(self, request: gr.Request) -> Any:
+        return cancel(self.desk, request)
 
     def _plan(self, prompts: str, file: str | None, seeds: str, given: Any) -> tuple[list[Entry], Path]:
         """The jobs, all checked, and the folder that belongs to this list of prompts."""
@@ -84,6 +86,8 @@ class BatchTab:
         settings = settings_of(models, limits, {**values, "prompt": values["prompt"] or "-"})
         if file and prompts.strip():
             raise ConfigError("there are both prompts and a file: clear one of them")
+        if file and not Path(file).is_file():  # uploads are swept after a while
+            raise ConfigError("the uploaded file is no longer here: choose it again")
         if len(prompts) > MAX_INPUT or (file and Path(file).stat().st_size > MAX_INPUT):
             raise RefusedError(f"the input has at most {MAX_INPUT:,} characters here; `tilewise batch` takes more")
         with tempfile.TemporaryDirectory() as folder:
@@ -95,13 +99,11 @@ class BatchTab:
                 tools = Tools(_config, models.skeleton, models.revision, self._dtype)
                 fields: dict[str, Any] = {name: getattr(settings, name) for name in SETTINGS}
                 fields |= {"method": settings.method.to_dict(), "negative": settings.negative}
+                # First: even planning takes long for what is too much.
+                check_rows(rows, fields, seed_count(seeds), limits)
                 plan = make_jobs(path, rows, tools, command=fields, seeds=parse_seeds(seeds.strip() or "0"))
-            except ConfigError as error:  # the temporary path says nothing to anybody
-                raise ConfigError(str(error).replace(str(path), path.name)) from error
-        if len(plan.jobs) > MAX_CLIPS:
-            raise RefusedError(
-                f"these are {len(plan.jobs)} clips; the page makes {MAX_CLIPS} at a time, `tilewise batch` more"
-            )
+            except TilewiseError as error:  # the temporary path says nothing to anybody
+                raise type(error)(str(error).replace(str(path), path.name)) from error
         for entry in plan.jobs:
             limits.check(entry.settings)
         digest = hashlib.sha256("".join(entry.key for entry in plan.jobs).encode()).hexdigest()
@@ -128,7 +130,7 @@ class BatchTab:
     def _result(self, jobs: list[Entry], folder: Path, outcome: Outcome | None) -> str:
         there = [entry for entry in jobs if (folder / entry.file).is_file()]
         words = [f"{len(there)} of {len(jobs)} clips are in {folder}"]
-        if outcome is None:
+        if outcome is None or outcome.stopped:
             words.append("start again to go on with the rest")
         else:
             words.append(f"{outcome.made} made now")
@@ -140,6 +142,33 @@ class BatchTab:
             for e in there[:SHOWN]
         )
         return f'{told}<div class="tw-clips">{figures}</div>'
+
+
+def seed_count(text: str) -> int:
+    """How many seeds a text such as "0-3,7" names, without making a list of them; what it means is `parse_seeds`'s to say."""
+    total = 0
+    for word in text.split(","):
+        low, dash, high = (part.strip() for part in word.partition("-"))
+        span = dash and low.isdecimal() and high.isdecimal() and len(low) < 20 and len(high) < 20
+        total += max(int(high) - int(low) + 1, 1) if span else 1
+    return total
+
+
+def check_rows(rows: Sequence[Row], fields: Mapping[str, Any], seeds: int, limits: Limits) -> None:
+    """Raises RefusedError for more clips than a page makes, or a line whose clip is too large.
+
+    fields: what holds where a line says nothing. seeds: how many each line without one of its own gets.
+    """
+    clips = sum(1 if "seed" in row.fields else seeds for row in rows)
+    if clips > MAX_CLIPS:
+        raise RefusedError(f"these are {clips:,} clips; the page makes {MAX_CLIPS} at a time, `tilewise batch` more")
+    for row in rows:
+        said = {**fields, **row.fields}
+        try:
+            limits.check_work(*(said[name] for name in ("height", "width", "frames", "steps")))
+            limits.check_text_tokens(said["max_sequence_length"])
+        except RefusedError as error:
+            raise RefusedError(f"line {row.line}: {error}") from error
 
 
 SETTINGS = ("model", "height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")

@@ -6,11 +6,14 @@ The page's clips lie in one folder in the form of a batch, so that everything th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import math
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from tilewise.ui.web.media import Preview
 from tilewise.ui.web.models import Models
 
 FOLDER = "ui"  # of the output folder
+LOCK = ".ui.lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +78,12 @@ class Studio:
             preview.restart()
 
         def show(done: int, total: int, latents: torch.Tensor) -> None:
-            if preview is not None and (frames := preview.frames(done, latents)) is not None:
-                job.show(Preview(frames, settings.fps * len(frames) / settings.frames))
+            try:
+                if preview is not None and (frames := preview.frames(done, latents)) is not None:
+                    job.show(Preview(frames, settings.fps * len(frames) / settings.frames))
+            except Exception as error:
+                notes.append(f"there was no live preview from step {done} on: {error or type(error).__name__}")
+                raise  # `generate` goes on without
 
         peak = PeakMemory(pipe.device)
         peak.start()
@@ -100,6 +108,15 @@ class Studio:
             clip = Clip(to_uint8(output), seconds, summary(pipe), settings)
         return self._write(pipe, clip, {**told, "notes": [*notes, "watched"]}), calls
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While another page, of another process, writes into the folder, this one waits: places in the manifest are unique."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / LOCK).open("a") as handle:
+            with contextlib.suppress(OSError):  # on a file system without locks, one page a folder is the user's affair
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield  # closing it gives the lock back
+
     def _prepare(self, settings: GenerateSettings, job: Job) -> tuple[Any, dict[str, Any], list[str]]:
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         begin = time.perf_counter()
@@ -122,7 +139,7 @@ class Studio:
         flop = denoising_flop(skeleton, settings, dataclasses.replace(plan, rows=rows))
         seconds = {"load": run.pop("load", 0.0), "warm_up": 0.0, **clip.seconds}
         defaults = {"memory_saving": [], "oom_retries": 0, "rank": 0, "world_size": 1}
-        with self._lock:
+        with self._lock, self._alone():
             known = manifest.read_manifest(self.folder)
             entry = Entry(len(known), (), (), settings, self.models.dtype, self.models.revision(settings.model), flop)
             if entry.key in known:  # made before: the same file

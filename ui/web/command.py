@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -33,14 +34,18 @@ def ui(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Serve a page: make clips, compare them with dense, see what each query attends to. Needs Gradio: the extra ui."""
+    from tilewise.plugins.errors import ConfigError
     from tilewise.ui.web.safety import Address, Limits, parse_auth
 
+    if not math.isfinite(max_pixels_frames_steps):
+        raise ConfigError(f"--max-pixels-frames-steps takes a number such as 1e10, not {max_pixels_frames_steps}")
     address = Address(host, port, parse_auth(auth), force)
     limits = Limits(int(max_pixels_frames_steps), queue)
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{error}; the page needs Gradio: pip install 'tilewise[ui]'") from error
+        hint = "pip install 'tilewise[ui]', or in a clone of it pip install '.[ui]'"
+        raise ImportError(f"{error}; the page needs Gradio: {hint}") from error
     from tilewise.ui.generating import quiet_libraries
     from tilewise.ui.web.server import serving
 

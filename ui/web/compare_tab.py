@@ -16,7 +16,7 @@ from tilewise.ui.web import media
 from tilewise.ui.web.clips import Made, Pair, Studio
 from tilewise.ui.web.controls import Controls
 from tilewise.ui.web.desk import Desk
-from tilewise.ui.web.generate_tab import owner_of, stream
+from tilewise.ui.web.generate_tab import cancel, owner_of, stream
 from tilewise.ui.web.sentences import complaint, log_unexpected
 from tilewise.ui.web.wishes import settings_of
 
@@ -60,9 +60,8 @@ class CompareTab:
             log_unexpected(error)
             yield [complaint(error), *nothing]
 
-    def cancel(self, request: gr.Request) -> str:
-        words = "cancelling …" if self.desk.cancel(owner_of(request)) else "nothing is running for you"
-        return f'<div class="tw-status" role="status">{words}</div>'
+    def cancel(self, request: gr.Request) -> Any:
+        return cancel(self.desk, request)
 
 
 def pair_html(pair: Pair) -> str:

@@ -20,7 +20,7 @@ from tilewise.ui.web.sentences import complaint, log_unexpected
 from tilewise.ui.web.snippets import command_line, python_program
 from tilewise.ui.web.wishes import settings_of
 
-CANCELLED = '<div class="tw-status" role="status">cancelled; nothing was written</div>'
+CANCELLED = "cancelled; nothing was written"
 
 
 def owner_of(request: gr.Request) -> str:
@@ -28,10 +28,13 @@ def owner_of(request: gr.Request) -> str:
     return str(request.session_hash or request.username or "nobody")
 
 
-def stream(desk: Desk, owner: str, work: Callable[[Job], Any]) -> Iterator[tuple[str, Any, Any]]:
+def stream(
+    desk: Desk, owner: str, work: Callable[[Job], Any], cancelled: str = CANCELLED
+) -> Iterator[tuple[str, Any, Any]]:
     """(status as HTML, preview as HTML where there is a new one, result or None) while a job runs.
 
-    The last one has the result, unless the job failed or was cancelled.
+    The last one has the result, unless the job failed or was cancelled; `cancelled` says so. A job that was done before it
+    heard of the cancelling has a result all the same.
     """
     job = desk.submit(owner, work)
     shown = None
@@ -39,17 +42,38 @@ def stream(desk: Desk, owner: str, work: Callable[[Job], Any]) -> Iterator[tuple
     for state in desk.watch(job):
         new = state.picture is not shown  # an image that is sent again would begin anew
         shown = state.picture
-        yield media.progress(state), shown.html if new and shown else gr.skip(), None
-    if job.cancelled() or not job.future.done():
-        yield CANCELLED, "", None
+        # Said here and not by the button, whose answer might come last and stay.
+        status = given_up("cancelling …") if job.cancelled() else media.progress(state)
+        yield status, _html(shown) if new and shown else gr.skip(), None
+    if not job.future.done():
+        yield given_up(cancelled), "", None
         return
     error = job.future.exception()
     if isinstance(error, Cancelled):
-        yield CANCELLED, "", None
+        yield given_up(cancelled), "", None
     elif error is not None:
         yield complaint(error), "", None
     else:
         yield "", "", job.future.result()
+
+
+def cancel(desk: Desk, request: gr.Request) -> Any:
+    """Cancels what a visitor has queued or at work; the status, unless the work's own stream tells it."""
+    return gr.skip() if desk.cancel(owner_of(request)) else given_up("nothing is running for you")
+
+
+def given_up(words: str) -> str:
+    """A status in words, as HTML that screen readers announce."""
+    return f'<div class="tw-status" role="status">{escape(words)}</div>'
+
+
+def _html(shown: media.Preview) -> Any:
+    """The preview, or what leaves the last one standing: a watcher that fails would cancel the job."""
+    try:
+        return shown.html
+    except Exception as error:
+        log_unexpected(error)
+        return gr.skip()
 
 
 class GenerateTab:
@@ -93,9 +117,7 @@ class GenerateTab:
             yield [complaint(error), gr.skip(), *nothing]
 
     def cancel(self, request: gr.Request) -> Any:
-        if self.desk.cancel(owner_of(request)):
-            return '<div class="tw-status" role="status">cancelling …</div>'
-        return '<div class="tw-status" role="status">nothing is running for you</div>'
+        return cancel(self.desk, request)
 
     def shown(self, made: Made) -> list[Any]:
         """Result, summary, settings, command, program."""

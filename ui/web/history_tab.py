@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from tilewise.pipelines.manifest import Line, ManifestError, clip_path, read_manifest
+from tilewise.pipelines.manifest import NAME, Line, ManifestError, clip_path, read_manifest
 from tilewise.pipelines.manifest_comparison import method_name
 from tilewise.pipelines.settings import GenerateSettings
 from tilewise.plugins.errors import ConfigError
@@ -38,6 +38,20 @@ class Past:
         size = f"{self.line['frames']}×{self.line['height']}×{self.line['width']}"
         return f"{started} · {words} · {self.line['method']['method']['name']} · {size} · seed {self.line['seed']}"
 
+    @property
+    def html(self) -> str:
+        """The clip with what is worth knowing about it."""
+        run = self.line["run"]
+        rows = [
+            ("prompt", escape(str(self.line["prompt"])[:500])),
+            ("method", escape(method_name(self.line))),
+            ("density", media.bar(run["density"], f"{run['density']:.3f}")),
+            ("seconds", f"{run['seconds']['total']:.2f}"),
+            ("device", escape(f"{run['device_name']}, {run['dtype']}")),
+        ]
+        player = media.video(self.path, str(self.line["prompt"]), version=str(self.line["sha256"])[:12])
+        return f'<div class="tw-result">{player}<div>{media.table(rows)}{media.download(self.path)}</div></div>'
+
 
 def past_clips(outputs: Path, most: int = MOST) -> tuple[list[Past], list[str]]:
     """The latest clips whose files are there, and what could not be read."""
@@ -52,7 +66,13 @@ def past_clips(outputs: Path, most: int = MOST) -> tuple[list[Past], list[str]]:
         for key, line in lines.items():
             path = clip_path(folder, line)
             if line["status"] == "done" and path is not None and path.is_file():
-                found.append(Past(f"{folder.name}/{key}", path, line))
+                past = Past(f"{folder.name}/{key}", path, line)
+                try:
+                    _ = past.label, past.html
+                except (KeyError, TypeError, ValueError, AttributeError) as error:  # one odd line hides no other clip
+                    problems.append(f"{folder / NAME}: the line of {path.name} cannot be shown ({error!r:.80})")
+                    continue
+                found.append(past)
     found.sort(key=lambda past: str(past.line["run"].get("started", "")), reverse=True)
     return found[:most], problems
 
@@ -89,19 +109,9 @@ class HistoryTab:
 
     def show(self, name: str | None) -> str:
         try:
-            past = self._find(name)
+            return self._find(name).html
         except ConfigError:
             return ""
-        run = past.line["run"]
-        rows = [
-            ("prompt", escape(str(past.line["prompt"])[:500])),
-            ("method", escape(method_name(past.line))),
-            ("density", media.bar(run["density"], f"{run['density']:.3f}")),
-            ("seconds", f"{run['seconds']['total']:.2f}"),
-            ("device", escape(f"{run['device_name']}, {run['dtype']}")),
-        ]
-        player = media.video(past.path, str(past.line["prompt"]), version=str(past.line["sha256"])[:12])
-        return f'<div class="tw-result">{player}<div>{media.table(rows)}{media.download(past.path)}</div></div>'
 
     def use(self, name: str | None) -> list[Any]:
         try:

@@ -12,6 +12,11 @@ from tilewise.plugins.errors import ConfigError, TilewiseError
 
 MAX_WORK = 10**10  # pixels x frames x steps: 81 frames of 1080 x 1920 in 50 steps are 8.4e9
 MAX_WAITING = 8
+# Even the plan of a clip takes long if it is long or wide enough, whatever the product is.
+MAX_FRAMES = 1025
+MAX_SIDE = 8192  # pixels
+MAX_STEPS = 1000  # as many as schedulers are trained with
+MAX_TEXT_TOKENS = 1024
 AUTH_VARIABLE = "TILEWISE_UI_AUTH"
 
 
@@ -33,11 +38,20 @@ class Limits:
     def check(self, settings: GenerateSettings, clips: int = 1) -> None:
         """Raises RefusedError for a clip that is too large or long, or its prompt; `clips` of it count together."""
         self.check_work(settings.height, settings.width, settings.frames, settings.steps, clips)
+        self.check_text_tokens(settings.max_sequence_length)
         if len(settings.prompt) > MAX_PROMPT or len(settings.negative) > MAX_PROMPT:
             raise RefusedError(f"a prompt has at most {MAX_PROMPT:,} characters")
 
     def check_work(self, height: int, width: int, frames: int, steps: int, clips: int = 1) -> None:
         """`check` for bare numbers."""
+        for name, value, most in (
+            ("pixels in height", height, MAX_SIDE),
+            ("pixels in width", width, MAX_SIDE),
+            ("frames", frames, MAX_FRAMES),
+            ("steps", steps, MAX_STEPS),
+        ):
+            if value > most:
+                raise RefusedError(f"a clip of this page has at most {most:,} {name}")
         work = height * width * frames * steps * clips
         if work > self.work:
             many = f" x {clips} clips" if clips > 1 else ""
@@ -45,6 +59,11 @@ class Limits:
                 f"{height} x {width} pixels x {frames} frames x {steps} steps{many} are {work / self.work:.1f} times what this "
                 f"page was started for ({self.work:.3g}); take a smaller size, fewer frames or fewer steps"
             )
+
+    def check_text_tokens(self, count: int | None) -> None:
+        """Raises RefusedError for more text than an encoder should be asked to read; None is the model's own number."""
+        if count is not None and count > MAX_TEXT_TOKENS:
+            raise RefusedError(f"a prompt is read up to {MAX_TEXT_TOKENS:,} text tokens on this page, no further")
 
 
 @dataclasses.dataclass(frozen=True)

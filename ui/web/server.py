@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tilewise.pipelines.errors import SetupError
 from tilewise.ui.web.desk import Desk
@@ -24,8 +25,12 @@ UPLOAD = "2mb"
 
 
 class Headers:
-    """ASGI middleware: the policy on every answer. On a local address, requests for another host's name are refused: a web
-    site whose name was pointed at this machine would otherwise be the same origin as the page."""
+    """ASGI middleware: the policy on every answer, and no answer for other web sites that a visitor has open.
+
+    On a local address, requests for another host's name are refused: a web site whose name was pointed at this machine would
+    otherwise be the same origin as the page. On any address, requests that another site's page makes are refused, because
+    uploads and calls would take effect although that page cannot read the answer.
+    """
 
     def __init__(self, app: Any, local: bool) -> None:
         self.app, self.local = app, local
@@ -34,14 +39,13 @@ class Headers:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if self.local:
-            name = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-            if name.rsplit(":", 1)[0] not in ("127.0.0.1", "localhost", "[::1]") and not name.startswith("127."):
-                await send(
-                    {"type": "http.response.start", "status": 421, "headers": [(b"content-type", b"text/plain")]}
-                )
-                await send({"type": "http.response.body", "body": b"this page is for its own machine only"})
-                return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if self.local and not names_this_machine(headers.get("host", "")):
+            await _refuse(send, 421, b"this page is for its own machine only")
+            return
+        if from_another_site(scope["method"], headers):
+            await _refuse(send, 403, b"this page answers no other web site")
+            return
 
         async def told(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -54,6 +58,42 @@ class Headers:
             await send(message)
 
         await self.app(scope, receive, told)
+
+
+def names_this_machine(host: str) -> bool:
+    """Whether a Host header is a name of this machine alone: localhost or a loopback address, with a port or without."""
+    if set(host) & set("@/\\?#"):
+        return False
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        return False
+    return name is not None and Address(name, force=True).is_local
+
+
+def from_another_site(method: str, headers: Mapping[str, str]) -> bool:
+    """Whether the page of another site makes a request. Links from elsewhere are not meant: they carry no Origin.
+
+    headers: names in lower case. Sec-Fetch-Site is the browser's own word, which no page can set; it also holds where a proxy
+    gives the server another Host than the browser asked for, and where a form's Origin is "null" for our referrer policy.
+    """
+    site = headers.get("sec-fetch-site")
+    if site in ("same-origin", "none"):
+        return False
+    if site in ("cross-site", "same-site") and method not in ("GET", "HEAD"):
+        return True
+    origin = headers.get("origin")
+    if origin is None:
+        return False
+    try:
+        return urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+    except ValueError:
+        return True
+
+
+async def _refuse(send: Any, status: int, words: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": words})
 
 
 @contextlib.contextmanager

@@ -41,6 +41,8 @@ def settings_of(models: Models, limits: Limits, values: Mapping[str, Any]) -> Ge
     skeleton = models.skeleton(model)
     # The caps come first: even the plan of a clip that is far too large takes long to make.
     limits.check_work(*(_whole(name, values[name]) or 0 for name in ("height", "width", "frames", "steps")))
+    text_tokens = _whole("text tokens", values["text_tokens"], optional=True)
+    limits.check_text_tokens(text_tokens)
     settings = resolve_settings(
         skeleton,
         str(values["prompt"] or ""),
@@ -54,7 +56,7 @@ def settings_of(models: Models, limits: Limits, values: Mapping[str, Any]) -> Ge
         guidance=_number("guidance", values["guidance"]),
         seed=_seed(values["seed"]),
         fps=_number("fps", values["fps"]),
-        max_sequence_length=_whole("text tokens", values["text_tokens"], optional=True),
+        max_sequence_length=text_tokens,
     )
     call_arguments(skeleton, settings)
     limits.check(settings)
@@ -78,9 +80,12 @@ def config_of(values: Mapping[str, Any]) -> Config:
 
 
 def values_of(settings: GenerateSettings) -> dict[str, Any]:
-    """What each of FIELDS should say for `settings_of` to give these settings again."""
+    """What each of FIELDS should say for `settings_of` to give these settings again.
+
+    Raises ConfigError for a method with settings that no control has.
+    """
     config = settings.method
-    return {
+    values = {
         "model": settings.model,
         "prompt": settings.prompt,
         "negative": settings.negative,
@@ -95,6 +100,14 @@ def values_of(settings: GenerateSettings) -> dict[str, Any]:
         "fps": settings.fps,
         "text_tokens": settings.max_sequence_length,
     }
+    again = config if settings.is_dense else config_of(values)  # a schedule changes nothing where all is dense
+    names = [field.name for field in dataclasses.fields(Config)]
+    if lost := [name for name in names if getattr(again, name) != getattr(config, name)]:
+        told = ", ".join(f"{name} {getattr(config, name)!r}" for name in lost)
+        raise ConfigError(
+            f"the page has no control for {told}, with which this clip was made; `tilewise generate --from CLIP` makes it again"
+        )
+    return values
 
 
 def method_values(config: Config) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 ``python -m benchmarks.render`` rewrites the tables of README.md and docs/*.md: each stands between ``<!-- results FILE -->`` and
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
-    headline attention implementations dynamic quality errors step families time fused launch
+    headline attention implementations dynamic quality errors highres coherence step families time fused launch
     missing
 
 and without any, all of them do.
@@ -121,6 +121,30 @@ def errors_table(rows: Rows) -> str:
         "relative error · recall",
         lambda row: f"{row['error']:.3f} · {row['recall']:.2f}" if row["recall"] is not None else f"{row['error']:.3f}",
     )
+
+
+def highres_table(rows: Rows) -> str:
+    """Seconds a step past the training size, by how often the full path runs."""
+    lines = [["high-resolution step", "", "k", "seconds", "× dense", "× FreeSwim, cached, same k"]]
+    for row in rows:
+        title = f"{row['name']}, {row['layers_run']} of {row['layers']} layers run, the rest extrapolated"
+        for number, step in enumerate(row["steps"]):
+            over = [f"{step[key]:.2f}" if step.get(key) else "–" for key in ("over dense", "over FreeSwim")]
+            cells = ["" if number else title, step["name"], str(step["k"] or "–"), f"{step['seconds']:.2f}"]
+            lines.append([*cells, *over])
+    return _markdown(lines)
+
+
+def highres_quality_table(rows: Rows) -> str:
+    """The demo model past its native 128²: what the detector finds, and how sharp it is."""
+    head = ["demo model at", "", "clips", "one object", "everything right", "objects", "repetition", "sharpness"]
+    lines = [head]
+    for row in rows:
+        for number, v in enumerate(row["variants"]):
+            count = "–" if v["count"] is None else f"{v['count']:.0%}"
+            cells = ["" if number else row["name"], v["name"], str(v["clips"]), count, f"{v['everything']:.0%}"]
+            lines.append([*cells, f"{v['objects']:.2f}", f"{v['excess']:+.3f}", f"{v['sharpness']:.2f}"])
+    return _markdown(lines)
 
 
 def _by_density(rows: Rows, place: Callable[[dict], str], what: str, shown: str, cell: Callable[[dict], str]) -> str:
@@ -251,6 +275,8 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "dynamic": ("dynamic", dynamic_table),
     "quality": ("quality", quality_table),
     "errors": ("attention error", errors_table),
+    "highres": ("highres", highres_table),
+    "coherence": ("highres quality", highres_quality_table),
     "step": ("step", step_table),
     "families": ("families", families_table),
     "time": ("step", time_table),

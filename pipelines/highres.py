@@ -155,6 +155,8 @@ def prepare(
             f"highres serves {', '.join(SERVED)}, not {type(pipe).__name__}: it needs latents that it can encode and enter the "
             "schedule with, and cross-attention for the full path. tilewise.patch(pipe, 'inward') gives the window alone"
         )
+    options = options.for_model(native_size(pipe))
+    assert options.strength is not None
     size: dict[str, Any] = {} if native is None else {"height": native[0], "width": native[1]}
     first = resolve_settings(pipe, prompt, method=native_method, **size, **shared)
     for name, wanted, least in (("height", height, first.height), ("width", width, first.width)):
@@ -217,6 +219,7 @@ def make(
         seconds = {"upscale": time.perf_counter() - start}
         tell("upscale", 1, 1)
         del native_latents
+        assert options.strength is not None and not isinstance(options.flow_shift, str)  # by `prepare`
         with entered_at(pipe, target.steps, options.strength, options.flow_shift) as scheduler:
             generator = torch.Generator("cpu").manual_seed(
                 target.seed + 1

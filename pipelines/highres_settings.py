@@ -8,6 +8,7 @@ from typing import Any
 
 from tilewise.pipelines.highres_schedule import steps_to_run
 from tilewise.pipelines.memory_plan import parse_bytes
+from tilewise.pipelines.native import Native
 from tilewise.pipelines.upscale import UPSCALES
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.rope_scaling import SPATIAL, TEMPORAL
@@ -21,12 +22,14 @@ class HighresSettings:
     """The second stage. Defaults are the paper's (FreeSwim, arXiv 2511.14712), where it has them.
 
     Args:
-        strength: share of the steps that run at the target, from the upscaled clip noised accordingly, in (0, 1].
+        strength: share of the steps that run at the target, from the upscaled clip noised accordingly, in (0, 1]; None: what the
+            model says (`Native`), 0.7 where it says nothing.
         refresh: the full path runs every so many steps; 1: at each.
         global_path: "dense"; "pooled": the full path sees the means of 2×2 tokens; "none": the window path alone.
         guided: whether the full path guides "all" forwards, or those of the prompt and not the negative prompt ("cond").
         upscale: "bicubic", "bilinear" or "lanczos" on frames, or "latent".
-        flow_shift: of the target's noise schedule; None: the scheduler's own.
+        flow_shift: of the target's noise schedule; None: the scheduler's own; "model": what the model says, 9 where it says
+            nothing.
         temperature: whether the window's attention is sharpened by the paper's scale.
         window: native height and width in pixels that the window stands for; None: the native stage's.
         rope: "ntk" or "yarn" for height and width; None: unchanged. rope_time: "riflex", "ntk" or "yarn".
@@ -36,12 +39,12 @@ class HighresSettings:
         ConfigError: for a value that cannot be.
     """
 
-    strength: float = 0.7
+    strength: float | None = None
     refresh: int = 2
     global_path: str = "dense"
     guided: str = "all"
     upscale: str = "bicubic"
-    flow_shift: float | None = 9.0
+    flow_shift: float | str | None = "model"
     temperature: bool = True
     window: tuple[int, int] | None = None
     rope: str | None = None
@@ -49,7 +52,10 @@ class HighresSettings:
     max_memory: int | None = None
 
     def __post_init__(self) -> None:
-        steps_to_run(10**9, self.strength)
+        if self.strength is not None:
+            steps_to_run(10**9, self.strength)
+        if isinstance(self.flow_shift, str) and self.flow_shift != "model":
+            raise ConfigError(f"flow_shift must be a number above 0, None or 'model', not {self.flow_shift!r}")
         if not isinstance(self.refresh, int) or isinstance(self.refresh, bool) or self.refresh < 1:
             raise ConfigError(f"refresh must be a whole number of at least 1, not {self.refresh!r}")
         for name, valid in (("global_path", PATHS), ("guided", GUIDED), ("upscale", UPSCALES)):
@@ -64,6 +70,12 @@ class HighresSettings:
             object.__setattr__(self, "window", tuple(self.window))
         if self.max_memory is not None:
             object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))
+
+    def for_model(self, native: Native) -> HighresSettings:
+        """With the model's strength and shift where none were given."""
+        strength = native.highres_strength if self.strength is None else self.strength
+        shift = native.highres_flow_shift if self.flow_shift == "model" else self.flow_shift
+        return dataclasses.replace(self, strength=strength, flow_shift=shift)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

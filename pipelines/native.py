@@ -12,6 +12,7 @@ from tilewise.pipelines.model_folder import read_json
 
 NATIVE_FILE = "tilewise.json"
 WAN_FPS = 16
+FLOATS = ("guidance", "fps", "highres_strength", "highres_flow_shift")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Native:
 
     height, width: pixels. num_frames: frames of the clip. steps: denoising steps. guidance: classifier-free guidance
     scale (1 is none). fps: frames a second on playback. max_sequence_length: text tokens, None for the pipeline's own.
+    highres_strength, highres_flow_shift: of `highres`'s second stage; FreeSwim's for Wan (arXiv 2511.14712), where a model says
+    nothing else.
     world: "shapes" if the model draws the small world that `clip_content` can read back, else None.
     """
 
@@ -31,6 +34,8 @@ class Native:
     fps: float
     max_sequence_length: int | None = None
     world: str | None = None
+    highres_strength: float = 0.7
+    highres_flow_shift: float = 9.0
 
 
 def native_size(pipe: Any) -> Native:
@@ -48,7 +53,7 @@ def native_size(pipe: Any) -> Native:
             if name == "world":
                 fields[name] = str(value)
                 continue
-            number = float if name in ("guidance", "fps") else int
+            number = float if name in FLOATS else int
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or value <= 0 or number(value) != value:
                 raise ModelError(f"{file}: {name} must be a positive {number.__name__}, not {value!r}")
@@ -72,4 +77,6 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
         "fps": float(WAN_FPS),
         "max_sequence_length": default("max_sequence_length", None),
         "world": None,
+        "highres_strength": Native.highres_strength,
+        "highres_flow_shift": Native.highres_flow_shift,
     }

@@ -53,6 +53,12 @@ def test_list_models(tmp_path):
     assert "| wan | `WanAnimateTransformer3DModel`, `WanTransformer3DModel`" in run("list_models.py", tmp_path)
 
 
+def test_draw_high_resolution(tmp_path):
+    said = run("draw_high_resolution.py", tmp_path, "row.png", "--side", "144", "--steps", "2", "--frames", "1")
+    assert "row.png" in said
+    assert Image.open(tmp_path / "row.png").size == (3 * 144 + 2 * 8, 144)
+
+
 def test_every_example_is_tested():
     tested = Path(__file__).read_text(encoding="utf-8")
     for path in EXAMPLES.glob("*.py"):
@@ -61,8 +67,7 @@ def test_every_example_is_tested():
 
 def test_draw_methods(tmp_path):
     """The pictures of the documentation are what the script draws."""
-    command = [sys.executable, "-m", "examples.draw_methods", tmp_path]
-    subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, timeout=100, check=True)
+    run("draw_methods.py", tmp_path, str(tmp_path))
     drawn = sorted(tmp_path.glob("*.png"))
     assert len(drawn) >= 4
     for picture in drawn:

@@ -116,6 +116,9 @@ def write_native(config: Config, path: Path) -> None:
         "fps": config.evaluation.fps,
         "max_sequence_length": config.evaluation.text_tokens,
         "world": "shapes",
+        # Of `tilewise.highres`: the paper's noise level leaves a model as small as this little of the native layout.
+        "highres_strength": 0.5,
+        "highres_flow_shift": config.denoiser.sample_shift,
     }
     path.write_text(json.dumps(values, indent=2) + "\n")
 

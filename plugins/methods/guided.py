@@ -38,8 +38,8 @@ DEFAULT_DENSITY = 0.25
 MAX_BLOCKS = 4096  # maps are heads × N × N: at 24 heads and this many blocks, 1.6 GB each
 FEWEST_BLOCKS = 64  # a smaller map leaves little to choose from: the tile is halved until there are so many
 SMALLEST_TILE = 16  # tokens: the least that a kernel's block is used for
-# Tokens below which a call stays dense, as planning and its launches would cost more than sparse attention saves: on a CPU as tried
-# on the demo model; on a GPU an estimate (benchmarks/dynamic.py has been run from 75,600 tokens on).
+# Tokens below which a call stays dense, as planning and its launches would cost more than sparse attention saves: on a CPU as
+# tried on the demo model; on a GPU an estimate (benchmarks/dynamic.py has been run from 75,600 tokens on).
 MIN_TOKENS = {"cuda": 4096, "cpu": 1024}
 
 

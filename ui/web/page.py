@@ -13,11 +13,13 @@ from tilewise.ui.web.compare_tab import CompareTab
 from tilewise.ui.web.controls import Controls, method_help
 from tilewise.ui.web.desk import Desk
 from tilewise.ui.web.generate_tab import GenerateTab
+from tilewise.ui.web.highres_tab import HighresTab
 from tilewise.ui.web.history_tab import HistoryTab
 from tilewise.ui.web.models import Models
 from tilewise.ui.web.safety import Limits
 
 TITLE = "tilewise"
+SWEPT = (600, 3600)  # every so many seconds, uploads and drawn pictures older than so many seconds go
 FONTS = (
     "system-ui",
     "Segoe UI",
@@ -91,7 +93,7 @@ def theme() -> gr.themes.Base:
 def build_page(models: Models, limits: Limits, desk: Desk, outputs: Path) -> gr.Blocks:
     """The whole page. outputs: absolute; where clips and manifests go."""
     studio = Studio(models, outputs)
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=SWEPT) as page:
         gr.HTML(
             "<h1>tilewise</h1><p>Sparse attention for diffusers pipelines: see what is skipped, and what it costs.</p>",
             elem_classes=["tw-head"],
@@ -109,6 +111,8 @@ def build_page(models: Models, limits: Limits, desk: Desk, outputs: Path) -> gr.
                     CompareTab(controls, desk, studio, clip)
                 with gr.Tab("See the attention") as tab:
                     AttentionTab(controls, desk, studio, clip, tab)
+                with gr.Tab("High resolution") as tab:
+                    HighresTab(controls, desk, models, outputs, tab)
                 with gr.Tab("Batch"):
                     BatchTab(controls, desk, outputs)
                 with gr.Tab("History") as tab:

@@ -1,0 +1,288 @@
+"""The page's tab of clips past the model's size: its plan, what it refuses, snippets that make the same clip, in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import pytest
+import typer
+
+pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[ui]'")
+
+import tilewise
+from tilewise.pipelines.memory_plan import plan_memory
+from tilewise.pipelines.record import read_record
+from tilewise.pipelines.stopping import Cancelled
+from tilewise.pipelines.video import read_frames
+from tilewise.plugins.errors import UnsupportedModelError
+from tilewise.ui import generating_highres
+from tilewise.ui.cli import app
+from tilewise.ui.generating import Request
+from tilewise.ui.options import highres_options
+from tilewise.ui.web.desk import Job
+from tilewise.ui.web.highres_tab import HighresStudio, result_html
+from tilewise.ui.web.highres_wishes import command_line, plan_html, planned, python_program, settings_dict, wish_of
+from tilewise.ui.web.models import Models
+from tilewise.ui.web.safety import Address, Limits, RefusedError
+from tilewise.ui.web.server import serving
+from tilewise.ui.web.wishes import method_values
+
+PROMPT = "-a red circle moving right"
+OWN = {"height": 64, "width": 80, "strength": None, "refresh": 2, "global_path": "dense", "guided": "all"}
+LIMITS = Limits(work=64 * 80 * 9 * 100)
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return Models(["demo"], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def studio(models, tmp_path_factory) -> HighresStudio:
+    return HighresStudio(models, tmp_path_factory.mktemp("highres") / "outputs" / "highres")
+
+
+def wish_for(models, shared=(), **own):
+    native = models.native("demo")
+    values = {
+        "model": "demo", "prompt": PROMPT, "negative": "", "method": "dense", **method_values(tilewise.resolve("dense")),
+        "height": 48, "width": 48, "frames": 9, "steps": 4, "guidance": 3.0, "seed": "1", "fps": native.fps,
+        "text_tokens": native.max_sequence_length, **dict(shared),
+    }  # fmt: skip
+    return wish_of(models, LIMITS, values, list({**OWN, **own}.values()))
+
+
+def plan_for(studio, shared=(), **own):
+    return planned(studio.models, LIMITS, wish_for(studio.models, shared, **own), studio.skeleton("demo"))
+
+
+def test_the_plan_in_words(studio):
+    work = plan_for(studio, strength=0.75)
+    words = re.sub("<[^>]*>", " ", plan_html(work, studio.skeleton("demo")))
+    assert "48×48 → 64×80 pixels" in " ".join(words.split())
+    assert f"{work.native_grid.h}×{work.native_grid.w} of 5×8×10" in words
+    assert "3 of 4 (strength 0.75)" in words
+    assert "dense, at one step of 2, guides all forwards" in words
+    assert "nothing has to give" in words
+    own = re.sub("<[^>]*>", " ", plan_html(plan_for(studio), studio.skeleton("demo")))
+    assert "2 of 4 (strength 0.5)" in own  # the demo model's
+    alone = plan_html(plan_for(studio, global_path="none"), studio.skeleton("demo"))
+    assert "none: the window alone" in alone
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "error", "words"),
+    [
+        ({}, {"height": 32}, tilewise.ConfigError, "smaller than the native stage's 48"),
+        ({}, {"height": 70}, tilewise.ConfigError, "height"),
+        ({}, {"width": None}, tilewise.ConfigError, "target width is empty"),
+        ({}, {"width": 64.5}, tilewise.ConfigError, "target width must be a whole number"),
+        ({}, {"strength": 2}, tilewise.ConfigError, "strength"),
+        ({}, {"strength": "0"}, tilewise.ConfigError, "strength"),
+        ({}, {"strength": 0}, tilewise.ConfigError, "strength"),
+        ({}, {"strength": "half"}, tilewise.ConfigError, "strength must be a number"),
+        ({}, {"strength": 0.1}, tilewise.ConfigError, "leaves none of 4 steps"),
+        ({}, {"refresh": 0}, tilewise.ConfigError, "refresh"),
+        ({}, {"global_path": "both"}, tilewise.ConfigError, "global path"),
+        ({}, {"height": 16000}, RefusedError, "at most 8,192 pixels in height"),
+        ({"steps": 100}, {"width": 96}, RefusedError, "times what this page was started for"),
+        ({"model": "/etc"}, {}, RefusedError, "was not started with"),
+        ({"prompt": ""}, {}, tilewise.ConfigError, "prompt"),
+    ],
+)
+def test_refusals(studio, shared, own, error, words):
+    with pytest.raises(error, match=words):
+        plan_for(studio, shared, **own)
+
+
+def test_a_pipeline_that_is_not_served_is_refused_with_the_reason(studio):
+    other = type("LTXPipeline", (), {})()
+    with pytest.raises(UnsupportedModelError, match=r"highres serves WanPipeline, not LTXPipeline: it needs"):
+        planned(studio.models, LIMITS, wish_for(studio.models), other)
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_its_numbers(studio, monkeypatch):
+    def little(*args, **options):
+        return plan_memory(*args, **{**options, "limit": 10**6})
+
+    monkeypatch.setattr("tilewise.pipelines.highres.plan_memory", little)
+    with pytest.raises(tilewise.ConfigError, match=r"does not fit.*GiB"):
+        plan_for(studio)
+
+
+@pytest.mark.parametrize(
+    ("shared", "own"),
+    [
+        ({}, {}),
+        ({"negative": "-blue", "seed": str(2**63 - 1)}, {"strength": 0.75, "refresh": 1, "global_path": "pooled"}),
+        ({"method": "sta-fast", **method_values(tilewise.resolve("sta-fast"))}, {"global_path": "none"}),
+    ],
+)
+def test_the_command_makes_the_same_work(studio, shared, own):
+    work = plan_for(studio, shared, **own)
+    words = shlex.split(command_line(work, studio.models.native("demo"), studio.models.dtype))
+    assert words[:2] == ["tilewise", "generate"]
+    given = typer.main.get_command(app).commands["generate"].make_context("generate", words[2:]).params
+    stage = {name: given[name] for name in ("strength", "refresh", "global_path", "upscale", "native", "max_memory")}
+    wishes = {name: given[name] for name in ("height", "width", "frames", "steps", "guidance", "negative", "seed")}
+    request = Request(
+        given["prompt"], given["model"], given["method"], given["window"], given["density"], wishes, given["out"],
+        given["compare"], "cpu", given["dtype"], given["source"], highres_options(given["highres"], stage),
+    )  # fmt: skip
+    assert generating_highres._check(request, create=False).work == work
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "words"),
+    [
+        ({}, {"guided": "cond"}, "the prompt alone"),
+        ({"fps": 12}, {}, "frames a second"),
+        ({"text_tokens": 16}, {}, "text tokens"),
+        ({"method": "sta", "options": '{"window": [1, 3, 3]}'}, {}, "native stage's method"),
+    ],
+)
+def test_what_the_command_cannot_say_the_program_does(studio, monkeypatch, shared, own, words):
+    work = plan_for(studio, shared, **own)
+    native = studio.models.native("demo")
+    command = command_line(work, native, "float32")
+    assert command.startswith("#")
+    assert words in command
+    _assert_program_makes(work, python_program(work, native, "float32"), studio, monkeypatch)
+
+
+def test_the_program_makes_the_same_work(studio, monkeypatch):
+    work = plan_for(studio, strength=0.75, refresh=3, global_path="pooled")
+    _assert_program_makes(work, python_program(work, studio.models.native("demo"), "float32"), studio, monkeypatch)
+
+
+def _assert_program_makes(work, program, studio, monkeypatch):
+    """Runs it on the skeleton, up to what would run weights."""
+    ran, wrote = [], []
+
+    def caught(pipe, work, *_):
+        ran.append(work)
+        clip = SimpleNamespace(summary="", frames=None)
+        return SimpleNamespace(clip=clip, native=clip, frames=None)
+
+    monkeypatch.setattr("tilewise.pipelines.highres.make", caught)
+    monkeypatch.setattr("tilewise.pipelines.loading.load_pipeline", lambda *a, **k: _on_cpu(studio.skeleton("demo")))
+    monkeypatch.setattr("tilewise.pipelines.video.write_video", lambda *a, fps: wrote.append(fps))
+    exec(compile(program, "program", "exec"), {})
+    assert wrote == [work.target.fps] * 2
+    found, wanted = (settings_dict(each) for each in (ran[0], work))
+    for stage in ("native", "target"):  # the program's own name for the model is that of its loading
+        for each in (found, wanted):
+            each[stage] = {k: v for k, v in each[stage].items() if k not in ("model", "fps")}
+    assert found == wanted
+
+
+def _on_cpu(skeleton):
+    """`prepare` asks a loaded pipeline for its device; a skeleton's is meta."""
+
+    class Loaded(type(skeleton)):
+        device = Models(["demo"], device="cpu").device
+
+    Loaded.__name__ = type(skeleton).__name__
+    copy = object.__new__(Loaded)
+    copy.__dict__ = dict(vars(skeleton))
+    return copy
+
+
+def test_clips_and_their_records(studio):
+    shown = []
+    job = Job("one")
+    job.show = shown.append
+    wish = wish_for(studio.models, {"frames": 5, "steps": 2}, height=64, width=64)
+    made = studio.clip(wish, job)
+    assert read_frames(made.path).shape == (5, 64, 64, 3)
+    assert read_frames(made.native).shape == (5, 48, 48, 3)
+    assert made.native.name == f"{made.path.stem}-native.mp4"
+    assert [made.native.name in each.html for each in shown] == [True]
+    record = json.loads(made.path.with_suffix(".json").read_text())
+    assert record["run"]["highres"]["options"]["strength"] == 0.5
+    assert record["run"]["frames_sha256"] == made.record["run"]["frames_sha256"]
+    assert read_record(made.native).settings == wish.native
+    assert not (studio.folder / "manifest.jsonl").exists()
+    html = result_html(made)
+    for words in ("repetition", "sharpness", "objects found", "native stage", "with its cached cross-attention"):
+        assert words in html
+    job.cancel()
+    with pytest.raises(Cancelled):
+        studio.clip(wish_for(studio.models, {"seed": "7"}), job)
+    assert not list(studio.folder.glob("*-7-*"))
+
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+def test_in_a_browser(browser, tmp_path):
+    from playwright.sync_api import expect
+
+    wrong: list[str] = []
+    with serving(["demo"], tmp_path / "outputs", Address(port=0), Limits(work=64 * 64 * 5 * 400)) as url:
+        page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
+        page.set_default_timeout(30_000)
+        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(url)
+        page.locator("#plan table").wait_for()
+
+        def fill(name: str, value: object) -> None:
+            field = page.locator(f"#{name} input[type=number], #{name} textarea, #{name} input[type=text]").first
+            field.fill(str(value))
+            field.press("Tab")
+
+        for name, value in {"height": 48, "width": 48, "frames": 5, "steps": 4}.items():
+            fill(name, value)
+        page.get_by_role("tab", name="High resolution", exact=True).click()
+        plan, result = page.locator("#highres-plan"), page.locator("#highres-result")
+        fill("highres-height", 32)
+        fill("highres-width", 64)
+        expect(plan.get_by_role("alert")).to_contain_text("smaller than the native stage's 48")
+        fill("highres-height", 64)
+        expect(plan).to_contain_text("48×48 → 64×64 pixels")
+        expect(plan).to_contain_text("2 of 4 (strength 0.5)")
+        fill("highres-strength", 0.75)
+        expect(plan).to_contain_text("3 of 4 (strength 0.75)")
+        page.evaluate(  # the native clip is shown while the other is made, here for a second or less
+            """() => new MutationObserver(() => {
+            if (document.querySelector('#highres-native video') && !document.querySelector('#highres-result video'))
+              window.nativeFirst = true; }).observe(document.body, {childList: true, subtree: true})"""
+        )
+        page.locator("#highres").click()
+        result.locator("video").nth(1).wait_for()
+        page.wait_for_function(
+            """() => { const [a, b] = document.querySelectorAll('#highres-result video');
+            return a.videoWidth === 48 && b.videoWidth === 64 && b.currentTime > 0.1 && !a.error && !b.error; }"""
+        )
+        assert page.evaluate("() => window.nativeFirst")
+        expect(page.locator("#highres-native video")).to_have_count(0)
+        expect(result).to_contain_text("repetition")
+        path = Path(unquote(result.locator("video").nth(1).get_attribute("src").split("file=")[1].split("?")[0]))
+        assert path.parent == tmp_path / "outputs" / "highres"
+        page.locator("#highres-again").get_by_role("button").first.click()
+        page.locator("#highres-settings .cm-content").wait_for()
+        expect(page.locator("#highres-command")).to_contain_text("--highres --height 64 --width 64 --native 48x48")
+        with page.expect_download() as download:
+            result.locator(".tw-download").nth(1).click()
+        assert Path(download.value.path()).read_bytes() == path.read_bytes()
+        page.context.close()
+    assert wrong == []

@@ -17,6 +17,8 @@ import datetime
 import json
 import os
 import platform
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -211,13 +213,14 @@ def _run(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _write(rows: list[dict[str, Any]], lines: list[dict[str, Any]], where: str, out: Path, words: list[str]) -> Path:
+    command = shlex.join(["python", "-m", "benchmarks.highres_quality", *words])
     threads = f"CPU, {torch.get_num_threads()} threads"
     result = {
         "format": results.FORMAT,
         "device": torch.cuda.get_device_name() if where.startswith("cuda") else threads,
         "date": datetime.date.today().isoformat(),
         "tiny": False,
-        "commands": [" ".join(["python -m benchmarks.highres_quality", *(w for w in words if not w.startswith("--out"))])],
+        "commands": [re.sub(r" --out[ =](?:'[^']*'|\S+)", "", command)],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
                      "diffusers": diffusers.__version__, "tilewise": tilewise.__version__},
         "sections": {"highres quality": rows},

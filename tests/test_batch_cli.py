@@ -355,7 +355,7 @@ def test_a_clip_makes_itself_again_bit_for_bit(tiny_pipe_dir, prompts, made_by):
 
 def test_another_process_makes_the_same_clip(tiny_pipe_dir, prompts):
     assert invoke("batch", "p.txt", "--model", tiny_pipe_dir, "--out", "o", *SMALL).exit_code == 0
-    for name in clips(prompts / "o"):
+    for name in clips(prompts / "o")[:1]:
         process = start("generate", "--from", f"o/{name}", "--out", f"again-{name}", cwd=prompts)
         stdout, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr

@@ -22,14 +22,14 @@ def run(name: str, folder: Path, *options: str) -> str:
 
 
 def test_patch_a_pipeline(tmp_path):
-    said = run("patch_a_pipeline.py", tmp_path, "--steps", "4")
+    said = run("patch_a_pipeline.py", tmp_path, "--steps", "2")
     assert "what would run" in said
     assert "sparse" in said
     assert read_frames(tmp_path / "outputs/patched.mp4").shape == (17, 128, 128, 3)
 
 
 def test_compare_with_dense(tmp_path):
-    said = run("compare_with_dense.py", tmp_path, "--steps", "3", "--method", "sta-fast")
+    said = run("compare_with_dense.py", tmp_path, "--steps", "2", "--method", "sta-fast")
     assert "PSNR" in said
     frames = read_frames(tmp_path / "outputs/side-by-side.mp4")
     assert frames.shape[0] == 17
@@ -37,7 +37,7 @@ def test_compare_with_dense(tmp_path):
 
 
 def test_add_a_method(tmp_path):
-    said = run("add_a_method.py", tmp_path, "--steps", "3")
+    said = run("add_a_method.py", tmp_path, "--steps", "2")
     assert "sparse" in said
     assert "0.556" in said  # 3 slabs: the first sees itself (1/3), the others two of three
 

@@ -5,23 +5,18 @@ Every row is written as soon as it is measured. ``--only`` and ``--rows`` measur
 
 from __future__ import annotations
 
-import datetime
-import platform
 import re
-import shlex
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import diffusers
 import torch
-import triton
 import typer
 
-import tilewise
-from benchmarks import attention, dynamic, families, fused, launch, peers, render, results, rows, step
+from benchmarks import attention, dynamic, families, fused, launch, render, results, rows, step
+from benchmarks.header import header
 
 SECTIONS = {
     "attention": "attention kernels, ours and others'",
@@ -33,18 +28,6 @@ SECTIONS = {
 }
 STEP_SECONDS = 4  # a forward takes as long as many kernels: times the seconds of a kernel
 FAMILY_SECONDS = 2  # more rows, and the goals are far apart
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def command(arguments: list[str]) -> str:
-    """The command line as others can repeat it: without the folder that the results went to."""
-    text = shlex.join(["python", "-m", "benchmarks", *arguments])
-    return re.sub(r" --out[ =](?:'[^']*'|\S+)", "", text)
 
 
 def work(section: str, device: torch.device, tiny: bool) -> list[tuple[str, Any]]:
@@ -125,21 +108,7 @@ def main(
         todo[section] = {name: (order, item) for order, (name, item) in found if pattern.search(name)}
     if not any(todo.values()):
         raise typer.BadParameter(f"no row of {only} on {where.type} has {rows_!r} in its name")
-    result: dict[str, Any] = {
-        "format": results.FORMAT,
-        "device": device_name(where),
-        "date": datetime.date.today().isoformat(),
-        "tiny": tiny,
-        "commands": [command(sys.argv[1:])],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "diffusers": diffusers.__version__,
-            "tilewise": tilewise.__version__,
-            **peers.versions(),
-        },
-    }
+    result = header(where, "benchmarks", sys.argv[1:], tiny)
     path = results.path_of(result, out)
     done: dict[str, list[dict[str, Any]]] = {}
     wrong: list[str] = []

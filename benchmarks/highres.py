@@ -10,25 +10,23 @@ blocks run, and the rest is added by what a block takes:  forward(L) = forward(l
 from __future__ import annotations
 
 import contextlib
-import datetime
 import gc
 import json
-import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import diffusers
 import torch
-import triton
 import typer
 from torch import nn
 
 import tilewise
 from benchmarks import results
 from benchmarks.freeswim import REFRESH, REUSE, WINDOW, FreeSwim, raster_mask
+from benchmarks.header import header
 from benchmarks.peers import reason
 from benchmarks.step import CONFIGS, SHARED, build
 from tilewise.kernels.layout import Grid
@@ -290,18 +288,8 @@ def main(
 
 
 def _write(row: dict[str, Any], device: torch.device, out: Path, size: str) -> Path:
-    on_gpu = device.type == "cuda"
-    result = {
-        "format": results.FORMAT,
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "date": datetime.date.today().isoformat(),
-        "tiny": size == "tiny",
-        "commands": [f"python -m benchmarks.highres --size {size}"],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
-                     "diffusers": diffusers.__version__, "tilewise": tilewise.__version__},
-        "sections": {"highres": [json.loads(json.dumps(row))]},
-    }  # fmt: skip
-    return results.write(result, out)
+    result = header(device, "benchmarks.highres", sys.argv[1:], size == "tiny")
+    return results.write({**result, "sections": {"highres": [json.loads(json.dumps(row))]}}, out)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,8 @@ noise level of 0.95, at which little of the native stage's layout is left for a 
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import platform
-import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,15 +22,14 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import diffusers
 import numpy as np
 import torch
-import triton
 import typer
 from PIL import Image
 
 import tilewise
 from benchmarks import results
+from benchmarks.header import header
 
 # name → options of the second stage; None: not by two stages.
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -213,19 +208,8 @@ def _run(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _write(rows: list[dict[str, Any]], lines: list[dict[str, Any]], where: str, out: Path, words: list[str]) -> Path:
-    command = shlex.join(["python", "-m", "benchmarks.highres_quality", *words])
-    threads = f"CPU, {torch.get_num_threads()} threads"
-    result = {
-        "format": results.FORMAT,
-        "device": torch.cuda.get_device_name() if where.startswith("cuda") else threads,
-        "date": datetime.date.today().isoformat(),
-        "tiny": False,
-        "commands": [re.sub(r" --out[ =](?:'[^']*'|\S+)", "", command)],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
-                     "diffusers": diffusers.__version__, "tilewise": tilewise.__version__},
-        "sections": {"highres quality": rows},
-    }  # fmt: skip
-    path = results.write(result, out)
+    result = header(torch.device(where), "benchmarks.highres_quality", words, False)
+    path = results.write({**result, "sections": {"highres quality": rows}}, out)
     with path.with_name(path.stem + "-highres-clips.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     return path

@@ -9,27 +9,23 @@ itself); each job that is done is kept in a folder, so that a run that ends earl
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import multiprocessing
-import platform
 import re
-import shlex
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import diffusers
 import numpy as np
 import torch
-import triton
 import typer
 
 import tilewise
 from benchmarks import results
+from benchmarks.header import header
 from benchmarks.variants import DENSITIES, OURS, PAPER, variants
 from examples.train_demo_model.evaluation import generate_clips, held_out_prompts, judge, mean_scores
 from tilewise.pipelines.loading import load_pipeline
@@ -47,13 +43,6 @@ def settings_of(
         "prompts": prompts, "steps": steps, "height": size, "width": size, "frames": frames, "seed": seed,
         "guidance": 3.0, "dtype": dtype, "batch": batch, "blocks": blocks,
     }  # fmt: skip
-
-
-def device_name(device: torch.device) -> str:
-    """As result files call it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def clips_of(pipe: Any, settings: dict[str, Any]) -> np.ndarray:
@@ -182,22 +171,7 @@ def write_result(
     device: torch.device, section: str, rows: list[dict[str, Any]], tiny: bool, out: Path, program: str
 ) -> Path:
     """Put rows into this machine's result file of today."""
-    command = shlex.join(["python", "-m", program, *sys.argv[1:]])
-    result = {
-        "format": results.FORMAT,
-        "device": device_name(device),
-        "date": datetime.date.today().isoformat(),
-        "tiny": tiny,
-        "commands": [re.sub(r" --out[ =](?:'[^']*'|\S+)", "", command)],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "diffusers": diffusers.__version__,
-            "tilewise": tilewise.__version__,
-        },
-        "sections": {section: rows},
-    }
+    result = {**header(device, program, sys.argv[1:], tiny), "sections": {section: rows}}
     return results.write(result, out)
 
 

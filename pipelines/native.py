@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from pathlib import Path
 from typing import Any
 
 from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.model_folder import read_json
+from tilewise.plugins.native_grid import native_file
 
-NATIVE_FILE = "tilewise.json"
 WAN_FPS = 16
 FLOATS = ("guidance", "fps", "highres_strength", "highres_flow_shift")
 
@@ -45,7 +44,7 @@ def native_size(pipe: Any) -> Native:
     signature. Raises ModelError, naming the file, for fields that are unknown or not positive numbers.
     """
     fields = _signature_defaults(pipe)
-    file = Path(str(getattr(pipe.config, "_name_or_path", None) or "")) / NATIVE_FILE
+    file = native_file(pipe)
     if file.is_file():
         for name, value in read_json(file).items():
             if name not in fields:

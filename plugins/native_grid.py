@@ -22,6 +22,11 @@ from tilewise.plugins.models.base import Size, family_of
 NATIVE_FILE = "tilewise.json"
 
 
+def native_file(pipe: Any) -> Path:
+    """Where a pipeline's ``tilewise.json`` lies, if it has one: beside its ``model_index.json``."""
+    return Path(str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or "")) / NATIVE_FILE
+
+
 def native_pixels(pipe: Any) -> Size:
     """Height, width and frames that a pipeline makes where nobody says otherwise; one frame for images.
 
@@ -35,7 +40,7 @@ def native_pixels(pipe: Any) -> Size:
     if isinstance(sample, int) and told["height"] is None:
         side = sample * getattr(pipe, "vae_scale_factor", 8)
         told.update(height=side, width=side)
-    file = Path(str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or "")) / NATIVE_FILE
+    file = native_file(pipe)
     if file.is_file():
         try:
             told.update({name: v for name, v in json.loads(file.read_text("utf-8")).items() if name in told})

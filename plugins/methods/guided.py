@@ -73,7 +73,7 @@ class Guided(DynamicMethod):
         rank: what counts as best at a density: "mass", or "error", the error that skipping makes where compensation follows.
             Default: "error" if ``compensate``, else "mass". By a recall it is always mass.
         compensate: put one summary row in the place of each block that is skipped (kernels/skipped.py). Default: on. On the
-            bundled demo model it divides the error of attention by 1.4 to 3 (benchmarks/attention_error.py).
+            bundled demo model it divides the error of attention by 1.5 to 2.6 (benchmarks/attention_error.py).
         floor: fewest blocks of a row, ≥ 1.
         cap: most blocks of a row, for "rows"; None: no limit.
         always: pairs kept in any case: names of "self", "neighbours", "first-frame".

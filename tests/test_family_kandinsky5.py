@@ -66,19 +66,20 @@ def tuples(monkeypatch):
 @pytest.mark.parametrize("grid", [(4, 8, 8), (3, 5, 11)])
 def test_kandinsky5(grid, axes):
     model = denoiser(axes_dims=axes)
-    # Queries and keys are rounded to bfloat16 by the stock processor, whatever the model's type: a last bit may flip.
-    family_cases.check(model, inputs(*grid), Grid(*grid), atol=5e-4)
+    # Queries and keys are rounded to bfloat16 by the stock processor, whatever the model's type: a last bit may flip. One
+    # that does was seen to move an output by 8e-4; the window moves it by more than 1.
+    family_cases.check(model, inputs(*grid), Grid(*grid), atol=2e-3)
 
 
 def test_with_a_visual_condition():
     """Image-to-video: the condition and its mask are channels of the same latents."""
     model = denoiser(visual_cond=True)
-    family_cases.check(model, inputs(3, 5, 7, channels=9), Grid(3, 5, 7), atol=5e-4)
+    family_cases.check(model, inputs(3, 5, 7, channels=9), Grid(3, 5, 7), atol=2e-3)
 
 
 @pytest.mark.parametrize("grid", [(1, 6, 7), (4, 1, 9)])
 def test_full_window_on_thin_grids(grid):
-    family_checks.full_window_is_dense(denoiser(), inputs(*grid), Grid(*grid), atol=5e-4)
+    family_checks.full_window_is_dense(denoiser(), inputs(*grid), Grid(*grid), atol=2e-3)
 
 
 def test_compiled():
@@ -91,7 +92,7 @@ def test_compiled():
 
 
 def test_a_foreign_processor_gets_raster_order():
-    family_cases.foreign_layer_is_stock(denoiser(), inputs(3, 5, 7), atol=5e-4)
+    family_cases.foreign_layer_is_stock(denoiser(), inputs(3, 5, 7), atol=2e-3)
 
 
 NABLA = {"attention_type": "nabla", "attention_P": 0.05, "attention_wT": 3, "attention_wH": 1, "attention_wW": 1}

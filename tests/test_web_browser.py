@@ -198,6 +198,7 @@ def test_a_click_moves_the_query_and_its_region(visitor):
     words, image = visitor.page.locator("#attention-words"), visitor.page.locator("#attention img")
     expect(words).to_contain_text("latent frame 4, row 7, column 7 of 5×8×8")
     before = image.get_attribute("src")
+    visitor.page.wait_for_function("() => document.querySelector('#attention img').naturalWidth > 0")
     box = image.bounding_box()
     image.click(position={"x": box["width"] * 0.9, "y": box["height"] * 0.2})
     expect(words).to_contain_text("latent frame 4, row 1, column 7 of 5×8×8")

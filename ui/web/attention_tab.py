@@ -28,7 +28,7 @@ from tilewise.ui.web.generate_tab import cancel, owner_of, stream
 from tilewise.ui.web.safety import RefusedError
 from tilewise.ui.web.sentences import complaint, log_unexpected
 from tilewise.ui.web.slider import Slider
-from tilewise.ui.web.wishes import FIELDS, settings_of
+from tilewise.ui.web.wishes import settings_of
 
 ABOUT = """Click a place in the picture. Inside the bright line is **what the query there attends to**, in every latent frame of
 the clip; all else it never looks at, which is where the time is saved. The sliders do the same from the keyboard."""
@@ -78,19 +78,26 @@ class AttentionTab:
             label="What the method expected", show_label=False, type="pil", interactive=False, format="webp", visible=False,
             buttons=["fullscreen"], elem_id="attention-draft", alt_text="the low-resolution map of the query",
         )  # fmt: skip
-        begun = gr.State(False)  # whether the tab was ever shown
-        inputs = [begun, clip, *sliders, *controls.inputs]
-        outputs = [begun, large, film, draft, words, *sliders]
+        # The query's place is kept here, by the server, and the sliders show it. A drawing takes its time, and reads the place as
+        # it begins: one that was asked for before a click cannot put the query back.
+        begun, place = gr.State(False), gr.State(tuple(first))  # begun: whether the tab was ever shown
+        inputs = [begun, clip, place, *sliders, *controls.inputs]
+        outputs = [large, film, draft, words, *sliders]
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         quiet: dict[str, Any] = {"queue": False, **hidden}
-        tab.select(self.opened, inputs, outputs, **quiet)
-        moved = [clip.change, *(slider.change for slider in sliders)]
-        moved += [component.change for component in controls.inputs]
-        gr.on(moved, self.draw, inputs, outputs, trigger_mode="always_last", **quiet)
-        here = [*sliders, *controls.inputs]
-        large.select(self.picked, here, sliders[:3], **quiet)
-        film.select(self.picked_in_strip, here, sliders[:3], **quiet)
-        run = go.click(self.watch, here, [status, clip], concurrency_limit=None, **hidden)
+        told: dict[str, Any] = {
+            "concurrency_limit": None,
+            **hidden,
+        }  # Gradio tells of a State's change from its queue alone
+        tab.select(lambda: True, None, begun, **told)
+        gr.on([s.input for s in sliders], lambda *at: at, sliders, place, trigger_mode="always_last", **told)
+        changed = [begun.change, place.change, clip.change]
+        changed += [component.change for component in controls.inputs]
+        gr.on(changed, self.draw, inputs, outputs, trigger_mode="always_last", **quiet)
+        here = [place, *controls.inputs]
+        large.select(self.picked, here, place, **told)
+        film.select(self.picked_in_strip, here, place, **told)
+        run = go.click(self.watch, here, [status, clip], **told)
         run.then(self.draw, inputs, outputs, **quiet)
         stop.click(self.cancel, None, [status], **quiet)
 
@@ -103,10 +110,10 @@ class AttentionTab:
         most = [grid.t - 1, grid.h - 1, grid.w - 1, extent.heads - 1, extent.steps, extent.blocks - 1]
         return [grid.t // 2, grid.h // 2, grid.w // 2, 0, extent.steps, extent.blocks - 1], most
 
-    def watch(self, request: gr.Request, *given: Any) -> Iterator[list[Any]]:
+    def watch(self, request: gr.Request, place: Sequence[Any], *given: Any) -> Iterator[list[Any]]:
         """Runs the settings and keeps what the block's attention calls decided, until this visitor's next."""
         try:
-            settings, seen = self._seen(given)
+            settings, seen = self._seen(place, given)
             if seen.extent.grid.tokens * settings.steps > MAX_WATCHED:
                 raise RefusedError("so large a run cannot be watched here; take a smaller size or fewer steps")
             if settings.is_dense:
@@ -129,57 +136,54 @@ class AttentionTab:
     def cancel(self, request: gr.Request) -> Any:
         return cancel(self.desk, request)
 
-    def opened(self, request: gr.Request, begun: bool, *given: Any) -> list[Any]:
-        """The tab is shown: from now on the picture follows the controls."""
-        return self.draw(request, True, *given)
-
-    def draw(self, request: gr.Request, begun: bool, clip: str | None, *given: Any) -> list[Any]:
+    def draw(self, request: gr.Request, begun: bool, clip: str | None, place: Sequence[Any], *given: Any) -> list[Any]:
         if not begun:  # nobody has looked yet
-            return [gr.skip()] * (5 + len(PLACE))
+            return [gr.skip()] * (4 + len(PLACE))
         try:
-            settings, seen = self._seen(given, owner_of(request))
+            sliders, values = given[: len(PLACE)], given[len(PLACE) :]
+            settings, seen = self._seen(place, values, owner_of(request))
             frames = clip_frames(clip, settings)
             large, film, draft = pictures(seen, frames, settings)
             shown = gr.update(value=draft, visible=draft is not None)
-            return [True, large, film, shown, words(seen, frames is not None), *_sliders(seen, given)]
+            return [large, film, shown, words(seen, frames is not None), *_sliders(seen, sliders)]
         except Exception as error:
             log_unexpected(error)
-            return [begun, gr.skip(), gr.skip(), gr.skip(), complaint(error), *[gr.skip()] * len(PLACE)]
+            return [gr.skip(), gr.skip(), gr.skip(), complaint(error), *[gr.skip()] * len(PLACE)]
 
-    def picked(self, event: gr.SelectData, *given: Any) -> list[Any]:
+    def picked(self, event: gr.SelectData, place: Sequence[Any], *given: Any) -> Any:
         """A click into the large picture: row and column."""
         try:
-            settings, seen = self._seen(given)
+            settings, seen = self._seen(place, given)
             size = picture.frame_size((settings.width, settings.height), picture.LARGE)
             grid = seen.extent.grid
-            row, column = picture.token_at(*_pixel(event), (grid.h, grid.w), size)
-            return [gr.skip(), row, column]
+            return (place[0], *picture.token_at(*_pixel(event), (grid.h, grid.w), size), *place[3:])
         except Exception as error:
             log_unexpected(error)
-            return [gr.skip()] * 3
+            return gr.skip()
 
-    def picked_in_strip(self, event: gr.SelectData, *given: Any) -> list[Any]:
+    def picked_in_strip(self, event: gr.SelectData, place: Sequence[Any], *given: Any) -> Any:
         """A click into the strip: latent frame, row and column."""
         try:
-            settings, seen = self._seen(given)
+            settings, seen = self._seen(place, given)
             x, y = _pixel(event)
             size = picture.frame_size((settings.width, settings.height), picture.SMALL)
             grid = seen.extent.grid
             for t, (left, top) in enumerate(picture.strip_places(grid.t, size)):
                 if left <= x < left + size[0] and top <= y < top + size[1]:
-                    return [t, *picture.token_at(x - left, y - top, (grid.h, grid.w), size)]
+                    return (t, *picture.token_at(x - left, y - top, (grid.h, grid.w), size), *place[3:])
         except Exception as error:
             log_unexpected(error)
-        return [gr.skip()] * 3
+        return gr.skip()
 
     def _settings(self, given: Sequence[Any]) -> GenerateSettings:
-        values = self.controls.values(given[-len(FIELDS) :])
+        values = self.controls.values(given)
         values["prompt"] = values["prompt"] or "-"
         return settings_of(self.controls.models, self.controls.limits, values)
 
-    def _seen(self, given: Sequence[Any], owner: str = "") -> tuple[GenerateSettings, Seen]:
+    def _seen(self, at: Sequence[Any], given: Sequence[Any], owner: str = "") -> tuple[GenerateSettings, Seen]:
+        """The settings, and what the query at a place (the numbers of a `Place`) sees; a place outside is moved inside."""
         settings = self._settings(given)
-        place = Place(*(int(n or 0) for n in given[: len(PLACE)]))
+        place = Place(*(int(n or 0) for n in at))
         of, calls = self._watched.get(owner, (None, []))
         same = of is not None and dataclasses.replace(of, fps=settings.fps) == settings
         models = self.controls.models

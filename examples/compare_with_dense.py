@@ -16,11 +16,14 @@ parser.add_argument("--model", default="demo")
 parser.add_argument("--method", default="sta-balanced", help="a method or preset")
 parser.add_argument("--prompt", default="a green star moving up on a white checkered background")
 parser.add_argument("--steps", type=int)
+parser.add_argument("--frames", type=int)
 parser.add_argument("--out", default="outputs/side-by-side.mp4")
 options = parser.parse_args()
 
 pipe = load_pipeline(options.model)
-settings = resolve_settings(pipe, options.prompt, model=options.model, method=options.method, steps=options.steps)
+settings = resolve_settings(
+    pipe, options.prompt, model=options.model, method=options.method, steps=options.steps, frames=options.frames
+)
 result = compare(pipe, settings)
 
 print(f"{options.method}: {result.speedup['denoise']:.2f} × in denoising, {result.speedup['total']:.2f} × in all")

@@ -57,13 +57,13 @@ def results_of(clips):
 
 
 def test_single_objects():
-    means = results_of((text, as_bytes(clip)) for text, clip in rendered(150, 101))
+    means = results_of((text, as_bytes(clip)) for text, clip in rendered(75, 101))
     assert min(value for key, value in means.items() if key != "everything") >= 0.98, means
 
 
 def test_single_objects_blurred_and_noisy():
     rng = np.random.default_rng(0)
-    means = results_of((text, degraded(clip, rng)) for text, clip in rendered(60, 102))
+    means = results_of((text, degraded(clip, rng)) for text, clip in rendered(30, 102))
     assert min(value for key, value in means.items() if key != "everything") >= 0.98, means
 
 

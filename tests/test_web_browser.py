@@ -220,6 +220,7 @@ def test_a_method_that_decides_while_it_runs_is_watched(visitor):
     visitor.small(steps=2, seed=2)
     visitor.page.get_by_label("Attention method").click()
     visitor.page.get_by_role("option", name="draft", exact=True).click()
+    expect(visitor.page.locator("#plan")).to_contain_text("draft pays from")  # it has put its options in place of sta's
     visitor.page.locator("#more").get_by_role("button").first.click()
     visitor.number("options", '{"density": 0.3, "min_tokens": 1}')  # so small a clip would stay dense
     expect(visitor.page.locator("#plan")).to_contain_text("0.300")

@@ -24,9 +24,9 @@ from tilewise.kernels.layout import Grid
 from tilewise.pipelines.coherence import Coherence, coherence
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generate import Clip, Progress, call_arguments, check_content, refuse_patched
-from tilewise.pipelines.highres_schedule import entered_at, noised, steps_to_run
+from tilewise.pipelines.highres_schedule import entered_at, noised, schedule_calls, steps_to_run
 from tilewise.pipelines.highres_settings import HighresSettings
-from tilewise.pipelines.highres_vae import decode, encode, tiled
+from tilewise.pipelines.latent_spaces.base import latent_space, tiled
 from tilewise.pipelines.memory import saving
 from tilewise.pipelines.memory_plan import MemoryPlan, check_plan, plan_memory
 from tilewise.pipelines.native import native_size
@@ -34,15 +34,13 @@ from tilewise.pipelines.settings import GenerateSettings, resolve_settings
 from tilewise.pipelines.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.video import to_uint8
 from tilewise.plugins.config import Config, MethodLike
-from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.models.base import Size, family_of
 from tilewise.plugins.patching import denoisers_of, patched
 from tilewise.plugins.rope_scaling import scaled_rope
 from tilewise.plugins.summary import summary
-from tilewise.plugins.two_paths import two_paths
-
-SERVED = ("WanPipeline",)
+from tilewise.plugins.two_paths import serves_two_paths, two_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,8 @@ def highres(
     """Makes a clip of 2–4 times the side length that the model was trained at.
 
     Args:
-        pipe: a loaded ``WanPipeline`` (2.1 or 2.2), not patched; left as it was found, whatever happens.
+        pipe: a loaded pipeline of a kind in ``latent_spaces`` (Wan, LTX, HunyuanVideo, Flux, Qwen-Image, SD 3), not patched; left
+            as it was found, whatever happens.
         prompt: one prompt. height, width: of the clip, pixels.
         native: (height, width) of the first stage, pixels; default: the model's own. native_method: its attention.
         progress: called as progress(phase, done, total), with phases "native: denoise", "upscale", "denoise" and the like.
@@ -150,12 +149,8 @@ def prepare(
 
     `pipe` may be a skeleton: `device` is then where it would run. shared: settings that both stages have.
     """
-    if type(pipe).__name__ not in SERVED:
-        raise UnsupportedModelError(
-            f"highres serves {', '.join(SERVED)}, not {type(pipe).__name__}: it needs latents that it can encode and enter the "
-            "schedule with, and cross-attention for the full path. tilewise.patch(pipe, 'inward') gives the window alone"
-        )
-    options = options.for_model(native_size(pipe))
+    latent_space(pipe)
+    options = options.for_model(native_size(pipe), serves_two_paths(pipe))
     assert options.strength is not None
     size: dict[str, Any] = {} if native is None else {"height": native[0], "width": native[1]}
     first = resolve_settings(pipe, prompt, method=native_method, **size, **shared)
@@ -186,6 +181,10 @@ def prepare(
     return Work(first, target, native_grid, options, plan)
 
 
+def _size(settings: GenerateSettings) -> Size:
+    return Size(settings.height, settings.width, settings.frames)
+
+
 def _grid(pipe: Any, size: Size) -> Grid:
     denoiser = next(iter(denoisers_of(pipe).values()))  # those of Wan 2.2 have the same grid
     family = family_of(denoiser)
@@ -198,13 +197,14 @@ def make(
 ) -> HighresClip:
     """Runs what `prepare` decided; see `highres`."""
     tell = progress or (lambda phase, done, total: None)
-    options, target = work.options, work.target
+    options, target, space = work.options, work.target, latent_space(pipe)
     saved = ["offload"] if work.plan.offload else []
     with saving(pipe, saved):
-        native_latents, native_seconds, report = _stage(pipe, work.native, lambda p, *n: tell(f"native: {p}", *n))
+        with schedule_calls(pipe) as asked:
+            native_latents, native_seconds, report = _stage(pipe, work.native, lambda p, *n: tell(f"native: {p}", *n))
         tell("native: decode", 0, 1)
         start = time.perf_counter()
-        native_frames = decode(pipe, native_latents)
+        native_frames = space.decode(pipe, native_latents)
         native_seconds["decode"] = time.perf_counter() - start
         native_seconds["total"] += native_seconds["decode"]
         tell("native: decode", 1, 1)
@@ -224,7 +224,7 @@ def make(
             generator = torch.Generator("cpu").manual_seed(
                 target.seed + 1
             )  # other noise than the first stage began with
-            latents = noised(clean, scheduler, target.steps, generator)
+            latents = noised(clean, scheduler, asked[-1], _grid(pipe, _size(target)).video, generator)
             del clean
             with _guided(pipe, work) as paths:
                 latents, more, report = _stage(pipe, target, tell, latents)
@@ -233,7 +233,7 @@ def make(
         tell("decode", 0, 1)
         start = time.perf_counter()
         with tiled(pipe.vae, work.plan.vae_tiling):
-            frames = _pixels(decode(pipe, latents))
+            frames = _pixels(space.decode(pipe, latents))
         seconds["decode"] = time.perf_counter() - start
         seconds["total"] += seconds["decode"] + seconds["upscale"]
         tell("decode", 1, 1)
@@ -253,15 +253,16 @@ def judged(pipe: Any, made: HighresClip) -> HighresClip:
 def _stage(
     pipe: Any, settings: GenerateSettings, tell: Progress, latents: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, dict[str, float], Any]:
-    """One run of the pipeline to latents (1, C, t, h, w); seconds by phase; what attention did, None for a stock pipeline."""
+    """One run of the pipeline, from and to latents (1, C, t, h, w); seconds by phase; what attention did, None if stock."""
 
     def step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         tell("denoise", step + 1, pipe.num_timesteps)
         return tensors
 
+    space = latent_space(pipe)
     arguments = call_arguments(pipe, settings)
     if latents is not None:
-        arguments["latents"] = latents
+        arguments["latents"] = space.packed(pipe, latents)
     arguments.update(callback_on_step_end=step_end, output_type="latent", return_dict=False)
     method = contextlib.nullcontext(pipe) if settings.is_dense else patched(pipe, settings.method)
     owner = latents is None  # the second stage is patched around the paths already
@@ -276,16 +277,17 @@ def _stage(
             torch.cuda.synchronize(out.device)
         report = None if settings.is_dense else summary(pipe)
     spent = time.perf_counter() - start
+    out = space.unpacked(pipe, out, space.shape(pipe, settings.height, settings.width, settings.frames))
     return out, {"encode": 0.0, "denoise": spent, "decode": 0.0, "total": spent}, report
 
 
 def _upscaled(pipe: Any, frames: NDArray[np.float32], latents: torch.Tensor, work: Work) -> torch.Tensor:
     """The native stage at the target's size, as latents."""
     height, width = work.target.height, work.target.width
+    space = latent_space(pipe)
     if work.options.upscale == "latent":
-        spatial = pipe.vae_scale_factor_spatial
-        return upscale_latents(latents, height // spatial, width // spatial)
-    return encode(pipe, upscale_frames(frames, height, width, work.options.upscale))
+        return upscale_latents(latents, *space.shape(pipe, height, width, work.target.frames)[1:])
+    return space.encode(pipe, upscale_frames(frames, height, width, work.options.upscale))
 
 
 @contextlib.contextmanager

@@ -7,14 +7,18 @@ flow shift m:         σ ← m σ / (1 + (m − 1) σ): more of the steps at hig
 from __future__ import annotations
 
 import copy
-import types
+import functools
+import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
+
+_NOISED_TO = "_tilewise_noised_to"  # on the second stage's own copy of a scheduler
 
 
 def steps_to_run(steps: int, strength: float) -> int:
@@ -29,6 +33,25 @@ def steps_to_run(steps: int, strength: float) -> int:
     if left < 1:
         raise ConfigError(f"strength {strength} leaves none of {steps} steps; at least {1 / steps:.3g} is needed")
     return left
+
+
+@contextmanager
+def schedule_calls(pipe: Any) -> Iterator[list[dict[str, Any]]]:
+    """Note how a run of a pipeline asks its scheduler for timesteps: the arguments by name, of each call."""
+    scheduler, calls = pipe.scheduler, []
+    whole = scheduler.set_timesteps
+    names = inspect.signature(whole)
+
+    @functools.wraps(whole)  # pipelines look at the signature
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        calls.append(dict(names.bind(*args, **kwargs).arguments))
+        whole(*args, **kwargs)
+
+    scheduler.set_timesteps = set_timesteps
+    try:
+        yield calls
+    finally:
+        del scheduler.set_timesteps
 
 
 @contextmanager
@@ -48,14 +71,21 @@ def entered_at(pipe: Any, steps: int, strength: float, flow_shift: float | None)
         raise UnsupportedModelError(f"{type(own).__name__} takes several forwards a step; use a scheduler of order 1")
     whole = scheduler.set_timesteps
 
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(whole)
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
         whole(*args, **kwargs)
-        drop = len(self.timesteps) - min(left, len(self.timesteps))
-        self.timesteps = self.timesteps[drop:]
-        self.sigmas = self.sigmas[drop:]
-        self.num_inference_steps = len(self.timesteps)
+        drop = len(scheduler.timesteps) - min(left, len(scheduler.timesteps))
+        scheduler.timesteps = scheduler.timesteps[drop:]
+        scheduler.sigmas = scheduler.sigmas[drop:]
+        scheduler.num_inference_steps = len(scheduler.timesteps)
+        sigma, noised_to = float(scheduler.sigmas[0]), getattr(scheduler, _NOISED_TO, None)
+        if noised_to is not None and not math.isclose(sigma, noised_to, rel_tol=1e-3):
+            raise TilewiseError(
+                f"{type(pipe).__name__} begins its second stage at noise level {sigma:.4f}, and the clip was noised to "
+                f"{noised_to:.4f}: it shifts its schedule in a way that is not known here. Give flow_shift a number"
+            )
 
-    scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)
+    scheduler.set_timesteps = set_timesteps
     pipe.scheduler = scheduler
     try:
         yield scheduler
@@ -63,10 +93,24 @@ def entered_at(pipe: Any, steps: int, strength: float, flow_shift: float | None)
         pipe.scheduler = own
 
 
-def noised(clean: torch.Tensor, scheduler: Any, steps: int, generator: torch.Generator) -> torch.Tensor:
-    """Clean latents at the noise level at which ``entered_at``'s scheduler begins. The noise is drawn on the CPU."""
-    scheduler.set_timesteps(steps, device="cpu")
+def noised(
+    clean: torch.Tensor, scheduler: Any, asked: dict[str, Any], tokens: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Clean latents at the noise level at which ``entered_at``'s scheduler begins. The noise is drawn on the CPU.
+
+    asked: how the pipeline asks for timesteps, of `schedule_calls`. tokens: of the picture or clip, which schedulers with
+    ``use_dynamic_shifting`` go by; its pipelines all interpolate:  μ = base_shift + (max_shift − base_shift) · share of the way
+    from base_image_seq_len to max_image_seq_len,  flow shift m = exp(μ)     (arXiv 2403.03206, §5.3.2)
+    """
+    asked = {**asked, "device": "cpu"}
+    if "mu" in asked:
+        config = scheduler.config
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        asked["mu"] = least + (most - least) * (tokens - low) / (high - low)
+    scheduler.set_timesteps(**asked)
     sigma = float(scheduler.sigmas[0])
+    setattr(scheduler, _NOISED_TO, sigma)
     noise = torch.randn(clean.shape, generator=generator, dtype=torch.float32).to(clean.device)
     return (1 - sigma) * clean.float() + sigma * noise
 
@@ -84,6 +128,5 @@ def _shifted(scheduler: Any, flow_shift: float | None) -> Any:
         return copy.deepcopy(scheduler)
     if isinstance(flow_shift, bool) or not isinstance(flow_shift, int | float) or flow_shift <= 0:
         raise ConfigError(f"flow_shift must be a number above 0, not {flow_shift!r}")
-    if config.get("use_dynamic_shifting"):
-        raise ConfigError(f"{type(scheduler).__name__} shifts by the size of the picture itself; give flow_shift=None")
-    return type(scheduler).from_config(config, **{names[0]: float(flow_shift)})
+    fixed = {"use_dynamic_shifting": False} if config.get("use_dynamic_shifting") else {}  # by the size of the picture
+    return type(scheduler).from_config(config, **{names[0]: float(flow_shift), **fixed})

@@ -13,7 +13,7 @@ from tilewise.pipelines.upscale import UPSCALES
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.rope_scaling import SPATIAL, TEMPORAL
 
-PATHS = ("dense", "pooled", "none")
+PATHS = ("dense", "draft", "pooled", "none")
 GUIDED = ("all", "cond")
 
 
@@ -25,11 +25,13 @@ class HighresSettings:
         strength: share of the steps that run at the target, from the upscaled clip noised accordingly, in (0, 1]; None: what the
             model says (`Native`), 0.7 where it says nothing.
         refresh: the full path runs every so many steps; 1: at each.
-        global_path: "dense"; "pooled": the full path sees the means of 2×2 tokens; "none": the window path alone.
+        global_path: how the full path attends to itself: "dense"; "draft": to the quarter of all tokens that a draft of its
+            attention map asks for; "pooled": to the means of 2×2 tokens. "none": the window path alone. None: "dense" where the
+            denoiser has the cross-attention that the full path guides through, else "none".
         guided: whether the full path guides "all" forwards, or those of the prompt and not the negative prompt ("cond").
         upscale: "bicubic", "bilinear" or "lanczos" on frames, or "latent".
-        flow_shift: of the target's noise schedule; None: the scheduler's own; "model": what the model says, 9 where it says
-            nothing.
+        flow_shift: of the target's noise schedule; None: the scheduler's own; "model": what the model says, for Wan 9 where it
+            says nothing, for other models the scheduler's own.
         temperature: whether the window's attention is sharpened by the paper's scale.
         window: native height and width in pixels that the window stands for; None: the native stage's.
         rope: "ntk" or "yarn" for height and width; None: unchanged. rope_time: "riflex", "ntk" or "yarn".
@@ -41,7 +43,7 @@ class HighresSettings:
 
     strength: float | None = None
     refresh: int = 2
-    global_path: str = "dense"
+    global_path: str | None = None
     guided: str = "all"
     upscale: str = "bicubic"
     flow_shift: float | str | None = "model"
@@ -59,7 +61,7 @@ class HighresSettings:
         if not isinstance(self.refresh, int) or isinstance(self.refresh, bool) or self.refresh < 1:
             raise ConfigError(f"refresh must be a whole number of at least 1, not {self.refresh!r}")
         for name, valid in (("global_path", PATHS), ("guided", GUIDED), ("upscale", UPSCALES)):
-            if getattr(self, name) not in valid:
+            if getattr(self, name) not in valid and (name, getattr(self, name)) != ("global_path", None):
                 raise unknown(name.replace("_", " "), getattr(self, name), valid)
         for name, rules in (("rope", SPATIAL), ("rope_time", TEMPORAL)):
             if getattr(self, name) is not None and getattr(self, name) not in rules:
@@ -71,11 +73,21 @@ class HighresSettings:
         if self.max_memory is not None:
             object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))
 
-    def for_model(self, native: Native) -> HighresSettings:
-        """With the model's strength and shift where none were given."""
+    def for_model(self, native: Native, two_paths: bool) -> HighresSettings:
+        """With the model's strength, shift and full path where none were given; two_paths: whether it can have one.
+
+        Raises:
+            ConfigError: for a full path that the model cannot have.
+        """
+        path = self.global_path or ("dense" if two_paths else "none")
+        if path != "none" and not two_paths:
+            raise ConfigError(
+                f"global_path={path!r}: the full path guides through cross-attention to the text, and this model has its text in "
+                "the same sequence as the picture, where it sees all of it anyway. Leave global_path out, or give 'none'"
+            )
         strength = native.highres_strength if self.strength is None else self.strength
         shift = native.highres_flow_shift if self.flow_shift == "model" else self.flow_shift
-        return dataclasses.replace(self, strength=strength, flow_shift=shift)
+        return dataclasses.replace(self, strength=strength, flow_shift=shift, global_path=path)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
+from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_space
 from tilewise.pipelines.memory_estimate import OF_WIDEST, OF_WIDTH, _LiveTensors
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import family_of
@@ -110,7 +111,7 @@ def plan_memory(
     """The plan of a clip of this size; `fits` says whether there is one.
 
     Args:
-        pipe: a loaded Wan pipeline, or its skeleton.
+        pipe: a loaded pipeline of a kind in ``latent_spaces``, or its skeleton.
         grid: of the target size. height, width: pixels. frames: of the clip.
         refresh: as for ``two_paths``; 1 keeps no cache. branches: texts that the full path guides, 1 or 2.
         limit: bytes; None: what the device has. device: default: the pipeline's.
@@ -163,26 +164,27 @@ def vae_bytes(pipe: Any, height: int, width: int, frames: int) -> int:
 
     The first five latent frames are run: after that, memory grows by the clip itself, which is added.
     """
-    vae = pipe.vae
-    spatial, temporal = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
-    latent_frames = min((frames - 1) // temporal + 1, 5)
+    vae, space = pipe.vae, latent_space(pipe)
+    temporal = space.factors(pipe)[1]
+    latent_frames, *picture = space.shape(pipe, height, width, frames)
+    latent_frames = min(latent_frames, 5)
     config = json.dumps(dict(vae.config), sort_keys=True, default=str)
     kind: Any = type(vae)
-    live = _decode_peak(kind, config, vae.dtype, latent_frames, height // spatial, width // spatial)
+    live = _decode_peak(space, kind, config, vae.dtype, latent_frames, *picture)
     run = 1 + (latent_frames - 1) * temporal
     return live + 2 * 3 * height * width * (frames - run) * vae.dtype.itemsize  # the clip, twice while it grows
 
 
 @lru_cache(maxsize=32)
-def _decode_peak(kind: Any, config: str, dtype: torch.dtype, *latents: int) -> int:
-    """Peak of the live tensors of a decode of (1, z, *latents) by a VAE of a config."""
+def _decode_peak(space: LatentSpace, kind: Any, config: str, dtype: torch.dtype, *latents: int) -> int:
+    """Peak of the live tensors of a decode of (1, C, *latents) by a VAE of a config."""
     with torch.device("meta"):
         model: Any = kind.from_config({k: v for k, v in json.loads(config).items() if not k.startswith("_")})
     model.eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     with torch.no_grad(), _LiveTensors() as live:
-        model.decode(torch.empty(1, model.config.z_dim, *latents, device="meta", dtype=dtype), return_dict=False)
+        space.decode_vae(model, torch.empty(1, space.channels(model), *latents, device="meta", dtype=dtype))
     return live.peak
 
 

@@ -8,9 +8,12 @@ from typing import Any
 
 from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.model_folder import read_json
-from tilewise.plugins.native_grid import native_file
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.models.base import Size
+from tilewise.plugins.native_grid import native_file, native_pixels
 
-WAN_FPS = 16
+FPS = 16  # Wan's, which says none itself
+WAN_FLOW_SHIFT = 9.0
 FLOATS = ("guidance", "fps", "highres_strength", "highres_flow_shift")
 
 
@@ -20,8 +23,8 @@ class Native:
 
     height, width: pixels. num_frames: frames of the clip. steps: denoising steps. guidance: classifier-free guidance
     scale (1 is none). fps: frames a second on playback. max_sequence_length: text tokens, None for the pipeline's own.
-    highres_strength, highres_flow_shift: of `highres`'s second stage; FreeSwim's for Wan (arXiv 2511.14712), where a model says
-    nothing else.
+    highres_strength, highres_flow_shift: of `highres`'s second stage, FreeSwim's (arXiv 2511.14712) where a model says nothing
+    else; its shift is for Wan, other models keep their scheduler's own (None).
     world: "shapes" if the model draws the small world that `clip_content` can read back, else None.
     """
 
@@ -34,7 +37,7 @@ class Native:
     max_sequence_length: int | None = None
     world: str | None = None
     highres_strength: float = 0.7
-    highres_flow_shift: float = 9.0
+    highres_flow_shift: float | None = None
 
 
 def native_size(pipe: Any) -> Native:
@@ -67,15 +70,19 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
         value = parameters[name].default if name in parameters else None
         return fallback if value is None or value is inspect.Parameter.empty else value
 
+    try:
+        size = native_pixels(pipe)
+    except ConfigError:
+        size = Size(480, 832, default("num_frames", 81))
     return {
-        "height": default("height", 480),
-        "width": default("width", 832),
-        "num_frames": default("num_frames", 81),
+        "height": size.height,
+        "width": size.width,
+        "num_frames": size.num_frames,
         "steps": default("num_inference_steps", 50),
         "guidance": float(default("guidance_scale", 5.0)),
-        "fps": float(WAN_FPS),
+        "fps": float(default("frame_rate", FPS)),
         "max_sequence_length": default("max_sequence_length", None),
         "world": None,
         "highres_strength": Native.highres_strength,
-        "highres_flow_shift": Native.highres_flow_shift,
+        "highres_flow_shift": WAN_FLOW_SHIFT if type(pipe).__name__.startswith("Wan") else None,
     }

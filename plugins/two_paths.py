@@ -26,18 +26,22 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tilewise.kernels.layout import Layout
 from tilewise.plugins.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.denoiser_patch import Patch
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
+from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.override import ForwardOverride, override_forward
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.pooled_attention import Patches, pooled_attention, pooling_of
 from tilewise.plugins.processor import TilewiseProcessor, rebind
 from tilewise.plugins.schedule import step_of
+from tilewise.plugins.sparse_call import attend_planned, choose
 
-GlobalPath = Literal["dense", "pooled"]
+GlobalPath = Literal["dense", "draft", "pooled"]
 Guided = Literal["all", "cond"]
 
+DRAFT_DENSITY = 0.25
 # Denoisers with cross-attention ``attn2`` in every block: where the blocks are, and which argument of the forward is the text.
 _SERVED = {"WanTransformer3DModel": ("blocks", 2), "LTXVideoTransformer3DModel": ("transformer_blocks", 1)}
 
@@ -85,6 +89,7 @@ class TwoPaths:
         self._handed: torch.Tensor | None = None
         self._step = -1
         self._patches: tuple[Any, Patches] | None = None
+        self._draft = Draft(density=DRAFT_DENSITY, min_tokens=0)
         self._handles: list[Any] = []
         try:
             self._install(denoiser)
@@ -105,8 +110,8 @@ class TwoPaths:
             self._handles.append(cross)
             # After the patch's own hooks, so that the tokens are already in the order in force.
             self._handles.append(block.register_forward_pre_hook(self._block_hook(number), with_kwargs=True))
-            if self.global_path == "pooled":
-                attention = override_forward(block.attn1, _pooled_self_attention, self)
+            if self.global_path != "dense":
+                attention = override_forward(block.attn1, _coarse_self_attention, self)
                 if attention is None:
                     raise UnsupportedModelError(
                         f"two paths: the self-attention of block {number} has a forward that somebody else replaced"
@@ -215,8 +220,8 @@ class TwoPaths:
             )
         return given
 
-    def _pooled(self, override: ForwardOverride, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        """A self-attention layer of the full path with pooled keys and values: its own processor, with another attention."""
+    def _coarse(self, override: ForwardOverride, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """A self-attention layer of the full path, less than dense: its own processor, with another attention."""
         module: Any = override.module
         processor = module.processor
         if not self._in_full or not isinstance(processor, TilewiseProcessor):  # or left alone by the patch
@@ -224,30 +229,42 @@ class TwoPaths:
         original: Any = processor.original
         hidden = args[0] if args else kwargs["hidden_states"]
         if processor._fused is not None and self.patch.fused_here(hidden):
-            out = processor._fused(original, self._pooled_dispatch, module, *args, **kwargs)
+            out = processor._fused(original, self._coarse_dispatch, module, *args, **kwargs)
             if out is not None:
                 return out
         stock: Any = type(original).__call__
-        return types.MethodType(rebind(stock, self._pooled_dispatch), original)(module, *args, **kwargs)
+        return types.MethodType(rebind(stock, self._coarse_dispatch), original)(module, *args, **kwargs)
 
-    def _pooled_dispatch(
+    def _coarse_dispatch(
         self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any
     ) -> torch.Tensor:
         """In place of diffusers' attention dispatcher."""
         if attn_mask is not None:
             raise TilewiseError(
-                "two paths: a pooled full path cannot follow an attention mask; use global_path='dense'"
+                f"two paths: a full path that is {self.global_path} cannot follow an attention mask; use global_path='dense'"
             )
         step = self.patch.step
-        grid, order = step.grid, step.order(query.device)
+        grid, order, layout = step.grid, step.order(query.device), step._layout
         assert grid is not None
+        scale_of = getattr(self.patch.config.method, "scale", None)
+        scale = None if scale_of is None or layout is None else scale_of(layout, query.shape[-1])
+        if self.global_path == "draft":
+            return self._drafted(query, key, value, layout, scale)
         there = None if order is None else order[0]
         known = (grid, None if there is None else there.data_ptr(), query.device)
         if self._patches is None or self._patches[0] != known:
             self._patches = known, pooling_of(grid, there, self.pool, query.device)
-        scale, layout = getattr(self.patch.config.method, "scale", None), step._layout
-        chosen = None if scale is None or layout is None else scale(layout, query.shape[-1])
-        return pooled_attention(query, key, value, self._patches[1], chosen)
+        return pooled_attention(query, key, value, self._patches[1], scale)
+
+    def _drafted(self, query: Any, key: Any, value: Any, layout: Layout | None, scale: float | None) -> torch.Tensor:
+        """By the draft method over the blocks of the window's layout: a choice anew at each refresh, with summary rows."""
+        refused = "the tokens are in the model's own order" if layout is None else self._draft.refuses_call(layout)
+        if layout is None or refused is not None:
+            raise TilewiseError(f"two paths: no draft of the full path: {refused}. Use global_path='pooled' or 'dense'")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        planned = self._draft.plan_call(layout, query, key, value, scale, {}, 0)
+        choice, _ = choose((query, key, value), planned.plan, None)
+        return attend_planned((query, key, value), planned, layout, choice, scale)
 
 
 def _cross_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -257,10 +274,10 @@ def _cross_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> to
     return paths._cross(number, override, args, kwargs)
 
 
-def _pooled_self_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _coarse_self_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> torch.Tensor:
     if override.state is None:
         return override.stock(*args, **kwargs)
-    return override.state._pooled(override, args, kwargs)
+    return override.state._coarse(override, args, kwargs)
 
 
 @contextmanager
@@ -279,7 +296,9 @@ def two_paths(
     Args:
         target: a pipeline or denoiser, patched with a method that reorders tokens, "inward" for instance.
         refresh: the full path runs at every so many forwards of a branch; in between its cross-attention is reused. 1: always.
-        global_path: how the full path attends to itself. "dense": to every token. "pooled": to the means of small patches.
+        global_path: how the full path attends to itself. "dense": to every token. "draft": to the quarter of the token pairs that
+            a draft of its own attention map asks for, and one row for each block that it leaves out (the method "draft").
+            "pooled": to the means of small patches.
         guided: which forwards the full path guides. "all", or "cond": the first of each step alone, which in diffusers'
             pipelines is the prompt's, and not the negative prompt's (as the paper's cached code does). Where guidance runs as
             one batch, both are in that first forward.
@@ -297,7 +316,10 @@ def two_paths(
     """
     if not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 1:
         raise ConfigError(f"two paths: refresh must be a whole number of at least 1, got {refresh!r}")
-    for name, value, valid in (("global_path", global_path, ("dense", "pooled")), ("guided", guided, ("all", "cond"))):
+    for name, value, valid in (
+        ("global_path", global_path, ("dense", "draft", "pooled")),
+        ("guided", guided, ("all", "cond")),
+    ):
         if value not in valid:
             raise ConfigError(f"two paths: {name} must be one of {', '.join(valid)}, got {value!r}")
     if len(pool) != 2 or min(pool) < 1:
@@ -319,6 +341,11 @@ def two_paths(
     finally:
         for paths in on.values():
             paths.remove()
+
+
+def serves_two_paths(target: Any) -> bool:
+    """Whether the denoisers of a pipeline have the cross-attention that the full path guides through."""
+    return all(type(denoiser).__name__ in _SERVED for denoiser in denoisers_of(target).values())
 
 
 def _check(name: str, denoiser: nn.Module) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 # Before torch is imported, and inherited by the programs that tests start: on tiny tensors, and with several test
 # processes on few cores, threads mostly wait for each other (measured: 5 s instead of 40 for the same tests).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts what it puts in the background with SIGINT ignored, and so would be what tests start in order to interrupt it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # With --import-mode=importlib the tests' own folder is not importable; helper modules such as tiny_wan live there.
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import pytest
@@ -304,6 +305,23 @@ def test_pooled_path_in_a_model():
     assert (outs[2] - outs[0]).abs().max() > 1e-4
 
 
+def test_drafted_path_in_a_model():
+    """A draft that keeps everything is dense attention; a quarter with its summary rows is not, and is near."""
+    model = tiny_wan.tiny_transformer()
+    x, text = inputs()
+    tilewise.patch(model, METHOD, steps=(0, 1), strict=True)
+    with torch.no_grad():
+        outs = []
+        for options, density in (({}, 1.0), ({"global_path": "draft"}, 1.0), ({"global_path": "draft"}, 0.25)):
+            with two_paths(model, refresh=1, **options) as on:
+                (paths,) = on.values()
+                paths._draft = dataclasses.replace(paths._draft, density=density)
+                outs.append(model(x, torch.tensor([500.0]), text).sample)
+    torch.testing.assert_close(outs[1], outs[0], atol=2e-5, rtol=2e-5)
+    away = (outs[2] - outs[0]).abs().max()
+    assert 1e-5 < away < 0.3 * outs[0].abs().max()
+
+
 # ── the cache ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -370,7 +388,7 @@ def test_what_is_refused():
         pass
     tilewise.patch(model, METHOD)
     for options, match in (
-        ({"refresh": 0}, "refresh must be"), ({"global_path": "draft"}, "global_path must be one of dense, pooled"),
+        ({"refresh": 0}, "refresh must be"), ({"global_path": "none"}, "global_path must be one of dense, draft, pooled"),
         ({"guided": "uncond"}, "guided must be"), ({"pool": (0, 2)}, "pool must be"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=match), two_paths(model, **options):

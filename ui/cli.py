@@ -40,7 +40,7 @@ PLOT_HELP = "Also draw it: a .png, .svg or .pdf. A method that chooses by the co
 HIGHRES_HELP = "Past the model's size: a clip at its own size first, then --height and --width from that."
 STRENGTH_HELP = "--highres: share of the steps that run at the target, in (0, 1]."
 REFRESH_HELP = "--highres: the full path runs every so many steps."
-GLOBAL_PATH_HELP = "--highres: what guides the window: dense, pooled or none."
+GLOBAL_PATH_HELP = "--highres: what guides the window: dense, draft, pooled or none."
 UPSCALE_HELP = "--highres: bicubic, bilinear, lanczos or latent."
 
 
@@ -91,7 +91,7 @@ def generate(
     highres: Annotated[bool, typer.Option("--highres", help=HIGHRES_HELP)] = False,
     strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP, show_default="the model's own")] = None,
     refresh: Annotated[int | None, typer.Option(help=REFRESH_HELP, show_default="2")] = None,
-    global_path: Annotated[str | None, typer.Option(help=GLOBAL_PATH_HELP, show_default="dense")] = None,
+    global_path: Annotated[str | None, typer.Option(help=GLOBAL_PATH_HELP, show_default="what suits the model")] = None,
     upscale: Annotated[str | None, typer.Option(help=UPSCALE_HELP, show_default="bicubic")] = None,
     native: Annotated[str | None, typer.Option(help=f"--highres: size of the first stage, HxW. {NATIVE}")] = None,
     max_memory: Annotated[str | None, typer.Option(help="--highres: memory to stay within, such as 24GB.")] = None,

@@ -40,6 +40,7 @@ from tilewise.ui.web.controls import Controls
 from tilewise.ui.web.desk import Desk, Job
 from tilewise.ui.web.generate_tab import cancel, owner_of, stream
 from tilewise.ui.web.highres_wishes import (
+    AUTO,
     Wish,
     command_line,
     path_words,
@@ -175,7 +176,7 @@ class HighresTab:
             strength = gr.Textbox("", label="Strength (empty: the model's own)", elem_id="highres-strength")
             refresh = gr.Number(2, label="Full path every so many steps", elem_id="highres-refresh")
         with gr.Row():
-            path = gr.Radio(list(PATHS), value="dense", label="Full path", elem_id="highres-path")
+            path = gr.Radio([AUTO, *PATHS], value=AUTO, label="Full path", elem_id="highres-path")
             guided = gr.Radio(list(GUIDED), value="all", label="Forwards that it guides", elem_id="highres-guided")
         plan = gr.HTML(elem_id="highres-plan")
         with gr.Row():

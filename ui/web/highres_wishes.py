@@ -27,6 +27,7 @@ from tilewise.ui.web.wishes import _number, _whole, settings_of
 
 FIELDS = ("height", "width", "strength", "refresh", "global_path", "guided")
 """The tab's own controls, in the order in which handlers get them."""
+AUTO = "auto"  # the full path that suits the model
 SHARED = ("model", "negative", "frames", "steps", "guidance", "seed", "fps", "max_sequence_length")
 
 
@@ -57,7 +58,7 @@ def wish_of(models: Models, limits: Limits, values: Mapping[str, Any], own: Sequ
     options = HighresSettings(
         strength=None if not strength else _number("strength", strength),
         refresh=_whole("refresh", said["refresh"]) or 0,
-        global_path=str(said["global_path"]),
+        global_path=None if said["global_path"] == AUTO else str(said["global_path"]),
         guided=str(said["guided"]),
     )
     return Wish(native, height, width, options)
@@ -151,7 +152,7 @@ def command_line(work: Work, native: Native, dtype: str) -> str:
         "--refresh",
         str(options.refresh),
         "--global-path",
-        options.global_path,
+        str(options.global_path),
     ]
     if first.negative:
         words += [f"--negative={first.negative}"]

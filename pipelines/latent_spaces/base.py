@@ -1,0 +1,154 @@
+"""How a pipeline's latents become frames and back, and in which shape its call takes them: what a second stage has to know.
+
+    frames (T, H, W, 3) in 0 … 1  ⇄  latents (1, C, t, h, w), z = (x − mean) / std  ⇄  packed: what the call takes and gives
+
+A new kind of pipeline is a new file in this folder. Images are clips of one frame.
+
+Tiles of a VAE overlap by a quarter and are blended: close to the whole decode and not equal to it, as the middle block of these
+VAEs attends over, or normalises by, the whole picture.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import tilewise.pipelines.latent_spaces
+from tilewise.plugins.errors import UnsupportedModelError
+
+Statistics = tuple[torch.Tensor | float, torch.Tensor | float]
+
+
+class LatentSpace:
+    """One kind of pipeline. Stateless: one instance serves all.
+
+    Attributes:
+        pipelines: class names.
+        still: the pipeline makes an image.
+        flat: its VAE takes (B, C, H, W).
+        encoder_run: the encoder takes frames in runs of so many after the first, and drops what is over; 1: as they come.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    still: ClassVar[bool] = False
+    flat: ClassVar[bool] = False
+    encoder_run: ClassVar[int] = 1
+
+    def factors(self, pipe: Any) -> tuple[int, int]:
+        """Pixels to a latent: (along height and width, in time)."""
+        return (
+            (pipe.vae_scale_factor, 1)
+            if self.still
+            else (pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal)
+        )
+
+    def channels(self, vae: Any) -> int:
+        return vae.config.latent_channels
+
+    def statistics(self, vae: Any, like: torch.Tensor) -> Statistics:
+        """(mean, std) of the VAE's latents, broadcast over (1, C, t, h, w)."""
+        return vae.config.get("shift_factor") or 0.0, 1 / vae.config.scaling_factor
+
+    def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+        """(1, C, t, h, w) as the pipeline's call takes ``latents``."""
+        return latents[:, :, 0] if self.flat else latents
+
+    def unpacked(self, pipe: Any, latents: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+        """What the call gave, as (1, C, t, h, w); shape: (t, h, w)."""
+        return latents[:, :, None] if self.flat else latents
+
+    def decode_vae(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
+        """(1, C, t, h, w) of the VAE's own scale to pixels (1, 3, T, H, W) in −1 … 1."""
+        if self.flat:
+            return vae.decode(latents[:, :, 0], return_dict=False)[0][:, :, None]
+        return vae.decode(latents, return_dict=False)[0]
+
+    def shape(self, pipe: Any, height: int, width: int, frames: int) -> tuple[int, int, int]:
+        """(t, h, w) of the latents of a clip."""
+        spatial, temporal = self.factors(pipe)
+        return (frames - 1) // temporal + 1, height // spatial, width // spatial
+
+    @torch.no_grad()
+    def encode(self, pipe: Any, frames: NDArray[np.float32]) -> torch.Tensor:
+        """(T, H, W, 3) in 0 … 1 to normalised latents (1, C, t, h, w), float32 on the VAE's device: the mean, not a sample.
+
+        A clip whose length the encoder would cut is lengthened with its last frame, and the latents are cut: exact, as these
+        encoders are causal in time, and what comes later changes nothing before.
+        """
+        vae, count = pipe.vae, len(frames)
+        missing = -(count - 1) % self.encoder_run
+        if missing:
+            frames = np.concatenate([frames, np.repeat(frames[-1:], missing, 0)])
+        device = getattr(pipe, "_execution_device", vae.device)
+        video = torch.from_numpy(np.ascontiguousarray(frames)).to(device, vae.dtype).permute(3, 0, 1, 2)[None] * 2 - 1
+        latents = vae.encode(video[:, :, 0] if self.flat else video).latent_dist.mode().float()
+        if self.flat:
+            latents = latents[:, :, None]
+        mean, std = self.statistics(vae, latents)
+        return ((latents - mean) / std)[:, :, : self.shape(pipe, frames.shape[1], frames.shape[2], count)[0]]
+
+    @torch.no_grad()
+    def decode(self, pipe: Any, latents: torch.Tensor) -> NDArray[np.float32]:
+        """Normalised latents (1, C, t, h, w) to frames (T, H, W, 3) in 0 … 1: what the pipeline does at its end."""
+        vae = pipe.vae
+        latents = latents.to(getattr(pipe, "_execution_device", vae.device), vae.dtype)
+        mean, std = self.statistics(vae, latents)
+        video = self.decode_vae(vae, latents * std + mean)
+        frames: NDArray[np.float32]
+        if self.still:
+            frames = pipe.image_processor.postprocess(video[:, :, 0], output_type="np")
+        else:
+            frames = pipe.video_processor.postprocess_video(video, output_type="np")[0]
+        pipe.maybe_free_model_hooks()
+        return frames
+
+
+def by_channel(config: Any, like: torch.Tensor) -> Statistics:
+    """The mean and std that a VAE's config lists for each channel."""
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
+    return mean.to(like), std.to(like)
+
+
+@cache
+def latent_spaces() -> dict[str, LatentSpace]:
+    """Pipeline class name → its latent space."""
+    found: dict[str, LatentSpace] = {}
+    for module in pkgutil.iter_modules(tilewise.pipelines.latent_spaces.__path__):
+        if module.name != "base":
+            space = importlib.import_module(f"tilewise.pipelines.latent_spaces.{module.name}").SPACE
+            found.update(dict.fromkeys(space.pipelines, space))
+    return found
+
+
+def latent_space(pipe: Any) -> LatentSpace:
+    """The latent space of a pipeline.
+
+    Raises:
+        UnsupportedModelError: for a kind of pipeline that none is known of.
+    """
+    spaces, kind = latent_spaces(), type(pipe).__name__
+    if kind not in spaces:
+        raise UnsupportedModelError(
+            f"highres serves {', '.join(sorted(spaces))}, not {kind}: it needs latents that it can encode and enter the schedule "
+            "with. tilewise.patch(pipe, 'inward') gives the window alone"
+        )
+    return spaces[kind]
+
+
+@contextmanager
+def tiled(vae: Any, wanted: bool) -> Iterator[None]:
+    """Run a block with the VAE in tiles or whole, and put its switch back."""
+    before = vae.use_tiling
+    vae.use_tiling = wanted
+    try:
+        yield
+    finally:
+        vae.use_tiling = before

@@ -1,0 +1,26 @@
+"""Flux.1: images, whose latents are packed into tokens of 2×2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.latent_spaces.base import LatentSpace
+
+
+class FluxLatents(LatentSpace):
+    pipelines = ("FluxPipeline",)
+    still = flat = True
+
+    def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+        batch, channels, _, h, w = latents.shape
+        return pipe._pack_latents(latents[:, :, 0].contiguous(), batch, channels, h, w)
+
+    def unpacked(self, pipe: Any, latents: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+        factor = pipe.vae_scale_factor
+        image = pipe._unpack_latents(latents, shape[1] * factor, shape[2] * factor, factor)
+        return image.view(*image.shape[:2], *shape)  # some pipelines keep an axis of frames
+
+
+SPACE = FluxLatents()

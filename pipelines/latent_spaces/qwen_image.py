@@ -1,0 +1,24 @@
+"""Qwen-Image: packed as Flux's, from a video VAE that is given one frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.latent_spaces.base import Statistics, by_channel
+from tilewise.pipelines.latent_spaces.flux import FluxLatents
+
+
+class QwenImageLatents(FluxLatents):
+    pipelines = ("QwenImagePipeline",)
+    flat = False
+
+    def channels(self, vae: Any) -> int:
+        return vae.config.z_dim
+
+    def statistics(self, vae: Any, like: torch.Tensor) -> Statistics:
+        return by_channel(vae.config, like)
+
+
+SPACE = QwenImageLatents()

@@ -1,0 +1,172 @@
+"""highres on tiny pipelines of each kind that it serves besides Wan: latents there and back, the schedule, both stages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import test_family_flux
+import test_family_hunyuan_video
+import test_family_ltx
+import test_family_qwen_image
+import test_family_sd3
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, LTXPipeline
+
+import tilewise
+from tilewise.pipelines.highres import highres
+from tilewise.pipelines.highres_schedule import entered_at, noised
+from tilewise.pipelines.latent_spaces.base import latent_space, latent_spaces
+from tilewise.pipelines.native import native_size
+from tilewise.plugins.errors import ConfigError, TilewiseError
+from tilewise.plugins.ledger import FULL_PATH, SPARSE
+
+DYNAMIC = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=64)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ltx():
+    pipe = test_family_ltx.pipeline(LTXPipeline)
+    pipe.scheduler = DYNAMIC
+    mask = torch.ones(1, 7, dtype=torch.int64)
+    pipe.encode_prompt = lambda **_: (noise(1, 7, 16), mask, noise(1, 7, 16, seed=1), mask)
+    return pipe, {"native": (32, 64), "height": 64, "width": 96, "frames": 9}
+
+
+def hunyuan_video():
+    pipe = test_family_hunyuan_video.pipeline()
+    mask = test_family_hunyuan_video.padded(9, (6,))
+    pipe.encode_prompt = lambda **_: (noise(1, 9, 16), noise(1, 8, seed=1), mask)
+    return pipe, {"native": (48, 48), "height": 64, "width": 96, "frames": 5}
+
+
+def flux():
+    pipe = test_family_flux.pipeline()
+    pipe.scheduler = DYNAMIC
+    pipe.vae.register_to_config(shift_factor=0.1, scaling_factor=0.4)
+    pipe.encode_prompt = lambda **_: (noise(1, 7, 12), noise(1, 8, seed=1), torch.zeros(7, 3))
+    return pipe, {"native": (32, 32), "height": 48, "width": 64, "frames": 1}
+
+
+def sd3():
+    pipe = test_family_sd3.pipeline()
+    torch.manual_seed(0)
+    pipe.vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, scaling_factor=1.5, shift_factor=0.06,
+    )  # fmt: skip
+    text, pooled = test_family_sd3.TEXT_DIM, 8
+    pipe.encode_prompt = lambda **_: (
+        noise(1, 7, text),
+        noise(1, 7, text, seed=1),
+        noise(1, pooled),
+        noise(1, pooled, seed=1),
+    )
+    return pipe, {"native": (64, 64), "height": 96, "width": 128, "frames": 1}
+
+
+def qwen_image():
+    pipe = test_family_qwen_image.pipeline()
+    pipe.scheduler = DYNAMIC
+    channels = test_family_qwen_image.CHANNELS // 4
+    torch.manual_seed(0)
+    pipe.vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1] * channels, latents_std=[2.0] * channels,
+    )  # fmt: skip
+    mask = torch.ones(1, 7, dtype=torch.int64)
+    pipe.encode_prompt = lambda **_: (noise(1, 7, test_family_qwen_image.TEXT_DIM), mask)
+    return pipe, {"native": (64, 64), "height": 96, "width": 128, "frames": 1}
+
+
+KINDS = [ltx, hunyuan_video, flux, sd3, qwen_image]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
+def case(request):
+    pipe, size = request.param()
+    pipe.vae.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, size
+
+
+def call(pipe, size, **options):
+    frames = {"num_frames": size["frames"]} if size["frames"] > 1 else {}
+    given = {"height": size["height"], "width": size["width"], **frames, "num_inference_steps": 2, "return_dict": False}
+    return pipe("a star", generator=torch.Generator().manual_seed(0), **given, **options)[0]
+
+
+def test_latents_there_and_back(case):
+    pipe, size = case
+    space = latent_space(pipe)
+    shape = space.shape(pipe, size["height"], size["width"], size["frames"])
+    given = call(pipe, size, output_type="latent")
+    latents = space.unpacked(pipe, given, shape)
+    assert latents.shape == (1, space.channels(pipe.vae), *shape)
+    assert torch.equal(space.packed(pipe, latents), given)
+    stock = np.asarray(call(pipe, size, output_type="np"))
+    frames = space.decode(pipe, latents)
+    np.testing.assert_allclose(frames, stock.reshape(frames.shape), atol=1e-5)
+    assert frames.shape == (size["frames"], size["height"], size["width"], 3)
+    assert frames.std() > 0.01
+    again = space.encode(pipe, frames)
+    assert again.shape == latents.shape
+    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] * 2 - 1
+    with torch.no_grad():
+        stock_latents = pipe.vae.encode(video[:, :, 0] if space.flat else video).latent_dist.mode()
+    mean, std = space.statistics(pipe.vae, again)
+    torch.testing.assert_close((again * std + mean).view_as(stock_latents), stock_latents, atol=1e-5, rtol=1e-5)
+
+
+def test_two_stages(case):
+    pipe, size = case
+    scheduler, guidance = pipe.scheduler, {"guidance": 3.0}
+    made = highres(pipe, "a star", **size, steps=4, refresh=1, strength=0.5, **guidance)
+    assert made.frames.shape == (size["frames"], size["height"], size["width"], 3)
+    assert made.native.frames.shape == (size["frames"], *size["native"], 3)
+    assert made.clip.summary.density < 1
+    kinds = {row.kind for row in made.clip.summary.rows}
+    cross = isinstance(pipe, LTXPipeline)  # the only one with cross-attention
+    assert kinds == ({SPARSE, FULL_PATH} if cross else {SPARSE})
+    assert made.options.global_path == ("dense" if cross else "none")
+    assert made.options.flow_shift is None
+    assert bool(made.forwards["refreshed"]) == cross
+    assert pipe.scheduler is scheduler
+    assert "set_timesteps" not in vars(scheduler)
+    assert not tilewise.is_patched(pipe)
+    again = highres(
+        pipe, "a star", **size, steps=4, refresh=1, strength=0.5, upscale="latent", flow_shift=2.0, **guidance
+    )
+    assert not np.array_equal(again.frames, made.frames)
+    if not cross:
+        with pytest.raises(ConfigError, match="Leave global_path out"):
+            highres(pipe, "a star", **size, steps=4, global_path="dense")
+
+
+def test_native_sizes():
+    pipe, _ = sd3()
+    native = native_size(pipe)
+    assert (native.height, native.width, native.num_frames) == (pipe.default_sample_size * 8,) * 2 + (1,)
+    assert native.highres_flow_shift is None
+    native = native_size(ltx()[0])
+    assert (native.height, native.width, native.num_frames, native.fps) == (512, 704, 161, 25)
+
+
+def test_a_schedule_that_begins_elsewhere_is_an_error():
+    """Noise for one length of sequence, and a run with another."""
+
+    class Pipe:
+        scheduler = DYNAMIC
+
+    asked = {"sigmas": np.linspace(1, 0.25, 4), "mu": 0.1}
+    with entered_at(Pipe(), 4, 0.5, None) as scheduler:
+        noised(torch.zeros(1, 4), scheduler, asked, 40, torch.Generator())
+        scheduler.set_timesteps(sigmas=asked["sigmas"], mu=0.5 + 0.65 * 0.5)
+        with pytest.raises(TilewiseError, match="begins its second stage at noise level"):
+            scheduler.set_timesteps(**asked)
+
+
+def test_every_kind_is_tested():
+    assert {type(kind()[0]).__name__ for kind in KINDS} | {"WanPipeline"} == set(latent_spaces())

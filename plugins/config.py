@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -179,14 +179,12 @@ def save_config(config: MethodLike, path: str | os.PathLike[str]) -> None:
     """Write a config as JSON, complete or not at all."""
     path = Path(path)
     text = json.dumps(resolve(config).to_dict(), indent=2) + "\n"
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as part:
-        try:
-            part.write(text)
-            part.close()
-            os.replace(part.name, path)
-        except BaseException:
-            os.unlink(part.name)
-            raise
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # after the rename there is none left
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:

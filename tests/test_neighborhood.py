@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_wan
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import tilewise
 from tilewise.kernels.attention import block_sparse_attention
@@ -81,6 +82,41 @@ def test_attention(name):
     order = layout.permutation
     found = block_sparse_attention(q[:, order], k[:, order], v[:, order], plan)[:, layout.inverse]
     torch.testing.assert_close(found, wanted.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "strides", "dilated and strided", "causal, strided, dilated"])
+def test_flex_attention_agrees(name):
+    """The rule written as FlexAttention's mask_mod, by arithmetic on raster positions."""
+    grid, method = CASES[name]
+    _, h, w = grid.shape
+
+    def axis(q, k, number):
+        length, causal = grid.shape[number], method.causal and number == 0
+        window, stride, dilation = method.window[number], method.stride[number], method.dilation[number]
+        i, j = q // dilation, k // dilation
+        size = (length - 1 - q % dilation) // dilation + 1  # of the residue class of q
+        first = i // stride * stride
+        if causal:
+            last = torch.minimum(first + stride - 1, size - 1)
+            seen = (j > last - window) & (j <= i)
+        else:
+            middle = torch.minimum(first + stride // 2, size - 1)
+            start = (middle - window // 2).clamp(min=0)
+            start = torch.minimum(start, (size - window).clamp(min=0))
+            seen = (j >= start) & (j < start + window)
+        return seen & (q % dilation == k % dilation)
+
+    def mask_mod(batch, head, q, k):
+        return axis(q // (h * w), k // (h * w), 0) & axis(q // w % h, k // w % h, 1) & axis(q % w, k % w, 2)
+
+    q, k, v = (torch.randn(1, grid.tokens, 2, 16, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    mask = create_block_mask(mask_mod, None, None, grid.tokens, grid.tokens, device="cpu")
+    wanted = flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+    layout = method.layout(grid)
+    order = layout.permutation
+    plan = method.plan(layout, 2, torch.device("cpu"))
+    found = block_sparse_attention(q[:, order], k[:, order], v[:, order], plan)[:, layout.inverse]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_dilation_reaches_all_layers_of_a_model():

@@ -12,6 +12,7 @@ import torch
 
 from tilewise.kernels.attention import block_sparse_attention
 from tilewise.kernels.block_selection import select_rows, select_rows_reference
+from tilewise.kernels.block_share import block_share, torch_block_share
 from tilewise.kernels.block_stats import block_stats, block_stats_reference
 from tilewise.kernels.dynamic_plan import block_table, dynamic_plan
 from tilewise.kernels.layout import Grid, Layout
@@ -64,6 +65,53 @@ def test_block_stats_of_any_runs():
     torch.testing.assert_close(got.mean[0], torch.stack([p.mean(0) for p in parts]))
     assert got.variance is not None
     torch.testing.assert_close(got.variance[0], torch.stack([p.var(0, unbiased=False) for p in parts]))
+
+
+def naive_share(q, means, variances, layout, scale):
+    """Query by query, in float64."""
+    rows, heads, groups = layout.block_rows.double(), q.shape[2], q.shape[2] // means.shape[2]
+    share = torch.zeros(len(q), heads, layout.blocks, layout.blocks, dtype=torch.float64)
+    for h in range(heads):
+        mean, variance = (x[:, :, h // groups].double() for x in (means, variances))
+        for i, block in enumerate(blocks_of(layout)):
+            for b, s in ((b, s) for b in range(len(q)) for s in range(block.start, block.stop)):
+                one = scale * q[b, s, h].double()
+                sigma = (one.square() * variance[b]).sum(-1).sqrt()
+                edge = (2 * rows.log()).sqrt()
+                correction = torch.where(sigma <= edge, sigma**2 / 2, sigma * edge - rows.log())
+                share[b, h, i] += ((mean[b] * one).sum(-1) + rows.log() + correction).softmax(-1) / rows[i]
+    return share
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", [1.0, 4.0], ids=["smooth", "beyond the tangent"])
+def test_block_share(layout, dtype, spread):
+    B, S, H, D = 2, layout.grid.tokens, 4, 24
+    room = torch.full((B, S + 2, H, D + 8), torch.nan, dtype=dtype)
+    q = room[:, 1:-1, :, :D]
+    q.copy_(2 * random(B, S, H, D, dtype=dtype))
+    keys = spread * random(B, S, 2, D, dtype=dtype, seed=1)
+    start, rows, _ = block_table(layout, CPU)
+    stats = block_stats(keys, start, rows, variance=True)
+    assert stats.variance is not None
+    got = block_share(q, stats.mean, stats.variance, start, rows, D**-0.5)
+    want = naive_share(q, stats.mean, stats.variance, layout, D**-0.5)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2 * spread
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance / 10)
+    torch.testing.assert_close(got.sum(-1), torch.ones_like(got[..., 0]), rtol=1e-5, atol=1e-5)
+    plain = block_share(q, stats.mean, None, start, rows, D**-0.5)
+    want = naive_share(q, stats.mean, torch.zeros_like(stats.mean), layout, D**-0.5)
+    torch.testing.assert_close(plain.double(), want, rtol=tolerance, atol=tolerance / 10)
+
+
+def test_block_share_tells_of_what_is_not_finite():
+    layout = LAYOUTS[-1]
+    start, rows, _ = block_table(layout, CPU)
+    q, keys = random(1, layout.grid.tokens, 1, 16), random(1, layout.grid.tokens, 1, 16, seed=1)
+    q[0, 3] = torch.nan
+    share = block_share(q, block_stats(keys, start, rows).mean, None, start, rows, 0.25)
+    assert share.isnan().any(-1).sum() == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -273,6 +321,19 @@ class TestAheadOfTime:
         constants = {"D": 128, "BLOCK_D": 128, "BLOCK": 128}
         self.check(compiled(block_stats_kernel, capability, constants, types, 4), capability, tmp_path)
 
+    @pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 96)])
+    def test_block_share(self, dtype, head_dim, capability, tmp_path):
+        from tilewise.kernels.triton_block_share import block_share_kernel, launch_config
+
+        types = dict.fromkeys(["q_ptr", "mean_ptr", "variance_ptr"], f"*{dtype}")
+        types |= {"share_ptr": "*fp32", "start_ptr": "*i32", "rows_ptr": "*i32", "scale": "fp32"}
+        config = launch_config(head_dim, 2, hopper=capability >= 90)
+        width = 128 if head_dim > 64 else 64
+        constants = {"D": head_dim, "BLOCK_D": width, "BLOCK": 128, "BLOCK_N": config["BLOCK_N"], "PRECISION": "tf32"}
+        kernel = compiled(block_share_kernel, capability, constants, types, config["num_warps"])
+        self.check(kernel, capability, tmp_path)
+        assert kernel.metadata.shared <= (227 if capability >= 90 else 99) * 1024
+
     def test_lists(self, capability, tmp_path):
         from tilewise.kernels.triton_dynamic_plan import lists_kernel
 
@@ -326,6 +387,9 @@ def test_on_a_gpu(layout):
     torch.testing.assert_close(stats.mean.double(), want.mean, rtol=1e-5, atol=1e-5)
     assert stats.variance is not None
     torch.testing.assert_close(stats.variance.double(), want.variance, rtol=1e-4, atol=1e-5)
+    share = block_share(q, stats.mean, stats.variance, start, rows, D**-0.5)
+    wanted = torch_block_share(q.double(), stats.mean, stats.variance, start, rows, D**-0.5)
+    torch.testing.assert_close(share.double(), wanted, rtol=5e-2, atol=1e-5)
     means = block_stats(q, start, rows).mean
     logits = torch.einsum("bihd,bjhd->bhij", means, stats.mean) * 20
     always = torch.eye(N, dtype=torch.bool, device=device)

@@ -1,0 +1,103 @@
+"""What share of its attention does a block of queries give to each block of keys, as the means of the keys expect it?
+
+    x[s, j]      = scale · q_s·k̄ⱼ + log nⱼ + c(σ²[s, j])           σ²[s, j] = Σ_d (scale · q_s[d])² · var(Kⱼ)[d]
+    share[i, j]  = mean over the queries s of block i of  softmax_j x[s, j]
+
+c is the correction for keys that differ within their block (plugins/methods/draft_logits.py): σ²/2, along its tangent
+σ √(2 log n) − log n beyond σ² = 2 log n. Without variances it is 0.
+
+Each query is drafted by itself, and not the mean of its block: a mean query is more certain of where to look than its tokens are.
+Scores of all queries against all block means are 1/128 of attention's, and never leave the chip.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tilewise.kernels.device import FLOATS, runs_triton
+
+CHUNK = 2048  # queries that the CPU path scores at a time
+
+
+def block_share(
+    query: torch.Tensor,
+    key_mean: torch.Tensor,
+    key_variance: torch.Tensor | None,
+    start: torch.Tensor,
+    rows: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """The map of block pairs; see the module's docstring.
+
+    Args:
+        query: (B, S, H, D) float16, bfloat16 or float32 with contiguous D ≤ 256; any other strides.
+        key_mean: (B, N, Hk, D) float32, contiguous; Hk divides H. key_variance: the same, or None.
+        start, rows: (N,) first token and number of tokens (1 … 128) of each block, on query's device: see ``block_table``.
+        scale: of the scores.
+
+    Returns:
+        (B, H, N, N) float32: rows sum to 1. nan where a query of the block, or a key, is not finite.
+
+    Raises:
+        ValueError: shapes, strides or devices that do not fit.
+        TypeError: another dtype.
+    """
+    if query.ndim != 4 or query.shape[3] > 256 or query.stride(3) != 1:
+        raise ValueError(
+            f"block_share: query must be (B, S, H, D) with contiguous D of at most 256, got {tuple(query.shape)}"
+        )
+    if query.dtype not in FLOATS:
+        raise TypeError(f"block_share: query must be float16, bfloat16 or float32, got {query.dtype}")
+    B, _, H, D = query.shape
+    N = len(start)
+    for name, x in (("key_mean", key_mean), ("key_variance", key_variance)):
+        if x is None:
+            continue
+        good = x.ndim == 4 and x.shape[:2] == (B, N) and x.shape[3] == D and H % x.shape[2] == 0
+        if not good or x.shape != key_mean.shape or not x.is_contiguous() or x.dtype != torch.float32:
+            raise ValueError(
+                f"block_share: {name} must be contiguous float32 ({B}, {N}, Hk, {D}) with Hk dividing {H}, got "
+                f"{tuple(x.shape)} {x.dtype}"
+            )
+    if rows.shape != (N,) or not query.device == key_mean.device == start.device == rows.device:
+        raise ValueError(
+            f"block_share: needs rows ({N},) and all on {query.device}, got {tuple(rows.shape)}, key_mean on "
+            f"{key_mean.device}, start on {start.device} and rows on {rows.device}"
+        )
+    if runs_triton(query.device):
+        from tilewise.kernels.triton_block_share import triton_block_share
+
+        return triton_block_share(query, key_mean, key_variance, start, rows, scale)
+    return torch_block_share(query, key_mean, key_variance, start, rows, scale)
+
+
+def torch_block_share(
+    query: torch.Tensor,
+    key_mean: torch.Tensor,
+    key_variance: torch.Tensor | None,
+    start: torch.Tensor,
+    rows: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """The formula as it stands, some queries at a time; in float32, or in query's float64."""
+    B, _, H, _ = query.shape
+    N, dtype = len(start), torch.promote_types(query.dtype, torch.float32)
+    # The blocks' tokens one after another, and the block of each: blocks may lie anywhere.
+    first = rows.cumsum(0) - rows
+    block = torch.repeat_interleave(torch.arange(N, device=query.device), rows)
+    token = start.long()[block] + torch.arange(len(block), device=query.device) - first[block]
+
+    def by_head(x: torch.Tensor) -> torch.Tensor:
+        return x.to(dtype).repeat_interleave(H // x.shape[2], 2).permute(0, 2, 3, 1)  # (B, H, D, N)
+
+    mean, variance = by_head(key_mean), None if key_variance is None else by_head(key_variance)
+    log_rows = rows.to(dtype).log()
+    share = torch.zeros(B, H, N, N, dtype=dtype, device=query.device)
+    for part, of in zip(token.split(CHUNK), block.split(CHUNK), strict=True):
+        q = scale * query[:, part].to(dtype).transpose(1, 2)
+        x = q @ mean + log_rows
+        if variance is not None:
+            s2 = q.square() @ variance
+            x = x + torch.where(s2 <= 2 * log_rows, s2 / 2, (2 * s2 * log_rows).clamp_min(0).sqrt() - log_rows)
+        share.index_add_(2, of, x.softmax(-1))
+    return share / rows[:, None]

@@ -49,6 +49,7 @@ VARIANTS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("draft", (("density", 0.25), ("compensate", False))),
     ("draft", (("density", 0.1),)),
     ("draft", (("density", 0.25), ("refresh", 4), ("drift", None))),
+    ("draft", (("recall", 0.9),)),
     ("xattention", (("density", 0.25), ("compensate", False))),
 )
 SHAPES = ((Grid(30, 48, 80), 24), (Grid(21, 45, 80), 40), (Grid(21, 45, 80), 12))

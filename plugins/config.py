@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from tilewise.kernels.attention_8bit import VALUES as PRECISIONS
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.methods.base import Method, make_method, methods
+from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.methods.sta import STA
 
 DEFAULT_STEPS = (0.25, 1.0)
@@ -136,11 +137,13 @@ _PRESETS: dict[str, Config] = {
     "sta-quality": Config(STA(density=0.5), steps=(0.5, 1.0), blocks="1:"),
     "sta-balanced": Config(STA(density=0.4), steps=(0.4, 1.0), blocks="1:"),
     "sta-fast": Config(STA(density=0.2), steps=(0.25, 1.0), blocks="1:"),
+    "draft-quality": Config(Draft(density=0.5), steps=(0.25, 1.0), blocks="1:"),
+    "draft-fast": Config(Draft(density=0.25), steps=(0.25, 1.0), blocks="1:"),
 }
 
 
 def presets() -> dict[str, Config]:
-    """Named configs, from most faithful to fastest."""
+    """Named configs, of each method from most faithful to fastest."""
     return dict(_PRESETS)
 
 

@@ -25,8 +25,8 @@ app = typer.Typer(
 
 MODEL_HELP = "demo (bundled), a diffusers folder, or a hub id such as org/name."
 METHOD_HELP = (
-    "sta, draft, xattention, inward, neighborhood, dense, a preset (sta-quality, sta-balanced, sta-fast), "
-    "or a config .json."
+    "sta, draft, xattention, inward, neighborhood, dense, a preset (sta-quality, sta-balanced, sta-fast, draft-quality, "
+    "draft-fast), or a config .json."
 )
 WINDOW_HELP = "Window of method sta in tiles, t,h,w: for example 3,3,3."
 DENSITY_HELP = "Instead of a window: the fraction of token pairs to keep, in (0, 1]."

@@ -6,9 +6,9 @@ print(tilewise.summary(pipe))    what really ran
 tilewise.unpatch(pipe)           as if it had never been patched
 """
 
+import pathlib
 import re
 from importlib import import_module, metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Names are imported when they are first asked for (PEP 562): they bring in torch, which takes seconds, and neither --help
@@ -87,7 +87,7 @@ try:
     __version__ = metadata.version("tilewise")
 except metadata.PackageNotFoundError:  # a source tree on sys.path that was never installed
     __version__ = "0+unknown"
-    _project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    _project = pathlib.Path(__file__).resolve().parents[2] / "pyproject.toml"
     if _project.is_file() and (_line := re.search(r'^version = "(.+)"$', _project.read_text("utf-8"), re.MULTILINE)):
         __version__ = f"{_line[1]}+source"
 

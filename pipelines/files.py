@@ -10,6 +10,18 @@ from pathlib import Path
 
 from tilewise.pipelines.errors import OutputPathError
 
+STILL = ".png"  # a clip of one frame
+
+
+def is_still(path: str | Path) -> bool:
+    """Whether a name is a picture's and not a clip's."""
+    return Path(path).suffix.lower() == STILL
+
+
+def suffix_of(frames: int) -> str:
+    """What a clip of so many frames is written as where nobody says otherwise."""
+    return STILL if frames == 1 else ".mp4"
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:

@@ -53,7 +53,7 @@ class Clip:
 def generate(
     pipe: Any, settings: GenerateSettings, progress: Progress | None = None, *, preview: Preview | None = None
 ) -> Clip:
-    """Runs a text-to-video pipeline with the method of `settings`, and takes the method out again.
+    """Runs a text-to-video or text-to-image pipeline with the method of `settings`, and takes the method out again.
 
     Method "dense" runs the stock pipeline without any patch. Whatever happens, KeyboardInterrupt included, the pipeline
     is usable and unpatched afterwards; `stopping.stoppable` stops it from another thread.
@@ -91,6 +91,8 @@ def run(
     preview: Preview | None = None,
 ) -> tuple[Any, dict[str, float]]:
     """Calls the pipeline as it is; returns the first clip, (T, H, W, 3) in 0..1 or latents, and seconds by phase.
+
+    An image is a clip of one frame.
 
     A preview that raises an Exception is logged and not called again; the run goes on.
     """
@@ -132,7 +134,8 @@ def run(
             raise
         clock.enter("end")
     tell("decode", 1, 1)
-    return output[0], clock.seconds()
+    first = output[0]
+    return first[None] if decode and np.ndim(first) == 3 else first, clock.seconds()
 
 
 def warm_up(pipe: Any, settings: GenerateSettings, progress: Progress | None = None) -> float:

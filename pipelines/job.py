@@ -1,7 +1,7 @@
 """One clip of a batch: what identifies it, and what its file is called.
 
     key  = SHA-256 of {settings without the model's name, dtype, model revision, package version} as canonical JSON
-    file = {index:05d}-{slug}-{seed}-{first 8 hex digits of the key}.mp4
+    file = {index:05d}-{slug}-{seed}-{first 8 hex digits of the key}.mp4      (or .png, for one frame)
 
 The key says what is to be made, not in which order or under which name: a job that moves to another line of the input, or
 runs on another machine, keeps it. The model counts by its revision, because a name does not say which weights it stands for.
@@ -18,10 +18,11 @@ from functools import cached_property
 from typing import Any
 
 from tilewise import __version__
+from tilewise.pipelines.files import suffix_of
 from tilewise.pipelines.settings import GenerateSettings
 
 SLUG_LENGTH = 60
-CLIP_NAME = re.compile(r"\d{5,}-[a-z0-9-]+-\d+-[0-9a-f]{8}\.mp4")
+CLIP_NAME = re.compile(r"\d{5,}-[a-z0-9-]+-\d+-[0-9a-f]{8}\.(mp4|png)")
 
 
 def slug(text: str) -> str:
@@ -60,7 +61,7 @@ class Job:
     def file(self) -> str:
         """Name of the clip within the batch's folder."""
         words = slug(self.ids[0] if self.ids else self.settings.prompt)
-        return f"{self.index:05d}-{words}-{self.settings.seed}-{self.key[:8]}.mp4"
+        return f"{self.index:05d}-{words}-{self.settings.seed}-{self.key[:8]}{suffix_of(self.settings.frames)}"
 
     def to_dict(self) -> dict[str, Any]:
         """What the clip's record says about its place in the batch."""

@@ -19,6 +19,9 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+# They lose detail below float32, and their pipelines decode in the VAE's own type. Not all do: Flux, for one, hands over its
+# latents as they are.
+FLOAT32_VAES = ("AutoencoderKLWan",)
 HUB_TIMEOUT = 10.0  # seconds until we say that the hub does not answer
 
 
@@ -27,8 +30,8 @@ def load_pipeline(model: str | Path = "demo", *, device: str = "auto", dtype: st
 
     model: "demo", a diffusers folder, or a hub id (org/name; needs the network the first time).
     device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
-    dtype: "auto" (float32 on a CPU, bfloat16 otherwise), "float32", "bfloat16" or "float16". The VAE always gets
-    float32: Wan's loses detail below that.
+    dtype: "auto" (float32 on a CPU, bfloat16 otherwise), "float32", "bfloat16" or "float16"; of all parts but the VAEs of
+    FLOAT32_VAES.
 
     Raises ModelError (missing, damaged, no network), DeviceError (not on this machine), ConfigError (no such dtype).
     """
@@ -39,7 +42,9 @@ def load_pipeline(model: str | Path = "demo", *, device: str = "auto", dtype: st
 
     try:
         # Explicit for all parts: a file in float16 would otherwise stay so on a CPU, and parts would disagree.
-        pipe = DiffusionPipeline.from_pretrained(str(source), dtype={"default": kind, "vae": torch.float32})
+        _, vae = DiffusionPipeline.load_config(str(source)).get("vae") or (None, None)
+        dtypes = {"default": kind, **({"vae": torch.float32} if vae in FLOAT32_VAES else {})}
+        pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtypes)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ModelError(f"could not load the model {model}: {_first_line(error)}") from error
     pipe.to(where)

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tilewise.pipelines.loading import FLOAT32_VAES
 from tilewise.pipelines.settings import GenerateSettings
 from tilewise.plugins.explain import Explanation
 from tilewise.plugins.models.base import family_of
@@ -56,12 +57,12 @@ class MemoryEstimate:
 def estimate_memory(
     skeleton: Any, settings: GenerateSettings, explanation: Explanation, dtype: torch.dtype
 ) -> MemoryEstimate:
-    """For one clip, all parts of the pipeline on the device. skeleton: from `load_skeleton`. dtype: of all but the VAE."""
+    """For one clip, all parts of the pipeline on the device. skeleton: from `load_skeleton`. dtype: as for `load_pipeline`."""
     notes = []
     weights = 0
     for name, part in skeleton.components.items():
         if isinstance(part, nn.Module):
-            size = 4 if name == "vae" else dtype.itemsize
+            size = 4 if type(part).__name__ in FLOAT32_VAES else dtype.itemsize
             weights += sum(weight.numel() for weight in part.parameters()) * size
         elif part is None and name.startswith(("text_encoder", "image_encoder")):
             folder = Path(str(skeleton.config.get("_name_or_path") or "")) / name

@@ -1,4 +1,5 @@
-"""Clips as mp4 files: H.264 for any player, with the settings that made the clip inside the file."""
+"""Clips as mp4 files: H.264 for any player, with the settings that made the clip inside the file. A clip of one frame, what image
+models make, may also be a png (``still``): every function here takes either, and goes by the name's ending."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewise.pipelines.errors import FFmpegError, OutputError
-from tilewise.pipelines.files import replacing, sidecar, write_text
+from tilewise.pipelines.files import is_still, replacing, sidecar, write_text
+from tilewise.pipelines.still import read_still, write_still
 
 # RGB is converted by the rules of HD video and labelled so; without labels players guess by size, and colours shift.
 COLOUR = ["-vf", "scale=out_color_matrix=bt709:out_range=tv"]
@@ -37,7 +39,7 @@ def write_video(
     beside: bool = True,
     crf: int = 16,
 ) -> Path:
-    """Writes a clip as H.264 mp4 and, with `settings`, the settings as JSON beside it (NAME.json). Returns the path.
+    """Writes a clip as H.264 mp4 (a NAME.png as png) and, with `settings`, the settings as JSON beside it; returns the path.
 
     frames: (T, H, W, 3), uint8 in 0..255 or float in 0..1 (values outside are clipped). fps: frames a second, above 0.
     settings: anything JSON can hold; kept in the file's comment tag, where `read_settings` finds it.
@@ -51,6 +53,11 @@ def write_video(
     Raises ValueError for frames that are no clip, FFmpegError without ffmpeg, OutputError when the encoder fails.
     """
     path = Path(path)
+    if is_still(path):
+        write_still(path, to_uint8(frames), settings)
+        if beside:
+            _write_sidecar(path, settings)
+        return path
     clip = even(to_uint8(frames))
     if not (fps > 0 and math.isfinite(fps)):
         raise ValueError(f"fps must be above 0, not {fps}")
@@ -74,6 +81,10 @@ def write_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
     Raises OutputError if that fails, and leaves the clip as it was; FFmpegError without ffmpeg.
     """
     path = Path(path)
+    if is_still(path):
+        write_still(path, read_still(path)[0], settings)
+        _write_sidecar(path, settings)
+        return
     try:
         with _metadata(settings) as metadata, replacing(path) as part:
             copy = ["-y", "-i", str(path.absolute()), *metadata, "-map", "0", "-c", "copy", *MP4]
@@ -84,10 +95,12 @@ def write_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(path: str | Path) -> dict[str, Any] | None:
-    """The settings inside an mp4 written by `write_video`; None if the file holds none.
+    """The settings inside a file written by `write_video`; None if the file holds none.
 
     Raises OutputError if the file is no clip, FFmpegError without ffmpeg.
     """
+    if is_still(path):
+        return read_still(path)[1]
     text = _run(["-i", str(Path(path).absolute()), "-f", "ffmetadata", "-"], path).decode("utf-8", "replace")
     comment = _ffmetadata(text).get("comment")
     if comment is None:
@@ -104,6 +117,8 @@ def read_frames(path: str | Path) -> NDArray[np.uint8]:
 
     Raises OutputError if the file is no clip, FFmpegError without ffmpeg.
     """
+    if is_still(path):
+        return read_still(path)[0]
     # A PPM picture is a header and the raw pixels: sizes come with the frames, none is parsed out of ffmpeg's log.
     arguments = ["-i", str(Path(path).absolute()), "-fps_mode", "passthrough"]
     data = _run([*arguments, "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"], path)

@@ -208,10 +208,10 @@ def test_window_and_density_replace_the_presets_own():
 
 
 def test_default_names():
-    assert default_out("A red circle, moving right!", 7) == Path("outputs/a-red-circle-moving-right-7.mp4")
-    assert default_out("円", 0) == Path("outputs/clip-0.mp4")
-    assert len(default_out("x/../" * 100, 0).name) <= 70
-    assert default_out("../../etc", 0).parent == Path("outputs")
+    assert default_out("A red circle, moving right!", 7, 9) == Path("outputs/a-red-circle-moving-right-7.mp4")
+    assert default_out("円", 0, 1) == Path("outputs/clip-0.png")
+    assert len(default_out("x/../" * 100, 0, 9).name) <= 70
+    assert default_out("../../etc", 0, 9).parent == Path("outputs")
 
 
 # --- what cannot be: one clear message, the right exit code, no file ----------------------------------------------

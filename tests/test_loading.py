@@ -48,13 +48,13 @@ def test_a_second_denoiser_is_loaded(tmp_path):
 
 
 def test_native_size_from_the_folder(tiny_pipe_dir):
-    expected = Native(64, 64, 9, 4, 3.0, 8.0, 16)
+    expected = Native(64, 64, 9, 4, 3.0, 8.0, 16, highres_flow_shift=9.0)
     assert native_size(load_pipeline(tiny_pipe_dir, device="cpu")) == expected
     assert native_size(load_skeleton(tiny_pipe_dir)) == expected
 
 
 def test_native_size_from_the_signature(tiny_pipe):
-    assert native_size(tiny_pipe) == Native(480, 832, 81, 50, 5.0, 16.0, 512)
+    assert native_size(tiny_pipe) == Native(480, 832, 81, 50, 5.0, 16.0, 512, highres_flow_shift=9.0)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,10 @@ def generate(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The .mp4 to write. Default: outputs/<prompt>-<seed>.mp4", show_default=False)
+        Path | None,
+        typer.Option(
+            help="The .mp4 to write, or .png for one frame. Default: outputs/<prompt>-<seed>.…", show_default=False
+        ),
     ] = None,
     compare: Annotated[
         str | None, typer.Option(help="'dense': also make the dense clip, measure both, and put them side by side.")

@@ -22,7 +22,7 @@ from tilewise.pipelines.record import Recorded, clip_record, frames_sha256, mach
 from tilewise.pipelines.settings import GenerateSettings, explain_settings, prompt_notes, resolve_settings
 from tilewise.pipelines.video import ffmpeg_path, write_settings, write_video
 from tilewise.plugins.errors import ConfigError
-from tilewise.ui.options import config_file, default_out, method_config
+from tilewise.ui.options import config_file, default_out, method_config, out_suffix
 from tilewise.ui.report import print_files, print_result, print_settings
 
 MODEL, METHOD = "demo", "sta-balanced"  # where nobody says otherwise
@@ -126,14 +126,14 @@ def _check(request: Request, *, create: bool) -> Work:
     wishes = {name: value for name, value in earlier.items() if name not in ("prompt", "method", "model")} | given
     settings = resolve_settings(skeleton, prompt, method=config, model=model, **wishes)
     call_arguments(skeleton, settings)
-    files = [request.out or default_out(settings.prompt, settings.seed)]
+    files = [request.out or default_out(settings.prompt, settings.seed, settings.frames)]
     if request.compare:
         files += [files[0].with_stem(f"{files[0].stem}-{kind}") for kind in ("dense", "side-by-side")]
     if request.source is not None and any(file.exists() and file.samefile(request.source) for file in files):
         raise ConfigError(f"the clip of --from, {request.source}, would be replaced; give another --out")
     for creating in (False, True) if create else (False,):  # no folder is made while another file may be refused
         for file in files:
-            check_writable(file, create=creating)
+            check_writable(file, suffix=out_suffix(file, settings), create=creating)
             check_sidecar(file, keep=None if request.method is None else config_file(request.method), create=creating)
     ffmpeg_path()
     return Work(skeleton, settings, files, dtype, origin)

@@ -19,7 +19,7 @@ from tilewise.pipelines.video import ffmpeg_path, write_settings, write_video
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of
 from tilewise.ui.generating import MODEL, Request, progress_bars, quiet_libraries
-from tilewise.ui.options import default_out, method_config, parse_size
+from tilewise.ui.options import default_out, method_config, out_suffix, parse_size
 from tilewise.ui.report import console, print_files, print_result, print_settings
 
 
@@ -96,11 +96,11 @@ def _check(request: Request, *, create: bool) -> _Checked:
     size = None if native is None else parse_size(native)
     arguments = (request.prompt, height, width, size, method_config(request.method or "dense"), options, shared)
     work = prepare(skeleton, *arguments, device)
-    file = request.out or default_out(request.prompt, work.target.seed)
+    file = request.out or default_out(request.prompt, work.target.seed, work.target.frames)
     files = [file, file.with_stem(f"{file.stem}-native")]
     for creating in (False, True) if create else (False,):
         for path in files:
-            check_writable(path, create=creating)
+            check_writable(path, suffix=out_suffix(path, work.target), create=creating)
             check_sidecar(path, create=creating)
     ffmpeg_path()
     return _Checked(skeleton, work, arguments, files, str(dtype).removeprefix("torch."))

@@ -19,6 +19,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from tilewise import __version__
+from tilewise.pipelines.files import is_still
 from tilewise.pipelines.manifest_comparison import ComparedClip, Group, MethodRow
 from tilewise.pipelines.video import read_frames
 
@@ -138,6 +139,8 @@ def _figure(clip: ComparedClip, folder: Path, *, inside: bool) -> str:
         return f'<figure><img alt="first frame" src="{poster}">{caption}<br>{link}</figcaption></figure>'
     data = base64.b64encode(clip.path.read_bytes()).decode()
     label = escape(clip.method, quote=True)
+    if is_still(clip.path):
+        return f'<figure><img alt="{label}" src="data:image/png;base64,{data}">{caption}</figcaption></figure>'
     video = f'<video controls loop muted playsinline aria-label="{label}" poster="{poster}" src="data:video/mp4;base64,{data}">'
     return f"<figure>{video}</video>{caption}</figcaption></figure>"
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tilewise.pipelines.files import STILL, is_still, suffix_of
 from tilewise.pipelines.job import slug
+from tilewise.pipelines.settings import GenerateSettings
 from tilewise.plugins.config import Config, load_config, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.sta import STA
@@ -40,9 +42,14 @@ def parse_window(text: str) -> tuple[int, ...]:
         raise ConfigError(f"--window takes three whole numbers t,h,w such as 3,3,3, not {text!r}") from error
 
 
-def default_out(prompt: str, seed: int) -> Path:
-    """outputs/<the prompt's words>-<seed>.mp4"""
-    return Path("outputs") / f"{slug(prompt)}-{seed}.mp4"
+def default_out(prompt: str, seed: int, frames: int) -> Path:
+    """outputs/<the prompt's words>-<seed>.mp4, or .png for one frame"""
+    return Path("outputs") / f"{slug(prompt)}-{seed}{suffix_of(frames)}"
+
+
+def out_suffix(file: Path, settings: GenerateSettings) -> str:
+    """What the name of a clip must end in: a clip of one frame may be a png."""
+    return STILL if settings.frames == 1 and is_still(file) else ".mp4"
 
 
 def config_file(method: str) -> Path | None:

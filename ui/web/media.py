@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tilewise.pipelines.files import is_still
 from tilewise.ui.web.desk import State
 
 SMALLEST = 256  # pixels: previews are enlarged to at least this, with hard edges, so that each latent cell shows
@@ -25,8 +26,10 @@ def file_url(path: Path) -> str:
 
 
 def video(path: Path, label: str, *, version: str, autoplay: bool = True) -> str:
-    """A player. version: of the content; a file that was made anew must not come from the browser's cache."""
+    """A player, or a picture. version: of the content; a file that was made anew must not come from the browser's cache."""
     source = escape(f"{file_url(path)}?v={version}", quote=True)
+    if is_still(path):
+        return f'<img class="tw-clip" alt="{escape(label, quote=True)}" src="{source}">'
     play = " autoplay" if autoplay else ""
     return (
         f'<video class="tw-clip" controls loop muted playsinline{play} aria-label="{escape(label, quote=True)}" '
@@ -34,7 +37,8 @@ def video(path: Path, label: str, *, version: str, autoplay: bool = True) -> str
     )
 
 
-def download(path: Path, words: str = "Download the clip (mp4)") -> str:
+def download(path: Path, words: str = "") -> str:
+    words = words or ("Download the picture (png)" if is_still(path) else "Download the clip (mp4)")
     source, name = escape(file_url(path), quote=True), escape(path.name, quote=True)
     return f'<a class="tw-download" href="{source}" download="{name}">{escape(words)}</a>'
 

@@ -197,10 +197,9 @@ def steps_of(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     def average(first: float, later: float, k: int) -> float:
         return (first + (k - 1) * later) / k
 
-    names = {"FreeSwim": "FreeSwim", "ours": "ours", "ours, pooled": "ours, pooled"}
-    for label, name in names.items():
-        parts = [at.get(f"{label} {kind}") for kind in (REFRESH, REUSE)]
-        window = at.get("FreeSwim window only" if label == "FreeSwim" else "ours window only")
+    for name in ("FreeSwim", "ours", "ours, pooled", "ours, draft"):
+        parts = [at.get(f"{name} {kind}") for kind in (REFRESH, REUSE)]
+        window = at.get("FreeSwim window only" if name == "FreeSwim" else "ours window only")
         if None in parts or window is None:
             continue
         refresh, reuse = parts
@@ -208,7 +207,7 @@ def steps_of(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
         assert reuse is not None
         for k in EVERY:
             both = 2 * refresh if k == 1 else 2 * average(refresh, reuse, k)
-            if label != "FreeSwim" or k == 1:  # its cached code guides the prompt's forward alone
+            if name != "FreeSwim" or k == 1:  # its cached code guides the prompt's forward alone
                 rows.append({"name": f"{name}, both guided", "k": k, "seconds": both})
             rows.append({"name": f"{name}, prompt guided", "k": k, "seconds": average(refresh, reuse, k) + window})
     return rows
@@ -224,7 +223,8 @@ def run(
         peak["stock dense"] = bench.variant("stock dense", lambda: _stock(bench, backend))
         peak["FreeSwim"] = bench.variant("FreeSwim", lambda: _freeswim(bench, compiled))
     peak["ours"] = bench.variant("ours", lambda: _ours(bench, "dense"))
-    peak["ours, pooled"] = bench.variant("ours, pooled", lambda: _ours(bench, "pooled"))
+    for path in ("pooled", "draft"):
+        peak[f"ours, {path}"] = bench.variant(f"ours, {path}", lambda path=path: _ours(bench, path))
     rows = steps_of(bench.forwards)
     named = {(row["name"], row["k"]): row["seconds"] for row in rows}
     for row in rows:

@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "two paths, k=5": {"refresh": 5},
     "two paths, k=2, prompt guided": {"refresh": 2, "guided": "cond"},
     "two paths, k=2, pooled": {"refresh": 2, "global_path": "pooled"},
+    "two paths, k=2, draft": {"refresh": 2, "global_path": "draft"},
     "two paths, k=1, no temperature": {"refresh": 1, "temperature": False},
     "two paths, k=1, strength 0.7, shift 9": {"refresh": 1, "strength": 0.7, "flow_shift": 9.0},
 }

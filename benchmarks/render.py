@@ -3,7 +3,7 @@
 ``python -m benchmarks.render`` rewrites the tables of README.md and docs/*.md: each stands between ``<!-- results FILE -->`` and
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
-    headline attention implementations dynamic quality errors highres coherence step families time fused launch
+    headline attention implementations dynamic quality errors highres coherence paths step families time fused launch
     missing
 
 and without any, all of them do.
@@ -132,6 +132,16 @@ def highres_table(rows: Rows) -> str:
             over = [f"{step[key]:.2f}" if step.get(key) else "–" for key in ("over dense", "over FreeSwim")]
             cells = ["" if number else title, step["name"], str(step["k"] or "–"), f"{step['seconds']:.2f}"]
             lines.append([*cells, *over])
+    return _markdown(lines)
+
+
+def global_path_table(rows: Rows) -> str:
+    """What a coarser full path changes."""
+    lines = [["one forward of", "full path", "differs from dense by", "at most"]]
+    for row in rows:
+        title = f"{row['name']}, {row['clips']} clips, σ {row['levels'].replace(',', ', ')}"
+        for number, (name, found) in enumerate(row["variants"].items()):
+            lines.append(["" if number else title, name, f"{found['lost']:.4f}", f"{found['lost_max']:.4f}"])
     return _markdown(lines)
 
 
@@ -277,6 +287,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "errors": ("attention error", errors_table),
     "highres": ("highres", highres_table),
     "coherence": ("highres quality", highres_quality_table),
+    "paths": ("global path", global_path_table),
     "step": ("step", step_table),
     "families": ("families", families_table),
     "time": ("step", time_table),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are programs of the repository, not of the package
 
 import tilewise  # noqa: E402
-from benchmarks import highres, highres_quality  # noqa: E402
+from benchmarks import global_path, highres, highres_quality, render  # noqa: E402
 from benchmarks.freeswim import REFRESH, REUSE, WINDOW, FreeSwim, raster_mask  # noqa: E402
 from tilewise.kernels.layout import Grid  # noqa: E402
 from tilewise.plugins.methods.inward import Inward  # noqa: E402
@@ -81,3 +81,13 @@ def test_quality_runs_on_a_cpu(tmp_path, capsys):
     assert scaled["sharpness"] == pytest.approx(1, abs=0.05)
     assert two["clips"] == 1
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
+
+
+def test_what_a_coarser_path_loses_runs_on_a_cpu(tmp_path, capsys):
+    global_path.main("cpu", 0, 0, "", 0, 0, "float32", True, tmp_path)
+    (file,) = tmp_path.glob("*-tiny.json")
+    (row,) = json.loads(file.read_text())["sections"][global_path.SECTION]
+    found = {name: values["lost"] for name, values in row["variants"].items()}
+    assert found["dense"] == 0
+    assert 0 < found["draft"] < found["pooled, 4×4"]
+    assert "| draft |" in render.tables(json.loads(file.read_text()), ["paths"])

@@ -19,6 +19,7 @@ from tilewise.plugins import exact
 from tilewise.plugins.config import Config
 from tilewise.plugins.dynamic_state import Memories
 from tilewise.plugins.errors import FallbackError, TilewiseError
+from tilewise.plugins.kept import Kept, Order
 from tilewise.plugins.key_padding import Group, read_groups
 from tilewise.plugins.ledger import (
     DENSE_LAYER,
@@ -47,9 +48,6 @@ from tilewise.plugins.sparse_call import (
     with_text,
 )
 
-Order = tuple[torch.Tensor, torch.Tensor]
-MAX_PLANS = 64
-MAX_EXACT_PLANS = 8  # up to 32 MiB each
 MIN_OWN_TOKENS = (
     4096  # below, reordering at each call and the launches cost more than sparse attention saves (SDXL at 1024²)
 )
@@ -93,10 +91,8 @@ class Step:
         self._runs = False  # whether the method runs at this step
         self._refused: str | None = None  # why it cannot in this forward, although it should
         self._full_path = False  # whether calls are dense just now, on purpose: see full_path
-        self._orders: dict[tuple[Layout | int, torch.device], Order] = {}
-        self._plans: dict[tuple[Layout, int, torch.device], BlockPlan] = {}
+        self.kept = Kept(name, config.method)
         self._masks: dict[tuple, tuple[torch.Tensor, list[Group] | str]] = {}  # of this forward
-        self._exact_plans: dict[tuple[int, torch.device], BlockPlan] = {}
         self.watchers: list[Callable[[AttentionCall], None]] = []  # told of every attention call
         self._memories = Memories()  # of a dynamic method
         self._position: int | None = None  # the step of this forward, if anybody wants to know
@@ -183,45 +179,20 @@ class Step:
 
     def order(self, device: torch.device) -> Order | None:
         """(permutation, inverse), (S,) int64 on ``device``, or None while the model's own order is in force."""
-        return None if self._layout is None else self._order_of(self._layout, device)
-
-    def _order_of(self, layout: Layout, device: torch.device) -> Order:
-        key = (layout, device)
-        if key not in self._orders:
-            _not_while_capturing(self.name, device, layout)
-            _make_room(self._orders, MAX_PLANS)
-            self._orders[key] = layout.permutation.to(device), layout.inverse.to(device)
-        return self._orders[key]
-
-    def _video_order(self, layout: Layout, device: torch.device) -> Order:
-        """``order`` for the video tokens alone, counted from 0."""
-        alone = cached_layout(dataclasses.replace(layout.grid, text=0), layout.tile, layout.max_block_rows)
-        return self._order_of(alone, device)
+        return None if self._layout is None else self.kept.order(self._layout, device)
 
     def indices(self, tokens: int, device: torch.device, inverse: bool) -> torch.Tensor:
         """One of ``order``, or the identity, for an axis of ``tokens`` tokens; the caller must not write to it."""
         order = self.order(device)
         if order is None:
-            key = (tokens, device)
-            if key not in self._orders:
-                self._orders[key] = (torch.arange(tokens, device=device),) * 2
-            order = self._orders[key]
+            order = self.kept.identity(tokens, device)
         elif self._layout is not None and tokens == self._layout.grid.video != self._layout.grid.tokens:
-            order = self._video_order(self._layout, device)  # a stream of video tokens alone, beside one of text
+            order = self.kept.video_order(self._layout, device)  # a stream of video tokens alone, beside one of text
         if len(order[0]) != tokens:
             raise TilewiseError(
                 f"{self.name}: cannot reorder {tokens} tokens, the grid {self.grid} has {len(order[0])}"
             )
         return order[inverse]
-
-    def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
-        """The method's plan, made once for a layout, number of heads and device."""
-        key = (layout, heads, device)
-        if key not in self._plans:
-            _not_while_capturing(self.name, device, layout)
-            _make_room(self._plans, MAX_PLANS)
-            self._plans[key] = self.config.method.plan(layout, heads, device)
-        return self._plans[key]
 
     def _own_layout(self, layer: AttentionLayer) -> Layout | None:
         """The layout of a layer with a feature map of its own; None where the method is dense or the map too small to pay."""
@@ -247,25 +218,10 @@ class Step:
             self._masks[where] = mask, read_groups(mask, query.shape[0], layout.grid, query.device)
         return self._masks[where][1]
 
-    def _plan_of(self, layout: Layout, group: Group, query: torch.Tensor) -> tuple[Group, BlockPlan]:
-        return group, self.plan(with_text(layout, group.text), query.shape[2], query.device)
-
     def _scale(self, layout: Layout | None, query: torch.Tensor, scale: float | None) -> float | None:
         """The attention scale of the method, or else the call's own."""
         chosen = None if layout is None else self.config.method.scale(layout, query.shape[-1])
         return scale if chosen is None else chosen
-
-    def _exact_plan(self, tokens: int, device: torch.device) -> BlockPlan:
-        key = (tokens, device)
-        if key not in self._exact_plans:
-            if capturing(device):
-                raise TilewiseError(
-                    f"{self.name}: the plan of {tokens} tokens cannot be made while a CUDA graph is being captured; run the "
-                    "denoiser once at this size first"
-                )
-            _make_room(self._exact_plans, MAX_EXACT_PLANS)
-            self._exact_plans[key] = exact.exact_plan(tokens, device)
-        return self._exact_plans[key]
 
     def _attend_sparse(
         self,
@@ -286,7 +242,10 @@ class Step:
                 for n, (group, part) in enumerate(zip(groups, parts, strict=True))
             ]
         else:
-            planned = [(group, Planned(self._plan_of(layout, group, query)[1])) for group in groups]
+            heads, device = query.shape[2], query.device
+            planned = [
+                (group, Planned(self.kept.plan(with_text(layout, group.text), heads, device))) for group in groups
+            ]
         try:
             found = [choose(part, p.plan, self.config.precision) for part, (_, p) in zip(parts, planned, strict=True)]
         except (TypeError, ValueError, RuntimeError) as error:
@@ -393,7 +352,7 @@ class Step:
                 if not isinstance(groups, str):
                     ordered, back = (query, key, value), None
                     if layer.halvings is not None:
-                        there, back = self._order_of(layout, query.device)
+                        there, back = self.kept.order(layout, query.device)
                         ordered = (
                             query.index_select(1, there),
                             key.index_select(1, there),
@@ -415,7 +374,7 @@ class Step:
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, backend=backend,
             parallel_config=parallel_config,
         ):  # fmt: skip
-            plan = self._exact_plan(query.shape[1], query.device)
+            plan = self.kept.exact_plan(query.shape[1], query.device)
             if exact.HOPPER.misfit(query, key, value, plan) is None:
                 entry = dataclasses.replace(entry, backend=exact.HOPPER.name)
                 with self.ledger.record(number, entry, query.device):
@@ -423,7 +382,7 @@ class Step:
                 self._tell(number, entry.kind, (query, key, value))
                 return out
         if layer.halvings is None and layout is not None and attn_mask is not None:
-            attn_mask = _reorder_mask(attn_mask, layout, self._order_of(layout, attn_mask.device))
+            attn_mask = _reorder_mask(attn_mask, layout, self.kept.order(layout, attn_mask.device))
         with self.ledger.record(number, entry, query.device):
             out = processor.stock(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
@@ -431,20 +390,6 @@ class Step:
             )  # fmt: skip
         self._tell(number, entry.kind, (query, key, value))
         return out
-
-
-def _make_room(kept: dict[Any, Any], most: int) -> None:
-    """Forget the oldest entries: prompts of ever new lengths bring ever new plans and orders."""
-    while len(kept) >= most:
-        del kept[next(iter(kept))]
-
-
-def _not_while_capturing(name: str, device: torch.device, layout: Layout) -> None:
-    if capturing(device):
-        raise TilewiseError(
-            f"{name}: the plan and token order of the grid {layout.grid} cannot be made while a CUDA graph is being captured; "
-            "run the denoiser once at this size first"
-        )
 
 
 def _shortened(layout: Layout | None, query: torch.Tensor, key: torch.Tensor) -> Layout | None:

@@ -71,7 +71,7 @@ def test_prompts_of_one_length_share_a_plan():
         for lengths in ((7, 2), (2, 7), (7, 7)):
             family_checks.forward(model, inputs(3, 5, 7, lengths))
         (patch,) = patches_of(model).values()
-        assert len(patch.step._plans) == 2
+        assert len(patch.step.kept.plans) == 2
 
 
 def test_a_foreign_processor_gets_raster_order():

@@ -60,7 +60,7 @@ def test_hidden_text_keys_change_exactly_what_they_should(text_first, side, leng
     step = step_over(grid)
     q, k, v = (torch.randn(2, grid.tokens, 2, 32) for _ in range(3))
     visible = visible_of(grid, lengths, side)
-    window = step.plan(step._layout, 2, torch.device("cpu")).to_mask(2)
+    window = step.kept.plan(step._layout, 2, torch.device("cpu")).to_mask(2)
     want, _ = masked_attention(q, k, v, window & visible[:, None, None], dtype=torch.float32)
     # What hidden tokens hold must not matter, not even as 0 × NaN.
     k[~visible], v[~visible] = torch.nan, torch.nan
@@ -114,13 +114,13 @@ def test_the_mask_is_read_once_a_forward(monkeypatch):
 
 
 def test_plans_of_many_prompt_lengths_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr("tilewise.plugins.step.MAX_PLANS", 3)
+    monkeypatch.setattr("tilewise.plugins.kept.MAX_PLANS", 3)
     grid = Grid(3, 5, 7, text=7)
     step = step_over(grid)
     q, k, v = (torch.randn(1, grid.tokens, 2, 32) for _ in range(3))
     for n in range(1, 8):
         attend(step, q, k, v, visible_of(grid, [n], "right"))
-    assert len(step._plans) <= 3
+    assert len(step.kept.plans) <= 3
 
 
 def test_groups_are_slices_where_tokens_follow_each_other():

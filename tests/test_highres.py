@@ -260,6 +260,15 @@ def test_vae_there_and_back():
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def from_clip(path, *options):
+    from typer.testing import CliRunner
+
+    from tilewise.ui.cli import app
+
+    words = ["generate", "--from", str(path), "--device", "cpu"]
+    return CliRunner().invoke(app, [*words, *options], catch_exceptions=False)
+
+
 def command(tiny_pipe_dir, *options):
     from typer.testing import CliRunner
 
@@ -296,9 +305,30 @@ def test_command(tiny_pipe_dir, tmp_path):
     assert told["options"]["refresh"] == 1
     assert told["options"]["max_memory"] == 2 * 10**9
     assert HighresSettings.from_dict(told["options"]).refresh == 1
-    again = command(tiny_pipe_dir, "--from", str(out), "--out", str(tmp_path / "again.mp4"))
-    assert again.exit_code != 0
-    assert "--highres" in again.output
+
+
+def test_made_again_from_a_clip(tiny_pipe_dir, tmp_path):
+    """From its settings alone: the same pixels. What is given wins; a clip of one stage becomes the native one."""
+    out, again = tmp_path / "large.mp4", tmp_path / "again.mp4"
+    size = ("--height", "80", "--width", "64")
+    options = ("--strength", "0.75", "--refresh", "1", "--native", "48x48", "--global-path", "pooled", "--seed", "3")
+    assert command(tiny_pipe_dir, "--highres", *size, *options, "--method", "sta", "--out", str(out)).exit_code == 0
+    done = from_clip(out, "--out", str(again))
+    assert done.exit_code == 0, done.output
+    assert f"frames of {out}: the same, bit for bit" in " ".join(done.output.split())
+    first, second = (read_settings(path)["run"]["highres"] for path in (out, again))
+    assert {**first, "native": {**first["native"], "seconds": None}} == {
+        **second, "native": {**second["native"], "seconds": None},
+    }  # fmt: skip
+    other = from_clip(out, "--seed", "4", "--out", str(tmp_path / "other.mp4"))
+    assert other.exit_code == 0, other.output
+    assert not np.array_equal(read_frames(tmp_path / "other.mp4"), read_frames(again))
+    larger = from_clip(tmp_path / "large-native.mp4", "--highres", *size, "--out", str(tmp_path / "larger.mp4"))
+    assert larger.exit_code == 0, larger.output
+    told = read_settings(tmp_path / "larger.mp4")["run"]["highres"]["native"]
+    assert (told["height"], told["width"], told["method"]["method"]["name"]) == (48, 48, "sta")
+    refused = from_clip(out, "--out", str(out))
+    assert "would be replaced" in " ".join(refused.output.split())
 
 
 @pytest.mark.parametrize(

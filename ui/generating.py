@@ -63,6 +63,7 @@ class Work:
 
 def dry_run_request(request: Request) -> None:
     """Prints the settings and what the method would do. Nothing is written, and no weights are read."""
+    request = _followed(request)
     if request.highres is not None:
         from tilewise.ui.generating_highres import dry_run_highres
 
@@ -76,6 +77,7 @@ def dry_run_request(request: Request) -> None:
 
 def generate_request(request: Request) -> None:
     """Makes the clip, or with --compare both clips, and reports."""
+    request = _followed(request)
     if request.highres is not None:
         from tilewise.ui.generating_highres import generate_highres
 
@@ -98,7 +100,14 @@ def generate_request(request: Request) -> None:
     _write(result, work.files, {**run, "memory_saving": measures})
     print_result(_judge(pipe, result, work.files, {**run, "memory_saving": measures}, notes))
     print_files(work.files)
-    _print_sameness(_clips(result)[0], work, request)
+    print_sameness(_clips(result)[0], work.origin, request.source)
+
+
+def _followed(request: Request) -> Request:
+    """What was made in two stages is made again in two."""
+    if request.source is None or request.highres is not None or "highres" not in read_record(request.source).run:
+        return request
+    return dataclasses.replace(request, highres={})
 
 
 def _check(request: Request, *, create: bool) -> Work:
@@ -106,11 +115,6 @@ def _check(request: Request, *, create: bool) -> Work:
     if request.compare not in (None, "dense"):
         raise ConfigError(f"--compare takes 'dense', not {request.compare!r}")
     origin = None if request.source is None else read_record(request.source)
-    if origin is not None and "highres" in origin.run:
-        raise ConfigError(
-            f"{request.source} was made in two stages, which --from does not follow yet: give its prompt with --highres and its "
-            f"options, {origin.run['highres']['options']}"
-        )
     earlier: dict[str, Any] = {} if origin is None else dict(vars(origin.settings))
     prompt = earlier.pop("prompt", None) if request.prompt is None else request.prompt
     if prompt is None:
@@ -145,14 +149,14 @@ def _origin_notes(work: Work) -> list[str]:
     return [f"the clip is of tilewise {work.origin.version}, this is {__version__}: it may come out differently"]
 
 
-def _print_sameness(clip: Clip, work: Work, request: Request) -> None:
-    """Whether a clip that was made again shows what the first one showed, to the last bit."""
-    before = None if work.origin is None else work.origin.run.get("frames_sha256")
-    if work.origin is None or before is None or work.settings != work.origin.settings:
+def print_sameness(clip: Clip, origin: Recorded | None, source: Path | None) -> None:
+    """Whether a clip that was made again from another's settings came out as that one."""
+    before = None if origin is None else origin.run.get("frames_sha256")
+    if origin is None or before is None or clip.settings != origin.settings:
         return
     same = frames_sha256(clip.frames) == before
-    made = f"it was made on {work.origin.run.get('device_name')}, {work.origin.run.get('dtype')}"
-    print(f"frames of {request.source}: {'the same, bit for bit' if same else f'not the same; {made}'}")
+    made = f"it was made on {origin.run.get('device_name')}, {origin.run.get('dtype')}"
+    print(f"frames of {source}: {'the same, bit for bit' if same else f'not the same; {made}'}")
 
 
 def _write(result: Clip | Comparison, files: list[Path], run: dict[str, Any]) -> None:

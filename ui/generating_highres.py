@@ -13,12 +13,12 @@ from tilewise.pipelines.generate import Clip
 from tilewise.pipelines.highres import HighresClip, Work, judged, make, prepare
 from tilewise.pipelines.highres_settings import HighresSettings
 from tilewise.pipelines.loading import load_pipeline, load_skeleton, resolve_device, resolve_dtype
-from tilewise.pipelines.record import clip_record, machine
+from tilewise.pipelines.record import Recorded, clip_record, machine, read_record
 from tilewise.pipelines.settings import explain_settings, prompt_notes
 from tilewise.pipelines.video import ffmpeg_path, write_settings, write_video
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of
-from tilewise.ui.generating import MODEL, Request, progress_bars, quiet_libraries
+from tilewise.ui.generating import MODEL, Request, print_sameness, progress_bars, quiet_libraries
 from tilewise.ui.options import default_out, method_config, out_suffix, parse_size
 from tilewise.ui.report import console, print_files, print_result, print_settings
 
@@ -32,6 +32,7 @@ class _Checked:
     arguments: tuple
     files: list[Path]
     dtype: str
+    origin: Recorded | None
 
 
 def dry_run_highres(request: Request) -> None:
@@ -68,42 +69,65 @@ def generate_highres(request: Request) -> None:
     print_result(made.clip)
     _print_stages(made)
     print_files(found.files)
+    told = None if found.origin is None else found.origin.run.get("highres")
+    if told is not None and _record(made, run)["run"]["highres"]["options"] == told["options"]:
+        print_sameness(made.clip, found.origin, request.source)
 
 
 def _check(request: Request, *, create: bool) -> _Checked:
     """Everything that can be wrong is found here, before weights are read."""
     assert request.highres is not None
-    given = dict(request.highres)
-    native = given.pop("native", None)
-    options = HighresSettings.from_dict(given)
-    for name, value in (("--from", request.source), ("--compare", request.compare), ("--window", request.window),
-                        ("--density", request.density)):  # fmt: skip
+    for name, value in (("--compare", request.compare), ("--window", request.window), ("--density", request.density)):
         if value is not None:
             raise ConfigError(f"{name} cannot be used with --highres")
-    wishes = dict(request.wishes)
-    height, width = wishes.pop("height"), wishes.pop("width")
-    if request.prompt is None or height is None or width is None:
-        raise ConfigError("--highres needs a prompt, --height and --width")
+    origin = None if request.source is None else read_record(request.source)
+    earlier = {} if origin is None else _earlier(origin)
+    given = {**earlier.pop("options", {}), **request.highres}
+    native = given.pop("native", None)
+    size = parse_size(native) if isinstance(native, str) else native
+    options = HighresSettings.from_dict(given)
+    wishes = {**earlier, **{name: value for name, value in request.wishes.items() if value is not None}}
+    prompt = request.prompt or wishes.pop("prompt", None)
+    height, width = wishes.pop("height", None), wishes.pop("width", None)
+    if prompt is None or height is None or width is None:
+        raise ConfigError(
+            "--highres needs a prompt, --height and --width, or with --from a clip that was made with them"
+        )
     device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype or "auto", device)
-    model = request.model or MODEL
+    dtype = resolve_dtype(request.dtype or (origin.run.get("dtype") if origin else None) or "auto", device)
+    model = request.model or wishes.pop("model", MODEL)
     skeleton = load_skeleton(model)
     for denoiser in denoisers_of(skeleton).values():
         for parameter in denoiser.parameters():
             parameter.data = parameter.data.to(dtype)
     # --method is the native stage's; the target's is the inward window.
-    shared = {"model": model, **{name: value for name, value in wishes.items() if value is not None}}
-    size = None if native is None else parse_size(native)
-    arguments = (request.prompt, height, width, size, method_config(request.method or "dense"), options, shared)
+    method = method_config(request.method or wishes.pop("method", "dense"))
+    names = ("negative", "frames", "steps", "guidance", "seed", "fps", "max_sequence_length")
+    shared = {"model": model, **{name: wishes[name] for name in names if name in wishes}}
+    arguments = (prompt, height, width, size, method, options, shared)
     work = prepare(skeleton, *arguments, device)
-    file = request.out or default_out(request.prompt, work.target.seed, work.target.frames)
+    file = request.out or default_out(prompt, work.target.seed, work.target.frames)
     files = [file, file.with_stem(f"{file.stem}-native")]
+    if request.source is not None and any(path.exists() and path.samefile(request.source) for path in files):
+        raise ConfigError(f"the clip of --from, {request.source}, would be replaced; give another --out")
     for creating in (False, True) if create else (False,):
         for path in files:
             check_writable(path, suffix=out_suffix(path, work.target), create=creating)
             check_sidecar(path, create=creating)
     ffmpeg_path()
-    return _Checked(skeleton, work, arguments, files, str(dtype).removeprefix("torch."))
+    return _Checked(skeleton, work, arguments, files, str(dtype).removeprefix("torch."), origin)
+
+
+def _earlier(origin: Recorded) -> dict[str, Any]:
+    """What the clip of --from was made with: of two stages both, of one stage what becomes the native stage here."""
+    settings = dict(vars(origin.settings))
+    told = origin.run.get("highres")
+    if told is None:
+        size = (settings.pop("height"), settings.pop("width"))
+        return {**settings, "options": {"native": size}}
+    native = told["native"]
+    options = {**told["options"], "native": (native["height"], native["width"])}
+    return {**settings, "method": native["method"], "options": options}
 
 
 def _record(made: HighresClip, run: dict[str, Any]) -> dict[str, Any]:

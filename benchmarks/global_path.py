@@ -111,7 +111,7 @@ def main(
     found = measured(
         pipe, given, [float(x) for x in levels.split(",")], native_grid(pipe, frames or given[0][0].shape[2] * 2 - 1)
     )
-    row = {"name": f"demo {side}×{side}", "order": side, "clips": len(given), "levels": levels, "variants": found}
+    row = {"name": f"demo {side}×{side}", "order": side, "clips": len(given), "levels": levels, "paths": found}
     path = results.write(
         {**header(where, "benchmarks.global_path", sys.argv[1:], tiny), "sections": {SECTION: [row]}}, out
     )

@@ -140,7 +140,7 @@ def global_path_table(rows: Rows) -> str:
     lines = [["one forward of", "full path", "differs from dense by", "at most"]]
     for row in rows:
         title = f"{row['name']}, {row['clips']} clips, σ {row['levels'].replace(',', ', ')}"
-        for number, (name, found) in enumerate(row["variants"].items()):
+        for number, (name, found) in enumerate(row["paths"].items()):
             lines.append(["" if number else title, name, f"{found['lost']:.4f}", f"{found['lost_max']:.4f}"])
     return _markdown(lines)
 

@@ -87,7 +87,7 @@ def test_what_a_coarser_path_loses_runs_on_a_cpu(tmp_path, capsys):
     global_path.main("cpu", 0, 0, "", 0, 0, "float32", True, tmp_path)
     (file,) = tmp_path.glob("*-tiny.json")
     (row,) = json.loads(file.read_text())["sections"][global_path.SECTION]
-    found = {name: values["lost"] for name, values in row["variants"].items()}
+    found = {name: values["lost"] for name, values in row["paths"].items()}
     assert found["dense"] == 0
     assert 0 < found["draft"] < found["pooled, 4×4"]
     assert "| draft |" in render.tables(json.loads(file.read_text()), ["paths"])

@@ -40,7 +40,7 @@ from tilewise.plugins.models.base import Size, family_of
 from tilewise.plugins.patching import denoisers_of, patched
 from tilewise.plugins.rope_scaling import scaled_rope
 from tilewise.plugins.summary import summary
-from tilewise.plugins.two_paths import serves_two_paths, two_paths
+from tilewise.plugins.two_paths import draft_refuses, serves_two_paths, two_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +173,10 @@ def prepare(
     )  # fmt: skip
     check_plan(plan, f"a clip of {width}×{height} pixels and {first.frames} frames")
     method = Inward((native_grid.h, native_grid.w), temperature=options.temperature)
+    if options.global_path == "draft" and (refused := draft_refuses(method.layout(grid))) is not None:
+        raise ConfigError(
+            f"global_path='draft' is not for a size of {width}×{height}: {refused}. Give 'pooled' or 'dense'"
+        )
     target = resolve_settings(
         pipe, prompt, method=Config(method, steps=(0.0, 1.0)), **{**shared, "height": height, "width": width}
     )

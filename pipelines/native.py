@@ -10,7 +10,7 @@ from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.model_folder import read_json
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import Size
-from tilewise.plugins.native_grid import native_file, native_pixels
+from tilewise.plugins.native_grid import native_file, native_pixels, usual_frames
 
 FPS = 16  # Wan's, which says none itself
 WAN_FLOW_SHIFT = 9.0
@@ -73,7 +73,7 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
     try:
         size = native_pixels(pipe)
     except ConfigError:
-        size = Size(480, 832, default("num_frames", 81))
+        size = Size(480, 832, default("num_frames", usual_frames(pipe)))
     return {
         "height": size.height,
         "width": size.width,

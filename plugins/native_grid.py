@@ -20,6 +20,7 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import Size, family_of
 
 NATIVE_FILE = "tilewise.json"
+VIDEO_FRAMES = 81
 
 
 def native_file(pipe: Any) -> Path:
@@ -51,7 +52,12 @@ def native_pixels(pipe: Any) -> Size:
             f"{type(pipe).__name__} does not say at which size its model was trained; give it, for instance "
             "tilewise.patch(pipe, tilewise.Inward(native=(h, w))), in tokens of the denoiser's grid"
         )
-    return Size(told["height"], told["width"], told["num_frames"] or 1)
+    return Size(told["height"], told["width"], told["num_frames"] or usual_frames(pipe))
+
+
+def usual_frames(pipe: Any) -> int:
+    """Frames of a clip where neither the model nor its pipeline's call says how many: 1 where the call takes no number."""
+    return VIDEO_FRAMES if "num_frames" in inspect.signature(type(pipe).__call__).parameters else 1
 
 
 def native_grid(pipe: Any, denoiser: nn.Module) -> Grid:

@@ -343,6 +343,11 @@ def two_paths(
             paths.remove()
 
 
+def draft_refuses(layout: Layout) -> str | None:
+    """Why a full path by draft cannot be over a layout of the window's, or None."""
+    return Draft(density=DRAFT_DENSITY).refuses_call(layout)
+
+
 def serves_two_paths(target: Any) -> bool:
     """Whether the denoisers of a pipeline have the cross-attention that the full path guides through."""
     return all(type(denoiser).__name__ in _SERVED for denoiser in denoisers_of(target).values())

@@ -140,6 +140,16 @@ def test_bad_input(pipe, options, match):
     assert not tilewise.is_patched(pipe)
 
 
+def test_a_draft_over_too_many_blocks_is_refused_before_anything_runs(pipe, monkeypatch):
+    monkeypatch.setattr("tilewise.plugins.methods.guided.MAX_BLOCKS", 3)
+    told = []
+    with pytest.raises(
+        ConfigError, match=r"global_path='draft' is not for a size of 96×128: .*Give 'pooled' or 'dense'"
+    ):
+        make(pipe, global_path="draft", progress=lambda *now: told.append(now))
+    assert not told
+
+
 def test_other_bad_input(pipe):
     with pytest.raises(ConfigError, match="one prompt"):
         highres(pipe, ["a", "b"], height=128, width=128)

@@ -154,6 +154,20 @@ def test_native_sizes():
     assert (native.height, native.width, native.num_frames, native.fps) == (512, 704, 161, 25)
 
 
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (lambda self, prompt, height=512, width=768, num_frames=None: None, (512, 768, 81)),  # as LTX-2's
+        (lambda self, prompt, height=1024, width=1024: None, (1024, 1024, 1)),
+        (lambda self, prompt, height=None, width=None: None, (480, 832, 1)),
+        (lambda self, prompt, height=None, width=None, num_frames=16: None, (480, 832, 16)),
+    ],
+)
+def test_sizes_that_a_pipeline_says_in_part(call, wanted):
+    native = native_size(type("Pipe", (), {"__call__": call})())
+    assert (native.height, native.width, native.num_frames) == wanted
+
+
 def test_a_schedule_that_begins_elsewhere_is_an_error():
     """Noise for one length of sequence, and a run with another."""
 

@@ -20,7 +20,7 @@ from tilewise.pipelines.native import native_size
 from tilewise.pipelines.settings import GenerateSettings
 from tilewise.pipelines.video import to_uint8
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
-from tilewise.plugins.patching import DENOISERS, is_patched, patched
+from tilewise.plugins.patching import DENOISERS, denoisers_of, is_patched, patched
 from tilewise.plugins.summary import Summary, summary
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -186,6 +186,8 @@ def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
         "generator": torch.Generator("cpu").manual_seed(settings.seed),
         "max_sequence_length": settings.max_sequence_length,
     }
+    if guided_by_two_forwards(pipe):
+        arguments["true_cfg_scale"] = settings.guidance
     demanded = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     extra = [name for name in demanded if name not in ("self", *arguments)]
     if extra:
@@ -194,6 +196,15 @@ def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
             "Call the pipeline yourself, after tilewise.patch(pipe, ...)"
         )
     return {name: value for name, value in arguments.items() if name in parameters and value is not None}
+
+
+def guided_by_two_forwards(pipe: Any) -> bool:
+    """Whether a pipeline's guidance goes by another name: ``guidance_scale`` is there an input of distilled denoisers, which this
+    one has not (Qwen-Image). Pipelines that have both names and leave the second forward off by default keep it off (Flux)."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("true_cfg_scale")
+    usual = None if parameter is None else parameter.default
+    embeds = any(getattr(denoiser.config, "guidance_embeds", False) for denoiser in denoisers_of(pipe).values())
+    return isinstance(usual, int | float) and usual > 1 and not embeds
 
 
 @contextlib.contextmanager

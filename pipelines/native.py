@@ -79,7 +79,7 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
         "width": size.width,
         "num_frames": size.num_frames,
         "steps": default("num_inference_steps", 50),
-        "guidance": float(default("guidance_scale", 5.0)),
+        "guidance": float(default("guidance_scale", default("true_cfg_scale", 5.0))),
         "fps": float(default("frame_rate", FPS)),
         "max_sequence_length": default("max_sequence_length", None),
         "world": None,

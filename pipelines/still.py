@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from tilewise.pipelines.files import STILL, replacing
 CHUNK = "tilewise"  # keyword of the text chunk
 
 
-def write_still(path: Path, frames: NDArray[np.uint8], settings: Mapping[str, Any] | None) -> None:
-    """Writes (1, H, W, 3) uint8, whole or not at all.
+def write_still(
+    path: Path, frames: NDArray[np.uint8], settings: Mapping[str, Any] | None, before: Callable[[], None] = lambda: None
+) -> None:
+    """Writes (1, H, W, 3) uint8, whole or not at all. before: called once the picture is written and not yet under its name.
 
     Raises ValueError for more frames, OutputError where nothing can be written.
     """
@@ -32,6 +34,7 @@ def write_still(path: Path, frames: NDArray[np.uint8], settings: Mapping[str, An
     try:
         with replacing(path) as part:
             Image.fromarray(frames[0]).save(part, format="PNG", pnginfo=chunks)
+            before()
     except OSError as error:
         raise OutputError(f"could not write {path}: {error}") from error
 

@@ -54,9 +54,7 @@ def write_video(
     """
     path = Path(path)
     if is_still(path):
-        write_still(path, to_uint8(frames), settings)
-        if beside:
-            _write_sidecar(path, settings)
+        write_still(path, to_uint8(frames), settings, lambda: _write_sidecar(path, settings if beside else None))
         return path
     clip = even(to_uint8(frames))
     if not (fps > 0 and math.isfinite(fps)):
@@ -82,8 +80,7 @@ def write_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     if is_still(path):
-        write_still(path, read_still(path)[0], settings)
-        _write_sidecar(path, settings)
+        write_still(path, read_still(path)[0], settings, lambda: _write_sidecar(path, settings))
         return
     try:
         with _metadata(settings) as metadata, replacing(path) as part:

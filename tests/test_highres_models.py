@@ -77,7 +77,7 @@ def qwen_image():
         latents_mean=[0.1] * channels, latents_std=[2.0] * channels,
     )  # fmt: skip
     mask = torch.ones(1, 7, dtype=torch.int64)
-    pipe.encode_prompt = lambda **_: (noise(1, 7, test_family_qwen_image.TEXT_DIM), mask)
+    pipe.encode_prompt = lambda prompt, **_: (noise(1, 7, test_family_qwen_image.TEXT_DIM, seed=len(prompt)), mask)
     return pipe, {"native": (64, 64), "height": 96, "width": 128, "frames": 1}
 
 

@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 from tilewise.pipelines.compare import compare
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.files import suffix_of
-from tilewise.pipelines.generate import generate
+from tilewise.pipelines.generate import call_arguments, generate
 from tilewise.pipelines.loading import load_pipeline
 from tilewise.pipelines.manifest import read_manifest
 from tilewise.pipelines.settings import resolve_settings
 from tilewise.pipelines.still import read_still, write_still
 from tilewise.pipelines.video import read_frames, read_settings, write_settings, write_video
 from tilewise.ui.cli import app
+from tilewise.ui.web.snippets import python_program
 
 
 @pytest.mark.parametrize("kind", [models.flux, models.sd3, models.qwen_image], ids=lambda kind: kind.__name__)
@@ -74,6 +75,42 @@ def test_a_picture_and_its_settings(tmp_path):
     plain = write_video(tmp_path / "b.png", frames, 8)
     assert read_settings(plain) is None
     assert not (tmp_path / "b.json").exists()
+
+
+def test_guidance_by_its_other_name():
+    """Qwen-Image: without it, one forward a step; with it two, and another picture. Flux keeps its second forward off."""
+    pipe, size = models.qwen_image()
+    pipe.set_progress_bar_config(disable=True)
+    sizes = {"height": size["height"], "width": size["width"], "steps": 2, "method": "dense"}
+    assert resolve_settings(pipe, "a star", **sizes).guidance == 4.0
+    count, made = [], []
+    pipe.transformer.register_forward_pre_hook(lambda *_: count.append(1))
+    for guidance in (1.0, 2.0, 6.0):
+        made.append((generate(pipe, resolve_settings(pipe, "a star", guidance=guidance, **sizes)).frames, len(count)))
+        count.clear()
+    assert [forwards for _, forwards in made] == [2, 4, 4]
+    assert not np.array_equal(made[1][0], made[2][0])
+    assert "true_cfg_scale" not in call_arguments(models.flux()[0], resolve_settings(pipe, "a star", **sizes))
+
+
+@pytest.mark.parametrize(("kind", "ending"), [(models.flux, "png"), (models.ltx, "mp4")], ids=["image", "clip"])
+def test_the_pages_program_runs(kind, ending, tmp_path, monkeypatch):
+    pipe, size = kind()
+    pipe.set_progress_bar_config(disable=True)
+    given = {"height": size["height"], "width": size["width"], "frames": size["frames"], "steps": 2}
+    text = python_program(pipe, resolve_settings(pipe, "a star", method="sta", model="tiny", **given), "float32")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tilewise.pipelines.loading.load_pipeline", lambda *_, **__: pipe)
+    exec(compile(text, "program", "exec"), {})
+    assert read_frames(tmp_path / f"clip.{ending}").shape == (size["frames"], size["height"], size["width"], 3)
+
+
+def test_where_there_is_a_picture_there_are_its_settings(tmp_path):
+    frames = np.zeros((1, 4, 4, 3), np.uint8)
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OutputError, match=r"could not write .*a\.png"):
+        write_video(tmp_path / "a.png", frames, 8, settings={})
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_what_is_refused(tmp_path):

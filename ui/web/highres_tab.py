@@ -21,7 +21,7 @@ from typing import Any
 import gradio as gr
 
 from tilewise.pipelines.clip_content import analyse
-from tilewise.pipelines.files import check_writable
+from tilewise.pipelines.files import check_writable, suffix_of
 from tilewise.pipelines.generate import Clip
 from tilewise.pipelines.highres import HighresClip, Work, judged, make
 from tilewise.pipelines.highres_settings import GUIDED, PATHS
@@ -107,7 +107,7 @@ class HighresStudio:
         """The same settings make the same file again."""
         identity = [settings_dict(work), self.models.dtype, self.models.revision(work.native.model)]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{slug(work.target.prompt)}-{work.target.seed}-{key[:8]}.mp4"
+        return self.folder / f"{slug(work.target.prompt)}-{work.target.seed}-{key[:8]}{suffix_of(work.target.frames)}"
 
     def clip(self, wish: Wish, job: Job) -> HighresMade:
         """Both clips. On the worker's thread; raises Cancelled soon after the job is cancelled."""
@@ -122,7 +122,7 @@ class HighresStudio:
         path = self.file(work)
         native = path.with_stem(f"{path.stem}-native")
         for file in (native, path):
-            check_writable(file)
+            check_writable(file, suffix=file.suffix)
         notes = prompt_notes(pipe, work.target)
         run = {**machine(pipe.device, self.models.dtype), "started": started, "load": load, "notes": notes}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tilewise.pipelines.files import suffix_of
 from tilewise.pipelines.highres import Work, prepare
 from tilewise.pipelines.highres_schedule import steps_to_run
 from tilewise.pipelines.highres_settings import HighresSettings
@@ -190,5 +191,5 @@ def python_program(work: Work, native: Native, dtype: str) -> str:
         call += ["made = make(pipe, work)"]
     lines += ["from tilewise.pipelines.video import write_video", ""]
     writes = [f"write_video({name!r}, {what}.frames, fps={first.fps:g})" for name, what in
-              (("native.mp4", "made.native"), ("highres.mp4", "made"))]  # fmt: skip
+              ((f"native{suffix_of(first.frames)}", "made.native"), (f"highres{suffix_of(first.frames)}", "made"))]  # fmt: skip
     return "\n".join([*lines, *load, *call, "print(made.clip.summary)", *writes]) + "\n"

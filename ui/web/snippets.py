@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import pprint
 import shlex
 from pathlib import Path
 from typing import Any
 
+from tilewise.pipelines.files import suffix_of
 from tilewise.pipelines.generate import call_arguments
 from tilewise.pipelines.native import Native
 from tilewise.pipelines.settings import GenerateSettings
@@ -24,7 +26,7 @@ def command_line(settings: GenerateSettings, native: Native, dtype: str, clip: P
     method = method_words(settings.method)
     own = (settings.fps, settings.max_sequence_length) == (native.fps, native.max_sequence_length)
     if method is None or not own:
-        return shlex.join(["tilewise", "generate", "--from", str(clip), "--out", "again.mp4"])
+        return shlex.join(["tilewise", "generate", "--from", str(clip), "--out", f"again{clip.suffix}"])
     words = ["tilewise", "generate", "--model", settings.model, *method]
     for name in ("height", "width", "frames", "steps"):
         words += [f"--{name}", str(getattr(settings, name))]
@@ -67,10 +69,13 @@ def python_program(pipe: Any, settings: GenerateSettings, dtype: str) -> str:
     if not settings.is_dense:
         lines += [f"tilewise.patch(pipe, {_method_expression(settings.method)})"]
     lines += [f"frames = pipe(\n{call}    generator=torch.Generator('cpu').manual_seed({settings.seed}),"]
-    lines += ["    output_type='np',", "    return_dict=False,", ")[0][0]"]
+    image = (
+        "num_frames" not in inspect.signature(type(pipe).__call__).parameters
+    )  # a list of pictures, and not of clips
+    lines += ["    output_type='np',", "    return_dict=False,", ")[0][:1]" if image else ")[0][0]"]
     if not settings.is_dense:
         lines += ["print(tilewise.summary(pipe))"]
-    lines += [f"write_video('clip.mp4', frames, fps={settings.fps:g})"]
+    lines += [f"write_video('clip{suffix_of(settings.frames)}', frames, fps={settings.fps:g})"]
     return "\n".join(lines) + "\n"
 
 

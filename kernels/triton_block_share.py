@@ -29,7 +29,8 @@ def scores(
     x = tl.dot(q, mean, input_precision=PRECISION) + log_n
     if variance_ptr is not None:
         variance = tl.load(variance_ptr + at, mask=mask, other=0.0)
-        s2 = tl.maximum(tl.dot(q2, variance, input_precision=PRECISION), 0.0)
+        s2 = tl.dot(q2, variance, input_precision=PRECISION)
+        s2 = tl.where(s2 < 0, 0.0, s2)  # and nan stays nan
         x += tl.where(s2 <= 2 * log_n, 0.5 * s2, tl.sqrt(2 * s2 * log_n) - log_n)
     return tl.where(there[None, :], x * LOG2E, float("-inf"))
 

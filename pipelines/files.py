@@ -48,8 +48,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def sidecar(path: str | Path) -> Path:
-    """Where a clip's settings lie as JSON: beside it, under the same name."""
-    return Path(path).with_suffix(".json")
+    """Where a clip's settings lie as JSON: beside it, under the same name.
+
+    A picture's have its ending too: a clip may have the same name.
+    """
+    path = Path(path)
+    return path.with_name(f"{path.name}.json") if is_still(path) else path.with_suffix(".json")
 
 
 def check_writable(path: str | Path, *, suffix: str = ".mp4", create: bool = True) -> Path:

@@ -149,7 +149,7 @@ def prepare(
 
     `pipe` may be a skeleton: `device` is then where it would run. shared: settings that both stages have.
     """
-    latent_space(pipe)
+    space = latent_space(pipe)
     options = options.for_model(native_size(pipe), serves_two_paths(pipe))
     assert options.strength is not None
     size: dict[str, Any] = {} if native is None else {"height": native[0], "width": native[1]}
@@ -166,9 +166,11 @@ def prepare(
     # Frames as many as the model was trained on: what rotary scaling over time goes by.
     native_grid = _grid(pipe, Size(*window, native_size(pipe).num_frames))
     grid = _grid(pipe, Size(height, width, first.frames))
-    guided = 2 if first.guidance > 1 and options.guided == "all" else 1
+    samples = 2 if first.guidance > 1 and space.one_batch else 1
+    guided = 2 if first.guidance > 1 and (options.guided == "all" or space.one_batch) else 1
     plan = plan_memory(
-        pipe, grid, height=height, width=width, frames=first.frames, branches=guided, limit=options.max_memory, device=device,
+        pipe, grid, height=height, width=width, frames=first.frames, branches=guided, samples=samples,
+        limit=options.max_memory, device=device,
         refresh=1 if options.global_path == "none" else options.refresh,
     )  # fmt: skip
     check_plan(plan, f"a clip of {width}×{height} pixels and {first.frames} frames")

@@ -85,6 +85,16 @@ def load_skeleton(model: str | Path = "demo") -> Any:
     return pipe
 
 
+def cast_skeleton(skeleton: Any, dtype: torch.dtype) -> Any:
+    """A skeleton of its own with the types that `load_pipeline` would give its parts: what memory is planned by."""
+    for part in skeleton.components.values():
+        if isinstance(part, torch.nn.Module):
+            kind = torch.float32 if type(part).__name__ in FLOAT32_VAES else dtype
+            for parameter in part.parameters():
+                parameter.data = parameter.data.to(kind)
+    return skeleton
+
+
 def resolve_device(device: str) -> torch.device:
     """The torch device for "auto" or a name. Raises DeviceError for one that this machine has not."""
     if device == "auto":

@@ -105,6 +105,7 @@ def plan_memory(
     frames: int,
     refresh: int,
     branches: int,
+    samples: int = 1,
     limit: int | None = None,
     device: torch.device | None = None,
 ) -> MemoryPlan:
@@ -114,6 +115,7 @@ def plan_memory(
         pipe: a loaded pipeline of a kind in ``latent_spaces``, or its skeleton.
         grid: of the target size. height, width: pixels. frames: of the clip.
         refresh: as for ``two_paths``; 1 keeps no cache. branches: texts that the full path guides, 1 or 2.
+        samples: of one denoiser forward: 2 where guidance runs as one batch.
         limit: bytes; None: what the device has. device: default: the pipeline's.
     """
     device = pipe.device if device is None else device
@@ -130,7 +132,7 @@ def plan_memory(
         width_ = max(layer.heads * layer.head_dim for layer in layers)
         widest = max((m.out_features for m in denoiser.modules() if isinstance(m, nn.Linear)), default=width_)
         each = OF_WIDTH * width_ + OF_WIDEST * widest + SECOND_PATH * width_
-        activations = max(activations, int(grid.tokens * each * size))
+        activations = max(activations, int(samples * grid.tokens * each * size))
         if refresh > 1:
             cache += branches * len(layers) * grid.tokens * width_ * size
     output = 3 * frames * height * width * 4

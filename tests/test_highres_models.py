@@ -17,6 +17,7 @@ from tilewise.pipelines.highres import highres
 from tilewise.pipelines.highres_schedule import entered_at, noised
 from tilewise.pipelines.latent_spaces.base import latent_space, latent_spaces
 from tilewise.pipelines.native import native_size
+from tilewise.plugins.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.plugins.ledger import FULL_PATH, SPARSE
 
@@ -143,6 +144,24 @@ def test_two_stages(case):
     if not cross:
         with pytest.raises(ConfigError, match="Leave global_path out"):
             highres(pipe, "a star", **size, steps=4, global_path="dense")
+
+
+def test_guidance_in_one_batch_is_planned_for(monkeypatch):
+    """LTX: both texts in one forward. What the cache is planned to hold is what it holds."""
+    pipe, size = ltx()
+    held = []
+    put = CrossAttentionCache.put
+
+    def watched(self, *given):
+        put(self, *given)
+        held.append(self.on_device + self.on_host)
+
+    monkeypatch.setattr(CrossAttentionCache, "put", watched)
+    made = highres(pipe, "a star", **size, steps=4, refresh=2, guided="cond", guidance=3.0)
+    assert made.plan.cache == max(held)
+    without = highres(pipe, "a star", **size, steps=4, refresh=2, guidance=1.0)
+    assert made.plan.cache == 2 * without.plan.cache
+    assert made.plan.activations == pytest.approx(2 * without.plan.activations, abs=2)
 
 
 def test_native_sizes():

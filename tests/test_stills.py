@@ -18,7 +18,7 @@ from tilewise.pipelines.compare import compare
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.files import suffix_of
 from tilewise.pipelines.generate import call_arguments, generate
-from tilewise.pipelines.loading import load_pipeline
+from tilewise.pipelines.loading import cast_skeleton, load_pipeline, load_skeleton
 from tilewise.pipelines.manifest import read_manifest
 from tilewise.pipelines.settings import resolve_settings
 from tilewise.pipelines.still import read_still, write_still
@@ -54,6 +54,8 @@ def test_an_image_model_from_a_folder_in_half_precision(tmp_path):
     ).save_pretrained(tmp_path / "flux")  # fmt: skip
     loaded = load_pipeline(tmp_path / "flux", device="cpu", dtype="bfloat16")
     assert {part.dtype for part in (loaded.vae, loaded.transformer, loaded.text_encoder)} == {torch.bfloat16}
+    planned = cast_skeleton(load_skeleton(tmp_path / "flux"), torch.bfloat16)
+    assert {part.dtype for part in (planned.vae, planned.transformer)} == {torch.bfloat16}
     size = ("--height", "32", "--width", "48", "--steps", "2", "--device", "cpu")
     for dtype in ("bfloat16", "float32"):
         words = ("--model", tmp_path / "flux", *size, "--dtype", dtype, "--out", tmp_path / f"{dtype}.png")
@@ -67,14 +69,14 @@ def test_a_picture_and_its_settings(tmp_path):
     path = write_video(tmp_path / "a.PNG", frames, 8, settings={"prompt": "ä = ;\n"})
     assert np.array_equal(read_frames(path), frames)
     assert read_settings(path) == {"prompt": "ä = ;\n"}
-    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"prompt": "ä = ;\n"}
+    assert json.loads((tmp_path / "a.PNG.json").read_text("utf-8")) == {"prompt": "ä = ;\n"}
     write_settings(path, {"seed": 1})
     assert np.array_equal(read_frames(path), frames)
     assert read_settings(path) == {"seed": 1}
-    assert {file.name for file in tmp_path.iterdir()} == {"a.PNG", "a.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {"a.PNG", "a.PNG.json"}
     plain = write_video(tmp_path / "b.png", frames, 8)
     assert read_settings(plain) is None
-    assert not (tmp_path / "b.json").exists()
+    assert not (tmp_path / "b.png.json").exists()
 
 
 def test_guidance_by_its_other_name():
@@ -107,10 +109,10 @@ def test_the_pages_program_runs(kind, ending, tmp_path, monkeypatch):
 
 def test_where_there_is_a_picture_there_are_its_settings(tmp_path):
     frames = np.zeros((1, 4, 4, 3), np.uint8)
-    (tmp_path / "a.json").mkdir()
+    (tmp_path / "a.png.json").mkdir()
     with pytest.raises(OutputError, match=r"could not write .*a\.png"):
         write_video(tmp_path / "a.png", frames, 8, settings={})
-    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png.json"]
 
 
 def test_what_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,11 @@ from tilewise.pipelines.files import check_sidecar, check_writable
 from tilewise.pipelines.generate import Clip
 from tilewise.pipelines.highres import HighresClip, Work, judged, make, prepare
 from tilewise.pipelines.highres_settings import HighresSettings
-from tilewise.pipelines.loading import load_pipeline, load_skeleton, resolve_device, resolve_dtype
+from tilewise.pipelines.loading import cast_skeleton, load_pipeline, load_skeleton, resolve_device, resolve_dtype
 from tilewise.pipelines.record import Recorded, clip_record, machine, read_record
 from tilewise.pipelines.settings import explain_settings, prompt_notes
 from tilewise.pipelines.video import ffmpeg_path, write_settings, write_video
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.patching import denoisers_of
 from tilewise.ui.generating import MODEL, Request, print_sameness, progress_bars, quiet_libraries
 from tilewise.ui.options import default_out, method_config, out_suffix, parse_size
 from tilewise.ui.report import console, print_files, print_result, print_settings
@@ -69,8 +69,7 @@ def generate_highres(request: Request) -> None:
     print_result(made.clip)
     _print_stages(made)
     print_files(found.files)
-    told = None if found.origin is None else found.origin.run.get("highres")
-    if told is not None and _record(made, run)["run"]["highres"]["options"] == told["options"]:
+    if found.origin is not None and _stages(made.to_dict()) == _stages(found.origin.run.get("highres")):
         print_sameness(made.clip, found.origin, request.source)
 
 
@@ -96,10 +95,7 @@ def _check(request: Request, *, create: bool) -> _Checked:
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype or (origin.run.get("dtype") if origin else None) or "auto", device)
     model = request.model or wishes.pop("model", MODEL)
-    skeleton = load_skeleton(model)
-    for denoiser in denoisers_of(skeleton).values():
-        for parameter in denoiser.parameters():
-            parameter.data = parameter.data.to(dtype)
+    skeleton = cast_skeleton(load_skeleton(model), dtype)
     # --method is the native stage's; the target's is the inward window.
     method = method_config(request.method or wishes.pop("method", "dense"))
     names = ("negative", "frames", "steps", "guidance", "seed", "fps", "max_sequence_length")
@@ -128,6 +124,14 @@ def _earlier(origin: Recorded) -> dict[str, Any]:
     native = told["native"]
     options = {**told["options"], "native": (native["height"], native["width"])}
     return {**settings, "method": native["method"], "options": options}
+
+
+def _stages(told: dict[str, Any] | None) -> Any:
+    """What of a record decides the clip, beside its settings; as JSON has it, where a tuple is a list."""
+    if told is None:
+        return None
+    native = {name: told["native"][name] for name in ("height", "width", "method")}
+    return json.loads(json.dumps({"options": told["options"], "native": native}))
 
 
 def _record(made: HighresClip, run: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tilewise.pipelines.latent_spaces.base import LatentSpace, Statistics
 
 class LTXLatents(LatentSpace):
     pipelines = ("LTXPipeline",)
+    one_batch = True
 
     def factors(self, pipe: Any) -> tuple[int, int]:
         return pipe.vae_spatial_compression_ratio, pipe.vae_temporal_compression_ratio

@@ -7,7 +7,7 @@ from tilewise.pipelines.latent_spaces.base import LatentSpace
 
 class SD3Latents(LatentSpace):
     pipelines = ("StableDiffusion3Pipeline",)
-    still = flat = True
+    one_batch = still = flat = True
 
 
 SPACE = SD3Latents()

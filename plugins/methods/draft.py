@@ -2,7 +2,7 @@
 
 Queries and keys are averaged over the blocks of the layout; the attention of the averages, corrected for how keys differ within
 a block (draft_logits.py), says what each block would look at. It is made per head, sample and step, and costs 1/128² of
-attention.
+attention, or 1/128 where each query is drafted by itself.
 
 Other than in the paper: any grid (border blocks are averaged over the tokens that they have), no query block is ever left
 without keys, pairs are ranked by the error that skipping them makes, and what is skipped is not dropped: one summary row a

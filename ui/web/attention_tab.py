@@ -90,7 +90,9 @@ class AttentionTab:
             **hidden,
         }  # Gradio tells of a State's change from its queue alone
         tab.select(lambda: True, None, begun, **told)
-        gr.on([s.input for s in sliders], lambda *at: at, sliders, place, trigger_mode="always_last", **told)
+        for number, slider in enumerate(sliders):  # of the others, the browser may not know yet what a click has set
+            move = functools.partial(_moved, number)
+            slider.input(move, [slider, place], place, trigger_mode="always_last", **told)
         changed = [begun.change, place.change, clip.change]
         changed += [component.change for component in controls.inputs]
         gr.on(changed, self.draw, inputs, outputs, trigger_mode="always_last", **quiet)
@@ -233,6 +235,11 @@ def words(seen: Seen, has_clip: bool) -> str:
     rows.append(("here", escape(f"head {place.head}, step {place.step}, block {place.block}: {seen.words}")))
     hint = "" if has_clip else "<p>Make a clip of this size, and the region is drawn over it.</p>"
     return f"{media.table(rows)}{hint}"
+
+
+def _moved(number: int, value: Any, place: Sequence[Any]) -> tuple[Any, ...]:
+    """A place with one of its numbers changed."""
+    return (*place[:number], value, *place[number + 1 :])
 
 
 def _sliders(seen: Seen, given: Sequence[Any]) -> list[Any]:

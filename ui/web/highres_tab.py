@@ -26,14 +26,13 @@ from tilewise.pipelines.generate import Clip
 from tilewise.pipelines.highres import HighresClip, Work, judged, make
 from tilewise.pipelines.highres_settings import GUIDED, PATHS
 from tilewise.pipelines.job import slug
-from tilewise.pipelines.loading import load_skeleton, resolve_dtype
+from tilewise.pipelines.loading import cast_skeleton, load_skeleton, resolve_dtype
 from tilewise.pipelines.memory import PeakMemory
 from tilewise.pipelines.record import clip_record, machine
 from tilewise.pipelines.settings import prompt_notes
 from tilewise.pipelines.stopping import stoppable
 from tilewise.pipelines.video import write_settings, write_video
 from tilewise.plugins.errors import TilewiseError
-from tilewise.plugins.patching import denoisers_of
 from tilewise.ui.report import method_words
 from tilewise.ui.web import media
 from tilewise.ui.web.controls import Controls
@@ -97,10 +96,7 @@ class HighresStudio:
             if model not in self._skeletons:
                 skeleton = load_skeleton(model)  # a copy: others plan with the first one
                 dtype = resolve_dtype(self.models.dtype, self.models.device)
-                for denoiser in denoisers_of(skeleton).values():
-                    for parameter in denoiser.parameters():
-                        parameter.data = parameter.data.to(dtype)
-                self._skeletons[model] = skeleton
+                self._skeletons[model] = cast_skeleton(skeleton, dtype)
             return self._skeletons[model]
 
     def file(self, work: Work) -> Path:

@@ -53,7 +53,9 @@ VARIANTS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("xattention", (("density", 0.25), ("compensate", False))),
 )
 SHAPES = ((Grid(30, 48, 80), 24), (Grid(21, 45, 80), 40), (Grid(21, 45, 80), 12))
-ROWS = [Row(grid, heads, method, options) for grid, heads in SHAPES for method, options in VARIANTS]
+# Where does looking first begin to pay? Frames of 45×80 tokens, from one on.
+SHORT = [Row(Grid(frames, 45, 80), 24, *VARIANTS[0]) for frames in (1, 2, 3, 5, 9)]
+ROWS = [*(Row(grid, heads, method, options) for grid, heads in SHAPES for method, options in VARIANTS), *SHORT]
 TINY = [Row(Grid(3, 9, 12), 2, method, (*options, ("min_tokens", 0)), 64) for method, options in VARIANTS]
 
 

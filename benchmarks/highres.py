@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.two_paths import two_paths
 
 EVERY = (1, 2, 5)  # steps from one refresh to the next
+# The full path's attention, and the precision of the products of all attention that is not dense.
+WAYS = (("dense", None), ("pooled", None), ("draft", None), ("dense", "int8"), ("pooled", "int8"), ("draft", "int8"))
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Size:
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.pixels}"
+        return f"{self.model} {self.pixels}" + (", all layers" if self.layers >= self.whole else "")
 
 
 SIZES = {
@@ -165,16 +168,20 @@ def _freeswim(bench: Bench, compiled: bool) -> None:
         paths.remove()
 
 
-def _ours(bench: Bench, global_path: Any) -> None:
+def label_of(global_path: str, precision: str | None) -> str:
+    return ", ".join(["ours", *([] if global_path == "dense" else [global_path]), *([precision] if precision else [])])
+
+
+def _ours(bench: Bench, global_path: Any, precision: str | None = None) -> None:
     """A refresh, a reuse, and the window alone."""
-    label = "ours" if global_path == "dense" else f"ours, {global_path}"
+    label = label_of(global_path, precision)
     method = Inward(native=bench.size.native)
 
     def forward() -> None:
         bench.model(bench.latents, bench.timestep, bench.text, return_dict=False)
 
     def window() -> Any:
-        return tilewise.patched(bench.model, method, steps=(0, 1), strict=True)
+        return tilewise.patched(bench.model, method, steps=(0, 1), strict=True, precision=precision)
 
     @contextlib.contextmanager
     def paths(refresh: int) -> Iterator[None]:
@@ -183,8 +190,12 @@ def _ours(bench: Bench, global_path: Any) -> None:
 
     bench.time(f"{label} refresh", forward, lambda: paths(1))
     bench.time(f"{label} reuse", forward, lambda: paths(10**6), skip=1)  # the first refreshes, all others reuse
-    if global_path == "dense":
-        bench.time("ours window only", forward, window)
+    if (alone := window_of(precision)) not in bench.forwards:
+        bench.time(alone, forward, window)
+
+
+def window_of(precision: str | None) -> str:
+    return f"{label_of('dense', precision)} {WINDOW}"
 
 
 def steps_of(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
@@ -197,9 +208,9 @@ def steps_of(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     def average(first: float, later: float, k: int) -> float:
         return (first + (k - 1) * later) / k
 
-    for name in ("FreeSwim", "ours", "ours, pooled", "ours, draft"):
+    for name, alone in (("FreeSwim", f"FreeSwim {WINDOW}"), *((label_of(*way), window_of(way[1])) for way in WAYS)):
         parts = [at.get(f"{name} {kind}") for kind in (REFRESH, REUSE)]
-        window = at.get("FreeSwim window only" if name == "FreeSwim" else "ours window only")
+        window = at.get(alone)
         if None in parts or window is None:
             continue
         refresh, reuse = parts
@@ -214,17 +225,19 @@ def steps_of(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def run(
-    size: Size, device: torch.device, runs: int, backend: str, peers: bool, compiled: bool = True
+    size: Size, device: torch.device, runs: int, backend: str, peers: bool, compiled: bool = True, ways: str = ""
 ) -> dict[str, Any]:
-    """Everything of one size."""
+    """Everything of one size, or of ours the ways in whose label ``ways`` is found."""
     bench = Bench(size, device, runs)
     peak: dict[str, float | None] = {}
     if peers:
         peak["stock dense"] = bench.variant("stock dense", lambda: _stock(bench, backend))
         peak["FreeSwim"] = bench.variant("FreeSwim", lambda: _freeswim(bench, compiled))
-    peak["ours"] = bench.variant("ours", lambda: _ours(bench, "dense"))
-    for path in ("pooled", "draft"):
-        peak[f"ours, {path}"] = bench.variant(f"ours, {path}", lambda path=path: _ours(bench, path))
+    for way in WAYS if device.type == "cuda" else WAYS[:3]:
+        name = label_of(*way)
+        if not re.search(ways, name):
+            continue
+        peak[name] = bench.variant(name, lambda way=way: _ours(bench, *way))
     rows = steps_of(bench.forwards)
     named = {(row["name"], row["k"]): row["seconds"] for row in rows}
     for row in rows:
@@ -269,6 +282,7 @@ def main(
     runs: Annotated[int, typer.Option(help="timed forwards of each kind and depth")] = 1,
     backend: Annotated[str, typer.Option(help="diffusers' attention backend of the stock forward")] = "_native_cudnn",
     peers: Annotated[bool, typer.Option(help="dense and FreeSwim too")] = True,
+    ways: Annotated[str, typer.Option(help="regular expression: of ours, only those in whose label it is found")] = "",
     eager: Annotated[bool, typer.Option("--eager", help="FlexAttention as separate operations (for tests)")] = False,
     out: Annotated[Path | None, typer.Option(help="folder of result files; default: nothing is written")] = None,
 ) -> None:
@@ -281,7 +295,7 @@ def main(
         if layers:
             chosen = Size(chosen.model, chosen.pixels, chosen.latents, chosen.native, chosen.whole, layers)
             SIZES[name] = chosen
-        result = run(chosen, where, runs, backend if where.type == "cuda" else "native", peers, not eager)
+        result = run(chosen, where, runs, backend if where.type == "cuda" else "native", peers, not eager, ways)
         print(table(result), flush=True)
         if out is not None:
             print(f"written: {_write(result, where, out, name)}")

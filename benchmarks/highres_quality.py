@@ -13,12 +13,15 @@ noise level of 0.95, at which little of the native stage's layout is left for a 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +33,7 @@ from PIL import Image
 import tilewise
 from benchmarks import results
 from benchmarks.header import header
+from benchmarks.quality import save
 
 # name → options of the second stage; None: not by two stages.
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -42,6 +46,12 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "two paths, k=2, prompt guided": {"refresh": 2, "guided": "cond"},
     "two paths, k=2, pooled": {"refresh": 2, "global_path": "pooled"},
     "two paths, k=2, draft": {"refresh": 2, "global_path": "draft"},
+    "two paths, k=5, prompt guided, draft, int8": {
+        "refresh": 5,
+        "guided": "cond",
+        "global_path": "draft",
+        "precision": "int8",
+    },
     "two paths, k=1, no temperature": {"refresh": 1, "temperature": False},
     "two paths, k=1, strength 0.7, shift 9": {"refresh": 1, "strength": 0.7, "flow_shift": 9.0},
 }
@@ -60,7 +70,13 @@ def worker(job: dict[str, Any]) -> None:
 
     torch.set_num_threads(job["threads"])
     pipe = load_pipeline("demo", device=job["device"], dtype=job["dtype"])
+    longest = 0.0
     for side, number, prompt in job["clips"]:
+        begin = time.time()
+        if begin + longest > job["until"]:
+            print(f"no time left for {side} {number:02d} and what follows", file=sys.stderr, flush=True)
+            return
+        lines: list[str] = []
         shared = {"steps": job["steps"], "frames": job["frames"], "seed": number}
         native = None
         for name in job["variants"]:
@@ -90,10 +106,18 @@ def worker(job: dict[str, Any]) -> None:
                 middle = frames[len(frames) // 2]
                 words = name.replace(", ", "-").replace(" ", "-").replace("=", "")
                 Image.fromarray(middle).save(Path(job["pictures"]) / f"{side}-{number:02d}-{words}.png")
-            print(json.dumps(told), flush=True)
-            print(
-                f"{side} {number:02d} {name}: {seconds:.1f} s, {told['objects']} objects", file=sys.stderr, flush=True
-            )
+            lines.append(json.dumps(told))
+            print(f"{side} {number:02d} {name}: {seconds:.1f} s, {told['objects']} objects", flush=True)
+        part = part_of(Path(job["parts"]), job, side, number)
+        save(part, lambda path, lines=lines: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+        longest = max(longest, time.time() - begin)
+
+
+def part_of(folder: Path, job: dict[str, Any], side: int, number: int) -> Path:
+    """Where the lines of a clip lie, a line a variant; the name says what they were made with."""
+    made_with = {key: job[key] for key in ("dtype", "steps", "frames", "variants", "strength", "flow_shift")}
+    key = hashlib.sha256(json.dumps([made_with, VARIANTS], sort_keys=True).encode()).hexdigest()[:12]
+    return folder / f"{side}-{number:02d}-{key}.jsonl"
 
 
 def summarised(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -154,10 +178,11 @@ def main(
     processes: Annotated[int, typer.Option(help="how many at once")] = 1,
     device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda if there is one")] = "",
     dtype: Annotated[str, typer.Option(help="of the denoiser: auto, float32 or bfloat16")] = "auto",
+    seconds: Annotated[float, typer.Option(help="begin no clip that would end later than this")] = 1e9,
     pictures: Annotated[Path | None, typer.Option(help="folder for the middle frame of every clip")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of result files; default: nothing is written")] = None,
 ) -> None:
-    """Make the clips, judge them, print the table."""
+    """Make the clips, judge them, print the table. With --out, run again to go on: each clip that is done is kept there."""
     from examples.train_demo_model.evaluation import held_out_prompts
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,30 +207,33 @@ def main(
         "device": where, "dtype": dtype, "steps": steps or None, "frames": frames or None, "variants": chosen,
         "threads": int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes)),
         "pictures": str(pictures.resolve()) if pictures else "", "strength": strength, "flow_shift": flow_shift or None,
+        "until": time.time() + seconds,
     }  # fmt: skip
-    lines = _run([{**shared, "clips": clips[i::processes]} for i in range(min(processes, len(clips)))])
+    with contextlib.nullcontext(out / "highres-parts") if out else tempfile.TemporaryDirectory() as parts:
+        folder = Path(parts).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {clip: part_of(folder, shared, *clip[:2]) for clip in clips}
+        left = [clip for clip, path in files.items() if not path.exists()]
+        _run([{**shared, "parts": str(folder), "clips": left[i::processes]} for i in range(min(processes, len(left)))])
+        made = [path for path in files.values() if path.exists()]
+        lines = [json.loads(line) for path in made for line in path.read_text(encoding="utf-8").splitlines()]
+    if not lines:
+        print("no clip was made in the time given")
+        raise typer.Exit(1)
     rows = summarised(lines)
     print(table(rows))
+    print(f"{len(made)} of {len(clips)} clips")
     if out is not None:
         print(f"written: {_write(rows, lines, where, out, sys.argv[1:])}")
 
 
-def _run(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of all workers, each a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        running = []
-        for number, job in enumerate(jobs):
-            log = Path(folder) / f"{number}.jsonl"
-            with log.open("w") as file:
-                command = [sys.executable, "-m", "benchmarks.highres_quality", "worker", json.dumps(job)]
-                running.append((subprocess.Popen(command, stdout=file, cwd=ROOT), log))
-        failed = [process.wait() for process, _ in running]
-        lines = [
-            json.loads(line) for _, log in running for line in log.read_text().splitlines() if line.startswith("{")
-        ]
+def _run(jobs: list[dict[str, Any]]) -> None:
+    """Every job in a process of its own, which keeps the lines of each clip."""
+    command = [sys.executable, "-m", "benchmarks.highres_quality", "worker"]
+    running = [subprocess.Popen([*command, json.dumps(job)], cwd=ROOT) for job in jobs]
+    failed = [process.wait() for process in running]
     if any(failed):
         print(f"{sum(map(bool, failed))} of {len(jobs)} processes failed; the table has what was made", file=sys.stderr)
-    return lines
 
 
 def _write(rows: list[dict[str, Any]], lines: list[dict[str, Any]], where: str, out: Path, words: list[str]) -> Path:

@@ -61,9 +61,12 @@ METHODS = {  # name → (method, whether norms, RoPE, modulation and gates are f
     "tilewise, STA window (3,3,3)": (tilewise.STA(), True),
     "tilewise, STA density 0.2, not fused": (tilewise.STA(density=0.2), False),
     "tilewise, STA density 0.2": (tilewise.STA(density=0.2), True),
+    "tilewise, STA density 0.2, int8": (tilewise.Config(tilewise.STA(density=0.2), precision="int8"), True),
+    "tilewise, STA density 0.15, int8": (tilewise.Config(tilewise.STA(density=0.15), precision="int8"), True),
     # However short: without a minimum length, which the tiny size is below.
     "tilewise, draft density 0.25": (tilewise.Draft(density=0.25, min_tokens=0), True),
 }
+EIGHT_BITS = [name for name in METHODS if name.endswith("int8")]
 LOOKED_INTO = "tilewise, STA density 0.2"  # compiled and profiled too; with ``Size.thorough``, so is dense
 EXACT = (CUDNN, COMPILED, "tilewise, dense")  # the same mathematics as stock: their difference from it is rounding
 
@@ -223,6 +226,8 @@ def run_size(
     bench.variant(CUDNN, lambda: stock("_native_cudnn"), True, False, False)
     bench.variant(COMPILED, lambda: stock("native", True), True, False, True)
     for name, (method, fuse) in METHODS.items():
+        if name in EIGHT_BITS and device.type != "cuda":
+            continue
         exact = name in EXACT
         closely = name == LOOKED_INTO or (size.thorough and method == "dense")
         bench.variant(name, lambda method=method, fuse=fuse: ours(method, fuse, False), exact, closely, False)  # type: ignore[misc]

@@ -1,13 +1,14 @@
 """What share of its attention does a block of queries give to each block of keys, as the means of the keys expect it?
 
     x[s, j]      = scale · q_s·k̄ⱼ + log nⱼ + c(σ²[s, j])           σ²[s, j] = Σ_d (scale · q_s[d])² · var(Kⱼ)[d]
-    share[i, j]  = mean over the queries s of block i of  softmax_j x[s, j]
+    share[i, j]  = mean over queries s of block i of  softmax_j x[s, j]
 
-c is the correction for keys that differ within their block (plugins/methods/draft_logits.py): σ²/2, along its tangent
+at most ``QUERIES`` of a block, evenly spread over it. c is the correction for keys that differ within their block
+(plugins/methods/draft_logits.py): σ²/2, along its tangent
 σ √(2 log n) − log n beyond σ² = 2 log n. Without variances it is 0.
 
-Each query is drafted by itself, and not the mean of its block: a mean query is more certain of where to look than its tokens are.
-Scores of all queries against all block means are 1/128 of attention's, and never leave the chip.
+Queries are drafted by themselves, and not the mean of their block: a mean query is more certain of where to look than its tokens
+are. A quarter of them is as unbiased as all are. Their scores against all block means never leave the chip.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from tilewise.kernels.device import FLOATS, runs_triton
 
+QUERIES = 32  # of a block that are drafted; a power of two
 CHUNK = 2048  # queries that the CPU path scores at a time
 
 
@@ -26,6 +28,7 @@ def block_share(
     start: torch.Tensor,
     rows: torch.Tensor,
     scale: float,
+    queries: int = QUERIES,
 ) -> torch.Tensor:
     """The map of block pairs; see the module's docstring.
 
@@ -34,9 +37,10 @@ def block_share(
         key_mean: (B, N, Hk, D) float32, contiguous; Hk divides H. key_variance: the same, or None.
         start, rows: (N,) first token and number of tokens (1 … 128) of each block, on query's device: see ``block_table``.
         scale: of the scores.
+        queries: how many of a block are drafted: a power of two, 1 … 128. Blocks with fewer are drafted whole.
 
     Returns:
-        (B, H, N, N) float32: rows sum to 1. nan where a query of the block, or a key, is not finite.
+        (B, H, N, N) float32: rows sum to 1. nan where a drafted query of the block, or a key, is not finite.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.
@@ -64,11 +68,13 @@ def block_share(
             f"block_share: needs rows ({N},) and all on {query.device}, got {tuple(rows.shape)}, key_mean on "
             f"{key_mean.device}, start on {start.device} and rows on {rows.device}"
         )
+    if not 1 <= queries <= 128 or queries & (queries - 1):
+        raise ValueError(f"block_share: queries must be a power of two of at most 128, got {queries}")
     if runs_triton(query.device):
         from tilewise.kernels.triton_block_share import triton_block_share
 
-        return triton_block_share(query, key_mean, key_variance, start, rows, scale)
-    return torch_block_share(query, key_mean, key_variance, start, rows, scale)
+        return triton_block_share(query, key_mean, key_variance, start, rows, scale, queries)
+    return torch_block_share(query, key_mean, key_variance, start, rows, scale, queries)
 
 
 def torch_block_share(
@@ -78,14 +84,16 @@ def torch_block_share(
     start: torch.Tensor,
     rows: torch.Tensor,
     scale: float,
+    queries: int = QUERIES,
 ) -> torch.Tensor:
     """The formula as it stands, some queries at a time; in float32, or in query's float64."""
     B, _, H, _ = query.shape
     N, dtype = len(start), torch.promote_types(query.dtype, torch.float32)
-    # The blocks' tokens one after another, and the block of each: blocks may lie anywhere.
-    first = rows.cumsum(0) - rows
-    block = torch.repeat_interleave(torch.arange(N, device=query.device), rows)
-    token = start.long()[block] + torch.arange(len(block), device=query.device) - first[block]
+    # The drafted tokens one block after another, and the block of each: blocks may lie anywhere.
+    taken = rows.clamp(max=queries)
+    block = torch.repeat_interleave(torch.arange(N, device=query.device), taken)
+    number = torch.arange(len(block), device=query.device) - (taken.cumsum(0) - taken)[block]
+    token = start.long()[block] + number * rows[block] // taken[block]
 
     def by_head(x: torch.Tensor) -> torch.Tensor:
         return x.to(dtype).repeat_interleave(H // x.shape[2], 2).permute(0, 2, 3, 1)  # (B, H, D, N)
@@ -100,4 +108,4 @@ def torch_block_share(
             s2 = q.square() @ variance
             x = x + torch.where(s2 <= 2 * log_rows, s2 / 2, (2 * s2 * log_rows).clamp_min(0).sqrt() - log_rows)
         share.index_add_(2, of, x.softmax(-1))
-    return share / rows[:, None]
+    return share / taken[:, None]

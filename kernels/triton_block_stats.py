@@ -47,3 +47,11 @@ def triton_block_stats(
                 D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=128, num_warps=4,
             )  # fmt: skip
     return mean, spread
+
+
+def by_head(x: torch.Tensor, dtype: torch.dtype, multiple: int) -> torch.Tensor:
+    """(B, N, H, D) → (B, H, N rounded up, D) in ``dtype``, zeros behind: loads that need no mask keep the pipeline full."""
+    B, N, H, D = x.shape
+    out = x.new_zeros((B, H, triton.cdiv(N, multiple) * multiple, D), dtype=dtype)
+    out[:, :, :N] = x.transpose(1, 2)
+    return out

@@ -180,8 +180,9 @@ def prepare(
             f"global_path='draft' is not for a size of {width}×{height}: {refused}. Give 'pooled' or 'dense'"
         )
     target = resolve_settings(
-        pipe, prompt, method=Config(method, steps=(0.0, 1.0)), **{**shared, "height": height, "width": width}
-    )
+        pipe, prompt, method=Config(method, steps=(0.0, 1.0), precision=options.precision),
+        **{**shared, "height": height, "width": width},
+    )  # fmt: skip
     call_arguments(pipe, target)
     steps_to_run(target.steps, options.strength)
     return Work(first, target, native_grid, options, plan)

@@ -10,6 +10,7 @@ from tilewise.pipelines.highres_schedule import steps_to_run
 from tilewise.pipelines.memory_plan import parse_bytes
 from tilewise.pipelines.native import Native
 from tilewise.pipelines.upscale import UPSCALES
+from tilewise.plugins.config import PRECISIONS
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.rope_scaling import SPATIAL, TEMPORAL
 
@@ -35,6 +36,8 @@ class HighresSettings:
         temperature: whether the window's attention is sharpened by the paper's scale.
         window: native height and width in pixels that the window stands for; None: the native stage's.
         rope: "ntk" or "yarn" for height and width; None: unchanged. rope_time: "riflex", "ntk" or "yarn".
+        precision: "int8" or "fp8": the target's attention with 8-bit products on a Hopper GPU, see ``Config``; a full path that
+            is dense stays in the model's 16 bits. None: all of it.
         max_memory: bytes on the device, or text such as "24GB"; None: what is free.
 
     Raises:
@@ -51,6 +54,7 @@ class HighresSettings:
     window: tuple[int, int] | None = None
     rope: str | None = None
     rope_time: str | None = None
+    precision: str | None = None
     max_memory: int | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +67,7 @@ class HighresSettings:
         for name, valid in (("global_path", PATHS), ("guided", GUIDED), ("upscale", UPSCALES)):
             if getattr(self, name) not in valid and (name, getattr(self, name)) != ("global_path", None):
                 raise unknown(name.replace("_", " "), getattr(self, name), valid)
-        for name, rules in (("rope", SPATIAL), ("rope_time", TEMPORAL)):
+        for name, rules in (("rope", SPATIAL), ("rope_time", TEMPORAL), ("precision", PRECISIONS)):
             if getattr(self, name) is not None and getattr(self, name) not in rules:
                 raise unknown(name.replace("_", " "), getattr(self, name), rules)
         if not isinstance(self.temperature, bool):

@@ -263,7 +263,7 @@ class TwoPaths:
             raise TilewiseError(f"two paths: no draft of the full path: {refused}. Use global_path='pooled' or 'dense'")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         planned = self._draft.plan_call(layout, query, key, value, scale, {}, 0)
-        choice, _ = choose((query, key, value), planned.plan, None)
+        choice, _ = choose((query, key, value), planned.plan, self.patch.config.precision)
         return attend_planned((query, key, value), planned, layout, choice, scale)
 
 

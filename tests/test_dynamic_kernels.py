@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tilewise.kernels.attention import block_sparse_attention
+from tilewise.kernels.block_map import block_logits, error_logits, summary_bias
 from tilewise.kernels.block_selection import select_rows, select_rows_reference
 from tilewise.kernels.block_share import block_share, torch_block_share
 from tilewise.kernels.block_stats import block_stats, block_stats_reference
@@ -67,26 +68,33 @@ def test_block_stats_of_any_runs():
     torch.testing.assert_close(got.variance[0], torch.stack([p.var(0, unbiased=False) for p in parts]))
 
 
-def naive_share(q, means, variances, layout, scale):
+def naive_share(q, means, variances, layout, scale, queries=128):
     """Query by query, in float64."""
     rows, heads, groups = layout.block_rows.double(), q.shape[2], q.shape[2] // means.shape[2]
     share = torch.zeros(len(q), heads, layout.blocks, layout.blocks, dtype=torch.float64)
     for h in range(heads):
         mean, variance = (x[:, :, h // groups].double() for x in (means, variances))
         for i, block in enumerate(blocks_of(layout)):
-            for b, s in ((b, s) for b in range(len(q)) for s in range(block.start, block.stop)):
+            n = block.stop - block.start
+            drafted = (
+                [block.start + k * n // queries for k in range(queries)]
+                if n > queries
+                else range(block.start, block.stop)
+            )
+            for b, s in ((b, s) for b in range(len(q)) for s in drafted):
                 one = scale * q[b, s, h].double()
                 sigma = (one.square() * variance[b]).sum(-1).sqrt()
                 edge = (2 * rows.log()).sqrt()
                 correction = torch.where(sigma <= edge, sigma**2 / 2, sigma * edge - rows.log())
-                share[b, h, i] += ((mean[b] * one).sum(-1) + rows.log() + correction).softmax(-1) / rows[i]
+                share[b, h, i] += ((mean[b] * one).sum(-1) + rows.log() + correction).softmax(-1) / len(drafted)
     return share
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [1.0, 4.0], ids=["smooth", "beyond the tangent"])
-def test_block_share(layout, dtype, spread):
+@pytest.mark.parametrize("queries", [128, 8])
+def test_block_share(layout, dtype, spread, queries):
     B, S, H, D = 2, layout.grid.tokens, 4, 24
     room = torch.full((B, S + 2, H, D + 8), torch.nan, dtype=dtype)
     q = room[:, 1:-1, :, :D]
@@ -95,13 +103,13 @@ def test_block_share(layout, dtype, spread):
     start, rows, _ = block_table(layout, CPU)
     stats = block_stats(keys, start, rows, variance=True)
     assert stats.variance is not None
-    got = block_share(q, stats.mean, stats.variance, start, rows, D**-0.5)
-    want = naive_share(q, stats.mean, stats.variance, layout, D**-0.5)
+    got = block_share(q, stats.mean, stats.variance, start, rows, D**-0.5, queries)
+    want = naive_share(q, stats.mean, stats.variance, layout, D**-0.5, queries)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2 * spread
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance / 10)
     torch.testing.assert_close(got.sum(-1), torch.ones_like(got[..., 0]), rtol=1e-5, atol=1e-5)
-    plain = block_share(q, stats.mean, None, start, rows, D**-0.5)
-    want = naive_share(q, stats.mean, torch.zeros_like(stats.mean), layout, D**-0.5)
+    plain = block_share(q, stats.mean, None, start, rows, D**-0.5, queries)
+    want = naive_share(q, stats.mean, torch.zeros_like(stats.mean), layout, D**-0.5, queries)
     torch.testing.assert_close(plain.double(), want, rtol=tolerance, atol=tolerance / 10)
 
 
@@ -112,6 +120,36 @@ def test_block_share_tells_of_what_is_not_finite():
     q[0, 3] = torch.nan
     share = block_share(q, block_stats(keys, start, rows).mean, None, start, rows, 0.25)
     assert share.isnan().any(-1).sum() == 1
+    with pytest.raises(ValueError, match="power of two"):
+        block_share(q, keys.mean(1, keepdim=True), None, start[:1], rows[:1], 0.25, queries=12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_maps_of_block_pairs(layout):
+    """Against the formulas in float64; s² small and large, 0, and not a number."""
+    B, H, N = 2, 4, layout.blocks
+    _, rows, _ = block_table(layout, CPU)
+    dot = random(B, H, N, N)
+    s2 = random(B, H, N, N, seed=1).square() * 10.0 ** random(B, H, N, N, seed=2).clamp(-3, 1)
+    s2[0, 0, 0, 0], s2[1, 1, 0, -1] = 0, torch.nan
+    spread = random(B, 2, N, seed=3).square()
+    spread[0, 0, 0] = 0
+    seen = random(B, H, N, N, seed=4) > 0.5
+    got = [
+        block_logits(dot, s2, rows, 0.3), block_logits(dot, None, rows, 0.3), error_logits(dot, s2, spread),
+        summary_bias(s2, rows, seen),
+    ]  # fmt: skip
+    exact, n, wide = s2.double(), rows.double().log(), spread.double().repeat_interleave(2, 1)[:, :, None]
+    term = torch.where(exact <= 2 * n, exact / 2, exact.sqrt() * (2 * n).sqrt() - n)
+    logits = 0.3 * dot.double() + n
+    error = dot + 0.5 * torch.log(torch.expm1(exact.clamp_min(1e-12))) + 0.5 * wide.clamp_min(1e-30).log()
+    want = [logits + term, logits, error, (n + term).masked_fill(seen, -torch.inf)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b.expand_as(a), rtol=1e-5, atol=2e-5, equal_nan=True)
+    with pytest.raises(ValueError, match="block_logits: needs maps"):
+        block_logits(dot, s2[:1], rows, 0.3)
+    with pytest.raises(ValueError, match="error_logits"):
+        error_logits(dot, s2, random(B, 3, N))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -326,13 +364,28 @@ class TestAheadOfTime:
         from tilewise.kernels.triton_block_share import block_share_kernel, launch_config
 
         types = dict.fromkeys(["q_ptr", "mean_ptr", "variance_ptr"], f"*{dtype}")
-        types |= {"share_ptr": "*fp32", "start_ptr": "*i32", "rows_ptr": "*i32", "scale": "fp32"}
+        types |= dict.fromkeys(["share_ptr", "log_rows_ptr"], "*fp32") | dict.fromkeys(
+            ["start_ptr", "rows_ptr"], "*i32"
+        )
+        types |= {"scale": "fp32", "square": "fp32"}
         config = launch_config(head_dim, 2, hopper=capability >= 90)
         width = 128 if head_dim > 64 else 64
-        constants = {"D": head_dim, "BLOCK_D": width, "BLOCK": 128, "BLOCK_N": config["BLOCK_N"], "PRECISION": "tf32"}
+        constants = {"D": head_dim, "BLOCK_D": width, "ROWS": 128, "QUERIES": 32}
+        constants |= {"BLOCK_N": config["BLOCK_N"], "PRECISION": "tf32"}
         kernel = compiled(block_share_kernel, capability, constants, types, config["num_warps"])
         self.check(kernel, capability, tmp_path)
         assert kernel.metadata.shared <= (227 if capability >= 90 else 99) * 1024
+
+    @pytest.mark.parametrize("kind", ["block_logits", "error_logits", "summary_bias"])
+    def test_maps(self, kind, capability, tmp_path):
+        from tilewise.kernels import triton_block_map
+
+        kernel = getattr(triton_block_map, f"{kind}_kernel")
+        floats = ["dot_ptr", "logits_ptr", "s2_ptr", "spread_ptr", "out_ptr"]
+        types = dict.fromkeys(floats, "*fp32") | {"rows_ptr": "*i32", "seen_ptr": "*u8"}
+        types |= dict.fromkeys(["scale", "least_s2", "least"], "fp32")
+        types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        self.check(compiled(kernel, capability, {"CHUNK": 1024}, types, 4), capability, tmp_path)
 
     def test_lists(self, capability, tmp_path):
         from tilewise.kernels.triton_dynamic_plan import lists_kernel
@@ -364,9 +417,9 @@ class TestAheadOfTime:
         types |= {"lse_ptr": "*fp32", "bias_ptr": "*fp32", "start_ptr": "*i32", "rows_ptr": "*i32"}
         types |= {"scale_log2": "fp32", "log2e": "fp32"}
         width = 128 if head_dim > 64 else 64
-        constants = {"D": head_dim, "BLOCK_D": width, "BLOCK_M": 128, "BLOCK_N": 32, "PRECISION": "tf32"}
-        warps = launch_config(head_dim, 2, hopper=capability >= 90)["num_warps"]
-        kernel = compiled(add_skipped_kernel, capability, constants, types, warps)
+        config = launch_config(head_dim, 2, hopper=capability >= 90)
+        constants = {"D": head_dim, "BLOCK_D": width, "BLOCK_M": 128, "BLOCK_N": config["BLOCK_N"], "PRECISION": "tf32"}
+        kernel = compiled(add_skipped_kernel, capability, constants, types, config["num_warps"])
         self.check(kernel, capability, tmp_path)
 
 

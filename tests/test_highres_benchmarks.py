@@ -61,7 +61,7 @@ def test_speed_table_averages_over_k():
 
 
 def test_speed_runs_on_a_cpu(tmp_path, capsys):
-    highres.main("tiny", "cpu", 0, 1, "native", False, True, tmp_path)
+    highres.main("tiny", "cpu", 0, 1, "native", False, "", True, tmp_path)
     assert "ours, both guided k=5" in capsys.readouterr().out
     (file,) = tmp_path.glob("*-tiny.json")
     (row,) = json.loads(file.read_text())["sections"]["highres"]
@@ -71,7 +71,7 @@ def test_speed_runs_on_a_cpu(tmp_path, capsys):
 
 def test_quality_runs_on_a_cpu(tmp_path, capsys):
     names = "dense;two paths, k=2"
-    highres_quality.main("160", "1", names, 2, 1, 0.5, 0.0, 1, "cpu", "auto", tmp_path / "pictures", tmp_path)
+    highres_quality.main("160", "1", names, 2, 1, 0.5, 0.0, 1, "cpu", "auto", 1e9, tmp_path / "pictures", tmp_path)
     said = capsys.readouterr().out
     assert "160×160" in said
     (file,) = tmp_path.glob("*.json")
@@ -81,6 +81,9 @@ def test_quality_runs_on_a_cpu(tmp_path, capsys):
     assert scaled["sharpness"] == pytest.approx(1, abs=0.05)
     assert two["clips"] == 1
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
+    # Run again, it makes nothing anew: no time is left for any clip, and the one that was made is there.
+    highres_quality.main("160", "1", names, 2, 1, 0.5, 0.0, 1, "cpu", "auto", 0.0, None, tmp_path)
+    assert "1 of 1 clips" in capsys.readouterr().out
 
 
 def test_what_a_coarser_path_loses_runs_on_a_cpu(tmp_path, capsys):

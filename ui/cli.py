@@ -41,6 +41,8 @@ HIGHRES_HELP = "Past the model's size: a clip at its own size first, then --heig
 STRENGTH_HELP = "--highres: share of the steps that run at the target, in (0, 1]."
 REFRESH_HELP = "--highres: the full path runs every so many steps."
 GLOBAL_PATH_HELP = "--highres: what guides the window: dense, draft, pooled or none."
+GUIDED_HELP = "--highres: which forwards the full path guides: all, or cond (the prompt's alone)."
+PRECISION_HELP = "--highres: int8 or fp8 products in the target's attention, on a Hopper GPU."
 UPSCALE_HELP = "--highres: bicubic, bilinear, lanczos or latent."
 
 
@@ -95,7 +97,9 @@ def generate(
     strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP, show_default="the model's own")] = None,
     refresh: Annotated[int | None, typer.Option(help=REFRESH_HELP, show_default="2")] = None,
     global_path: Annotated[str | None, typer.Option(help=GLOBAL_PATH_HELP, show_default="what suits the model")] = None,
+    guided: Annotated[str | None, typer.Option(help=GUIDED_HELP, show_default="all")] = None,
     upscale: Annotated[str | None, typer.Option(help=UPSCALE_HELP, show_default="bicubic")] = None,
+    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP, show_default="the model's 16 bits")] = None,
     native: Annotated[str | None, typer.Option(help=f"--highres: size of the first stage, HxW. {NATIVE}")] = None,
     max_memory: Annotated[str | None, typer.Option(help="--highres: memory to stay within, such as 24GB.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
@@ -117,7 +121,9 @@ def generate(
         "strength": strength,
         "refresh": refresh,
         "global_path": global_path,
+        "guided": guided,
         "upscale": upscale,
+        "precision": precision,
         "native": native,
         "max_memory": max_memory,
     }

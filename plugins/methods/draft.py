@@ -2,7 +2,7 @@
 
 Queries and keys are averaged over the blocks of the layout; the attention of the averages, corrected for how keys differ within
 a block (draft_logits.py), says what each block would look at. It is made per head, sample and step, and costs 1/128² of
-attention, or 1/128 where each query is drafted by itself.
+attention, or 1/512 where queries are drafted by themselves, a quarter of them.
 
 Other than in the paper: any grid (border blocks are averaged over the tokens that they have), no query block is ever left
 without keys, pairs are ranked by the error that skipping them makes, and what is skipped is not dropped: one summary row a
@@ -16,13 +16,14 @@ from typing import ClassVar
 
 import torch
 
+from tilewise.kernels.block_map import block_logits
 from tilewise.kernels.block_share import block_share
 from tilewise.kernels.block_stats import block_stats
 from tilewise.kernels.dynamic_plan import block_table
 from tilewise.kernels.layout import Layout
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import register
-from tilewise.plugins.methods.draft_logits import mean_logits, score_variance, variance_term
+from tilewise.plugins.methods.draft_logits import mean_products, score_variance
 from tilewise.plugins.methods.guided import DraftMap, Guided
 
 
@@ -33,7 +34,7 @@ class Draft(Guided):
 
     Args:
         variance: correct the map for the variance of keys within a block. False: means alone, as in the paper.
-        each: draft each query by itself, and average their attention (kernels/block_share.py): the mean query of a block is more
+        each: draft queries by themselves, and average their attention (kernels/block_share.py): the mean query of a block is more
             certain of where to look than its tokens are, and its recall too good. Default: for a ``recall``, where it reaches
             the same with fewer blocks; not for a ``density``, where only the ranking counts, and hardly changes.
 
@@ -57,14 +58,15 @@ class Draft(Guided):
         start, rows, _ = block_table(layout, query.device)
         wanted = self.variance or self.compensates or self.ranks_by_error
         keys = block_stats(key, start, rows, variance=wanted)
+        mean = block_stats(query, start, rows).mean
         if self.each or (self.each is None and self.recall is not None):
             share = block_share(query, keys.mean, keys.variance if self.variance else None, start, rows, scale)
-            return DraftMap(
-                share.clamp_min(torch.finfo(torch.float32).tiny).log(), None if keys.variance is None else keys
-            )
-        mean = block_stats(query, start, rows).mean
-        logits = mean_logits(mean, keys.mean, rows, scale)
-        if keys.variance is None:
-            return DraftMap(logits)
-        s2 = score_variance(mean, keys.variance, scale)
-        return DraftMap(logits + variance_term(s2, rows) if self.variance else logits, keys, s2)
+            # What is not finite in a query that was not drafted is in its block's mean.
+            finite = 0 * mean.sum(-1).transpose(1, 2)[..., None]
+            s2 = None if keys.variance is None else score_variance(mean, keys.variance, scale)
+            logits = share.clamp_min(torch.finfo(torch.float32).tiny).log() + finite
+            return DraftMap(logits, None if s2 is None else keys, s2)
+        products = mean_products(mean, keys.mean)
+        s2 = None if keys.variance is None else score_variance(mean, keys.variance, scale)
+        logits = block_logits(products, s2 if self.variance else None, rows, scale)
+        return DraftMap(logits, None if s2 is None else keys, s2)

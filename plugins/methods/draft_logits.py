@@ -10,6 +10,13 @@ Gaussian scores alone decides, and the term goes on along its tangent:
     s √(2 log n) − log n
 
 so that one odd block with large activations does not win every row (the frozen phase of the random energy model, Derrida 1981).
+
+Where a summary row takes a skipped block's place, it has the block's mass and its mean value, and misses how weights and
+values vary together in the block:
+
+    |Σ_k (w_k − w̄) vₖ|  ≤  p · √(e^{s²} − 1) · σ(V)             p: mass, w: weights, σ²: trace of V's variance
+
+That is what a pair is ranked by then. This file has the products; kernels/block_map.py goes over the maps.
 """
 
 from __future__ import annotations
@@ -22,10 +29,10 @@ def per_query_head(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.repeat_interleave(heads // x.shape[2], 2).transpose(1, 2)
 
 
-def mean_logits(query_mean: torch.Tensor, key_mean: torch.Tensor, rows: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B, H, N, N): scale · q̄ᵢ·k̄ⱼ + log nⱼ, from block means (B, N, H, D) and (B, N, Hk, D)."""
+def mean_products(query_mean: torch.Tensor, key_mean: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, N): q̄ᵢ·k̄ⱼ, from block means (B, N, H, D) and (B, N, Hk, D)."""
     H = query_mean.shape[2]
-    return scale * (query_mean.transpose(1, 2) @ per_query_head(key_mean, H).transpose(2, 3)) + rows.log()
+    return query_mean.transpose(1, 2) @ per_query_head(key_mean, H).transpose(2, 3)
 
 
 def score_variance(query_mean: torch.Tensor, key_variance: torch.Tensor, scale: float) -> torch.Tensor:
@@ -33,25 +40,3 @@ def score_variance(query_mean: torch.Tensor, key_variance: torch.Tensor, scale: 
     H = query_mean.shape[2]
     squared = (scale * query_mean).square().transpose(1, 2)
     return squared @ per_query_head(key_variance, H).transpose(2, 3)
-
-
-def variance_term(s2: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(B, H, N, N): ½ s², along its tangent beyond s = √(2 log n)."""
-    limit = 2 * rows.log()
-    return torch.where(s2 <= limit, s2 / 2, (s2 * limit).clamp_min(0).sqrt() - limit / 2)
-
-
-def error_logits(logits: torch.Tensor, s2: torch.Tensor, value_variance: torch.Tensor) -> torch.Tensor:
-    """Log of the error that skipping a block makes where its summary row takes its place, up to a constant of the row.
-
-    A summary row has the block's mass and its mean value, and so misses how weights and values vary together in the block:
-
-        |Σ_k (w_k − w̄) vₖ|  ≤  p · √(e^{s²} − 1) · σ(V)             p: mass, w: weights, σ²: trace of V's variance
-
-    Args:
-        logits: (B, H, N, N) log mass. s2: the variance of scores. value_variance: (B, N, Hk, D).
-    """
-    H = logits.shape[1]
-    spread = per_query_head(value_variance, H).sum(-1)[:, :, None, :]
-    s2 = s2.clamp_min(1e-12)
-    return logits + 0.5 * (s2 + torch.log(-torch.expm1(-s2))) + 0.5 * spread.clamp_min(1e-30).log()

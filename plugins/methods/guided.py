@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
+from tilewise.kernels.block_map import error_logits, summary_bias
 from tilewise.kernels.block_stats import BlockStats, block_stats
 from tilewise.kernels.dynamic_plan import block_table, dynamic_plan
 from tilewise.kernels.layout import MAX_BLOCK_ROWS, Grid, Layout, cached_layout, tile_counts
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.ledger import capturing
 from tilewise.plugins.methods.base import DynamicMethod, Method, Planned, Skipped, make_method
-from tilewise.plugins.methods.draft_logits import error_logits, score_variance, variance_term
+from tilewise.plugins.methods.draft_logits import score_variance
 from tilewise.plugins.methods.guarantees import GUARANTEES, always_kept
 from tilewise.plugins.methods.probe import exact_recall, probe_rows
 from tilewise.plugins.methods.selection import RULES, broken_rows, select
@@ -244,7 +245,7 @@ class Guided(DynamicMethod):
         blocks = self._block_stats(layout, drafted, query, key, value, scale)
         ranked = logits
         if blocks is not None and blocks.values.variance is not None:
-            ranked = error_logits(logits, blocks.s2, blocks.values.variance)
+            ranked = error_logits(logits, blocks.s2, blocks.values.variance.sum(-1).transpose(1, 2))
         broken = broken_rows(ranked)
 
         target = None if self.recall is None else 1 - (1 - self.recall) / self.safety
@@ -278,10 +279,9 @@ class Guided(DynamicMethod):
             kept = kept & bounds.seen_by_head(heads)
         skipped = None
         if blocks is not None and self.compensates:
-            bias = rows.log() + variance_term(blocks.s2, rows)
             # What is outside the window is not skipped but invisible, and the means of a block partly outside would show it.
             seen = kept if bounds is None else kept | ~bounds.whole_by_head(heads)
-            skipped = Skipped(blocks.keys.mean, blocks.values.mean, bias.masked_fill(seen, -math.inf))
+            skipped = Skipped(blocks.keys.mean, blocks.values.mean, summary_bias(blocks.s2, rows, seen))
         probe = None
         if self.probe:
             at = probe_rows(query.shape[1], self.probe, query.device)

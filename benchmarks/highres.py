@@ -225,19 +225,26 @@ def steps_of(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def run(
-    size: Size, device: torch.device, runs: int, backend: str, peers: bool, compiled: bool = True, ways: str = ""
-) -> dict[str, Any]:
-    """Everything of one size, or of ours the ways in whose label ``ways`` is found."""
+    size: Size, device: torch.device, runs: int, backend: str, peers: tuple[str, ...], compiled: bool, ways: str
+) -> Iterator[dict[str, Any]]:
+    """Everything of one size, or of ours the ways in whose label ``ways`` is found: what there is after each variant."""
     bench = Bench(size, device, runs)
-    peak: dict[str, float | None] = {}
-    if peers:
-        peak["stock dense"] = bench.variant("stock dense", lambda: _stock(bench, backend))
-        peak["FreeSwim"] = bench.variant("FreeSwim", lambda: _freeswim(bench, compiled))
+    variants: dict[str, Callable[[], None]] = {}
+    if "stock" in peers:
+        variants["stock dense"] = lambda: _stock(bench, backend)
+    if "FreeSwim" in peers:
+        variants["FreeSwim"] = lambda: _freeswim(bench, compiled)
     for way in WAYS if device.type == "cuda" else WAYS[:3]:
-        name = label_of(*way)
-        if not re.search(ways, name):
-            continue
-        peak[name] = bench.variant(name, lambda way=way: _ours(bench, *way))
+        if re.search(ways, label_of(*way)):
+            variants[label_of(*way)] = lambda way=way: _ours(bench, *way)  # type: ignore[misc]
+    peak: dict[str, float | None] = {}
+    for name, measured in variants.items():
+        peak[name] = bench.variant(name, measured)
+        yield _result(bench, peak)
+
+
+def _result(bench: Bench, peak: dict[str, float | None]) -> dict[str, Any]:
+    size = bench.size
     rows = steps_of(bench.forwards)
     named = {(row["name"], row["k"]): row["seconds"] for row in rows}
     for row in rows:
@@ -281,7 +288,8 @@ def main(
     layers: Annotated[int, typer.Option(help="how many layers to run; default: the size's own")] = 0,
     runs: Annotated[int, typer.Option(help="timed forwards of each kind and depth")] = 1,
     backend: Annotated[str, typer.Option(help="diffusers' attention backend of the stock forward")] = "_native_cudnn",
-    peers: Annotated[bool, typer.Option(help="dense and FreeSwim too")] = True,
+    peers: Annotated[bool, typer.Option(help="stock dense and FreeSwim too")] = True,
+    freeswim: Annotated[bool, typer.Option(help="of these, FreeSwim")] = True,
     ways: Annotated[str, typer.Option(help="regular expression: of ours, only those in whose label it is found")] = "",
     eager: Annotated[bool, typer.Option("--eager", help="FlexAttention as separate operations (for tests)")] = False,
     out: Annotated[Path | None, typer.Option(help="folder of result files; default: nothing is written")] = None,
@@ -295,10 +303,15 @@ def main(
         if layers:
             chosen = Size(chosen.model, chosen.pixels, chosen.latents, chosen.native, chosen.whole, layers)
             SIZES[name] = chosen
-        result = run(chosen, where, runs, backend if where.type == "cuda" else "native", peers, not eager, ways)
+        result: dict[str, Any] = {}
+        others = (("stock", "FreeSwim") if freeswim else ("stock",)) if peers else ()
+        kind = backend if where.type == "cuda" else "native"
+        for result in run(chosen, where, runs, kind, others, not eager, ways):
+            if out is not None:
+                _write(result, where, out, name)
+        if not result:
+            raise typer.BadParameter(f"nothing to measure: no way has {ways!r} in its label")
         print(table(result), flush=True)
-        if out is not None:
-            print(f"written: {_write(result, where, out, name)}")
 
 
 def _write(row: dict[str, Any], device: torch.device, out: Path, size: str) -> Path:

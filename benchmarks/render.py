@@ -3,8 +3,8 @@
 ``python -m benchmarks.render`` rewrites the tables of README.md and docs/*.md: each stands between ``<!-- results FILE -->`` and
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
-    headline attention implementations dynamic quality errors highres coherence paths step families time fused launch
-    missing
+    headline others attention implementations dynamic quality errors highres coherence paths step families time fused
+    launch missing
 
 and without any, all of them do.
 """
@@ -36,7 +36,7 @@ def tables(result: dict[str, Any], wanted: Iterable[str] = (), header: bool = Tr
     parts = []
     if header:
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-        commands = "; ".join(f"`{command.strip()}`" for command in result["commands"])
+        commands = "; ".join(f"`{command.strip()}`" for command in _commands(result["commands"], wanted))
         parts.append(f"{result['device']}, {result['date']}; {versions}; {commands}")
     for name in wanted:
         section, table = TABLES[name]
@@ -46,6 +46,15 @@ def tables(result: dict[str, Any], wanted: Iterable[str] = (), header: bool = Tr
     if header and result.get("notes"):
         parts.append("\n".join(f"- {note}" for note in result["notes"]))
     return "\n\n".join(parts)
+
+
+def _commands(commands: list[str], wanted: tuple[str, ...]) -> list[str]:
+    """Those of a result's commands that made the wanted tables; all, if that cannot be told."""
+    marks = [MADE_BY.get(TABLES[name][0], f"--only {TABLES[name][0]}") for name in wanted if TABLES[name][0]]
+    if "headline" in wanted:
+        marks += ["--only step", "--only families"]
+    mine = [command for command in commands if any(mark in f"{command} " for mark in marks)]
+    return mine if mine and set(wanted) != set(TABLES) else commands
 
 
 def attention_table(rows: Rows) -> str:
@@ -127,7 +136,11 @@ def highres_table(rows: Rows) -> str:
     """Seconds a step past the training size, by how often the full path runs."""
     lines = [["high-resolution step", "", "k", "seconds", "× dense", "× FreeSwim, cached, same k"]]
     for row in rows:
-        title = f"{row['name']}, {row['layers_run']} of {row['layers']} layers run, the rest extrapolated"
+        title = row["name"]
+        if row["layers_run"] < row["layers"]:
+            title += f", {row['layers_run']} of {row['layers']} layers run, the rest extrapolated"
+        elif peaks := [gib for gib in row["peak_gib"].values() if gib]:
+            title += f", peak {max(peaks):.1f} GiB"
         for number, step in enumerate(row["steps"]):
             over = [f"{step[key]:.2f}" if step.get(key) else "–" for key in ("over dense", "over FreeSwim")]
             cells = ["" if number else title, step["name"], str(step["k"] or "–"), f"{step['seconds']:.2f}"]
@@ -277,9 +290,15 @@ def missing_list(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+# section → what its command has in it, where that is not --only and its name
+MADE_BY = {
+    "quality": "benchmarks.quality ", "attention error": "benchmarks.attention_error ", "highres": "benchmarks.highres ",
+    "highres quality": "benchmarks.highres_quality ", "global path": "benchmarks.global_path ",
+}  # fmt: skip
 # name → (section of the result file, its table); no section: rows of all
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "headline": ("", headline_table),
+    "others": ("families", headline_table),
     "attention": ("attention", attention_table),
     "implementations": ("attention", implementations_table),
     "dynamic": ("dynamic", dynamic_table),

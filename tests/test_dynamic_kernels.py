@@ -302,6 +302,22 @@ def test_what_saw_nothing_is_its_summaries_alone():
     torch.testing.assert_close(got, means[1][:, :1].expand_as(got).contiguous())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_summaries_far_heavier_than_what_was_seen(dtype):
+    """One query of one block in a way that no exponent of its weight fits: that block is merged with a running maximum."""
+    layout = Layout(Grid(1, 3, 16), (1, 1, 16))
+    q = random(1, 48, 2, 16, dtype=dtype)
+    out, lse = random(1, 48, 2, 16, dtype=dtype, seed=1), random(1, 2, 48, seed=2)
+    lse[0, 1, 20] = -300.0
+    means = random(1, 3, 2, 16, seed=3), random(1, 3, 2, 16, seed=4)
+    bias = random(1, 2, 3, 3, seed=5)
+    got = add_skipped(q, out, lse, *means, bias, layout, 0.25)
+    exact = (x.to(dtype).double() for x in means)
+    want = add_skipped_reference(q.double(), out.double(), lse.double(), *exact, bias, layout, 0.25)
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
 def test_add_skipped_refuses_other_shapes():
     layout = LAYOUTS[0]
     q = random(1, 8, 1, 16)
@@ -414,13 +430,15 @@ class TestAheadOfTime:
         from tilewise.kernels.triton_skipped import add_skipped_kernel, launch_config
 
         types = dict.fromkeys(["q_ptr", "seen_ptr", "key_ptr", "value_ptr", "out_ptr"], f"*{dtype}")
-        types |= {"lse_ptr": "*fp32", "bias_ptr": "*fp32", "start_ptr": "*i32", "rows_ptr": "*i32"}
+        types |= {"lse_ptr": "*fp32", "bias_ptr": "*fp32", "start_ptr": "*i32", "rows_ptr": "*i32", "heavy_ptr": "*i8"}
         types |= {"scale_log2": "fp32", "log2e": "fp32"}
         width = 128 if head_dim > 64 else 64
         config = launch_config(head_dim, 2, hopper=capability >= 90)
         constants = {"D": head_dim, "BLOCK_D": width, "BLOCK_M": 128, "BLOCK_N": config["BLOCK_N"], "PRECISION": "tf32"}
-        kernel = compiled(add_skipped_kernel, capability, constants, types, config["num_warps"])
-        self.check(kernel, capability, tmp_path)
+        for online in (False, True):
+            constants["ONLINE"] = online
+            kernel = compiled(add_skipped_kernel, capability, constants, types, config["num_warps"])
+            self.check(kernel, capability, tmp_path)
 
 
 @pytest.mark.gpu

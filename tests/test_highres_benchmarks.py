@@ -61,7 +61,7 @@ def test_speed_table_averages_over_k():
 
 
 def test_speed_runs_on_a_cpu(tmp_path, capsys):
-    highres.main("tiny", "cpu", 0, 1, "native", False, "", True, tmp_path)
+    highres.main("tiny", "cpu", 0, 1, "native", False, True, "", True, tmp_path)
     assert "ours, both guided k=5" in capsys.readouterr().out
     (file,) = tmp_path.glob("*-tiny.json")
     (row,) = json.loads(file.read_text())["sections"]["highres"]

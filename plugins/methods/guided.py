@@ -40,8 +40,9 @@ MAX_BLOCKS = 4096  # maps are heads × N × N: at 24 heads and this many blocks,
 FEWEST_BLOCKS = 64  # a smaller map leaves little to choose from: the tile is halved until there are so many
 SMALLEST_TILE = 16  # tokens: the least that a kernel's block is used for
 # Tokens below which a call stays dense, as planning and its launches would cost more than sparse attention saves: on a CPU as
-# tried on the demo model; on a GPU an estimate (benchmarks/dynamic.py has been run from 75,600 tokens on).
-MIN_TOKENS = {"cuda": 4096, "cpu": 1024}
+# tried on the demo model; on a GPU where a quarter density breaks even with cuDNN at 24 heads × 128, an H100 (0.76 × at 10,800
+# tokens, 1.75 × at 18,000: benchmarks/dynamic.py). What it costs there is the host's time for the launches, about 2 ms a call.
+MIN_TOKENS = {"cuda": 12_800, "cpu": 1024}
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Guided(DynamicMethod):
             [0, 1]; None: not tested.
         probe: queries a call whose recall is measured exactly, for ``summary``; 0: none.
         min_tokens: shorter sequences stay dense, counted as "short". Default: where sparse attention begins to pay on the
-            device: 4096 on a GPU, 1024 on a CPU.
+            device: 12,800 on a GPU, 1024 on a CPU.
 
     Raises:
         ConfigError: for values outside those ranges, or both density and recall.

@@ -40,7 +40,7 @@ from tilewise.plugins.models.base import Size, family_of
 from tilewise.plugins.patching import denoisers_of, patched
 from tilewise.plugins.rope_scaling import scaled_rope
 from tilewise.plugins.summary import summary
-from tilewise.plugins.two_paths import draft_refuses, serves_two_paths, two_paths
+from tilewise.plugins.two_paths import draft_refuses, global_paths, two_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def prepare(
     `pipe` may be a skeleton: `device` is then where it would run. shared: settings that both stages have.
     """
     space = latent_space(pipe)
-    options = options.for_model(native_size(pipe), serves_two_paths(pipe))
+    options = options.for_model(native_size(pipe), global_paths(pipe))
     assert options.strength is not None
     size: dict[str, Any] = {} if native is None else {"height": native[0], "width": native[1]}
     first = resolve_settings(pipe, prompt, method=native_method, **size, **shared)
@@ -166,8 +166,9 @@ def prepare(
     # Frames as many as the model was trained on: what rotary scaling over time goes by.
     native_grid = _grid(pipe, Size(*window, native_size(pipe).num_frames))
     grid = _grid(pipe, Size(height, width, first.frames))
-    samples = 2 if first.guidance > 1 and space.one_batch else 1
-    guided = 2 if first.guidance > 1 and (options.guided == "all" or space.one_batch) else 1
+    two = first.guidance > 1 and not space.distilled
+    samples = 2 if two and space.one_batch else 1
+    guided = 2 if two and (options.guided == "all" or space.one_batch) else 1
     plan = plan_memory(
         pipe, grid, height=height, width=width, frames=first.frames, branches=guided, samples=samples,
         limit=options.max_memory, device=device,

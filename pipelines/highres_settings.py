@@ -28,7 +28,7 @@ class HighresSettings:
         refresh: the full path runs every so many steps; 1: at each.
         global_path: how the full path attends to itself: "dense"; "draft": to the quarter of all tokens that a draft of its
             attention map asks for; "pooled": to the means of 2×2 tokens. "none": the window path alone. None: "dense" where the
-            denoiser has the cross-attention that the full path guides through, else "none".
+            denoiser has cross-attention to its text; "none" where text is part of the sequence, which may have "dense" too.
         guided: whether the full path guides "all" forwards, or those of the prompt and not the negative prompt ("cond").
         upscale: "bicubic", "bilinear" or "lanczos" on frames, or "latent".
         flow_shift: of the target's noise schedule; None: the scheduler's own; "model": what the model says, for Wan 9 where it
@@ -77,17 +77,17 @@ class HighresSettings:
         if self.max_memory is not None:
             object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))
 
-    def for_model(self, native: Native, two_paths: bool) -> HighresSettings:
-        """With the model's strength, shift and full path where none were given; two_paths: whether it can have one.
+    def for_model(self, native: Native, paths: tuple[str, ...]) -> HighresSettings:
+        """With the model's strength, shift and full path where none were given; paths: those that it can have, the usual first.
 
         Raises:
             ConfigError: for a full path that the model cannot have.
         """
-        path = self.global_path or ("dense" if two_paths else "none")
-        if path != "none" and not two_paths:
+        path = self.global_path or paths[0]
+        if path not in paths:
             raise ConfigError(
-                f"global_path={path!r}: the full path guides through cross-attention to the text, and this model has its text in "
-                "the same sequence as the picture, where it sees all of it anyway. Leave global_path out, or give 'none'"
+                f"global_path={path!r} is not for this model, which has {' or '.join(map(repr, paths))}: what a full path tells "
+                "a window is read where the model looks at its text, and that is part of the same attention as the picture here"
             )
         strength = native.highres_strength if self.strength is None else self.strength
         shift = native.highres_flow_shift if self.flow_shift == "model" else self.flow_shift

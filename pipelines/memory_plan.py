@@ -4,8 +4,8 @@
 
 Weights are counted. Activations of a denoiser forward are  tokens × (7 d + 1.6 f + 2 d) × bytes:  d channels, f the widest layer;
 the first two terms were fitted to stock Wan forwards on an H200 (``memory_estimate``), the last is the second path. The cache is
-exact:  branches × layers × tokens × d × bytes. The VAE's part comes from a run on the meta device, where tensors have a size and
-no content; in tiles, of one tile, and 4 times the clip for the tiles that wait to be put together.
+exact:  branches × blocks × tokens × d × bytes  (``two_paths.kept_bytes``). The VAE's part comes from a run on the meta device,
+where tensors have a size and no content; in tiles, of one tile, and 4 times the clip for the tiles that wait to be put together.
 
 What gives, in this order, each on top of the last: the VAE in tiles; part of the cache in pinned host memory; the parts that are
 not at work kept off the device (model offload). A plan that still does not fit is refused.
@@ -30,6 +30,7 @@ from tilewise.pipelines.memory_estimate import OF_WIDEST, OF_WIDTH, _LiveTensors
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import family_of
 from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.two_paths import kept_bytes
 
 SECOND_PATH = 2.0  # hidden states more: the full path's, and the cross-attention on its way from one path to the other
 WAITING = 4.0  # clips' worth of decoded tiles: overlapping, blended, put together by rows, and whole
@@ -134,7 +135,7 @@ def plan_memory(
         each = OF_WIDTH * width_ + OF_WIDEST * widest + SECOND_PATH * width_
         activations = max(activations, int(samples * grid.tokens * each * size))
         if refresh > 1:
-            cache += branches * len(layers) * grid.tokens * width_ * size
+            cache += branches * kept_bytes(denoiser, grid.video, size)
     output = 3 * frames * height * width * 4
     whole, tile = vae_bytes(pipe, height, width, frames), None
     plan = MemoryPlan(limit, host, sum(weights.values()), activations, cache, cache, whole, output, False, False)

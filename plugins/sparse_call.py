@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -110,6 +109,15 @@ def choose(qkv: QKV, plan: BlockPlan, precision: str | None) -> tuple[Choice, st
     return Choice(precision, "asked for"), ""
 
 
+def run_plan(part: QKV, plan: BlockPlan, choice: Choice, scale: float | None, return_lse: bool = False) -> Any:
+    """The kernel that was chosen, 16 bits or 8."""
+    if choice.backend in PRECISIONS:
+        precision: Any = choice.backend
+        return block_sparse_attention_8bit(*part, plan, precision=precision, scale=scale, return_lse=return_lse)
+    kernel: Any = block_sparse_attention
+    return kernel(*part, plan, scale=scale, return_lse=return_lse, backend=choice)
+
+
 def attend_planned(
     part: QKV,
     planned: Planned,
@@ -119,15 +127,9 @@ def attend_planned(
     weighed: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
     """Attention by one plan, what stands for the blocks that it skips, and keys that a mask weighs down by eᶜ, with values."""
-    run: Any
-    if choice.backend in PRECISIONS:
-        precision: Any = choice.backend
-        run = functools.partial(block_sparse_attention_8bit, precision=precision)
-    else:
-        run = functools.partial(block_sparse_attention, backend=choice)
     if planned.skipped is None and weighed is None:
-        return run(*part, planned.plan, scale=scale)
-    out, lse = run(*part, planned.plan, scale=scale, return_lse=True)
+        return run_plan(part, planned.plan, choice, scale)
+    out, lse = run_plan(part, planned.plan, choice, scale, return_lse=True)
     if weighed is not None:
         keys, values, weight = weighed
         out, lse = add_weighed(part[0], keys, values, out, lse, weight, scale)
@@ -157,12 +159,12 @@ def attend_groups(
             others = dataclasses.replace(group, tokens=positions)
             theirs, everything = part_of(others, *whole), part_of(dataclasses.replace(group, tokens=None), *whole)
             weighed = theirs[1], theirs[2], weight
-            _put(out, others, attend_all(theirs[0], everything[1], everything[2], scale))
-        _put(out, group, attend_planned(qkv, plan, with_text(layout, group.text), choice, scale, weighed))
+            put_part(out, others, attend_all(theirs[0], everything[1], everything[2], scale))
+        put_part(out, group, attend_planned(qkv, plan, with_text(layout, group.text), choice, scale, weighed))
     return out
 
 
-def _put(out: torch.Tensor, group: Group, part: torch.Tensor) -> None:
+def put_part(out: torch.Tensor, group: Group, part: torch.Tensor) -> None:
     """Write a group's outputs where ``part_of`` took its tokens from."""
     if group.samples is not None and isinstance(group.tokens, torch.Tensor):
         out[group.samples[:, None], group.tokens[None]] = part

@@ -19,6 +19,7 @@ from tilewise.plugins import exact
 from tilewise.plugins.config import Config
 from tilewise.plugins.dynamic_state import Memories
 from tilewise.plugins.errors import FallbackError, TilewiseError
+from tilewise.plugins.joint_text import TextGuide, attend_guided, guided_density, pictures_of, told_by_text
 from tilewise.plugins.kept import Kept, Order
 from tilewise.plugins.key_padding import Group, read_groups
 from tilewise.plugins.ledger import (
@@ -94,6 +95,7 @@ class Step:
         self.kept = Kept(name, config.method)
         self._masks: dict[tuple, tuple[torch.Tensor, list[Group] | str]] = {}  # of this forward
         self.watchers: list[Callable[[AttentionCall], None]] = []  # told of every attention call
+        self.guide: TextGuide | None = None  # beside a full path, where text is part of the sequence
         self._memories = Memories()  # of a dynamic method
         self._position: int | None = None  # the step of this forward, if anybody wants to know
         self._is_last = False  # whether that is the last one of its run
@@ -236,6 +238,8 @@ class Step:
     ) -> torch.Tensor | str:
         """The output of a call by the method's plans, and what ``call`` was; or why no kernel takes it."""
         query = whole[0]
+        if self.guide is not None and layout.grid.text and (told := self.guide.given(query.device)) is not None:
+            return self._attend_guided(call, number, layout, groups, parts, whole, told, scale)
         if isinstance(self.config.method, DynamicMethod):
             planned = [
                 self._plan_call(number, n, layout, group, part, scale)
@@ -263,6 +267,33 @@ class Step:
             call.values = measured(planned, query)
         for (group, p), part in zip(planned, parts, strict=True):
             self._tell(number, SPARSE, part, with_text(layout, group.text), p.plan, p.draft)
+        return out
+
+    def _attend_guided(
+        self,
+        call: Call,
+        number: int,
+        layout: Layout,
+        groups: list[Group],
+        parts: list[QKV],
+        whole: QKV,
+        told: tuple[torch.Tensor, torch.Tensor],
+        scale: float | None,
+    ) -> torch.Tensor | str:
+        """As ``_attend_sparse``, with what a full path's text told the picture."""
+        query, alone = whole[0], with_text(layout, 0)
+        plan = self.kept.plan(alone, query.shape[2], query.device)
+        pictures = pictures_of(layout, groups, parts)
+        try:
+            choice, in_16_bits = choose(pictures[0], plan, self.config.precision)
+        except (TypeError, ValueError, RuntimeError) as error:
+            return str(error)
+        if in_16_bits and self.config.strict:
+            return in_16_bits
+        out = attend_guided(layout, groups, parts, whole, plan, choice, told, scale)
+        call.entry = Entry(SPARSE, guided_density(layout, groups, plan, query), choice.backend, in_16_bits)
+        for picture in pictures:
+            self._tell(number, SPARSE, picture, alone, plan)
         return out
 
     def _stays_dense(self, query: torch.Tensor) -> str | None:
@@ -338,6 +369,9 @@ class Step:
         if self._full_path:
             entry = Entry(FULL_PATH, fused=fused)
             scale = self._scale(layout, query, scale)
+            if self.guide is not None and layout is not None and layout.grid.text:
+                groups = self._groups(attn_mask, layout, query)
+                self.guide.keep(told_by_text(layout, groups, (query, key, value), scale))
         elif not self._runs:
             entry = Entry(DENSE_STEP, fused=fused)
         elif layer.block not in self.selected or (layout is None and self._refused is None):

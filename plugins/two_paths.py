@@ -9,6 +9,9 @@ objects come up twice. So in every block both paths' cross-attention uses the ou
 Both start from the same latents; only h reaches the output, and f is dropped. At a *refresh* each block runs f before h. In the
 steps between two refreshes c comes from a cache, layer by layer, and f is not computed at all.
 
+Where text is part of the sequence and there is no cross-attention (HunyuanVideo, Flux, Qwen-Image, SD 3), what text gives within
+the one attention takes c's place: ``joint_text``.
+
 No row is computed that nobody uses: f does not run past the last cross-attention, h computes no cross-attention of its own, and
 with ``refresh=1`` nothing is kept. What the paper's code does in one doubled batch is here two calls of each block, so any batch
 size works, and the memory is that of one hidden state more.
@@ -30,7 +33,9 @@ from tilewise.kernels.layout import Layout
 from tilewise.plugins.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.denoiser_patch import Patch
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
+from tilewise.plugins.methods.base import DynamicMethod
 from tilewise.plugins.methods.draft import Draft
+from tilewise.plugins.models.base import family_of
 from tilewise.plugins.override import ForwardOverride, override_forward
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.pooled_attention import Patches, pooled_attention, pooling_of
@@ -42,8 +47,31 @@ GlobalPath = Literal["dense", "draft", "pooled"]
 Guided = Literal["all", "cond"]
 
 DRAFT_DENSITY = 0.25
-# Denoisers with cross-attention ``attn2`` in every block: where the blocks are, and which argument of the forward is the text.
-_SERVED = {"WanTransformer3DModel": ("blocks", 2), "LTXVideoTransformer3DModel": ("transformer_blocks", 1)}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A denoiser's blocks, and which argument of its forward is the text.
+
+    joint: no cross-attention ``attn2`` in every block, but text and picture in one sequence (``joint_text``). text_first: how
+    such a block returns its two streams.
+    """
+
+    blocks: tuple[str, ...]
+    text_at: int
+    joint: bool = False
+    text_first: bool = False
+
+
+_BOTH = ("transformer_blocks", "single_transformer_blocks")
+_SERVED = {
+    "WanTransformer3DModel": _Kind(("blocks",), 2),
+    "LTXVideoTransformer3DModel": _Kind(("transformer_blocks",), 1),
+    "HunyuanVideoTransformer3DModel": _Kind(_BOTH, 2, joint=True),
+    "FluxTransformer2DModel": _Kind(_BOTH, 1, joint=True, text_first=True),
+    "QwenImageTransformer2DModel": _Kind(("transformer_blocks",), 1, joint=True, text_first=True),
+    "SD3Transformer2DModel": _Kind(("transformer_blocks",), 1, joint=True, text_first=True),
+}
 
 
 @dataclass
@@ -76,17 +104,20 @@ class TwoPaths:
         self, patch: Patch, denoiser: nn.Module, refresh: int, global_path: str, guided: str, pool: tuple[int, int],
         cache: CrossAttentionCache,
     ) -> None:  # fmt: skip
-        where, self._text_at = _SERVED[type(denoiser).__name__]
+        self.kind = _SERVED[type(denoiser).__name__]
         self.patch, self.refresh, self.global_path, self.guided, self.pool = patch, refresh, global_path, guided, pool
         self.cache = cache
         self.counts = Counts()
-        self.blocks: list[Any] = list(getattr(denoiser, where))
+        self.blocks: list[Any] = [block for name in self.kind.blocks for block in getattr(denoiser, name)]
         self._branches: list[_Branch] = []
         self._branch: _Branch | None = None  # of the forward under way; None: its cross-attention is its own
         self._refreshing = False
         self._in_full = False
-        self._full: torch.Tensor | None = None
-        self._handed: torch.Tensor | None = None
+        self._full: tuple[torch.Tensor, ...] | None = (
+            None  # the full path's streams: picture, and text where it is one too
+        )
+        self._handed: tuple[torch.Tensor, ...] | None = None  # from the full path's layer to the window path's
+        self._at = 0  # the block that is under way
         self._step = -1
         self._patches: tuple[Any, Patches] | None = None
         self._draft = Draft(density=DRAFT_DENSITY, min_tokens=0)
@@ -100,14 +131,17 @@ class TwoPaths:
     def _install(self, denoiser: nn.Module) -> None:
         self._handles.append(denoiser.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(denoiser.register_forward_hook(self._end, always_call=True))
+        if self.kind.joint:
+            self.patch.step.guide = self
         for number, block in enumerate(self.blocks):
-            cross = override_forward(block.attn2, _cross_attention, (self, number))
-            if cross is None:
-                raise UnsupportedModelError(
-                    f"two paths: the cross-attention of block {number} of {type(denoiser).__name__} has a forward that somebody "
-                    "else replaced; take that off first"
-                )
-            self._handles.append(cross)
+            if not self.kind.joint:
+                cross = override_forward(block.attn2, _cross_attention, self)
+                if cross is None:
+                    raise UnsupportedModelError(
+                        f"two paths: the cross-attention of block {number} of {type(denoiser).__name__} has a forward that "
+                        "somebody else replaced; take that off first"
+                    )
+                self._handles.append(cross)
             # After the patch's own hooks, so that the tokens are already in the order in force.
             self._handles.append(block.register_forward_pre_hook(self._block_hook(number), with_kwargs=True))
             if self.global_path != "dense":
@@ -122,6 +156,8 @@ class TwoPaths:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self.patch.step.guide is self:
+            self.patch.step.guide = None
         self._reset()
         for branch in self._branches:
             self.cache.drop(branch)
@@ -130,7 +166,7 @@ class TwoPaths:
     # ── a forward ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        text = args[self._text_at] if len(args) > self._text_at else kwargs["encoder_hidden_states"]
+        text = args[self.kind.text_at] if len(args) > self.kind.text_at else kwargs["encoder_hidden_states"]
         latents = args[0] if args else kwargs["hidden_states"]
         step, _ = step_of(self.patch.step.pipe(), self.patch.family.timestep(args, kwargs))
         first_in_step, self._step = step != self._step, step
@@ -150,7 +186,7 @@ class TwoPaths:
             self.counts.refreshed += 1
         else:
             self.counts.reused += 1
-            self.cache.prefetch((branch, 0), latents.device)
+            self._prefetch(branch, 0, latents.device)
 
     def _end(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
         self._reset()
@@ -170,23 +206,27 @@ class TwoPaths:
         return found
 
     def _block_hook(self, number: int) -> Any:
+        streams = ("hidden_states", "encoder_hidden_states")[: 1 + self.kind.joint]
+
         def before(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._at = number
             if not self._refreshing or self._in_full:
                 return
-            hidden = args[0] if args else kwargs["hidden_states"]
-            full = hidden if number == 0 else self._full
-            assert full is not None
-            self._full = None
-            if args:
-                args = (full, *args[1:])
+            if number:
+                full, self._full = self._full, None
             else:
-                kwargs = {**kwargs, "hidden_states": full}
-            del hidden, full
+                full = tuple(args[i] if i < len(args) else kwargs[name] for i, name in enumerate(streams))
+            assert full is not None
+            named = {name: x for name, x in zip(streams, full, strict=True) if name in kwargs}
+            args, kwargs = (*full[: len(streams) - len(named)], *args[len(streams) - len(named) :]), {**kwargs, **named}
+            del full, named
             self._in_full = True
             try:
                 # The block's forward and not the block: its hooks reorder tokens, which has been done.
                 with self.patch.step.full_path():
-                    self._full = block.forward(*args, **kwargs)
+                    out = block.forward(*args, **kwargs)
+                out = out if isinstance(out, tuple) else (out,)
+                self._full = out[::-1] if self.kind.text_first else out
             except _Enough:
                 pass
             finally:
@@ -194,31 +234,56 @@ class TwoPaths:
 
         return before
 
-    def _cross(self, number: int, override: ForwardOverride, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        branch = self._branch
-        if branch is None:
+    def _cross(self, override: ForwardOverride, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        if self._branch is None:
             return override.stock(*args, **kwargs)
-        last = number == len(self.blocks) - 1
         if self._in_full:
-            self._handed = override.stock(*args, **kwargs)
-            if self.refresh > 1:
-                self.cache.put((branch, number), self._handed)
-            if last:
-                raise _Enough
-            return self._handed
+            out = override.stock(*args, **kwargs)
+            self._hand((out,))
+            return out
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return self._handed_over(1, hidden.device)[0]
+
+    def _hand(self, values: tuple[torch.Tensor, ...]) -> None:
+        """From the full path's layer to the window path's, and into the cache."""
+        self._handed = values
+        if self.refresh > 1:
+            for place, value in enumerate(values):
+                self.cache.put((self._branch, len(values) * self._at + place), value)
+        if self._at == len(self.blocks) - 1:
+            raise _Enough
+
+    def _handed_over(self, count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """What the full path's layer gave, just now or at the last refresh."""
         if self._refreshing:
             given, self._handed = self._handed, None
         else:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            given = self.cache.get((branch, number), hidden.device)
-            if not last:
-                self.cache.prefetch((branch, number + 1), hidden.device)
-        if given is None:
+            found = [self.cache.get((self._branch, count * self._at + place), device) for place in range(count)]
+            given = tuple(x for x in found if x is not None)
+            self._prefetch(self._branch, self._at + 1, device)
+        if given is None or len(given) < count:
             raise TilewiseError(
-                f"two paths: block {number} of {self.patch.name} has no cross-attention of the full path; its blocks did not all "
-                "run at the last refresh. Step caches that skip blocks cannot be used together with two paths"
+                f"two paths: block {self._at} of {self.patch.name} has nothing from the full path; its blocks did not all run at "
+                "the last refresh. Step caches that skip blocks cannot be used together with two paths"
             )
         return given
+
+    def _prefetch(self, branch: Any, number: int, device: torch.device) -> None:
+        count = 2 if self.kind.joint else 1
+        for place in range(count if number < len(self.blocks) else 0):
+            self.cache.prefetch((branch, count * number + place), device)
+
+    # ── text in the sequence: what a ``joint_text.TextGuide`` does ───────────────────────────────────────────────
+
+    def keep(self, told: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if self._in_full:
+            self._hand(told)
+
+    def given(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self._branch is None or self._in_full:
+            return None
+        out, lse = self._handed_over(2, device)
+        return out, lse
 
     def _coarse(self, override: ForwardOverride, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """A self-attention layer of the full path, less than dense: its own processor, with another attention."""
@@ -270,8 +335,7 @@ class TwoPaths:
 def _cross_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> torch.Tensor:
     if override.state is None:
         return override.stock(*args, **kwargs)
-    paths, number = override.state
-    return paths._cross(number, override, args, kwargs)
+    return override.state._cross(override, args, kwargs)
 
 
 def _coarse_self_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -296,9 +360,9 @@ def two_paths(
     Args:
         target: a pipeline or denoiser, patched with a method that reorders tokens, "inward" for instance.
         refresh: the full path runs at every so many forwards of a branch; in between its cross-attention is reused. 1: always.
-        global_path: how the full path attends to itself. "dense": to every token. "draft": to the quarter of the token pairs that
-            a draft of its own attention map asks for, and one row for each block that it leaves out (the method "draft").
-            "pooled": to the means of small patches.
+        global_path: how the full path attends to itself. "dense": to every token; the only way where text is part of the
+            sequence. "draft": to the quarter of the token pairs that a draft of its own attention map asks for, and one row for
+            each block that it leaves out (the method "draft"). "pooled": to the means of small patches.
         guided: which forwards the full path guides. "all", or "cond": the first of each step alone, which in diffusers'
             pipelines is the prompt's, and not the negative prompt's (as the paper's cached code does). Where guidance runs as
             one batch, both are in that first forward.
@@ -312,7 +376,7 @@ def two_paths(
 
     Raises:
         ConfigError: options that cannot be, a target that is not patched or with a method that leaves all attention dense.
-        UnsupportedModelError: a denoiser without cross-attention in every block, or one that is compiled or skips blocks.
+        UnsupportedModelError: another denoiser than those served, or one that is compiled or skips blocks.
     """
     if not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 1:
         raise ConfigError(f"two paths: refresh must be a whole number of at least 1, got {refresh!r}")
@@ -332,6 +396,18 @@ def two_paths(
     denoisers = denoisers_of(target)
     for name, denoiser in denoisers.items():
         _check(name, denoiser)
+        if not _SERVED[type(denoiser).__name__].joint:
+            continue
+        if global_path != "dense":
+            raise ConfigError(
+                f"two paths: global_path={global_path!r} is for denoisers with cross-attention to the text; {name} has its text "
+                "in the same sequence as the picture, where the full path is dense"
+            )
+        if isinstance(patches[name].config.method, DynamicMethod):
+            raise ConfigError(
+                f"two paths: {name} has its text in the same sequence as the picture; patch it with a method that has windows, "
+                f"not {patches[name].config.method.name}"
+            )
     on: dict[str, TwoPaths] = {}
     try:
         for name, patch in patches.items():
@@ -348,17 +424,37 @@ def draft_refuses(layout: Layout) -> str | None:
     return Draft(density=DRAFT_DENSITY).refuses_call(layout)
 
 
-def serves_two_paths(target: Any) -> bool:
-    """Whether the denoisers of a pipeline have the cross-attention that the full path guides through."""
-    return all(type(denoiser).__name__ in _SERVED for denoiser in denoisers_of(target).values())
+def global_paths(target: Any) -> tuple[str, ...]:
+    """How a full path may attend beside the denoisers of a pipeline, the usual way first; "none": not at all.
+
+    Where text is part of the sequence it sees the whole picture in every layer, and tells each window of it: there the window
+    alone is usual.
+    """
+    kinds = [_SERVED.get(type(denoiser).__name__) for denoiser in denoisers_of(target).values()]
+    if None in kinds:
+        return ("none",)
+    if any(kind is not None and kind.joint for kind in kinds):
+        return ("none", "dense")
+    return ("dense", "draft", "pooled", "none")
+
+
+def kept_bytes(denoiser: nn.Module, video: int, itemsize: int) -> int:
+    """What one text's full path keeps from one refresh to the next: of each block a tensor like its attention's output over
+    ``video`` tokens, and where text is part of the sequence a float32 a head and token beside it."""
+    family, kind = family_of(denoiser), _SERVED.get(type(denoiser).__name__)
+    assert family is not None
+    layers = family.layers(denoiser)
+    heads, width = max(layer.heads for layer in layers), max(layer.heads * layer.head_dim for layer in layers)
+    each = width * itemsize + (4 * heads if kind is not None and kind.joint else 0)
+    return len({layer.block for layer in layers}) * video * each
 
 
 def _check(name: str, denoiser: nn.Module) -> None:
     kind = type(denoiser).__name__
     if kind not in _SERVED:
         raise UnsupportedModelError(
-            f"two paths: {name} is a {kind}; served are {', '.join(_SERVED)}. The full path guides the window path through the "
-            "blocks' cross-attention to the text, which models with text in the same sequence (HunyuanVideo, Flux, …) do not have"
+            f"two paths: {name} is a {kind}; served are {', '.join(_SERVED)}. The full path guides the window path through "
+            "what each block's attention gives to the text, and how its blocks are called has to be known for that"
         )
     if any(
         getattr(module, "_compiled_call_impl", None) is not None

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from tilewise.kernels.layout import Grid
-
-SCORES = 1 << 26  # float32 scores of visible queries over padding that are held at a time: 256 MiB
+from tilewise.plugins.few_keys import attend_few, merged
 
 
 def visible_of(mask: torch.Tensor, batch: int, grid: Grid) -> tuple[torch.Tensor, float] | None:
@@ -65,21 +64,8 @@ def add_weighed(
     Returns:
         The same two, over visible tokens and padding.
     """
-    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    batch, tokens, heads, _ = query.shape
-    rows = max(1, SCORES // (batch * heads * keys.shape[2]))
-    merged = torch.empty_like(out, memory_format=torch.contiguous_format)
-    merged_lse = torch.empty_like(lse)
-    for first in range(0, tokens, rows):
-        part = slice(first, first + rows)
-        scores = (query[:, part].transpose(1, 2) @ keys.transpose(2, 3)).float() * factor - weight
-        total = torch.logaddexp(lse[:, :, part], scores.logsumexp(-1))
-        over_padding = torch.exp(scores - total[..., None]).to(values.dtype) @ values
-        among = torch.exp(lse[:, :, part] - total).transpose(1, 2)[..., None]
-        merged[:, part] = (among * out[:, part] + over_padding.transpose(1, 2)).to(out.dtype)
-        merged_lse[:, :, part] = total
-    return merged, merged_lse
+    over_padding, padding_lse = attend_few(query, keys, values, scale)
+    return merged(out, lse, over_padding, padding_lse - weight)
 
 
 def attend_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:

@@ -142,8 +142,29 @@ def test_two_stages(case):
     )
     assert not np.array_equal(again.frames, made.frames)
     if not cross:
-        with pytest.raises(ConfigError, match="Leave global_path out"):
-            highres(pipe, "a star", **size, steps=4, global_path="dense")
+        with pytest.raises(ConfigError, match="which has 'none' or 'dense'"):
+            highres(pipe, "a star", **size, steps=4, global_path="draft")
+
+
+def test_a_full_path_where_text_is_part_of_the_sequence(case, monkeypatch):
+    """On request. It changes the clip, ends without a trace, and its cache is what was planned."""
+    pipe, size = case
+    held = []
+    put = CrossAttentionCache.put
+
+    def watched(self, *given):
+        put(self, *given)
+        held.append(self.on_device + self.on_host)
+
+    monkeypatch.setattr(CrossAttentionCache, "put", watched)
+    made = highres(pipe, "a star", **size, steps=4, strength=0.5, refresh=2, global_path="dense", guidance=3.0)
+    assert {row.kind for row in made.clip.summary.rows} == {SPARSE, FULL_PATH}
+    assert made.forwards["refreshed"] == made.forwards["reused"] > 0
+    assert made.plan.cache == max(held)
+    assert not tilewise.is_patched(pipe)
+    alone = highres(pipe, "a star", **size, steps=4, strength=0.5, global_path="none", guidance=3.0)
+    assert np.array_equal(alone.native.frames, made.native.frames)
+    assert not np.array_equal(alone.frames, made.frames)
 
 
 def test_guidance_in_one_batch_is_planned_for(monkeypatch):

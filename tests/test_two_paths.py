@@ -402,13 +402,10 @@ def test_what_is_refused():
         pass
 
 
-def test_joint_attention_is_refused():
-    from diffusers import FluxTransformer2DModel
+def test_other_denoisers_are_refused():
+    import test_family_mochi
 
-    model = FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
+    model = test_family_mochi.denoiser()
     tilewise.patch(model, METHOD)
-    with pytest.raises(UnsupportedModelError, match="cross-attention to the text"), two_paths(model):
+    with pytest.raises(UnsupportedModelError, match="how its blocks are called has to be known"), two_paths(model):
         pass

@@ -124,6 +124,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_numbers(studio, monkeypatc
     [
         ({}, {}),
         ({"negative": "-blue", "seed": str(2**63 - 1)}, {"strength": 0.75, "refresh": 1, "global_path": "pooled"}),
+        ({}, {"guided": "cond", "refresh": 5}),
         ({"method": "sta-fast", **method_values(tilewise.resolve("sta-fast"))}, {"global_path": "none"}),
     ],
 )
@@ -132,7 +133,10 @@ def test_the_command_makes_the_same_work(studio, shared, own):
     words = shlex.split(command_line(work, studio.models.native("demo"), studio.models.dtype))
     assert words[:2] == ["tilewise", "generate"]
     given = typer.main.get_command(app).commands["generate"].make_context("generate", words[2:]).params
-    stage = {name: given[name] for name in ("strength", "refresh", "global_path", "upscale", "native", "max_memory")}
+    stage = {
+        name: given[name]
+        for name in ("strength", "refresh", "global_path", "guided", "upscale", "precision", "native", "max_memory")
+    }
     wishes = {name: given[name] for name in ("height", "width", "frames", "steps", "guidance", "negative", "seed")}
     request = Request(
         given["prompt"], given["model"], given["method"], given["window"], given["density"], wishes, given["out"],
@@ -144,7 +148,6 @@ def test_the_command_makes_the_same_work(studio, shared, own):
 @pytest.mark.parametrize(
     ("shared", "own", "words"),
     [
-        ({}, {"guided": "cond"}, "the prompt alone"),
         ({"fps": 12}, {}, "frames a second"),
         ({"text_tokens": 16}, {}, "text tokens"),
         ({"method": "sta", "options": '{"window": [1, 3, 3]}'}, {}, "native stage's method"),

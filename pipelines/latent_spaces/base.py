@@ -33,6 +33,7 @@ class LatentSpace:
     Attributes:
         pipelines: class names.
         one_batch: guidance runs both texts in one forward.
+        distilled: guidance is a number that the denoiser takes: one forward a step, of the prompt alone.
         still: the pipeline makes an image.
         flat: its VAE takes (B, C, H, W).
         encoder_run: the encoder takes frames in runs of so many after the first, and drops what is over; 1: as they come.
@@ -40,6 +41,7 @@ class LatentSpace:
 
     pipelines: ClassVar[tuple[str, ...]]
     one_batch: ClassVar[bool] = False
+    distilled: ClassVar[bool] = False
     still: ClassVar[bool] = False
     flat: ClassVar[bool] = False
     encoder_run: ClassVar[int] = 1

@@ -11,7 +11,7 @@ from tilewise.pipelines.latent_spaces.base import LatentSpace
 
 class FluxLatents(LatentSpace):
     pipelines = ("FluxPipeline",)
-    still = flat = True
+    still = flat = distilled = True
 
     def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         batch, channels, _, h, w = latents.shape

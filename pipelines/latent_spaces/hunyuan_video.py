@@ -7,6 +7,7 @@ from tilewise.pipelines.latent_spaces.base import LatentSpace
 
 class HunyuanVideoLatents(LatentSpace):
     pipelines = ("HunyuanVideoPipeline",)
+    distilled = True
 
 
 SPACE = HunyuanVideoLatents()

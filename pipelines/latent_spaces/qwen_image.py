@@ -12,7 +12,7 @@ from tilewise.pipelines.latent_spaces.flux import FluxLatents
 
 class QwenImageLatents(FluxLatents):
     pipelines = ("QwenImagePipeline",)
-    flat = False
+    flat = distilled = False
 
     def channels(self, vae: Any) -> int:
         return vae.config.z_dim

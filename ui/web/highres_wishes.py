@@ -135,7 +135,6 @@ def command_line(work: Work, native: Native, dtype: str) -> str:
         words
         for words, is_lost in (
             ("the options of the native stage's method", method is None or len(method) > 2),  # --window, --density
-            ("a full path for the prompt alone", options.guided != "all"),
             ("frames a second", first.fps != native.fps),
             ("text tokens", first.max_sequence_length != native.max_sequence_length),
         )
@@ -154,6 +153,8 @@ def command_line(work: Work, native: Native, dtype: str) -> str:
         str(options.refresh),
         "--global-path",
         str(options.global_path),
+        "--guided",
+        options.guided,
     ]
     if first.negative:
         words += [f"--negative={first.negative}"]

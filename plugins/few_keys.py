@@ -1,0 +1,54 @@
+"""Attention over a few keys, and how two parts of one softmax are put together.
+
+λ[s] = log Σ_k exp(scale · q_s·k)                                 over the keys of a part
+out  = (e^λ o + e^μ p) / (e^λ + e^μ)                              of parts (o, λ) and (p, μ), exact
+"""
+
+from __future__ import annotations
+
+import torch
+
+SCORES = 1 << 26  # float32 numbers that are held at a time: 256 MiB
+
+
+def attend_few(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention, some queries at a time, with its log-sum-exp.
+
+    Args:
+        query: (B, n, H, D). keys, values: (B, P, H, D), some hundreds; P = 0 gives 0 and −inf.
+        scale: of the scores; None: 1 / √D.
+
+    Returns:
+        (B, n, H, D) in query's dtype and (B, H, n) float32, natural.
+    """
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    batch, tokens, heads, _ = query.shape
+    rows = max(1, SCORES // max(1, batch * heads * keys.shape[2]))
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
+    for first in range(0, tokens, rows):
+        part = slice(first, first + rows)
+        scores = (query[:, part].transpose(1, 2) @ keys.transpose(2, 3)).float() * factor
+        total = scores.logsumexp(-1)
+        lse[:, :, part] = total
+        weights = torch.exp(scores - total[..., None]).to(values.dtype)
+        out[:, part] = (weights @ values).transpose(1, 2)
+    return out, lse
+
+
+def merged(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two parts of one softmax as one: outputs (B, n, H, D) and log-sum-exps (B, H, n) float32. No query is without any key."""
+    batch, tokens, heads, width = out.shape
+    rows = max(1, SCORES // max(1, batch * heads * width))
+    total = torch.logaddexp(lse, other_lse)
+    both = torch.empty_like(out, memory_format=torch.contiguous_format)
+    for first in range(0, tokens, rows):
+        part = slice(first, first + rows)
+        one, two = (torch.exp(x[:, :, part] - total[:, :, part]).transpose(1, 2)[..., None] for x in (lse, other_lse))
+        both[:, part] = (one * out[:, part] + two * other[:, part]).to(out.dtype)
+    return both, total

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[ui]'")
@@ -504,6 +505,18 @@ def test_what_was_expected_lies_where_the_blocks_are():
     assert spread.sum() == pytest.approx(1)
     assert (spread[1, 2:, :2] > 0.18).all()
     assert (np.delete(spread.reshape(-1), [24, 25, 28, 29]) < 0.01).all()
+
+
+def test_a_picture_is_written_once(tmp_path):
+    """A browser may be reading it: Gradio's own would be written over by the next drawing of the same."""
+    image = Image.fromarray(np.full((8, 9, 3), 40, np.uint8))
+    path = media.kept_picture(image, tmp_path / "cache")
+    before = path.stat().st_mtime_ns
+    assert media.kept_picture(image.copy(), tmp_path / "cache") == path
+    assert path.stat().st_mtime_ns == before
+    assert np.abs(np.asarray(Image.open(path)).astype(int) - 40).max() <= 2
+    other = media.kept_picture(Image.fromarray(np.zeros((8, 9, 3), np.uint8)), tmp_path / "cache")
+    assert sorted((tmp_path / "cache").iterdir()) == sorted([path, other])
 
 
 def test_clicks_and_drawings_agree():

@@ -52,6 +52,7 @@ class AttentionTab:
                     label="The query's frame", show_label=False, type="pil", interactive=False, format="webp",
                     buttons=["fullscreen"], elem_id="attention", alt_text="what the query sees in its own frame",
                 )  # fmt: skip
+                self._cache = Path(large.GRADIO_CACHE)
             with gr.Column(scale=2, min_width=240):
                 words = gr.HTML(elem_id="attention-words")
                 first, most = self._first()
@@ -145,12 +146,22 @@ class AttentionTab:
             sliders, values = given[: len(PLACE)], given[len(PLACE) :]
             settings, seen = self._seen(place, values, owner_of(request))
             frames = clip_frames(clip, settings)
-            large, film, draft = pictures(seen, frames, settings)
-            shown = gr.update(value=draft, visible=draft is not None)
-            return [large, film, shown, words(seen, frames is not None), *_sliders(seen, sliders)]
+            large, film, expected = pictures(seen, frames, settings)
+            draft = gr.update(value=self._kept(expected), visible=expected is not None)
+            return [
+                self._kept(large),
+                self._kept(film),
+                draft,
+                words(seen, frames is not None),
+                *_sliders(seen, sliders),
+            ]
         except Exception as error:
             log_unexpected(error)
             return [gr.skip(), gr.skip(), gr.skip(), complaint(error), *[gr.skip()] * len(PLACE)]
+
+    def _kept(self, image: Image.Image | None) -> str | None:
+        """As a file of Gradio's cache, written once: two drawings of the same picture must not write what a browser reads."""
+        return None if image is None else str(media.kept_picture(image, self._cache))
 
     def picked(self, event: gr.SelectData, place: Sequence[Any], *given: Any) -> Any:
         """A click into the large picture: row and column."""

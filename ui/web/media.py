@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import secrets
 from collections.abc import Sequence
 from functools import cached_property
 from html import escape
@@ -71,6 +73,19 @@ def picture(image: Image.Image) -> str:
     out = io.BytesIO()
     image.save(out, "WEBP", quality=85)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def kept_picture(image: Image.Image, folder: Path) -> Path:
+    """A WebP file in ``folder`` by its content; there complete or not at all, and never written again."""
+    out = io.BytesIO()
+    image.save(out, "WEBP", quality=85)
+    path = folder / f"tilewise-{hashlib.sha256(out.getvalue()).hexdigest()[:32]}.webp"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        part.write_bytes(out.getvalue())
+        part.replace(path)
+    return path
 
 
 def progress(state: State) -> str:

@@ -4,7 +4,7 @@
 
 Weights are counted. Activations of a denoiser forward are  tokens × (7 d + 1.6 f + 2 d) × bytes:  d channels, f the widest layer;
 the first two terms were fitted to stock Wan forwards on an H200 (``memory_estimate``), the last is the second path. The cache is
-exact:  branches × blocks × tokens × d × bytes  (``two_paths.kept_bytes``). The VAE's part comes from a run on the meta device,
+exact:  branches × blocks × tokens × d × bytes  (``full_path.kept_bytes``). The VAE's part comes from a run on the meta device,
 where tensors have a size and no content; in tiles, of one tile, and 4 times the clip for the tiles that wait to be put together.
 
 What gives, in this order, each on top of the last: the VAE in tiles; part of the cache in pinned host memory; the parts that are
@@ -28,9 +28,9 @@ from tilewise.kernels.layout import Grid
 from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_space
 from tilewise.pipelines.memory_estimate import OF_WIDEST, OF_WIDTH, _LiveTensors
 from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.full_path import kept_bytes
 from tilewise.plugins.models.base import family_of
 from tilewise.plugins.patching import denoisers_of
-from tilewise.plugins.two_paths import kept_bytes
 
 SECOND_PATH = 2.0  # hidden states more: the full path's, and the cross-attention on its way from one path to the other
 WAITING = 4.0  # clips' worth of decoded tiles: overlapping, blended, put together by rows, and whole
@@ -109,6 +109,7 @@ def plan_memory(
     samples: int = 1,
     limit: int | None = None,
     device: torch.device | None = None,
+    maps: int = 0,
 ) -> MemoryPlan:
     """The plan of a clip of this size; `fits` says whether there is one.
 
@@ -118,6 +119,7 @@ def plan_memory(
         refresh: as for ``two_paths``; 1 keeps no cache. branches: texts that the full path guides, 1 or 2.
         samples: of one denoiser forward: 2 where guidance runs as one batch.
         limit: bytes; None: what the device has. device: default: the pipeline's.
+        maps: bytes of a full path by draft, for one sample.
     """
     device = pipe.device if device is None else device
     limit = device_bytes(device) if limit is None else limit
@@ -133,7 +135,7 @@ def plan_memory(
         width_ = max(layer.heads * layer.head_dim for layer in layers)
         widest = max((m.out_features for m in denoiser.modules() if isinstance(m, nn.Linear)), default=width_)
         each = OF_WIDTH * width_ + OF_WIDEST * widest + SECOND_PATH * width_
-        activations = max(activations, int(samples * grid.tokens * each * size))
+        activations = max(activations, int(samples * (grid.tokens * each * size + maps)))
         if refresh > 1:
             cache += branches * kept_bytes(denoiser, grid.video, size)
     output = 3 * frames * height * width * 4

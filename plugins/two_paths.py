@@ -33,9 +33,8 @@ from tilewise.kernels.layout import Layout
 from tilewise.plugins.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.denoiser_patch import Patch
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
-from tilewise.plugins.methods.base import DynamicMethod
-from tilewise.plugins.methods.draft import Draft
-from tilewise.plugins.models.base import family_of
+from tilewise.plugins.full_path import GlobalPath, check_denoiser, drafting
+from tilewise.plugins.models.base import streams_of
 from tilewise.plugins.override import ForwardOverride, override_forward
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.pooled_attention import Patches, pooled_attention, pooling_of
@@ -43,35 +42,7 @@ from tilewise.plugins.processor import TilewiseProcessor, rebind
 from tilewise.plugins.schedule import step_of
 from tilewise.plugins.sparse_call import attend_planned, choose
 
-GlobalPath = Literal["dense", "draft", "pooled"]
 Guided = Literal["all", "cond"]
-
-DRAFT_DENSITY = 0.25
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A denoiser's blocks, and which argument of its forward is the text.
-
-    joint: no cross-attention ``attn2`` in every block, but text and picture in one sequence (``joint_text``). text_first: how
-    such a block returns its two streams.
-    """
-
-    blocks: tuple[str, ...]
-    text_at: int
-    joint: bool = False
-    text_first: bool = False
-
-
-_BOTH = ("transformer_blocks", "single_transformer_blocks")
-_SERVED = {
-    "WanTransformer3DModel": _Kind(("blocks",), 2),
-    "LTXVideoTransformer3DModel": _Kind(("transformer_blocks",), 1),
-    "HunyuanVideoTransformer3DModel": _Kind(_BOTH, 2, joint=True),
-    "FluxTransformer2DModel": _Kind(_BOTH, 1, joint=True, text_first=True),
-    "QwenImageTransformer2DModel": _Kind(("transformer_blocks",), 1, joint=True, text_first=True),
-    "SD3Transformer2DModel": _Kind(("transformer_blocks",), 1, joint=True, text_first=True),
-}
 
 
 @dataclass
@@ -104,11 +75,13 @@ class TwoPaths:
         self, patch: Patch, denoiser: nn.Module, refresh: int, global_path: str, guided: str, pool: tuple[int, int],
         cache: CrossAttentionCache,
     ) -> None:  # fmt: skip
-        self.kind = _SERVED[type(denoiser).__name__]
+        streams = streams_of(denoiser)
+        assert streams is not None  # checked before
+        self.streams = streams
         self.patch, self.refresh, self.global_path, self.guided, self.pool = patch, refresh, global_path, guided, pool
         self.cache = cache
         self.counts = Counts()
-        self.blocks: list[Any] = [block for name in self.kind.blocks for block in getattr(denoiser, name)]
+        self.blocks: list[Any] = [block for name in self.streams.blocks for block in getattr(denoiser, name)]
         self._branches: list[_Branch] = []
         self._branch: _Branch | None = None  # of the forward under way; None: its cross-attention is its own
         self._refreshing = False
@@ -120,7 +93,7 @@ class TwoPaths:
         self._at = 0  # the block that is under way
         self._step = -1
         self._patches: tuple[Any, Patches] | None = None
-        self._draft = Draft(density=DRAFT_DENSITY, min_tokens=0)
+        self._draft = drafting()
         self._handles: list[Any] = []
         try:
             self._install(denoiser)
@@ -131,10 +104,10 @@ class TwoPaths:
     def _install(self, denoiser: nn.Module) -> None:
         self._handles.append(denoiser.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(denoiser.register_forward_hook(self._end, always_call=True))
-        if self.kind.joint:
+        if self.streams.joint:
             self.patch.step.guide = self
         for number, block in enumerate(self.blocks):
-            if not self.kind.joint:
+            if not self.streams.joint:
                 cross = override_forward(block.attn2, _cross_attention, self)
                 if cross is None:
                     raise UnsupportedModelError(
@@ -166,7 +139,7 @@ class TwoPaths:
     # ── a forward ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        text = args[self.kind.text_at] if len(args) > self.kind.text_at else kwargs["encoder_hidden_states"]
+        text = args[self.streams.text] if len(args) > self.streams.text else kwargs["encoder_hidden_states"]
         latents = args[0] if args else kwargs["hidden_states"]
         step, _ = step_of(self.patch.step.pipe(), self.patch.family.timestep(args, kwargs))
         first_in_step, self._step = step != self._step, step
@@ -206,7 +179,7 @@ class TwoPaths:
         return found
 
     def _block_hook(self, number: int) -> Any:
-        streams = ("hidden_states", "encoder_hidden_states")[: 1 + self.kind.joint]
+        names = ("hidden_states", "encoder_hidden_states")[: 1 + self.streams.joint]
 
         def before(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             self._at = number
@@ -215,10 +188,10 @@ class TwoPaths:
             if number:
                 full, self._full = self._full, None
             else:
-                full = tuple(args[i] if i < len(args) else kwargs[name] for i, name in enumerate(streams))
+                full = tuple(args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
             assert full is not None
-            named = {name: x for name, x in zip(streams, full, strict=True) if name in kwargs}
-            args, kwargs = (*full[: len(streams) - len(named)], *args[len(streams) - len(named) :]), {**kwargs, **named}
+            named = {name: x for name, x in zip(names, full, strict=True) if name in kwargs}
+            args, kwargs = (*full[: len(names) - len(named)], *args[len(names) - len(named) :]), {**kwargs, **named}
             del full, named
             self._in_full = True
             try:
@@ -226,7 +199,7 @@ class TwoPaths:
                 with self.patch.step.full_path():
                     out = block.forward(*args, **kwargs)
                 out = out if isinstance(out, tuple) else (out,)
-                self._full = out[::-1] if self.kind.text_first else out
+                self._full = out[::-1] if self.streams.text_first else out
             except _Enough:
                 pass
             finally:
@@ -269,7 +242,7 @@ class TwoPaths:
         return given
 
     def _prefetch(self, branch: Any, number: int, device: torch.device) -> None:
-        count = 2 if self.kind.joint else 1
+        count = 2 if self.streams.joint else 1
         for place in range(count if number < len(self.blocks) else 0):
             self.cache.prefetch((branch, count * number + place), device)
 
@@ -395,19 +368,7 @@ def two_paths(
         )
     denoisers = denoisers_of(target)
     for name, denoiser in denoisers.items():
-        _check(name, denoiser)
-        if not _SERVED[type(denoiser).__name__].joint:
-            continue
-        if global_path != "dense":
-            raise ConfigError(
-                f"two paths: global_path={global_path!r} is for denoisers with cross-attention to the text; {name} has its text "
-                "in the same sequence as the picture, where the full path is dense"
-            )
-        if isinstance(patches[name].config.method, DynamicMethod):
-            raise ConfigError(
-                f"two paths: {name} has its text in the same sequence as the picture; patch it with a method that has windows, "
-                f"not {patches[name].config.method.name}"
-            )
+        check_denoiser(name, denoiser, patches[name].config, global_path)
     on: dict[str, TwoPaths] = {}
     try:
         for name, patch in patches.items():
@@ -417,54 +378,3 @@ def two_paths(
     finally:
         for paths in on.values():
             paths.remove()
-
-
-def draft_refuses(layout: Layout) -> str | None:
-    """Why a full path by draft cannot be over a layout of the window's, or None."""
-    return Draft(density=DRAFT_DENSITY).refuses_call(layout)
-
-
-def global_paths(target: Any) -> tuple[str, ...]:
-    """How a full path may attend beside the denoisers of a pipeline, the usual way first; "none": not at all.
-
-    Where text is part of the sequence it sees the whole picture in every layer, and tells each window of it: there the window
-    alone is usual.
-    """
-    kinds = [_SERVED.get(type(denoiser).__name__) for denoiser in denoisers_of(target).values()]
-    if None in kinds:
-        return ("none",)
-    if any(kind is not None and kind.joint for kind in kinds):
-        return ("none", "dense")
-    return ("dense", "draft", "pooled", "none")
-
-
-def kept_bytes(denoiser: nn.Module, video: int, itemsize: int) -> int:
-    """What one text's full path keeps from one refresh to the next: of each block a tensor like its attention's output over
-    ``video`` tokens, and where text is part of the sequence a float32 a head and token beside it."""
-    family, kind = family_of(denoiser), _SERVED.get(type(denoiser).__name__)
-    assert family is not None
-    layers = family.layers(denoiser)
-    heads, width = max(layer.heads for layer in layers), max(layer.heads * layer.head_dim for layer in layers)
-    each = width * itemsize + (4 * heads if kind is not None and kind.joint else 0)
-    return len({layer.block for layer in layers}) * video * each
-
-
-def _check(name: str, denoiser: nn.Module) -> None:
-    kind = type(denoiser).__name__
-    if kind not in _SERVED:
-        raise UnsupportedModelError(
-            f"two paths: {name} is a {kind}; served are {', '.join(_SERVED)}. The full path guides the window path through "
-            "what each block's attention gives to the text, and how its blocks are called has to be known for that"
-        )
-    if any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
-        for module in denoiser.modules()
-    ):
-        raise UnsupportedModelError(
-            f"two paths: {name} is compiled, which two calls of a block do not follow; run it as it is"
-        )
-    if getattr(denoiser, "is_cache_enabled", False):
-        raise UnsupportedModelError(
-            f"two paths: {name} has a step cache that skips blocks; call its disable_cache() first"
-        )

@@ -18,7 +18,9 @@ from tilewise.pipelines.latent_spaces.base import latent_space, tiled
 from tilewise.pipelines.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.video import read_frames, read_settings
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.full_path import draft_bytes
 from tilewise.plugins.ledger import FULL_PATH, SPARSE
+from tilewise.plugins.models.base import Size, family_of
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,15 @@ def test_two_stages(pipe):
     json.dumps(made.to_dict())
     assert np.array_equal(make(pipe).frames, made.frames)
     assert not np.array_equal(make(pipe, seed=1).frames, made.frames)
+
+
+def test_the_maps_of_a_draft_are_planned_for(pipe):
+    made = {path: make(pipe, height=80, width=64, global_path=path) for path in ("draft", "pooled")}
+    family, method = family_of(pipe.transformer), made["draft"].clip.settings.method.method
+    layout = method.layout(family.grid_of_size(pipe.transformer, pipe, Size(80, 64, 5)))
+    (layer, *_) = family.layers(pipe.transformer)
+    maps = made["draft"].plan.activations - made["pooled"].plan.activations
+    assert maps == draft_bytes(layout, layer.heads) > 0
 
 
 def test_options_reach_the_run(pipe):

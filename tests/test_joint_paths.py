@@ -19,10 +19,11 @@ import tilewise
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.plugins.few_keys import attend_few, merged
+from tilewise.plugins.full_path import global_paths
 from tilewise.plugins.ledger import FULL_PATH, SPARSE
 from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.patching import patches_of
-from tilewise.plugins.two_paths import global_paths, two_paths
+from tilewise.plugins.two_paths import two_paths
 
 METHOD = Inward(native=(4, 4), temperature=False)
 TEXT = test_family_flux.TEXT

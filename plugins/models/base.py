@@ -58,6 +58,23 @@ class Size:
     num_frames: int
 
 
+@dataclass(frozen=True)
+class Streams:
+    """How a denoiser's blocks are called: what a second path through them has to know (``two_paths``).
+
+    They take ``hidden_states`` and, with text in the same sequence, ``encoder_hidden_states`` first or by name.
+
+    blocks: attributes with the blocks, in their order. text: position of the text among the forward's arguments.
+    joint: picture and text share one attention, and a block returns both; else it has cross-attention ``attn2`` to the text.
+    text_first: whether it returns the text first.
+    """
+
+    blocks: tuple[str, ...]
+    text: int
+    joint: bool = False
+    text_first: bool = False
+
+
 class Reorder(Protocol):
     """How an adapter's hooks follow the token order in force, if there is one.
 
@@ -103,6 +120,12 @@ class SelectiveFamily(Protocol):
         fallen back; ``strict`` raises. ``grid`` is not asked for then, and hooks must not need what it would have read.
         Traced by torch.compile: it may go by the config and by which arguments are given. What only values tell, ``grid``
         finds, by raising ``UnreadableGridError``; in a compiled denoiser that is an error."""
+
+
+class GuidedFamily(Protocol):
+    """What a family may offer besides ``Family`` if a full path can run beside some of its models."""
+
+    streams: dict[str, Streams]  # by class name
 
 
 class Family(Protocol):
@@ -168,6 +191,18 @@ def family_of(denoiser: nn.Module) -> Family | None:
         if cls.__name__ in _FAMILIES:
             return _FAMILIES[cls.__name__]
     return None
+
+
+def streams_of(denoiser: nn.Module) -> Streams | None:
+    """How a second path goes through a denoiser, or None where that is not known."""
+    streams: dict[str, Streams] = getattr(family_of(denoiser), "streams", {})
+    return streams.get(type(denoiser).__name__)
+
+
+def served_streams() -> list[str]:
+    """Classes of denoisers that a second path goes through."""
+    _import_all()
+    return list(dict.fromkeys(name for family in _FAMILIES.values() for name in getattr(family, "streams", {})))
 
 
 def attention_layers(denoiser: nn.Module, name: str = "denoiser") -> list[AttentionLayer]:

@@ -7,13 +7,13 @@ before it, and count as text.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, UnreadableGridError, register_family
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, UnreadableGridError, register_family
 from tilewise.plugins.models.image import StreamOrder, by_name, image_tokens
 from tilewise.plugins.models.position_ids import image_shape
 
@@ -23,6 +23,11 @@ CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
 class FluxFamily:
     name = "flux"
     classes: tuple[str, ...] = ("FluxTransformer2DModel",)
+    streams: ClassVar = {
+        "FluxTransformer2DModel": Streams(
+            ("transformer_blocks", "single_transformer_blocks"), text=1, joint=True, text_first=True
+        )
+    }
     parameters: tuple[str, ...] = (
         "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance",
         "joint_attention_kwargs", *CONTROLNET,

@@ -15,13 +15,13 @@ over the same tokens is little.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
 from tilewise.plugins.models.forward_arguments import argument
 from tilewise.plugins.models.sizes import Rule, refuse, wrong_sizes
 
@@ -33,6 +33,11 @@ IMAGE_TOKENS = {"latent_concat": 576 // 2, "token_replace": 576 // 4}  # of LLaV
 class HunyuanVideoFamily:
     name = "hunyuan_video"
     classes: tuple[str, ...] = ("HunyuanVideoTransformer3DModel",)
+    streams: ClassVar = {
+        "HunyuanVideoTransformer3DModel": Streams(
+            ("transformer_blocks", "single_transformer_blocks"), text=2, joint=True
+        )
+    }
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, frames, height, width)

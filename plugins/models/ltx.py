@@ -23,13 +23,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.ledger import capturing
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, UnreadableGridError, register_family
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, UnreadableGridError, register_family
 from tilewise.plugins.models.sizes import Rule, refuse, wrong_sizes
 
 
 class LTXFamily:
     name = "ltx"
     classes: tuple[str, ...] = ("LTXVideoTransformer3DModel",)
+    streams: ClassVar = {"LTXVideoTransformer3DModel": Streams(("transformer_blocks",), text=1)}
 
     # The leading arguments of the denoiser's forward.
     arguments: ClassVar[tuple[str, ...]] = (

@@ -7,14 +7,14 @@ several images of one size, its grid's t. Prompts of unequal length are padded, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.errors import TilewiseError
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
 from tilewise.plugins.models.image import StreamOrder, by_name, image_tokens
 
 PARAMETERS = (
@@ -27,6 +27,9 @@ MAX_TEXT = 512  # the pipelines' max_sequence_length; they pad prompts to the lo
 class QwenImageFamily:
     name = "qwen_image"
     classes: tuple[str, ...] = ("QwenImageTransformer2DModel",)
+    streams: ClassVar = {
+        "QwenImageTransformer2DModel": Streams(("transformer_blocks",), text=1, joint=True, text_first=True)
+    }
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         call = by_name(PARAMETERS, args, kwargs)

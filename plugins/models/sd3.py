@@ -6,14 +6,14 @@ patches, so only hidden states have a token order.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
 from tilewise.plugins.models.image import by_name, image_tokens
 
 CONTROLNET = "block_controlnet_hidden_states"
@@ -24,6 +24,7 @@ MAX_TEXT = 77 + 256  # CLIP's tokens and the pipelines' max_sequence_length for 
 class SD3Family:
     name = "sd3"
     classes: tuple[str, ...] = ("SD3Transformer2DModel",)
+    streams: ClassVar = {"SD3Transformer2DModel": Streams(("transformer_blocks",), text=1, joint=True, text_first=True)}
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         call = by_name(PARAMETERS, args, kwargs)

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, FusedState, Reorder, Size, register_family
+from tilewise.plugins.models.base import AttentionLayer, FusedState, Reorder, Size, Streams, register_family
 from tilewise.plugins.models.sizes import Rule, refuse, wrong_sizes
 
 
 class WanFamily:
     name = "wan"
     classes: tuple[str, ...] = ("WanTransformer3DModel",)
+    streams: ClassVar = {"WanTransformer3DModel": Streams(("blocks",), text=2)}
     pixels = 16  # what the pipelines ask heights and widths to be a multiple of
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:

@@ -245,7 +245,20 @@ def run(
 
 def _result(bench: Bench, peak: dict[str, float | None]) -> dict[str, Any]:
     size = bench.size
-    rows = steps_of(bench.forwards)
+    weights = sum(p.numel() * p.element_size() for p in bench.model.parameters()) / 2**30
+    width = bench.model.config.num_attention_heads * bench.model.config.attention_head_dim
+    cache = bench.grid.tokens * width * bench.latents.element_size() / 2**30
+    return {
+        "name": size.name, "grid": list(bench.grid.shape), "native": list(size.native), "layers": size.whole,
+        "layers_run": size.layers, "forwards": bench.forwards, "steps": compared(bench.forwards), "peak_gib": peak,
+        "weights_gib": weights, "cache_gib_a_layer": cache, "missing": bench.missing,
+        "order": list(SIZES.values()).index(size),
+    }  # fmt: skip
+
+
+def compared(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """``steps_of``, beside dense and beside FreeSwim."""
+    rows = steps_of(forwards)
     named = {(row["name"], row["k"]): row["seconds"] for row in rows}
     for row in rows:
         for name, key in (
@@ -253,14 +266,15 @@ def _result(bench: Bench, peak: dict[str, float | None]) -> dict[str, Any]:
             ("over FreeSwim", ("FreeSwim, prompt guided", row["k"])),
         ):
             row[name] = named[key] / row["seconds"] if key in named else None
-    weights = sum(p.numel() * p.element_size() for p in bench.model.parameters()) / 2**30
-    width = bench.model.config.num_attention_heads * bench.model.config.attention_head_dim
-    cache = bench.grid.tokens * width * bench.latents.element_size() / 2**30
-    return {
-        "name": size.name, "grid": list(bench.grid.shape), "native": list(size.native), "layers": size.whole,
-        "layers_run": size.layers, "forwards": bench.forwards, "steps": rows, "peak_gib": peak, "weights_gib": weights,
-        "cache_gib_a_layer": cache, "missing": bench.missing, "order": list(SIZES.values()).index(size),
-    }  # fmt: skip
+    return rows
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A row with what an earlier run of the same layers measured and this one did not."""
+    forwards = {**old["forwards"], **new["forwards"]}
+    missing = {name: why for name, why in old["missing"].items() if name not in new["peak_gib"]} | new["missing"]
+    both = {"peak_gib": {**old["peak_gib"], **new["peak_gib"]}, "missing": missing}
+    return {**new, **both, "forwards": forwards, "steps": compared(forwards)}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -301,7 +315,8 @@ def main(
             raise typer.BadParameter(f"unknown size {name!r}; there are {', '.join(SIZES)}")
         chosen = SIZES[name]
         if layers:
-            chosen = Size(chosen.model, chosen.pixels, chosen.latents, chosen.native, chosen.whole, layers)
+            pixels = chosen.pixels if layers in (chosen.layers, chosen.whole) else f"{chosen.pixels}, {layers} layers"
+            chosen = Size(chosen.model, pixels, chosen.latents, chosen.native, chosen.whole, layers)
             SIZES[name] = chosen
         result: dict[str, Any] = {}
         others = (("stock", "FreeSwim") if freeswim else ("stock",)) if peers else ()
@@ -316,6 +331,11 @@ def main(
 
 def _write(row: dict[str, Any], device: torch.device, out: Path, size: str) -> Path:
     result = header(device, "benchmarks.highres", sys.argv[1:], size == "tiny")
+    path = results.path_of(result, out)
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))["sections"].get("highres", [])
+        same = [old for old in there if old["name"] == row["name"] and old["layers_run"] == row["layers_run"]]
+        row = joined(same[0], row) if same else row
     return results.write({**result, "sections": {"highres": [json.loads(json.dumps(row))]}}, out)
 
 

@@ -32,7 +32,7 @@ from PIL import Image
 
 import tilewise
 from benchmarks import results
-from benchmarks.header import header
+from benchmarks.header import device_name, header
 from benchmarks.quality import save
 
 # name → options of the second stage; None: not by two stages.
@@ -108,15 +108,15 @@ def worker(job: dict[str, Any]) -> None:
                 Image.fromarray(middle).save(Path(job["pictures"]) / f"{side}-{number:02d}-{words}.png")
             lines.append(json.dumps(told))
             print(f"{side} {number:02d} {name}: {seconds:.1f} s, {told['objects']} objects", flush=True)
-        part = part_of(Path(job["parts"]), job, side, number)
+        part = part_of(Path(job["parts"]), job, side, number, prompt)
         save(part, lambda path, lines=lines: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
         longest = max(longest, time.time() - begin)
 
 
-def part_of(folder: Path, job: dict[str, Any], side: int, number: int) -> Path:
-    """Where the lines of a clip lie, a line a variant; the name says what they were made with."""
-    made_with = {key: job[key] for key in ("dtype", "steps", "frames", "variants", "strength", "flow_shift")}
-    key = hashlib.sha256(json.dumps([made_with, VARIANTS], sort_keys=True).encode()).hexdigest()[:12]
+def part_of(folder: Path, job: dict[str, Any], side: int, number: int, prompt: str) -> Path:
+    """Where the lines of a clip lie, a line a variant; the name says what they were made with, and on what."""
+    made_with = {key: job[key] for key in ("name", "dtype", "steps", "frames", "variants", "strength", "flow_shift")}
+    key = hashlib.sha256(json.dumps([made_with, prompt, VARIANTS], sort_keys=True).encode()).hexdigest()[:12]
     return folder / f"{side}-{number:02d}-{key}.jsonl"
 
 
@@ -207,12 +207,12 @@ def main(
         "device": where, "dtype": dtype, "steps": steps or None, "frames": frames or None, "variants": chosen,
         "threads": int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // processes)),
         "pictures": str(pictures.resolve()) if pictures else "", "strength": strength, "flow_shift": flow_shift or None,
-        "until": time.time() + seconds,
+        "until": time.time() + seconds, "name": device_name(torch.device(where)),
     }  # fmt: skip
     with contextlib.nullcontext(out / "highres-parts") if out else tempfile.TemporaryDirectory() as parts:
         folder = Path(parts).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        files = {clip: part_of(folder, shared, *clip[:2]) for clip in clips}
+        files = {clip: part_of(folder, shared, *clip) for clip in clips}
         left = [clip for clip, path in files.items() if not path.exists()]
         _run([{**shared, "parts": str(folder), "clips": left[i::processes]} for i in range(min(processes, len(left)))])
         made = [path for path in files.values() if path.exists()]

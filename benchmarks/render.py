@@ -136,6 +136,8 @@ def highres_table(rows: Rows) -> str:
     """Seconds a step past the training size, by how often the full path runs."""
     lines = [["high-resolution step", "", "k", "seconds", "× dense", "× FreeSwim, cached, same k"]]
     for row in rows:
+        if len(row["steps"]) < 2:  # nothing to compare
+            continue
         title = row["name"]
         if row["layers_run"] < row["layers"]:
             title += f", {row['layers_run']} of {row['layers']} layers run, the rest extrapolated"

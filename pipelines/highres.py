@@ -180,7 +180,7 @@ def prepare(
         maps = max(draft_bytes(layout, heads) for heads in _heads(pipe))
     plan = plan_memory(
         pipe, grid, height=height, width=width, frames=first.frames, branches=guided, samples=samples,
-        limit=options.max_memory, device=device, maps=maps,
+        limit=options.max_memory, device=device, maps=maps, full_path=options.global_path != "none",
         refresh=1 if options.global_path == "none" else options.refresh,
     )  # fmt: skip
     check_plan(plan, f"a clip of {width}×{height} pixels and {first.frames} frames")

@@ -37,7 +37,7 @@ class HighresSettings:
         window: native height and width in pixels that the window stands for; None: the native stage's.
         rope: "ntk" or "yarn" for height and width; None: unchanged. rope_time: "riflex", "ntk" or "yarn".
         precision: "int8" or "fp8": the target's attention with 8-bit products on a Hopper GPU, see ``Config``; a full path that
-            is dense stays in the model's 16 bits. None: all of it.
+            is dense or pooled stays in the model's 16 bits. None: all of it.
         max_memory: bytes on the device, or text such as "24GB"; None: what is free.
 
     Raises:

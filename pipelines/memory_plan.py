@@ -28,10 +28,13 @@ from tilewise.kernels.layout import Grid
 from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_space
 from tilewise.pipelines.memory_estimate import OF_WIDEST, OF_WIDTH, _LiveTensors
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.full_path import kept_bytes
+from tilewise.plugins.few_keys import SCORES
+from tilewise.plugins.full_path import joint, kept_bytes
 from tilewise.plugins.models.base import family_of
 from tilewise.plugins.patching import denoisers_of
 
+# Where text is part of the sequence, attention's two parts and what text told are there at once, and float32 numbers on the way.
+GUIDED, MERGING = 2.0, 4
 SECOND_PATH = 2.0  # hidden states more: the full path's, and the cross-attention on its way from one path to the other
 WAITING = 4.0  # clips' worth of decoded tiles: overlapping, blended, put together by rows, and whole
 TILE = 256  # pixels: diffusers' tiles
@@ -110,6 +113,7 @@ def plan_memory(
     limit: int | None = None,
     device: torch.device | None = None,
     maps: int = 0,
+    full_path: bool = True,
 ) -> MemoryPlan:
     """The plan of a clip of this size; `fits` says whether there is one.
 
@@ -119,7 +123,7 @@ def plan_memory(
         refresh: as for ``two_paths``; 1 keeps no cache. branches: texts that the full path guides, 1 or 2.
         samples: of one denoiser forward: 2 where guidance runs as one batch.
         limit: bytes; None: what the device has. device: default: the pipeline's.
-        maps: bytes of a full path by draft, for one sample.
+        maps: bytes of a full path by draft, for one sample. full_path: whether there is a full path at all.
     """
     device = pipe.device if device is None else device
     limit = device_bytes(device) if limit is None else limit
@@ -135,7 +139,10 @@ def plan_memory(
         width_ = max(layer.heads * layer.head_dim for layer in layers)
         widest = max((m.out_features for m in denoiser.modules() if isinstance(m, nn.Linear)), default=width_)
         each = OF_WIDTH * width_ + OF_WIDEST * widest + SECOND_PATH * width_
-        activations = max(activations, int(samples * (grid.tokens * each * size + maps)))
+        guided = full_path and joint(denoiser)
+        each += GUIDED * width_ if guided else 0
+        merging = MERGING * SCORES * 4 if guided else 0
+        activations = max(activations, int(samples * (grid.tokens * each * size + maps)) + merging)
         if refresh > 1:
             cache += branches * kept_bytes(denoiser, grid.video, size)
     output = 3 * frames * height * width * 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-SCORES = 1 << 26  # float32 numbers that are held at a time: 256 MiB
+SCORES = 1 << 24  # float32 numbers in a tensor that is made on the way: 64 MiB, some of which are held at once
 
 
 def attend_few(
@@ -23,15 +23,16 @@ def attend_few(
     Returns:
         (B, n, H, D) in query's dtype and (B, H, n) float32, natural.
     """
-    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    # Scores in float32: in 16 bits they would be rounded before the softmax, and in float16 overflow.
+    keys, values = keys.float().permute(0, 2, 3, 1), values.transpose(1, 2)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     batch, tokens, heads, _ = query.shape
-    rows = max(1, SCORES // max(1, batch * heads * keys.shape[2]))
+    rows = max(1, SCORES // max(1, batch * heads * max(keys.shape[2:])))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)
     for first in range(0, tokens, rows):
         part = slice(first, first + rows)
-        scores = (query[:, part].transpose(1, 2) @ keys.transpose(2, 3)).float() * factor
+        scores = (query[:, part].float() * factor).transpose(1, 2) @ keys
         total = scores.logsumexp(-1)
         lse[:, :, part] = total
         weights = torch.exp(scores - total[..., None]).to(values.dtype)
@@ -40,13 +41,16 @@ def attend_few(
 
 
 def merged(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor, into: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two parts of one softmax as one: outputs (B, n, H, D) and log-sum-exps (B, H, n) float32. No query is without any key."""
+    """Two parts of one softmax as one: outputs (B, n, H, D) and log-sum-exps (B, H, n) float32. No query is without any key.
+
+    into: what to write the output to, of out's shape and dtype; None: a tensor is made.
+    """
     batch, tokens, heads, width = out.shape
     rows = max(1, SCORES // max(1, batch * heads * width))
     total = torch.logaddexp(lse, other_lse)
-    both = torch.empty_like(out, memory_format=torch.contiguous_format)
+    both = torch.empty_like(out, memory_format=torch.contiguous_format) if into is None else into
     for first in range(0, tokens, rows):
         part = slice(first, first + rows)
         one, two = (torch.exp(x[:, :, part] - total[:, :, part]).transpose(1, 2)[..., None] for x in (lse, other_lse))

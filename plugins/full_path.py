@@ -41,22 +41,28 @@ def global_paths(target: Any) -> tuple[str, ...]:
     Where text is part of the sequence it sees the whole picture in every layer, and tells each window of it: there the window
     alone is usual.
     """
-    found = [streams_of(denoiser) for denoiser in denoisers_of(target).values()]
-    if None in found:
+    denoisers = denoisers_of(target).values()
+    if any(streams_of(denoiser) is None for denoiser in denoisers):
         return ("none",)
-    if any(streams is not None and streams.joint for streams in found):
+    if any(joint(denoiser) for denoiser in denoisers):
         return ("none", "dense")
     return ("dense", "draft", "pooled", "none")
+
+
+def joint(denoiser: nn.Module) -> bool:
+    """Whether a full path beside a denoiser guides within the attention that text and picture share."""
+    streams = streams_of(denoiser)
+    return streams is not None and streams.joint
 
 
 def kept_bytes(denoiser: nn.Module, video: int, itemsize: int) -> int:
     """What one text's full path keeps from one refresh to the next: of each block a tensor like its attention's output over
     ``video`` tokens, and where text is part of the sequence a float32 a head and token beside it."""
-    family, streams = family_of(denoiser), streams_of(denoiser)
+    family = family_of(denoiser)
     assert family is not None
     layers = family.layers(denoiser)
     heads, width = max(layer.heads for layer in layers), max(layer.heads * layer.head_dim for layer in layers)
-    each = width * itemsize + (4 * heads if streams is not None and streams.joint else 0)
+    each = width * itemsize + (4 * heads if joint(denoiser) else 0)
     return len({layer.block for layer in layers}) * video * each
 
 

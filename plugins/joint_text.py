@@ -29,7 +29,12 @@ Told = tuple[torch.Tensor, torch.Tensor]  # (B, V, H, D) and (B, H, V) float32: 
 
 
 class TextGuide(Protocol):
-    """What a ``Step`` asks, at attention calls over picture and text."""
+    """What a ``Step`` asks, at attention calls over picture and text.
+
+    keeps: whether what text told is wanted at a later step too.
+    """
+
+    keeps: bool
 
     def keep(self, told: Told) -> None:
         """What text tells the picture in the full path's call."""
@@ -76,14 +81,17 @@ def attend_guided(
     scale: float | None,
 ) -> torch.Tensor:  # fmt: skip
     """A window path's call: pictures by ``plan``, over picture tokens alone, and by what the text told; hidden tokens get 0."""
-    out = torch.zeros_like(whole[0], memory_format=torch.contiguous_format)
+    alone = len(groups) == 1 and groups[0].tokens is None
+    out = (torch.empty_like if alone else torch.zeros_like)(whole[0], memory_format=torch.contiguous_format)
     for group, part, pictures in zip(groups, parts, pictures_of(layout, groups, parts), strict=True):
-        _, text = slices(layout, group)
+        picture, text = slices(layout, group)
         inside, lse = run_plan(pictures, plan, chosen, scale, return_lse=True)
         t, tau = told if group.samples is None else (told[0][group.samples], told[1][group.samples])
-        both, _ = merged(inside, lse, t, tau)
-        texts = attend_all(part[0][:, text], part[1], part[2], scale)
-        put_part(out, group, torch.cat([texts, both] if layout.grid.text_first else [both, texts], 1))
+        piece = out if alone else torch.empty_like(part[0], memory_format=torch.contiguous_format)
+        merged(inside, lse, t, tau, into=piece[:, picture])
+        piece[:, text] = attend_all(part[0][:, text], part[1], part[2], scale)
+        if not alone:
+            put_part(out, group, piece)
     return out
 
 

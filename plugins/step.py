@@ -369,7 +369,8 @@ class Step:
         if self._full_path:
             entry = Entry(FULL_PATH, fused=fused)
             scale = self._scale(layout, query, scale)
-            if self.guide is not None and layout is not None and layout.grid.text:
+            asked = self.guide is not None and layer.block in self.selected and (self._runs or self.guide.keeps)
+            if asked and self.guide is not None and layout is not None and layout.grid.text:
                 groups = self._groups(attn_mask, layout, query)
                 self.guide.keep(told_by_text(layout, groups, (query, key, value), scale))
         elif not self._runs:

@@ -19,6 +19,7 @@ size works, and the memory is that of one hidden state more.
 
 from __future__ import annotations
 
+import inspect
 import types
 import weakref
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ from torch import nn
 
 from tilewise.kernels.layout import Layout
 from tilewise.plugins.cross_attention_cache import CrossAttentionCache
-from tilewise.plugins.denoiser_patch import Patch
-from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
+from tilewise.plugins.denoiser_patch import ATTRIBUTE, Patch
+from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.full_path import GlobalPath, check_denoiser, drafting
 from tilewise.plugins.models.base import streams_of
 from tilewise.plugins.override import ForwardOverride, override_forward
@@ -43,6 +44,10 @@ from tilewise.plugins.schedule import step_of
 from tilewise.plugins.sparse_call import attend_planned, choose
 
 Guided = Literal["all", "cond"]
+# What adds to hidden states between two blocks, or leaves blocks out.
+BETWEEN = (
+    "controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states", "skip_layers",
+)  # fmt: skip
 
 
 @dataclass
@@ -91,6 +96,9 @@ class TwoPaths:
         )
         self._handed: tuple[torch.Tensor, ...] | None = None  # from the full path's layer to the window path's
         self._at = 0  # the block that is under way
+        self.keeps = refresh > 1
+        # The last block that asks for anything of the full path.
+        self._last = max(patch.step.selected, default=-1) if streams.joint else len(self.blocks) - 1
         self._step = -1
         self._patches: tuple[Any, Patches] | None = None
         self._draft = drafting()
@@ -105,6 +113,8 @@ class TwoPaths:
         self._handles.append(denoiser.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(denoiser.register_forward_hook(self._end, always_call=True))
         if self.streams.joint:
+            if self.patch.step.guide is not None:
+                raise UnsupportedModelError(f"two paths: {self.patch.name} has two paths already; end those first")
             self.patch.step.guide = self
         for number, block in enumerate(self.blocks):
             if not self.streams.joint:
@@ -139,6 +149,15 @@ class TwoPaths:
     # ── a forward ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if getattr(denoiser, ATTRIBUTE, None) is not self.patch:
+            raise TilewiseError(
+                f"two paths: {self.patch.name} was patched anew within them; patch first, and then add the full path"
+            )
+        if self.streams.joint and (between := _between_blocks(denoiser, args, kwargs)):
+            raise UnsupportedModelError(
+                f"two paths: the forward of {self.patch.name} was given {between}, which changes the picture between blocks, "
+                "where the full path would not see it"
+            )
         text = args[self.streams.text] if len(args) > self.streams.text else kwargs["encoder_hidden_states"]
         latents = args[0] if args else kwargs["hidden_states"]
         step, _ = step_of(self.patch.step.pipe(), self.patch.family.timestep(args, kwargs))
@@ -162,6 +181,8 @@ class TwoPaths:
             self._prefetch(branch, 0, latents.device)
 
     def _end(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
+        if output is None and self._branch is not None:  # it failed: of what it refreshed, some is new and some is old
+            self._branch.forwards = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -183,7 +204,7 @@ class TwoPaths:
 
         def before(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             self._at = number
-            if not self._refreshing or self._in_full:
+            if not self._refreshing or self._in_full or number > self._last:
                 return
             if number:
                 full, self._full = self._full, None
@@ -220,10 +241,10 @@ class TwoPaths:
     def _hand(self, values: tuple[torch.Tensor, ...]) -> None:
         """From the full path's layer to the window path's, and into the cache."""
         self._handed = values
-        if self.refresh > 1:
+        if self.keeps:
             for place, value in enumerate(values):
                 self.cache.put((self._branch, len(values) * self._at + place), value)
-        if self._at == len(self.blocks) - 1:
+        if self._at == self._last:
             raise _Enough
 
     def _handed_over(self, count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -243,7 +264,7 @@ class TwoPaths:
 
     def _prefetch(self, branch: Any, number: int, device: torch.device) -> None:
         count = 2 if self.streams.joint else 1
-        for place in range(count if number < len(self.blocks) else 0):
+        for place in range(count if number <= self._last else 0):
             self.cache.prefetch((branch, count * number + place), device)
 
     # ── text in the sequence: what a ``joint_text.TextGuide`` does ───────────────────────────────────────────────
@@ -301,8 +322,16 @@ class TwoPaths:
             raise TilewiseError(f"two paths: no draft of the full path: {refused}. Use global_path='pooled' or 'dense'")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         planned = self._draft.plan_call(layout, query, key, value, scale, {}, 0)
-        choice, _ = choose((query, key, value), planned.plan, self.patch.config.precision)
+        choice, in_16_bits = choose((query, key, value), planned.plan, self.patch.config.precision)
+        if in_16_bits and self.patch.config.strict:
+            raise FallbackError(f"strict: the full path of {self.patch.name}: {in_16_bits}")
         return attend_planned((query, key, value), planned, layout, choice, scale)
+
+
+def _between_blocks(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str:
+    """The argument of a forward that changes what goes from one block to the next, or ""."""
+    given = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
+    return next((name for name in BETWEEN if given.get(name) is not None), "")
 
 
 def _cross_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -67,6 +67,13 @@ def test_speed_runs_on_a_cpu(tmp_path, capsys):
     (row,) = json.loads(file.read_text())["sections"]["highres"]
     assert row["missing"] == {}
     assert {"ours refresh", "ours reuse", "ours window only", "ours, pooled refresh"} <= set(row["forwards"])
+    # A run of one way keeps what is there of the others.
+    highres.main("tiny", "cpu", 0, 1, "native", False, True, "pooled", True, tmp_path)
+    (again,) = json.loads(file.read_text())["sections"]["highres"]
+    assert set(again["forwards"]) == set(row["forwards"])
+    assert again["forwards"]["ours refresh"] == row["forwards"]["ours refresh"]
+    assert again["forwards"]["ours, pooled refresh"] != row["forwards"]["ours, pooled refresh"]
+    assert [step["name"] for step in again["steps"]] == [step["name"] for step in row["steps"]]
 
 
 def test_quality_runs_on_a_cpu(tmp_path, capsys):

@@ -17,7 +17,7 @@ import torch
 
 import tilewise
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.errors import ConfigError, TilewiseError
+from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.few_keys import attend_few, merged
 from tilewise.plugins.full_path import global_paths
 from tilewise.plugins.ledger import FULL_PATH, SPARSE
@@ -250,6 +250,82 @@ def test_what_cannot_be_is_refused():
         two_paths(model),
     ):
         pass
+
+
+def test_what_changes_the_picture_between_blocks_is_refused():
+    model, inputs, _ = CASES["flux"]()
+    samples = [torch.randn(2, 80, 32, generator=torch.Generator().manual_seed(1))]
+    with tilewise.patched(model, METHOD, steps=(0, 1), strict=True):
+        with two_paths(model), pytest.raises(UnsupportedModelError, match="controlnet_block_samples"):
+            family_checks.forward(model, {**inputs, "controlnet_block_samples": samples})
+        family_checks.forward(model, {**inputs, "controlnet_block_samples": samples})  # without a full path as ever
+
+
+def test_a_refresh_that_failed_is_made_again():
+    """At the second refresh: what it had put into the cache is not mixed with what was there."""
+    model, inputs, grid = CASES["flux"]()
+    later = at_another_time(inputs)
+    wanted, _ = two_rows(model, later, grid)
+    last = model.single_transformer_blocks[1].norm
+    with tilewise.patched(model, METHOD, steps=(0, 1), strict=True), two_paths(model, refresh=2) as paths:
+        family_checks.forward(model, inputs)
+        family_checks.forward(model, inputs)
+        with mock.patch.object(last, "forward", side_effect=RuntimeError("out of memory")), pytest.raises(RuntimeError):
+            family_checks.forward(model, later)
+        torch.testing.assert_close(family_checks.forward(model, later), wanted, atol=3e-5, rtol=3e-5)
+        assert vars(paths["denoiser"].counts) == {"refreshed": 3, "reused": 1, "unguided": 0}
+
+
+def test_one_pair_of_paths_at_a_time():
+    model, inputs, _ = CASES["flux"]()
+    with tilewise.patched(model, METHOD, steps=(0, 1), strict=True):
+        with two_paths(model, refresh=1):
+            guided = family_checks.forward(model, inputs)
+            with pytest.raises(UnsupportedModelError, match="two paths already"), two_paths(model):
+                pass
+            assert torch.equal(family_checks.forward(model, inputs), guided)
+        with two_paths(model):
+            tilewise.patch(model, METHOD, steps=(0, 1))
+            with pytest.raises(TilewiseError, match="patched anew"):
+                family_checks.forward(model, inputs)
+    tilewise.unpatch(model)
+
+
+def test_layers_that_stay_dense_ask_for_nothing():
+    """What text tells is made and kept for the layers that the method runs in, and the full path ends with the last of them."""
+    model, inputs, _ = CASES["flux"]()
+    with tilewise.patched(model, METHOD, steps=(0, 1), blocks="0:2", strict=True):
+        alone = family_checks.forward(model, inputs)
+        with two_paths(model, refresh=2) as paths:
+            guided = family_checks.forward(model, inputs)
+            kept = 80 * (32 * 4 + 2 * 4)  # of a layer and sample: tokens × (channels and heads, float32)
+            assert paths["denoiser"].cache.on_device == 2 * 2 * kept
+            torch.testing.assert_close(family_checks.forward(model, inputs), guided)
+            calls = {row.kind: row.calls for row in tilewise.summary(model).rows}
+            assert calls[FULL_PATH] == 1  # of block 0; block 1 ends with what its text tells
+    assert (guided - alone).abs().max() > 1e-3
+
+
+def test_dense_steps_keep_for_later_ones():
+    """The refresh falls into a dense step, the reuse into one that the method runs at."""
+    model, inputs, _ = CASES["flux"]()
+    with tilewise.patched(model, METHOD, steps=(0.5, 1.0)), two_paths(model, refresh=2) as paths:
+        scheduled = [{**inputs, "timestep": torch.full((2,), t)} for t in (0.9, 0.3)]
+        for given in scheduled:
+            family_checks.forward(model, given)
+        assert vars(paths["denoiser"].counts) == {"refreshed": 1, "reused": 1, "unguided": 0}
+
+
+def test_large_scores_in_half_precision():
+    query, key = (20 * torch.randn(1, 5, 2, 128, generator=torch.Generator().manual_seed(n)).half() for n in (0, 1))
+    key[0, 0] = query[0, 0]  # a product of some 50 000, and twice that is over what float16 holds
+    value = torch.randn(1, 5, 2, 128, generator=torch.Generator().manual_seed(2)).half()
+    out, lse = attend_few(2 * query, key, value, None)
+    exact = torch.einsum("bqhd,bkhd->bhqk", 2 * query.double(), key.double()) * 128**-0.5
+    torch.testing.assert_close(lse.double(), exact.logsumexp(-1), rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(
+        out.double(), torch.einsum("bhqk,bkhd->bqhd", exact.softmax(-1), value.double()), rtol=2e-3, atol=2e-3
+    )
 
 
 def test_parts_of_a_softmax_are_put_together(monkeypatch):

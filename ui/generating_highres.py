@@ -131,7 +131,8 @@ def _stages(told: dict[str, Any] | None) -> Any:
     if told is None:
         return None
     native = {name: told["native"][name] for name in ("height", "width", "method")}
-    return json.loads(json.dumps({"options": told["options"], "native": native}))
+    options = HighresSettings.from_dict(told["options"]).to_dict()  # with what a record from before an option lacks
+    return json.loads(json.dumps({"options": options, "native": native}))
 
 
 def _record(made: HighresClip, run: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 import secrets
 from collections.abc import Sequence
 from functools import cached_property
@@ -80,7 +81,9 @@ def kept_picture(image: Image.Image, folder: Path) -> Path:
     out = io.BytesIO()
     image.save(out, "WEBP", quality=85)
     path = folder / f"tilewise-{hashlib.sha256(out.getvalue()).hexdigest()[:32]}.webp"
-    if not path.exists():
+    try:
+        os.utime(path)  # the page sweeps what has not been shown for long
+    except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         part.write_bytes(out.getvalue())

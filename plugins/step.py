@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tilewise.kernels.attention import block_sparse_attention
+from tilewise.kernels.attention import Choice, block_sparse_attention
 from tilewise.kernels.layout import Grid, Layout, cached_layout
 from tilewise.kernels.plan import BlockPlan
 from tilewise.plugins import exact
@@ -250,13 +250,10 @@ class Step:
             planned = [
                 (group, Planned(self.kept.plan(with_text(layout, group.text), heads, device))) for group in groups
             ]
-        try:
-            found = [choose(part, p.plan, self.config.precision) for part, (_, p) in zip(parts, planned, strict=True)]
-        except (TypeError, ValueError, RuntimeError) as error:
-            return str(error)
-        chosen, in_16_bits = [choice for choice, _ in found], next((why for _, why in found if why), "")
-        if in_16_bits and self.config.strict:
-            return in_16_bits
+        found = self._chosen(parts, [p.plan for _, p in planned])
+        if isinstance(found, str):
+            return found
+        chosen, in_16_bits = found
         out = attend_groups(layout, planned, parts, chosen, whole, scale)
         dynamic = isinstance(self.config.method, DynamicMethod)
         density = None if dynamic else mean_density(planned, query)
@@ -268,6 +265,17 @@ class Step:
         for (group, p), part in zip(planned, parts, strict=True):
             self._tell(number, SPARSE, part, with_text(layout, group.text), p.plan, p.draft)
         return out
+
+    def _chosen(self, parts: list[QKV], plans: list[BlockPlan]) -> tuple[list[Choice], str] | str:
+        """What runs each part's plan, and why not in the 8 bits that were asked for; or why nothing may."""
+        try:
+            found = [choose(part, plan, self.config.precision) for part, plan in zip(parts, plans, strict=True)]
+        except (TypeError, ValueError, RuntimeError) as error:
+            return str(error)
+        in_16_bits = next((why for _, why in found if why), "")
+        if in_16_bits and self.config.strict:
+            return in_16_bits
+        return [choice for choice, _ in found], in_16_bits
 
     def _attend_guided(
         self,
@@ -284,12 +292,10 @@ class Step:
         query, alone = whole[0], with_text(layout, 0)
         plan = self.kept.plan(alone, query.shape[2], query.device)
         pictures = pictures_of(layout, groups, parts)
-        try:
-            choice, in_16_bits = choose(pictures[0], plan, self.config.precision)
-        except (TypeError, ValueError, RuntimeError) as error:
-            return str(error)
-        if in_16_bits and self.config.strict:
-            return in_16_bits
+        found = self._chosen(pictures[:1], [plan])
+        if isinstance(found, str):
+            return found
+        (choice,), in_16_bits = found
         out = attend_guided(layout, groups, parts, whole, plan, choice, told, scale)
         call.entry = Entry(SPARSE, guided_density(layout, groups, plan, query), choice.backend, in_16_bits)
         for picture in pictures:

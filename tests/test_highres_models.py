@@ -93,6 +93,20 @@ def case(request):
     return pipe, size
 
 
+@pytest.fixture
+def held(monkeypatch) -> list[int]:
+    """Bytes in a full path's cache, each time that something is put there."""
+    sizes: list[int] = []
+    put = CrossAttentionCache.put
+
+    def watched(self, *given):
+        put(self, *given)
+        sizes.append(self.on_device + self.on_host)
+
+    monkeypatch.setattr(CrossAttentionCache, "put", watched)
+    return sizes
+
+
 def call(pipe, size, **options):
     frames = {"num_frames": size["frames"]} if size["frames"] > 1 else {}
     given = {"height": size["height"], "width": size["width"], **frames, "num_inference_steps": 2, "return_dict": False}
@@ -146,17 +160,9 @@ def test_two_stages(case):
             highres(pipe, "a star", **size, steps=4, global_path="draft")
 
 
-def test_a_full_path_where_text_is_part_of_the_sequence(case, monkeypatch):
+def test_a_full_path_where_text_is_part_of_the_sequence(case, held):
     """On request. It changes the clip, ends without a trace, and its cache is what was planned."""
     pipe, size = case
-    held = []
-    put = CrossAttentionCache.put
-
-    def watched(self, *given):
-        put(self, *given)
-        held.append(self.on_device + self.on_host)
-
-    monkeypatch.setattr(CrossAttentionCache, "put", watched)
     made = highres(pipe, "a star", **size, steps=4, strength=0.5, refresh=2, global_path="dense", guidance=3.0)
     assert {row.kind for row in made.clip.summary.rows} == {SPARSE, FULL_PATH}
     assert made.forwards["refreshed"] == made.forwards["reused"] > 0
@@ -167,17 +173,9 @@ def test_a_full_path_where_text_is_part_of_the_sequence(case, monkeypatch):
     assert not np.array_equal(alone.frames, made.frames)
 
 
-def test_guidance_in_one_batch_is_planned_for(monkeypatch):
+def test_guidance_in_one_batch_is_planned_for(held):
     """LTX: both texts in one forward. What the cache is planned to hold is what it holds."""
     pipe, size = ltx()
-    held = []
-    put = CrossAttentionCache.put
-
-    def watched(self, *given):
-        put(self, *given)
-        held.append(self.on_device + self.on_host)
-
-    monkeypatch.setattr(CrossAttentionCache, "put", watched)
     made = highres(pipe, "a star", **size, steps=4, refresh=2, guided="cond", guidance=3.0)
     assert made.plan.cache == max(held)
     without = highres(pipe, "a star", **size, steps=4, refresh=2, guidance=1.0)

@@ -20,7 +20,6 @@ size works, and the memory is that of one hidden state more.
 from __future__ import annotations
 
 import inspect
-import types
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,18 +29,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Layout
+from tilewise.plugins.coarse_path import CoarsePath
 from tilewise.plugins.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.denoiser_patch import ATTRIBUTE, Patch
-from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
-from tilewise.plugins.full_path import GlobalPath, check_denoiser, drafting
+from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
+from tilewise.plugins.full_path import GlobalPath, check_denoiser
 from tilewise.plugins.models.base import streams_of
 from tilewise.plugins.override import ForwardOverride, override_forward
 from tilewise.plugins.patching import denoisers_of, patches_of
-from tilewise.plugins.pooled_attention import Patches, pooled_attention, pooling_of
-from tilewise.plugins.processor import TilewiseProcessor, rebind
 from tilewise.plugins.schedule import step_of
-from tilewise.plugins.sparse_call import attend_planned, choose
 
 Guided = Literal["all", "cond"]
 # What adds to hidden states between two blocks, or leaves blocks out.
@@ -83,7 +79,7 @@ class TwoPaths:
         streams = streams_of(denoiser)
         assert streams is not None  # checked before
         self.streams = streams
-        self.patch, self.refresh, self.global_path, self.guided, self.pool = patch, refresh, global_path, guided, pool
+        self.patch, self.refresh, self.guided = patch, refresh, guided
         self.cache = cache
         self.counts = Counts()
         self.blocks: list[Any] = [block for name in self.streams.blocks for block in getattr(denoiser, name)]
@@ -100,8 +96,7 @@ class TwoPaths:
         # The last block that asks for anything of the full path.
         self._last = max(patch.step.selected, default=-1) if streams.joint else len(self.blocks) - 1
         self._step = -1
-        self._patches: tuple[Any, Patches] | None = None
-        self._draft = drafting()
+        self.coarse = None if global_path == "dense" else CoarsePath(patch, global_path, pool)
         self._handles: list[Any] = []
         try:
             self._install(denoiser)
@@ -127,7 +122,7 @@ class TwoPaths:
                 self._handles.append(cross)
             # After the patch's own hooks, so that the tokens are already in the order in force.
             self._handles.append(block.register_forward_pre_hook(self._block_hook(number), with_kwargs=True))
-            if self.global_path != "dense":
+            if self.coarse is not None:
                 attention = override_forward(block.attn1, _coarse_self_attention, self)
                 if attention is None:
                     raise UnsupportedModelError(
@@ -279,54 +274,6 @@ class TwoPaths:
         out, lse = self._handed_over(2, device)
         return out, lse
 
-    def _coarse(self, override: ForwardOverride, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        """A self-attention layer of the full path, less than dense: its own processor, with another attention."""
-        module: Any = override.module
-        processor = module.processor
-        if not self._in_full or not isinstance(processor, TilewiseProcessor):  # or left alone by the patch
-            return override.stock(*args, **kwargs)
-        original: Any = processor.original
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if processor._fused is not None and self.patch.fused_here(hidden):
-            out = processor._fused(original, self._coarse_dispatch, module, *args, **kwargs)
-            if out is not None:
-                return out
-        stock: Any = type(original).__call__
-        return types.MethodType(rebind(stock, self._coarse_dispatch), original)(module, *args, **kwargs)
-
-    def _coarse_dispatch(
-        self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any
-    ) -> torch.Tensor:
-        """In place of diffusers' attention dispatcher."""
-        if attn_mask is not None:
-            raise TilewiseError(
-                f"two paths: a full path that is {self.global_path} cannot follow an attention mask; use global_path='dense'"
-            )
-        step = self.patch.step
-        grid, order, layout = step.grid, step.order(query.device), step._layout
-        assert grid is not None
-        scale_of = getattr(self.patch.config.method, "scale", None)
-        scale = None if scale_of is None or layout is None else scale_of(layout, query.shape[-1])
-        if self.global_path == "draft":
-            return self._drafted(query, key, value, layout, scale)
-        there = None if order is None else order[0]
-        known = (grid, None if there is None else there.data_ptr(), query.device)
-        if self._patches is None or self._patches[0] != known:
-            self._patches = known, pooling_of(grid, there, self.pool, query.device)
-        return pooled_attention(query, key, value, self._patches[1], scale)
-
-    def _drafted(self, query: Any, key: Any, value: Any, layout: Layout | None, scale: float | None) -> torch.Tensor:
-        """By the draft method over the blocks of the window's layout: a choice anew at each refresh, with summary rows."""
-        refused = "the tokens are in the model's own order" if layout is None else self._draft.refuses_call(layout)
-        if layout is None or refused is not None:
-            raise TilewiseError(f"two paths: no draft of the full path: {refused}. Use global_path='pooled' or 'dense'")
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        planned = self._draft.plan_call(layout, query, key, value, scale, {}, 0)
-        choice, in_16_bits = choose((query, key, value), planned.plan, self.patch.config.precision)
-        if in_16_bits and self.patch.config.strict:
-            raise FallbackError(f"strict: the full path of {self.patch.name}: {in_16_bits}")
-        return attend_planned((query, key, value), planned, layout, choice, scale)
-
 
 def _between_blocks(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str:
     """The argument of a forward that changes what goes from one block to the next, or ""."""
@@ -343,7 +290,10 @@ def _cross_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> to
 def _coarse_self_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> torch.Tensor:
     if override.state is None:
         return override.stock(*args, **kwargs)
-    return override.state._coarse(override, args, kwargs)
+    paths = override.state
+    if not paths._in_full:
+        return override.stock(*args, **kwargs)
+    return paths.coarse.layer(override, args, kwargs)
 
 
 @contextmanager

@@ -315,11 +315,30 @@ def test_drafted_path_in_a_model():
         for options, density in (({}, 1.0), ({"global_path": "draft"}, 1.0), ({"global_path": "draft"}, 0.25)):
             with two_paths(model, refresh=1, **options) as on:
                 (paths,) = on.values()
-                paths._draft = dataclasses.replace(paths._draft, density=density)
+                if paths.coarse is not None:
+                    paths.coarse._draft = dataclasses.replace(paths.coarse._draft, density=density)
                 outs.append(model(x, torch.tensor([500.0]), text).sample)
     torch.testing.assert_close(outs[1], outs[0], atol=2e-5, rtol=2e-5)
     away = (outs[2] - outs[0]).abs().max()
     assert 1e-5 < away < 0.3 * outs[0].abs().max()
+
+
+def test_a_coarser_path_is_counted():
+    """Of two blocks the first runs whole in the full path, and the second as far as its cross-attention."""
+    x, text = inputs()
+    for path, backend, density in (
+        ("dense", "stock", 1.0),
+        ("draft", "torch, draft", 0.5),
+        ("pooled", "pooled", 0.25),
+    ):
+        model = tiny_wan.tiny_transformer()
+        tilewise.patch(model, METHOD, steps=(0, 1), strict=True)
+        with torch.no_grad(), two_paths(model, refresh=1, global_path=path):
+            model(x, torch.tensor([500.0]), text)
+        (row,) = (row for row in tilewise.summary(model).rows if row.kind == FULL_PATH)
+        assert (row.calls, row.backend) == (2, backend)
+        assert row.density == density  # of the draft: so few blocks that each keeps at least a half
+        assert "full path" in str(tilewise.summary(model))
 
 
 # ── the cache ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -55,7 +55,10 @@ def block_share_kernel(
     at = q_ptr + batch * stride_b + head * stride_h + token[:, None] * stride_s + column[None, :]
     q = tl.load(at, mask=there[:, None] & (column < D)[None, :], other=0.0)
     wide = q.to(tl.float32)
-    q, q2 = (wide * scale).to(q.dtype), (wide * wide * square).to(q.dtype)
+    squared = wide * wide * square
+    if q.dtype == tl.float16:  # which ends there: a little less correction, where a query is as large, and not infinity
+        squared = tl.minimum(squared, 65504.0)
+    q, q2 = (wide * scale).to(q.dtype), squared.to(q.dtype)
     base = (batch * Hk + head // (H // Hk)) * padded * D
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)

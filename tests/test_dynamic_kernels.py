@@ -124,6 +124,17 @@ def test_block_share_tells_of_what_is_not_finite():
         block_share(q, keys.mean(1, keepdim=True), None, start[:1], rows[:1], 0.25, queries=12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_share_of_large_queries(dtype):
+    """Squares that float16 does not hold leave the map finite."""
+    layout = LAYOUTS[0]
+    start, rows, _ = block_table(layout, CPU)
+    q = 400 * random(1, layout.grid.tokens, 2, 16, dtype=dtype)
+    keys = block_stats(0.1 * random(1, layout.grid.tokens, 2, 16, dtype=dtype, seed=1), start, rows, variance=True)
+    share = block_share(q, keys.mean, keys.variance, start, rows, 1.0)
+    torch.testing.assert_close(share.sum(-1), torch.ones_like(share[..., 0]), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_maps_of_block_pairs(layout):
     """Against the formulas in float64; s² small and large, 0, and not a number."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,20 +21,17 @@ import torch
 from tilewise.kernels.block_map import error_logits, summary_bias
 from tilewise.kernels.block_stats import BlockStats, block_stats
 from tilewise.kernels.dynamic_plan import block_table, dynamic_plan
-from tilewise.kernels.layout import MAX_BLOCK_ROWS, Grid, Layout, cached_layout, tile_counts
-from tilewise.plugins.errors import ConfigError
+from tilewise.kernels.layout import Grid, Layout, cached_layout, tile_counts
 from tilewise.plugins.ledger import capturing
-from tilewise.plugins.methods.base import DynamicMethod, Method, Planned, Skipped, make_method
+from tilewise.plugins.methods.base import DynamicMethod, Method, Planned, Skipped
 from tilewise.plugins.methods.draft_logits import score_variance
-from tilewise.plugins.methods.guarantees import GUARANTEES, always_kept
+from tilewise.plugins.methods.guarantees import always_kept
+from tilewise.plugins.methods.guided_options import DEFAULT_TILE, Triple, checked
 from tilewise.plugins.methods.probe import exact_recall, probe_rows
-from tilewise.plugins.methods.selection import RULES, broken_rows, select
+from tilewise.plugins.methods.selection import broken_rows, select
 from tilewise.plugins.methods.within import Bounds, bounds_of, plan_within
 from tilewise.plugins.reuse import Drift
 
-Triple = tuple[int, int, int]
-DEFAULT_TILE: Triple = (1, 8, 16)  # 128 tokens, a kernel's whole block; the paper's patch
-DEFAULT_DENSITY = 0.25
 MAX_BLOCKS = 4096  # maps are heads × N × N: at 24 heads and this many blocks, 1.6 GB each
 FEWEST_BLOCKS = 64  # a smaller map leaves little to choose from: the tile is halved until there are so many
 SMALLEST_TILE = 16  # tokens: the least that a kernel's block is used for
@@ -110,62 +106,8 @@ class Guided(DynamicMethod):
     min_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        def put(name: str, value: Any) -> None:
+        for name, value in checked(self).items():
             object.__setattr__(self, name, value)
-
-        if self.density is not None and self.recall is not None:
-            raise ConfigError(f"{self.name}: give density or recall, not both: each decides how much is kept")
-        if self.density is None and self.recall is None:
-            put("density", DEFAULT_DENSITY)
-        for option in ("density", "recall"):
-            value = getattr(self, option)
-            if value is not None and not (_is_number(value) and 0 < value <= 1):
-                raise ConfigError(f"{self.name}: {option} must be in (0, 1], got {value!r}")
-        if not (_is_number(self.safety) and self.safety >= 1):
-            raise ConfigError(f"{self.name}: safety must be at least 1, got {self.safety!r}")
-        if self.tile is not None:
-            put("tile", _tile(self.name, self.tile))
-        _one_of(self.name, "select", self.select, RULES)
-        if self.select == "topk" and self.recall is not None:
-            raise ConfigError(f"{self.name}: select='topk' keeps a fixed number of blocks; give density, not recall")
-        if self.rank is not None:
-            _one_of(self.name, "rank", self.rank, ("mass", "error"))
-        if self.compensate not in (None, True, False):
-            raise ConfigError(f"{self.name}: compensate must be true or false, got {self.compensate!r}")
-        for option, least in (("floor", 1), ("refresh", 1), ("probe", 0)):
-            value = getattr(self, option)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{self.name}: {option} must be a whole number of at least {least}, got {value!r}")
-        for option in ("cap", "min_tokens"):
-            value = getattr(self, option)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ConfigError(f"{self.name}: {option} must be a whole number, got {value!r}")
-        if self.cap is not None and (self.cap < self.floor or self.select != "rows"):
-            raise ConfigError(f"{self.name}: cap={self.cap} is for select='rows', and at least floor={self.floor}")
-        if isinstance(self.always, str) or not isinstance(self.always, Sequence):
-            raise ConfigError(f"{self.name}: always must be a list of {', '.join(GUARANTEES)}, got {self.always!r}")
-        for name in self.always:
-            _one_of(self.name, "always", name, GUARANTEES)
-        put("always", tuple(self.always))
-        if self.drift is not None and not (_is_number(self.drift) and 0 <= self.drift <= 1):
-            raise ConfigError(f"{self.name}: drift must be a fall of recall in [0, 1], or null, got {self.drift!r}")
-        put("within", self._window_method(self.within))
-
-    def _window_method(self, within: Any) -> Method | None:
-        if isinstance(within, Mapping):
-            options = {key: value for key, value in within.items() if key != "name"}
-            within = make_method(str(within.get("name")), options)
-        if within is None:
-            return None
-        if not isinstance(within, Method) or isinstance(within, DynamicMethod) or within.name == "dense":
-            raise ConfigError(f"{self.name}: within must be a method with windows, such as STA, got {within!r}")
-        tile = getattr(within, "tile", None)
-        if tile is not None and tuple(tile) != self.tile:
-            raise ConfigError(
-                f"{self.name}: the window of within counts tiles of {tuple(tile)}, this method has tiles of "
-                f"{self.tile or 'its own choice'}; leave the tile of within out, or give tile={tuple(tile)} to both"
-            )
-        return within
 
     # ── before anything runs ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -351,24 +293,3 @@ def _row_density(density: float | None, layout: Layout) -> float | None:
         return density
     text = layout.grid.text / layout.grid.tokens
     return min(1.0, max((density - text) / (1 - text), 1 / layout.grid.tokens))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _one_of(method: str, option: str, value: Any, valid: Sequence[str]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{method}: {option} must be one of {', '.join(valid)}, got {value!r}")
-
-
-def _tile(method: str, value: Any) -> Triple:
-    good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3
-    if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value):
-        raise ConfigError(f"{method}: tile must be three whole numbers of tokens (t, h, w), got {value!r}")
-    if math.prod(value) > MAX_BLOCK_ROWS:
-        raise ConfigError(
-            f"{method}: tile {tuple(value)} has {math.prod(value)} tokens; a block is planned as one and has at most "
-            f"{MAX_BLOCK_ROWS}, such as {DEFAULT_TILE}"
-        )
-    return (value[0], value[1], value[2])

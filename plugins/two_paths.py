@@ -87,9 +87,8 @@ class TwoPaths:
         self._branch: _Branch | None = None  # of the forward under way; None: its cross-attention is its own
         self._refreshing = False
         self._in_full = False
-        self._full: tuple[torch.Tensor, ...] | None = (
-            None  # the full path's streams: picture, and text where it is one too
-        )
+        # The full path's streams: picture, and text where that is one too.
+        self._full: tuple[torch.Tensor, ...] | None = None
         self._handed: tuple[torch.Tensor, ...] | None = None  # from the full path's layer to the window path's
         self._at = 0  # the block that is under way
         self.keeps = refresh > 1

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from tilewise.kernels.block_map import variance_term
 from tilewise.kernels.device import FLOATS, runs_triton
 
 QUERIES = 32  # of a block that are drafted; a power of two
@@ -105,7 +106,6 @@ def torch_block_share(
         q = scale * query[:, part].to(dtype).transpose(1, 2)
         x = q @ mean + log_rows
         if variance is not None:
-            s2 = q.square() @ variance
-            x = x + torch.where(s2 <= 2 * log_rows, s2 / 2, (2 * s2 * log_rows).clamp_min(0).sqrt() - log_rows)
+            x = x + variance_term(q.square() @ variance, rows.to(dtype))
         share.index_add_(2, of, x.softmax(-1))
     return share / taken[:, None]

@@ -11,8 +11,8 @@ from tilewise.kernels.block_map import LEAST_S2, LEAST_SPREAD
 
 @triton.jit
 def term(s2, log_n):
-    tangent = tl.sqrt(tl.where(s2 < 0, 0.0, s2) * 2 * log_n) - log_n  # nan stays nan
-    return tl.where(s2 <= 2 * log_n, 0.5 * s2, tangent)
+    """In any units of both: it is homogeneous in them. What is not a number stays so."""
+    return tl.where(s2 <= 2 * log_n, 0.5 * s2, tl.sqrt(2 * s2 * log_n) - log_n)
 
 
 @triton.jit

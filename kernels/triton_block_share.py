@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tilewise.kernels.triton_block_map import term
 from tilewise.kernels.triton_block_stats import by_head
 
 LOG2E = 1.4426950408889634
@@ -29,8 +30,7 @@ def scores(q, q2, mean_ptr, variance_ptr, log_rows_ptr, base, j, N, column, D: t
     x = tl.dot(q, mean, input_precision=PRECISION) + log_n
     if variance_ptr is not None:
         variance = tl.load(variance_ptr + at, mask=narrow, other=0.0)
-        s2 = tl.dot(q2, variance, input_precision=PRECISION)
-        x += tl.where(s2 <= 2 * log_n, 0.5 * s2, tl.sqrt(2 * s2 * log_n) - log_n)
+        x += term(tl.dot(q2, variance, input_precision=PRECISION), log_n)
     return tl.where((j < N)[None, :], x, float("-inf"))
 
 
@@ -103,11 +103,9 @@ def triton_block_share(
     N = len(start)
     hopper = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
     config = launch_config(D, query.element_size(), hopper)
-    padded = triton.cdiv(N, config["BLOCK_N"]) * config["BLOCK_N"]
-
-    means, variances = (
-        None if x is None else by_head(x, query.dtype, config["BLOCK_N"]) for x in (key_mean, key_variance)
-    )
+    means = by_head(key_mean, query.dtype, config["BLOCK_N"])
+    variances = None if key_variance is None else by_head(key_variance, query.dtype, config["BLOCK_N"])
+    padded = means.shape[2]
     log_rows = rows.new_zeros(padded, dtype=torch.float32)
     log_rows[:N] = rows.float().log2()
     share = torch.empty((B, H, N, N), dtype=torch.float32, device=query.device)

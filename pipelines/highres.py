@@ -35,7 +35,7 @@ from tilewise.pipelines.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.video import to_uint8
 from tilewise.plugins.config import Config, MethodLike
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.full_path import draft_bytes, draft_refuses, global_paths
+from tilewise.plugins.full_path import draft_refuses, global_paths
 from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.models.base import Size, family_of
 from tilewise.plugins.patching import denoisers_of, patched
@@ -170,17 +170,15 @@ def prepare(
     two = first.guidance > 1 and not space.distilled
     samples = 2 if two and space.one_batch else 1
     guided = 2 if two and (options.guided == "all" or space.one_batch) else 1
-    method, maps = Inward((native_grid.h, native_grid.w), temperature=options.temperature), 0
-    if options.global_path == "draft":
-        layout = method.layout(grid)
-        if (refused := draft_refuses(layout)) is not None:
-            raise ConfigError(
-                f"global_path='draft' is not for a size of {width}×{height}: {refused}. Give 'pooled' or 'dense'"
-            )
-        maps = max(draft_bytes(layout, heads) for heads in _heads(pipe))
+    method = Inward((native_grid.h, native_grid.w), temperature=options.temperature)
+    draft = method.layout(grid) if options.global_path == "draft" else None
+    if draft is not None and (refused := draft_refuses(draft)) is not None:
+        raise ConfigError(
+            f"global_path='draft' is not for a size of {width}×{height}: {refused}. Give 'pooled' or 'dense'"
+        )
     plan = plan_memory(
         pipe, grid, height=height, width=width, frames=first.frames, branches=guided, samples=samples,
-        limit=options.max_memory, device=device, maps=maps, full_path=options.global_path != "none",
+        limit=options.max_memory, device=device, draft=draft, full_path=options.global_path != "none",
         refresh=1 if options.global_path == "none" else options.refresh,
     )  # fmt: skip
     check_plan(plan, f"a clip of {width}×{height} pixels and {first.frames} frames")
@@ -202,14 +200,6 @@ def _grid(pipe: Any, size: Size) -> Grid:
     family = family_of(denoiser)
     assert family is not None
     return family.grid_of_size(denoiser, pipe, size)
-
-
-def _heads(pipe: Any) -> list[int]:
-    """Attention heads of each denoiser."""
-    families = [(denoiser, family_of(denoiser)) for denoiser in denoisers_of(pipe).values()]
-    return [
-        max(layer.heads for layer in family.layers(denoiser)) for denoiser, family in families if family is not None
-    ]
 
 
 def make(

@@ -3,9 +3,10 @@
     denoise = weights + activations + cache on the device          decode = weights + VAE
 
 Weights are counted. Activations of a denoiser forward are  tokens × (7 d + 1.6 f + 2 d) × bytes:  d channels, f the widest layer;
-the first two terms were fitted to stock Wan forwards on an H200 (``memory_estimate``), the last is the second path. The cache is
-exact:  branches × blocks × tokens × d × bytes  (``full_path.kept_bytes``). The VAE's part comes from a run on the meta device,
-where tensors have a size and no content; in tiles, of one tile, and 4 times the clip for the tiles that wait to be put together.
+the first two terms were fitted to stock Wan forwards on an H200 (``memory_estimate``), the last is the second path, 2 d more
+where text is part of the sequence. The cache is exact:  branches × blocks × tokens × d × bytes  (``full_path.kept_bytes``). The
+VAE's part comes from a run on the meta device, where tensors have a size and no content; in tiles, of one tile, and 4 times the
+clip for the tiles that wait to be put together.
 
 What gives, in this order, each on top of the last: the VAE in tiles; part of the cache in pinned host memory; the parts that are
 not at work kept off the device (model offload). A plan that still does not fit is refused.
@@ -24,12 +25,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.layout import Grid, Layout
 from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_space
 from tilewise.pipelines.memory_estimate import OF_WIDEST, OF_WIDTH, _LiveTensors
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.few_keys import SCORES
-from tilewise.plugins.full_path import joint, kept_bytes
+from tilewise.plugins.full_path import draft_bytes, joint, kept_bytes
 from tilewise.plugins.models.base import family_of
 from tilewise.plugins.patching import denoisers_of
 
@@ -112,7 +113,7 @@ def plan_memory(
     samples: int = 1,
     limit: int | None = None,
     device: torch.device | None = None,
-    maps: int = 0,
+    draft: Layout | None = None,
     full_path: bool = True,
 ) -> MemoryPlan:
     """The plan of a clip of this size; `fits` says whether there is one.
@@ -123,7 +124,7 @@ def plan_memory(
         refresh: as for ``two_paths``; 1 keeps no cache. branches: texts that the full path guides, 1 or 2.
         samples: of one denoiser forward: 2 where guidance runs as one batch.
         limit: bytes; None: what the device has. device: default: the pipeline's.
-        maps: bytes of a full path by draft, for one sample. full_path: whether there is a full path at all.
+        draft: the layout that a full path by draft is over, if there is one. full_path: whether there is a full path at all.
     """
     device = pipe.device if device is None else device
     limit = device_bytes(device) if limit is None else limit
@@ -142,6 +143,7 @@ def plan_memory(
         guided = full_path and joint(denoiser)
         each += GUIDED * width_ if guided else 0
         merging = MERGING * SCORES * 4 if guided else 0
+        maps = 0 if draft is None else draft_bytes(draft, max(layer.heads for layer in layers))
         activations = max(activations, int(samples * (grid.tokens * each * size + maps)) + merging)
         if refresh > 1:
             cache += branches * kept_bytes(denoiser, grid.video, size)

@@ -13,10 +13,11 @@ this is our carrying over of its rule. Between two refreshes (t, τ) come from t
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from tilewise.kernels.attention import Choice
 from tilewise.kernels.layout import Layout
 from tilewise.kernels.plan import BlockPlan
 from tilewise.plugins.errors import TilewiseError
@@ -29,12 +30,11 @@ Told = tuple[torch.Tensor, torch.Tensor]  # (B, V, H, D) and (B, H, V) float32: 
 
 
 class TextGuide(Protocol):
-    """What a ``Step`` asks, at attention calls over picture and text.
+    """What a ``Step`` asks, at attention calls over picture and text."""
 
-    keeps: whether what text told is wanted at a later step too.
-    """
-
-    keeps: bool
+    @property
+    def keeps(self) -> bool:
+        """Whether what text told is wanted at a later step too."""
 
     def keep(self, told: Told) -> None:
         """What text tells the picture in the full path's call."""
@@ -77,15 +77,16 @@ def slices(layout: Layout, group: Group) -> tuple[slice, slice]:
 
 
 def attend_guided(
-    layout: Layout, groups: list[Group], parts: list[QKV], whole: QKV, plan: BlockPlan, chosen: Any, told: Told,
-    scale: float | None,
+    layout: Layout, groups: list[Group], parts: list[QKV], pictures: list[QKV], whole: QKV, plan: BlockPlan, choice: Choice,
+    told: Told, scale: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    """A window path's call: pictures by ``plan``, over picture tokens alone, and by what the text told; hidden tokens get 0."""
+    """A window path's call: ``pictures`` (see ``pictures_of``) by ``plan``, over picture tokens alone, and by what the text told;
+    hidden tokens get 0."""
     alone = len(groups) == 1 and groups[0].tokens is None
     out = (torch.empty_like if alone else torch.zeros_like)(whole[0], memory_format=torch.contiguous_format)
-    for group, part, pictures in zip(groups, parts, pictures_of(layout, groups, parts), strict=True):
+    for group, part, seen in zip(groups, parts, pictures, strict=True):
         picture, text = slices(layout, group)
-        inside, lse = run_plan(pictures, plan, chosen, scale, return_lse=True)
+        inside, lse = run_plan(seen, plan, choice, scale, return_lse=True)
         t, tau = told if group.samples is None else (told[0][group.samples], told[1][group.samples])
         piece = out if alone else torch.empty_like(part[0], memory_format=torch.contiguous_format)
         merged(inside, lse, t, tau, into=piece[:, picture])

@@ -296,7 +296,7 @@ class Step:
         if isinstance(found, str):
             return found
         (choice,), in_16_bits = found
-        out = attend_guided(layout, groups, parts, whole, plan, choice, told, scale)
+        out = attend_guided(layout, groups, parts, pictures, whole, plan, choice, told, scale)
         call.entry = Entry(SPARSE, guided_density(layout, groups, plan, query), choice.backend, in_16_bits)
         for picture in pictures:
             self._tell(number, SPARSE, picture, alone, plan)
@@ -375,10 +375,10 @@ class Step:
         if self._full_path:
             entry = Entry(FULL_PATH, fused=fused)
             scale = self._scale(layout, query, scale)
-            asked = self.guide is not None and layer.block in self.selected and (self._runs or self.guide.keeps)
-            if asked and self.guide is not None and layout is not None and layout.grid.text:
+            guide = self.guide if layer.block in self.selected else None
+            if guide is not None and (self._runs or guide.keeps) and layout is not None and layout.grid.text:
                 groups = self._groups(attn_mask, layout, query)
-                self.guide.keep(told_by_text(layout, groups, (query, key, value), scale))
+                guide.keep(told_by_text(layout, groups, (query, key, value), scale))
         elif not self._runs:
             entry = Entry(DENSE_STEP, fused=fused)
         elif layer.block not in self.selected or (layout is None and self._refused is None):

@@ -91,7 +91,6 @@ class TwoPaths:
         self._full: tuple[torch.Tensor, ...] | None = None
         self._handed: tuple[torch.Tensor, ...] | None = None  # from the full path's layer to the window path's
         self._at = 0  # the block that is under way
-        self.keeps = refresh > 1
         # The last block that asks for anything of the full path.
         self._last = max(patch.step.selected, default=-1) if streams.joint else len(self.blocks) - 1
         self._step = -1
@@ -230,26 +229,36 @@ class TwoPaths:
             self._hand((out,))
             return out
         hidden = args[0] if args else kwargs["hidden_states"]
-        return self._handed_over(1, hidden.device)[0]
+        return self._handed_over(hidden.device)[0]
+
+    @property
+    def keeps(self) -> bool:
+        return self.refresh > 1
+
+    @property
+    def _values(self) -> int:
+        """Tensors that a layer of the full path gives: the cross-attention's output, or what text told and its log-sum-exp."""
+        return 2 if self.streams.joint else 1
 
     def _hand(self, values: tuple[torch.Tensor, ...]) -> None:
         """From the full path's layer to the window path's, and into the cache."""
         self._handed = values
         if self.keeps:
             for place, value in enumerate(values):
-                self.cache.put((self._branch, len(values) * self._at + place), value)
+                self.cache.put((self._branch, self._values * self._at + place), value)
         if self._at == self._last:
             raise _Enough
 
-    def _handed_over(self, count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    def _handed_over(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """What the full path's layer gave, just now or at the last refresh."""
         if self._refreshing:
             given, self._handed = self._handed, None
         else:
-            found = [self.cache.get((self._branch, count * self._at + place), device) for place in range(count)]
+            at = self._values * self._at
+            found = [self.cache.get((self._branch, at + place), device) for place in range(self._values)]
             given = tuple(x for x in found if x is not None)
             self._prefetch(self._branch, self._at + 1, device)
-        if given is None or len(given) < count:
+        if given is None or len(given) < self._values:
             raise TilewiseError(
                 f"two paths: block {self._at} of {self.patch.name} has nothing from the full path; its blocks did not all run at "
                 "the last refresh. Step caches that skip blocks cannot be used together with two paths"
@@ -257,9 +266,8 @@ class TwoPaths:
         return given
 
     def _prefetch(self, branch: Any, number: int, device: torch.device) -> None:
-        count = 2 if self.streams.joint else 1
-        for place in range(count if number <= self._last else 0):
-            self.cache.prefetch((branch, count * number + place), device)
+        for place in range(self._values if number <= self._last else 0):
+            self.cache.prefetch((branch, self._values * number + place), device)
 
     # ── text in the sequence: what a ``joint_text.TextGuide`` does ───────────────────────────────────────────────
 
@@ -270,7 +278,7 @@ class TwoPaths:
     def given(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self._branch is None or self._in_full:
             return None
-        out, lse = self._handed_over(2, device)
+        out, lse = self._handed_over(device)
         return out, lse
 
 

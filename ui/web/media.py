@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import os
-import secrets
 from collections.abc import Sequence
 from functools import cached_property
 from html import escape
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tilewise.pipelines.files import is_still
+from tilewise.pipelines.files import is_still, replacing
 from tilewise.ui.web.desk import State
 
 SMALLEST = 256  # pixels: previews are enlarged to at least this, with hard edges, so that each latent cell shows
@@ -85,9 +84,8 @@ def kept_picture(image: Image.Image, folder: Path) -> Path:
         os.utime(path)  # the page sweeps what has not been shown for long
     except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        part.write_bytes(out.getvalue())
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_bytes(out.getvalue())
     return path
 
 

@@ -3,8 +3,11 @@
     python -m benchmarks.highres --size 1.3B-1080p
 
 A step is two forwards, of the prompt and the negative prompt. What differs from step to step (refresh or reuse) is timed by kind
-and averaged as a run of k steps has it:  step(k) = (refresh + (k − 1) · reuse) / k, over both forwards. ``layers`` of the model's
-blocks run, and the rest is added by what a block takes:  forward(L) = forward(l) + (L − l) · (forward(l) − forward(l/2)) / (l/2).
+and averaged as a run of k steps has it:  step(k) = (refresh + (k − 1) · reuse) / k, over both forwards. Where the whole model
+would take too long, ``layers`` of its blocks run, and the rest is added by what a block takes:
+forward(L) = forward(l) + (L − l) · (forward(l) − forward(l/2)) / (l/2).
+
+"cache on the host" is ``cache_bytes=0``: all that is kept between refreshes lies in pinned host memory.
 """
 
 from __future__ import annotations
@@ -35,8 +38,32 @@ from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.two_paths import two_paths
 
 EVERY = (1, 2, 5)  # steps from one refresh to the next
-# The full path's attention, and the precision of the products of all attention that is not dense.
-WAYS = (("dense", None), ("pooled", None), ("draft", None), ("dense", "int8"), ("pooled", "int8"), ("draft", "int8"))
+WARM_UP = 2  # layers, where all are timed: all run the same kernels
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of ours: the full path's attention, the precision of the products of all attention that is not dense, and whether the
+    cache is kept in host memory."""
+
+    global_path: Any = "dense"
+    precision: str | None = None
+    on_host: bool = False
+
+    @property
+    def label(self) -> str:
+        words = [] if self.global_path == "dense" else [self.global_path]
+        words += [self.precision] if self.precision else []
+        return ", ".join(["ours", *words, *(["cache on the host"] if self.on_host else [])])
+
+    @property
+    def window(self) -> str:
+        """The forward without a full path."""
+        return f"{Way(precision=self.precision).label} {WINDOW}"
+
+
+WAYS = [Way(path, precision) for precision in (None, "int8") for path in ("dense", "pooled", "draft")]
+WAYS.insert(1, Way(on_host=True))
 
 
 @dataclass(frozen=True)
@@ -57,7 +84,7 @@ class Size:
 
 
 SIZES = {
-    "1.3B-1080p": Size("Wan2.1-1.3B", "1088×1920×81", (21, 136, 240), (30, 52), 30, 10),
+    "1.3B-1080p": Size("Wan2.1-1.3B", "1088×1920×81", (21, 136, 240), (30, 52), 30, 30),
     "1.3B-4K": Size("Wan2.1-1.3B", "2160×3840×81", (21, 270, 480), (30, 52), 30, 2),
     "14B-1080p": Size("Wan2.1-14B", "1088×1920×81", (21, 136, 240), (45, 80), 40, 4),
     "14B-4K": Size("Wan2.1-14B", "2160×3840×81", (21, 270, 480), (45, 80), 40, 2),
@@ -91,36 +118,41 @@ class Bench:
 
     def time(
         self,
-        name: str,
+        names: list[str],
         forward: Callable[[], Any],
         around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-        skip: int = 0,
+        pin: bool = False,
     ) -> None:
-        """Seconds of a forward at the model's depth, from runs at ``layers`` and half of them. The shorter ones warm up.
+        """Seconds of a forward at the model's depth: measured, or from runs at ``layers`` and half of them.
 
-        around: entered at each depth, as patches hold on to the blocks. skip: forwards in it before those that are timed.
+        names: of forwards that take turns. around: entered at each depth, as patches hold on to the blocks. pin: the first turn
+        pins host memory, and is not timed.
         """
-        size = self.size
-        few, many = size.layers // 2, size.layers
-        seconds = {}
+        size, whole = self.size, self.size.layers >= self.size.whole
+        few, many = (WARM_UP if whole else size.layers // 2), size.layers
+        seconds: dict[int, dict[str, float]] = {}
         for count in (few, many):
-            warm_up = skip + (count == few)
-            times = []
+            warms_up = pin or count == few
+            timed = 0 if whole and count == few else self.runs
             with _only(self.model, count), around():
-                for _ in range(warm_up):
-                    forward()
-                for _ in range(self.runs):
-                    self.synchronize()
-                    start = time.perf_counter()
-                    forward()
-                    self.synchronize()
-                    times.append(time.perf_counter() - start)
-            seconds[count] = min(times)
-        block = (seconds[many] - seconds[few]) / (many - few)
-        found = {"seconds": seconds[many] + (size.whole - many) * block, "measured": seconds[many], "a block": block}
-        self.forwards[name] = found
-        told = f"{many} of {size.whole} layers in {seconds[many]:.3f} s"
-        print(f"  {name}: {found['seconds']:.3f} s a forward ({told})", flush=True)
+                turns = [[self._seconds(forward) for _ in names] for _ in range(warms_up + timed)][warms_up:]
+            if turns:
+                seconds[count] = {name: min(times) for name, times in zip(names, zip(*turns, strict=True), strict=True)}
+        for name, measured in seconds[many].items():
+            found = {"seconds": measured, "measured": measured}
+            if not whole:
+                found["a block"] = (measured - seconds[few][name]) / (many - few)
+                found["seconds"] += (size.whole - many) * found["a block"]
+            self.forwards[name] = found
+            told = f"{many} of {size.whole} layers in {measured:.3f} s"
+            print(f"  {name}: {found['seconds']:.3f} s a forward ({told})", flush=True)
+
+    def _seconds(self, forward: Callable[[], Any]) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        forward()
+        self.synchronize()
+        return time.perf_counter() - start
 
     def variant(self, name: str, run: Callable[[], None]) -> float | None:
         """Run a measurement; its peak memory in GiB. What fails is kept, by name."""
@@ -152,7 +184,7 @@ def _only(model: Any, count: int) -> Iterator[None]:
 def _stock(bench: Bench, backend: str) -> None:
     bench.model.set_attention_backend(backend)
     try:
-        bench.time("stock dense", lambda: bench.model(bench.latents, bench.timestep, bench.text, return_dict=False))
+        bench.time(["stock dense"], lambda: bench.model(bench.latents, bench.timestep, bench.text, return_dict=False))
     finally:
         bench.model.reset_attention_backend()
 
@@ -163,39 +195,30 @@ def _freeswim(bench: Bench, compiled: bool) -> None:
     try:
         for mode in (REFRESH, REUSE, WINDOW):
             paths.mode = mode
-            bench.time(f"FreeSwim {mode}", lambda: paths.forward(bench.latents, bench.timestep, bench.text))
+            bench.time([f"FreeSwim {mode}"], lambda: paths.forward(bench.latents, bench.timestep, bench.text))
     finally:
         paths.remove()
 
 
-def label_of(global_path: str, precision: str | None) -> str:
-    return ", ".join(["ours", *([] if global_path == "dense" else [global_path]), *([precision] if precision else [])])
-
-
-def _ours(bench: Bench, global_path: Any, precision: str | None = None) -> None:
+def _ours(bench: Bench, way: Way) -> None:
     """A refresh, a reuse, and the window alone."""
-    label = label_of(global_path, precision)
     method = Inward(native=bench.size.native)
 
     def forward() -> None:
         bench.model(bench.latents, bench.timestep, bench.text, return_dict=False)
 
     def window() -> Any:
-        return tilewise.patched(bench.model, method, steps=(0, 1), strict=True, precision=precision)
+        return tilewise.patched(bench.model, method, steps=(0, 1), strict=True, precision=way.precision)
 
     @contextlib.contextmanager
-    def paths(refresh: int) -> Iterator[None]:
-        with window(), two_paths(bench.model, refresh=refresh, global_path=global_path):
+    def paths() -> Iterator[None]:
+        budget = 0 if way.on_host else None
+        with window(), two_paths(bench.model, refresh=2, global_path=way.global_path, cache_bytes=budget):
             yield
 
-    bench.time(f"{label} refresh", forward, lambda: paths(1))
-    bench.time(f"{label} reuse", forward, lambda: paths(10**6), skip=1)  # the first refreshes, all others reuse
-    if (alone := window_of(precision)) not in bench.forwards:
-        bench.time(alone, forward, window)
-
-
-def window_of(precision: str | None) -> str:
-    return f"{label_of('dense', precision)} {WINDOW}"
+    bench.time([f"{way.label} {REFRESH}", f"{way.label} {REUSE}"], forward, paths, way.on_host)
+    if way.window not in bench.forwards:
+        bench.time([way.window], forward, window)
 
 
 def steps_of(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
@@ -208,7 +231,7 @@ def steps_of(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     def average(first: float, later: float, k: int) -> float:
         return (first + (k - 1) * later) / k
 
-    for name, alone in (("FreeSwim", f"FreeSwim {WINDOW}"), *((label_of(*way), window_of(way[1])) for way in WAYS)):
+    for name, alone in (("FreeSwim", f"FreeSwim {WINDOW}"), *((way.label, way.window) for way in WAYS)):
         parts = [at.get(f"{name} {kind}") for kind in (REFRESH, REUSE)]
         window = at.get(alone)
         if None in parts or window is None:
@@ -234,9 +257,9 @@ def run(
         variants["stock dense"] = lambda: _stock(bench, backend)
     if "FreeSwim" in peers:
         variants["FreeSwim"] = lambda: _freeswim(bench, compiled)
-    for way in WAYS if device.type == "cuda" else WAYS[:3]:
-        if re.search(ways, label_of(*way)):
-            variants[label_of(*way)] = lambda way=way: _ours(bench, *way)  # type: ignore[misc]
+    for way in WAYS if device.type == "cuda" else [way for way in WAYS if way.precision is None]:
+        if re.search(ways, way.label):
+            variants[way.label] = lambda way=way: _ours(bench, way)  # type: ignore[misc]
     peak: dict[str, float | None] = {}
     for name, measured in variants.items():
         peak[name] = bench.variant(name, measured)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- results (\S+)((?: \w+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
 Rows = list[dict[str, Any]]
 NAMES = {"cudnn": "cuDNN", "fa3": "FA3", "fa4": "FA4", "fa4 dense": "FA4 dense", "flash-sdpa": "flash SDPA"}
+OVER = ("over dense", "over FreeSwim")
 NAMES |= {"sage": "SageAttention (int8)", "sdpa": "SDPA"}
 
 
@@ -133,20 +134,25 @@ def errors_table(rows: Rows) -> str:
 
 
 def highres_table(rows: Rows) -> str:
-    """Seconds a step past the training size, by how often the full path runs."""
-    lines = [["high-resolution step", "", "k", "seconds", "× dense", "× FreeSwim, cached, same k"]]
+    """Steps past the training size: a way a line, how often its full path runs a column."""
+    every = sorted({step["k"] for row in rows for step in row["steps"] if step["k"]})
+    shown = "s · × dense · × FreeSwim"
+    lines = [["high-resolution step", "", "peak GiB, one cache", *(f"k={k}: {shown}" for k in every)]]
     for row in rows:
         if len(row["steps"]) < 2:  # nothing to compare
             continue
-        title = row["name"]
-        if row["layers_run"] < row["layers"]:
-            title += f", {row['layers_run']} of {row['layers']} layers run, the rest extrapolated"
-        elif peaks := [gib for gib in row["peak_gib"].values() if gib]:
-            title += f", peak {max(peaks):.1f} GiB"
-        for number, step in enumerate(row["steps"]):
-            over = [f"{step[key]:.2f}" if step.get(key) else "–" for key in ("over dense", "over FreeSwim")]
-            cells = ["" if number else title, step["name"], str(step["k"] or "–"), f"{step['seconds']:.2f}"]
-            lines.append([*cells, *over])
+        partly = row["layers_run"] < row["layers"]
+        title = f"{row['name']}, {row['layers_run']} of {row['layers']} layers run" if partly else row["name"]
+        for number, name in enumerate(dict.fromkeys(step["name"] for step in row["steps"])):
+            way, _, guided = name.rpartition(", ")
+            peak = row["peak_gib"].get(way if guided == "prompt guided" else name)
+            cells = ["" if number else title, name, "–" if partly or peak is None else f"{peak:.1f}"]
+            found = {step["k"]: step for step in row["steps"] if step["name"] == name}
+            for k in every:
+                step = found.get(k) or (found.get(None) if k == every[0] else None)
+                over = [f"{step[key]:.2f}" if step.get(key) else "–" for key in OVER] if step else []
+                cells.append(" · ".join([f"{step['seconds']:.2f}", *over]) if step else "–")
+            lines.append(cells)
     return _markdown(lines)
 
 

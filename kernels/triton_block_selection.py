@@ -87,6 +87,11 @@ def triton_select_rows(
         with torch.cuda.device_of(logits):
             select_rows_kernel[(N, B * H)](
                 logits, always.contiguous().view(torch.uint8), rows, kept, N, tokens, target, floor, cap, GOLDEN,
-                BY_MASS=by_mass, BLOCK_N=block, ROUNDS=ROUNDS, num_warps=4 if block <= 2048 else 8,
+                BY_MASS=by_mass, BLOCK_N=block, ROUNDS=ROUNDS, num_warps=warps_of(block),
             )  # fmt: skip
     return kept.view(torch.bool)
+
+
+def warps_of(block: int) -> int:
+    """16 numbers of a row a thread: several copies of them are alive at once."""
+    return max(4, min(16, block // 512))

@@ -422,8 +422,9 @@ class TestAheadOfTime:
         self.check(compiled(lists_kernel, capability, {"CHUNK": 1024}, types, 4), capability, tmp_path)
 
     @pytest.mark.parametrize("by_mass", [True, False])
-    def test_select_rows(self, by_mass, capability, tmp_path):
-        from tilewise.kernels.triton_block_selection import ROUNDS, select_rows_kernel
+    @pytest.mark.parametrize("width", [1024, 8192])
+    def test_select_rows(self, by_mass, width, capability, tmp_path):
+        from tilewise.kernels.triton_block_selection import ROUNDS, select_rows_kernel, warps_of
 
         types = {
             "logits_ptr": "*fp32",
@@ -433,8 +434,8 @@ class TestAheadOfTime:
             "tokens_ptr": "*fp32",
         }
         types |= {"target": "fp32", "golden": "fp32"}
-        constants = {"BY_MASS": by_mass, "BLOCK_N": 1024, "ROUNDS": ROUNDS}
-        self.check(compiled(select_rows_kernel, capability, constants, types, 4), capability, tmp_path)
+        constants = {"BY_MASS": by_mass, "BLOCK_N": width, "ROUNDS": ROUNDS}
+        self.check(compiled(select_rows_kernel, capability, constants, types, warps_of(width)), capability, tmp_path)
 
     @pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 96)])
     def test_add_skipped(self, dtype, head_dim, capability, tmp_path):
@@ -496,3 +497,17 @@ def test_on_a_gpu(layout):
     value_mean = block_stats(v, start, rows).mean
     want = add_skipped_reference(q, out, lse, stats.mean, value_mean, bias, layout, D**-0.5)
     torch.testing.assert_close(merged.float(), want.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mass", [True, False])
+def test_as_many_blocks_as_a_4k_clip_has(mass):
+    """21 × 270 × 480 latents of Wan: rows of 5355 blocks."""
+    device, N = torch.device("cuda"), 5355
+    logits = 3 * torch.randn(1, 2, N, N, device=device, generator=torch.Generator(device).manual_seed(0))
+    always = torch.eye(N, dtype=torch.bool, device=device)
+    rows = torch.full((N,), 128, dtype=torch.int32, device=device)
+    target = 0.9 if mass else 0.25
+    kept = select_rows(logits, always, rows, **{"recall" if mass else "density": target})
+    reference = select_rows_reference(logits, always, rows, target, mass, 1, N)
+    assert (kept != reference).double().mean() < 1e-4

@@ -342,3 +342,22 @@ def test_parts_of_a_softmax_are_put_together(monkeypatch):
     torch.testing.assert_close(lse, want_lse)
     nothing = attend_few(query, key[:, :0], value[:, :0], 0.2)
     torch.testing.assert_close(merged(*one, *nothing)[0], one[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flux", "hunyuan video, prompts of two lengths"])
+def test_a_gpu_agrees_with_the_cpu(name):
+    """The kernels, the spill to pinned memory and attention over text in pieces: refresh and reuse."""
+    model, inputs, _ = CASES[name]()
+    out = {}
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        first, later = ({key: x.to(device) for key, x in each.items()} for each in (inputs, at_another_time(inputs)))
+        later["encoder_hidden_states"] = first["encoder_hidden_states"]  # the same tensor: the same text
+        with (
+            tilewise.patched(model, METHOD, steps=(0, 1), strict=True),
+            two_paths(model, refresh=2, cache_bytes=0) as on,
+        ):
+            out[device] = [family_checks.forward(model, each).cpu() for each in (first, later)]
+        assert on["denoiser"].counts.reused == 1
+    torch.testing.assert_close(out["cuda"], out["cpu"], atol=1e-3, rtol=1e-3)

@@ -32,7 +32,7 @@ from tilewise.plugins.methods.selection import broken_rows, select
 from tilewise.plugins.methods.within import Bounds, bounds_of, plan_within
 from tilewise.plugins.reuse import Drift
 
-MAX_BLOCKS = 4096  # maps are heads × N × N: at 24 heads and this many blocks, 1.6 GB each
+MAX_BLOCKS = 8192  # 1,048,576 tokens in whole blocks. Maps are heads × N × N: at 12 heads and as many, 3.2 GB each
 FEWEST_BLOCKS = 64  # a smaller map leaves little to choose from: the tile is halved until there are so many
 SMALLEST_TILE = 16  # tokens: the least that a kernel's block is used for
 # Tokens below which a call stays dense, as planning and its launches would cost more than sparse attention saves: on a CPU as

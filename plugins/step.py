@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tilewise.kernels.attention import Choice, block_sparse_attention
+from tilewise.kernels.attention import Choice
 from tilewise.kernels.layout import Grid, Layout, cached_layout
 from tilewise.kernels.plan import BlockPlan
 from tilewise.plugins import exact
@@ -204,21 +204,31 @@ class Step:
             return None
         return self.config.method.layout(grid)
 
-    def _groups(self, mask: torch.Tensor | None, layout: Layout, query: torch.Tensor) -> list[Group] | str:
+    def _groups(self, mask: torch.Tensor | None, grid: Grid, query: torch.Tensor) -> list[Group] | str:
         """The samples of a call by the tokens that its mask leaves them, or why it cannot run sparse.
 
         Models hand one mask to all layers: it is read once a forward.
         """
         if mask is None:
-            return [Group(None, None, layout.grid.text)]
+            return [Group(None, None, grid.text)]
         # By where it lies, not by its identity: a compiled model's operators get a new object at each call. The mask is kept with
         # its entry, so that the allocator puts nothing else there before the forward ends.
         where = (mask.data_ptr(), mask.dtype, tuple(mask.shape), mask.stride())
         if where not in self._masks:
             if capturing(mask.device):
                 return "the call has an attention mask, which cannot be read while a CUDA graph is being captured"
-            self._masks[where] = mask, read_groups(mask, query.shape[0], layout.grid, query.device)
+            self._masks[where] = mask, read_groups(mask, query.shape[0], grid, query.device)
         return self._masks[where][1]
+
+    def _shown(self, mask: torch.Tensor | None, query: torch.Tensor) -> list[Group]:
+        """What a dense call's mask leaves each sample; empty where it does more than hide text."""
+        if mask is None:
+            return [Group(None, None, 0)]
+        grid, tokens = self.grid, query.shape[1]
+        if grid is None or not grid.video <= tokens <= grid.tokens:
+            return []
+        groups = self._groups(mask, dataclasses.replace(grid, text=tokens - grid.video), query)
+        return [] if isinstance(groups, str) or any(group.weighed is not None for group in groups) else groups
 
     def _scale(self, layout: Layout | None, query: torch.Tensor, scale: float | None) -> float | None:
         """The attention scale of the method, or else the call's own."""
@@ -377,7 +387,7 @@ class Step:
             scale = self._scale(layout, query, scale)
             guide = self.guide if layer.block in self.selected else None
             if guide is not None and (self._runs or guide.keeps) and layout is not None and layout.grid.text:
-                groups = self._groups(attn_mask, layout, query)
+                groups = self._groups(attn_mask, layout.grid, query)
                 guide.keep(told_by_text(layout, groups, (query, key, value), scale))
         elif not self._runs:
             entry = Entry(DENSE_STEP, fused=fused)
@@ -389,7 +399,7 @@ class Step:
             reason = self._refused
             if layout is not None:
                 reason = _refusal(layout, query, key, dropout_p, is_causal) or self._refuses_call(layout)
-                groups = self._groups(attn_mask, layout, query) if reason is None else reason
+                groups = self._groups(attn_mask, layout.grid, query) if reason is None else reason
                 if not isinstance(groups, str):
                     ordered, back = (query, key, value), None
                     if layer.halvings is not None:
@@ -412,16 +422,22 @@ class Step:
                 raise FallbackError(f"strict: {self.name}.{layer.name} cannot run {self.config.method.name}: {reason}")
             entry = Entry(FALLBACK, reason=reason or "", fused=fused)
         if self.config.fuse and exact.takes(
-            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, backend=backend,
+            query,
+            key,
+            value,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            backend=backend,
             parallel_config=parallel_config,
-        ):  # fmt: skip
-            plan = self.kept.exact_plan(query.shape[1], query.device)
-            if exact.HOPPER.misfit(query, key, value, plan) is None:
-                entry = dataclasses.replace(entry, backend=exact.HOPPER.name)
-                with self.ledger.record(number, entry, query.device):
-                    out = block_sparse_attention(query, key, value, plan, scale=scale, backend=exact.HOPPER.name)
+        ):
+            shown = self._shown(attn_mask, query)
+            with self.ledger.record(number, None, query.device) as call:
+                exactly = shown and exact.attend(shown, query, key, value, scale, self.kept.exact_plan)
+                if isinstance(exactly, torch.Tensor):
+                    call.entry = dataclasses.replace(entry, backend=exact.HOPPER.name)
+            if isinstance(exactly, torch.Tensor):
                 self._tell(number, entry.kind, (query, key, value))
-                return out
+                return exactly
         if layer.halvings is None and layout is not None and attn_mask is not None:
             attn_mask = _reorder_mask(attn_mask, layout, self.kept.order(layout, attn_mask.device))
         with self.ledger.record(number, entry, query.device):

@@ -1,14 +1,21 @@
 """Which dense calls our own kernel may answer: plain, long self-attention that nobody chose a backend for."""
 
+import dataclasses
+
+import family_checks
 import pytest
+import test_family_hunyuan_video
+import test_family_qwen_image
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 
-from tilewise.kernels.attention import block_sparse_attention
+import tilewise
+from tilewise.kernels.attention import BACKENDS, block_sparse_attention
 from tilewise.kernels.reference import masked_attention
 from tilewise.plugins import exact
+from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP
 
-PLAIN = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "backend": None, "parallel_config": None}
+PLAIN = {"dropout_p": 0.0, "is_causal": False, "backend": None, "parallel_config": None}
 
 
 @pytest.fixture
@@ -31,7 +38,6 @@ def test_plain_self_attention_is_taken(on_hopper):
 @pytest.mark.parametrize(
     "change",
     [
-        {"attn_mask": torch.ones(1)},
         {"dropout_p": 0.1},
         {"is_causal": True},
         {"backend": "flash"},
@@ -64,3 +70,56 @@ def test_the_plan_is_dense():
     plan = exact.exact_plan(300, torch.device("cpu"))
     assert plan.is_dense
     torch.testing.assert_close(block_sparse_attention(q, k, v, plan), masked_attention(q, k, v)[0].float())
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """As if any length paid, on a CPU."""
+    monkeypatch.setattr(exact, "HOPPER", next(backend for backend in BACKENDS if backend.name == "torch"))
+    monkeypatch.setattr(exact, "MIN_TOKENS", 1)
+
+
+def hunyuan(*lengths):
+    inputs = test_family_hunyuan_video.inputs(None, (2, 10, 14), lengths)
+    return test_family_hunyuan_video.tiny(), inputs
+
+
+MASKED = {
+    "one length": lambda: hunyuan(9, 9),
+    "two lengths": lambda: hunyuan(9, 4),
+    "text first, two lengths": lambda: (
+        test_family_qwen_image.tiny(),
+        test_family_qwen_image.inputs((1, 7, 8), mask=test_family_qwen_image.PADDED.expand(2, -1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MASKED)
+@pytest.mark.parametrize(("method", "kind"), [("dense", DENSE_LAYER), ("sta", DENSE_STEP)])
+def test_hidden_text_is_left_out(case, method, kind, anywhere):
+    """The output is stock's, in the model's own order and in another."""
+    model, inputs = MASKED[case]()
+    stock = family_checks.forward(model, inputs)
+    steps = (0, 1) if method == "dense" else (0, 0)
+    with tilewise.patched(model, method, steps=steps):
+        out = family_checks.forward(model, inputs)
+        rows = [row for row in tilewise.summary(model).rows if row.kind == kind]
+    assert {row.backend for row in rows} == {exact.HOPPER.name}
+    torch.testing.assert_close(out, stock, atol=1e-5, rtol=1e-5)
+
+
+def test_masks_that_do_more_stay_stock(anywhere):
+    """One that weighs keys; and none is read where fusing is off."""
+    model, inputs = hunyuan(9)
+    stock = family_checks.forward(model, inputs)
+    with tilewise.patched(model, "dense", fuse=False):
+        torch.testing.assert_close(family_checks.forward(model, inputs), stock, atol=0, rtol=0)
+    tensors = [torch.randn(1, 40, 2, 8, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    with tilewise.patched(model, "dense"):
+        family_checks.forward(model, inputs)
+        (patch,) = tilewise.plugins.patching.patches_of(model).values()
+        step = patch.step
+        step.grid = dataclasses.replace(step.grid, t=1, h=5, w=7, text=5)
+        assert step._shown(torch.rand(1, 1, 1, 40), tensors[0]) == []
+        assert step._shown(torch.zeros(1, 1, 1, 40), tensors[0])[0].tokens is None
+        assert step._shown(torch.zeros(1, 1, 1, 99), torch.empty(1, 99, 2, 8)) == []

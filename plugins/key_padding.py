@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tilewise.kernels.layout import Grid
+from tilewise.plugins.ledger import capturing
 from tilewise.plugins.weighed_text import visible_of
 
 HIDDEN = -1e4  # what adds this much or less to a score hides it: e⁻¹⁰⁰⁰⁰ is 0 in every floating-point type
@@ -94,3 +95,37 @@ def groups_of(visible: torch.Tensor, grid: Grid, device: torch.device) -> list[G
         samples = (which == number).nonzero()[:, 0].to(device) if len(kept) > 1 else None
         groups.append(Group(samples, None if count == grid.tokens else tokens, count - grid.video))
     return groups
+
+
+class Masks:
+    """The masks of one forward: models hand one to all layers, and each is read once."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple, tuple[torch.Tensor, list[Group] | str]] = {}
+
+    def clear(self) -> None:
+        self._read.clear()
+
+    def groups(self, mask: torch.Tensor | None, grid: Grid, query: torch.Tensor) -> list[Group] | str:
+        """The samples of a call over ``grid`` by the tokens that its mask leaves them, or why it cannot run sparse."""
+        if mask is None:
+            return [Group(None, None, grid.text)]
+        # By where it lies, not by its identity: a compiled model's operators get a new object at each call. The mask is kept with
+        # its entry, so that the allocator puts nothing else there before the forward ends.
+        where = (mask.data_ptr(), mask.dtype, tuple(mask.shape), mask.stride())
+        if where not in self._read:
+            if capturing(mask.device):
+                return "the call has an attention mask, which cannot be read while a CUDA graph is being captured"
+            self._read[where] = mask, read_groups(mask, query.shape[0], grid, query.device)
+        return self._read[where][1]
+
+    def shown(self, mask: torch.Tensor | None, grid: Grid | None, query: torch.Tensor) -> list[Group]:
+        """What a dense call's mask leaves each sample; empty where it does more than hide text. grid: the forward's, of whose
+        text a call may have a part."""
+        if mask is None:
+            return [Group(None, None, 0)]
+        tokens = query.shape[1]
+        if grid is None or not grid.video <= tokens <= grid.tokens:
+            return []
+        groups = self.groups(mask, dataclasses.replace(grid, text=tokens - grid.video), query)
+        return [] if isinstance(groups, str) or any(group.weighed is not None for group in groups) else groups

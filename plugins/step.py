@@ -21,7 +21,7 @@ from tilewise.plugins.dynamic_state import Memories
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.joint_text import TextGuide, attend_guided, guided_density, pictures_of, told_by_text
 from tilewise.plugins.kept import Kept, Order
-from tilewise.plugins.key_padding import Group, read_groups
+from tilewise.plugins.key_padding import Group, Masks
 from tilewise.plugins.ledger import (
     DENSE_LAYER,
     DENSE_STEP,
@@ -93,7 +93,7 @@ class Step:
         self._refused: str | None = None  # why it cannot in this forward, although it should
         self._full_path = False  # whether calls are dense just now, on purpose: see full_path
         self.kept = Kept(name, config.method)
-        self._masks: dict[tuple, tuple[torch.Tensor, list[Group] | str]] = {}  # of this forward
+        self._masks = Masks()  # of this forward
         self.watchers: list[Callable[[AttentionCall], None]] = []  # told of every attention call
         self.guide: TextGuide | None = None  # beside a full path, where text is part of the sequence
         self._memories = Memories()  # of a dynamic method
@@ -203,32 +203,6 @@ class Step:
         if self._refused is not None or grid.tokens < MIN_OWN_TOKENS:
             return None
         return self.config.method.layout(grid)
-
-    def _groups(self, mask: torch.Tensor | None, grid: Grid, query: torch.Tensor) -> list[Group] | str:
-        """The samples of a call by the tokens that its mask leaves them, or why it cannot run sparse.
-
-        Models hand one mask to all layers: it is read once a forward.
-        """
-        if mask is None:
-            return [Group(None, None, grid.text)]
-        # By where it lies, not by its identity: a compiled model's operators get a new object at each call. The mask is kept with
-        # its entry, so that the allocator puts nothing else there before the forward ends.
-        where = (mask.data_ptr(), mask.dtype, tuple(mask.shape), mask.stride())
-        if where not in self._masks:
-            if capturing(mask.device):
-                return "the call has an attention mask, which cannot be read while a CUDA graph is being captured"
-            self._masks[where] = mask, read_groups(mask, query.shape[0], grid, query.device)
-        return self._masks[where][1]
-
-    def _shown(self, mask: torch.Tensor | None, query: torch.Tensor) -> list[Group]:
-        """What a dense call's mask leaves each sample; empty where it does more than hide text."""
-        if mask is None:
-            return [Group(None, None, 0)]
-        grid, tokens = self.grid, query.shape[1]
-        if grid is None or not grid.video <= tokens <= grid.tokens:
-            return []
-        groups = self._groups(mask, dataclasses.replace(grid, text=tokens - grid.video), query)
-        return [] if isinstance(groups, str) or any(group.weighed is not None for group in groups) else groups
 
     def _scale(self, layout: Layout | None, query: torch.Tensor, scale: float | None) -> float | None:
         """The attention scale of the method, or else the call's own."""
@@ -387,7 +361,7 @@ class Step:
             scale = self._scale(layout, query, scale)
             guide = self.guide if layer.block in self.selected else None
             if guide is not None and (self._runs or guide.keeps) and layout is not None and layout.grid.text:
-                groups = self._groups(attn_mask, layout.grid, query)
+                groups = self._masks.groups(attn_mask, layout.grid, query)
                 guide.keep(told_by_text(layout, groups, (query, key, value), scale))
         elif not self._runs:
             entry = Entry(DENSE_STEP, fused=fused)
@@ -399,7 +373,7 @@ class Step:
             reason = self._refused
             if layout is not None:
                 reason = _refusal(layout, query, key, dropout_p, is_causal) or self._refuses_call(layout)
-                groups = self._groups(attn_mask, layout.grid, query) if reason is None else reason
+                groups = self._masks.groups(attn_mask, layout.grid, query) if reason is None else reason
                 if not isinstance(groups, str):
                     ordered, back = (query, key, value), None
                     if layer.halvings is not None:
@@ -430,7 +404,7 @@ class Step:
             backend=backend,
             parallel_config=parallel_config,
         ):
-            shown = self._shown(attn_mask, query)
+            shown = self._masks.shown(attn_mask, self.grid, query)
             with self.ledger.record(number, None, query.device) as call:
                 exactly = shown and exact.attend(shown, query, key, value, scale, self.kept.exact_plan)
                 if isinstance(exactly, torch.Tensor):

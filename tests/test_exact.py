@@ -1,7 +1,5 @@
 """Which dense calls our own kernel may answer: plain, long self-attention that nobody chose a backend for."""
 
-import dataclasses
-
 import family_checks
 import pytest
 import test_family_hunyuan_video
@@ -11,8 +9,10 @@ from diffusers.models.attention_dispatch import attention_backend
 
 import tilewise
 from tilewise.kernels.attention import BACKENDS, block_sparse_attention
+from tilewise.kernels.layout import Grid
 from tilewise.kernels.reference import masked_attention
 from tilewise.plugins import exact
+from tilewise.plugins.key_padding import Masks
 from tilewise.plugins.ledger import DENSE_LAYER, DENSE_STEP
 
 PLAIN = {"dropout_p": 0.0, "is_causal": False, "backend": None, "parallel_config": None}
@@ -114,12 +114,30 @@ def test_masks_that_do_more_stay_stock(anywhere):
     stock = family_checks.forward(model, inputs)
     with tilewise.patched(model, "dense", fuse=False):
         torch.testing.assert_close(family_checks.forward(model, inputs), stock, atol=0, rtol=0)
-    tensors = [torch.randn(1, 40, 2, 8, generator=torch.Generator().manual_seed(n)) for n in range(3)]
-    with tilewise.patched(model, "dense"):
-        family_checks.forward(model, inputs)
-        (patch,) = tilewise.plugins.patching.patches_of(model).values()
-        step = patch.step
-        step.grid = dataclasses.replace(step.grid, t=1, h=5, w=7, text=5)
-        assert step._shown(torch.rand(1, 1, 1, 40), tensors[0]) == []
-        assert step._shown(torch.zeros(1, 1, 1, 40), tensors[0])[0].tokens is None
-        assert step._shown(torch.zeros(1, 1, 1, 99), torch.empty(1, 99, 2, 8)) == []
+    grid, query, masks = Grid(1, 5, 7, text=5), torch.empty(1, 40, 2, 8), Masks()
+    assert masks.shown(torch.rand(1, 1, 1, 40), grid, query) == []
+    assert masks.shown(torch.zeros(1, 1, 1, 40), grid, query)[0].tokens is None
+    assert masks.shown(torch.zeros(1, 1, 1, 99), grid, torch.empty(1, 99, 2, 8)) == []
+
+
+@pytest.mark.gpu
+def test_hidden_text_on_a_gpu():
+    """The kernel's own shapes; what is hidden is poisoned."""
+    grid, lengths = Grid(2, 48, 52, text=256), (200, 31)
+    device, tokens = torch.device("cuda"), grid.tokens
+    made = torch.Generator(device).manual_seed(0)
+    query, key, value = (
+        torch.randn(2, tokens, 4, 128, device=device, generator=made).to(torch.bfloat16) for _ in range(3)
+    )
+    shown = torch.arange(tokens, device=device) < grid.video + torch.tensor(lengths, device=device)[:, None]
+    groups = Masks().shown(shown[:, None, None], grid, query)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *(x.float().transpose(1, 2) for x in (query, key, value)), attn_mask=shown[:, None, None]
+    ).transpose(1, 2)
+    for x in (key, value):
+        x[~shown] = torch.nan
+    assert exact.takes(query, key, value, **PLAIN)
+    out = exact.attend(groups, query, key, value, None, exact.exact_plan)
+    assert out is not None
+    torch.testing.assert_close(out[shown].float(), wanted[shown], atol=1e-2, rtol=1e-2)
+    assert not out[~shown].any()

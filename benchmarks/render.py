@@ -6,7 +6,7 @@
     headline others attention implementations dynamic quality errors highres coherence paths step families time fused
     launch missing
 
-and without any, all of them do.
+and without any, all of them do. A file may have notes, written by hand: section → sentences that stand below its tables.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def tables(result: dict[str, Any], wanted: Iterable[str] = (), header: bool = Tr
     if unknown := set(wanted) - set(TABLES):
         raise ValueError(f"no such table: {sorted(unknown)}; there are {', '.join(TABLES)}")
     parts = []
+    shown = {TABLES[name][0] for name in wanted}
     if header:
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
         commands = "; ".join(f"`{command.strip()}`" for command in _commands(result["commands"], wanted))
@@ -44,16 +45,15 @@ def tables(result: dict[str, Any], wanted: Iterable[str] = (), header: bool = Tr
         rows = result["sections"].get(section, []) if section else [r for s in result["sections"].values() for r in s]
         if rows and (text := table(rows)):
             parts.append(text)
-    if header and result.get("notes"):
-        parts.append("\n".join(f"- {note}" for note in result["notes"]))
+    notes = [note for section, told in result.get("notes", {}).items() if section in shown for note in told]
+    if header and notes:
+        parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts)
 
 
 def _commands(commands: list[str], wanted: tuple[str, ...]) -> list[str]:
     """Those of a result's commands that made the wanted tables; all, if that cannot be told."""
     marks = [MADE_BY.get(TABLES[name][0], f"--only {TABLES[name][0]}") for name in wanted if TABLES[name][0]]
-    if "headline" in wanted:
-        marks += ["--only step", "--only families"]
     mine = [command for command in commands if any(mark in f"{command} " for mark in marks)]
     return mine if mine and set(wanted) != set(TABLES) else commands
 
@@ -169,12 +169,14 @@ def global_path_table(rows: Rows) -> str:
 def highres_quality_table(rows: Rows) -> str:
     """The demo model past its native 128²: what the detector finds, and how sharp it is."""
     head = ["demo model at", "", "clips", "one object", "everything right", "objects", "repetition", "sharpness"]
+    head.append("denoising, s, many at once")
     lines = [head]
     for row in rows:
         for number, v in enumerate(row["variants"]):
             count = "–" if v["count"] is None else f"{v['count']:.0%}"
             cells = ["" if number else row["name"], v["name"], str(v["clips"]), count, f"{v['everything']:.0%}"]
             lines.append([*cells, f"{v['objects']:.2f}", f"{v['excess']:+.3f}", f"{v['sharpness']:.2f}"])
+            lines[-1].append(f"{v['seconds']:.1f}")
     return _markdown(lines)
 
 
@@ -223,7 +225,7 @@ def families_table(rows: Rows) -> str:
 
 
 def headline_table(rows: Rows) -> str:
-    """Of every denoiser forward, whatever its section: exact and sparse against stock, as they come out of the box."""
+    """Of every denoiser forward: exact and sparse against stock, as they come out of the box."""
     lines = [["denoiser forward", "layers", "with tilewise", "density", "stock, ms", "ms", "× stock", "× stock, cuDNN"]]
     for row in rows:
         variants = row.get("variants", [])
@@ -305,7 +307,7 @@ MADE_BY = {
 }  # fmt: skip
 # name → (section of the result file, its table); no section: rows of all
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
-    "headline": ("", headline_table),
+    "headline": ("step", headline_table),
     "others": ("families", headline_table),
     "attention": ("attention", attention_table),
     "implementations": ("attention", implementations_table),

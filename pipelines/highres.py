@@ -24,8 +24,8 @@ from tilewise.kernels.layout import Grid
 from tilewise.pipelines.coherence import Coherence, coherence
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generate import Clip, Progress, call_arguments, check_content, refuse_patched
-from tilewise.pipelines.highres_schedule import entered_at, noised, schedule_calls, steps_to_run
-from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.highres_schedule import entered_at, noised, schedule_calls
+from tilewise.pipelines.highres_settings import HighresSettings, pixels
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
 from tilewise.pipelines.memory import saving
 from tilewise.pipelines.memory_plan import MemoryPlan, check_plan, plan_memory
@@ -35,11 +35,11 @@ from tilewise.pipelines.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.video import to_uint8
 from tilewise.plugins.config import Config, MethodLike
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.full_path import draft_refuses, global_paths
+from tilewise.plugins.full_path import check_denoiser, draft_refuses, global_paths
 from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.models.base import Size, family_of
 from tilewise.plugins.patching import denoisers_of, patched
-from tilewise.plugins.rope_scaling import scaled_rope
+from tilewise.plugins.rope_scaling import rotary_modules, scaled_rope
 from tilewise.plugins.summary import summary
 from tilewise.plugins.two_paths import two_paths
 
@@ -153,11 +153,17 @@ def prepare(
     space = latent_space(pipe)
     options = options.for_model(native_size(pipe), global_paths(pipe))
     assert options.strength is not None
-    size: dict[str, Any] = {} if native is None else {"height": native[0], "width": native[1]}
+    size: dict[str, Any] = (
+        {} if native is None else dict(zip(("height", "width"), pixels("native", native), strict=True))
+    )
     first = resolve_settings(pipe, prompt, method=native_method, **size, **shared)
     for name, wanted, least in (("height", height, first.height), ("width", width, first.width)):
         if not isinstance(wanted, int) or isinstance(wanted, bool):
             raise ConfigError(f"{name} must be a whole number of pixels, not {wanted!r}")
+        if wanted < 1:
+            raise ConfigError(
+                f"{name} must be at least 1 pixel, and for highres the native stage's {least}; not {wanted}"
+            )
         if wanted < least:
             raise ConfigError(
                 f"{name} {wanted} is smaller than the native stage's {least}: highres is for sizes past it. Generate at "
@@ -171,24 +177,42 @@ def prepare(
     samples = 2 if two and space.one_batch else 1
     guided = 2 if two and (options.guided == "all" or space.one_batch) else 1
     method = Inward((native_grid.h, native_grid.w), temperature=options.temperature)
-    draft = method.layout(grid) if options.global_path == "draft" else None
-    if draft is not None and (refused := draft_refuses(draft)) is not None:
-        raise ConfigError(
-            f"global_path='draft' is not for a size of {width}×{height}: {refused}. Give 'pooled' or 'dense'"
-        )
-    plan = plan_memory(
-        pipe, grid, height=height, width=width, frames=first.frames, branches=guided, samples=samples,
-        limit=options.max_memory, device=device, draft=draft, full_path=options.global_path != "none",
-        refresh=1 if options.global_path == "none" else options.refresh,
-    )  # fmt: skip
-    check_plan(plan, f"a clip of {width}×{height} pixels and {first.frames} frames")
+    planned: dict[str, Any] = {
+        "height": height, "width": width, "frames": first.frames, "branches": guided, "samples": samples,
+        "limit": options.max_memory, "device": device, "full_path": options.global_path != "none",
+        "refresh": 1 if options.global_path == "none" else options.refresh,
+    }  # fmt: skip
+    plan = plan_memory(pipe, grid, **planned)
+    what = f"a clip of {width}×{height} pixels and {first.frames} frames"
+    check_plan(plan, what)  # before a layout is made: that of an absurd size would fill the memory by itself
+    layout = method.layout(grid)
+    method.check_layout(layout)
+    if options.global_path == "draft":
+        if (refused := draft_refuses(layout)) is not None:
+            raise ConfigError(
+                f"global_path='draft' is not for a size of {width}×{height}: {refused}. Give 'pooled' or 'dense'"
+            )
+        plan = plan_memory(pipe, grid, **planned, draft=layout)
+        check_plan(plan, what)
     target = resolve_settings(
         pipe, prompt, method=Config(method, steps=(0.0, 1.0), precision=options.precision),
         **{**shared, "height": height, "width": width},
     )  # fmt: skip
     call_arguments(pipe, target)
-    steps_to_run(target.steps, options.strength)
+    _check_second_stage(pipe, target, options)
     return Work(first, target, native_grid, options, plan)
+
+
+def _check_second_stage(pipe: Any, target: GenerateSettings, options: HighresSettings) -> None:
+    """What the second stage would raise about the pipeline: its scheduler, its rotary module, how its denoisers run."""
+    assert options.strength is not None and not isinstance(options.flow_shift, str)  # by `for_model`
+    with entered_at(pipe, target.steps, options.strength, options.flow_shift):
+        pass
+    if options.rope or options.rope_time:
+        rotary_modules(pipe)
+    if options.global_path not in (None, "none"):
+        for name, denoiser in denoisers_of(pipe).items():
+            check_denoiser(name, denoiser, target.method, options.global_path)
 
 
 def _size(settings: GenerateSettings) -> Size:

@@ -126,7 +126,15 @@ def _shifted(scheduler: Any, flow_shift: float | None) -> Any:
         )
     if flow_shift is None:
         return copy.deepcopy(scheduler)
-    if isinstance(flow_shift, bool) or not isinstance(flow_shift, int | float) or flow_shift <= 0:
-        raise ConfigError(f"flow_shift must be a number above 0, not {flow_shift!r}")
+    check_shift(flow_shift)
     fixed = {"use_dynamic_shifting": False} if config.get("use_dynamic_shifting") else {}  # by the size of the picture
     return type(scheduler).from_config(config, **{names[0]: float(flow_shift), **fixed})
+
+
+def check_shift(flow_shift: Any) -> None:
+    """Raises ConfigError for what is no flow shift."""
+    number = isinstance(flow_shift, int | float) and not isinstance(flow_shift, bool)
+    if not number or not 0 < flow_shift < math.inf:
+        raise ConfigError(
+            f"flow_shift must be a number above 0, None (the scheduler's own) or 'model', not {flow_shift!r}"
+        )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tilewise.pipelines.highres_schedule import steps_to_run
+from tilewise.pipelines.highres_schedule import check_shift, steps_to_run
 from tilewise.pipelines.memory_plan import parse_bytes
 from tilewise.pipelines.native import Native
 from tilewise.pipelines.upscale import UPSCALES
@@ -60,20 +60,21 @@ class HighresSettings:
     def __post_init__(self) -> None:
         if self.strength is not None:
             steps_to_run(10**9, self.strength)
-        if isinstance(self.flow_shift, str) and self.flow_shift != "model":
-            raise ConfigError(f"flow_shift must be a number above 0, None or 'model', not {self.flow_shift!r}")
+        if self.flow_shift not in (None, "model"):
+            check_shift(self.flow_shift)
         if not isinstance(self.refresh, int) or isinstance(self.refresh, bool) or self.refresh < 1:
             raise ConfigError(f"refresh must be a whole number of at least 1, not {self.refresh!r}")
         for name, valid in (("global_path", PATHS), ("guided", GUIDED), ("upscale", UPSCALES)):
-            if getattr(self, name) not in valid and (name, getattr(self, name)) != ("global_path", None):
+            if getattr(self, name) not in tuple(valid) and (name, getattr(self, name)) != ("global_path", None):
                 raise unknown(name.replace("_", " "), getattr(self, name), valid)
         for name, rules in (("rope", SPATIAL), ("rope_time", TEMPORAL), ("precision", PRECISIONS)):
-            if getattr(self, name) is not None and getattr(self, name) not in rules:
-                raise unknown(name.replace("_", " "), getattr(self, name), rules)
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value in rules):
+                raise unknown(name.replace("_", " "), value, rules)
         if not isinstance(self.temperature, bool):
             raise ConfigError(f"temperature must be true or false, not {self.temperature!r}")
         if self.window is not None:
-            object.__setattr__(self, "window", tuple(self.window))
+            object.__setattr__(self, "window", pixels("window", self.window))
         if self.max_memory is not None:
             object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))
 
@@ -104,3 +105,15 @@ class HighresSettings:
             if key not in names:
                 raise unknown("high-resolution setting", key, names)
         return cls(**values)
+
+
+def pixels(name: str, value: Any) -> tuple[int, int]:
+    """A (height, width) as it was given, which may be a list.
+
+    Raises:
+        ConfigError: for anything but two whole numbers of at least 1.
+    """
+    good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+    if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value):
+        raise ConfigError(f"{name} must be a height and a width in pixels, (480, 832) for instance, not {value!r}")
+    return value[0], value[1]

@@ -17,11 +17,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -39,6 +40,8 @@ GUIDED, MERGING = 2.0, 4
 SECOND_PATH = 2.0  # hidden states more: the full path's, and the cross-attention on its way from one path to the other
 WAITING = 4.0  # clips' worth of decoded tiles: overlapping, blended, put together by rows, and whole
 TILE = 256  # pixels: diffusers' tiles
+UNTOLD = 2**44  # bytes of a frame: beyond, PyTorch's own sizes overflow
+CGROUP = Path("/sys/fs/cgroup")
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -47,7 +50,8 @@ class MemoryPlan:
     """Bytes, and what is done to stay within ``limit``.
 
     weights: on the device at a time. activations: of a denoiser forward with both paths. cache: of cross-attention, all of it.
-    cache_on_device: what of it stays there. vae: of decoding, beside weights; output: of the clip.
+    cache_on_device: what of it stays there. vae: of encoding and decoding, beside weights; output: of the clip.
+    host_limit: of host memory, for what of the cache is not on the device.
     """
 
     limit: int
@@ -126,9 +130,12 @@ def plan_memory(
         limit: bytes; None: what the device has. device: default: the pipeline's.
         draft: the layout that a full path by draft is over, if there is one. full_path: whether there is a full path at all.
     """
-    device = pipe.device if device is None else device
+    # Where it runs: parts of an offloaded pipeline lie on the CPU until they are at work.
+    device = getattr(pipe, "_execution_device", pipe.device) if device is None else device
     limit = device_bytes(device) if limit is None else limit
     host = host_bytes()
+    if device.type == "cpu":  # what is planned for there is not free beside it
+        host = max(0, device_bytes(device) - limit)
     denoisers = denoisers_of(pipe)
     weights = {name: _bytes(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     activations, cache = 0, 0
@@ -149,14 +156,15 @@ def plan_memory(
             cache += branches * kept_bytes(denoiser, grid.video, size)
     output = 3 * frames * height * width * 4
     whole, tile = vae_bytes(pipe, height, width, frames), None
-    plan = MemoryPlan(limit, host, sum(weights.values()), activations, cache, cache, whole, output, False, False)
-    if plan.decode > limit and min(height, width) > TILE:
+    offloaded = pipe.device != device and pipe.device.type == "cpu"
+    resident = max(weights.values()) if offloaded else sum(weights.values())
+    plan = MemoryPlan(limit, host, resident, activations, cache, cache, whole, output, False, False)
+    if (plan.decode > limit or getattr(pipe.vae, "use_tiling", False)) and min(height, width) > TILE:
         tile = vae_bytes(pipe, min(height, TILE), min(width, TILE), frames) + int(WAITING * output)
         plan = dataclasses.replace(plan, vae=min(tile, whole), vae_tiling=tile < whole)
     plan = _cache_placed(plan)
-    if not plan.fits and device.type == "cuda" and getattr(pipe, "model_cpu_offload_seq", None):
-        largest = max(weights.values())
-        plan = _cache_placed(dataclasses.replace(plan, weights=largest, offload=True))
+    if not plan.fits and device.type == "cuda" and not offloaded and getattr(pipe, "model_cpu_offload_seq", None):
+        plan = _cache_placed(dataclasses.replace(plan, weights=max(weights.values()), offload=True))
     return plan
 
 
@@ -164,7 +172,7 @@ def check_plan(plan: MemoryPlan, what: str) -> None:
     """Raises ConfigError, with the plan's numbers, for a plan that does not fit."""
     if plan.fits:
         return
-    if plan.on_host > plan.host_limit:
+    if plan.weights + plan.activations <= plan.limit and plan.on_host > plan.host_limit:
         short = f"the cache's {gib(plan.on_host)} do not fit into the {gib(plan.host_limit)} of host memory; refresh=1 keeps none"
     elif plan.denoise > plan.limit:
         short = f"denoising needs {gib(plan.denoise)}; give a smaller size or fewer frames"
@@ -174,9 +182,11 @@ def check_plan(plan: MemoryPlan, what: str) -> None:
 
 
 def vae_bytes(pipe: Any, height: int, width: int, frames: int) -> int:
-    """Peak of the live tensors of a decode in one piece: run on the meta device, with a VAE of the same config.
+    """Peak of the live tensors of a decode or an encode in one piece, whichever holds more: run on the meta device, with a VAE of
+    the same config.
 
-    The first five latent frames are run: after that, memory grows by the clip itself, which is added.
+    The first five latent frames are run: after that, memory grows by the clip itself, which is added. A size for which not even
+    that can be counted gets what the clip takes alone.
     """
     vae, space = pipe.vae, latent_space(pipe)
     temporal = space.factors(pipe)[1]
@@ -184,35 +194,59 @@ def vae_bytes(pipe: Any, height: int, width: int, frames: int) -> int:
     latent_frames = min(latent_frames, 5)
     config = json.dumps(dict(vae.config), sort_keys=True, default=str)
     kind: Any = type(vae)
-    live = _decode_peak(space, kind, config, vae.dtype, latent_frames, *picture)
     run = 1 + (latent_frames - 1) * temporal
-    return live + 2 * 3 * height * width * (frames - run) * vae.dtype.itemsize  # the clip, twice while it grows
+    each = 3 * height * width * vae.dtype.itemsize
+    if each > UNTOLD:
+        return 2 * each * frames
+    decoding = _decode_peak(space, kind, config, vae.dtype, latent_frames, *picture)
+    encoding = _encode_peak(space, kind, config, vae.dtype, run, height, width)
+    # The clip: twice while it grows, once where it is read.
+    return max(decoding + 2 * each * (frames - run), encoding + each * (frames - run))
 
 
 @lru_cache(maxsize=32)
 def _decode_peak(space: LatentSpace, kind: Any, config: str, dtype: torch.dtype, *latents: int) -> int:
     """Peak of the live tensors of a decode of (1, C, *latents) by a VAE of a config."""
-    with torch.device("meta"):
-        model: Any = kind.from_config({k: v for k, v in json.loads(config).items() if not k.startswith("_")})
-    model.eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    model = _weightless(kind, config, dtype)
     with torch.no_grad(), _LiveTensors() as live:
         space.decode_vae(model, torch.empty(1, space.channels(model), *latents, device="meta", dtype=dtype))
     return live.peak
 
 
+@lru_cache(maxsize=32)
+def _encode_peak(space: LatentSpace, kind: Any, config: str, dtype: torch.dtype, *video: int) -> int:
+    """The same of an encode of (1, 3, *video)."""
+    model = _weightless(kind, config, dtype)
+    with torch.no_grad(), _LiveTensors() as live:
+        space.encode_vae(model, torch.empty(1, 3, *video, device="meta", dtype=dtype))
+    return live.peak
+
+
+def _weightless(kind: Any, config: str, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        model: Any = kind.from_config({k: v for k, v in json.loads(config).items() if not k.startswith("_")})
+    model.eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def device_bytes(device: torch.device) -> int:
-    """What a device has for this process: all that is free, and what PyTorch holds already."""
+    """What a device has for this process: all that is free, and what this process holds already."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    return host_bytes()
+    return host_bytes() + psutil.Process().memory_info().rss
 
 
 def host_bytes() -> int:
-    """Physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Free memory of this machine: what the system can give without swapping, within the control group's limit."""
+    free = psutil.virtual_memory().available
+    try:
+        most, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such group, or one without a limit
+        return free
+    return min(free, max(0, most - used))
 
 
 def parse_bytes(text: str | int | float) -> int:

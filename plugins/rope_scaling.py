@@ -54,6 +54,25 @@ SPATIAL: dict[str, Callable[[torch.Tensor, int, int], torch.Tensor]] = {"ntk": n
 TEMPORAL: dict[str, Callable[[torch.Tensor, int, int], torch.Tensor]] = {"riflex": riflex, **SPATIAL}
 
 
+def rotary_modules(target: Any) -> list[nn.Module]:
+    """What makes the rotary tables of a pipeline's denoisers, one each.
+
+    Raises:
+        UnsupportedModelError: for a denoiser whose rotary module is not Wan's.
+    """
+    found = []
+    for name, denoiser in denoisers_of(target).items():
+        rope: Any = getattr(denoiser, "rope", None)
+        if not isinstance(rope, nn.Module) or not all(
+            hasattr(rope, a) for a in ("t_dim", "h_dim", "w_dim", "freqs_cos", "freqs_sin", "patch_size")
+        ):
+            raise UnsupportedModelError(
+                f"RoPE scaling: the rotary module of {name} ({type(denoiser).__name__}) is not Wan's; leave it unchanged"
+            )
+        found.append(rope)
+    return found
+
+
 @contextmanager
 def scaled_rope(
     target: Any, native: Grid, *, spatial: str | None = None, temporal: str | None = None
@@ -73,19 +92,12 @@ def scaled_rope(
         if name is not None and name not in valid:
             raise unknown("RoPE scaling", name, valid)
     rules = (TEMPORAL.get(temporal or ""), SPATIAL.get(spatial or ""), SPATIAL.get(spatial or ""))
-    handles = []
+    handles: list[Any] = []
     try:
         if any(rules):
-            for name, denoiser in denoisers_of(target).items():
-                rope: Any = getattr(denoiser, "rope", None)
-                if not isinstance(rope, nn.Module) or not all(
-                    hasattr(rope, a) for a in ("t_dim", "h_dim", "w_dim", "freqs_cos", "freqs_sin", "patch_size")
-                ):
-                    raise UnsupportedModelError(
-                        f"RoPE scaling: the rotary module of {name} ({type(denoiser).__name__}) is not Wan's; leave it unchanged"
-                    )
-                # First of all hooks: those of a patch reorder what this one makes.
-                handles.append(rope.register_forward_hook(_hook(native, rules), prepend=True))
+            # First of all hooks: those of a patch reorder what this one makes.
+            hook = _hook(native, rules)
+            handles = [rope.register_forward_hook(hook, prepend=True) for rope in rotary_modules(target)]
         yield
     finally:
         for handle in handles:

@@ -9,7 +9,9 @@ import tiny_wan
 import torch
 
 from tilewise.kernels.layout import Grid
-from tilewise.pipelines.memory_plan import MemoryPlan, check_plan, parse_bytes, plan_memory, vae_bytes
+from tilewise.pipelines import memory_plan
+from tilewise.pipelines.latent_spaces.base import tiled
+from tilewise.pipelines.memory_plan import MemoryPlan, check_plan, host_bytes, parse_bytes, plan_memory, vae_bytes
 from tilewise.plugins.errors import ConfigError
 
 GRID = Grid(5, 32, 48)
@@ -48,15 +50,21 @@ def test_the_cache_is_as_large_as_planned():
         assert paths["transformer"].cache.on_device == plan(pipe).cache
 
 
-def test_the_vae_estimate_is_what_a_decode_holds():
-    """Run in the open on the CPU: the live tensors there are those of the meta run."""
+def test_the_vae_estimate_is_what_a_decode_or_an_encode_holds(monkeypatch):
+    """Run in the open on the CPU: the live tensors there are those of the meta run, but for what convolutions pad."""
     from tilewise.pipelines.memory_estimate import _LiveTensors
 
-    pipe = tiny_wan.tiny_pipeline()
-    with torch.no_grad(), _LiveTensors() as live:
-        pipe.vae.decode(torch.randn(1, 4, 5, 16, 16))
-    assert vae_bytes(pipe, 64, 64, 9) == pytest.approx(live.peak, rel=0.1)
+    pipe, held = tiny_wan.tiny_pipeline(), {}
+    for name, shape in (("decode", (1, 4, 5, 16, 16)), ("encode", (1, 3, 9, 64, 64))):
+        with torch.no_grad(), _LiveTensors() as live:
+            getattr(pipe.vae, name)(torch.randn(shape))
+        held[name] = live.peak
+    assert vae_bytes(pipe, 64, 64, 9) == pytest.approx(max(held.values()), rel=0.2)
     assert vae_bytes(pipe, 128, 128, 9) > 3 * vae_bytes(pipe, 64, 64, 9)
+    for name, other in (("decode", "encode"), ("encode", "decode")):
+        with monkeypatch.context() as alone:
+            alone.setattr(memory_plan, f"_{other}_peak", lambda *args: 0)
+            assert vae_bytes(pipe, 64, 64, 9) == pytest.approx(held[name], rel=0.2)
 
 
 def test_what_gives_and_in_which_order():
@@ -80,6 +88,47 @@ def test_what_gives_and_in_which_order():
     assert "the VAE in tiles" in str(small)
 
 
+def test_the_host_is_not_counted_twice():
+    """A pipeline on the CPU has all that is free for itself, or what it is given, and beside it only the rest."""
+    pipe = tiny_wan.tiny_pipeline()
+    alone = plan(pipe)
+    assert alone.host_limit == 0
+    assert plan(pipe, 10**9).host_limit == pytest.approx(alone.limit - 10**9, abs=2e9)  # of the moment
+    assert plan(pipe, 10**15).host_limit == 0
+
+
+def test_a_control_group_limits_the_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_plan, "CGROUP", tmp_path)
+    free = host_bytes()
+    for most, left in (("max", free), ("1000000", 400_000)):
+        (tmp_path / "memory.max").write_text(f"{most}\n")
+        (tmp_path / "memory.current").write_text("600000\n")
+        assert host_bytes() == pytest.approx(left, abs=0 if most != "max" else 2e9)
+
+
+def test_a_pipeline_whose_user_tiles_its_vae_keeps_its_tiles():
+    pipe = tiny_wan.tiny_pipeline()
+    size = {"height": 512, "width": 1024, "frames": 9, "refresh": 1, "branches": 1}
+    assert not plan_memory(pipe, GRID, **size).vae_tiling
+    pipe.vae.enable_tiling()
+    assert plan_memory(pipe, GRID, **size).vae_tiling
+    with tiled(pipe.vae, False):
+        assert pipe.vae.use_tiling
+
+
+def test_an_offloaded_pipeline_runs_elsewhere(monkeypatch):
+    """Its parts lie on the CPU, one at a time on the device."""
+    pipe = tiny_wan.tiny_pipeline()
+    whole = plan(pipe).weights
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda"), raising=False)
+    monkeypatch.setattr(memory_plan, "device_bytes", lambda device: {"cuda": 10**12, "cpu": 10**6}[device.type])
+    found = plan(pipe)
+    assert found.limit == 10**12
+    parts = (pipe.transformer, pipe.vae, pipe.text_encoder)
+    assert found.weights == max(sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts) < whole
+    assert not found.offload
+
+
 def test_refusals_have_numbers():
     pipe = tiny_wan.tiny_pipeline()
     found = plan(pipe, 1000)
@@ -92,6 +141,8 @@ def test_refusals_have_numbers():
     with pytest.raises(ConfigError, match="decoding needs"):
         check_plan(dataclasses.replace(base, cache=0, vae=1000), "this")
     check_plan(dataclasses.replace(base, cache=0), "this")
+    with pytest.raises(ConfigError, match="denoising needs"):  # where keeping no cache would not help
+        check_plan(dataclasses.replace(base, activations=1000), "this")
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,11 @@ class LatentSpace:
             return vae.decode(latents[:, :, 0], return_dict=False)[0][:, :, None]
         return vae.decode(latents, return_dict=False)[0]
 
+    def encode_vae(self, vae: Any, video: torch.Tensor) -> torch.Tensor:
+        """Pixels (1, 3, T, H, W) in −1 … 1 to latents (1, C, t, h, w) of the VAE's own scale, float32: the mean, not a sample."""
+        latents = vae.encode(video[:, :, 0] if self.flat else video).latent_dist.mode().float()
+        return latents[:, :, None] if self.flat else latents
+
     def shape(self, pipe: Any, height: int, width: int, frames: int) -> tuple[int, int, int]:
         """(t, h, w) of the latents of a clip."""
         spatial, temporal = self.factors(pipe)
@@ -93,9 +98,7 @@ class LatentSpace:
             frames = np.concatenate([frames, np.repeat(frames[-1:], missing, 0)])
         device = getattr(pipe, "_execution_device", vae.device)
         video = torch.from_numpy(np.ascontiguousarray(frames)).to(device, vae.dtype).permute(3, 0, 1, 2)[None] * 2 - 1
-        latents = vae.encode(video[:, :, 0] if self.flat else video).latent_dist.mode().float()
-        if self.flat:
-            latents = latents[:, :, None]
+        latents = self.encode_vae(vae, video)
         mean, std = self.statistics(vae, latents)
         return ((latents - mean) / std)[:, :, : self.shape(pipe, frames.shape[1], frames.shape[2], count)[0]]
 
@@ -149,9 +152,9 @@ def latent_space(pipe: Any) -> LatentSpace:
 
 @contextmanager
 def tiled(vae: Any, wanted: bool) -> Iterator[None]:
-    """Run a block with the VAE in tiles or whole, and put its switch back."""
+    """Run a block with the VAE in tiles, or as its user has it, and put its switch back."""
     before = vae.use_tiling
-    vae.use_tiling = wanted
+    vae.use_tiling = wanted or before
     try:
         yield
     finally:

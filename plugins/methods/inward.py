@@ -96,11 +96,15 @@ class Inward(Method):
     def layout(self, grid: Grid) -> Layout:
         return cached_layout(grid, choose_tile_for_window(grid, self.window(grid)))
 
-    def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
+    def check_layout(self, layout: Layout) -> None:
+        """Raises ConfigError for one that is too large to be planned."""
         if layout.blocks > MAX_BLOCKS:
             raise ConfigError(
                 f"inward: the grid {layout.grid} has {layout.blocks} blocks, more than {MAX_BLOCKS}: the size is too large"
             )
+
+    def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
+        self.check_layout(layout)
         return window_plan(layout, [self.window(layout.grid)], unit="token", device=device)
 
     def scale(self, layout: Layout, head_dim: int) -> float | None:

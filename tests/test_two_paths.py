@@ -88,19 +88,23 @@ def window_mask(grid, native):
     return mask.expand(grid.t, grid.h, grid.w, grid.t, grid.h, grid.w).reshape(grid.tokens, grid.tokens)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_refresh_and_reuse_are_the_two_rows(batch):
+@pytest.mark.parametrize(
+    ("batch", "frames", "native"),
+    [(1, 3, (4, 4)), (2, 3, (4, 4)), (1, 1, (4, 4)), (1, 3, (4, 9)), (1, 2, (11, 3)), (2, 1, (12, 2))],
+    ids=["one", "batch", "one frame", "wider than the grid", "higher", "an image higher than the grid"],
+)
+def test_refresh_and_reuse_are_the_two_rows(batch, frames, native):
     model = tiny_wan.tiny_transformer()
-    x, text = inputs(batch)
+    x, text = inputs(batch, frames)
     later = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
-    mask = window_mask(Grid(3, 8, 6), (4, 4))
+    mask = window_mask(Grid(frames, 8, 6), native)
     first, then = torch.full((batch,), 900.0), torch.full((batch,), 700.0)
     with torch.no_grad():
         wanted, crosses = naive(model, x, first, text, mask)
         reused, _ = naive(model, later, then, text, mask, crosses)
         fresh, _ = naive(model, later, then, text, mask)
         stock = model(x, first, text).sample
-        tilewise.patch(model, METHOD, steps=(0, 1), strict=True)
+        tilewise.patch(model, Inward(native=native, temperature=False), steps=(0, 1), strict=True)
         alone = model(x, first, text).sample
         with two_paths(model, refresh=2) as paths:
             torch.testing.assert_close(model(x, first, text).sample, wanted, atol=2e-5, rtol=2e-5)

@@ -180,7 +180,7 @@ def prepare(
     planned: dict[str, Any] = {
         "height": height, "width": width, "frames": first.frames, "branches": guided, "samples": samples,
         "limit": options.max_memory, "device": device, "full_path": options.global_path != "none",
-        "refresh": 1 if options.global_path == "none" else options.refresh,
+        "refresh": 1 if options.global_path == "none" else options.refresh, "native": (first.height, first.width),
     }  # fmt: skip
     plan = plan_memory(pipe, grid, **planned)
     what = f"a clip of {width}×{height} pixels and {first.frames} frames"
@@ -238,7 +238,8 @@ def make(
             native_latents, native_seconds, report = _stage(pipe, work.native, lambda p, *n: tell(f"native: {p}", *n))
         tell("native: decode", 0, 1)
         start = time.perf_counter()
-        native_frames = space.decode(pipe, native_latents)
+        with tiled(pipe.vae, work.plan.native_tiling):
+            native_frames = space.decode(pipe, native_latents)
         native_seconds["decode"] = time.perf_counter() - start
         native_seconds["total"] += native_seconds["decode"]
         tell("native: decode", 1, 1)

@@ -51,7 +51,8 @@ class MemoryPlan:
 
     weights: on the device at a time. activations: of a denoiser forward with both paths. cache: of cross-attention, all of it.
     cache_on_device: what of it stays there. vae: of encoding and decoding, beside weights; output: of the clip.
-    host_limit: of host memory, for what of the cache is not on the device.
+    host_limit: of host memory, for what of the cache is not on the device. vae_tiling, native_tiling: whether the VAE works in
+    tiles at the target, and where the native stage is decoded.
     """
 
     limit: int
@@ -64,6 +65,7 @@ class MemoryPlan:
     output: int
     vae_tiling: bool
     offload: bool
+    native_tiling: bool = False
 
     @property
     def denoise(self) -> int:
@@ -119,6 +121,7 @@ def plan_memory(
     device: torch.device | None = None,
     draft: Layout | None = None,
     full_path: bool = True,
+    native: tuple[int, int] = (0, 0),
 ) -> MemoryPlan:
     """The plan of a clip of this size; `fits` says whether there is one.
 
@@ -129,6 +132,7 @@ def plan_memory(
         samples: of one denoiser forward: 2 where guidance runs as one batch.
         limit: bytes; None: what the device has. device: default: the pipeline's.
         draft: the layout that a full path by draft is over, if there is one. full_path: whether there is a full path at all.
+        native: height and width of the stage before, which is decoded too.
     """
     # Where it runs: parts of an offloaded pipeline lie on the CPU until they are at work.
     device = getattr(pipe, "_execution_device", pipe.device) if device is None else device
@@ -154,18 +158,34 @@ def plan_memory(
         activations = max(activations, int(samples * (grid.tokens * each * size + maps)) + merging)
         if refresh > 1:
             cache += branches * kept_bytes(denoiser, grid.video, size)
-    output = 3 * frames * height * width * 4
-    whole, tile = vae_bytes(pipe, height, width, frames), None
     offloaded = pipe.device != device and pipe.device.type == "cpu"
     resident = max(weights.values()) if offloaded else sum(weights.values())
-    plan = MemoryPlan(limit, host, resident, activations, cache, cache, whole, output, False, False)
-    if (plan.decode > limit or getattr(pipe.vae, "use_tiling", False)) and min(height, width) > TILE:
-        tile = vae_bytes(pipe, min(height, TILE), min(width, TILE), frames) + int(WAITING * output)
-        plan = dataclasses.replace(plan, vae=min(tile, whole), vae_tiling=tile < whole)
+    at_target, in_tiles = _in_tiles_if_need_be(pipe, height, width, frames, limit - resident)
+    at_native, native_tiles = (
+        _in_tiles_if_need_be(pipe, *native, frames, limit - resident) if all(native) else (0, False)
+    )
+    plan = MemoryPlan(
+        limit, host, resident, activations, cache, cache, max(at_target, at_native), _output(height, width, frames), in_tiles,
+        False, native_tiles,
+    )  # fmt: skip
     plan = _cache_placed(plan)
     if not plan.fits and device.type == "cuda" and not offloaded and getattr(pipe, "model_cpu_offload_seq", None):
         plan = _cache_placed(dataclasses.replace(plan, weights=max(weights.values()), offload=True))
     return plan
+
+
+def _in_tiles_if_need_be(pipe: Any, height: int, width: int, frames: int, room: int) -> tuple[int, bool]:
+    """What encoding and decoding of a size take, and whether in tiles: where the whole has no room, or the user wants tiles."""
+    whole = vae_bytes(pipe, height, width, frames)
+    if min(height, width) <= TILE or (whole <= room and not getattr(pipe.vae, "use_tiling", False)):
+        return whole, False
+    tile = vae_bytes(pipe, TILE, TILE, frames) + int(WAITING * _output(height, width, frames))
+    return min(tile, whole), tile < whole
+
+
+def _output(height: int, width: int, frames: int) -> int:
+    """Bytes of a clip, float32."""
+    return 3 * frames * height * width * 4
 
 
 def check_plan(plan: MemoryPlan, what: str) -> None:

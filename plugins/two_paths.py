@@ -93,7 +93,7 @@ class TwoPaths:
         self._at = 0  # the block that is under way
         # The last block that asks for anything of the full path.
         self._last = max(patch.step.selected, default=-1) if streams.joint else len(self.blocks) - 1
-        self._step = -1
+        self._during: tuple[int, Any] = (-1, None)  # the last forward's step, and its run's timesteps
         self.coarse = None if global_path == "dense" else CoarsePath(patch, global_path, pool)
         self._handles: list[Any] = []
         try:
@@ -154,7 +154,10 @@ class TwoPaths:
         text = args[self.streams.text] if len(args) > self.streams.text else kwargs["encoder_hidden_states"]
         latents = args[0] if args else kwargs["hidden_states"]
         step, _ = step_of(self.patch.step.pipe(), self.patch.family.timestep(args, kwargs))
-        first_in_step, self._step = step != self._step, step
+        # A scheduler makes its timesteps anew for each run: two clips of one step are two.
+        at = step, getattr(getattr(self.patch.step.pipe(), "scheduler", None), "timesteps", None)
+        first_in_step = step != self._during[0] or at[1] is not self._during[1]
+        self._during = at
         self._reset()
         if self.guided == "cond" and not first_in_step:
             self.counts.unguided += 1

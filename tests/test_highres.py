@@ -109,6 +109,14 @@ def test_two_denoisers_and_a_timestep_per_token(tmp_path):
         assert made.frames.shape == (5, 64, 96, 3)
 
 
+def test_an_offloaded_vae_makes_room_for_the_denoiser(pipe, monkeypatch):
+    """After the second stage's encode, as after each decode."""
+    told = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: told.append("free"), raising=False)
+    make(pipe, progress=lambda phase, done, total: told.append(f"{phase} {done}"))
+    assert told[told.index("upscale 0") : told.index("upscale 1")] == ["upscale 0", "free"]
+
+
 def test_interrupted(pipe):
     """Whatever stops it, the pipeline is as it was, and the first stage's clip has been handed out."""
     native = []

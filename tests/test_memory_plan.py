@@ -51,7 +51,7 @@ def test_the_cache_is_as_large_as_planned():
 
 
 def test_the_vae_estimate_is_what_a_decode_or_an_encode_holds(monkeypatch):
-    """Run in the open on the CPU: the live tensors there are those of the meta run, but for what convolutions pad."""
+    """Run in the open on the CPU: the live tensors there are those of the meta run, but for what convolutions pad: rough."""
     from tilewise.pipelines.memory_estimate import _LiveTensors
 
     pipe, held = tiny_wan.tiny_pipeline(), {}
@@ -59,12 +59,12 @@ def test_the_vae_estimate_is_what_a_decode_or_an_encode_holds(monkeypatch):
         with torch.no_grad(), _LiveTensors() as live:
             getattr(pipe.vae, name)(torch.randn(shape))
         held[name] = live.peak
-    assert vae_bytes(pipe, 64, 64, 9) == pytest.approx(max(held.values()), rel=0.2)
+    assert vae_bytes(pipe, 64, 64, 9) == pytest.approx(max(held.values()), rel=0.3)
     assert vae_bytes(pipe, 128, 128, 9) > 3 * vae_bytes(pipe, 64, 64, 9)
     for name, other in (("decode", "encode"), ("encode", "decode")):
         with monkeypatch.context() as alone:
             alone.setattr(memory_plan, f"_{other}_peak", lambda *args: 0)
-            assert vae_bytes(pipe, 64, 64, 9) == pytest.approx(held[name], rel=0.2)
+            assert vae_bytes(pipe, 64, 64, 9) == pytest.approx(held[name], rel=0.3)
 
 
 def test_what_gives_and_in_which_order():
@@ -114,6 +114,18 @@ def test_a_pipeline_whose_user_tiles_its_vae_keeps_its_tiles():
     assert plan_memory(pipe, GRID, **size).vae_tiling
     with tiled(pipe.vae, False):
         assert pipe.vae.use_tiling
+
+
+def test_the_native_stages_decode_is_planned_for():
+    pipe = tiny_wan.tiny_pipeline()
+    size = {"height": 768, "width": 768, "frames": 1, "refresh": 1, "branches": 1, "full_path": False}
+    native = vae_bytes(pipe, 512, 512, 1)
+    weights = plan_memory(pipe, GRID, **size).weights
+    for room, tiles in ((native, False), (native - 1, True)):
+        found = plan_memory(pipe, GRID, **size, native=(512, 512), limit=weights + room)
+        assert found.vae_tiling
+        assert found.native_tiling is tiles
+        assert found.decode <= weights + room
 
 
 def test_an_offloaded_pipeline_runs_elsewhere(monkeypatch):

@@ -379,6 +379,22 @@ def test_spilled_clip_is_the_same_clip():
         assert cache.on_host > 0
 
 
+def test_clips_of_one_step_are_guided_each():
+    """The step is that of the clip before, and its prompt's forward is first in it all the same."""
+    pipe = tiny_wan.tiny_pipeline()
+    size = {"height": 64, "width": 48, "num_frames": 5, "max_sequence_length": 16, "output_type": "latent"}
+    tilewise.patch(pipe, Inward(native=(4, 4)), steps=(0, 1))
+    with two_paths(pipe, refresh=1, guided="cond") as paths:
+        made = [
+            pipe(
+                "a star", **size, num_inference_steps=1, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)
+            ).frames
+            for _ in range(2)
+        ]
+    assert vars(paths["transformer"].counts) == {"refreshed": 2, "reused": 0, "unguided": 2}
+    assert torch.equal(*made)
+
+
 @pytest.mark.gpu
 def test_spilled_tensors_come_back_on_a_gpu():
     device = torch.device("cuda")

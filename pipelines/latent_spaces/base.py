@@ -99,6 +99,7 @@ class LatentSpace:
         device = getattr(pipe, "_execution_device", vae.device)
         video = torch.from_numpy(np.ascontiguousarray(frames)).to(device, vae.dtype).permute(3, 0, 1, 2)[None] * 2 - 1
         latents = self.encode_vae(vae, video)
+        pipe.maybe_free_model_hooks()  # an offloaded VAE makes room for the denoiser
         mean, std = self.statistics(vae, latents)
         return ((latents - mean) / std)[:, :, : self.shape(pipe, frames.shape[1], frames.shape[2], count)[0]]
 

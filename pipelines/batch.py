@@ -180,8 +180,8 @@ class _Run:
         start = time.perf_counter()
         pipe = self.load(model, dtype)
         load_seconds = time.perf_counter() - start
-        self.maker.new_pipeline()
         try:
+            self.maker.new_pipeline(pipe, jobs)
             for job in jobs:
                 if self._should_stop():
                     return False

@@ -11,7 +11,7 @@ import csv
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,17 @@ KINDS = {
     "fps": "number",
     "max_sequence_length": "whole",
     "dtype": "text",
+    "highres": "flag",
+    "strength": "number",
+    "refresh": "whole",
+    "global_path": "text",
+    "guided": "text",
+    "upscale": "text",
+    "precision": "text",
+    "native": "text",
+    "max_memory": "text",
 }
+STAGES = ("strength", "refresh", "global_path", "guided", "upscale", "precision", "native", "max_memory")  # of highres
 WHOLE_BATCH = ("out", "device", "compare", "dry_run", "seeds", "sweep")  # words of the command that no line can have
 MAX_PROMPT = 50_000  # characters; text encoders read hundreds of tokens, so that more is a mistake
 MAX_ID = 200
@@ -69,7 +79,9 @@ class Problems:
         """Raises InputError if there are any."""
         if not self.found:
             return
-        told = [f"  {_lines(lines)}: {text}" for text, lines in sorted(self.found.items(), key=lambda item: item[1])]
+        told = [
+            f"  {lines_words(lines)}: {text}" for text, lines in sorted(self.found.items(), key=lambda item: item[1])
+        ]
         if len(told) > SHOWN:
             told[SHOWN:] = [f"  and {len(told) - SHOWN} more kinds of mistakes"]
         raise InputError("\n".join([f"{self.path} cannot be used; nothing was done:", *told]))
@@ -109,15 +121,21 @@ def parse_field(name: str, value: Any, *, text: bool) -> Any:
     said = value if isinstance(value, str) else json.dumps(value)
     if text and kind in ("whole", "number"):
         value = _number(value)
+    if text and kind == "flag":
+        value = {"true": True, "false": False}.get(value.lower(), value)
     good = {
         "text": isinstance(value, str),
         "whole": isinstance(value, int) and not isinstance(value, bool),
         "number": isinstance(value, int | float) and not isinstance(value, bool),
+        "flag": isinstance(value, bool),
         "method": isinstance(value, str | Mapping),
         "window": isinstance(value, str) or (isinstance(value, list) and all(type(n) is int for n in value)),
     }[kind]
     if not good:
-        wanted = {"whole": "a whole number", "number": "a number", "text": "text", "window": "t,h,w or [t, h, w]"}
+        wanted = {
+            "whole": "a whole number", "number": "a number", "text": "text", "flag": "true or false",
+            "window": "t,h,w or [t, h, w]",
+        }  # fmt: skip
         raise ConfigError(f"{name} must be {wanted.get(kind, 'a name or a config object')}, not {said[:80]!r}")
     if kind == "window" and isinstance(value, list):
         return ",".join(map(str, value))
@@ -248,7 +266,8 @@ def _why_not(name: str) -> str:
     return f"cannot use {name!r}"
 
 
-def _lines(numbers: list[int]) -> str:
+def lines_words(numbers: Sequence[int]) -> str:
+    """Numbers of lines, for messages."""
     shown = ", ".join(map(str, numbers[:10]))
     more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
     return f"{'line' if len(numbers) == 1 else 'lines'} {shown}{more}"

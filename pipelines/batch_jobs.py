@@ -1,7 +1,8 @@
 """From input lines to jobs: lines × sweep × seeds, resolved against the model and validated before weights are read.
 
 A field may be given by the command, by the sweep and by the line. The line wins over the sweep, the sweep over the command;
-window and density are one field in this: whoever gives one of them replaces both.
+window and density are one field in this: whoever gives one of them replaces both. Clips of one stage and of two (highres) may be
+in one batch: what the command or the sweep says of the one kind is not used for the other, and a line that says it is refused.
 """
 
 from __future__ import annotations
@@ -10,42 +11,66 @@ import dataclasses
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tilewise.pipelines.batch_input import KINDS, Problems, Row, parse_field
+import torch
+
+from tilewise.pipelines.batch_input import KINDS, STAGES, Problems, Row, parse_field
+from tilewise.pipelines.batch_stages import plan_fields, stages_flop, stages_of
 from tilewise.pipelines.errors import SetupError
 from tilewise.pipelines.estimate import denoising_flop
 from tilewise.pipelines.generate import call_arguments
-from tilewise.pipelines.job import Job, merge_equal
+from tilewise.pipelines.highres import Work
+from tilewise.pipelines.job import Job, Stages, merge_equal
 from tilewise.pipelines.settings import MAX_SEED, GenerateSettings, explain_settings, resolve_settings
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError, unknown
 from tilewise.plugins.explain import Explanation
 
 MAX_JOBS = 100_000  # the file names count in five digits
-SHAPING = ("model", "method", "window", "density", "height", "width", "frames", "steps", "fps", "max_sequence_length")
+ONE_STAGE = ("window", "density")  # options that clips of two stages do not have
+SHAPING = tuple(name for name in KINDS if name not in ("id", "prompt", "negative", "seed"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
     """What jobs are resolved with. config: the config of (method, window, density). skeleton, revision: of a model's name.
-    dtype: the name of the dtype that "auto" or another name stands for here."""
+    dtype: the name of the dtype that "auto" or another name stands for here. size: (height, width) of words such as "480x832".
+    device: where the clips will be made."""
 
     config: Callable[[Any, str | None, float | None], Config]
     skeleton: Callable[[str], Any]
     revision: Callable[[str], str]
     dtype: Callable[[str], str]
+    size: Callable[[str], tuple[int, int]]
+    device: torch.device
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """What would run for jobs of one model, size and method, and how many those are. work: for clips of two stages, how they are
+    made."""
+
+    explanation: Explanation
+    settings: GenerateSettings
+    jobs: int
+    work: Work | None = None
+
+    @property
+    def stages(self) -> Stages | None:
+        return None if self.work is None else stages_of(self.work)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """jobs: in order, without repetition. explanations: of each distinct (model, size, method), with its number of jobs.
-    notes: what was left out or joined, for the user."""
+    """jobs: in order, without repetition. explanations: of each distinct (model, size, method). notes: what was left out or
+    joined, for the user."""
 
     jobs: list[Job]
-    explanations: list[tuple[Explanation, GenerateSettings, int]]
+    explanations: list[Explained]
     notes: list[str]
 
 
@@ -99,10 +124,12 @@ def make_jobs(
     command: Mapping[str, Any],
     sweep: Mapping[str, Sequence[Any]] | None = None,
     seeds: Sequence[int] = (0,),
+    usual_method: str = "dense",
 ) -> Plan:
     """The jobs of a batch, in the order of rows, then sweep, then seeds.
 
-    command: fields for every row that the row and the sweep do not give; None is not given.
+    command: fields for every row that the row and the sweep do not give; None is not given. usual_method: where nobody gives
+    one; the native stage of two is dense then.
     Raises InputError with every line that cannot be, SetupError for a model that is not there.
     """
     resolver = _Resolver(tools)
@@ -115,12 +142,12 @@ def make_jobs(
     if total > MAX_JOBS:
         raise ConfigError(f"lines x sweep x seeds are {total:,} clips; a batch has at most {MAX_JOBS:,}")
     jobs: list[Job] = []
-    ignored = False
+    ignored: dict[str, None] = {}
     for row in rows:
         for swept in combinations:
-            fields, left_out = _join(base, swept, row.fields)
-            ignored |= left_out
             try:
+                fields, left_out = _join(base, swept, row.fields, usual_method)
+                ignored |= dict.fromkeys(left_out)
                 shape = resolver.shape(fields)
                 for seed in [fields["seed"]] if "seed" in fields else seeds:
                     jobs.append(_job(len(jobs), row, shape, fields, seed, tools))
@@ -132,7 +159,7 @@ def make_jobs(
                 raise type(error)(f"{path}, line {row.line}: {error}") from error
     problems.refuse()
     distinct = merge_equal(jobs)
-    notes = ["the command's window and density are not used where the method is dense"] if ignored else []
+    notes = list(ignored)
     if len(distinct) < len(jobs):
         notes.append(f"{len(jobs) - len(distinct)} of {len(jobs)} jobs ask for the same as others, and are made once")
     return Plan(distinct, resolver.explanations(distinct), notes)
@@ -145,6 +172,11 @@ class _Shape:
     settings: GenerateSettings
     explanation: Explanation
     flop: float
+    work: Work | None = None
+
+    @property
+    def stages(self) -> Stages | None:
+        return None if self.work is None else stages_of(self.work)
 
 
 class _Resolver:
@@ -156,7 +188,6 @@ class _Resolver:
 
     def shape(self, fields: Mapping[str, Any]) -> _Shape:
         given = {name: fields[name] for name in SHAPING if name in fields}
-        given["guided"] = fields.get("guidance")
         token = json.dumps(given, sort_keys=True)
         if token not in self.shapes:
             try:
@@ -171,40 +202,65 @@ class _Resolver:
     def _resolve(self, fields: Mapping[str, Any]) -> _Shape:
         config = self.tools.config(fields["method"], fields.get("window"), fields.get("density"))
         skeleton = self.tools.skeleton(fields["model"])
+        if fields.get("highres"):
+            native = fields.get("native")
+            work = plan_fields(
+                skeleton, fields, method=config, native=None if native is None else self.tools.size(native),
+                dtype=self.tools.dtype(fields.get("dtype", "auto")), device=self.tools.device,
+            )  # fmt: skip
+            return _Shape(work.target, explain_settings(skeleton, work.target), stages_flop(skeleton, work), work)
         names = ("model", "height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")
         settings = resolve_settings(skeleton, "?", method=config, **{n: fields[n] for n in names if n in fields})
         call_arguments(skeleton, settings)
         explanation = explain_settings(skeleton, settings)
         return _Shape(settings, explanation, denoising_flop(skeleton, settings, explanation))
 
-    def explanations(self, jobs: Sequence[Job]) -> list[tuple[Explanation, GenerateSettings, int]]:
-        def token(settings: GenerateSettings) -> str:
+    def explanations(self, jobs: Sequence[Job]) -> list[Explained]:
+        def token(settings: GenerateSettings, stages: Stages | None) -> str:
             alike = dataclasses.replace(settings, prompt="?", negative="", seed=0, guidance=1.0)
-            return json.dumps(alike.to_dict(), sort_keys=True)
+            return json.dumps([alike.to_dict(), stages and stages.to_dict()], sort_keys=True)
 
-        found: dict[str, tuple[Explanation, GenerateSettings, int]] = {}
+        counts = Counter(token(job.settings, job.highres) for job in jobs)
+        found: dict[str, Explained] = {}
         for shape in self.shapes.values():
             if isinstance(shape, _Shape):
-                found.setdefault(token(shape.settings), (shape.explanation, shape.settings, 0))
-        for job in jobs:
-            name = token(job.settings)
-            explanation, settings, count = found[name]
-            found[name] = (explanation, settings, count + 1)
-        return [entry for entry in found.values() if entry[2]]
+                name = token(shape.settings, shape.stages)
+                found.setdefault(name, Explained(shape.explanation, shape.settings, counts[name], shape.work))
+        return [entry for entry in found.values() if entry.jobs]
 
 
-def _join(command: Mapping[str, Any], swept: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The fields in force, and whether the command's window or density was left out because the method is dense."""
+def _join(
+    command: Mapping[str, Any], swept: Mapping[str, Any], row: Mapping[str, Any], usual_method: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The fields in force, and notes on what the command or the sweep gave that is not for this line.
+
+    Raises ConfigError where the line itself gives what is not for it.
+    """
     fields: dict[str, Any] = {}
     for level in (command, swept, row):
         if "window" in level or "density" in level:
             fields.pop("window", None), fields.pop("density", None)
         fields |= level
+    two = fields.get("highres", False)
+    fields.setdefault("method", "dense" if two else usual_method)
+    notes = []
+    for name in ONE_STAGE if two else STAGES:
+        if name in row and two:
+            raise ConfigError(f"{name} cannot be used with highres, whose attention is a window of the native size")
+        if name in row:
+            raise ConfigError(f"{name} is an option of highres: give highres as true too")
+        if fields.pop(name, None) is not None:
+            notes.append(
+                "the command's window and density are not used where highres is"
+                if two
+                else f"the command's {name} is not used where highres is not"
+            )
     # In `--sweep method=dense,sta --density 0.3` the density is meant for those that have one.
-    left_out = False
-    if fields["method"] == "dense" and not {"window", "density"} & row.keys() and command.get("method") != "dense":
-        left_out = any(fields.pop(name, None) is not None for name in ("window", "density"))
-    return fields, left_out
+    if fields["method"] == "dense" and not set(ONE_STAGE) & row.keys() and command.get("method") != "dense":
+        left_out = [fields.pop(name, None) for name in ONE_STAGE]
+        if any(value is not None for value in left_out):
+            notes.append("the command's window and density are not used where the method is dense")
+    return fields, notes
 
 
 def _job(index: int, row: Row, shape: _Shape, fields: Mapping[str, Any], seed: int, tools: Tools) -> Job:
@@ -214,4 +270,4 @@ def _job(index: int, row: Row, shape: _Shape, fields: Mapping[str, Any], seed: i
     dtype = tools.dtype(fields.get("dtype", "auto"))
     revision = tools.revision(fields["model"])
     ids = (fields["id"],) if "id" in fields else ()
-    return Job(index, (row.line,), ids, settings, dtype, revision, shape.flop)
+    return Job(index, (row.line,), ids, settings, dtype, revision, shape.flop, shape.stages)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.job import Job
+from tilewise.pipelines.manifest import spent
 from tilewise.pipelines.settings import GenerateSettings
 from tilewise.plugins.explain import Explanation
 from tilewise.plugins.models.base import family_of
@@ -76,7 +77,7 @@ def estimate(jobs: Sequence[Job], earlier: Iterable[Mapping[str, Any]], device: 
     name = device_name(device)
     dtypes = {job.dtype for job in jobs}
     similar = [line for line in lines if line["run"]["device_name"] == name and line["run"]["dtype"] in dtypes]
-    rates = [line["run"]["seconds"]["total"] / line["run"]["batch"]["flop"] for line in similar]
+    rates = [spent(line, "total") / line["run"]["batch"]["flop"] for line in similar]
     if rates:
         rate = statistics.median(rates)
         basis = f"{len(rates)} clips made here before"
@@ -85,7 +86,7 @@ def estimate(jobs: Sequence[Job], earlier: Iterable[Mapping[str, Any]], device: 
         basis = f"no clip made here before: rough, from a matrix product timed on {name}"
     sizes = [line["bytes"] / (line["height"] * line["width"] * line["frames"]) for line in lines]
     per_pixel = statistics.median(sizes) if sizes else BYTES_PER_PIXEL
-    pixels = sum(job.settings.height * job.settings.width * job.settings.frames for job in jobs)
+    pixels = sum(job.settings.frames * sum(height * width for height, width in job.sizes) for job in jobs)
     return Estimate(rate * sum(job.flop for job in jobs), per_pixel * pixels, basis)
 
 

@@ -3,6 +3,9 @@
     key  = SHA-256 of {settings without the model's name, dtype, model revision, package version} as canonical JSON
     file = {index:05d}-{slug}-{seed}-{first 8 hex digits of the key}.mp4      (or .png, for one frame)
 
+A clip that is made by two stages (``highres``) is known by both: its settings are the target's, and its native stage lies beside
+it as {file's name}-native.
+
 The key says what is to be made, not in which order or under which name: a job that moves to another line of the input, or
 runs on another machine, keeps it. The model counts by its revision, because a name does not say which weights it stands for.
 """
@@ -19,10 +22,12 @@ from typing import Any
 
 from tilewise import __version__
 from tilewise.pipelines.files import suffix_of
+from tilewise.pipelines.highres_settings import HighresSettings
 from tilewise.pipelines.settings import GenerateSettings
+from tilewise.plugins.config import Config
 
 SLUG_LENGTH = 60
-CLIP_NAME = re.compile(r"\d{5,}-[a-z0-9-]+-\d+-[0-9a-f]{8}\.(mp4|png)")
+CLIP_NAME = re.compile(r"\d{5,}-[a-z0-9-]+-\d+-[0-9a-f]{8}(-native)?\.(mp4|png)")
 
 
 def slug(text: str) -> str:
@@ -32,13 +37,33 @@ def slug(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stages:
+    """How a clip past the training size is made, beside its settings: what `prepare` takes.
+
+    height, width: of the native stage, pixels. method: its attention. options: of the second stage, the model's own filled in.
+    """
+
+    height: int
+    width: int
+    method: Config
+    options: HighresSettings
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the clip, as JSON values, in the form of `HighresClip.to_dict`. The memory to stay within is left out: it
+        says where a clip fits, not what it shows, and a batch that is resumed elsewhere keeps its clips."""
+        options = {name: value for name, value in self.options.to_dict().items() if name != "max_memory"}
+        native = {"height": self.height, "width": self.width, "method": self.method.to_dict()}
+        return {"native": native, "options": options}
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """A clip to make.
 
     index: place in the batch, from 0. lines: where in the input it was asked for; several lines may ask for the same. ids: the
     input's own names for it, one for each of those lines that has one. settings: all resolved. dtype: of the weights,
     "float32" and the like. revision: of the model, as `model_revision` gives it. flop: estimated floating-point operations of
-    the denoising.
+    the denoising. highres: for a clip of two stages, whose target `settings` are then.
     """
 
     index: int
@@ -48,14 +73,28 @@ class Job:
     dtype: str
     revision: str
     flop: float
+    highres: Stages | None = None
 
     @cached_property
     def key(self) -> str:
         """64 hex digits; equal for jobs that make the same clip."""
         settings = {name: value for name, value in self.settings.to_dict().items() if name != "model"}
         identity = {**settings, "tilewise": __version__, "dtype": self.dtype, "revision": self.revision}
+        if self.highres is not None:
+            identity["highres"] = self.highres.to_dict()
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def shape(self) -> str:
+        """Equal for jobs that differ in prompt and seed only: what holds for one of them holds for all."""
+        return repr((dataclasses.replace(self.settings, prompt="?", negative="", seed=0), self.highres))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each clip that is written: of the target, and of the native stage if there is one."""
+        own = [(self.settings.height, self.settings.width)]
+        return own if self.highres is None else [*own, (self.highres.height, self.highres.width)]
 
     @property
     def file(self) -> str:

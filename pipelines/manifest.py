@@ -116,6 +116,12 @@ def read_lines(path: Path) -> tuple[list[Line], bool]:
     return lines, not data.endswith(b"\n") and bool(data)
 
 
+def spent(line: Mapping[str, Any], phase: str) -> float:
+    """Seconds of a phase ("denoise", "total") of making a clip: of both stages, where there were two."""
+    stages = line["run"].get("highres")
+    return line["run"]["seconds"][phase] + (0.0 if stages is None else stages["native"]["seconds"][phase])
+
+
 def is_whole(folder: Path, line: Mapping[str, Any]) -> bool:
     """Whether the clip of a line is there as it was written, by its length and SHA-256."""
     path = clip_path(folder, line)

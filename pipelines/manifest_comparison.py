@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tilewise.pipelines.errors import OutputError
-from tilewise.pipelines.manifest import NAME, Line, clip_path, is_whole, read_manifest
+from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.manifest import NAME, Line, clip_path, is_whole, read_manifest, spent
 from tilewise.pipelines.metrics import psnr, ssim
 from tilewise.pipelines.video import read_frames
 from tilewise.plugins.errors import ConfigError
@@ -24,6 +25,8 @@ class ComparedClip:
     psnr (dB, infinite for the same pixels), ssim: of the mp4s' pixels; None without a dense clip. speedup: of the denoising,
     dense seconds / own; None where device or dtype differ. shown: the share of what the prompt says that the clip shows, for
     models that the detector can judge. damaged: the file is not as the manifest says; it is then not measured.
+    counted: whether the detector found as many objects as the prompt says, None where it cannot say. stages: of a clip past the
+    training size, what its record says of both stages (``HighresClip.to_dict``).
     """
 
     path: Path
@@ -38,6 +41,14 @@ class ComparedClip:
     @property
     def is_dense(self) -> bool:
         return self.line["method"]["method"]["name"] == "dense"
+
+    @property
+    def counted(self) -> bool | None:
+        return (self.line["run"]["content"] or {}).get("count")
+
+    @property
+    def stages(self) -> Mapping[str, Any] | None:
+        return self.line["run"].get("highres")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +110,12 @@ def method_rows(groups: Sequence[Group]) -> list[MethodRow]:
             method,
             len(clips),
             statistics.median(clip.line["run"]["density"] for clip in clips),
-            statistics.median(clip.line["run"]["seconds"]["denoise"] for clip in clips),
+            statistics.median(spent(clip.line, "denoise") for clip in clips),
             _median([clip.speedup for clip in clips]),
             _median(finite),
             sum(clip.psnr is not None and math.isinf(clip.psnr) for clip in clips if not clip.is_dense),
             _median([clip.ssim for clip in clips]),
-            _mean([clip.shown for clip in clips]),
+            mean([clip.shown for clip in clips]),
             sum(sum(clip.line["run"]["fallbacks"].values()) for clip in clips),
         )
         rows.append((not clips[0].is_dense, -row.density, method, row))
@@ -112,8 +123,12 @@ def method_rows(groups: Sequence[Group]) -> list[MethodRow]:
 
 
 def method_name(line: Line) -> str:
-    """A method with the options that it was given and its schedule, in a few words."""
-    config = line["method"]
+    """A method with the options that it was given and its schedule, in a few words; of two stages, how each is made."""
+    stages = line["run"].get("highres")
+    return _config_name(line["method"]) if stages is None else stages_name(stages)
+
+
+def _config_name(config: Mapping[str, Any]) -> str:
     name = config["method"]["name"]
     if name == "dense":
         return name
@@ -122,6 +137,21 @@ def method_name(line: Line) -> str:
     ]
     low, high = config["steps"]
     return ", ".join([" ".join([name, *options]), f"steps {low:g}–{high:g}", f"blocks {config['blocks']}"])
+
+
+def stages_name(stages: Mapping[str, Any]) -> str:
+    """How a clip of two stages is made (``HighresClip.to_dict``), without what is as usual and the memory it was made in."""
+    usual = {**HighresSettings().to_dict(), "max_memory": stages["options"].get("max_memory")}
+    always = ("strength", "refresh", "global_path", "guided", "flow_shift")
+    told = [
+        f"{key.replace('_', ' ')} {_plain(value)}"
+        for key, value in stages["options"].items()
+        if (key in always and value is not None) or value != usual.get(key)
+    ]
+    native = stages["native"]
+    method = _config_name(native["method"])
+    first = f"{native['height']}×{native['width']}" + ("" if method == "dense" else f" by {method}")
+    return f"highres from {first}, {', '.join(told)}"
 
 
 def _same_but_method(line: Line) -> str:
@@ -166,8 +196,8 @@ def _measure(group: Group) -> Iterator[ComparedClip]:
 
 def _speedup(dense: Line, line: Line) -> float | None:
     same = all(dense["run"][name] == line["run"][name] for name in ("device_name", "dtype"))
-    seconds = line["run"]["seconds"]["denoise"]
-    return dense["run"]["seconds"]["denoise"] / seconds if same and seconds > 0 else None
+    seconds = spent(line, "denoise")
+    return spent(dense, "denoise") / seconds if same and seconds > 0 else None
 
 
 def _shown(line: Line) -> float | None:
@@ -180,7 +210,8 @@ def _median(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of what is known; None if nothing is."""
     known = [value for value in values if value is not None]
     return statistics.mean(known) if known else None
 

@@ -24,7 +24,7 @@ from tilewise.pipelines.memory import PeakMemory, possible, saving
 from tilewise.pipelines.record import frames_sha256, read_record
 from tilewise.pipelines.revision import model_revision
 from tilewise.pipelines.video import read_frames, read_settings
-from tilewise.ui.options import method_config
+from tilewise.ui.options import method_config, parse_size
 
 
 class Seen(Watch):
@@ -54,7 +54,9 @@ def jobs(tiny_pipe_dir):
 
 def jobs_of(folder, rows):
     skeleton = load_skeleton(folder)
-    tools = Tools(method_config, lambda _: skeleton, model_revision, lambda _: "float32")
+    tools = Tools(
+        method_config, lambda _: skeleton, model_revision, lambda _: "float32", parse_size, torch.device("cpu")
+    )
     numbered = [Row(line, {"prompt": "a red circle", **fields}) for line, fields in enumerate(rows, 1)]
     base = {"model": str(folder), "method": "sta", "steps": 2, "frames": 5}
     return make_jobs(folder / "in.jsonl", numbered, tools, command=base).jobs

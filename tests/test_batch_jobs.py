@@ -26,7 +26,7 @@ from tilewise.pipelines.job import CLIP_NAME, Job, slug
 from tilewise.pipelines.loading import load_skeleton
 from tilewise.pipelines.revision import model_revision
 from tilewise.pipelines.settings import explain_settings, resolve_settings
-from tilewise.ui.options import method_config
+from tilewise.ui.options import method_config, parse_size
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,8 @@ def tools(tiny_pipe_dir):
         skeleton=lambda model: skeletons.get(model) or load_skeleton(model),
         revision=lambda model: "folder:0",
         dtype=lambda name: "float32" if name == "auto" else name,
+        size=parse_size,
+        device=torch.device("cpu"),
     )
 
 
@@ -60,7 +62,7 @@ def test_lines_times_sweep_times_seeds_in_that_order(tools, tiny_pipe_dir):
     ]
     assert [job.index for job in plan.jobs] == list(range(16))
     assert len({job.key for job in plan.jobs}) == 16
-    assert sorted(count for _, _, count in plan.explanations) == [4, 4, 4, 4]
+    assert sorted(explained.jobs for explained in plan.explanations) == [4, 4, 4, 4]
 
 
 def test_the_line_wins_over_the_sweep_and_the_sweep_over_the_command(tools, tiny_pipe_dir):

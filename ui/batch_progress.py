@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from tilewise.pipelines.batch import Watch
 from tilewise.pipelines.distributed import World
 from tilewise.pipelines.job import Job
-from tilewise.pipelines.manifest import Line
+from tilewise.pipelines.manifest import Line, spent
 
 
 class Shown(Watch):
@@ -41,8 +41,8 @@ class Shown(Watch):
     def finished(self, job: Job, line: Line) -> None:
         self.on_work(False)
         self.made += 1
-        run = line["run"]
-        self.say(f"[{self.made}/{self.mine}] made in {run['seconds']['total']:.1f} s, density {run['density']:.3f}")
+        seconds, density = spent(line, "total"), line["run"]["density"]
+        self.say(f"[{self.made}/{self.mine}] made in {seconds:.1f} s, density {density:.3f}")
 
     def failed(self, job: Job, error: Exception) -> None:
         self.on_work(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,23 @@ from rich.console import Console
 from rich.table import Table
 
 from tilewise.pipelines.batch import Options, Outcome, run_batch
-from tilewise.pipelines.batch_input import read_rows
+from tilewise.pipelines.batch_input import STAGES, lines_words, read_rows
 from tilewise.pipelines.batch_jobs import Plan, Tools, make_jobs, parse_seeds, parse_sweep
 from tilewise.pipelines.distributed import World, world_from_environment
 from tilewise.pipelines.estimate import Estimate, estimate
 from tilewise.pipelines.files import check_writable
-from tilewise.pipelines.job import Job
+from tilewise.pipelines.job import Job, Stages
 from tilewise.pipelines.loading import load_pipeline, load_skeleton, resolve_device, resolve_dtype
 from tilewise.pipelines.manifest import NAME, read_manifest
+from tilewise.pipelines.manifest_comparison import stages_name
 from tilewise.pipelines.revision import model_revision
+from tilewise.pipelines.settings import GenerateSettings
 from tilewise.pipelines.video import ffmpeg_path
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.ui.batch_progress import watching
 from tilewise.ui.generating import METHOD, MODEL, quiet_libraries
 from tilewise.ui.interrupts import Interrupts
-from tilewise.ui.options import method_config
+from tilewise.ui.options import highres_options, method_config, parse_size
 from tilewise.ui.report import console, method_words
 
 SHOWN = 10  # failures that the summary tells about; the manifest has all
@@ -74,10 +76,14 @@ def dry_run_batch(request: BatchRequest) -> None:
     known = read_manifest(batch.folder)
     done = {key for key, line in known.items() if line["status"] == "done"} if not batch.options.overwrite else set()
     console().print(_job_table(batch.plan.jobs, done))
-    for explanation, settings, count in batch.plan.explanations:
+    for plan in batch.plan.explanations:
+        settings = plan.settings
         size = f"{settings.frames} frames of {settings.height}x{settings.width}, {settings.steps} steps"
-        print(f"\n{count} {'job' if count == 1 else 'jobs'}: {settings.model}, {method_words(settings)}, {size}")
-        print(explanation)
+        jobs = f"{plan.jobs} {'job' if plan.jobs == 1 else 'jobs'}"
+        print(f"\n{jobs}: {settings.model}, {_method_words(settings, plan.stages)}, {size}")
+        print(plan.explanation)
+        if plan.work is not None:
+            print(f"{plan.work.plan}; without the text encoder, which was not loaded")
     pending = [job for job in batch.plan.jobs if job.key not in done]
     print()
     console().print(_estimate_table(batch, pending, estimate(pending, known.values(), batch.device)))
@@ -117,12 +123,15 @@ def _check(request: BatchRequest) -> Batch:
     rows = read_rows(request.input)
     tools = Tools(
         config=method_config,
+        size=parse_size,
+        device=device,
         skeleton=functools.cache(load_skeleton),
         revision=functools.cache(model_revision),
         dtype=lambda name: str(resolve_dtype(name, device)).removeprefix("torch."),
     )
-    fields = {"model": MODEL, "method": METHOD} | {k: v for k, v in request.fields.items() if v is not None}
-    plan = make_jobs(request.input, rows, tools, command=fields, sweep=sweep, seeds=seeds)
+    fields = {"model": MODEL} | {k: v for k, v in request.fields.items() if v is not None}
+    plan = make_jobs(request.input, rows, tools, command=fields, sweep=sweep, seeds=seeds, usual_method=METHOD)
+    _refuse_useless(plan, fields | sweep)
     ffmpeg_path()
     folder = request.out or Path("outputs") / request.input.stem
     for model in {job.settings.model for job in plan.jobs}:
@@ -132,6 +141,20 @@ def _check(request: BatchRequest) -> Batch:
     limit = 1 if request.fail_fast else request.max_failures
     options = Options(request.overwrite, limit, request.retry_oom, request.warm_up)
     return Batch(plan, folder, device, world, options)
+
+
+def _refuse_useless(plan: Plan, given: Mapping[str, Any]) -> None:
+    """Options of clips of two stages where there is none, or of one stage where all have two, would have no effect."""
+    kinds = {job.highres is not None for job in plan.jobs}
+    if True not in kinds:
+        highres_options(False, {name: given[name] for name in STAGES if name in given})
+    for name in ("window", "density"):
+        if name in given and False not in kinds:
+            raise ConfigError(f"--{name} cannot be used with --highres")
+
+
+def _method_words(settings: GenerateSettings, stages: Stages | None) -> str:
+    return method_words(settings) if stages is None else stages_name(stages.to_dict())
 
 
 def _report(batch: Batch, outcome: Outcome) -> None:
@@ -147,15 +170,14 @@ def _report(batch: Batch, outcome: Outcome) -> None:
     if outcome.stopped == "interrupted":
         raise KeyboardInterrupt
     if outcome.failed:
-        told = [f"  {_place(job)}: {type(error).__name__}: {error}"[:500] for job, error in outcome.failed[:SHOWN]]
+        told = [
+            f"  {job.file} ({lines_words(job.lines)}): {type(error).__name__}: {error}"[:500]
+            for job, error in outcome.failed[:SHOWN]
+        ]
         more = len(outcome.failed) - SHOWN
         told += [f"  and {more} more, in {batch.folder / NAME}"] if more > 0 else []
         early = " and the batch stopped" if outcome.stopped else ""
         raise BatchError("\n".join([f"{len(outcome.failed)} clips failed{early}; run it again to retry:", *told]))
-
-
-def _place(job: Job) -> str:
-    return f"{job.file} ({'line' if len(job.lines) == 1 else 'lines'} {', '.join(map(str, job.lines[:5]))})"
 
 
 def _job_table(jobs: Sequence[Job], done: set[str]) -> Table:
@@ -167,7 +189,8 @@ def _job_table(jobs: Sequence[Job], done: set[str]) -> Table:
         size = f"{settings.frames}x{settings.height}x{settings.width}"
         lines = ",".join(map(str, job.lines[:5])) + ("…" if len(job.lines) > 5 else "")
         state = "done" if job.key in done else "to make"
-        table.add_row(job.file, lines, str(settings.seed), method_words(settings), size, str(settings.steps), state)
+        method = _method_words(settings, job.highres)
+        table.add_row(job.file, lines, str(settings.seed), method, size, str(settings.steps), state)
     return table
 
 

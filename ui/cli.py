@@ -156,6 +156,15 @@ def batch(
     warm_up: Annotated[bool | None, typer.Option(help=WARM_UP_HELP, show_default="on a GPU")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP, show_default="auto")] = None,
+    highres: Annotated[bool | None, typer.Option("--highres", help=HIGHRES_HELP)] = None,
+    strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP, show_default="the model's own")] = None,
+    refresh: Annotated[int | None, typer.Option(help=REFRESH_HELP, show_default="2")] = None,
+    global_path: Annotated[str | None, typer.Option(help=GLOBAL_PATH_HELP, show_default="what suits the model")] = None,
+    guided: Annotated[str | None, typer.Option(help=GUIDED_HELP, show_default="all")] = None,
+    upscale: Annotated[str | None, typer.Option(help=UPSCALE_HELP, show_default="bicubic")] = None,
+    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP, show_default="the model's 16 bits")] = None,
+    native: Annotated[str | None, typer.Option(help=f"--highres: size of the first stage, HxW. {NATIVE}")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="--highres: memory to stay within, such as 24GB.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
     """Make many clips from a file of prompts. Run again, it goes on where it was stopped.
@@ -176,6 +185,15 @@ def batch(
         "guidance": guidance,
         "negative": negative,
         "dtype": dtype,
+        "highres": highres,
+        "strength": strength,
+        "refresh": refresh,
+        "global_path": global_path,
+        "guided": guided,
+        "upscale": upscale,
+        "precision": precision,
+        "native": native,
+        "max_memory": max_memory,
     }
     policy = (overwrite, fail_fast, max_failures, retry_oom, warm_up)
     request = BatchRequest(input, out, seeds, sweep or [], fields, device, *policy)

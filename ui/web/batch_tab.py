@@ -22,7 +22,7 @@ from tilewise.pipelines.job import slug
 from tilewise.pipelines.stopping import stoppable
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError
-from tilewise.ui.options import config_file, method_config
+from tilewise.ui.options import config_file, method_config, parse_size
 from tilewise.ui.web import media
 from tilewise.ui.web.controls import Controls
 from tilewise.ui.web.desk import Desk, Job
@@ -96,7 +96,7 @@ class BatchTab:
                 path.write_text(prompts, encoding="utf-8")
             try:
                 rows = read_rows(path)
-                tools = Tools(_config, models.skeleton, models.revision, self._dtype)
+                tools = Tools(_config, models.skeleton, models.revision, self._dtype, parse_size, models.device)
                 fields: dict[str, Any] = {name: getattr(settings, name) for name in SETTINGS}
                 fields |= {"method": settings.method.to_dict(), "negative": settings.negative}
                 # First: even planning takes long for what is too much.

@@ -11,6 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from tilewise.pipelines.coherence import repetition
+from tilewise.pipelines.coherence_comparison import coherence_rows
 from tilewise.pipelines.files import check_writable, replacing
 from tilewise.pipelines.manifest_comparison import Group, measured, method_rows, read_groups
 from tilewise.pipelines.video import ffmpeg_path, read_frames
@@ -38,6 +39,11 @@ def compare_command(manifests: Sequence[Path], out: Path, embed: int) -> None:
     console().print(table)
     for line in repetition_lines(found):
         print(line)
+    coherent = coherence_rows(found)
+    if coherent:
+        print("past the training size (means over clips):")
+    for told in coherent:
+        print(f"  {told}")
     with replacing(out) as part, part.open("w", encoding="utf-8") as file:
         left_out = write_html(file, out.parent, found, rows, embed * 2**20)
     damaged = sum(clip.damaged for group in found for clip in group.clips)

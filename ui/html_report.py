@@ -19,7 +19,9 @@ from urllib.parse import quote
 from PIL import Image
 
 from tilewise import __version__
+from tilewise.pipelines.coherence_comparison import coherence_rows, coherence_words
 from tilewise.pipelines.files import is_still
+from tilewise.pipelines.manifest import spent
 from tilewise.pipelines.manifest_comparison import ComparedClip, Group, MethodRow
 from tilewise.pipelines.video import read_frames
 
@@ -69,6 +71,10 @@ def write_html(file: IO[str], folder: Path, groups: Sequence[Group], rows: Seque
     file.write("<p class=dim>Medians over clips. Speed-up: denoising, against the dense clip of the same prompt and seed on "
                "the same kind of device. PSNR and SSIM say how far a clip is from the dense one, not which of them is better; "
                "they are measured on the compressed files.</p>")  # fmt: skip
+    coherent = coherence_rows(groups)
+    if coherent:
+        told = "".join(f"<li>{escape(str(row))}</li>" for row in coherent)
+        file.write(f"<p>Past the training size, means over clips:</p><ul>{told}</ul>")
     left, out = max_bytes, 0
     for group in groups:
         file.write(_heading(group))
@@ -76,7 +82,7 @@ def write_html(file: IO[str], folder: Path, groups: Sequence[Group], rows: Seque
             fits = not clip.damaged and clip.line["bytes"] <= left
             left -= clip.line["bytes"] if fits else 0
             out += not fits
-            file.write(_figure(clip, folder, inside=fits))
+            file.write(_figure(clip, folder, coherence_words(clip) if coherent else [], inside=fits))
         file.write("</div></section>")
     file.write(f"<p class=dim>Made by tilewise {escape(__version__)}.</p><script>{SCRIPT}</script></body></html>\n")
     return out
@@ -118,8 +124,9 @@ def _heading(group: Group) -> str:
     return f'<section><h2>{escape(prompt)}</h2><div class=dim>{escape(about)}</div>{button}<div class="clips">'
 
 
-def _figure(clip: ComparedClip, folder: Path, *, inside: bool) -> str:
-    words = [f"density {clip.line['run']['density']:.3f}", f"{clip.line['run']['seconds']['denoise']:.2f} s"]
+def _figure(clip: ComparedClip, folder: Path, more: Sequence[str], *, inside: bool) -> str:
+    """A clip with its caption; more: words for the end of that."""
+    words = [f"density {clip.line['run']['density']:.3f}", f"{spent(clip.line, 'denoise'):.2f} s"]
     if clip.speedup is not None:
         words.append(f"{clip.speedup:.2f}× faster" if clip.speedup >= 1 else f"{1 / clip.speedup:.2f}× slower")
     if clip.psnr is not None:
@@ -128,6 +135,7 @@ def _figure(clip: ComparedClip, folder: Path, *, inside: bool) -> str:
         words.append(f"SSIM {clip.ssim:.3f}")
     if clip.shown is not None:
         words.append(f"prompt shown {100 * clip.shown:.0f} %")
+    words += more
     name = f"<b>{escape(clip.method)}</b>"
     caption = f"<figcaption>{name}<br>{escape(', '.join(words))}<br><span class=dim>{escape(clip.path.name)}</span>"
     if clip.damaged:

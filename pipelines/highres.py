@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +25,7 @@ from tilewise.kernels.layout import Grid
 from tilewise.pipelines.coherence import Coherence, coherence
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generate import Clip, Progress, call_arguments, check_content, refuse_patched
-from tilewise.pipelines.highres_schedule import entered_at, noised, schedule_calls
+from tilewise.pipelines.highres_schedule import entered_at, noised, schedule_calls, step_calls
 from tilewise.pipelines.highres_settings import HighresSettings, pixels
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
 from tilewise.pipelines.memory import saving
@@ -99,8 +100,9 @@ def highres(
     """Makes a clip of 2–4 times the side length that the model was trained at.
 
     Args:
-        pipe: a loaded pipeline of a kind in ``latent_spaces`` (Wan, LTX, HunyuanVideo, Flux, Qwen-Image, SD 3), not patched; left
-            as it was found, whatever happens.
+        pipe: a loaded pipeline of a kind in ``latent_spaces`` (Wan, SkyReels-V2, LTX, Kandinsky 5, HunyuanVideo, 1.5,
+            EasyAnimate, Mochi, Flux, Flux.2, Chroma, Qwen-Image, SD 3, Z-Image), not patched; left as it was found, whatever
+            happens.
         prompt: one prompt. height, width: of the clip, pixels.
         native: (height, width) of the first stage, pixels; default: the model's own. native_method: its attention.
         progress: called as progress(phase, done, total), with phases "native: denoise", "upscale", "denoise" and the like.
@@ -111,7 +113,7 @@ def highres(
     Raises:
         ConfigError: a size that the model does not take (with the nearest one that it does), one smaller than native, a plan of
             memory that does not fit, options that cannot be.
-        UnsupportedModelError: another pipeline.
+        UnsupportedModelError: another pipeline, or one with sparse attention of its own (Kandinsky 5's nabla).
     """
     if not isinstance(prompt, str):
         raise ConfigError("highres makes one clip of one prompt; for several, call it for each")
@@ -259,7 +261,7 @@ def make(
             generator = torch.Generator("cpu").manual_seed(
                 target.seed + 1
             )  # other noise than the first stage began with
-            latents = noised(clean, scheduler, asked[-1], _grid(pipe, _size(target)).video, generator)
+            latents = noised(clean, scheduler, asked[-1], _grid(pipe, _size(target)).video, generator, space.mu)
             del clean
             with _guided(pipe, work) as paths:
                 latents, more, report = _stage(pipe, target, tell, latents)
@@ -298,11 +300,16 @@ def _stage(
     arguments = call_arguments(pipe, settings)
     if latents is not None:
         arguments["latents"] = space.packed(pipe, latents)
-    arguments.update(callback_on_step_end=step_end, output_type="latent", return_dict=False)
+    arguments.update(output_type="latent", return_dict=False)
+    watched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+        arguments.update(callback_on_step_end=step_end)
+    else:  # HunyuanVideo 1.5's call has none
+        watched = step_calls(pipe, lambda done: tell("denoise", done, pipe.num_timesteps))
     method = contextlib.nullcontext(pipe) if settings.is_dense else patched(pipe, settings.method)
     owner = latents is None  # the second stage is patched around the paths already
     start = time.perf_counter()
-    with method if owner else contextlib.nullcontext(pipe):
+    with method if owner else contextlib.nullcontext(pipe), space.guided(pipe, settings.guidance), watched:
         try:
             out = pipe(**arguments)[0]
         except BaseException:

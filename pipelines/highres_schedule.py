@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,27 @@ def schedule_calls(pipe: Any) -> Iterator[list[dict[str, Any]]]:
 
 
 @contextmanager
+def step_calls(pipe: Any, done: Callable[[int], None]) -> Iterator[None]:
+    """Run a block with ``done`` called after each step of a pipeline's scheduler, with how many there were."""
+    scheduler, count = pipe.scheduler, 0
+    whole = scheduler.step
+
+    @functools.wraps(whole)  # pipelines look at the signature
+    def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        out = whole(*args, **kwargs)
+        count += 1
+        done(count)
+        return out
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+@contextmanager
 def entered_at(pipe: Any, steps: int, strength: float, flow_shift: float | None) -> Iterator[Any]:
     """Run a block with a scheduler that makes the last steps of ``steps`` alone; yields that scheduler.
 
@@ -93,24 +114,34 @@ def entered_at(pipe: Any, steps: int, strength: float, flow_shift: float | None)
         pipe.scheduler = own
 
 
+def interpolated_mu(config: Any, tokens: int, asked: dict[str, Any]) -> float:
+    """μ of ``use_dynamic_shifting`` for a picture or clip of so many tokens, as most pipelines have it, of a scheduler's config:
+
+    μ = base_shift + (max_shift − base_shift) · share of the way from base_image_seq_len to max_image_seq_len,
+    flow shift m = exp(μ)     (arXiv 2403.03206, §5.3.2)
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return least + (most - least) * (tokens - low) / (high - low)
+
+
 def noised(
-    clean: torch.Tensor, scheduler: Any, asked: dict[str, Any], tokens: int, generator: torch.Generator
-) -> torch.Tensor:
+    clean: torch.Tensor, scheduler: Any, asked: dict[str, Any], tokens: int, generator: torch.Generator,
+    mu: Callable[[Any, int, dict[str, Any]], float] = interpolated_mu,
+) -> torch.Tensor:  # fmt: skip
     """Clean latents at the noise level at which ``entered_at``'s scheduler begins. The noise is drawn on the CPU.
 
     asked: how the pipeline asks for timesteps, of `schedule_calls`. tokens: of the picture or clip, which schedulers with
-    ``use_dynamic_shifting`` go by; its pipelines all interpolate:  μ = base_shift + (max_shift − base_shift) · share of the way
-    from base_image_seq_len to max_image_seq_len,  flow shift m = exp(μ)     (arXiv 2403.03206, §5.3.2)
+    ``use_dynamic_shifting`` go by, as mu(config, tokens, asked) says.
     """
     asked = {**asked, "device": "cpu"}
     if "mu" in asked:
-        config = scheduler.config
-        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        asked["mu"] = least + (most - least) * (tokens - low) / (high - low)
+        asked["mu"] = mu(scheduler.config, tokens, asked)
     scheduler.set_timesteps(**asked)
     sigma = float(scheduler.sigmas[0])
     setattr(scheduler, _NOISED_TO, sigma)
+    if scheduler.config.get("invert_sigmas"):  # they are shares of the clip, and rise
+        sigma = 1 - sigma
     noise = torch.randn(clean.shape, generator=generator, dtype=torch.float32).to(clean.device)
     return (1 - sigma) * clean.float() + sigma * noise
 

@@ -1,7 +1,7 @@
 """The size that a model was trained at, in tokens: what methods that extrapolate from it need to know.
 
 Found where the model or its pipeline says it, first hit wins: ``tilewise.json`` beside the model's ``model_index.json``, the
-defaults of the pipeline's call, the pipeline's ``default_sample_size``.
+defaults of the pipeline's call, the pipeline's ``default_sample_size``, or the attributes that it has in place of one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tilewise.plugins.models.base import Size, family_of
 
 NATIVE_FILE = "tilewise.json"
 VIDEO_FRAMES = 81
+IN_THE_CODE = {"ZImagePipeline": (1024, 1024)}  # (height, width) of those that say it in the code of their call alone
 
 
 def native_file(pipe: Any) -> Path:
@@ -41,6 +42,8 @@ def native_pixels(pipe: Any) -> Size:
     if isinstance(sample, int) and told["height"] is None:
         side = sample * getattr(pipe, "vae_scale_factor", 8)
         told.update(height=side, width=side)
+    if told["height"] is None and told["width"] is None:
+        told.update(zip(("height", "width"), _usual_size(pipe), strict=True))
     file = native_file(pipe)
     if file.is_file():
         try:
@@ -53,6 +56,16 @@ def native_pixels(pipe: Any) -> Size:
             "tilewise.patch(pipe, tilewise.Inward(native=(h, w))), in tokens of the denoiser's grid"
         )
     return Size(told["height"], told["width"], told["num_frames"] or usual_frames(pipe))
+
+
+def _usual_size(pipe: Any) -> tuple[int | None, int | None]:
+    """(height, width) of a pipeline whose call goes by attributes of its own; None where it does not."""
+    if hasattr(pipe, "default_aspect_ratio"):  # HunyuanVideo 1.5: of the side that its transformer was trained at
+        w, h = pipe.default_aspect_ratio
+        height, width = pipe.video_processor.calculate_default_height_width(h, w, pipe.target_size)
+        return int(height), int(width)
+    usual = IN_THE_CODE.get(type(pipe).__name__, (None, None))
+    return getattr(pipe, "default_height", usual[0]), getattr(pipe, "default_width", usual[1])
 
 
 def usual_frames(pipe: Any) -> int:

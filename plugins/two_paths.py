@@ -9,8 +9,8 @@ objects come up twice. So in every block both paths' cross-attention uses the ou
 Both start from the same latents; only h reaches the output, and f is dropped. At a *refresh* each block runs f before h. In the
 steps between two refreshes c comes from a cache, layer by layer, and f is not computed at all.
 
-Where text is part of the sequence and there is no cross-attention (HunyuanVideo, Flux, Qwen-Image, SD 3), what text gives within
-the one attention takes c's place: ``joint_text``.
+Where text is part of the sequence and there is no cross-attention (HunyuanVideo, Flux, Qwen-Image and others), what text gives
+within the one attention takes c's place: ``joint_text``.
 
 No row is computed that nobody uses: f does not run past the last cross-attention, h computes no cross-attention of its own, and
 with ``refresh=1`` nothing is kept. What the paper's code does in one doubled batch is here two calls of each block, so any batch
@@ -111,7 +111,7 @@ class TwoPaths:
             self.patch.step.guide = self
         for number, block in enumerate(self.blocks):
             if not self.streams.joint:
-                cross = override_forward(block.attn2, _cross_attention, self)
+                cross = override_forward(getattr(block, self.streams.cross), _cross_attention, self)
                 if cross is None:
                     raise UnsupportedModelError(
                         f"two paths: the cross-attention of block {number} of {type(denoiser).__name__} has a forward that "
@@ -121,7 +121,7 @@ class TwoPaths:
             # After the patch's own hooks, so that the tokens are already in the order in force.
             self._handles.append(block.register_forward_pre_hook(self._block_hook(number), with_kwargs=True))
             if self.coarse is not None:
-                attention = override_forward(block.attn1, _coarse_self_attention, self)
+                attention = override_forward(getattr(block, self.streams.own), _coarse_self_attention, self)
                 if attention is None:
                     raise UnsupportedModelError(
                         f"two paths: the self-attention of block {number} has a forward that somebody else replaced"
@@ -196,7 +196,7 @@ class TwoPaths:
         return found
 
     def _block_hook(self, number: int) -> Any:
-        names = ("hidden_states", "encoder_hidden_states")[: 1 + self.streams.joint]
+        names = (self.streams.hidden, "encoder_hidden_states")[: 1 + self.streams.joint]
 
         def before(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             self._at = number

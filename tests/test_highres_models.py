@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import family_checks
 import numpy as np
 import pytest
 import test_family_flux
@@ -10,7 +13,12 @@ import test_family_ltx
 import test_family_qwen_image
 import test_family_sd3
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, LTXPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+)
 
 import tilewise
 from tilewise.pipelines.highres import highres
@@ -82,7 +90,10 @@ def qwen_image():
     return pipe, {"native": (64, 64), "height": 96, "width": 128, "frames": 1}
 
 
-KINDS = [ltx, hunyuan_video, flux, sd3, qwen_image]
+KINDS = [
+    ltx, hunyuan_video, flux, sd3, qwen_image,
+]  # fmt: skip
+CROSS = ("LTXPipeline",)  # those with cross-attention
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -110,7 +121,7 @@ def held(monkeypatch) -> list[int]:
 def call(pipe, size, **options):
     frames = {"num_frames": size["frames"]} if size["frames"] > 1 else {}
     given = {"height": size["height"], "width": size["width"], **frames, "num_inference_steps": 2, "return_dict": False}
-    return pipe("a star", generator=torch.Generator().manual_seed(0), **given, **options)[0]
+    return pipe(prompt="a star", generator=torch.Generator().manual_seed(0), **given, **options)[0]
 
 
 def test_latents_there_and_back(case):
@@ -138,12 +149,14 @@ def test_latents_there_and_back(case):
 def test_two_stages(case):
     pipe, size = case
     scheduler, guidance = pipe.scheduler, {"guidance": 3.0}
+    call(pipe, size, output_type="latent")  # some leave a hook of diffusers' own
+    parts, before = dict(pipe.components), family_checks.traces(pipe.transformer)
     made = highres(pipe, "a star", **size, steps=4, refresh=1, strength=0.5, **guidance)
     assert made.frames.shape == (size["frames"], size["height"], size["width"], 3)
     assert made.native.frames.shape == (size["frames"], *size["native"], 3)
     assert made.clip.summary.density < 1
     kinds = {row.kind for row in made.clip.summary.rows}
-    cross = isinstance(pipe, LTXPipeline)  # the only one with cross-attention
+    cross = type(pipe).__name__ in CROSS
     assert kinds == ({SPARSE, FULL_PATH} if cross else {SPARSE})
     assert made.options.global_path == ("dense" if cross else "none")
     assert made.options.flow_shift is None
@@ -158,6 +171,39 @@ def test_two_stages(case):
     if not cross:
         with pytest.raises(ConfigError, match="which has 'none' or 'dense'"):
             highres(pipe, "a star", **size, steps=4, global_path="draft")
+    assert all(part is parts[name] for name, part in pipe.components.items())
+    assert family_checks.traces(pipe.transformer) == before
+
+
+def test_the_second_stage_begins_at_its_noise_level(case, monkeypatch):
+    """With the velocity that leads from the noise to the clip for the denoiser's, its steps end with the clip itself: they do
+    from the level at which the schedule was entered, and from no other."""
+    pipe, size = case
+    space, ends, seen = latent_space(pipe), [], {}
+    decode = type(space).decode
+
+    def noise_known(clean, scheduler, *rest):
+        latents = noised(clean, scheduler, *rest)
+        drawn = noise(*clean.shape, seed=5 + 1)
+        velocity = space.packed(pipe, drawn - clean)
+        velocity = -velocity if scheduler.config.get("invert_sigmas") else velocity
+        seen.update(clean=clean, start=latents, calls=0)
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def exact(output, *args, **kwargs):
+            seen["calls"] += 1
+            return step(velocity.to(output), *args, **kwargs)
+
+        scheduler.step = exact
+        return latents
+
+    monkeypatch.setattr("tilewise.pipelines.highres.noised", noise_known)
+    monkeypatch.setattr(type(space), "decode", lambda self, pipe, x: ends.append(x) or decode(self, pipe, x))
+    highres(pipe, "a star", **size, steps=6, strength=0.5, global_path="none", guidance=1.0, seed=5)
+    assert seen["calls"] == 3
+    assert (seen["start"] - seen["clean"]).abs().max() > 0.3
+    torch.testing.assert_close(ends[-1].float(), seen["clean"], atol=1e-3, rtol=1e-3)
 
 
 def test_a_full_path_where_text_is_part_of_the_sequence(case, held):

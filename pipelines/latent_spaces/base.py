@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 import tilewise.pipelines.latent_spaces
+from tilewise.pipelines.highres_schedule import interpolated_mu
 from tilewise.plugins.errors import UnsupportedModelError
 
 Statistics = tuple[torch.Tensor | float, torch.Tensor | float]
@@ -60,6 +61,19 @@ class LatentSpace:
     def statistics(self, vae: Any, like: torch.Tensor) -> Statistics:
         """(mean, std) of the VAE's latents, broadcast over (1, C, t, h, w)."""
         return vae.config.get("shift_factor") or 0.0, 1 / vae.config.scaling_factor
+
+    def refuses(self, pipe: Any) -> str | None:
+        """Why a pipeline of this kind cannot be served as it is, or None."""
+        return None
+
+    def guided(self, pipe: Any, guidance: float) -> AbstractContextManager[None]:
+        """Runs a call with this guidance where the call takes none; by default there is nothing to do."""
+        return nullcontext()
+
+    def mu(self, config: Any, tokens: int, asked: dict[str, Any]) -> float:
+        """What the pipeline asks a scheduler with ``use_dynamic_shifting`` for at a size of so many tokens; asked: its arguments
+        at the first stage's size."""
+        return interpolated_mu(config, tokens, asked)
 
     def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         """(1, C, t, h, w) as the pipeline's call takes ``latents``."""
@@ -140,7 +154,7 @@ def latent_space(pipe: Any) -> LatentSpace:
     """The latent space of a pipeline.
 
     Raises:
-        UnsupportedModelError: for a kind of pipeline that none is known of.
+        UnsupportedModelError: for a kind of pipeline that none is known of, or a model of it that cannot be served.
     """
     spaces, kind = latent_spaces(), type(pipe).__name__
     if kind not in spaces:
@@ -148,7 +162,10 @@ def latent_space(pipe: Any) -> LatentSpace:
             f"highres serves {', '.join(sorted(spaces))}, not {kind}: it needs latents that it can encode and enter the schedule "
             "with. tilewise.patch(pipe, 'inward') gives the window alone"
         )
-    return spaces[kind]
+    space = spaces[kind]
+    if (why := space.refuses(pipe)) is not None:
+        raise UnsupportedModelError(f"highres does not serve this {kind}: {why}")
+    return space
 
 
 @contextmanager

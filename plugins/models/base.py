@@ -62,17 +62,21 @@ class Size:
 class Streams:
     """How a denoiser's blocks are called: what a second path through them has to know (``two_paths``).
 
-    They take ``hidden_states`` and, with text in the same sequence, ``encoder_hidden_states`` first or by name.
+    They take ``hidden`` and, with text in the same sequence, ``encoder_hidden_states`` first or by name.
 
     blocks: attributes with the blocks, in their order. text: position of the text among the forward's arguments.
-    joint: picture and text share one attention, and a block returns both; else it has cross-attention ``attn2`` to the text.
+    joint: picture and text share one attention, and a block returns both; else it has cross-attention to the text.
     text_first: whether it returns the text first.
+    own, cross: a block's self-attention, and its cross-attention to the text, where it has one. hidden: its first parameter.
     """
 
     blocks: tuple[str, ...]
     text: int
     joint: bool = False
     text_first: bool = False
+    own: str = "attn1"
+    cross: str = "attn2"
+    hidden: str = "hidden_states"
 
 
 class Reorder(Protocol):

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import test_family_flux
 import test_family_hunyuan_video
+import test_family_kandinsky5
 import test_family_ltx
 import test_family_qwen_image
 import test_family_sd3
+import test_family_skyreels
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     LTXPipeline,
+    UniPCMultistepScheduler,
 )
 
 import tilewise
@@ -26,7 +29,7 @@ from tilewise.pipelines.highres_schedule import entered_at, noised
 from tilewise.pipelines.latent_spaces.base import latent_space, latent_spaces
 from tilewise.pipelines.native import native_size
 from tilewise.plugins.cross_attention_cache import CrossAttentionCache
-from tilewise.plugins.errors import ConfigError, TilewiseError
+from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.ledger import FULL_PATH, SPARSE
 
 DYNAMIC = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=64)
@@ -90,10 +93,30 @@ def qwen_image():
     return pipe, {"native": (64, 64), "height": 96, "width": 128, "frames": 1}
 
 
+def skyreels():
+    pipe = test_family_skyreels.pipeline(
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    )
+    text = test_family_skyreels.tiny_wan.TEXT_DIM
+    pipe.encode_prompt = lambda **_: (noise(1, 16, text), noise(1, 16, text, seed=1))
+    return pipe, {"native": (16, 32), "height": 32, "width": 48, "frames": 5}
+
+
+def kandinsky5(**overrides):
+    pipe = test_family_kandinsky5.pipeline(test_family_kandinsky5.denoiser(**overrides))
+    width, lengths = test_family_kandinsky5.TEXT_DIM, torch.tensor([0, 7], dtype=torch.int32)
+    pipe.encode_prompt = lambda prompt, **_: (
+        noise(1, 7, width, seed=len(prompt[0])),
+        noise(1, 12, seed=len(prompt[0])),
+        lengths,
+    )
+    return pipe, {"native": (48, 48), "height": 64, "width": 96, "frames": 5}
+
+
 KINDS = [
-    ltx, hunyuan_video, flux, sd3, qwen_image,
+    ltx, hunyuan_video, flux, sd3, qwen_image, skyreels, kandinsky5,
 ]  # fmt: skip
-CROSS = ("LTXPipeline",)  # those with cross-attention
+CROSS = ("LTXPipeline", "SkyReelsV2Pipeline", "Kandinsky5T2VPipeline")  # those with cross-attention
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -264,6 +287,32 @@ def test_a_schedule_that_begins_elsewhere_is_an_error():
         scheduler.set_timesteps(sigmas=asked["sigmas"], mu=0.5 + 0.65 * 0.5)
         with pytest.raises(TilewiseError, match="begins its second stage at noise level"):
             scheduler.set_timesteps(**asked)
+
+
+def test_a_condition_that_is_none():
+    """Kandinsky 5 whose latents hold a condition too: the second stage is given one of zeros, as the first."""
+    pipe, size = kandinsky5(visual_cond=True)
+    stock, taken = call(pipe, size, output_type="latent"), []
+    space = latent_space(pipe)
+    pipe.transformer.register_forward_pre_hook(
+        lambda m, a, given: taken.append(given["hidden_states"].clone()), with_kwargs=True
+    )
+    call(pipe, size, output_type="latent")
+    packed = space.packed(pipe, space.unpacked(pipe, taken[0][..., :4], (2, 8, 12)))
+    assert torch.equal(packed, taken[0])
+    made = highres(pipe, "a star", **size, steps=4, strength=0.5, guidance=3.0)
+    assert made.frames.shape == (5, 64, 96, 3)
+    assert not taken[-1][..., 4:].any()
+    assert taken[-1].shape[-1] == 9
+    assert stock.shape[-1] == 4
+
+
+def test_sparse_attention_of_its_own_is_refused():
+    pipe, size = kandinsky5(attention_type="nabla")
+    with pytest.raises(
+        UnsupportedModelError, match=r"does not serve this Kandinsky5T2VPipeline: it runs its own sparse"
+    ):
+        highres(pipe, "a star", **size)
 
 
 def test_every_kind_is_tested():

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 
+import family_cases
 import pytest
+import test_family_kandinsky5
+import test_family_skyreels
 import tiny_wan
 import torch
 from diffusers import LTXVideoTransformer3DModel
@@ -268,6 +271,67 @@ def test_ltx():
         watch.remove()
     assert (guided - alone).abs().max() > 1e-4
     assert (guided - stock).abs().max() > 1e-4
+
+
+# ── others with cross-attention: stock forwards with a mask by hand, and the full row's cross-attention put into the window's ──
+
+OTHERS = {
+    "skyreels": lambda: (test_family_skyreels.denoiser(), test_family_skyreels.inputs(3, 8, 6), "attn2"),
+    "skyreels, a timestep a frame": lambda: (
+        test_family_skyreels.denoiser(), test_family_skyreels.inputs(3, 8, 6, forcing=True), "attn2"
+    ),
+    "kandinsky 5": lambda: (
+        test_family_kandinsky5.denoiser(), test_family_kandinsky5.inputs(3, 8, 6), "cross_attention"
+    ),
+}  # fmt: skip
+
+
+def stock_rows(model, given, cross, crosses=None):
+    """The window row's output, and each block's cross-attention in the full row."""
+    modules = [module for name, module in model.named_modules() if name.split(".")[-1] == cross]
+    mask, told = window_mask(Grid(3, 8, 6), (4, 4))[None, None], []
+    if crosses is None:
+        crosses = told
+        watch = [m.register_forward_hook(lambda m, a, out: told.append(out)) for m in modules]
+        model(**given)
+        for handle in watch:
+            handle.remove()
+    put = [m.register_forward_hook(lambda m, a, out, x=x: x) for m, x in zip(modules, crosses, strict=True)]
+    with family_cases.masked_attention(model, mask, 3 * 8 * 6) as calls:
+        out = model(**given).sample
+    for handle in put:
+        handle.remove()
+    assert len(calls) == len(modules)
+    return out, crosses
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_are_the_two_rows(name):
+    model, given, cross = OTHERS[name]()
+    later = {**given, "timestep": given["timestep"] * 0.7}
+    later["hidden_states"] = given["hidden_states"] + 0.3 * family_cases.noise(*given["hidden_states"].shape, seed=9)
+    atol = 2e-3 if name == "kandinsky 5" else 5e-5  # which rounds queries and keys to bfloat16
+    close = {"atol": atol, "rtol": atol}
+    with torch.no_grad():
+        wanted, crosses = stock_rows(model, given, cross)
+        reused, _ = stock_rows(model, later, cross, crosses)
+        fresh, _ = stock_rows(model, later, cross)
+        stock = model(**given).sample
+        tilewise.patch(model, METHOD, steps=(0, 1), strict=True)
+        alone = model(**given).sample
+        with two_paths(model, refresh=2) as paths:
+            torch.testing.assert_close(model(**given).sample, wanted, **close)
+            torch.testing.assert_close(model(**later).sample, reused, **close)
+            assert vars(paths["denoiser"].counts) == {"refreshed": 1, "reused": 1, "unguided": 0}
+        with two_paths(model, refresh=1):
+            torch.testing.assert_close(model(**later).sample, fresh, **close)
+        with two_paths(model, refresh=1, global_path="pooled", pool=(1, 1)):  # patches of one token are exact
+            torch.testing.assert_close(model(**given).sample, wanted, **close)
+        assert torch.equal(model(**given).sample, alone)
+        tilewise.unpatch(model)
+        assert torch.equal(model(**given).sample, stock)
+    for one, other in ((wanted, alone), (wanted, stock), (reused, fresh)):
+        assert (one - other).abs().max() > 10 * atol
 
 
 # ── the pooled full path ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,20 +8,25 @@ their own: tokens in squares of 8 × 8 and, in each layer, a block mask for Flex
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
 from tilewise.plugins.models.forward_arguments import argument, changed, check_size
 
 
 class Kandinsky5Family:
     name = "kandinsky5"
     classes: tuple[str, ...] = ("Kandinsky5Transformer3DModel",)
+    streams: ClassVar = {
+        "Kandinsky5Transformer3DModel": Streams(
+            ("visual_transformer_blocks",), text=1, own="self_attention", cross="cross_attention", hidden="visual_embed"
+        )
+    }
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, frames, height, width, C)

@@ -7,12 +7,12 @@ pairs of tokens, which no method's plan holds.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from tilewise.plugins.models.base import Reorder, register_family
+from tilewise.plugins.models.base import Reorder, Streams, register_family
 from tilewise.plugins.models.forward_arguments import argument, changed, reorder_in_place
 from tilewise.plugins.models.wan import WanFamily
 
@@ -20,6 +20,7 @@ from tilewise.plugins.models.wan import WanFamily
 class SkyReelsFamily(WanFamily):
     name = "skyreels"
     classes: tuple[str, ...] = ("SkyReelsV2Transformer3DModel",)
+    streams: ClassVar = {"SkyReelsV2Transformer3DModel": Streams(("blocks",), text=2)}
 
     def refuses(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
         config: Any = denoiser.config

@@ -1,0 +1,12 @@
+"""SkyReels-V2: Wan's latents."""
+
+from __future__ import annotations
+
+from tilewise.pipelines.latent_spaces.wan import WanLatents
+
+
+class SkyReelsLatents(WanLatents):
+    pipelines = ("SkyReelsV2Pipeline",)
+
+
+SPACE = SkyReelsLatents()

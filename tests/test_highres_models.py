@@ -7,8 +7,10 @@ import functools
 import family_checks
 import numpy as np
 import pytest
+import test_family_easyanimate
 import test_family_flux
 import test_family_hunyuan_video
+import test_family_hunyuan_video15
 import test_family_kandinsky5
 import test_family_ltx
 import test_family_qwen_image
@@ -102,6 +104,18 @@ def skyreels():
     return pipe, {"native": (16, 32), "height": 32, "width": 48, "frames": 5}
 
 
+def hunyuan_video15():
+    pipe = test_family_hunyuan_video15.pipeline()
+
+    def encode_prompt(prompt, **_):
+        seed = len(prompt or "")
+        masks = test_family_hunyuan_video.padded(9, (6,)), test_family_hunyuan_video.padded(5, (0,))
+        return noise(1, 9, 16, seed=seed), masks[0], noise(1, 5, 12, seed=seed), masks[1]
+
+    pipe.encode_prompt = encode_prompt
+    return pipe, {"native": (48, 48), "height": 64, "width": 96, "frames": 5}
+
+
 def kandinsky5(**overrides):
     pipe = test_family_kandinsky5.pipeline(test_family_kandinsky5.denoiser(**overrides))
     width, lengths = test_family_kandinsky5.TEXT_DIM, torch.tensor([0, 7], dtype=torch.int32)
@@ -113,8 +127,17 @@ def kandinsky5(**overrides):
     return pipe, {"native": (48, 48), "height": 64, "width": 96, "frames": 5}
 
 
+def easyanimate():
+    pipe = test_family_easyanimate.pipeline()
+    pipe.scheduler = DYNAMIC
+    text, width = test_family_easyanimate.TEXT, test_family_easyanimate.TEXT_DIM
+    mask = torch.ones(1, text, dtype=torch.int64)
+    pipe.encode_prompt = lambda **_: (noise(1, text, width), noise(1, text, width, seed=1), mask, mask)
+    return pipe, {"native": (48, 48), "height": 64, "width": 96, "frames": 5}
+
+
 KINDS = [
-    ltx, hunyuan_video, flux, sd3, qwen_image, skyreels, kandinsky5,
+    ltx, hunyuan_video, flux, sd3, qwen_image, skyreels, hunyuan_video15, kandinsky5, easyanimate,
 ]  # fmt: skip
 CROSS = ("LTXPipeline", "SkyReelsV2Pipeline", "Kandinsky5T2VPipeline")  # those with cross-attention
 
@@ -259,6 +282,9 @@ def test_native_sizes():
     assert native.highres_flow_shift is None
     native = native_size(ltx()[0])
     assert (native.height, native.width, native.num_frames, native.fps) == (512, 704, 161, 25)
+    for kind, size in ((hunyuan_video15, (480, 848, 121)),):
+        native = native_size(kind()[0])
+        assert (native.height, native.width, native.num_frames) == size
 
 
 @pytest.mark.parametrize(
@@ -313,6 +339,28 @@ def test_sparse_attention_of_its_own_is_refused():
         UnsupportedModelError, match=r"does not serve this Kandinsky5T2VPipeline: it runs its own sparse"
     ):
         highres(pipe, "a star", **size)
+
+
+def test_guidance_that_is_the_guiders():
+    """HunyuanVideo 1.5: its call takes none, and tells no step. The guider is there again afterwards, as it was."""
+    pipe, size = hunyuan_video15()
+    guider, told = pipe.guider, []
+    assert native_size(pipe).guidance == guider.guidance_scale == 3.0
+
+    def frames(**options):
+        return highres(pipe, "a star", **size, steps=4, strength=0.5, **options).frames
+
+    usual = frames(progress=lambda *told_: told.append(told_))
+    assert [x for x in told if "denoise" in x[0]] == [
+        *(("native: denoise", n, 4) for n in (1, 2, 3, 4)),
+        *(("denoise", n, 2) for n in (1, 2)),
+    ]
+    assert pipe.guider is guider
+    assert np.array_equal(frames(guidance=3.0), usual)
+    assert not np.array_equal(frames(guidance=1.0), usual)
+    guider.disable()
+    assert np.array_equal(frames(guidance=3.0), frames(guidance=1.0))
+    assert "step" not in vars(pipe.scheduler)
 
 
 def test_every_kind_is_tested():

@@ -9,8 +9,10 @@ from unittest import mock
 
 import family_checks
 import pytest
+import test_family_easyanimate
 import test_family_flux
 import test_family_hunyuan_video
+import test_family_hunyuan_video15
 import test_family_qwen_image
 import test_family_sd3
 import torch
@@ -38,6 +40,16 @@ def hunyuan(latent, lengths):
     return model, given, Grid(t, h, w, text=test_family_hunyuan_video.PROMPT)
 
 
+def hunyuan15(latent, prompts, glyphs):
+    given = test_family_hunyuan_video15.inputs(latent, prompts, glyphs, image=True)
+    return test_family_hunyuan_video15.tiny(), given, Grid(*latent, text=test_family_hunyuan_video15.TEXT)
+
+
+def easyanimate(streams):
+    model = test_family_easyanimate.denoiser(test_family_easyanimate.BLOCKS[streams])
+    return model, test_family_easyanimate.inputs(2, 5, 7), test_family_easyanimate.expected(2, 5, 7)
+
+
 def qwen(shape, mask):
     mask = None if mask is None else mask.expand(2, -1)
     given = test_family_qwen_image.inputs((1, *shape), mask=mask)
@@ -54,6 +66,10 @@ CASES: dict[str, Callable[[], tuple[Any, dict[str, Any], Grid]]] = {
     "hunyuan video": lambda: hunyuan((2, 5, 7), (9,)),
     "hunyuan video, prompts of two lengths": lambda: hunyuan((2, 5, 7), (9, 4)),
     "hunyuan video, one frame": lambda: hunyuan((1, 6, 9), (3, 3)),
+    "hunyuan video 1.5": lambda: hunyuan15((2, 5, 7), (9,), (5,)),
+    "hunyuan video 1.5, prompts of two lengths": lambda: hunyuan15((2, 5, 7), (9, 4), (0, 3)),
+    "easyanimate": lambda: easyanimate("two streams"),
+    "easyanimate, one stream after the first": lambda: easyanimate("one stream after the first"),
     "qwen image": lambda: qwen((8, 9), None),
     "qwen image, prompts of two lengths": lambda: qwen((7, 8), test_family_qwen_image.PADDED),
     "sd 3": lambda: (test_family_sd3.tiny(), test_family_sd3.inputs(8, 10), Grid(1, 8, 10, text=TEXT)),
@@ -80,6 +96,8 @@ def attention_by(model: Any, tokens: tuple[int, ...], hand: Callable[..., torch.
         bias = torch.zeros(1, 1, 1, key.shape[1], dtype=torch.float64)
         if attn_mask is not None:
             attn_mask = attn_mask if attn_mask.ndim == 4 else attn_mask[:, None, None]
+            if attn_mask.shape[2] > 1:  # of pairs: hidden queries too, which nothing looks at
+                attn_mask = attn_mask.any(2, keepdim=True)
             bias = bias.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else bias + attn_mask
         return hand(query.double(), key.double(), value.double(), bias).to(query.dtype)
 

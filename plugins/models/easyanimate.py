@@ -9,13 +9,13 @@ token, come from ``rope_embedding``. Text is padded to a fixed length, without a
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.models.base import Size, register_family
+from tilewise.plugins.models.base import Size, Streams, register_family
 from tilewise.plugins.models.forward_arguments import argument, check_size
 from tilewise.plugins.models.two_streams import TwoStreams
 
@@ -26,6 +26,7 @@ class EasyAnimateFamily(TwoStreams):
     name = "easyanimate"
     rope = "rope_embedding"
     classes: tuple[str, ...] = ("EasyAnimateTransformer3DModel",)
+    streams: ClassVar = {"EasyAnimateTransformer3DModel": Streams(("transformer_blocks",), text=3, joint=True)}
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, frames, height, width)

@@ -9,14 +9,14 @@ run with a mask over keys, (B, 1, 1, S), made once a forward; in dense steps too
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.models.base import Reorder, Size, register_family
+from tilewise.plugins.models.base import Reorder, Size, Streams, register_family
 from tilewise.plugins.models.forward_arguments import argument
 from tilewise.plugins.models.hunyuan_video import HunyuanVideoFamily, grid_of, patches, vae_factors
 from tilewise.plugins.processor import TilewiseProcessor
@@ -28,6 +28,7 @@ TEXT = {"tokenizer_max_length": 1000, "tokenizer_2_max_length": 256, "vision_num
 class HunyuanVideo15Family(HunyuanVideoFamily):
     name = "hunyuan_video15"
     classes: tuple[str, ...] = ("HunyuanVideo15Transformer3DModel",)
+    streams: ClassVar = {"HunyuanVideo15Transformer3DModel": Streams(("transformer_blocks",), text=2, joint=True)}
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, frames, height, width)

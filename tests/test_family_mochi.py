@@ -100,23 +100,23 @@ def test_timesteps_count_from_noise():
     tilewise.unpatch(model)
 
 
-def pipeline():
+def pipeline(channels=4):
     encoder = T5Config(vocab_size=64, d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     vae = AutoencoderKLMochi(
-        latent_channels=4,
+        latent_channels=channels,
         out_channels=3,
         encoder_block_out_channels=(32, 32, 32, 32),
         decoder_block_out_channels=(32, 32, 32, 32),
         layers_per_block=(1, 1, 1, 1, 1),
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
     )
     pipe = MochiPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
         vae=vae,
         text_encoder=T5EncoderModel(encoder).eval(),
         tokenizer=tiny_wan.tiny_tokenizer(),
-        transformer=denoiser(),
+        transformer=denoiser(in_channels=channels),
         force_zeros_for_empty_prompt=True,
     )
     pipe.set_progress_bar_config(disable=True)

@@ -13,6 +13,7 @@ import test_family_hunyuan_video
 import test_family_hunyuan_video15
 import test_family_kandinsky5
 import test_family_ltx
+import test_family_mochi
 import test_family_qwen_image
 import test_family_sd3
 import test_family_skyreels
@@ -116,6 +117,15 @@ def hunyuan_video15():
     return pipe, {"native": (48, 48), "height": 64, "width": 96, "frames": 5}
 
 
+def mochi():
+    pipe = test_family_mochi.pipeline(channels=12)  # as many as the pipeline's decode counts on
+    pipe.vae.register_to_config(latents_mean=[0.1, 0.0, -0.2] * 4, latents_std=[2.0, 1.0, 0.5] * 4, scaling_factor=0.8)
+    text, width = test_family_mochi.TEXT, test_family_mochi.TEXT_DIM
+    masks = [torch.arange(text)[None] < n for n in (7, 2)]
+    pipe.encode_prompt = lambda **_: (noise(1, text, width), masks[0], noise(1, text, width, seed=1), masks[1])
+    return pipe, {"native": (48, 48), "height": 64, "width": 96, "frames": 7}
+
+
 def kandinsky5(**overrides):
     pipe = test_family_kandinsky5.pipeline(test_family_kandinsky5.denoiser(**overrides))
     width, lengths = test_family_kandinsky5.TEXT_DIM, torch.tensor([0, 7], dtype=torch.int32)
@@ -137,9 +147,10 @@ def easyanimate():
 
 
 KINDS = [
-    ltx, hunyuan_video, flux, sd3, qwen_image, skyreels, hunyuan_video15, kandinsky5, easyanimate,
+    ltx, hunyuan_video, flux, sd3, qwen_image, skyreels, hunyuan_video15, mochi, kandinsky5, easyanimate,
 ]  # fmt: skip
 CROSS = ("LTXPipeline", "SkyReelsV2Pipeline", "Kandinsky5T2VPipeline")  # those with cross-attention
+ALONE = ("MochiPipeline",)  # those without a full path
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -215,7 +226,8 @@ def test_two_stages(case):
     )
     assert not np.array_equal(again.frames, made.frames)
     if not cross:
-        with pytest.raises(ConfigError, match="which has 'none' or 'dense'"):
+        paths = "'none'" if type(pipe).__name__ in ALONE else "'none' or 'dense'"
+        with pytest.raises(ConfigError, match=f"which has {paths}:"):
             highres(pipe, "a star", **size, steps=4, global_path="draft")
     assert all(part is parts[name] for name, part in pipe.components.items())
     assert family_checks.traces(pipe.transformer) == before
@@ -255,6 +267,10 @@ def test_the_second_stage_begins_at_its_noise_level(case, monkeypatch):
 def test_a_full_path_where_text_is_part_of_the_sequence(case, held):
     """On request. It changes the clip, ends without a trace, and its cache is what was planned."""
     pipe, size = case
+    if type(pipe).__name__ in ALONE:
+        with pytest.raises(ConfigError, match="which has 'none'"):
+            highres(pipe, "a star", **size, steps=4, global_path="dense")
+        return
     made = highres(pipe, "a star", **size, steps=4, strength=0.5, refresh=2, global_path="dense", guidance=3.0)
     assert {row.kind for row in made.clip.summary.rows} == {SPARSE, FULL_PATH}
     assert made.forwards["refreshed"] == made.forwards["reused"] > 0
@@ -282,7 +298,8 @@ def test_native_sizes():
     assert native.highres_flow_shift is None
     native = native_size(ltx()[0])
     assert (native.height, native.width, native.num_frames, native.fps) == (512, 704, 161, 25)
-    for kind, size in ((hunyuan_video15, (480, 848, 121)),):
+    assert native_size(mochi()[0]).highres_strength == 0.45
+    for kind, size in ((mochi, (480, 848, 19)), (hunyuan_video15, (480, 848, 121))):
         native = native_size(kind()[0])
         assert (native.height, native.width, native.num_frames) == size
 

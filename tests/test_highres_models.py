@@ -7,8 +7,10 @@ import functools
 import family_checks
 import numpy as np
 import pytest
+import test_family_chroma
 import test_family_easyanimate
 import test_family_flux
+import test_family_flux2
 import test_family_hunyuan_video
 import test_family_hunyuan_video15
 import test_family_kandinsky5
@@ -17,13 +19,18 @@ import test_family_mochi
 import test_family_qwen_image
 import test_family_sd3
 import test_family_skyreels
+import test_family_z_image
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
     LTXPipeline,
     UniPCMultistepScheduler,
+    ZImagePipeline,
 )
 
 import tilewise
@@ -146,11 +153,44 @@ def easyanimate():
     return pipe, {"native": (48, 48), "height": 64, "width": 96, "frames": 5}
 
 
+def chroma():
+    own, _ = flux()
+    parts = dict.fromkeys(["text_encoder", "tokenizer"])
+    pipe = ChromaPipeline(scheduler=DYNAMIC, vae=own.vae, transformer=test_family_chroma.tiny(), **parts)
+    text, mask = test_family_chroma.TEXT_DIM, (torch.arange(7) < torch.tensor([[5]])).float()
+    ids = torch.zeros(7, 3)
+    pipe.encode_prompt = lambda **_: (noise(1, 7, text), ids, mask, noise(1, 7, text, seed=1), ids, mask)
+    return pipe, {"native": (32, 32), "height": 48, "width": 64, "frames": 1}
+
+
+def flux2():
+    torch.manual_seed(0)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=test_family_flux2.CHANNELS // 4, norm_num_groups=4,
+    )  # fmt: skip
+    vae.bn.running_mean.copy_(noise(len(vae.bn.running_mean)))
+    vae.bn.running_var.copy_(noise(len(vae.bn.running_var), seed=1).square() + 0.1)
+    parts = dict.fromkeys(["text_encoder", "tokenizer"])
+    pipe = Flux2Pipeline(scheduler=DYNAMIC, vae=vae, transformer=test_family_flux2.tiny(), **parts)
+    pipe.encode_prompt = lambda **_: (noise(1, 7, test_family_flux2.TEXT_DIM), torch.zeros(1, 7, 4))
+    return pipe, {"native": (32, 32), "height": 48, "width": 64, "frames": 1}
+
+
+def z_image():
+    own, _ = sd3()
+    parts = dict.fromkeys(["text_encoder", "tokenizer"])
+    pipe = ZImagePipeline(scheduler=DYNAMIC, vae=own.vae, transformer=test_family_z_image.tiny(), **parts)
+    text = test_family_z_image.TEXT_DIM
+    pipe.encode_prompt = lambda **_: ([noise(7, text)], [noise(40, text, seed=1)])
+    return pipe, {"native": (64, 64), "height": 96, "width": 128, "frames": 1}
+
+
 KINDS = [
-    ltx, hunyuan_video, flux, sd3, qwen_image, skyreels, hunyuan_video15, mochi, kandinsky5, easyanimate,
+    ltx, hunyuan_video, flux, sd3, qwen_image, skyreels, hunyuan_video15, mochi, kandinsky5, easyanimate, chroma, flux2, z_image,
 ]  # fmt: skip
 CROSS = ("LTXPipeline", "SkyReelsV2Pipeline", "Kandinsky5T2VPipeline")  # those with cross-attention
-ALONE = ("MochiPipeline",)  # those without a full path
+ALONE = ("MochiPipeline", "ChromaPipeline", "Flux2Pipeline", "ZImagePipeline")  # those without a full path
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -181,6 +221,11 @@ def call(pipe, size, **options):
     return pipe(prompt="a star", generator=torch.Generator().manual_seed(0), **given, **options)[0]
 
 
+def as_given(pipe, taken):
+    """Latents as a call takes them in the form in which it gives them."""
+    return pipe._pack_latents(taken) if isinstance(pipe, Flux2Pipeline) else taken
+
+
 def test_latents_there_and_back(case):
     pipe, size = case
     space = latent_space(pipe)
@@ -188,7 +233,7 @@ def test_latents_there_and_back(case):
     given = call(pipe, size, output_type="latent")
     latents = space.unpacked(pipe, given, shape)
     assert latents.shape == (1, space.channels(pipe.vae), *shape)
-    assert torch.equal(space.packed(pipe, latents), given)
+    assert torch.equal(as_given(pipe, space.packed(pipe, latents)), given)
     stock = np.asarray(call(pipe, size, output_type="np"))
     frames = space.decode(pipe, latents)
     np.testing.assert_allclose(frames, stock.reshape(frames.shape), atol=1e-5)
@@ -243,7 +288,7 @@ def test_the_second_stage_begins_at_its_noise_level(case, monkeypatch):
     def noise_known(clean, scheduler, *rest):
         latents = noised(clean, scheduler, *rest)
         drawn = noise(*clean.shape, seed=5 + 1)
-        velocity = space.packed(pipe, drawn - clean)
+        velocity = as_given(pipe, space.packed(pipe, drawn - clean))
         velocity = -velocity if scheduler.config.get("invert_sigmas") else velocity
         seen.update(clean=clean, start=latents, calls=0)
         step = scheduler.step
@@ -299,7 +344,7 @@ def test_native_sizes():
     native = native_size(ltx()[0])
     assert (native.height, native.width, native.num_frames, native.fps) == (512, 704, 161, 25)
     assert native_size(mochi()[0]).highres_strength == 0.45
-    for kind, size in ((mochi, (480, 848, 19)), (hunyuan_video15, (480, 848, 121))):
+    for kind, size in ((mochi, (480, 848, 19)), (hunyuan_video15, (480, 848, 121)), (z_image, (1024, 1024, 1))):
         native = native_size(kind()[0])
         assert (native.height, native.width, native.num_frames) == size
 

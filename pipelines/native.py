@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from tilewise.pipelines.errors import ModelError
+from tilewise.pipelines.latent_spaces.base import latent_spaces
 from tilewise.pipelines.model_folder import read_json
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import Size
@@ -17,6 +18,7 @@ WAN_FLOW_SHIFT = 9.0
 # Of a second stage, where the schedule is such that the usual share would leave next to nothing of the first: the first half of
 # Mochi's steps is above a noise level of 0.975, whatever their number, and 0.45 of them begin at 0.96.
 STRENGTHS = {"MochiPipeline": 0.45}
+PAST = 1.5  # times the model's own side length: from here on a stock clip is likely to suffer
 FLOATS = ("guidance", "fps", "highres_strength", "highres_flow_shift")
 
 
@@ -90,3 +92,15 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
         "highres_strength": STRENGTHS.get(type(pipe).__name__, Native.highres_strength),
         "highres_flow_shift": WAN_FLOW_SHIFT if type(pipe).__name__.startswith("Wan") else None,
     }
+
+
+def size_notes(pipe: Any, height: int, width: int) -> list[str]:
+    """What a size past the model's own will look like, for models that `highres` serves."""
+    native = native_size(pipe)
+    past = max(height / native.height, width / native.width)
+    if past < PAST or type(pipe).__name__ not in latent_spaces():
+        return []
+    return [
+        f"{width}×{height} is {past:.3g} times as long as the {native.width}×{native.height} that the model was "
+        "trained at, where it may blur or show things twice; --highres makes such a clip by two stages"
+    ]

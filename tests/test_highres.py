@@ -372,6 +372,24 @@ def test_command(tiny_pipe_dir, tmp_path):
     assert HighresSettings.from_dict(told["options"]).refresh == 1
 
 
+def test_the_command_takes_every_option(tiny_pipe_dir, tmp_path):
+    """Those that decide the second stage, as the clip's record has them."""
+    out = tmp_path / "large.mp4"
+    words = ("--flow-shift", "3", "--rope", "yarn", "--rope-time", "riflex", "--guided", "cond", "--upscale", "lanczos")
+    done = command(tiny_pipe_dir, "--highres", "--height", "80", "--width", "64", *words, "--out", str(out))
+    assert done.exit_code == 0, done.output
+    told = read_settings(out)["run"]["highres"]["options"]
+    given = {"flow_shift": 3.0, "rope": "yarn", "rope_time": "riflex", "guided": "cond", "upscale": "lanczos"}
+    assert {name: told[name] for name in given} == given
+
+
+def test_a_size_past_the_models_own_is_pointed_out(tiny_pipe_dir):
+    size = ("--width", "64", "--dry-run")
+    for height, noted in ((64, False), (80, False), (96, True), (128, True)):
+        said = " ".join(command(tiny_pipe_dir, "--height", str(height), *size).output.split())
+        assert ("--highres makes such a clip" in said) is noted
+
+
 def test_made_again_from_a_clip(tiny_pipe_dir, tmp_path):
     """From its settings alone: the same pixels. What is given wins; a clip of one stage becomes the native one."""
     out, again = tmp_path / "large.mp4", tmp_path / "again.mp4"

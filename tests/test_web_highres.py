@@ -59,6 +59,13 @@ def wish_for(models, shared=(), **own):
     return wish_of(models, LIMITS, values, list({**OWN, **own}.values()))
 
 
+@pytest.fixture(autouse=True)
+def as_much_memory_all_along(monkeypatch):
+    """What is free changes from one moment to the next, and plans say it."""
+    monkeypatch.setattr("tilewise.pipelines.memory_plan.device_bytes", lambda device: 16 * 2**30)
+    monkeypatch.setattr("tilewise.pipelines.memory_plan.host_bytes", lambda: 16 * 2**30)
+
+
 def plan_for(studio, shared=(), **own):
     return planned(studio.models, LIMITS, wish_for(studio.models, shared, **own), studio.skeleton("demo"))
 

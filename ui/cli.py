@@ -44,6 +44,9 @@ GLOBAL_PATH_HELP = "--highres: what guides the window: dense, draft, pooled or n
 GUIDED_HELP = "--highres: which forwards the full path guides: all, or cond (the prompt's alone)."
 PRECISION_HELP = "--highres: int8 or fp8 products in the target's attention, on a Hopper GPU."
 UPSCALE_HELP = "--highres: bicubic, bilinear, lanczos or latent."
+SHIFT_HELP = "--highres: flow shift of the target's noise schedule."
+ROPE_HELP = "--highres: rotary scaling of height and width, ntk or yarn (Wan)."
+ROPE_TIME_HELP = "--highres: rotary scaling of time, riflex, ntk or yarn (Wan)."
 
 
 def _version(wanted: bool) -> None:
@@ -100,6 +103,9 @@ def generate(
     guided: Annotated[str | None, typer.Option(help=GUIDED_HELP, show_default="all")] = None,
     upscale: Annotated[str | None, typer.Option(help=UPSCALE_HELP, show_default="bicubic")] = None,
     precision: Annotated[str | None, typer.Option(help=PRECISION_HELP, show_default="the model's 16 bits")] = None,
+    flow_shift: Annotated[float | None, typer.Option(help=SHIFT_HELP, show_default="the model's own")] = None,
+    rope: Annotated[str | None, typer.Option(help=ROPE_HELP, show_default="unchanged")] = None,
+    rope_time: Annotated[str | None, typer.Option(help=ROPE_TIME_HELP, show_default="unchanged")] = None,
     native: Annotated[str | None, typer.Option(help=f"--highres: size of the first stage, HxW. {NATIVE}")] = None,
     max_memory: Annotated[str | None, typer.Option(help="--highres: memory to stay within, such as 24GB.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
@@ -123,6 +129,9 @@ def generate(
         "global_path": global_path,
         "guided": guided,
         "upscale": upscale,
+        "flow_shift": flow_shift,
+        "rope": rope,
+        "rope_time": rope_time,
         "precision": precision,
         "native": native,
         "max_memory": max_memory,

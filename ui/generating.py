@@ -18,6 +18,7 @@ from tilewise.pipelines.files import check_sidecar, check_writable
 from tilewise.pipelines.generate import Clip, call_arguments, generate, judged
 from tilewise.pipelines.loading import load_pipeline, load_skeleton, resolve_device, resolve_dtype
 from tilewise.pipelines.memory import possible, saving
+from tilewise.pipelines.native import size_notes
 from tilewise.pipelines.record import Recorded, clip_record, frames_sha256, machine, read_record
 from tilewise.pipelines.settings import GenerateSettings, explain_settings, prompt_notes, resolve_settings
 from tilewise.pipelines.video import ffmpeg_path, write_settings, write_video
@@ -73,6 +74,8 @@ def dry_run_request(request: Request) -> None:
     device = resolve_device(request.device)
     print_settings(work.settings, str(device), work.dtype, work.files)
     print(explain_settings(work.skeleton, work.settings))
+    for note in size_notes(work.skeleton, work.settings.height, work.settings.width):
+        print(f"note: {note}")
 
 
 def generate_request(request: Request) -> None:
@@ -89,7 +92,8 @@ def generate_request(request: Request) -> None:
         settings = work.settings
         with notes.status(f"loading {settings.model} …"):
             pipe = load_pipeline(settings.model, device=request.device, dtype=work.dtype)
-        for note in [*prompt_notes(pipe, settings), *_origin_notes(work)]:
+        notes_of_size = size_notes(pipe, settings.height, settings.width)
+        for note in [*prompt_notes(pipe, settings), *notes_of_size, *_origin_notes(work)]:
             notes.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
         run = machine(pipe.device, work.dtype)
         # Tiles of the VAE show in the pixels: a clip that was made with them is made again with them.

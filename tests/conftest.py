@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -30,6 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_not_gone_over_again() -> None:
+    # PyTorch, diffusers, Gradio and what is compiled leave millions of objects that stay: a collection goes over them for up to
+    # half a second, and tests of freed memory ask for many. Frozen, they are left out.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

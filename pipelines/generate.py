@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +17,10 @@ from tilewise.pipelines.clip_content import analyse, parse_prompt, score
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.native import native_size
 from tilewise.pipelines.settings import GenerateSettings
+from tilewise.pipelines.stock_call import stock_call
 from tilewise.pipelines.video import to_uint8
-from tilewise.plugins.errors import ConfigError, UnsupportedModelError
-from tilewise.plugins.patching import DENOISERS, denoisers_of, is_patched, patched
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.patching import DENOISERS, is_patched, patched
 from tilewise.plugins.summary import Summary, summary
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -105,33 +105,23 @@ def run(
             tell("encode", 1, 1)
             tell("denoise", 0, settings.steps)
 
-    def step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def step_done(done: int, total: int, latents: torch.Tensor) -> None:
         nonlocal preview
-        total = pipe.num_timesteps
-        tell("denoise", step + 1, total)
+        tell("denoise", done, total)
         if preview is not None:
             try:
-                preview(step + 1, total, tensors["latents"])
+                preview(done, total, latents)
             except Exception as error:  # a clip is worth more than the previews of it
                 LOG.warning("no more previews of this run: %s: %s", type(error).__name__, error)
                 preview = None
-        if step + 1 == total:
+        if done == total:
             clock.enter("decode")
             tell("decode", 0, 1)
-        return tensors
 
-    arguments = call_arguments(pipe, settings)
-    arguments.update(callback_on_step_end=step_end, output_type="np" if decode else "latent", return_dict=False)
     with _forward_hooks(pipe, first_forward):
         tell("encode", 0, 1)
         clock.enter("encode")
-        try:
-            output = pipe(**arguments)[0]
-        except BaseException:
-            pipe.maybe_free_model_hooks()  # with CPU offload, the part that was running would stay on the GPU
-            if hasattr(getattr(pipe, "vae", None), "clear_cache"):
-                pipe.vae.clear_cache()  # what a video VAE keeps between the frames of a decode
-            raise
+        output = stock_call(pipe, settings, step_done, output_type="np" if decode else "latent")
         clock.enter("end")
     tell("decode", 1, 1)
     first = output[0]
@@ -170,41 +160,6 @@ def check_content(pipe: Any, settings: GenerateSettings, frames: NDArray[np.uint
         return None
     expected = parse_prompt(settings.prompt)
     return score(analyse(frames), expected) if expected.objects else None
-
-
-def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
-    """The settings as arguments of the pipeline's call. UnsupportedModelError if it demands more, such as an image."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    arguments = {
-        "prompt": settings.prompt,
-        "negative_prompt": settings.negative,
-        "height": settings.height,
-        "width": settings.width,
-        "num_frames": settings.frames,
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-        "generator": torch.Generator("cpu").manual_seed(settings.seed),
-        "max_sequence_length": settings.max_sequence_length,
-    }
-    if guided_by_two_forwards(pipe):
-        arguments["true_cfg_scale"] = settings.guidance
-    demanded = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    extra = [name for name in demanded if name not in ("self", *arguments)]
-    if extra:
-        raise UnsupportedModelError(
-            f"{type(pipe).__name__} also needs {', '.join(extra)}; this makes clips from text alone. "
-            "Call the pipeline yourself, after tilewise.patch(pipe, ...)"
-        )
-    return {name: value for name, value in arguments.items() if name in parameters and value is not None}
-
-
-def guided_by_two_forwards(pipe: Any) -> bool:
-    """Whether a pipeline's guidance goes by another name: ``guidance_scale`` is there an input of distilled denoisers, which this
-    one has not (Qwen-Image). Pipelines that have both names and leave the second forward off by default keep it off (Flux)."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("true_cfg_scale")
-    usual = None if parameter is None else parameter.default
-    embeds = any(getattr(denoiser.config, "guidance_embeds", False) for denoiser in denoisers_of(pipe).values())
-    return isinstance(usual, int | float) and usual > 1 and not embeds
 
 
 @contextlib.contextmanager

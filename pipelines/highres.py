@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,14 +23,15 @@ from numpy.typing import NDArray
 from tilewise.kernels.layout import Grid
 from tilewise.pipelines.coherence import Coherence, coherence
 from tilewise.pipelines.errors import OutputError
-from tilewise.pipelines.generate import Clip, Progress, call_arguments, check_content, refuse_patched
-from tilewise.pipelines.highres_schedule import entered_at, noised, schedule_calls, step_calls
+from tilewise.pipelines.generate import Clip, Progress, check_content, refuse_patched
+from tilewise.pipelines.highres_schedule import entered_at, noised, schedule_calls
 from tilewise.pipelines.highres_settings import HighresSettings, pixels
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
 from tilewise.pipelines.memory import saving
 from tilewise.pipelines.memory_plan import MemoryPlan, check_plan, plan_memory
 from tilewise.pipelines.native import native_size
 from tilewise.pipelines.settings import GenerateSettings, resolve_settings
+from tilewise.pipelines.stock_call import call_arguments, stock_call
 from tilewise.pipelines.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.video import to_uint8
 from tilewise.plugins.config import Config, MethodLike
@@ -292,29 +292,15 @@ def _stage(
 ) -> tuple[torch.Tensor, dict[str, float], Any]:
     """One run of the pipeline, from and to latents (1, C, t, h, w); seconds by phase; what attention did, None if stock."""
 
-    def step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        tell("denoise", step + 1, pipe.num_timesteps)
-        return tensors
-
     space = latent_space(pipe)
-    arguments = call_arguments(pipe, settings)
-    if latents is not None:
-        arguments["latents"] = space.packed(pipe, latents)
-    arguments.update(output_type="latent", return_dict=False)
-    watched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
-        arguments.update(callback_on_step_end=step_end)
-    else:  # HunyuanVideo 1.5's call has none
-        watched = step_calls(pipe, lambda done: tell("denoise", done, pipe.num_timesteps))
+    given = {} if latents is None else {"latents": space.packed(pipe, latents)}
     method = contextlib.nullcontext(pipe) if settings.is_dense else patched(pipe, settings.method)
     owner = latents is None  # the second stage is patched around the paths already
     start = time.perf_counter()
-    with method if owner else contextlib.nullcontext(pipe), space.guided(pipe, settings.guidance), watched:
-        try:
-            out = pipe(**arguments)[0]
-        except BaseException:
-            pipe.maybe_free_model_hooks()
-            raise
+    with method if owner else contextlib.nullcontext(pipe):
+        out = stock_call(
+            pipe, settings, lambda done, total, _: tell("denoise", done, total), output_type="latent", **given
+        )
         if out.is_cuda:
             torch.cuda.synchronize(out.device)
         report = None if settings.is_dense else summary(pipe)

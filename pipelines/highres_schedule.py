@@ -55,27 +55,6 @@ def schedule_calls(pipe: Any) -> Iterator[list[dict[str, Any]]]:
 
 
 @contextmanager
-def step_calls(pipe: Any, done: Callable[[int], None]) -> Iterator[None]:
-    """Run a block with ``done`` called after each step of a pipeline's scheduler, with how many there were."""
-    scheduler, count = pipe.scheduler, 0
-    whole = scheduler.step
-
-    @functools.wraps(whole)  # pipelines look at the signature
-    def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        out = whole(*args, **kwargs)
-        count += 1
-        done(count)
-        return out
-
-    scheduler.step = step
-    try:
-        yield
-    finally:
-        del scheduler.step
-
-
-@contextmanager
 def entered_at(pipe: Any, steps: int, strength: float, flow_shift: float | None) -> Iterator[Any]:
     """Run a block with a scheduler that makes the last steps of ``steps`` alone; yields that scheduler.
 

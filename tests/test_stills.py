@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 from tilewise.pipelines.compare import compare
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.files import suffix_of
-from tilewise.pipelines.generate import call_arguments, generate
+from tilewise.pipelines.generate import generate
 from tilewise.pipelines.loading import cast_skeleton, load_pipeline, load_skeleton
 from tilewise.pipelines.manifest import read_manifest
 from tilewise.pipelines.settings import resolve_settings
 from tilewise.pipelines.still import read_still, write_still
+from tilewise.pipelines.stock_call import call_arguments
 from tilewise.pipelines.video import read_frames, read_settings, write_settings, write_video
 from tilewise.ui.cli import app
 from tilewise.ui.web.snippets import python_program

@@ -15,12 +15,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from tilewise import __version__
 from tilewise.pipelines.compare import Comparison, compare, side_by_side
 from tilewise.pipelines.files import check_sidecar, check_writable
-from tilewise.pipelines.generate import Clip, call_arguments, generate, judged
+from tilewise.pipelines.generate import Clip, generate, judged
 from tilewise.pipelines.loading import load_pipeline, load_skeleton, resolve_device, resolve_dtype
 from tilewise.pipelines.memory import possible, saving
 from tilewise.pipelines.native import size_notes
 from tilewise.pipelines.record import Recorded, clip_record, frames_sha256, machine, read_record
 from tilewise.pipelines.settings import GenerateSettings, explain_settings, prompt_notes, resolve_settings
+from tilewise.pipelines.stock_call import call_arguments
 from tilewise.pipelines.video import ffmpeg_path, write_settings, write_video
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.options import config_file, default_out, method_config, out_suffix

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
@@ -65,10 +65,6 @@ class LatentSpace:
     def refuses(self, pipe: Any) -> str | None:
         """Why a pipeline of this kind cannot be served as it is, or None."""
         return None
-
-    def guided(self, pipe: Any, guidance: float) -> AbstractContextManager[None]:
-        """Runs a call with this guidance where the call takes none; by default there is nothing to do."""
-        return nullcontext()
 
     def mu(self, config: Any, tokens: int, asked: dict[str, Any]) -> float:
         """What the pipeline asks a scheduler with ``use_dynamic_shifting`` for at a size of so many tokens; asked: its arguments

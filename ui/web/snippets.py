@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tilewise.pipelines.files import suffix_of
-from tilewise.pipelines.generate import call_arguments
 from tilewise.pipelines.native import Native
 from tilewise.pipelines.settings import GenerateSettings
+from tilewise.pipelines.stock_call import call_arguments, guider_of
 from tilewise.plugins.config import Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import methods
@@ -66,6 +66,8 @@ def python_program(pipe: Any, settings: GenerateSettings, dtype: str) -> str:
     lines = ["import torch", "", "import tilewise", "from tilewise.pipelines.loading import load_pipeline"]
     lines += ["from tilewise.pipelines.video import write_video", ""]
     lines += [f"pipe = load_pipeline({settings.model!r}, dtype={dtype!r})  # any diffusers pipeline will do"]
+    if guider_of(pipe) is not None:
+        lines += [f"pipe.guider = pipe.guider.new(guidance_scale={settings.guidance!r})"]
     if not settings.is_dense:
         lines += [f"tilewise.patch(pipe, {_method_expression(settings.method)})"]
     lines += [f"frames = pipe(\n{call}    generator=torch.Generator('cpu').manual_seed({settings.seed}),"]

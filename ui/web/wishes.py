@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tilewise.pipelines.generate import call_arguments
 from tilewise.pipelines.settings import MAX_SEED, GenerateSettings, resolve_settings
+from tilewise.pipelines.stock_call import call_arguments
 from tilewise.plugins.config import Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import make_method, methods

@@ -2,10 +2,10 @@
 
     python -m benchmarks.highres --size 1.3B-1080p
 
-A step is two forwards, of the prompt and the negative prompt. What differs from step to step (refresh or reuse) is timed by kind
-and averaged as a run of k steps has it:  step(k) = (refresh + (k − 1) · reuse) / k, over both forwards. Where the whole model
-would take too long, ``layers`` of its blocks run, and the rest is added by what a block takes:
-forward(L) = forward(l) + (L − l) · (forward(l) − forward(l/2)) / (l/2).
+A step is two forwards, of the prompt and the negative prompt, or one where guidance is an input. What differs from step to step
+(refresh or reuse) is timed by kind and averaged as a run of k steps has it:  step(k) = (refresh + (k − 1) · reuse) / k, over the
+step's forwards. Where the whole model would take too long, ``layers`` of its blocks run, and the rest is added by what a block
+takes:  forward(L) = forward(l) + (L − l) · (forward(l) − forward(l/2)) / (l/2).
 
 "cache on the host" is ``cache_bytes=0``: all that is kept between refreshes lies in pinned host memory.
 """
@@ -15,30 +15,33 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
+from torch.nn.attention import sdpa_kernel
 
 import tilewise
 from benchmarks import results
+from benchmarks.families import CUDNN_FIRST
 from benchmarks.freeswim import REFRESH, REUSE, WINDOW, FreeSwim, raster_mask
 from benchmarks.header import header
+from benchmarks.highres_sizes import SIZES, Size, fewest, first_layers
 from benchmarks.peers import reason
-from benchmarks.step import CONFIGS, SHARED, build
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.methods.inward import Inward
+from tilewise.plugins.models.base import streams_of
 from tilewise.plugins.two_paths import two_paths
 
 EVERY = (1, 2, 5)  # steps from one refresh to the next
-WARM_UP = 2  # layers, where all are timed: all run the same kernels
+CUDNN = "_native_cudnn"
 
 
 @dataclass(frozen=True)
@@ -66,51 +69,20 @@ WAYS = [Way(path, precision) for precision in (None, "int8") for path in ("dense
 WAYS.insert(1, Way(on_host=True))
 
 
-@dataclass(frozen=True)
-class Size:
-    """A model, the latents' frames, height and width, native tokens (h, w), how many layers the whole model has and how many
-    of them are run."""
-
-    model: str
-    pixels: str
-    latents: tuple[int, int, int]
-    native: tuple[int, int]
-    whole: int
-    layers: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.model} {self.pixels}" + (", all layers" if self.layers >= self.whole else "")
-
-
-SIZES = {
-    "1.3B-1080p": Size("Wan2.1-1.3B", "1088×1920×81", (21, 136, 240), (30, 52), 30, 30),
-    "1.3B-4K": Size("Wan2.1-1.3B", "2160×3840×81", (21, 270, 480), (30, 52), 30, 2),
-    "14B-1080p": Size("Wan2.1-14B", "1088×1920×81", (21, 136, 240), (45, 80), 40, 4),
-    "14B-4K": Size("Wan2.1-14B", "2160×3840×81", (21, 270, 480), (45, 80), 40, 2),
-    "tiny": Size("tiny", "160×128×5", (3, 20, 16), (5, 4), 4, 2),
-}
-MODELS: dict[str, dict[str, Any]] = {**CONFIGS, "Wan2.1-14B": {**CONFIGS["Wan2.1-14B, 10 layers"]}}
-
-
 class Bench:
     """One size: its inputs, and forwards timed at two depths."""
 
     def __init__(self, size: Size, device: torch.device, runs: int) -> None:
         self.size, self.device, self.runs = size, device, runs
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        config = {**MODELS[size.model], "num_layers": size.layers}
-        self.model = build(config, device, dtype)
-        generator = torch.Generator(device).manual_seed(0)
-        self.latents = torch.randn(1, 16, *size.latents, generator=generator, device=device).to(dtype)
-        width = {**SHARED, **config}["text_dim"]
-        self.text = torch.randn(1, 512, width, generator=generator, device=device).to(dtype)
-        self.timestep = torch.tensor([500.0], device=device)
-        pt, ph, pw = self.model.config.patch_size
-        t, h, w = size.latents
-        self.grid = Grid(t // pt, h // ph, w // pw)
+        self.model, self.inputs = size.prepared(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        streams = streams_of(self.model)
+        assert streams is not None
+        self.joint = streams.joint
         self.forwards: dict[str, dict[str, float]] = {}
         self.missing: dict[str, str] = {}
+
+    def forward(self) -> None:
+        self.model(**self.inputs, return_dict=False)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -129,19 +101,19 @@ class Bench:
         pins host memory, and is not timed.
         """
         size, whole = self.size, self.size.layers >= self.size.whole
-        few, many = (WARM_UP if whole else size.layers // 2), size.layers
-        seconds: dict[int, dict[str, float]] = {}
-        for count in (few, many):
-            warms_up = pin or count == few
-            timed = 0 if whole and count == few else self.runs
-            with _only(self.model, count), around():
+        few, many = (fewest(self.model) if whole else size.layers // 2), size.layers
+        seconds: list[dict[str, float]] = []
+        for last, count in ((False, few), (True, many)):
+            warms_up = pin or not last
+            timed = self.runs if last or not whole else 0
+            with first_layers(self.model, count), around():
                 turns = [[self._seconds(forward) for _ in names] for _ in range(warms_up + timed)][warms_up:]
             if turns:
-                seconds[count] = {name: min(times) for name, times in zip(names, zip(*turns, strict=True), strict=True)}
-        for name, measured in seconds[many].items():
+                seconds.append({name: min(times) for name, times in zip(names, zip(*turns, strict=True), strict=True)})
+        for name, measured in seconds[-1].items():
             found = {"seconds": measured, "measured": measured}
             if not whole:
-                found["a block"] = (measured - seconds[few][name]) / (many - few)
+                found["a block"] = (measured - seconds[0][name]) / (many - few)
                 found["seconds"] += (size.whole - many) * found["a block"]
             self.forwards[name] = found
             told = f"{many} of {size.whole} layers in {measured:.3f} s"
@@ -170,32 +142,24 @@ class Bench:
         return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
 
 
-@contextlib.contextmanager
-def _only(model: Any, count: int) -> Iterator[None]:
-    """The first ``count`` blocks alone."""
-    blocks = model.blocks
-    model.blocks = nn.ModuleList(blocks[:count])
-    try:
-        yield
-    finally:
-        model.blocks = blocks
-
-
 def _stock(bench: Bench, backend: str) -> None:
+    if not bench.size.is_wan and backend == CUDNN:  # around the call: some processors ask for no backend of diffusers'
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+            return bench.time(["stock dense"], bench.forward)
     bench.model.set_attention_backend(backend)
     try:
-        bench.time(["stock dense"], lambda: bench.model(bench.latents, bench.timestep, bench.text, return_dict=False))
+        bench.time(["stock dense"], bench.forward)
     finally:
         bench.model.reset_attention_backend()
 
 
 def _freeswim(bench: Bench, compiled: bool) -> None:
-    mask = raster_mask(bench.grid, bench.size.native, bench.device)
+    mask = raster_mask(Grid(*bench.size.tokens), bench.size.native, bench.device)
     paths = FreeSwim(bench.model, mask, bench.size.native, compiled)
     try:
         for mode in (REFRESH, REUSE, WINDOW):
             paths.mode = mode
-            bench.time([f"FreeSwim {mode}"], lambda: paths.forward(bench.latents, bench.timestep, bench.text))
+            bench.time([f"FreeSwim {mode}"], lambda: paths.forward(*bench.inputs.values()))
     finally:
         paths.remove()
 
@@ -203,9 +167,6 @@ def _freeswim(bench: Bench, compiled: bool) -> None:
 def _ours(bench: Bench, way: Way) -> None:
     """A refresh, a reuse, and the window alone."""
     method = Inward(native=bench.size.native)
-
-    def forward() -> None:
-        bench.model(bench.latents, bench.timestep, bench.text, return_dict=False)
 
     def window() -> Any:
         return tilewise.patched(bench.model, method, steps=(0, 1), strict=True, precision=way.precision)
@@ -216,21 +177,26 @@ def _ours(bench: Bench, way: Way) -> None:
         with window(), two_paths(bench.model, refresh=2, global_path=way.global_path, cache_bytes=budget):
             yield
 
-    bench.time([f"{way.label} {REFRESH}", f"{way.label} {REUSE}"], forward, paths, way.on_host)
+    bench.time([f"{way.label} {REFRESH}", f"{way.label} {REUSE}"], bench.forward, paths, way.on_host)
     if way.window not in bench.forwards:
-        bench.time([way.window], forward, window)
+        bench.time([way.window], bench.forward, window)
 
 
-def steps_of(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """Seconds of a step (two forwards), averaged over k of them, for what was measured."""
+def steps_of(forwards: dict[str, dict[str, float]], each: int = 2) -> list[dict[str, Any]]:
+    """Seconds of a step of so many forwards each, averaged over k of them, for what was measured."""
     at = {name: found["seconds"] for name, found in forwards.items()}
     rows: list[dict[str, Any]] = []
     if "stock dense" in at:
-        rows.append({"name": "stock dense", "k": None, "seconds": 2 * at["stock dense"]})
+        rows.append({"name": "stock dense", "k": None, "seconds": each * at["stock dense"]})
 
     def average(first: float, later: float, k: int) -> float:
         return (first + (k - 1) * later) / k
 
+    rows += [
+        {"name": f"{way.label}, window alone", "k": None, "seconds": each * at[way.window]}
+        for way in dict.fromkeys(Way(precision=way.precision) for way in WAYS)
+        if way.window in at
+    ]
     for name, alone in (("FreeSwim", f"FreeSwim {WINDOW}"), *((way.label, way.window) for way in WAYS)):
         parts = [at.get(f"{name} {kind}") for kind in (REFRESH, REUSE)]
         window = at.get(alone)
@@ -240,10 +206,13 @@ def steps_of(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
         assert refresh is not None
         assert reuse is not None
         for k in EVERY:
-            both = 2 * refresh if k == 1 else 2 * average(refresh, reuse, k)
+            guided = average(refresh, reuse, k)
+            if each == 1:
+                rows.append({"name": f"{name}, guided", "k": k, "seconds": guided})
+                continue
             if name != "FreeSwim" or k == 1:  # its cached code guides the prompt's forward alone
-                rows.append({"name": f"{name}, both guided", "k": k, "seconds": both})
-            rows.append({"name": f"{name}, prompt guided", "k": k, "seconds": average(refresh, reuse, k) + window})
+                rows.append({"name": f"{name}, both guided", "k": k, "seconds": 2 * guided})
+            rows.append({"name": f"{name}, prompt guided", "k": k, "seconds": guided + window})
     return rows
 
 
@@ -255,10 +224,10 @@ def run(
     variants: dict[str, Callable[[], None]] = {}
     if "stock" in peers:
         variants["stock dense"] = lambda: _stock(bench, backend)
-    if "FreeSwim" in peers:
+    if "FreeSwim" in peers and size.is_wan:
         variants["FreeSwim"] = lambda: _freeswim(bench, compiled)
     for way in WAYS if device.type == "cuda" else [way for way in WAYS if way.precision is None]:
-        if re.search(ways, way.label):
+        if re.search(ways, way.label) and (way.global_path == "dense" or not bench.joint):
             variants[way.label] = lambda way=way: _ours(bench, way)  # type: ignore[misc]
     peak: dict[str, float | None] = {}
     for name, measured in variants.items():
@@ -269,19 +238,21 @@ def run(
 def _result(bench: Bench, peak: dict[str, float | None]) -> dict[str, Any]:
     size = bench.size
     weights = sum(p.numel() * p.element_size() for p in bench.model.parameters()) / 2**30
-    width = bench.model.config.num_attention_heads * bench.model.config.attention_head_dim
-    cache = bench.grid.tokens * width * bench.latents.element_size() / 2**30
+    config = bench.model.config
+    numbers = config.num_attention_heads * (config.attention_head_dim + (2 if bench.joint else 0))  # of 16 bits
+    cache = math.prod(size.tokens) * numbers * 2 / 2**30
     return {
-        "name": size.name, "grid": list(bench.grid.shape), "native": list(size.native), "layers": size.whole,
-        "layers_run": size.layers, "forwards": bench.forwards, "steps": compared(bench.forwards), "peak_gib": peak,
+        "name": size.name, "grid": list(size.tokens), "native": list(size.native), "layers": size.whole,
+        "layers_run": size.layers, "forwards_a_step": size.forwards, "forwards": bench.forwards,
+        "steps": compared(bench.forwards, size.forwards), "peak_gib": peak,
         "weights_gib": weights, "cache_gib_a_layer": cache, "missing": bench.missing,
         "order": list(SIZES.values()).index(size),
     }  # fmt: skip
 
 
-def compared(forwards: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+def compared(forwards: dict[str, dict[str, float]], each: int = 2) -> list[dict[str, Any]]:
     """``steps_of``, beside dense and beside FreeSwim."""
-    rows = steps_of(forwards)
+    rows = steps_of(forwards, each)
     named = {(row["name"], row["k"]): row["seconds"] for row in rows}
     for row in rows:
         for name, key in (
@@ -297,12 +268,13 @@ def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     forwards = {**old["forwards"], **new["forwards"]}
     missing = {name: why for name, why in old["missing"].items() if name not in new["peak_gib"]} | new["missing"]
     both = {"peak_gib": {**old["peak_gib"], **new["peak_gib"]}, "missing": missing}
-    return {**new, **both, "forwards": forwards, "steps": compared(forwards)}
+    return {**new, **both, "forwards": forwards, "steps": compared(forwards, new["forwards_a_step"])}
 
 
 def table(result: dict[str, Any]) -> str:
     depth = f"{result['layers_run']} of {result['layers']} layers measured"
-    lines = [f"{result['name']}, {depth}; seconds a step (two forwards). FreeSwim: cached, at the same k"]
+    forwards = f"{result['forwards_a_step']} forward{'s' * (result['forwards_a_step'] > 1)}"
+    lines = [f"{result['name']}, {depth}; seconds a step ({forwards}). FreeSwim: cached, at the same k"]
     for row in result["steps"]:
         k = "" if row["k"] is None else f" k={row['k']}"
         over = [
@@ -324,7 +296,7 @@ def main(
     device: Annotated[str, typer.Option(help="cuda or cpu; default: cuda if there is one")] = "",
     layers: Annotated[int, typer.Option(help="how many layers to run; default: the size's own")] = 0,
     runs: Annotated[int, typer.Option(help="timed forwards of each kind and depth")] = 1,
-    backend: Annotated[str, typer.Option(help="diffusers' attention backend of the stock forward")] = "_native_cudnn",
+    backend: Annotated[str, typer.Option(help="diffusers' attention backend of the stock forward")] = CUDNN,
     peers: Annotated[bool, typer.Option(help="stock dense and FreeSwim too")] = True,
     freeswim: Annotated[bool, typer.Option(help="of these, FreeSwim")] = True,
     ways: Annotated[str, typer.Option(help="regular expression: of ours, only those in whose label it is found")] = "",
@@ -337,9 +309,11 @@ def main(
         if name not in SIZES:
             raise typer.BadParameter(f"unknown size {name!r}; there are {', '.join(SIZES)}")
         chosen = SIZES[name]
+        if layers and not chosen.is_wan:
+            raise typer.BadParameter(f"--layers is for Wan's sizes, not {name}")
         if layers:
             pixels = chosen.pixels if layers in (chosen.layers, chosen.whole) else f"{chosen.pixels}, {layers} layers"
-            chosen = Size(chosen.model, pixels, chosen.latents, chosen.native, chosen.whole, layers)
+            chosen = replace(chosen, pixels=pixels, layers=layers)
             SIZES[name] = chosen
         result: dict[str, Any] = {}
         others = (("stock", "FreeSwim") if freeswim else ("stock",)) if peers else ()
@@ -353,7 +327,7 @@ def main(
 
 
 def _write(row: dict[str, Any], device: torch.device, out: Path, size: str) -> Path:
-    result = header(device, "benchmarks.highres", sys.argv[1:], size == "tiny")
+    result = header(device, "benchmarks.highres", sys.argv[1:], size.startswith("tiny"))
     path = results.path_of(result, out)
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))["sections"].get("highres", [])

@@ -145,7 +145,7 @@ def highres_table(rows: Rows) -> str:
         title = f"{row['name']}, {row['layers_run']} of {row['layers']} layers run" if partly else row["name"]
         for number, name in enumerate(dict.fromkeys(step["name"] for step in row["steps"])):
             way, _, guided = name.rpartition(", ")
-            peak = row["peak_gib"].get(way if guided == "prompt guided" else name)
+            peak = row["peak_gib"].get(way if guided in ("prompt guided", "guided") else name)
             cells = ["" if number else title, name, "–" if partly or peak is None else f"{peak:.1f}"]
             found = {step["k"]: step for step in row["steps"] if step["name"] == name}
             for k in every:

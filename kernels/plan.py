@@ -13,13 +13,15 @@ and only the third tests coordinates. A plan knows nothing of video: blocks are 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 
 from tilewise.kernels.codes import encode, encode_intervals, fields, inside
 from tilewise.kernels.layout import Layout
+
+WHOLE_BLOCK = 128  # rows: what the Hopper kernels take
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,6 +207,24 @@ def plan_from_block_map(
 def dense_plan(layout: Layout, device: torch.device | str = "cpu") -> BlockPlan:
     """Every query sees every key: dense attention as a plan."""
     return plan_from_block_map(layout, torch.ones(1, 1, layout.blocks, layout.blocks, dtype=torch.bool, device=device))
+
+
+@lru_cache(maxsize=32)
+def plan_of_all(q_len: int, k_len: int, device: torch.device) -> BlockPlan:
+    """Every one of q_len queries sees every one of k_len keys, which may be of another sequence: in blocks of 128 rows."""
+
+    def blocks(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        start = torch.arange(0, length, WHOLE_BLOCK, dtype=torch.int32, device=device)
+        return start, (length - start).clamp(max=WHOLE_BLOCK)
+
+    (q_start, q_rows), (k_start, k_rows) = blocks(q_len), blocks(k_len)
+    queries, keys = len(q_start), len(k_start)
+    index = torch.arange(keys, dtype=torch.int32, device=device).repeat(1, 1, queries, 1)  # a ragged block comes last
+    ends = torch.tensor([k_len // WHOLE_BLOCK, keys, keys], dtype=torch.int32, device=device).repeat(1, 1, queries, 1)
+    work = queries * keys * WHOLE_BLOCK**2 / (q_len * k_len)
+    return BlockPlan(
+        q_start, q_rows, k_start, k_rows, index, k_start[index.long()], ends, WHOLE_BLOCK, q_len, k_len, 1.0, work
+    )
 
 
 def _density(

@@ -29,8 +29,7 @@ from tilewise.plugins.errors import ConfigError
 class Options:
     """overwrite: make every clip again. max_failures: stop after so many failed jobs (of one process); None is never.
     retry_oom: with too little memory, try again with the measures of `memory`. warm_up: one thrown-away step for each
-    method and size before the first is timed; None: on a GPU only, where the first run compiles. Clips of two stages are
-    not warmed up."""
+    method and size before the first is timed; None: on a GPU only, where the first run compiles."""
 
     overwrite: bool = False
     max_failures: int | None = None
@@ -132,10 +131,10 @@ class ClipMaker:
             peak.start()
             try:
                 with saving(pipe, measures):
+                    warm = self._warm_up(pipe, job, stages) if self._warms_up(device) else None
                     if stages is not None:
-                        warm, clip = None, stages.make(pipe, self.watch.progress)
+                        clip = stages.make(pipe, self.watch.progress)
                     else:
-                        warm = self._warm_up(pipe, job) if self._warms_up(device) else None
                         clip = generate(pipe, job.settings, self.watch.progress)
                 self.measures[job.shape] = tuple(measures)
                 told = {"peak_memory": peak.read(), "memory_saving": measures, "oom_retries": retries}
@@ -154,9 +153,12 @@ class ClipMaker:
         wanted = self.options.warm_up
         return device.type == "cuda" if wanted is None else wanted
 
-    def _warm_up(self, pipe: Any, job: Job) -> float:
+    def _warm_up(self, pipe: Any, job: Job, stages: TwoStages | None) -> float:
         if job.shape in self.warmed:
             return 0.0
-        seconds = warm_up(pipe, job.settings, self.watch.progress)
+        if stages is not None:
+            seconds = stages.warm_up(pipe, self.watch.progress)
+        else:
+            seconds = warm_up(pipe, job.settings, self.watch.progress)
         self.warmed.add(job.shape)
         return seconds

@@ -9,7 +9,7 @@ from typing import Any
 
 from tilewise.pipelines.clip_content import analyse, parse_prompt
 from tilewise.pipelines.generate import Clip, Progress
-from tilewise.pipelines.highres import HighresClip, Work, judged, make
+from tilewise.pipelines.highres import HighresClip, Work, judged, make, warm_up
 from tilewise.pipelines.native import native_size
 from tilewise.pipelines.record import clip_record
 from tilewise.pipelines.video import write_video
@@ -29,6 +29,9 @@ class TwoStages:
         """What the plan does to save memory, in the words of `memory`."""
         plan = self.work.plan
         return [name for name, on in (("vae-tiling", plan.vae_tiling), ("offload", plan.offload)) if on]
+
+    def warm_up(self, pipe: Any, progress: Progress) -> float:
+        return warm_up(pipe, self.work, progress)
 
     def make(self, pipe: Any, progress: Progress) -> Clip:
         """The clip at the target; the native one is on disk then. Raises as `highres`, and OutputError."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tilewise.pipelines.clip_content import analyse, parse_prompt, score
 from tilewise.pipelines.errors import OutputError
-from tilewise.pipelines.native import native_size
+from tilewise.pipelines.native import least_steps, native_size
 from tilewise.pipelines.settings import GenerateSettings
 from tilewise.pipelines.stock_call import stock_call
 from tilewise.pipelines.video import to_uint8
@@ -129,14 +129,15 @@ def run(
 
 
 def warm_up(pipe: Any, settings: GenerateSettings, progress: Progress | None = None) -> float:
-    """Runs one denoising step, dense and (if the method is not dense) sparse, and throws it away; returns its seconds.
+    """Runs one denoising step (the fewest that the pipeline takes), dense and, if the method is not dense, sparse, and throws it
+    away; returns its seconds.
 
     At the full size, and the dense one is decoded too: that loads libraries, compiles or picks kernels and fills the
     allocators' pools, so that the run after it is measured as every later one. progress: as in `run`, one phase "warm-up".
     """
     tell = progress or (lambda phase, done, total: None)
     passes = 1 if settings.is_dense else 2
-    one_step = dataclasses.replace(settings, steps=1)
+    one_step = dataclasses.replace(settings, steps=least_steps(pipe))
     start = time.perf_counter()
     tell("warm-up", 0, passes)
     run(pipe, one_step)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,7 +30,7 @@ from tilewise.pipelines.highres_settings import HighresSettings, pixels
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
 from tilewise.pipelines.memory import saving
 from tilewise.pipelines.memory_plan import MemoryPlan, check_plan, plan_memory
-from tilewise.pipelines.native import native_size
+from tilewise.pipelines.native import least_steps, native_size
 from tilewise.pipelines.settings import GenerateSettings, resolve_settings
 from tilewise.pipelines.stock_call import call_arguments, stock_call
 from tilewise.pipelines.upscale import upscale_frames, upscale_latents
@@ -276,6 +277,19 @@ def make(
         tell("decode", 1, 1)
     clip = Clip(frames, seconds, report, target)
     return HighresClip(clip, native, options, work.plan, coherence(frames, native.frames), forwards)
+
+
+def warm_up(pipe: Any, work: Work, progress: Progress | None = None) -> float:
+    """`generate.warm_up` for two stages: the fewest steps that leave one at the target, thrown away; returns its seconds."""
+    tell = progress or (lambda phase, done, total: None)
+    assert work.options.strength is not None
+    least = max(least_steps(pipe), math.ceil(1 / work.options.strength - 1e-9))
+    native, target = (dataclasses.replace(settings, steps=least) for settings in (work.native, work.target))
+    start = time.perf_counter()
+    tell("warm-up", 0, 1)
+    make(pipe, dataclasses.replace(work, native=native, target=target))
+    tell("warm-up", 1, 1)
+    return time.perf_counter() - start
 
 
 def judged(pipe: Any, made: HighresClip) -> HighresClip:

@@ -18,6 +18,7 @@ WAN_FLOW_SHIFT = 9.0
 # Of a second stage, where the schedule is such that the usual share would leave next to nothing of the first: the first half of
 # Mochi's steps is above a noise level of 0.975, whatever their number, and 0.45 of them begin at 0.96.
 STRENGTHS = {"MochiPipeline": 0.45}
+LEAST_STEPS = {"MochiPipeline": 2}  # half of its schedule is another than the rest
 PAST = 1.5  # times the model's own side length: from here on a stock clip is likely to suffer
 FLOATS = ("guidance", "fps", "highres_strength", "highres_flow_shift")
 
@@ -92,6 +93,11 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
         "highres_strength": STRENGTHS.get(type(pipe).__name__, Native.highres_strength),
         "highres_flow_shift": WAN_FLOW_SHIFT if type(pipe).__name__.startswith("Wan") else None,
     }
+
+
+def least_steps(pipe: Any) -> int:
+    """The fewest steps that a pipeline can be called with."""
+    return LEAST_STEPS.get(type(pipe).__name__, 1)
 
 
 def size_notes(pipe: Any, height: int, width: int) -> list[str]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import torch
 
+from tilewise.kernels.attention import block_sparse_attention, misfit
+from tilewise.kernels.plan import plan_of_all
+
 SCORES = 1 << 24  # float32 numbers in a tensor that is made on the way: 64 MiB, some of which are held at once
 
 
 def attend_few(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention, some queries at a time, with its log-sum-exp.
+    """Attention with its log-sum-exp: on a GPU by the kernel that runs the plans, else plain, some queries at a time.
 
     Args:
         query: (B, n, H, D). keys, values: (B, P, H, D), some hundreds; P = 0 gives 0 and −inf.
@@ -23,10 +26,15 @@ def attend_few(
     Returns:
         (B, n, H, D) in query's dtype and (B, H, n) float32, natural.
     """
+    tokens, some = query.shape[1], keys.shape[1]
+    if query.is_cuda and tokens and some and misfit(query.shape[-1], query.dtype) is None:
+        return block_sparse_attention(
+            query, keys, values, plan_of_all(tokens, some, query.device), scale=scale, return_lse=True
+        )
     # Scores in float32: in 16 bits they would be rounded before the softmax, and in float16 overflow.
     keys, values = keys.float().permute(0, 2, 3, 1), values.transpose(1, 2)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    batch, tokens, heads, _ = query.shape
+    batch, _, heads, _ = query.shape
     rows = max(1, SCORES // max(1, batch * heads * max(keys.shape[2:])))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((batch, heads, tokens), dtype=torch.float32)

@@ -16,7 +16,7 @@ from tilewise.kernels.attention import (
     choose_backend,
 )
 from tilewise.kernels.layout import Grid, Layout
-from tilewise.kernels.plan import BlockPlan, plan_from_block_map
+from tilewise.kernels.plan import BlockPlan, plan_from_block_map, plan_of_all
 from tilewise.kernels.reference import masked_attention
 from tilewise.kernels.torch_forward import torch_forward
 
@@ -100,6 +100,18 @@ def test_keys_that_no_one_sees_are_never_used():
     assert bool(unseen.any())
     k[:, unseen], v[:, unseen] = torch.nan, torch.nan
     assert torch.equal(forward(q, k, v, plan)[0][:, row], want[:, row])
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(150, 7), (128, 256), (1, 129), (260, 300)])
+def test_all_keys_of_another_sequence(queries, keys):
+    """Rows around the tensors hold NaN."""
+    generator = torch.Generator().manual_seed(queries)
+    q, k, v = (torch.randn(2, n, 2, 16, generator=generator) for n in (queries, keys, keys))
+    want, want_lse = masked_attention(q, k, v, torch.ones(1, 2, queries, keys, dtype=torch.bool), 0.3)
+    poisoned = [torch.nn.functional.pad(x, (0, 0, 0, 0, 9, 140), value=torch.nan)[:, 9:-140] for x in (q, k, v)]
+    out, lse = forward(*poisoned, plan_of_all(queries, keys, q.device), 0.3)
+    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse.double(), want_lse, atol=2e-5, rtol=2e-5)
 
 
 def empty_rows_plan(partial: bool) -> tuple[BlockPlan, torch.Tensor]:

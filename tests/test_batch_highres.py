@@ -69,6 +69,15 @@ def clips(folder):
     return sorted(name for name in os.listdir(folder) if not name.startswith((".batch", "manifest")))
 
 
+def test_warm_up_once_a_shape(plan, pipe, tmp_path):
+    rows = [{"seed": seed, "refresh": refresh} for seed in (0, 1) for refresh in (1, 2)]
+    jobs = plan(*rows, highres=True, height=80, width=64)
+    run_batch(jobs.jobs, tmp_path / "o", lambda *_: pipe, options=Options(warm_up=True))
+    found = [line["run"]["seconds"]["warm_up"] > 0 for line in lines(tmp_path / "o")]
+    assert sorted(found) == [False, False, True, True]
+    assert all(line["run"]["highres"]["coherence"] for line in lines(tmp_path / "o"))
+
+
 # ── what is made ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -76,6 +76,37 @@ def test_speed_runs_on_a_cpu(tmp_path, capsys):
     assert [step["name"] for step in again["steps"]] == [step["name"] for step in row["steps"]]
 
 
+@pytest.mark.parametrize(("size", "step"), [("tiny-joint", "ours, guided"), ("tiny-LTX", "ours, prompt guided")])
+def test_speed_of_other_families(size, step, tmp_path, capsys):
+    """Guidance as an input is one forward a step; text in the sequence has no coarser full path."""
+    highres.main(size, "cpu", 0, 1, "native", True, True, "", False, tmp_path)
+    assert f"{step} k=5" in capsys.readouterr().out
+    (file,) = tmp_path.glob("*-tiny.json")
+    (row,) = json.loads(file.read_text())["sections"]["highres"]
+    assert row["missing"] == {}
+    assert row["forwards_a_step"] == (1 if size == "tiny-joint" else 2)
+    names = {each["name"] for each in row["steps"]}
+    assert {"stock dense", "ours, window alone", step} <= names
+    assert any("pooled" in name for name in names) == (size == "tiny-LTX")
+    assert not any("FreeSwim" in name for name in row["forwards"])
+    assert "| ours, window alone |" in render.tables(json.loads(file.read_text()), ["highres"])
+
+
+def test_layers_are_left_of_each_kind_in_its_share():
+    model = torch.nn.Module()
+    model.transformer_blocks = torch.nn.ModuleList(torch.nn.Identity() for _ in range(2))
+    model.single_transformer_blocks = torch.nn.ModuleList(torch.nn.Identity() for _ in range(4))
+    assert highres.fewest(model) == 6
+    with highres.first_layers(model, 3):
+        assert (len(model.transformer_blocks), len(model.single_transformer_blocks)) == (1, 2)
+    assert len(model.single_transformer_blocks) == 4
+    with (
+        pytest.raises(ValueError, match="2 of 6 layers are no whole share of transformer_blocks"),
+        highres.first_layers(model, 2),
+    ):
+        pass
+
+
 def test_quality_runs_on_a_cpu(tmp_path, capsys):
     names = "dense;two paths, k=2"
     highres_quality.main("160", "1", names, 2, 1, 0.5, 0.0, 1, "cpu", "auto", 1e9, tmp_path / "pictures", tmp_path)

@@ -34,10 +34,14 @@ from diffusers import (
 )
 
 import tilewise
-from tilewise.pipelines.highres import highres
+from tilewise.pipelines import generate
+from tilewise.pipelines.highres import highres, prepare, warm_up
 from tilewise.pipelines.highres_schedule import entered_at, noised
+from tilewise.pipelines.highres_settings import HighresSettings
 from tilewise.pipelines.latent_spaces.base import latent_space, latent_spaces
 from tilewise.pipelines.native import native_size
+from tilewise.pipelines.settings import resolve_settings
+from tilewise.plugins.config import resolve
 from tilewise.plugins.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.ledger import FULL_PATH, SPARSE
@@ -246,6 +250,22 @@ def test_latents_there_and_back(case):
         stock_latents = pipe.vae.encode(video[:, :, 0] if space.flat else video).latent_dist.mode()
     mean, std = space.statistics(pipe.vae, again)
     torch.testing.assert_close((again * std + mean).view_as(stock_latents), stock_latents, atol=1e-5, rtol=1e-5)
+
+
+def test_warmed_up(case):
+    """The fewest steps: not every schedule can be made of one."""
+    pipe, size = case
+    size = dict(size)
+    height, width = size.pop("native")
+    stages = prepare(
+        pipe, "a star", size["height"], size["width"], (height, width), resolve("dense"), HighresSettings(),
+        {"frames": size["frames"], "steps": 8},
+    )  # fmt: skip
+    assert warm_up(pipe, stages) > 0
+    alone = resolve_settings(pipe, "a star", method="sta", height=height, width=width, frames=size["frames"], steps=8)
+    calls = []
+    assert generate.warm_up(pipe, alone, lambda *now: calls.append(now)) > 0
+    assert calls == [("warm-up", done, 2) for done in range(3)]
 
 
 def test_two_stages(case):

@@ -363,6 +363,22 @@ def test_parts_of_a_softmax_are_put_together(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("queries", "keys", "width"), [(1000, 333, 128), (130, 1, 64), (257, 512, 80), (64, 0, 128)])
+def test_few_keys_on_a_gpu(queries, keys, width, dtype):
+    """Picture and text are slices of one sequence, as in a call."""
+    whole = [torch.randn(2, queries + keys, 3, width, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    q, k, v = (x.to(dtype) for x in whole)
+    want, want_lse = attend_few(q[:, :queries].float(), k[:, queries:].float(), v[:, queries:].float(), None)
+    q, k, v = (x.cuda() for x in (q, k, v))
+    out, lse = attend_few(q[:, :queries], k[:, queries:], v[:, queries:], None)
+    assert out.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.cpu().float(), want, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.cpu(), want_lse, atol=tolerance / 10, rtol=tolerance / 10)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["flux", "hunyuan video, prompts of two lengths"])
 def test_a_gpu_agrees_with_the_cpu(name):
     """The kernels, the spill to pinned memory and attention over text in pieces: refresh and reuse."""

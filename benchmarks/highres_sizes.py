@@ -78,7 +78,7 @@ SIZES = {
     "14B-4K": Size("Wan2.1-14B", "2160×3840×81", (21, 135, 240), (45, 80), 40, 2),
     # From 544×960, the smaller of the two sizes that it was trained at; guidance is an input.
     "HunyuanVideo-1080p": Size(
-        "HunyuanVideo", "1088×1920×129", (33, 68, 120), (34, 60), 60, 6, 1, _of("HunyuanVideo 117×768×1280")
+        "HunyuanVideo", "1088×1920×85", (22, 68, 120), (34, 60), 60, 6, 1, _of("HunyuanVideo 117×768×1280")
     ),
     "LTX": Size("LTX-Video", "1024×1408×161", (21, 32, 44), (16, 22), 28, 28, 2, _of("LTX-Video 161×704×1216")),
     "Flux-2048": Size("Flux.1", "2048²", (1, 128, 128), (64, 64), 57, 57, 1, _of("Flux.1 2048²")),

@@ -3,7 +3,7 @@
 ``python -m benchmarks.render`` rewrites the tables of README.md and docs/*.md: each stands between ``<!-- results FILE -->`` and
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
-    headline others attention implementations dynamic quality errors highres coherence paths step families time fused
+    headline others attention implementations dynamic quality errors gist highres coherence paths step families time fused
     launch missing
 
 and without any, all of them do. A file may have notes, written by hand: section → sentences that stand below its tables.
@@ -154,6 +154,27 @@ def highres_table(rows: Rows) -> str:
                 cells.append(" · ".join([f"{step['seconds']:.2f}", *over]) if step else "–")
             lines.append(cells)
     return _markdown(lines)
+
+
+def highres_gist_table(rows: Rows) -> str:
+    """A size past the training one a line: dense, FreeSwim and the main ways of ours, where the full path runs at every fifth step
+    and guides the prompt's forward."""
+    ways = {
+        "FreeSwim, cached": "FreeSwim, prompt guided", "window alone": "ours, window alone", "two paths": "ours, prompt guided",
+        "full path a draft": "ours, draft, prompt guided", "and int8": "ours, draft, int8, prompt guided",
+    }  # fmt: skip
+    lines = [["seconds a step (× dense)", "dense", *ways]]
+    for row in rows:
+        found = {step["name"]: step for step in row["steps"] if step["k"] in (None, 5)}
+        if len(found) < 2:
+            continue
+        cells = [row["name"], f"{found['stock dense']['seconds']:.2f}" if "stock dense" in found else "–"]
+        for name in ways.values():
+            step = found.get(name) or found.get(name.replace("prompt guided", "guided"))
+            over = f" ({step['over dense']:.2f})" if step and step.get("over dense") else ""
+            cells.append(f"{step['seconds']:.2f}{over}" if step else "–")
+        lines.append(cells)
+    return _markdown(lines) if len(lines) > 1 else ""
 
 
 def global_path_table(rows: Rows) -> str:
@@ -314,6 +335,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "dynamic": ("dynamic", dynamic_table),
     "quality": ("quality", quality_table),
     "errors": ("attention error", errors_table),
+    "gist": ("highres", highres_gist_table),
     "highres": ("highres", highres_table),
     "coherence": ("highres quality", highres_quality_table),
     "paths": ("global path", global_path_table),

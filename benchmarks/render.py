@@ -157,8 +157,8 @@ def highres_table(rows: Rows) -> str:
 
 
 def highres_gist_table(rows: Rows) -> str:
-    """A size past the training one a line: dense, FreeSwim and the main ways of ours, where the full path runs at every fifth step
-    and guides the prompt's forward."""
+    """A size past the training one a line: dense, FreeSwim and the main ways of ours, with a full path at every fifth step that
+    guides the prompt's forward."""
     ways = {
         "FreeSwim, cached": "FreeSwim, prompt guided", "window alone": "ours, window alone", "two paths": "ours, prompt guided",
         "full path a draft": "ours, draft, prompt guided", "and int8": "ours, draft, int8, prompt guided",

@@ -41,10 +41,16 @@ KINDS = {
     "guided": "text",
     "upscale": "text",
     "precision": "text",
+    "flow_shift": "number",
+    "rope": "text",
+    "rope_time": "text",
     "native": "text",
     "max_memory": "text",
 }
-STAGES = ("strength", "refresh", "global_path", "guided", "upscale", "precision", "native", "max_memory")  # of highres
+STAGES = (  # of highres
+    "strength", "refresh", "global_path", "guided", "upscale", "precision", "flow_shift", "rope", "rope_time", "native",
+    "max_memory",
+)  # fmt: skip
 WHOLE_BATCH = ("out", "device", "compare", "dry_run", "seeds", "sweep")  # words of the command that no line can have
 MAX_PROMPT = 50_000  # characters; text encoders read hundreds of tokens, so that more is a mistake
 MAX_ID = 200

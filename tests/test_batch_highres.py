@@ -24,6 +24,7 @@ from tilewise.ui.cli import app
 from tilewise.ui.options import method_config, parse_size
 
 SMALL = {"frames": 5, "steps": 4}
+RANGE = {"flow_shift": 4.0, "rope": "ntk", "rope_time": "riflex"}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_warm_up_once_a_shape(plan, pipe, tmp_path):
 def test_two_rows_of_different_sizes(invoke, pipe, tmp_path):
     rows = [
         {"prompt": "a red circle", "height": 80, "width": 64},
-        {"prompt": "a blue square", "height": 64, "width": 96, "refresh": 2, "strength": 0.75, "seed": 3},
+        {"prompt": "a blue square", "height": 64, "width": 96, "refresh": 2, "strength": 0.75, "seed": 3, **RANGE},
     ]
     command = ["--highres", "--refresh", 1, "--max-memory", "2GB"]
     done = invoke(rows, *command)
@@ -92,7 +93,7 @@ def test_two_rows_of_different_sizes(invoke, pipe, tmp_path):
     found = lines(tmp_path / "o")
     natives = [line["file"].replace(".mp4", "-native.mp4") for line in found]
     assert clips(tmp_path / "o") == sorted([line["file"] for line in found] + natives)
-    options = ({"refresh": 1}, {"refresh": 2, "strength": 0.75})
+    options = ({"refresh": 1}, {"refresh": 2, "strength": 0.75, **RANGE})
     for row, line, native, given in zip(rows, found, natives, options, strict=True):
         path, run = tmp_path / "o" / line["file"], line["run"]
         size = {"height": row["height"], "width": row["width"]}
@@ -155,9 +156,19 @@ def test_cells_of_a_table(tmp_path):
     from tilewise.pipelines.batch_input import read_rows
 
     path = tmp_path / "a.csv"
-    path.write_text("prompt,highres,refresh,native,max_memory\nx,True,5,64x48,24GB\ny,false,,,\nz,,,,\n")
+    path.write_text(
+        "prompt,highres,refresh,native,max_memory,flow_shift,rope\nx,True,5,64x48,24GB,4,ntk\ny,false,,,,,\nz,,,,,,\n"
+    )
     assert [row.fields for row in read_rows(path)] == [
-        {"prompt": "x", "highres": True, "refresh": 5, "native": "64x48", "max_memory": "24GB"},
+        {
+            "prompt": "x",
+            "highres": True,
+            "refresh": 5,
+            "native": "64x48",
+            "max_memory": "24GB",
+            "flow_shift": 4.0,
+            "rope": "ntk",
+        },
         {"prompt": "y", "highres": False},
         {"prompt": "z"},
     ]
@@ -168,7 +179,16 @@ def test_cells_of_a_table(tmp_path):
 
 def test_the_key_is_of_what_is_made(plan):
     size = {"height": 80, "width": 64, "highres": True}
-    rows = [size, {**size, "refresh": 1}, {**size, "native": "48x48"}, {**size, "method": "sta"}, {**size, "seed": 1}]
+    rows = [
+        size,
+        {**size, "refresh": 1},
+        {**size, "flow_shift": 4.0},
+        {**size, "rope": "yarn"},
+        {**size, "rope_time": "ntk"},
+        {**size, "native": "48x48"},
+        {**size, "method": "sta"},
+        {**size, "seed": 1},
+    ]
     jobs = plan(*rows).jobs
     assert len({job.key for job in jobs}) == len(rows)
     assert len({job.shape for job in jobs}) == len(rows) - 1

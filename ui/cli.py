@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from tilewise import __version__
+from tilewise.ui import stages
 from tilewise.ui.failing import exit_codes, run_app
 from tilewise.ui.web.command import ui
 
@@ -38,15 +39,6 @@ WARM_UP_HELP = "Run a step and throw it away before a method and size is timed."
 NATIVE = "Default: the model's own."
 PLOT_HELP = "Also draw it: a .png, .svg or .pdf. A method that chooses by the content runs the model for four steps."
 HIGHRES_HELP = "Past the model's size: a clip at its own size first, then --height and --width from that."
-STRENGTH_HELP = "--highres: share of the steps that run at the target, in (0, 1]."
-REFRESH_HELP = "--highres: the full path runs every so many steps."
-GLOBAL_PATH_HELP = "--highres: what guides the window: dense, draft, pooled or none."
-GUIDED_HELP = "--highres: which forwards the full path guides: all, or cond (the prompt's alone)."
-PRECISION_HELP = "--highres: int8 or fp8 products in the target's attention, on a Hopper GPU."
-UPSCALE_HELP = "--highres: bicubic, bilinear, lanczos or latent."
-SHIFT_HELP = "--highres: flow shift of the target's noise schedule."
-ROPE_HELP = "--highres: rotary scaling of height and width, ntk or yarn (Wan)."
-ROPE_TIME_HELP = "--highres: rotary scaling of time, riflex, ntk or yarn (Wan)."
 
 
 def _version(wanted: bool) -> None:
@@ -97,17 +89,17 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP, show_default="auto")] = None,
     highres: Annotated[bool, typer.Option("--highres", help=HIGHRES_HELP)] = False,
-    strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP, show_default="the model's own")] = None,
-    refresh: Annotated[int | None, typer.Option(help=REFRESH_HELP, show_default="2")] = None,
-    global_path: Annotated[str | None, typer.Option(help=GLOBAL_PATH_HELP, show_default="what suits the model")] = None,
-    guided: Annotated[str | None, typer.Option(help=GUIDED_HELP, show_default="all")] = None,
-    upscale: Annotated[str | None, typer.Option(help=UPSCALE_HELP, show_default="bicubic")] = None,
-    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP, show_default="the model's 16 bits")] = None,
-    flow_shift: Annotated[float | None, typer.Option(help=SHIFT_HELP, show_default="the model's own")] = None,
-    rope: Annotated[str | None, typer.Option(help=ROPE_HELP, show_default="unchanged")] = None,
-    rope_time: Annotated[str | None, typer.Option(help=ROPE_TIME_HELP, show_default="unchanged")] = None,
-    native: Annotated[str | None, typer.Option(help=f"--highres: size of the first stage, HxW. {NATIVE}")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="--highres: memory to stay within, such as 24GB.")] = None,
+    strength: stages.Strength = None,
+    refresh: stages.Refresh = None,
+    global_path: stages.GlobalPath = None,
+    guided: stages.Guided = None,
+    upscale: stages.Upscale = None,
+    precision: stages.Precision = None,
+    flow_shift: stages.FlowShift = None,
+    rope: stages.Rope = None,
+    rope_time: stages.RopeTime = None,
+    native: stages.Native = None,
+    max_memory: stages.MaxMemory = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
     """Make a clip (mp4) from a prompt, or again from a clip."""
@@ -166,14 +158,17 @@ def batch(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP, show_default="auto")] = None,
     highres: Annotated[bool | None, typer.Option("--highres", help=HIGHRES_HELP)] = None,
-    strength: Annotated[float | None, typer.Option(help=STRENGTH_HELP, show_default="the model's own")] = None,
-    refresh: Annotated[int | None, typer.Option(help=REFRESH_HELP, show_default="2")] = None,
-    global_path: Annotated[str | None, typer.Option(help=GLOBAL_PATH_HELP, show_default="what suits the model")] = None,
-    guided: Annotated[str | None, typer.Option(help=GUIDED_HELP, show_default="all")] = None,
-    upscale: Annotated[str | None, typer.Option(help=UPSCALE_HELP, show_default="bicubic")] = None,
-    precision: Annotated[str | None, typer.Option(help=PRECISION_HELP, show_default="the model's 16 bits")] = None,
-    native: Annotated[str | None, typer.Option(help=f"--highres: size of the first stage, HxW. {NATIVE}")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="--highres: memory to stay within, such as 24GB.")] = None,
+    strength: stages.Strength = None,
+    refresh: stages.Refresh = None,
+    global_path: stages.GlobalPath = None,
+    guided: stages.Guided = None,
+    upscale: stages.Upscale = None,
+    precision: stages.Precision = None,
+    flow_shift: stages.FlowShift = None,
+    rope: stages.Rope = None,
+    rope_time: stages.RopeTime = None,
+    native: stages.Native = None,
+    max_memory: stages.MaxMemory = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
     """Make many clips from a file of prompts. Run again, it goes on where it was stopped.
@@ -201,6 +196,9 @@ def batch(
         "guided": guided,
         "upscale": upscale,
         "precision": precision,
+        "flow_shift": flow_shift,
+        "rope": rope,
+        "rope_time": rope_time,
         "native": native,
         "max_memory": max_memory,
     }

@@ -142,7 +142,7 @@ def highres_table(rows: Rows) -> str:
         if len(row["steps"]) < 2:  # nothing to compare
             continue
         partly = row["layers_run"] < row["layers"]
-        title = f"{row['name']}, {row['layers_run']} of {row['layers']} layers run" if partly else row["name"]
+        title = _layers_title(row)
         for number, name in enumerate(dict.fromkeys(step["name"] for step in row["steps"])):
             way, _, guided = name.rpartition(", ")
             peak = row["peak_gib"].get(way if guided in ("prompt guided", "guided") else name)
@@ -157,24 +157,35 @@ def highres_table(rows: Rows) -> str:
 
 
 def highres_gist_table(rows: Rows) -> str:
-    """A size past the training one a line: dense, FreeSwim and the main ways of ours, with a full path at every fifth step that
-    guides the prompt's forward."""
+    """A size past the training one a line: dense, FreeSwim and the main ways of ours."""
+    fast = ("prompt guided", 5), ("guided", 5)
     ways = {
-        "FreeSwim, cached": "FreeSwim, prompt guided", "window alone": "ours, window alone", "two paths": "ours, prompt guided",
-        "full path a draft": "ours, draft, prompt guided", "and int8": "ours, draft, int8, prompt guided",
-    }  # fmt: skip
+        "FreeSwim, cached": [("FreeSwim", fast)],
+        "window alone": [("ours", (("window alone", None),))],
+        "two paths": [("ours", (("both guided", 2), ("guided", 2)))],
+        "fast": [("ours", fast)],
+        "fast, draft": [("ours, draft", fast)],
+        "fast, int8": [("ours, draft, int8", fast), ("ours, int8", fast)],
+    }
     lines = [["seconds a step (× dense)", "dense", *ways]]
     for row in rows:
-        found = {step["name"]: step for step in row["steps"] if step["k"] in (None, 5)}
+        found = {(step["name"], step["k"]): step for step in row["steps"]}
         if len(found) < 2:
             continue
-        cells = [row["name"], f"{found['stock dense']['seconds']:.2f}" if "stock dense" in found else "–"]
-        for name in ways.values():
-            step = found.get(name) or found.get(name.replace("prompt guided", "guided"))
+        dense = found.get(("stock dense", None))
+        cells = [_layers_title(row), f"{dense['seconds']:.2f}" if dense else "–"]
+        for names in ways.values():
+            each = [found.get((f"{way}, {kind}", k)) for way, kinds in names for kind, k in kinds]
+            step = next((s for s in each if s), None)
             over = f" ({step['over dense']:.2f})" if step and step.get("over dense") else ""
             cells.append(f"{step['seconds']:.2f}{over}" if step else "–")
         lines.append(cells)
     return _markdown(lines) if len(lines) > 1 else ""
+
+
+def _layers_title(row: dict[str, Any]) -> str:
+    partly = row["layers_run"] < row["layers"]
+    return f"{row['name']}, {row['layers_run']} of {row['layers']} layers run" if partly else row["name"]
 
 
 def global_path_table(rows: Rows) -> str:

@@ -220,7 +220,8 @@ def plan_of_all(q_len: int, k_len: int, device: torch.device) -> BlockPlan:
     (q_start, q_rows), (k_start, k_rows) = blocks(q_len), blocks(k_len)
     queries, keys = len(q_start), len(k_start)
     index = torch.arange(keys, dtype=torch.int32, device=device).repeat(1, 1, queries, 1)  # a ragged block comes last
-    ends = torch.tensor([k_len // WHOLE_BLOCK, keys, keys], dtype=torch.int32, device=device).repeat(1, 1, queries, 1)
+    ends = torch.full((1, 1, queries, 3), keys, dtype=torch.int32, device=device)
+    ends[..., 0] = k_len // WHOLE_BLOCK
     work = queries * keys * WHOLE_BLOCK**2 / (q_len * k_len)
     return BlockPlan(
         q_start, q_rows, k_start, k_rows, index, k_start[index.long()], ends, WHOLE_BLOCK, q_len, k_len, 1.0, work

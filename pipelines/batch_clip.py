@@ -28,8 +28,8 @@ from tilewise.plugins.errors import ConfigError
 @dataclasses.dataclass(frozen=True)
 class Options:
     """overwrite: make every clip again. max_failures: stop after so many failed jobs (of one process); None is never.
-    retry_oom: with too little memory, try again with the measures of `memory`. warm_up: one thrown-away step for each
-    method and size before the first is timed; None: on a GPU only, where the first run compiles."""
+    retry_oom: with too little memory, try again with the measures of `memory`. warm_up: the fewest steps, thrown
+    away, for each method and size before the first is timed; None: on a GPU only, where the first run compiles."""
 
     overwrite: bool = False
     max_failures: int | None = None
@@ -154,11 +154,12 @@ class ClipMaker:
         return device.type == "cuda" if wanted is None else wanted
 
     def _warm_up(self, pipe: Any, job: Job, stages: TwoStages | None) -> float:
-        if job.shape in self.warmed:
+        kernels = job.shape if stages is None else stages.kernels(pipe)
+        if kernels in self.warmed:
             return 0.0
         if stages is not None:
             seconds = stages.warm_up(pipe, self.watch.progress)
         else:
             seconds = warm_up(pipe, job.settings, self.watch.progress)
-        self.warmed.add(job.shape)
+        self.warmed.add(kernels)
         return seconds

@@ -9,7 +9,7 @@ from typing import Any
 
 from tilewise.pipelines.clip_content import analyse, parse_prompt
 from tilewise.pipelines.generate import Clip, Progress
-from tilewise.pipelines.highres import HighresClip, Work, judged, make, warm_up
+from tilewise.pipelines.highres import HighresClip, Work, few_steps, judged, make, warm_up
 from tilewise.pipelines.native import native_size
 from tilewise.pipelines.record import clip_record
 from tilewise.pipelines.video import write_video
@@ -29,6 +29,11 @@ class TwoStages:
         """What the plan does to save memory, in the words of `memory`."""
         plan = self.work.plan
         return [name for name, on in (("vae-tiling", plan.vae_tiling), ("offload", plan.offload)) if on]
+
+    def kernels(self, pipe: Any) -> str:
+        """Equal for clips that are warmed up together."""
+        few = few_steps(pipe, self.work)
+        return repr((few.native, few.target, few.options))
 
     def warm_up(self, pipe: Any, progress: Progress) -> float:
         return warm_up(pipe, self.work, progress)

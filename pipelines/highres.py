@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -279,15 +278,30 @@ def make(
     return HighresClip(clip, native, options, work.plan, coherence(frames, native.frames), forwards)
 
 
+def few_steps(pipe: Any, work: Work) -> Work:
+    """What a work is warmed up by: the fewest steps in which all its kernels run, one that reuses included.
+
+    Works for which this gives the same, plans aside, are warm together.
+    """
+    options = dataclasses.replace(work.options, strength=1.0, refresh=min(work.options.refresh, 2))
+    least = max(least_steps(pipe), options.refresh)
+    method = work.native.method
+    if not work.native.is_dense:  # on its usual schedule it might leave these steps dense
+        method = dataclasses.replace(method, steps=(0.0, 1.0))
+
+    def few(settings: GenerateSettings, method: Config) -> GenerateSettings:
+        return dataclasses.replace(settings, method=method, prompt="a clip", negative="", seed=0, steps=least)
+
+    native, target = few(work.native, method), few(work.target, work.target.method)
+    return dataclasses.replace(work, native=native, target=target, options=options)
+
+
 def warm_up(pipe: Any, work: Work, progress: Progress | None = None) -> float:
-    """`generate.warm_up` for two stages: the fewest steps that leave one at the target, thrown away; returns its seconds."""
+    """`generate.warm_up` for two stages: `few_steps` of both, thrown away; returns its seconds."""
     tell = progress or (lambda phase, done, total: None)
-    assert work.options.strength is not None
-    least = max(least_steps(pipe), math.ceil(1 / work.options.strength - 1e-9))
-    native, target = (dataclasses.replace(settings, steps=least) for settings in (work.native, work.target))
     start = time.perf_counter()
     tell("warm-up", 0, 1)
-    make(pipe, dataclasses.replace(work, native=native, target=target))
+    make(pipe, few_steps(pipe, work))
     tell("warm-up", 1, 1)
     return time.perf_counter() - start
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tilewise.pipelines.replaced import replaced
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 
 _NOISED_TO = "_tilewise_noised_to"  # on the second stage's own copy of a scheduler
@@ -47,11 +48,8 @@ def schedule_calls(pipe: Any) -> Iterator[list[dict[str, Any]]]:
         calls.append(dict(names.bind(*args, **kwargs).arguments))
         whole(*args, **kwargs)
 
-    scheduler.set_timesteps = set_timesteps
-    try:
+    with replaced(scheduler, "set_timesteps", set_timesteps):
         yield calls
-    finally:
-        del scheduler.set_timesteps
 
 
 @contextmanager

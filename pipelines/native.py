@@ -80,13 +80,14 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
         size = native_pixels(pipe)
     except ConfigError:
         size = Size(480, 832, default("num_frames", usual_frames(pipe)))
-    guider = getattr(getattr(pipe, "guider", None), "guidance_scale", None)  # where the call takes no guidance
+    guider = guider_of(pipe)
+    usual = 1.0 if not takes_guidance(pipe) else 5.0 if guider is None else guider.guidance_scale
     return {
         "height": size.height,
         "width": size.width,
         "num_frames": size.num_frames,
         "steps": default("num_inference_steps", 50),
-        "guidance": float(default("guidance_scale", default("true_cfg_scale", guider or 5.0))),
+        "guidance": float(default("guidance_scale", default("true_cfg_scale", usual))),
         "fps": float(default("frame_rate", FPS)),
         "max_sequence_length": default("max_sequence_length", None),
         "world": None,
@@ -98,6 +99,21 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
 def least_steps(pipe: Any) -> int:
     """The fewest steps that a pipeline can be called with."""
     return LEAST_STEPS.get(type(pipe).__name__, 1)
+
+
+def guider_of(pipe: Any) -> Any:
+    """What holds a pipeline's guidance scale where its call takes none (HunyuanVideo 1.5); else None."""
+    guider = getattr(pipe, "guider", None)
+    given = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+    # A guider that is off has one forward; others have several scales, or names of their own.
+    able = getattr(guider, "_enabled", False) and "guidance_scale" in getattr(guider, "config", {})
+    return guider if able and not given else None
+
+
+def takes_guidance(pipe: Any) -> bool:
+    """Whether there is anything that a guidance scale can be given to."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return bool({"guidance_scale", "true_cfg_scale"} & set(parameters)) or guider_of(pipe) is not None
 
 
 def size_notes(pipe: Any, height: int, width: int) -> list[str]:

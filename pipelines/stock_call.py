@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 
 import torch
 
+from tilewise.pipelines.native import guider_of, takes_guidance
+from tilewise.pipelines.replaced import replaced
 from tilewise.pipelines.settings import GenerateSettings
-from tilewise.plugins.errors import UnsupportedModelError
+from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.patching import denoisers_of
 
 StepDone: TypeAlias = Callable[[int, int, torch.Tensor], None]
@@ -27,7 +29,8 @@ def stock_call(pipe: Any, settings: GenerateSettings, done: StepDone, **more: An
     if "callback_on_step_end" in _parameters(pipe):
 
         def step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            done(step + 1, pipe.num_timesteps, tensors["latents"])
+            total = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+            done(step + 1, total, tensors["latents"])
             return tensors
 
         arguments["callback_on_step_end"] = step_end
@@ -45,7 +48,12 @@ def stock_call(pipe: Any, settings: GenerateSettings, done: StepDone, **more: An
 
 
 def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
-    """The settings as arguments of the pipeline's call. UnsupportedModelError if it demands more, such as an image."""
+    """The settings as arguments of the pipeline's call.
+
+    Raises:
+        UnsupportedModelError: if it demands more, such as an image.
+        ConfigError: for guidance where nothing takes it.
+    """
     parameters = _parameters(pipe)
     arguments = {
         "prompt": settings.prompt,
@@ -67,6 +75,14 @@ def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
             f"{type(pipe).__name__} also needs {', '.join(extra)}; this makes clips from text alone. "
             "Call the pipeline yourself, after tilewise.patch(pipe, ...)"
         )
+    if settings.guidance > 1 and not takes_guidance(pipe):
+        guider = getattr(pipe, "guider", None)
+        why = "its call has no guidance_scale" + (
+            "" if guider is None else f", and its {type(guider).__name__} takes none"
+        )
+        raise ConfigError(
+            f"guidance {settings.guidance:g} is not for this {type(pipe).__name__}: {why}. Give guidance=1"
+        )
     return {name: value for name, value in arguments.items() if name in parameters and value is not None}
 
 
@@ -81,12 +97,6 @@ def guided_by_two_forwards(pipe: Any) -> bool:
 
 def _parameters(pipe: Any) -> Any:
     return inspect.signature(type(pipe).__call__).parameters
-
-
-def guider_of(pipe: Any) -> Any:
-    """What a pipeline's guidance is a matter of where its call takes none (HunyuanVideo 1.5); else None."""
-    guider = getattr(pipe, "guider", None)
-    return guider if "guidance_scale" not in _parameters(pipe) and getattr(guider, "_enabled", False) else None
 
 
 @contextlib.contextmanager
@@ -115,8 +125,5 @@ def _told_by_scheduler(scheduler: Any, done: StepDone) -> Iterator[None]:
         done(count, len(scheduler.timesteps), out[0])
         return out
 
-    scheduler.step = step
-    try:
+    with replaced(scheduler, "step", step):
         yield
-    finally:
-        del scheduler.step

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from tilewise.kernels.attention import block_sparse_attention, misfit
-from tilewise.kernels.plan import plan_of_all
+from tilewise.kernels.attention import block_sparse_attention, choose_backend
+from tilewise.kernels.plan import BlockPlan, plan_of_all
+from tilewise.plugins.ledger import capturing
 
 SCORES = 1 << 24  # float32 numbers in a tensor that is made on the way: 64 MiB, some of which are held at once
 
@@ -27,10 +28,11 @@ def attend_few(
         (B, n, H, D) in query's dtype and (B, H, n) float32, natural.
     """
     tokens, some = query.shape[1], keys.shape[1]
-    if query.is_cuda and tokens and some and misfit(query.shape[-1], query.dtype) is None:
-        return block_sparse_attention(
-            query, keys, values, plan_of_all(tokens, some, query.device), scale=scale, return_lse=True
-        )
+    if query.is_cuda and tokens and some:
+        # Not kept if it is made while a CUDA graph is recorded, whose memory is the graph's.
+        plan = (plan_of_all.__wrapped__ if capturing(query.device) else plan_of_all)(tokens, some, query.device)
+        if _runs(query, keys, values, plan):
+            return block_sparse_attention(query, keys, values, plan, scale=scale, return_lse=True)
     # Scores in float32: in 16 bits they would be rounded before the softmax, and in float16 overflow.
     keys, values = keys.float().permute(0, 2, 3, 1), values.transpose(1, 2)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -46,6 +48,14 @@ def attend_few(
         weights = torch.exp(scores - total[..., None]).to(values.dtype)
         out[:, part] = (weights @ values).transpose(1, 2)
     return out, lse
+
+
+def _runs(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: BlockPlan) -> bool:
+    try:
+        choose_backend(query, keys, values, plan)
+    except (TypeError, ValueError, RuntimeError):
+        return False  # plain attention is exact too
+    return True
 
 
 def merged(

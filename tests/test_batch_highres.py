@@ -70,12 +70,13 @@ def clips(folder):
     return sorted(name for name in os.listdir(folder) if not name.startswith((".batch", "manifest")))
 
 
-def test_warm_up_once_a_shape(plan, pipe, tmp_path):
-    rows = [{"seed": seed, "refresh": refresh} for seed in (0, 1) for refresh in (1, 2)]
+def test_warm_up_once_for_the_same_kernels(plan, pipe, tmp_path):
+    rows = [{"seed": seed, "refresh": refresh, "strength": 0.5} for seed in (0, 1) for refresh in (1, 2)]
+    rows += [{"refresh": 4, "strength": 0.75}]
     jobs = plan(*rows, highres=True, height=80, width=64)
     run_batch(jobs.jobs, tmp_path / "o", lambda *_: pipe, options=Options(warm_up=True))
     found = [line["run"]["seconds"]["warm_up"] > 0 for line in lines(tmp_path / "o")]
-    assert sorted(found) == [False, False, True, True]
+    assert found == [True, True, False, False, False]
     assert all(line["run"]["highres"]["coherence"] for line in lines(tmp_path / "o"))
 
 

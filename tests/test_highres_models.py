@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import family_checks
@@ -35,7 +36,7 @@ from diffusers import (
 
 import tilewise
 from tilewise.pipelines import generate
-from tilewise.pipelines.highres import highres, prepare, warm_up
+from tilewise.pipelines.highres import few_steps, highres, make, prepare, warm_up
 from tilewise.pipelines.highres_schedule import entered_at, noised
 from tilewise.pipelines.highres_settings import HighresSettings
 from tilewise.pipelines.latent_spaces.base import latent_space, latent_spaces
@@ -262,6 +263,16 @@ def test_warmed_up(case):
         {"frames": size["frames"], "steps": 8},
     )  # fmt: skip
     assert warm_up(pipe, stages) > 0
+    few = few_steps(pipe, stages)
+    made = make(pipe, few)
+    assert few.native.steps == 2
+    counts = {name: count for name, count in made.forwards.items() if count}
+    if few.options.global_path != "none":
+        assert counts["refreshed"] == counts["reused"] > 0
+    sparse = few_steps(
+        pipe, dataclasses.replace(stages, native=dataclasses.replace(stages.native, method=resolve("sta-balanced")))
+    )
+    assert sparse.native.method.steps == (0.0, 1.0)
     alone = resolve_settings(pipe, "a star", method="sta", height=height, width=width, frames=size["frames"], steps=8)
     calls = []
     assert generate.warm_up(pipe, alone, lambda *now: calls.append(now)) > 0
@@ -441,7 +452,9 @@ def test_guidance_that_is_the_guiders():
     assert np.array_equal(frames(guidance=3.0), usual)
     assert not np.array_equal(frames(guidance=1.0), usual)
     guider.disable()
-    assert np.array_equal(frames(guidance=3.0), frames(guidance=1.0))
+    with pytest.raises(ConfigError, match=r"guidance 3 is not for this HunyuanVideo15Pipeline"):
+        frames(guidance=3.0)
+    assert np.array_equal(frames(), frames(guidance=1.0))
     assert "step" not in vars(pipe.scheduler)
 
 

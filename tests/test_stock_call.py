@@ -10,6 +10,7 @@ import torch
 from tilewise.pipelines.compare import compare
 from tilewise.pipelines.generate import generate, warm_up
 from tilewise.pipelines.settings import resolve_settings
+from tilewise.plugins.errors import ConfigError
 from tilewise.ui.web.snippets import python_program
 
 
@@ -53,6 +54,31 @@ def test_guidance_is_the_guiders(pipe):
     assert not np.array_equal(made[0], made[1])
     assert resolve_settings(pipe, "a star", **SIZE).guidance == own.guidance_scale
     assert np.array_equal(generate(pipe, resolve_settings(pipe, "a star", method="dense", **SIZE)).frames, made[2])
+
+
+def test_guidance_that_nothing_takes_is_refused(pipe):
+    pipe.guider.disable()
+    assert resolve_settings(pipe, "a star", **SIZE).guidance == 1
+    with pytest.raises(
+        ConfigError, match=r"guidance 9 is not for this HunyuanVideo15Pipeline.*ClassifierFreeGuidance takes none"
+    ):
+        generate(pipe, resolve_settings(pipe, "a star", method="dense", guidance=9.0, **SIZE))
+    assert generate(pipe, resolve_settings(pipe, "a star", method="dense", **SIZE)).frames.std() > 0
+
+
+def test_a_wrapper_of_the_users_own_stays(pipe):
+    whole, calls = pipe.scheduler.step, []
+
+    def mine(*args, **kwargs):
+        calls.append(1)
+        return whole(*args, **kwargs)
+
+    pipe.scheduler.step = mine
+    settings = resolve_settings(pipe, "a star", method="dense", **SIZE)
+    for runs in (1, 2):
+        generate(pipe, settings)
+        assert pipe.scheduler.step is mine
+        assert len(calls) == 3 * runs
 
 
 def test_a_run_that_fails_leaves_the_pipeline_as_it_was(pipe):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tilewise.pipelines.files import suffix_of
-from tilewise.pipelines.native import Native
+from tilewise.pipelines.native import Native, guider_of
 from tilewise.pipelines.settings import GenerateSettings
-from tilewise.pipelines.stock_call import call_arguments, guider_of
+from tilewise.pipelines.stock_call import call_arguments
 from tilewise.plugins.config import Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import methods

@@ -158,14 +158,14 @@ def highres_table(rows: Rows) -> str:
 
 def highres_gist_table(rows: Rows) -> str:
     """A size past the training one a line: dense, FreeSwim and the main ways of ours."""
-    fast = ("prompt guided", 5), ("guided", 5)
+    usual = ("prompt guided", 5), ("guided", 5)  # ``highres``'s defaults, with two forwards a step and with one
     ways = {
-        "FreeSwim, cached": [("FreeSwim", fast)],
+        "FreeSwim, cached": [("FreeSwim", usual)],
         "window alone": [("ours", (("window alone", None),))],
-        "two paths": [("ours", (("both guided", 2), ("guided", 2)))],
-        "fast": [("ours", fast)],
-        "fast, draft": [("ours, draft", fast)],
-        "fast, int8": [("ours, draft, int8", fast), ("ours, int8", fast)],
+        "two paths": [("ours", usual)],
+        "draft": [("ours, draft", usual)],
+        "int8": [("ours, draft, int8", usual), ("ours, int8", usual)],
+        "careful": [("ours", (("both guided", 2), ("guided", 2)))],
     }
     lines = [["seconds a step (× dense)", "dense", *ways]]
     for row in rows:

@@ -24,7 +24,7 @@ parser.add_argument("--height", type=int, default=256)
 parser.add_argument("--width", type=int, default=256)
 parser.add_argument("--steps", type=int)
 parser.add_argument("--frames", type=int)
-parser.add_argument("--refresh", type=int, default=2, help="the full path runs every so many steps")
+parser.add_argument("--refresh", type=int, default=5, help="the full path runs every so many steps")
 parser.add_argument(
     "--no-dense", action="store_true", help="leave out the stock pipeline at the target size, which is slow"
 )

@@ -20,7 +20,9 @@ GUIDED = ("all", "cond")
 
 @dataclasses.dataclass(frozen=True)
 class HighresSettings:
-    """The second stage. Defaults are the paper's (FreeSwim, arXiv 2511.14712), where it has them.
+    """The second stage. Defaults are the paper's (FreeSwim, arXiv 2511.14712), where it has them; of its k = 2 to 5 steps between
+    two refreshes the longest, and as in its cached code those of the prompt's forward: on the demo model neither costs anything
+    that the object counts and the sharpness would show (docs/high-resolution.md).
 
     Args:
         strength: share of the steps that run at the target, from the upscaled clip noised accordingly, in (0, 1]; None: what the
@@ -45,9 +47,9 @@ class HighresSettings:
     """
 
     strength: float | None = None
-    refresh: int = 2
+    refresh: int = 5
     global_path: str | None = None
-    guided: str = "all"
+    guided: str = "cond"
     upscale: str = "bicubic"
     flow_shift: float | str | None = "model"
     temperature: bool = True

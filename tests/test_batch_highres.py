@@ -193,13 +193,16 @@ def test_the_key_is_of_what_is_made(plan):
     jobs = plan(*rows).jobs
     assert len({job.key for job in jobs}) == len(rows)
     assert len({job.shape for job in jobs}) == len(rows) - 1
-    assert [job.lines for job in plan(size, {**size, "max_memory": "2GB"}, {**size, "refresh": 2}).jobs] == [(1, 2, 3)]
+    assert [job.lines for job in plan(size, {**size, "max_memory": "2GB"}, {**size, "refresh": 5}).jobs] == [(1, 2, 3)]
 
 
 def test_an_estimate_counts_what_runs(plan):
     """The native stage and half of the steps at the target, where every refresh is a dense forward more."""
     size = {"height": 128, "width": 128}
-    rows = [{**size, "highres": True, "strength": 0.5, **more} for more in ({"global_path": "none"}, {"refresh": 1})]
+    rows = [
+        {**size, "highres": True, "strength": 0.5, **more}
+        for more in ({"global_path": "none"}, {"refresh": 1, "guided": "all"})
+    ]
     window, both = (job.flop for job in plan(*rows, {**size, "highres": True, "strength": 1.0, "refresh": 4}).jobs[:2])
     native, dense = (job.flop for job in plan({"method": "dense"}, {**size, "method": "dense"}).jobs)
     inward = plan({**size, "method": {"method": {"name": "inward", "native": [8, 8]}, "steps": [0, 1]}}).jobs[0].flop

@@ -14,12 +14,12 @@ def _option(help: str, default: str | bool = True) -> typer.models.OptionInfo:
 Strength: TypeAlias = Annotated[
     float | None, _option("share of the steps that run at the target, in (0, 1].", "the model's own")
 ]
-Refresh: TypeAlias = Annotated[int | None, _option("the full path runs every so many steps.", "2")]
+Refresh: TypeAlias = Annotated[int | None, _option("the full path runs every so many steps.", "5")]
 GlobalPath: TypeAlias = Annotated[
     str | None, _option("what guides the window: dense, draft, pooled or none.", "what suits the model")
 ]
 Guided: TypeAlias = Annotated[
-    str | None, _option("which forwards the full path guides: all, or cond (the prompt's alone).", "all")
+    str | None, _option("which forwards the full path guides: all, or cond (the prompt's alone).", "cond")
 ]
 Upscale: TypeAlias = Annotated[str | None, _option("bicubic, bilinear, lanczos or latent.", "bicubic")]
 Precision: TypeAlias = Annotated[

@@ -24,7 +24,7 @@ from tilewise.pipelines.clip_content import analyse
 from tilewise.pipelines.files import check_writable, suffix_of
 from tilewise.pipelines.generate import Clip
 from tilewise.pipelines.highres import HighresClip, Work, judged, make
-from tilewise.pipelines.highres_settings import GUIDED, PATHS
+from tilewise.pipelines.highres_settings import GUIDED, PATHS, HighresSettings
 from tilewise.pipelines.job import slug
 from tilewise.pipelines.loading import cast_skeleton, load_skeleton, resolve_dtype
 from tilewise.pipelines.memory import PeakMemory
@@ -170,10 +170,14 @@ class HighresTab:
         with gr.Row():
             # Text, because a number field that is empty from the start sends 0.
             strength = gr.Textbox("", label="Strength (empty: the model's own)", elem_id="highres-strength")
-            refresh = gr.Number(2, label="Full path every so many steps", elem_id="highres-refresh")
+            refresh = gr.Number(
+                HighresSettings.refresh, label="Full path every so many steps", elem_id="highres-refresh"
+            )
         with gr.Row():
             path = gr.Radio([AUTO, *PATHS], value=AUTO, label="Full path", elem_id="highres-path")
-            guided = gr.Radio(list(GUIDED), value="all", label="Forwards that it guides", elem_id="highres-guided")
+            guided = gr.Radio(
+                list(GUIDED), value=HighresSettings.guided, label="Forwards that it guides", elem_id="highres-guided"
+            )
         plan = gr.HTML(elem_id="highres-plan")
         with gr.Row():
             go = gr.Button("Make it", variant="primary", elem_id="highres")

@@ -35,26 +35,25 @@ from benchmarks import results
 from benchmarks.header import device_name, header
 from benchmarks.quality import save
 
+ALL, COND = {"guided": "all"}, {"guided": "cond"}
 # name → options of the second stage; None: not by two stages.
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "native, scaled up": None,
     "dense": None,
     "window alone": {"global_path": "none"},
-    "two paths, k=1": {"refresh": 1},
-    "two paths, k=2": {"refresh": 2},
-    "two paths, k=5": {"refresh": 5},
-    "two paths, k=2, prompt guided": {"refresh": 2, "guided": "cond"},
-    "two paths, k=2, pooled": {"refresh": 2, "global_path": "pooled"},
-    "two paths, k=2, draft": {"refresh": 2, "global_path": "draft"},
+    "two paths, k=1": {"refresh": 1, **ALL},
+    "two paths, k=2": {"refresh": 2, **ALL},
+    "two paths, k=5": {"refresh": 5, **ALL},
+    "two paths, k=2, prompt guided": {"refresh": 2, **COND},
+    "two paths, k=5, prompt guided": {"refresh": 5, **COND},
+    "two paths, k=2, pooled": {"refresh": 2, **ALL, "global_path": "pooled"},
+    "two paths, k=2, draft": {"refresh": 2, **ALL, "global_path": "draft"},
     "two paths, k=5, prompt guided, draft, int8": {
-        "refresh": 5,
-        "guided": "cond",
-        "global_path": "draft",
-        "precision": "int8",
+        "refresh": 5, **COND, "global_path": "draft", "precision": "int8",
     },
-    "two paths, k=1, no temperature": {"refresh": 1, "temperature": False},
-    "two paths, k=1, strength 0.7, shift 9": {"refresh": 1, "strength": 0.7, "flow_shift": 9.0},
-}
+    "two paths, k=1, no temperature": {"refresh": 1, **ALL, "temperature": False},
+    "two paths, k=1, strength 0.7, shift 9": {"refresh": 1, **ALL, "strength": 0.7, "flow_shift": 9.0},
+}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 ATTRIBUTES = ("count", "colour", "shape", "motion", "background")
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tilewise
-from benchmarks.family_inputs import TINY, WORKS, Call, Work, stacks_of
+from benchmarks.family_inputs import TINY, WORKS, Call, Work
+from benchmarks.layers import shortened
 from benchmarks.peers import reason
 from benchmarks.timing import measure
 
@@ -34,19 +34,6 @@ CUDNN_FIRST = [
     SDPBackend.MATH,
 ]
 ELSEWHERE = "some calls ran elsewhere, as cuDNN does not take them: "
-
-
-@contextlib.contextmanager
-def first_blocks(model: nn.Module) -> Iterator[None]:
-    """A warm-up at a fraction of the cost: all blocks of a stack run the same kernels at the same sizes."""
-    stacks = stacks_of(model)
-    for name, stack in stacks.items():
-        setattr(model, name, nn.ModuleList(stack[:1]))
-    try:
-        yield
-    finally:
-        for name, stack in stacks.items():
-            setattr(model, name, stack)
 
 
 class Bench:
@@ -84,7 +71,8 @@ class Bench:
         try:
             with context():
                 begin = time.perf_counter()
-                with first_blocks(self.model):
+                # All layers of a stack run the same kernels at the same sizes.
+                with shortened(self.model, lambda _: 1):
                     self.forward()
                 self.synchronize()
                 facts: dict[str, Any] = {"name": name, "warmup_seconds": round(time.perf_counter() - begin, 1)}

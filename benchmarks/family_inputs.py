@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 import tilewise
 
@@ -336,9 +335,3 @@ WORKS = [
     ),
 ]
 TINY = [work.smaller() for work in WORKS]
-
-
-def stacks_of(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """A transformer's lists of equal blocks by attribute name; none for a UNet."""
-    names = ("transformer_blocks", "single_transformer_blocks")
-    return {name: stack for name in names if isinstance(stack := getattr(model, name, None), nn.ModuleList)}

@@ -33,7 +33,8 @@ from benchmarks import results
 from benchmarks.families import CUDNN_FIRST
 from benchmarks.freeswim import REFRESH, REUSE, WINDOW, FreeSwim, raster_mask
 from benchmarks.header import header
-from benchmarks.highres_sizes import SIZES, Size, fewest, first_layers
+from benchmarks.highres_sizes import SIZES, Size
+from benchmarks.layers import fewest, first_layers
 from benchmarks.peers import reason
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.methods.inward import Inward

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.family_inputs import WORKS, Call, Inputs, Work
 from benchmarks.step import CONFIGS, SHARED, build
 
-MODELS: dict[str, dict[str, Any]] = {**CONFIGS, "Wan2.1-14B": {**CONFIGS["Wan2.1-14B, 10 layers"]}}
-STACKS = ("blocks", "transformer_blocks", "single_transformer_blocks")
+MODELS: dict[str, dict[str, Any]] = {**CONFIGS, "Wan2.1-14B": CONFIGS["Wan2.1-14B, 10 layers"]}
 TEXT = 512  # tokens of Wan's prompts
 
 
@@ -60,13 +55,14 @@ class Size:
         }
 
 
-def _of(name: str, **config: Any) -> Work:
-    """A row of ``family_inputs``, with another number of layers for instance."""
+def _of(name: str) -> Work:
+    """A row of ``family_inputs``."""
     (work,) = [work for work in WORKS if work.name == name]
-    return replace(work, config={**work.config, **config})
+    return work
 
 
 def _tiny(name: str, **config: Any) -> Work:
+    """A row at a size for a CPU, with another number of layers for instance."""
     work = _of(name).smaller()
     return replace(work, config={**work.config, **config})
 
@@ -85,46 +81,8 @@ SIZES = {
     "Flux-4096": Size("Flux.1", "4096²", (1, 256, 256), (64, 64), 57, 57, 1, _of("Flux.1 4096²")),
     "tiny": Size("tiny", "160×128×5", (3, 10, 8), (5, 4), 4, 2),
     "tiny-joint": Size(
-        "tiny joint",
-        "12×10 tokens",
-        (1, 12, 10),
-        (6, 5),
-        8,
-        4,
-        1,
+        "tiny joint", "12×10 tokens", (1, 12, 10), (6, 5), 8, 4, 1,
         _tiny("Flux.1 2048²", num_layers=2, num_single_layers=2),
     ),
     "tiny-LTX": Size("tiny LTX", "3×8×10 tokens", (3, 8, 10), (4, 5), 2, 2, 2, _tiny("LTX-Video 161×704×1216")),
-}
-
-
-def stacks_of(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """A denoiser's lists of equal layers by attribute name."""
-    return {name: stack for name in STACKS if isinstance(stack := getattr(model, name, None), nn.ModuleList)}
-
-
-def fewest(model: nn.Module) -> int:
-    """The fewest layers that `first_layers` can leave, of each kind at least two where there are two."""
-    lengths = [len(stack) for stack in stacks_of(model).values()]
-    shared = math.gcd(*lengths)
-    return sum(lengths) // shared * min(2, shared)
-
-
-@contextlib.contextmanager
-def first_layers(model: nn.Module, count: int) -> Iterator[None]:
-    """Of all layers together the first so many alone, of each kind its share.
-
-    Raises:
-        ValueError: where a share is no whole number of layers.
-    """
-    stacks = stacks_of(model)
-    layers = sum(map(len, stacks.values()))
-    if odd := [name for name, stack in stacks.items() if count * len(stack) % layers]:
-        raise ValueError(f"{count} of {layers} layers are no whole share of {', '.join(odd)}")
-    for name, stack in stacks.items():
-        setattr(model, name, nn.ModuleList(stack[: count * len(stack) // layers]))
-    try:
-        yield
-    finally:
-        for name, stack in stacks.items():
-            setattr(model, name, stack)
+}  # fmt: skip

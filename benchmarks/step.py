@@ -20,6 +20,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import tilewise
+from benchmarks.layers import shortened
 from benchmarks.peers import reason
 from benchmarks.profiling import profile_forward
 from benchmarks.timing import measure
@@ -100,18 +101,6 @@ def compiled(model: nn.Module, backend: str) -> Iterator[None]:
         torch.compiler.reset()
 
 
-@contextlib.contextmanager
-def first_blocks_only(model: Any) -> Iterator[None]:
-    """A warm-up at a fraction of the cost: all blocks run the same kernels at the same sizes. Two, so that what is compiled
-    again for a second block has been."""
-    blocks = model.blocks
-    model.blocks = nn.ModuleList(blocks[:2])
-    try:
-        yield
-    finally:
-        model.blocks = blocks
-
-
 class Bench:
     """One size of one model: its inputs, stock output, and what has been measured."""
 
@@ -144,7 +133,8 @@ class Bench:
                 begin = time.perf_counter()
                 # A patched layer may compile anew for each block, which belongs into the warm-up: there it is a whole forward.
                 whole = compiles and tilewise.is_patched(self.model)
-                with contextlib.nullcontext() if whole else first_blocks_only(self.model):
+                # Two layers, so that what is compiled again for a second one has been.
+                with contextlib.nullcontext() if whole else shortened(self.model, lambda _: 2):
                     self.forward()
                 if on_gpu:
                     torch.cuda.synchronize(self.device)

@@ -19,9 +19,7 @@ from typing import Any
 import torch
 
 from tilewise.kernels.codes import encode, encode_intervals, fields, inside
-from tilewise.kernels.layout import Layout
-
-WHOLE_BLOCK = 128  # rows: what the Hopper kernels take
+from tilewise.kernels.layout import MAX_BLOCK_ROWS, Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,20 +209,20 @@ def dense_plan(layout: Layout, device: torch.device | str = "cpu") -> BlockPlan:
 
 @lru_cache(maxsize=32)
 def plan_of_all(q_len: int, k_len: int, device: torch.device) -> BlockPlan:
-    """Every one of q_len queries sees every one of k_len keys, which may be of another sequence: in blocks of 128 rows."""
+    """Every one of q_len queries sees every one of k_len keys, which may be of another sequence: in full blocks."""
 
     def blocks(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        start = torch.arange(0, length, WHOLE_BLOCK, dtype=torch.int32, device=device)
-        return start, (length - start).clamp(max=WHOLE_BLOCK)
+        start = torch.arange(0, length, MAX_BLOCK_ROWS, dtype=torch.int32, device=device)
+        return start, (length - start).clamp(max=MAX_BLOCK_ROWS)
 
     (q_start, q_rows), (k_start, k_rows) = blocks(q_len), blocks(k_len)
     queries, keys = len(q_start), len(k_start)
     index = torch.arange(keys, dtype=torch.int32, device=device).repeat(1, 1, queries, 1)  # a ragged block comes last
     ends = torch.full((1, 1, queries, 3), keys, dtype=torch.int32, device=device)
-    ends[..., 0] = k_len // WHOLE_BLOCK
-    work = queries * keys * WHOLE_BLOCK**2 / (q_len * k_len)
+    ends[..., 0] = k_len // MAX_BLOCK_ROWS
+    work = queries * keys * MAX_BLOCK_ROWS**2 / (q_len * k_len)
     return BlockPlan(
-        q_start, q_rows, k_start, k_rows, index, k_start[index.long()], ends, WHOLE_BLOCK, q_len, k_len, 1.0, work
+        q_start, q_rows, k_start, k_rows, index, k_start[index.long()], ends, MAX_BLOCK_ROWS, q_len, k_len, 1.0, work
     )
 
 

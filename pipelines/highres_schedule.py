@@ -84,11 +84,8 @@ def entered_at(pipe: Any, steps: int, strength: float, flow_shift: float | None)
             )
 
     scheduler.set_timesteps = set_timesteps
-    pipe.scheduler = scheduler
-    try:
+    with replaced(pipe, "scheduler", scheduler):
         yield scheduler
-    finally:
-        pipe.scheduler = own
 
 
 def interpolated_mu(config: Any, tokens: int, asked: dict[str, Any]) -> float:

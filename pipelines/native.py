@@ -11,7 +11,7 @@ from tilewise.pipelines.latent_spaces.base import latent_spaces
 from tilewise.pipelines.model_folder import read_json
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import Size
-from tilewise.plugins.native_grid import native_file, native_pixels, usual_frames
+from tilewise.plugins.native_grid import call_parameters, native_file, native_pixels, usual_frames
 
 FPS = 16  # Wan's, which says none itself
 WAN_FLOW_SHIFT = 9.0
@@ -70,7 +70,7 @@ def native_size(pipe: Any) -> Native:
 
 
 def _signature_defaults(pipe: Any) -> dict[str, Any]:
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = call_parameters(pipe)
 
     def default(name: str, fallback: Any) -> Any:
         value = parameters[name].default if name in parameters else None
@@ -104,7 +104,7 @@ def least_steps(pipe: Any) -> int:
 def guider_of(pipe: Any) -> Any:
     """What holds a pipeline's guidance scale where its call takes none (HunyuanVideo 1.5); else None."""
     guider = getattr(pipe, "guider", None)
-    given = "guidance_scale" in inspect.signature(type(pipe).__call__).parameters
+    given = "guidance_scale" in call_parameters(pipe)
     # A guider that is off has one forward; others have several scales, or names of their own.
     able = getattr(guider, "_enabled", False) and "guidance_scale" in getattr(guider, "config", {})
     return guider if able and not given else None
@@ -112,8 +112,7 @@ def guider_of(pipe: Any) -> Any:
 
 def takes_guidance(pipe: Any) -> bool:
     """Whether there is anything that a guidance scale can be given to."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    return bool({"guidance_scale", "true_cfg_scale"} & set(parameters)) or guider_of(pipe) is not None
+    return bool({"guidance_scale", "true_cfg_scale"} & set(call_parameters(pipe))) or guider_of(pipe) is not None
 
 
 def size_notes(pipe: Any, height: int, width: int) -> list[str]:

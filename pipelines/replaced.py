@@ -1,8 +1,8 @@
-"""A method of one object replaced for a while."""
+"""An attribute of one object replaced for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,10 @@ _ABSENT = object()
 
 
 @contextmanager
-def replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Run a block with ``owner.name`` replaced. Afterwards the object has what it had of its own, or its class's is seen."""
     own = vars(owner).get(name, _ABSENT)
-    setattr(owner, name, method)
+    setattr(owner, name, value)
     try:
         yield
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -14,6 +13,7 @@ from tilewise.pipelines.native import guider_of, takes_guidance
 from tilewise.pipelines.replaced import replaced
 from tilewise.pipelines.settings import GenerateSettings
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.native_grid import call_parameters
 from tilewise.plugins.patching import denoisers_of
 
 StepDone: TypeAlias = Callable[[int, int, torch.Tensor], None]
@@ -26,17 +26,16 @@ def stock_call(pipe: Any, settings: GenerateSettings, done: StepDone, **more: An
     If it is cut off, nothing that it had begun stays on the GPU. Raises as `call_arguments`, before anything runs.
     """
     arguments = {**call_arguments(pipe, settings), **more, "return_dict": False}
-    if "callback_on_step_end" in _parameters(pipe):
+    if "callback_on_step_end" in call_parameters(pipe):
 
         def step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            total = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
-            done(step + 1, total, tensors["latents"])
+            done(step + 1, _steps(pipe), tensors["latents"])
             return tensors
 
         arguments["callback_on_step_end"] = step_end
         told: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     else:  # HunyuanVideo 1.5's call has none, nor PixArt's
-        told = _told_by_scheduler(pipe.scheduler, done)
+        told = _told_by_scheduler(pipe, done)
     with told, _guided(pipe, settings.guidance):
         try:
             return pipe(**arguments)[0]
@@ -54,7 +53,7 @@ def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
         UnsupportedModelError: if it demands more, such as an image.
         ConfigError: for guidance where nothing takes it.
     """
-    parameters = _parameters(pipe)
+    parameters = call_parameters(pipe)
     arguments = {
         "prompt": settings.prompt,
         "negative_prompt": settings.negative,
@@ -89,41 +88,35 @@ def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
 def guided_by_two_forwards(pipe: Any) -> bool:
     """Whether a pipeline's guidance goes by another name: ``guidance_scale`` is there an input of distilled denoisers, which this
     one has not (Qwen-Image). Pipelines that have both names and leave the second forward off by default keep it off (Flux)."""
-    parameter = _parameters(pipe).get("true_cfg_scale")
+    parameter = call_parameters(pipe).get("true_cfg_scale")
     usual = None if parameter is None else parameter.default
     embeds = any(getattr(denoiser.config, "guidance_embeds", False) for denoiser in denoisers_of(pipe).values())
     return isinstance(usual, int | float) and usual > 1 and not embeds
 
 
-def _parameters(pipe: Any) -> Any:
-    return inspect.signature(type(pipe).__call__).parameters
+def _steps(pipe: Any) -> int:
+    """Of the run that is under way."""
+    return getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
 
 
-@contextlib.contextmanager
-def _guided(pipe: Any, guidance: float) -> Iterator[None]:
-    """Run a block with this guidance where it is no argument of the call."""
+def _guided(pipe: Any, guidance: float) -> contextlib.AbstractContextManager[None]:
+    """For a block with this guidance where it is no argument of the call."""
     guider = guider_of(pipe)
-    if guider is not None:
-        pipe.guider = guider.new(guidance_scale=guidance)
-    try:
-        yield
-    finally:
-        if guider is not None:
-            pipe.guider = guider
+    return contextlib.nullcontext() if guider is None else replaced(pipe, "guider", guider.new(guidance_scale=guidance))
 
 
 @contextlib.contextmanager
-def _told_by_scheduler(scheduler: Any, done: StepDone) -> Iterator[None]:
-    """Run a block with ``done`` called after each of the scheduler's steps."""
-    whole, count = scheduler.step, 0
+def _told_by_scheduler(pipe: Any, done: StepDone) -> Iterator[None]:
+    """Run a block with ``done`` called after each step of the pipeline's scheduler."""
+    whole, count = pipe.scheduler.step, 0
 
     @functools.wraps(whole)  # pipelines look at the signature
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal count
         out = whole(*args, **kwargs)
         count += 1
-        done(count, len(scheduler.timesteps), out[0])
+        done(count, _steps(pipe), out[0])
         return out
 
-    with replaced(scheduler, "step", step):
+    with replaced(pipe.scheduler, "step", step):
         yield

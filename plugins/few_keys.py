@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from tilewise.kernels.attention import block_sparse_attention, choose_backend
+from tilewise.kernels.attention import Choice, block_sparse_attention, choose_backend
 from tilewise.kernels.plan import BlockPlan, plan_of_all
 from tilewise.plugins.ledger import capturing
 
@@ -31,8 +31,8 @@ def attend_few(
     if query.is_cuda and tokens and some:
         # Not kept if it is made while a CUDA graph is recorded, whose memory is the graph's.
         plan = (plan_of_all.__wrapped__ if capturing(query.device) else plan_of_all)(tokens, some, query.device)
-        if _runs(query, keys, values, plan):
-            return block_sparse_attention(query, keys, values, plan, scale=scale, return_lse=True)
+        if (choice := _choice(query, keys, values, plan)) is not None:
+            return block_sparse_attention(query, keys, values, plan, scale=scale, backend=choice, return_lse=True)
     # Scores in float32: in 16 bits they would be rounded before the softmax, and in float16 overflow.
     keys, values = keys.float().permute(0, 2, 3, 1), values.transpose(1, 2)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -50,12 +50,12 @@ def attend_few(
     return out, lse
 
 
-def _runs(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: BlockPlan) -> bool:
+def _choice(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: BlockPlan) -> Choice | None:
+    """What runs the plan; None: nothing takes these tensors, and plain attention is as exact."""
     try:
-        choose_backend(query, keys, values, plan)
+        return choose_backend(query, keys, values, plan)
     except (TypeError, ValueError, RuntimeError):
-        return False  # plain attention is exact too
-    return True
+        return None
 
 
 def merged(

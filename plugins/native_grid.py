@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,18 @@ def native_file(pipe: Any) -> Path:
     return Path(str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or "")) / NATIVE_FILE
 
 
+def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """What a pipeline's call takes, by name."""
+    return inspect.signature(type(pipe).__call__).parameters
+
+
 def native_pixels(pipe: Any) -> Size:
     """Height, width and frames that a pipeline makes where nobody says otherwise; one frame for images.
 
     Raises:
         ConfigError: if neither the model nor its pipeline says a height and width.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    defaults = {name: p.default for name, p in parameters.items() if isinstance(p.default, int)}
+    defaults = {name: p.default for name, p in call_parameters(pipe).items() if isinstance(p.default, int)}
     told = {name: defaults.get(name) for name in ("height", "width", "num_frames")}
     sample = getattr(pipe, "default_sample_size", None)
     if isinstance(sample, int) and told["height"] is None:
@@ -70,7 +75,7 @@ def _usual_size(pipe: Any) -> tuple[int | None, int | None]:
 
 def usual_frames(pipe: Any) -> int:
     """Frames of a clip where neither the model nor its pipeline's call says how many: 1 where the call takes no number."""
-    return VIDEO_FRAMES if "num_frames" in inspect.signature(type(pipe).__call__).parameters else 1
+    return VIDEO_FRAMES if "num_frames" in call_parameters(pipe) else 1
 
 
 def native_grid(pipe: Any, denoiser: nn.Module) -> Grid:

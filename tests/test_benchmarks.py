@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import attention, families, flex, fused, launch, profiling, render, results, rows, step  # noqa: E402
+from benchmarks.layers import shortened  # noqa: E402
 from benchmarks.timing import measure  # noqa: E402
 from tilewise.kernels.layout import Grid  # noqa: E402
 from tilewise.plugins.methods.sta import STA  # noqa: E402
@@ -251,7 +252,7 @@ def test_a_model_has_the_dtypes_of_a_loaded_one(tmp_path):
 def test_warming_up_and_compiling_leave_the_model_as_it_was():
     model = step.build(step.CONFIGS["tiny"], CPU, torch.float32)
     blocks = model.blocks
-    with step.first_blocks_only(model), step.compiled(model, "eager"):
+    with shortened(model, lambda _: 2), step.compiled(model, "eager"):
         assert len(model.blocks) == 2
         assert all(block._compiled_call_impl is not None for block in model.blocks)
     assert model.blocks is blocks
@@ -282,7 +283,7 @@ def test_a_family_that_differs_from_stock_is_reported(monkeypatch):
     row = families.run_work(small, model, CPU, torch.float32, 0.001)
     assert row["wrong"] == ["tilewise, full window: difference from stock nan"]
     blocks = model.transformer_blocks
-    with families.first_blocks(model):
+    with shortened(model, lambda _: 1):
         assert len(model.transformer_blocks) == 1
     assert model.transformer_blocks is blocks and not families.tilewise.is_patched(model)
 

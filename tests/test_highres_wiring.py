@@ -26,6 +26,7 @@ from tilewise.plugins.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.full_path import global_paths
 from tilewise.plugins.rope_scaling import ntk, riflex, yarn
 from tilewise.plugins.two_paths import two_paths
+from tilewise.ui import stages as words
 
 PROMPT = "a red circle"
 PAGE = Path(__file__).parents[1] / "docs/high-resolution.md"
@@ -204,6 +205,11 @@ def test_the_docs_say_the_defaults():
     assert (told["precision"], options.precision) == ("16 bits", None)
     assert (told["max_memory"], options.max_memory) == ("what is free", None)
     assert (told["rope"], told["rope_time"], options.rope, options.rope_time) == ("none", "none", None, None)
+
+
+def test_the_help_says_the_defaults():
+    for option, name in ((words.Refresh, "refresh"), (words.Guided, "guided"), (words.Upscale, "upscale")):
+        assert option.__metadata__[0].show_default == str(getattr(HighresSettings(), name))
 
 
 def test_a_run_by_default(pipe, seen):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import pprint
 import shlex
 from pathlib import Path
@@ -15,6 +14,7 @@ from tilewise.pipelines.stock_call import call_arguments
 from tilewise.plugins.config import Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import methods
+from tilewise.plugins.native_grid import call_parameters
 from tilewise.ui.options import method_config
 
 
@@ -71,9 +71,7 @@ def python_program(pipe: Any, settings: GenerateSettings, dtype: str) -> str:
     if not settings.is_dense:
         lines += [f"tilewise.patch(pipe, {_method_expression(settings.method)})"]
     lines += [f"frames = pipe(\n{call}    generator=torch.Generator('cpu').manual_seed({settings.seed}),"]
-    image = (
-        "num_frames" not in inspect.signature(type(pipe).__call__).parameters
-    )  # a list of pictures, and not of clips
+    image = "num_frames" not in call_parameters(pipe)  # a list of pictures, and not of clips
     lines += ["    output_type='np',", "    return_dict=False,", ")[0][:1]" if image else ")[0][0]"]
     if not settings.is_dense:
         lines += ["print(tilewise.summary(pipe))"]

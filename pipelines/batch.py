@@ -91,10 +91,11 @@ def run_batch(
 
 
 def _tidy(folder: Path) -> None:
-    """Removes what a process that was killed left half-written, and merges shards. Nobody else is in the folder."""
+    """Removes what a process that was killed left half-written, and merges shards. Nobody else is at work in the folder."""
     for path in folder.iterdir():
         if PART.fullmatch(path.name):
-            path.unlink()
+            # Another process may be at the door: that tries whether it can write here, and removes that file itself.
+            path.unlink(missing_ok=True)
     manifest.merge(folder)
 
 

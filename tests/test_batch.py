@@ -401,6 +401,22 @@ def test_each_process_makes_its_share(go, jobs):
     assert go(jobs)[0].kept == 4
 
 
+def test_the_first_cleans_up_while_another_tries_whether_it_can_write(go, jobs, monkeypatch):
+    """Processes of one batch start together: what one writes to try the folder may vanish under the other's clean-up."""
+    iterdir, seen = batch_module.Path.iterdir, []
+
+    def listed(path):
+        files = list(iterdir(path))
+        if path == go.folder and not seen:
+            seen.append(go.folder / ".manifest.jsonl.1-0a1b2c.part")  # seen by this one, removed by the other since
+        return iter([*files, *seen])
+
+    monkeypatch.setattr(batch_module.Path, "iterdir", listed)
+    outcome, _ = go(jobs[:1])
+    assert seen
+    assert (outcome.made, outcome.missing) == (1, 0)
+
+
 def test_clips_that_are_read_back_are_the_clips(go, jobs, pipe):
     go(jobs[:1])
     assert read_frames(go.folder / jobs[0].file).shape == (5, 64, 64, 3)

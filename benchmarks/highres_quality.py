@@ -138,7 +138,7 @@ def summarised(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "name": name, "clips": len(mine), **shares, "everything": _mean(right),
                     "objects": _mean([line["objects"] for line in mine]),
                     "excess": _mean([line["excess"] for line in mine]),
-                    "sharpness": _mean([line["sharpness"] for line in mine]),
+                    "sharpness": _mean([line["sharpness"] for line in mine if line["sharpness"] is not None]),
                     "seconds": statistics.median(line["seconds"] for line in mine),
                 }
             )  # fmt: skip

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ from tilewise.pipelines.video import write_video
 
 
 class TwoStages:
-    """Makes one clip. path: where it will go. work: what was decided. run: what the records of both clips say of the run."""
+    """Makes one clip. path: where it will go. work: what was decided. run: what the records of both clips say of the run.
+    on_native: called with the native clip as soon as it is on disk."""
 
-    def __init__(self, path: Path, work: Work, run: Mapping[str, Any]) -> None:
-        self.work, self.run = work, run
+    def __init__(
+        self, path: Path, work: Work, run: Mapping[str, Any], on_native: Callable[[Clip], None] = lambda clip: None
+    ) -> None:
+        self.work, self.run, self.on_native = work, run, on_native
         self.native_path = path.with_stem(f"{path.stem}-native")
         self.made: HighresClip | None = None
         self.objects: dict[str, int] | None = None
@@ -40,7 +42,12 @@ class TwoStages:
 
     def make(self, pipe: Any, progress: Progress) -> Clip:
         """The clip at the target; the native one is on disk then. Raises as `highres`, and OutputError."""
-        self.made = make(pipe, self.work, progress, self._write_native)
+
+        def native(clip: Clip) -> None:
+            self._write_native(clip)
+            self.on_native(clip)
+
+        self.made = make(pipe, self.work, progress, native)
         return self.made.clip
 
     def judge(self, pipe: Any) -> Clip:
@@ -58,9 +65,7 @@ class TwoStages:
         assert self.made is not None
         told = self.made.to_dict()
         native = {**told["native"], "file": self.native_path.name}
-        # JSON has no NaN, which is the sharpness against a native stage without any edge.
-        found = {name: value if math.isfinite(value) else None for name, value in told["coherence"].items()}
-        return {**told, "native": native, "coherence": found, "objects": self.objects}
+        return {**told, "native": native, "objects": self.objects}
 
     def _write_native(self, clip: Clip) -> None:
         write_video(

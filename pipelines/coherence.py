@@ -28,11 +28,12 @@ STRUCTURE = 0.02  # least standard deviation of a patch that can be recognised, 
 @dataclasses.dataclass(frozen=True)
 class Coherence:
     """repetition, native: the scores of a clip and of its native stage. excess: what it repeats more than that. sharpness: RMS
-    gradient of the clip ÷ of the native stage scaled up to the same size; above 1 there is detail that scaling does not give."""
+    gradient of the clip ÷ of the native stage scaled up to the same size; above 1 there is detail that scaling does not give.
+    None where that stage is without any edge."""
 
     repetition: float
     native: float
-    sharpness: float
+    sharpness: float | None
 
     @property
     def excess(self) -> float:
@@ -41,12 +42,16 @@ class Coherence:
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "excess": self.excess}
 
+    def __str__(self) -> str:
+        sharp = "" if self.sharpness is None else f"; sharpness {self.sharpness:.2f} × the native clip scaled up"
+        return f"repetition {self.repetition:.3f}, native {self.native:.3f}: {self.excess:+.3f}{sharp}"
+
 
 def coherence(frames: NDArray, native: NDArray) -> Coherence:
     """A clip (T, H, W, 3) against its native stage, uint8 or floats in 0 … 1; lengths may differ."""
     larger = _resized(_picked(native), frames.shape[1], frames.shape[2])
     blurred = gradient(larger)
-    sharp = gradient(_picked(frames)) / blurred if blurred > 0 else float("nan")
+    sharp = gradient(_picked(frames)) / blurred if blurred > 0 else None
     return Coherence(repetition(frames), repetition(native), sharp)
 
 

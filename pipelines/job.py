@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +54,13 @@ class Stages:
         options = {name: value for name, value in self.options.to_dict().items() if name != "max_memory"}
         native = {"height": self.height, "width": self.width, "method": self.method.to_dict()}
         return {"native": native, "options": options}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Stages:
+        """What `to_dict` or `HighresClip.to_dict` wrote. Raises ConfigError for options that there are not."""
+        native = told["native"]
+        method, options = Config.from_dict(native["method"]), HighresSettings.from_dict(told["options"])
+        return cls(native["height"], native["width"], method, options)
 
 
 @dataclasses.dataclass(frozen=True)

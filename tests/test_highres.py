@@ -374,6 +374,19 @@ def test_command(tiny_pipe_dir, tmp_path):
     assert HighresSettings.from_dict(told["options"]).refresh == 1
 
 
+def test_a_clip_of_a_flat_native_stage_is_kept(tiny_pipe_dir, tmp_path, monkeypatch):
+    """Such a stage has no edge to measure sharpness against, and JSON no number for that."""
+    from tilewise.pipelines import highres as module
+
+    real = module.coherence
+    monkeypatch.setattr(module, "coherence", lambda frames, native: real(frames, np.zeros_like(native)))
+    out = tmp_path / "large.mp4"
+    done = command(tiny_pipe_dir, "--highres", "--height", "80", "--width", "64", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    assert "native 0.000" in done.output and "sharpness" not in done.output
+    assert read_settings(out)["run"]["highres"]["coherence"]["sharpness"] is None
+
+
 def test_the_command_takes_every_option(tiny_pipe_dir, tmp_path):
     """Those that decide the second stage, as the clip's record has them."""
     out = tmp_path / "large.mp4"

@@ -51,7 +51,7 @@ from tilewise.ui.web.safety import Address, Limits, RefusedError, check_outputs,
 from tilewise.ui.web.sentences import sentence
 from tilewise.ui.web.server import Headers, serving
 from tilewise.ui.web.snippets import command_line, python_program
-from tilewise.ui.web.wishes import choices, settings_from_json, settings_of, values_of
+from tilewise.ui.web.wishes import choices, json_object, settings_from, settings_of, values_of
 
 SMALL = {"height": 64, "width": 64, "frames": 9, "steps": 2}
 PROMPT = "a red circle moving right"
@@ -402,7 +402,7 @@ def test_settings_there_and_back(models, method):
     settings = settings_for(models, method, seed=2**63 - 1, negative="no", guidance=2.5, fps=7.0)
     values = json.loads(json.dumps(values_of(settings)))
     assert settings_of(models, Limits(), values) == settings
-    assert settings_from_json(json.dumps(settings.to_dict()), models) == settings
+    assert settings_from(json_object(json.dumps(settings.to_dict())), models) == settings
 
 
 @pytest.mark.parametrize("field", [{"precision": "fp8"}, {"strict": True}, {"fuse": False}])
@@ -427,7 +427,7 @@ def test_values_that_cannot_be(models, field, value):
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"prompt": 1}', "[" * 5000, '{"method": 3, "prompt": "a"}'])
 def test_json_that_holds_no_settings(models, text):
     with pytest.raises(tilewise.ConfigError):
-        settings_from_json(text, models)
+        settings_from(json_object(text), models)
 
 
 def test_the_help_of_the_command_names_every_method():

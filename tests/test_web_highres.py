@@ -17,6 +17,8 @@ import typer
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[ui]'")
 
 import tilewise
+from tilewise.pipelines.batch_stages import stages_of
+from tilewise.pipelines.manifest import is_whole, read_manifest
 from tilewise.pipelines.memory_plan import plan_memory
 from tilewise.pipelines.record import read_record
 from tilewise.pipelines.stopping import Cancelled
@@ -27,12 +29,24 @@ from tilewise.ui.cli import app
 from tilewise.ui.generating import Request
 from tilewise.ui.options import highres_options
 from tilewise.ui.web.desk import Job
-from tilewise.ui.web.highres_tab import HighresStudio, result_html
-from tilewise.ui.web.highres_wishes import command_line, plan_html, planned, python_program, settings_dict, wish_of
+from tilewise.ui.web.highres_shown import stages_html
+from tilewise.ui.web.highres_tab import HighresStudio
+from tilewise.ui.web.highres_wishes import (
+    FIELDS,
+    command_line,
+    own_values,
+    plan_html,
+    planned,
+    python_program,
+    settings_dict,
+    stages_in,
+    wish_of,
+)
+from tilewise.ui.web.history_tab import past_clips
 from tilewise.ui.web.models import Models
 from tilewise.ui.web.safety import Address, Limits, RefusedError
 from tilewise.ui.web.server import serving
-from tilewise.ui.web.wishes import method_values
+from tilewise.ui.web.wishes import json_object, method_values, settings_from
 
 PROMPT = "-a red circle moving right"
 OWN = {"height": 64, "width": 80, "strength": None, "refresh": 2, "global_path": "dense", "guided": "all"}
@@ -46,7 +60,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="module")
 def studio(models, tmp_path_factory) -> HighresStudio:
-    return HighresStudio(models, tmp_path_factory.mktemp("highres") / "outputs" / "highres")
+    return HighresStudio(models, tmp_path_factory.mktemp("highres") / "outputs")
 
 
 def wish_for(models, shared=(), **own):
@@ -211,22 +225,70 @@ def test_clips_and_their_records(studio):
     job.show = shown.append
     wish = wish_for(studio.models, {"frames": 5, "steps": 2}, height=64, width=64)
     made = studio.clip(wish, job)
+    native = made.path.with_stem(f"{made.path.stem}-native")
     assert read_frames(made.path).shape == (5, 64, 64, 3)
-    assert read_frames(made.native).shape == (5, 48, 48, 3)
-    assert made.native.name == f"{made.path.stem}-native.mp4"
-    assert [made.native.name in each.html for each in shown] == [True]
-    record = json.loads(made.path.with_suffix(".json").read_text())
-    assert record["run"]["highres"]["options"]["strength"] == 0.5
-    assert record["run"]["frames_sha256"] == made.record["run"]["frames_sha256"]
-    assert read_record(made.native).settings == wish.native
-    assert not (studio.folder / "manifest.jsonl").exists()
-    html = result_html(made)
+    assert read_frames(native).shape == (5, 48, 48, 3)
+    assert [native.name in each.html for each in shown] == [True]
+    assert read_record(native).settings == wish.native
+    folder = studio.shelf.folder
+    [(key, line)] = read_manifest(folder).items()
+    assert made.path == folder / line["file"] and is_whole(folder, line)
+    assert line["run"] == json.loads(json.dumps(made.record["run"]))
+    assert line["run"]["highres"]["options"]["strength"] == 0.5
+    assert line["run"]["highres"]["native"]["file"] == native.name
+    html = stages_html(made.path, made.record)
     for words in ("repetition", "sharpness", "objects found", "native stage", "with its cached cross-attention"):
         assert words in html
+    again = studio.clip(wish, job)  # the same settings: the same file, and its line anew
+    assert again.path == made.path
+    assert list(read_manifest(folder)) == [key]
     job.cancel()
     with pytest.raises(Cancelled):
         studio.clip(wish_for(studio.models, {"seed": "7"}), job)
-    assert not list(studio.folder.glob("*-7-*"))
+    assert not list(folder.glob("*-7-*"))
+
+    [past], problems = past_clips(folder.parent)
+    assert problems == []
+    assert "two stages, from 48×48 · 5×64×64" in past.label
+    assert native.name in past.html and "repetition" in past.html
+    native.unlink()
+    [past], problems = past_clips(folder.parent)
+    assert problems == [] and native.name not in past.html and made.path.name in past.html
+
+
+def test_a_clip_that_the_detector_cannot_judge_is_kept(studio, monkeypatch):
+    monkeypatch.setattr("tilewise.pipelines.batch_highres.judged", lambda *_: 1 / 0)
+    made = studio.clip(wish_for(studio.models, {"frames": 5, "steps": 2, "seed": "3"}, height=64, width=64), Job("one"))
+    assert made.path.is_file()
+    assert "could not be judged: division by zero" in str(made.record["run"]["notes"])
+    assert "objects found" not in stages_html(made.path, made.record)
+
+
+@pytest.mark.parametrize("own", [{}, {"strength": 0.75, "refresh": 3, "global_path": "pooled", "guided": "cond"}])
+def test_settings_of_two_stages_come_back(studio, own):
+    """From what the tab shows, and from a clip's record: the controls and the tab's own say the same again."""
+    work = plan_for(studio, {"method": "sta-fast", **method_values(tilewise.resolve("sta-fast"))}, **own)
+    told = stages_of(work)
+    record = {**work.target.to_dict(), "run": {"highres": {**told.to_dict(), "options": work.options.to_dict()}}}
+    for text in (json.dumps(settings_dict(work)), json.dumps(record)):
+        target, stages = stages_in(json_object(text))
+        values = own_values(settings_from(target, studio.models), stages, studio.skeleton("demo"))
+        shared = {"method": "sta-fast", **method_values(stages.method), "height": stages.height, "width": stages.width}
+        again = plan_for(studio, shared, **dict(zip(FIELDS, values, strict=True)))
+        assert settings_dict(again) == settings_dict(work)
+    assert stages_in(work.native.to_dict()) is None
+
+
+def test_stages_that_the_page_cannot_say_or_read(studio):
+    work = plan_for(studio)
+    told = json.loads(json.dumps(settings_dict(work)))
+    told["highres"] |= {"rope": "yarn", "max_memory": 10**9}
+    target, stages = stages_in(told)
+    with pytest.raises(tilewise.ConfigError, match=r"no control for rope 'yarn', with which"):
+        own_values(settings_from(target, studio.models), stages, studio.skeleton("demo"))
+    for broken in ({**told, "native": None}, {**told, "highres": {"sharpness": 1}}, {"run": {"highres": {}}}):
+        with pytest.raises(tilewise.ConfigError, match=r"cannot be read|sharpness"):
+            stages_in(broken)
 
 
 CHROMIUM = shutil.which("chromium")
@@ -295,5 +357,17 @@ def test_in_a_browser(browser, tmp_path):
         with page.expect_download() as download:
             result.locator(".tw-download").nth(1).click()
         assert Path(download.value.path()).read_bytes() == path.read_bytes()
+        # History knows it, and gives both stages' settings back
+        for name, value in {"height": 64, "highres-height": 128, "highres-strength": ""}.items():
+            page.get_by_role("tab", name="High resolution", exact=True).click()
+            fill(name, value)
+        page.get_by_role("tab", name="History", exact=True).click()
+        page.locator("#history").get_by_label("two stages, from 48×48").first.check()
+        page.locator("#history-clip video").nth(1).wait_for()
+        page.locator("#use-again").click()
+        expect(page.locator("#history-words")).to_contain_text("those of High resolution")
+        page.get_by_role("tab", name="High resolution", exact=True).click()
+        expect(plan).to_contain_text("48×48 → 64×64 pixels")
+        expect(plan).to_contain_text("3 of 4 (strength 0.75)")
         page.context.close()
     assert wrong == []

@@ -154,7 +154,7 @@ def _refuse_useless(plan: Plan, given: Mapping[str, Any]) -> None:
 
 
 def _method_words(settings: GenerateSettings, stages: Stages | None) -> str:
-    return method_words(settings) if stages is None else stages_name(stages.to_dict())
+    return method_words(settings.method) if stages is None else stages_name(stages.to_dict())
 
 
 def _report(batch: Batch, outcome: Outcome) -> None:

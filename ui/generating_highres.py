@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tilewise.pipelines.files import check_sidecar, check_writable
 from tilewise.pipelines.generate import Clip
 from tilewise.pipelines.highres import HighresClip, Work, judged, make, prepare
 from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.job import Stages
 from tilewise.pipelines.loading import cast_skeleton, load_pipeline, load_skeleton, resolve_device, resolve_dtype
 from tilewise.pipelines.record import Recorded, clip_record, machine, read_record
 from tilewise.pipelines.settings import explain_settings, prompt_notes
@@ -69,7 +69,7 @@ def generate_highres(request: Request) -> None:
     print_result(made.clip)
     _print_stages(made)
     print_files(found.files)
-    if found.origin is not None and _stages(made.to_dict()) == _stages(found.origin.run.get("highres")):
+    if found.origin is not None and _is_the_same(made, found.origin):
         print_sameness(made.clip, found.origin, request.source)
 
 
@@ -121,18 +121,15 @@ def _earlier(origin: Recorded) -> dict[str, Any]:
     if told is None:
         size = (settings.pop("height"), settings.pop("width"))
         return {**settings, "options": {"native": size}}
-    native = told["native"]
-    options = {**told["options"], "native": (native["height"], native["width"])}
-    return {**settings, "method": native["method"], "options": options}
+    stages = Stages.from_dict(told)
+    options = {**stages.options.to_dict(), "native": (stages.height, stages.width)}
+    return {**settings, "method": stages.method, "options": options}
 
 
-def _stages(told: dict[str, Any] | None) -> Any:
-    """What of a record decides the clip, beside its settings; as JSON has it, where a tuple is a list."""
-    if told is None:
-        return None
-    native = {name: told["native"][name] for name in ("height", "width", "method")}
-    options = HighresSettings.from_dict(told["options"]).to_dict()  # with what a record from before an option lacks
-    return json.loads(json.dumps({"options": options, "native": native}))
+def _is_the_same(made: HighresClip, origin: Recorded) -> bool:
+    """Whether a clip was made by the same two stages as the one of --from."""
+    told = origin.run.get("highres")
+    return told is not None and Stages.from_dict(told).to_dict() == Stages.from_dict(made.to_dict()).to_dict()
 
 
 def _record(made: HighresClip, run: dict[str, Any]) -> dict[str, Any]:
@@ -154,13 +151,9 @@ def _judged(pipe: Any, made: HighresClip, files: list[Path], run: dict[str, Any]
 
 
 def _print_stages(made: HighresClip) -> None:
-    found, forwards = made.coherence, made.forwards
+    forwards = made.forwards
     print_to = console()
-    print_to.print(
-        f"repetition {found.repetition:.3f}, native {found.native:.3f}: {found.excess:+.3f}; sharpness {found.sharpness:.2f} × "
-        "the native clip scaled up",
-        soft_wrap=True,
-    )
+    print_to.print(str(made.coherence), soft_wrap=True)
     print_to.print(
         f"forwards at the target: {forwards['refreshed']} with the full path, {forwards['reused']} with its cached "
         f"cross-attention, {forwards['unguided']} by the window alone; native stage {made.native.seconds['total']:.2f} s",

@@ -12,6 +12,7 @@ from rich.table import Table
 from tilewise.pipelines.compare import Comparison
 from tilewise.pipelines.generate import Clip
 from tilewise.pipelines.settings import GenerateSettings
+from tilewise.plugins.config import Config
 
 
 def console() -> Console:
@@ -26,7 +27,7 @@ def print_settings(settings: GenerateSettings, device: str, dtype: str, files: l
     """The settings as a table, for a dry run."""
     table = _pairs("dry run: nothing is generated or written")
     for name, value in settings.to_dict().items():
-        table.add_row(name, method_words(settings) if name == "method" else _text(value))
+        table.add_row(name, method_words(settings.method) if name == "method" else _text(value))
     table.add_row("device", f"{device}, {dtype}")
     table.add_row("would write", "\n".join(str(file) for file in files))
     console().print(table)
@@ -42,7 +43,7 @@ def print_result(result: Clip | Comparison) -> None:
     settings = clip.settings
     frames, height, width = clip.frames.shape[:3]
     table.add_row("clip", f"{frames} frames of {height}x{width}, {settings.fps:g} fps, {settings.steps} steps")
-    table.add_row("model, method, seed", f"{settings.model}, {method_words(settings)}, {settings.seed}")
+    table.add_row("model, method, seed", f"{settings.model}, {method_words(settings.method)}, {settings.seed}")
     if clip.summary is not None:
         table.add_row("density where sparse", f"{clip.summary.density:.3f}")
         reasons = "\n".join(f"{count} calls: {reason}" for reason, count in clip.summary.fallbacks.items())
@@ -80,12 +81,11 @@ def _content(content: dict[str, bool | None]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {words[right]}" for name, right in content.items() if right is not None)
 
 
-def method_words(settings: GenerateSettings) -> str:
+def method_words(config: Config) -> str:
     """The method with its options and schedule, in one line."""
-    config = settings.method
     options = {key: value for key, value in config.method.to_dict().items() if key != "name" and value is not None}
     words = [config.method.name, *(f"{key}={_text(value)}" for key, value in options.items())]
-    if not settings.is_dense:
+    if config.method.name != "dense":  # which has no schedule
         words.append(f"steps {config.steps[0]:g} to {config.steps[1]:g}, blocks {config.blocks}")
     return " ".join(words)
 

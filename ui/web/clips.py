@@ -1,19 +1,10 @@
-"""The work behind the buttons: clips made on the device, written whole with their records, and told in a manifest.
-
-The page's clips lie in one folder in the form of a batch, so that everything that reads batches (history, `tilewise compare`,
-`generate --from`) reads them too. The same settings make the same file again.
-"""
+"""The work behind the buttons: clips made on the device, written whole with their records, and told in a manifest."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import fcntl
-import math
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +15,20 @@ from tilewise.pipelines.compare import Comparison, compare
 from tilewise.pipelines.estimate import denoising_flop
 from tilewise.pipelines.files import check_writable
 from tilewise.pipelines.generate import Clip, generate, judged, run
-from tilewise.pipelines.job import Job as Entry
 from tilewise.pipelines.memory import PeakMemory
-from tilewise.pipelines.record import clip_record, machine
+from tilewise.pipelines.record import machine
 from tilewise.pipelines.settings import GenerateSettings, explain_settings, prompt_notes
 from tilewise.pipelines.stopping import stoppable
-from tilewise.pipelines.video import ffmpeg_path, to_uint8, write_video
+from tilewise.pipelines.video import ffmpeg_path, to_uint8
 from tilewise.plugins.patching import patched
 from tilewise.plugins.summary import summary
 from tilewise.plugins.watch import WatchedCall, watch
 from tilewise.ui.web.desk import Job
 from tilewise.ui.web.media import Preview
 from tilewise.ui.web.models import Models
+from tilewise.ui.web.shelf import Shelf
 
 FOLDER = "ui"  # of the output folder
-LOCK = ".ui.lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +55,9 @@ class Studio:
 
     def __init__(self, models: Models, outputs: Path) -> None:
         self.models = models
-        self.folder = outputs / FOLDER
-        self._lock = threading.Lock()
+        self.shelf = Shelf(models, outputs / FOLDER)
         ffmpeg_path()
-        check_writable(self.folder / manifest.NAME, suffix=".jsonl")
+        check_writable(self.shelf.folder / manifest.NAME, suffix=".jsonl")
 
     def clip(self, settings: GenerateSettings, job: Job) -> Made:
         """One clip. On the worker's thread; raises Cancelled soon after the job is cancelled."""
@@ -108,15 +97,6 @@ class Studio:
             clip = Clip(to_uint8(output), seconds, summary(pipe), settings)
         return self._write(pipe, clip, {**told, "notes": [*notes, "watched"]}), calls
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While another page, of another process, writes into the folder, this one waits: places in the manifest are unique."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOCK).open("a") as handle:
-            with contextlib.suppress(OSError):  # on a file system without locks, one page a folder is the user's affair
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            yield  # closing it gives the lock back
-
     def _prepare(self, settings: GenerateSettings, job: Job) -> tuple[Any, dict[str, Any], list[str]]:
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         begin = time.perf_counter()
@@ -133,19 +113,7 @@ class Studio:
         except Exception as error:  # a finished clip is worth more than its verdict
             run = {**run, "notes": [*run["notes"], f"the clip could not be judged: {error or type(error).__name__}"]}
         skeleton = self.models.skeleton(settings.model)
-        plan = explain_settings(skeleton, settings)
-        # What only a call decides counts as dense: at most so much.
-        rows = [dataclasses.replace(row, work=1.0) if math.isnan(row.work) else row for row in plan.rows]
-        flop = denoising_flop(skeleton, settings, dataclasses.replace(plan, rows=rows))
-        seconds = {"load": run.pop("load", 0.0), "warm_up": 0.0, **clip.seconds}
-        defaults = {"memory_saving": [], "oom_retries": 0, "rank": 0, "world_size": 1}
-        with self._lock, self._alone():
-            known = manifest.read_manifest(self.folder)
-            entry = Entry(len(known), (), (), settings, self.models.dtype, self.models.revision(settings.model), flop)
-            if entry.key in known:  # made before: the same file
-                entry = dataclasses.replace(entry, index=known[entry.key]["run"]["batch"]["index"])
-            record = clip_record(clip, {**defaults, **run, "seconds": seconds, "batch": entry.to_dict()})
-            path = self.folder / entry.file
-            write_video(path, clip.frames, settings.fps, settings=record, beside=False)
-            manifest.append(self.folder / manifest.NAME, manifest.done_line(path, record))
+        flop = denoising_flop(skeleton, settings, explain_settings(skeleton, settings))
+        with self.shelf.alone():
+            path, record = self.shelf.put(self.shelf.place(settings, flop), clip, run)
         return Made(path, record, settings, None if clip.summary is None else str(clip.summary))

@@ -79,7 +79,7 @@ def pair_html(pair: Pair) -> str:
     ]
     return (
         '<div class="tw-pair" data-sync>'
-        f"{_figure(pair.dense, 'dense')}{_figure(pair.sparse, method_words(pair.sparse.settings))}"
+        f"{_figure(pair.dense, 'dense')}{_figure(pair.sparse, method_words(pair.sparse.settings.method))}"
         '<p class="tw-pair-buttons"><button type="button" class="tw-play">Play or pause both</button></p></div>'
         f"{media.table(rows)}"
     )

@@ -138,7 +138,7 @@ def result_html(made: Made) -> str:
     size = f"{settings.frames} frames of {settings.height}×{settings.width}, {settings.fps:g} a second"
     rows = [
         ("clip", escape(f"{size}, seed {settings.seed}")),
-        ("method", escape(method_words(settings))),
+        ("method", escape(method_words(settings.method))),
         ("seconds", escape(", ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value))),
         ("density where sparse", media.bar(run["density"], f"{run['density']:.3f}")),
         ("fallbacks to dense", escape("; ".join(f"{n} calls: {why}" for why, n in run["fallbacks"].items()) or "none")),

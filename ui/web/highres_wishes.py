@@ -17,9 +17,12 @@ from tilewise.pipelines.files import suffix_of
 from tilewise.pipelines.highres import Work, prepare
 from tilewise.pipelines.highres_schedule import steps_to_run
 from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.job import Stages
 from tilewise.pipelines.memory_plan import gib
-from tilewise.pipelines.native import Native
+from tilewise.pipelines.native import Native, native_size
 from tilewise.pipelines.settings import GenerateSettings, explain_settings
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.full_path import global_paths
 from tilewise.ui.web.media import bar, table
 from tilewise.ui.web.models import Models
 from tilewise.ui.web.safety import Limits
@@ -63,6 +66,37 @@ def wish_of(models: Models, limits: Limits, values: Mapping[str, Any], own: Sequ
         guided=str(said["guided"]),
     )
     return Wish(native, height, width, options)
+
+
+def stages_in(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Stages] | None:
+    """The target's settings and both stages, of a record of a clip or of what the tab shows as settings; None for a clip of one
+    stage. Raises ConfigError for what cannot be read."""
+    run = values.get("run")
+    try:
+        if isinstance(run, Mapping) and run.get("highres") is not None:
+            return values, Stages.from_dict(run["highres"])
+        if "highres" in values:
+            return values["target"], Stages.from_dict({"native": values["native"], "options": values["highres"]})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"the settings of the two stages cannot be read: {str(error)[:200]}") from error
+    return None
+
+
+def own_values(target: GenerateSettings, stages: Stages, skeleton: Any) -> list[Any]:
+    """What each of FIELDS should say for `wish_of` to give these stages again.
+
+    Raises ConfigError for stages with options that no control has.
+    """
+    options = stages.options
+    said = {name: getattr(options, name) for name in ("strength", "refresh", "global_path", "guided")}
+    again = HighresSettings(**said).for_model(native_size(skeleton), global_paths(skeleton)).to_dict()
+    if lost := [k for k, value in options.to_dict().items() if k != "max_memory" and value != again[k]]:
+        told = ", ".join(f"{name} {getattr(options, name)!r}" for name in lost)
+        raise ConfigError(
+            f"the page has no control for {told}, with which this clip was made; `tilewise generate --from CLIP` makes it again"
+        )
+    strength = "" if options.strength is None else repr(options.strength)
+    return [target.height, target.width, strength, options.refresh, options.global_path or AUTO, options.guided]
 
 
 def planned(models: Models, limits: Limits, wish: Wish, skeleton: Any) -> Work:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ import gradio as gr
 
 from tilewise.pipelines.manifest import NAME, Line, ManifestError, clip_path, read_manifest
 from tilewise.pipelines.manifest_comparison import method_name
-from tilewise.pipelines.settings import GenerateSettings
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.web import media
 from tilewise.ui.web.controls import Controls
+from tilewise.ui.web.generate_tab import given_up
+from tilewise.ui.web.highres_shown import stages_html
+from tilewise.ui.web.highres_tab import HighresTab
+from tilewise.ui.web.highres_wishes import own_values, stages_in
 from tilewise.ui.web.sentences import complaint, log_unexpected
-from tilewise.ui.web.wishes import FIELDS, settings_from_json, values_of
+from tilewise.ui.web.wishes import FIELDS, json_object, settings_from, values_of
 
 MOST = 60  # clips that the list shows, the latest first
 
@@ -36,12 +39,19 @@ class Past:
         prompt = str(self.line["prompt"])
         words = prompt if len(prompt) <= 60 else prompt[:59] + "…"
         size = f"{self.line['frames']}×{self.line['height']}×{self.line['width']}"
-        return f"{started} · {words} · {self.line['method']['method']['name']} · {size} · seed {self.line['seed']}"
+        stages = self.line["run"].get("highres")
+        if stages is None:
+            method = self.line["method"]["method"]["name"]
+        else:
+            method = f"two stages, from {stages['native']['height']}×{stages['native']['width']}"
+        return f"{started} · {words} · {method} · {size} · seed {self.line['seed']}"
 
     @property
     def html(self) -> str:
         """The clip with what is worth knowing about it."""
         run = self.line["run"]
+        if "highres" in run:
+            return stages_html(self.path, self.line)
         rows = [
             ("prompt", escape(str(self.line["prompt"])[:500])),
             ("method", escape(method_name(self.line))),
@@ -80,8 +90,9 @@ def past_clips(outputs: Path, most: int = MOST) -> tuple[list[Past], list[str]]:
 class HistoryTab:
     """Built inside a gr.Tab, which brings the list up to date when it is opened."""
 
-    def __init__(self, controls: Controls, outputs: Path, tab: gr.Tab) -> None:
+    def __init__(self, controls: Controls, highres: HighresTab, outputs: Path, tab: gr.Tab) -> None:
         self.controls, self.outputs = controls, outputs
+        self.count = len(controls.inputs) + len(highres.own)
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 clips = gr.Radio([], label="Clips made on this machine, the latest first", elem_id="history")
@@ -96,8 +107,9 @@ class HistoryTab:
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         gr.on([tab.select, fresh.click], self.look, None, [clips, words], **quiet)
         clips.change(self.show, [clips], [shown], **quiet)
-        again.click(self.use, [clips], [words, *controls.inputs], **quiet)
-        paste.click(self.use_pasted, [text], [words, *controls.inputs], **quiet)
+        set_ = [words, *controls.inputs, *highres.own]
+        again.click(self.use, [clips], set_, **quiet)
+        paste.click(self.use_pasted, [text], set_, **quiet)
 
     def look(self) -> list[Any]:
         found, problems = past_clips(self.outputs)
@@ -115,23 +127,31 @@ class HistoryTab:
 
     def use(self, name: str | None) -> list[Any]:
         try:
-            line = self._find(name).line
-            names = {field.name for field in dataclasses.fields(GenerateSettings)}
-            return self._filled(json.dumps({k: v for k, v in line.items() if k in names}))
+            return self._filled(self._find(name).line)
         except Exception as error:
             log_unexpected(error)
-            return [complaint(error), *[gr.skip()] * len(FIELDS)]
+            return [complaint(error), *[gr.skip()] * self.count]
 
     def use_pasted(self, text: str) -> list[Any]:
         try:
-            return self._filled(text or "")
+            return self._filled(json_object(text or ""))
         except Exception as error:
             log_unexpected(error)
-            return [complaint(error), *[gr.skip()] * len(FIELDS)]
+            return [complaint(error), *[gr.skip()] * self.count]
 
-    def _filled(self, text: str) -> list[Any]:
-        values = values_of(settings_from_json(text, self.controls.models))
-        return ['<div class="tw-status" role="status">the controls are set</div>', *(values[name] for name in FIELDS)]
+    def _filled(self, told: Mapping[str, Any]) -> list[Any]:
+        """Of a clip of two stages the controls get the native stage, and High resolution's own the rest."""
+        models, found = self.controls.models, stages_in(told)
+        if found is None:
+            settings, own, words = settings_from(told, models), None, "the controls are set"
+        else:
+            target, stages = settings_from(found[0], models), found[1]
+            own = own_values(target, stages, models.skeleton(target.model))
+            words = "the controls are set, and those of High resolution, which makes such a clip"
+            settings = dataclasses.replace(target, height=stages.height, width=stages.width, method=stages.method)
+        values = values_of(settings)
+        shared = [values[name] for name in FIELDS]
+        return [given_up(words), *shared, *(own or [gr.skip()] * (self.count - len(shared)))]
 
     def _find(self, name: str | None) -> Past:
         for past in past_clips(self.outputs)[0]:

@@ -112,11 +112,11 @@ def build_page(models: Models, limits: Limits, desk: Desk, outputs: Path) -> gr.
                 with gr.Tab("See the attention") as tab:
                     AttentionTab(controls, desk, studio, clip, tab)
                 with gr.Tab("High resolution") as tab:
-                    HighresTab(controls, desk, models, outputs, tab)
+                    highres = HighresTab(controls, desk, models, outputs, tab)
                 with gr.Tab("Batch"):
                     BatchTab(controls, desk, outputs)
                 with gr.Tab("History") as tab:
-                    HistoryTab(controls, outputs, tab)
+                    HistoryTab(controls, highres, outputs, tab)
         controls.wire(page)
 
         def gone(request: gr.Request) -> None:

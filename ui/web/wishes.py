@@ -126,8 +126,8 @@ def name_of(config: Config) -> str:
     return next((name for name, preset in presets().items() if preset == config), config.method.name)
 
 
-def settings_from_json(text: str, models: Models) -> GenerateSettings:
-    """Settings as `to_dict` writes them, or a whole record of a clip. Raises ConfigError, RefusedError."""
+def json_object(text: str) -> dict[str, Any]:
+    """What somebody pasted. Raises ConfigError."""
     if len(text) > 10**6:
         raise ConfigError("that is too long for settings")
     try:
@@ -136,6 +136,11 @@ def settings_from_json(text: str, models: Models) -> GenerateSettings:
         raise ConfigError(f"the settings are not JSON: {str(error)[:200]}") from error
     if not isinstance(values, dict):
         raise ConfigError("settings are a JSON object, as this page shows them under a clip")
+    return values
+
+
+def settings_from(values: Mapping[str, Any], models: Models) -> GenerateSettings:
+    """Settings as `to_dict` writes them, or a whole record of a clip. Raises ConfigError, RefusedError."""
     names = {field.name for field in dataclasses.fields(GenerateSettings)}
     try:
         settings = GenerateSettings.from_dict({k: v for k, v in values.items() if k in names})

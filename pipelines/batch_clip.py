@@ -15,7 +15,7 @@ from tilewise.pipelines.batch_input import lines_words
 from tilewise.pipelines.batch_stages import about, plan_job
 from tilewise.pipelines.distributed import World
 from tilewise.pipelines.generate import Clip, generate, judged, warm_up
-from tilewise.pipelines.highres import Work
+from tilewise.pipelines.highres_work import Work
 from tilewise.pipelines.job import Job
 from tilewise.pipelines.manifest import Line
 from tilewise.pipelines.memory import PeakMemory, free_memory, is_out_of_memory, possible, saving

@@ -8,7 +8,8 @@ from typing import Any
 
 from tilewise.pipelines.clip_content import analyse, parse_prompt
 from tilewise.pipelines.generate import Clip, Progress
-from tilewise.pipelines.highres import HighresClip, Work, few_steps, judged, make, warm_up
+from tilewise.pipelines.highres import HighresClip, judged, make, warm_up
+from tilewise.pipelines.highres_work import Work, few_steps
 from tilewise.pipelines.native import native_size
 from tilewise.pipelines.record import clip_record
 from tilewise.pipelines.video import write_video

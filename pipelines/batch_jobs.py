@@ -22,7 +22,7 @@ from tilewise.pipelines.batch_input import KINDS, STAGES, Problems, Row, parse_f
 from tilewise.pipelines.batch_stages import plan_fields, stages_flop, stages_of
 from tilewise.pipelines.errors import SetupError
 from tilewise.pipelines.estimate import denoising_flop
-from tilewise.pipelines.highres import Work
+from tilewise.pipelines.highres_work import Work
 from tilewise.pipelines.job import Job, Stages, merge_equal
 from tilewise.pipelines.settings import MAX_SEED, GenerateSettings, explain_settings, resolve_settings
 from tilewise.pipelines.stock_call import call_arguments

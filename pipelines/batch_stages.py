@@ -16,9 +16,9 @@ import torch
 
 from tilewise.pipelines.batch_input import STAGES
 from tilewise.pipelines.estimate import denoising_flop
-from tilewise.pipelines.highres import Work, prepare
 from tilewise.pipelines.highres_schedule import steps_to_run
 from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.highres_work import Work, prepare
 from tilewise.pipelines.job import Job, Stages
 from tilewise.pipelines.loading import cast_skeleton
 from tilewise.pipelines.settings import GenerateSettings, explain_settings

@@ -17,9 +17,10 @@ from diffusers import (
 )
 
 import tilewise
-from tilewise.pipelines.highres import highres, prepare
+from tilewise.pipelines.highres import highres
 from tilewise.pipelines.highres_schedule import entered_at, noised, steps_to_run
 from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.highres_work import prepare
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
 from tilewise.pipelines.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.video import read_frames, read_settings

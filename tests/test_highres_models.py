@@ -36,9 +36,10 @@ from diffusers import (
 
 import tilewise
 from tilewise.pipelines import generate
-from tilewise.pipelines.highres import few_steps, highres, make, prepare, warm_up
+from tilewise.pipelines.highres import highres, make, warm_up
 from tilewise.pipelines.highres_schedule import entered_at, noised
 from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.highres_work import few_steps, prepare
 from tilewise.pipelines.latent_spaces.base import latent_space, latent_spaces
 from tilewise.pipelines.native import native_size
 from tilewise.pipelines.settings import resolve_settings

@@ -20,6 +20,7 @@ from tilewise.kernels.layout import Grid
 from tilewise.pipelines import highres as stages
 from tilewise.pipelines.highres import highres
 from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.highres_work import prepare
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
 from tilewise.pipelines.native import native_size
 from tilewise.plugins.cross_attention_cache import CrossAttentionCache
@@ -257,7 +258,7 @@ def test_a_small_limit_moves_the_cache_to_the_host(monkeypatch, boundary):
 def planned(pipe, **changes):
     """A clip's work, with a plan that asks for more than is needed here."""
     shared = {"frames": 1, "steps": 2, "guidance": 1.0}
-    work = stages.prepare(pipe, PROMPT, 80, 64, None, "dense", HighresSettings(), shared)
+    work = prepare(pipe, PROMPT, 80, 64, None, "dense", HighresSettings(), shared)
     return dataclasses.replace(work, plan=dataclasses.replace(work.plan, **changes))
 
 

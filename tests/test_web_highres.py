@@ -88,7 +88,7 @@ def test_the_plan_in_words(studio):
     work = plan_for(studio, strength=0.75)
     words = re.sub("<[^>]*>", " ", plan_html(work, studio.skeleton("demo")))
     assert "48×48 → 64×80 pixels" in " ".join(words.split())
-    assert f"{work.native_grid.h}×{work.native_grid.w} of 5×8×10" in words
+    assert f"{work.window.h}×{work.window.w} of 5×8×10" in words
     assert "3 of 4 (strength 0.75)" in words
     assert "dense, at one step of 2, guides all forwards" in words
     assert "nothing has to give" in words
@@ -133,7 +133,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_numbers(studio, monkeypatc
     def little(*args, **options):
         return plan_memory(*args, **{**options, "limit": 10**6})
 
-    monkeypatch.setattr("tilewise.pipelines.highres.plan_memory", little)
+    monkeypatch.setattr("tilewise.pipelines.highres_work.plan_memory", little)
     with pytest.raises(tilewise.ConfigError, match=r"does not fit.*GiB"):
         plan_for(studio)
 

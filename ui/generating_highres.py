@@ -10,8 +10,9 @@ from rich.console import Console
 
 from tilewise.pipelines.files import check_sidecar, check_writable
 from tilewise.pipelines.generate import Clip
-from tilewise.pipelines.highres import HighresClip, Work, judged, make, prepare
+from tilewise.pipelines.highres import HighresClip, judged, make
 from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.highres_work import Work, prepare
 from tilewise.pipelines.job import Stages
 from tilewise.pipelines.loading import cast_skeleton, load_pipeline, load_skeleton, resolve_device, resolve_dtype
 from tilewise.pipelines.record import Recorded, clip_record, machine, read_record

@@ -18,8 +18,8 @@ from tilewise.pipelines.batch_highres import TwoStages
 from tilewise.pipelines.batch_stages import stages_flop, stages_of
 from tilewise.pipelines.files import check_writable
 from tilewise.pipelines.generate import Clip
-from tilewise.pipelines.highres import Work
 from tilewise.pipelines.highres_settings import GUIDED, PATHS, HighresSettings
+from tilewise.pipelines.highres_work import Work
 from tilewise.pipelines.loading import cast_skeleton, load_skeleton, resolve_dtype
 from tilewise.pipelines.manifest import NAME
 from tilewise.pipelines.memory import PeakMemory

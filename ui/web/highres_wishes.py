@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.files import suffix_of
-from tilewise.pipelines.highres import Work, prepare
 from tilewise.pipelines.highres_schedule import steps_to_run
 from tilewise.pipelines.highres_settings import HighresSettings
+from tilewise.pipelines.highres_work import Work, prepare
 from tilewise.pipelines.job import Stages
 from tilewise.pipelines.memory_plan import gib
 from tilewise.pipelines.native import Native, native_size
@@ -114,7 +114,7 @@ def plan_html(work: Work, skeleton: Any) -> str:
     explanation = explain_settings(skeleton, target)
     for row in explanation.rows:
         prefix = f"{row.denoiser}: " if len(explanation.rows) > 1 else ""
-        tokens = f"{work.native_grid.h}×{work.native_grid.w} of {escape(row.grid)}, in all latent frames"
+        tokens = f"{work.window.h}×{work.window.w} of {escape(row.grid)}, in all latent frames"
         rows += [
             (f"{prefix}window, tokens", tokens),
             (f"{prefix}density of the window", bar(row.density, f"{row.density:.3f}")),
@@ -210,8 +210,9 @@ def python_program(work: Work, native: Native, dtype: str) -> str:
         call += [f"    {name}={value!r}," for name, value in {**size, **shared, **stage}.items()]
         call += [")"]
     else:  # `tilewise.highres` does not take a number of text tokens; its two halves do
-        lines += ["from tilewise.pipelines.highres import make, prepare"]
+        lines += ["from tilewise.pipelines.highres import make"]
         lines += ["from tilewise.pipelines.highres_settings import HighresSettings"]
+        lines += ["from tilewise.pipelines.highres_work import prepare"]
         lines += ["from tilewise.pipelines.loading import load_pipeline"]
         shared = {"model": first.model, **shared, "max_sequence_length": first.max_sequence_length}
         given = ", ".join(f"{name}={value!r}" for name, value in stage.items())

@@ -1,0 +1,144 @@
+"""What is decided before a clip past the training size is made: sizes, both stages' settings, the window, what fits into memory.
+
+Nothing here runs weights, so that it also holds for a skeleton, on a machine without the GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from tilewise.kernels.layout import Grid
+from tilewise.pipelines.highres_schedule import entered_at
+from tilewise.pipelines.highres_settings import HighresSettings, pixels
+from tilewise.pipelines.latent_spaces.base import latent_space
+from tilewise.pipelines.memory_plan import MemoryPlan, check_plan, plan_memory
+from tilewise.pipelines.native import least_steps, native_size
+from tilewise.pipelines.settings import GenerateSettings, resolve_settings
+from tilewise.pipelines.stock_call import call_arguments
+from tilewise.plugins.config import Config, MethodLike
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.full_path import check_denoiser, draft_refuses, global_paths
+from tilewise.plugins.methods.inward import Inward
+from tilewise.plugins.models.base import Size, family_of
+from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.rope_scaling import rotary_modules
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Everything that was decided before anything runs. native, target: both stages. window: the grid that the target's window
+    stands for, with as many frames as the model was trained on. grid: the target's."""
+
+    native: GenerateSettings
+    target: GenerateSettings
+    window: Grid
+    grid: Grid
+    options: HighresSettings
+    plan: MemoryPlan
+
+
+def prepare(
+    pipe: Any,
+    prompt: str,
+    height: int,
+    width: int,
+    native: tuple[int, int] | None,
+    native_method: MethodLike,
+    options: HighresSettings,
+    shared: dict[str, Any],
+    device: torch.device | None = None,
+) -> Work:
+    """Both stages' settings and the plan of memory; raises as `highres` does.
+
+    `pipe` may be a skeleton: `device` is then where it would run. shared: settings that both stages have.
+    """
+    space = latent_space(pipe)
+    options = options.for_model(native_size(pipe), global_paths(pipe))
+    assert options.strength is not None
+    size: dict[str, Any] = (
+        {} if native is None else dict(zip(("height", "width"), pixels("native", native), strict=True))
+    )
+    first = resolve_settings(pipe, prompt, method=native_method, **size, **shared)
+    for name, wanted, least in (("height", height, first.height), ("width", width, first.width)):
+        if not isinstance(wanted, int) or isinstance(wanted, bool):
+            raise ConfigError(f"{name} must be a whole number of pixels, not {wanted!r}")
+        if wanted < 1:
+            raise ConfigError(
+                f"{name} must be at least 1 pixel, and for highres the native stage's {least}; not {wanted}"
+            )
+        if wanted < least:
+            raise ConfigError(
+                f"{name} {wanted} is smaller than the native stage's {least}: highres is for sizes past it. Generate at "
+                f"{width}×{height} as usual, or give a smaller native size (native=(height, width))"
+            )
+    window = options.window or (first.height, first.width)
+    seen = _grid(pipe, Size(*window, native_size(pipe).num_frames))
+    grid = _grid(pipe, Size(height, width, first.frames))
+    two = first.guidance > 1 and not space.distilled
+    samples = 2 if two and space.one_batch else 1
+    guided = 2 if two and (options.guided == "all" or space.one_batch) else 1
+    method = Inward((seen.h, seen.w), temperature=options.temperature)
+    planned: dict[str, Any] = {
+        "height": height, "width": width, "frames": first.frames, "branches": guided, "samples": samples,
+        "limit": options.max_memory, "device": device, "full_path": options.global_path != "none",
+        "refresh": 1 if options.global_path == "none" else options.refresh, "native": (first.height, first.width),
+    }  # fmt: skip
+    plan = plan_memory(pipe, grid, **planned)
+    what = f"a clip of {width}×{height} pixels and {first.frames} frames"
+    check_plan(plan, what)  # before a layout is made: that of an absurd size would fill the memory by itself
+    layout = method.layout(grid)
+    method.check_layout(layout)
+    if options.global_path == "draft":
+        if (refused := draft_refuses(layout)) is not None:
+            raise ConfigError(
+                f"global_path='draft' is not for a size of {width}×{height}: {refused}. Give 'pooled' or 'dense'"
+            )
+        plan = plan_memory(pipe, grid, **planned, draft=layout)
+        check_plan(plan, what)
+    target = resolve_settings(
+        pipe, prompt, method=Config(method, steps=(0.0, 1.0), precision=options.precision),
+        **{**shared, "height": height, "width": width},
+    )  # fmt: skip
+    call_arguments(pipe, target)
+    _check_second_stage(pipe, target, options)
+    return Work(first, target, seen, grid, options, plan)
+
+
+def _check_second_stage(pipe: Any, target: GenerateSettings, options: HighresSettings) -> None:
+    """What the second stage would raise about the pipeline: its scheduler, its rotary module, how its denoisers run."""
+    assert options.strength is not None and not isinstance(options.flow_shift, str)  # by `for_model`
+    with entered_at(pipe, target.steps, options.strength, options.flow_shift):
+        pass
+    if options.rope or options.rope_time:
+        rotary_modules(pipe)
+    if options.global_path not in (None, "none"):
+        for name, denoiser in denoisers_of(pipe).items():
+            check_denoiser(name, denoiser, target.method, options.global_path)
+
+
+def _grid(pipe: Any, size: Size) -> Grid:
+    denoiser = next(iter(denoisers_of(pipe).values()))  # those of Wan 2.2 have the same grid
+    family = family_of(denoiser)
+    assert family is not None
+    return family.grid_of_size(denoiser, pipe, size)
+
+
+def few_steps(pipe: Any, work: Work) -> Work:
+    """What a work is warmed up by: the fewest steps in which all its kernels run, one that reuses included.
+
+    Works for which this gives the same, plans aside, are warm together.
+    """
+    options = dataclasses.replace(work.options, strength=1.0, refresh=min(work.options.refresh, 2))
+    least = max(least_steps(pipe), options.refresh)
+    method = work.native.method
+    if not work.native.is_dense:  # on its usual schedule it might leave these steps dense
+        method = dataclasses.replace(method, steps=(0.0, 1.0))
+
+    def few(settings: GenerateSettings, method: Config) -> GenerateSettings:
+        return dataclasses.replace(settings, method=method, prompt="a clip", negative="", seed=0, steps=least)
+
+    native, target = few(work.native, method), few(work.target, work.target.method)
+    return dataclasses.replace(work, native=native, target=target, options=options)

@@ -102,6 +102,7 @@ class ClipMaker:
         shared = {**machine(pipe.device, job.dtype), "started": started, **place}
         stages = None
         if job.highres is not None:
+            notes += self.works[job.shape].notes
             stages = TwoStages(self.folder / job.file, about(self.works[job.shape], job.settings), shared)
         clip, run = self._within_memory(pipe, job, stages)
         try:

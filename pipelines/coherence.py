@@ -22,6 +22,8 @@ SIDE = 96  # pixels of the shorter side at which clips are measured
 PATCH = 24
 STEP = 12
 FRAMES = 4
+MOST = 256  # patches of a frame: in a strip there are many more, and each is looked for in all of it
+CHUNK = 32  # patches that are looked for at once
 STRUCTURE = 0.02  # least standard deviation of a patch that can be recognised, of 0 … 1
 
 
@@ -79,27 +81,33 @@ def _of_frame(frame: torch.Tensor) -> float | None:
     """The score of one frame (3, H, W); None where no patch has structure."""
     count = 3 * PATCH**2
     patches = frame.unfold(1, PATCH, STEP).unfold(2, PATCH, STEP)  # (3, rows, columns, p, p)
-    rows, columns = patches.shape[1:3]
-    patches = patches.permute(1, 2, 0, 3, 4).reshape(rows * columns, 3, PATCH, PATCH)
+    down, across = patches.shape[1:3]
+    patches = patches.permute(1, 2, 0, 3, 4).reshape(down * across, 3, PATCH, PATCH)
     spread = patches.flatten(1).std(1, correction=0)
-    y, x = torch.meshgrid(torch.arange(rows) * STEP, torch.arange(columns) * STEP, indexing="ij")
+    y, x = torch.meshgrid(torch.arange(down) * STEP, torch.arange(across) * STEP, indexing="ij")
     good = spread > STRUCTURE
     if not bool(good.any()):
         return None
-    patches, y, x = patches[good], y.reshape(-1)[good], x.reshape(-1)[good]
+    chosen = good.nonzero()[:, 0]
+    chosen = chosen[torch.linspace(0, len(chosen) - 1, min(MOST, len(chosen))).round().long()]  # evenly
+    patches, y, x = patches[chosen], y.reshape(-1)[chosen], x.reshape(-1)[chosen]
     centred = patches - patches.mean((1, 2, 3), keepdim=True)
     templates = centred / centred.flatten(1).norm(dim=1)[:, None, None, None]
     mean = avg_pool2d(frame[None], PATCH, 1).mean(1)
     square = avg_pool2d(frame[None] ** 2, PATCH, 1).mean(1)
     norm = ((square - mean**2).clamp(min=0) * count).sqrt()  # of each window, its mean taken out
-    found = conv2d(frame[None], templates)[0] / norm.clamp(
-        min=1e-6
-    )  # a template's mean is 0: the window's does not matter
-    found = found.masked_fill(norm < STRUCTURE * count**0.5, 0)
-    at_y, at_x = torch.arange(found.shape[1]), torch.arange(found.shape[2])
-    near = ((at_y - y[:, None]).abs() < PATCH)[:, :, None] & ((at_x - x[:, None]).abs() < PATCH)[:, None, :]
-    best = found.masked_fill(near, 0).flatten(1).max(1).values
-    return float(best.clamp(0, 1).mean())
+    at_y, at_x = torch.arange(norm.shape[1]), torch.arange(norm.shape[2])
+    best = []
+    for some, rows, columns in zip(templates.split(CHUNK), y.split(CHUNK), x.split(CHUNK), strict=True):
+        found = conv2d(frame[None], some)[0] / norm.clamp(
+            min=1e-6
+        )  # a template's mean is 0: the window's does not matter
+        found = found.masked_fill(norm < STRUCTURE * count**0.5, 0)
+        near = ((at_y - rows[:, None]).abs() < PATCH)[:, :, None] & ((at_x - columns[:, None]).abs() < PATCH)[
+            :, None, :
+        ]
+        best.append(found.masked_fill(near, 0).flatten(1).max(1).values)
+    return float(torch.cat(best).clamp(0, 1).mean())
 
 
 def _picked(frames: NDArray) -> torch.Tensor:

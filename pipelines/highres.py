@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ from tilewise.pipelines.latent_spaces.base import latent_space, tiled
 from tilewise.pipelines.memory import saving
 from tilewise.pipelines.memory_plan import MemoryPlan
 from tilewise.pipelines.settings import GenerateSettings
-from tilewise.pipelines.stock_call import stock_call
+from tilewise.pipelines.stock_call import nothing_left, stock_call
 from tilewise.pipelines.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.video import to_uint8
 from tilewise.plugins.config import MethodLike
@@ -100,7 +101,9 @@ def highres(
             EasyAnimate, Mochi, Flux, Flux.2, Chroma, Qwen-Image, SD 3, Z-Image), not patched; left as it was found, whatever
             happens.
         prompt: one prompt. height, width: of the clip, pixels.
-        native: (height, width) of the first stage, pixels; default: the model's own. native_method: its attention.
+        native: (height, width) of the first stage, pixels; default: the model's own, or where the clip has another shape,
+            one like it of about as many pixels. One that is given and has another shape than the clip is a UserWarning.
+        native_method: the first stage's attention.
         progress: called as progress(phase, done, total), with phases "native: denoise", "upscale", "denoise" and the like.
         on_native: called with the first stage's clip as soon as it is there, to be written or shown.
         options: the second stage; single ones may be given by name instead (``strength=0.6``).
@@ -119,6 +122,8 @@ def highres(
     }  # fmt: skip
     work = prepare(pipe, prompt, height, width, native, native_method, options, shared)
     refuse_patched(pipe)
+    for note in work.notes:
+        warnings.warn(note, stacklevel=2)
     return make(pipe, work, progress, on_native)
 
 
@@ -129,7 +134,7 @@ def make(
     tell = progress or (lambda phase, done, total: None)
     options, target, space = work.options, work.target, latent_space(pipe)
     saved = ["offload"] if work.plan.offload else []
-    with saving(pipe, saved):
+    with saving(pipe, saved), nothing_left(pipe):
         with schedule_calls(pipe) as asked:
             native_latents, native_seconds, report = _stage(pipe, work.native, lambda p, *n: tell(f"native: {p}", *n))
         tell("native: decode", 0, 1)

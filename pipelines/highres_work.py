@@ -6,6 +6,8 @@ Nothing here runs weights, so that it also holds for a skeleton, on a machine wi
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from typing import Any
 
 import torch
@@ -20,11 +22,14 @@ from tilewise.pipelines.settings import GenerateSettings, resolve_settings
 from tilewise.pipelines.stock_call import call_arguments
 from tilewise.plugins.config import Config, MethodLike
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.full_path import check_denoiser, draft_refuses, global_paths
+from tilewise.plugins.full_path import check_denoisers, draft_refuses, global_paths
 from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.models.base import Size, family_of
 from tilewise.plugins.patching import denoisers_of
 from tilewise.plugins.rope_scaling import rotary_modules
+
+SAME_SHAPE = 1.05  # by which sides' ratios may differ: 480×832 stands for 1088×1920
+NOTED = 1.08  # times that things come out wider or taller, from which on it is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,19 @@ class Work:
     grid: Grid
     options: HighresSettings
     plan: MemoryPlan
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of it before it is made."""
+        first, target = self.native, self.target
+        stretch = target.height * first.width / (first.height * target.width)
+        if max(stretch, 1 / stretch) < NOTED:
+            return []
+        told = f"{max(stretch, 1 / stretch):.2f} times {'taller' if stretch > 1 else 'wider'}"
+        return [
+            f"the native stage, {first.width}×{first.height}, has another shape than the clip of {target.width}×{target.height} "
+            f"(width × height): all that it shows comes out {told}. Give sizes of one shape"
+        ]
 
 
 def prepare(
@@ -58,17 +76,14 @@ def prepare(
     space = latent_space(pipe)
     options = options.for_model(native_size(pipe), global_paths(pipe))
     assert options.strength is not None
-    size: dict[str, Any] = (
-        {} if native is None else dict(zip(("height", "width"), pixels("native", native), strict=True))
-    )
-    first = resolve_settings(pipe, prompt, method=native_method, **size, **shared)
-    for name, wanted, least in (("height", height, first.height), ("width", width, first.width)):
+    for name, wanted in (("height", height), ("width", width)):
         if not isinstance(wanted, int) or isinstance(wanted, bool):
             raise ConfigError(f"{name} must be a whole number of pixels, not {wanted!r}")
         if wanted < 1:
-            raise ConfigError(
-                f"{name} must be at least 1 pixel, and for highres the native stage's {least}; not {wanted}"
-            )
+            raise ConfigError(f"{name} must be at least 1 pixel, and for highres the native stage's; not {wanted}")
+    size = native_in_shape(pipe, height, width) if native is None else pixels("native", native)
+    first = resolve_settings(pipe, prompt, method=native_method, height=size[0], width=size[1], **shared)
+    for name, wanted, least in (("height", height, first.height), ("width", width, first.width)):
         if wanted < least:
             raise ConfigError(
                 f"{name} {wanted} is smaller than the native stage's {least}: highres is for sizes past it. Generate at "
@@ -107,6 +122,39 @@ def prepare(
     return Work(first, target, seen, grid, options, plan)
 
 
+def native_in_shape(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """The model's own size, or where the clip has another shape one like it of about as many pixels: nothing is stretched.
+
+    A model that takes no size of that shape keeps its own.
+    """
+    own = native_size(pipe)
+    area, shape = own.height * own.width, height / width
+    sides = math.sqrt(area * shape), math.sqrt(area / shape)
+
+    def off(size: tuple[int, int]) -> float:
+        """From the clip's shape, as a logarithm."""
+        return abs(math.log(size[0] / size[1] / shape))
+
+    def takes(size: tuple[int, int]) -> bool:
+        try:
+            return _grid(pipe, Size(*size, num_frames=own.num_frames)) is not None
+        except ConfigError:
+            return False
+
+    for upright in ((own.height, own.width), (own.width, own.height)):
+        if height * width < area or (off(upright) < math.log(SAME_SHAPE) and takes(upright)):
+            return upright
+    # Multiples of this and that: the family knows which it takes.
+    near = [{int(side // step + more) * step for step in (8, 16, 32, 64) for more in (0, 1)} for side in sides]
+    smaller = [(h, w) for h, w in itertools.product(*near) if h <= height and w <= width and (h, w) != (height, width)]
+    # The shape counts more than how many pixels they are.
+    return min(
+        filter(takes, smaller),
+        key=lambda size: off(size) + abs(math.log(size[0] * size[1] / area)) / 4,
+        default=(own.height, own.width),
+    )
+
+
 def _check_second_stage(pipe: Any, target: GenerateSettings, options: HighresSettings) -> None:
     """What the second stage would raise about the pipeline: its scheduler, its rotary module, how its denoisers run."""
     assert options.strength is not None and not isinstance(options.flow_shift, str)  # by `for_model`
@@ -115,8 +163,7 @@ def _check_second_stage(pipe: Any, target: GenerateSettings, options: HighresSet
     if options.rope or options.rope_time:
         rotary_modules(pipe)
     if options.global_path not in (None, "none"):
-        for name, denoiser in denoisers_of(pipe).items():
-            check_denoiser(name, denoiser, target.method, options.global_path)
+        check_denoisers(pipe, dict.fromkeys(denoisers_of(pipe), target.method), options.global_path)
 
 
 def _grid(pipe: Any, size: Size) -> Grid:

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -134,20 +135,25 @@ def plan_memory(
         draft: the layout that a full path by draft is over, if there is one. full_path: whether there is a full path at all.
         native: height and width of the stage before, which is decoded too.
     """
-    # Where it runs: parts of an offloaded pipeline lie on the CPU until they are at work.
-    device = getattr(pipe, "_execution_device", pipe.device) if device is None else device
+    # Where it runs: parts of an offloaded pipeline lie on the CPU until they are at work, or on "meta" where modules are brought
+    # one by one. A skeleton, whose device is given, is on "meta" too.
+    runs_on = getattr(pipe, "_execution_device", pipe.device)
+    offloaded = device is None and pipe.device.type in ("cpu", "meta") and pipe.device != runs_on
+    device = runs_on if device is None else device
     limit = device_bytes(device) if limit is None else limit
     host = host_bytes()
     if device.type == "cpu":  # what is planned for there is not free beside it
         host = max(0, device_bytes(device) - limit)
     denoisers = denoisers_of(pipe)
-    weights = {name: _bytes(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    one_by_one = offloaded and pipe.device.type == "meta"
+    weights = [_bytes(part) for part in (_layers(parts) if one_by_one else parts)]
     activations, cache = 0, 0
     for denoiser in denoisers.values():
         family = family_of(denoiser)
         assert family is not None
         layers = family.layers(denoiser)
-        size = next(p for p in denoiser.parameters() if p.ndim > 1).dtype.itemsize
+        size = dtype_of(denoiser).itemsize
         width_ = max(layer.heads * layer.head_dim for layer in layers)
         widest = max((m.out_features for m in denoiser.modules() if isinstance(m, nn.Linear)), default=width_)
         each = OF_WIDTH * width_ + OF_WIDEST * widest + SECOND_PATH * width_
@@ -158,8 +164,7 @@ def plan_memory(
         activations = max(activations, int(samples * (grid.tokens * each * size + maps)) + merging)
         if refresh > 1:
             cache += branches * kept_bytes(denoiser, grid.video, size)
-    offloaded = pipe.device != device and pipe.device.type == "cpu"
-    resident = max(weights.values()) if offloaded else sum(weights.values())
+    resident = max(weights) if offloaded else sum(weights)
     at_target, in_tiles = _in_tiles_if_need_be(pipe, height, width, frames, limit - resident)
     at_native, native_tiles = (
         _in_tiles_if_need_be(pipe, *native, frames, limit - resident) if all(native) else (0, False)
@@ -170,7 +175,7 @@ def plan_memory(
     )  # fmt: skip
     plan = _cache_placed(plan)
     if not plan.fits and device.type == "cuda" and not offloaded and getattr(pipe, "model_cpu_offload_seq", None):
-        plan = _cache_placed(dataclasses.replace(plan, weights=max(weights.values()), offload=True))
+        plan = _cache_placed(dataclasses.replace(plan, weights=max(weights), offload=True))
     return plan
 
 
@@ -208,7 +213,7 @@ def vae_bytes(pipe: Any, height: int, width: int, frames: int) -> int:
     The first five latent frames are run: after that, memory grows by the clip itself, which is added. A size for which not even
     that can be counted gets what the clip takes alone.
     """
-    vae, space = pipe.vae, latent_space(pipe)
+    vae, space = getattr(pipe.vae, "_orig_mod", pipe.vae), latent_space(pipe)  # as it was before torch.compile
     temporal = space.factors(pipe)[1]
     latent_frames, *picture = space.shape(pipe, height, width, frames)
     latent_frames = min(latent_frames, 5)
@@ -251,6 +256,11 @@ def _weightless(kind: Any, config: str, dtype: torch.dtype) -> Any:
     return model
 
 
+def dtype_of(denoiser: nn.Module) -> torch.dtype:
+    """What a denoiser computes in: diffusers models know which of their parameters are kept in float32, or stored in 8 bits."""
+    return getattr(denoiser, "dtype", None) or next(denoiser.parameters()).dtype
+
+
 def device_bytes(device: torch.device) -> int:
     """What a device has for this process: all that is free, and what this process holds already."""
     if device.type == "cuda":
@@ -291,6 +301,11 @@ def _cache_placed(plan: MemoryPlan) -> MemoryPlan:
     """The plan with as much of the cache on the device as there is room for."""
     room = max(0, plan.limit - plan.weights - plan.activations)
     return dataclasses.replace(plan, cache_on_device=min(plan.cache, room))
+
+
+def _layers(parts: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules that hold weights themselves and no other modules."""
+    return [module for part in parts for module in part.modules() if not any(module.children())]
 
 
 def _bytes(module: nn.Module) -> int:

@@ -36,14 +36,20 @@ def stock_call(pipe: Any, settings: GenerateSettings, done: StepDone, **more: An
         told: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     else:  # HunyuanVideo 1.5's call has none, nor PixArt's
         told = _told_by_scheduler(pipe, done)
-    with told, _guided(pipe, settings.guidance):
-        try:
-            return pipe(**arguments)[0]
-        except BaseException:
-            pipe.maybe_free_model_hooks()  # with CPU offload, the part that was running would stay on the GPU
-            if hasattr(getattr(pipe, "vae", None), "clear_cache"):
-                pipe.vae.clear_cache()  # what a video VAE keeps between the frames of a decode
-            raise
+    with told, _guided(pipe, settings.guidance), nothing_left(pipe):
+        return pipe(**arguments)[0]
+
+
+@contextlib.contextmanager
+def nothing_left(pipe: Any) -> Iterator[None]:
+    """Run a block after which, if it is cut off, nothing stays on the GPU of what a pipeline's parts had begun."""
+    try:
+        yield
+    except BaseException:
+        pipe.maybe_free_model_hooks()  # with CPU offload, the part that was running would stay
+        if hasattr(getattr(pipe, "vae", None), "clear_cache"):
+            pipe.vae.clear_cache()  # what a video VAE keeps between the frames of a decode
+        raise
 
 
 def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:

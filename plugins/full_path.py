@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -12,7 +13,7 @@ from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.methods.base import DynamicMethod
 from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.models.base import family_of, served_streams, streams_of
-from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.patching import denoisers_of, is_compiled
 
 GlobalPath = Literal["dense", "draft", "pooled"]
 
@@ -66,21 +67,24 @@ def kept_bytes(denoiser: nn.Module, video: int, itemsize: int) -> int:
     return len({layer.block for layer in layers}) * video * each
 
 
-def check_denoiser(name: str, denoiser: nn.Module, config: Config, global_path: str) -> None:
-    """Raises UnsupportedModelError or ConfigError for a patched denoiser that cannot have this full path."""
+def check_denoisers(target: Any, configs: Mapping[str, Config], global_path: str) -> None:
+    """Raises UnsupportedModelError or ConfigError for a target whose denoisers, patched with these configs, cannot have this full
+    path."""
+    for name, denoiser in denoisers_of(target).items():
+        if is_compiled(target, name, denoiser):
+            raise UnsupportedModelError(
+                f"two paths: {name} is compiled, which two calls of a block do not follow; give the module as it was before "
+                "torch.compile. highres with global_path='none' runs compiled"
+            )
+        _check(name, denoiser, configs[name], global_path)
+
+
+def _check(name: str, denoiser: nn.Module, config: Config, global_path: str) -> None:
     streams = streams_of(denoiser)
     if streams is None:
         raise UnsupportedModelError(
             f"two paths: {name} is a {type(denoiser).__name__}; served are {', '.join(served_streams())}. The full path guides "
             "the window path through what each block's attention gives to the text, and how its blocks are called has to be known"
-        )
-    if any(
-        getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
-        for module in denoiser.modules()
-    ):
-        raise UnsupportedModelError(
-            f"two paths: {name} is compiled, which two calls of a block do not follow; run it as it is"
         )
     if getattr(denoiser, "is_cache_enabled", False):
         raise UnsupportedModelError(

@@ -66,15 +66,23 @@ def _forget_compiled(target: Any, denoisers: dict[str, nn.Module]) -> None:
     compiled one by one among them. What cannot be seen from here, such as a compiled function that calls a denoiser, is made
     anew by itself: compiled code goes by the class of the attention processors, which is another one in each patch.
     """
-    wrapped = [target, *(getattr(target, name, None) for name in denoisers)]
-    modules = [module for denoiser in denoisers.values() for module in denoiser.modules()]
-    if any(getattr(module, "_orig_mod", None) is not None for module in wrapped) or any(map(_compiled, modules)):
+    if any(is_compiled(target, name, denoiser) for name, denoiser in denoisers.items()):
         torch.compiler.reset()
 
 
-def _compiled(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
+def is_compiled(target: Any, name: str, denoiser: nn.Module) -> bool:
+    """Whether calls of a target's denoiser, or of a module in it, run compiled code."""
+
+    def compiled(module: nn.Module) -> bool:
+        forward = module.__dict__.get("forward")
+        return getattr(module, "_compiled_call_impl", None) is not None or hasattr(
+            forward, "_torchdynamo_orig_callable"
+        )
+
+    wrapped = (target, getattr(target, name, None))  # as torch.compile(module) returned it
+    return any(getattr(module, "_orig_mod", None) is not None for module in wrapped) or any(
+        map(compiled, denoiser.modules())
+    )
 
 
 def patch(

@@ -33,7 +33,7 @@ from tilewise.plugins.coarse_path import CoarsePath
 from tilewise.plugins.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.denoiser_patch import ATTRIBUTE, Patch
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
-from tilewise.plugins.full_path import GlobalPath, check_denoiser
+from tilewise.plugins.full_path import GlobalPath, check_denoisers
 from tilewise.plugins.models.base import streams_of
 from tilewise.plugins.override import ForwardOverride, override_forward
 from tilewise.plugins.patching import denoisers_of, patches_of
@@ -356,8 +356,7 @@ def two_paths(
             "two paths: patch the target first with a window method, such as tilewise.patch(pipe, 'inward')"
         )
     denoisers = denoisers_of(target)
-    for name, denoiser in denoisers.items():
-        check_denoiser(name, denoiser, patches[name].config, global_path)
+    check_denoisers(target, {name: patch.config for name, patch in patches.items()}, global_path)
     on: dict[str, TwoPaths] = {}
     try:
         for name, patch in patches.items():

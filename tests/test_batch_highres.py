@@ -111,15 +111,17 @@ def test_two_rows_of_different_sizes(invoke, pipe, tmp_path):
         assert inside == {name: line[name] for name in inside}
         assert set(line) - set(inside) == {"manifest", "status", "file", "bytes", "sha256"}
         first = read_settings(tmp_path / "o" / native)
-        assert (first["height"], first["width"], first["seed"]) == (64, 64, row.get("seed", 0))
+        own = made.native.settings
+        assert (first["height"], first["width"], first["seed"]) == (own.height, own.width, row.get("seed", 0))
         assert first["run"]["frames_sha256"] == frames_sha256(made.native.frames)
-        assert read_frames(tmp_path / "o" / native).shape == (5, 64, 64, 3)
+        assert read_frames(tmp_path / "o" / native).shape == (5, own.height, own.width, 3)
 
     # Again: nothing is made, in whatever memory; a dry run knows it, and what took how long.
     before = sorted(os.listdir(tmp_path / "o"))
     dry = invoke(None, *command[:-1], "3GB", "--dry-run")
     assert dry.exit_code == 0, dry.output
-    for words in ("0 of 2 clips", "nothing to make", "highres from 64×64, strength 0.75, refresh 2", "memory: "):
+    stages = f"highres from {own.height}×{own.width}, strength 0.75, refresh 2"
+    for words in ("0 of 2 clips", "nothing to make", stages, "memory: "):
         assert words in " ".join(dry.stdout.replace("│", " ").split())
     again = invoke(None, *command[:-1], "3GB")
     assert "0 made, 2 there already, 0 failed" in again.stdout

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torch.nn.functional import conv2d
 
-from tilewise.pipelines.coherence import coherence, repetition
+from tilewise.pipelines.coherence import CHUNK, MOST, coherence, repetition
 from tilewise.pipelines.manifest_comparison import ComparedClip, Group
 from tilewise.pipelines.upscale import upscale_frames
 from tilewise.pipelines.video import write_video
@@ -45,6 +46,26 @@ def test_flat_clips_and_dtypes():
     for wrong in (clip[0], clip[..., :2], clip[:0]):
         with pytest.raises(ValueError, match="a clip is"):
             repetition(wrong)
+
+
+def test_strips_cost_no_more_than_their_length(monkeypatch):
+    """Each patch is looked for in all of the frame: without a limit a strip's cost grows by the square of its length."""
+    asked = []
+
+    def counted(frame, templates):
+        asked.append(len(templates))
+        return conv2d(frame, templates)
+
+    monkeypatch.setattr("tilewise.pipelines.coherence.conv2d", counted)
+    noise = np.random.default_rng(0).integers(0, 255, (1, 24, 1200, 3), dtype=np.uint8)
+    score = repetition(noise)
+    assert 0 < score < 1
+    assert (sum(asked), max(asked)) == (MOST, CHUNK)
+    asked.clear()
+    repetition(noise[:, :, :40])  # of usual shapes every patch counts
+    assert sum(asked) == 7 * 12
+    pattern = np.tile(noise[:, :, :120], (1, 1, 10, 1))
+    assert repetition(pattern) > 0.99 > score
 
 
 def test_sharpness_is_relative_to_scaling_up():

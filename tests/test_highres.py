@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ import tilewise
 from tilewise.pipelines.highres import highres
 from tilewise.pipelines.highres_schedule import entered_at, noised, steps_to_run
 from tilewise.pipelines.highres_settings import HighresSettings
-from tilewise.pipelines.highres_work import prepare
+from tilewise.pipelines.highres_work import native_in_shape, prepare
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
+from tilewise.pipelines.native import native_size
+from tilewise.pipelines.replaced import replaced
 from tilewise.pipelines.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.video import read_frames, read_settings
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
@@ -38,7 +42,8 @@ def pipe(tiny_pipe_dir):
 
 
 def make(pipe, height=128, width=96, **options):
-    return highres(pipe, "a red circle", **{"height": height, "width": width, "frames": 5, "steps": 4, **options})
+    given = {"height": height, "width": width, "native": (64, 64), "frames": 5, "steps": 4, **options}
+    return highres(pipe, "a red circle", **given)
 
 
 # ── the whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -139,6 +144,72 @@ def test_interrupted(pipe):
     assert all("forward" not in vars(m) for m in pipe.transformer.modules())
 
 
+@pytest.mark.parametrize(
+    ("size", "native"),
+    [
+        ((128, 128), (64, 64)),
+        ((128, 136), (64, 64)),
+        ((128, 96), (64, 48)),
+        ((64, 256), (32, 128)),
+        ((80, 16), (64, 64)),
+    ],
+)
+def test_the_native_stage_has_the_clips_shape(pipe, size, native):
+    """The model's own size, or where that would be stretched, about as many pixels in another shape."""
+    assert native_in_shape(pipe, *size) == native
+
+
+def test_a_native_stage_turned_upright(pipe, monkeypatch):
+    own = dataclasses.replace(native_size(pipe), height=480, width=832)
+    monkeypatch.setattr("tilewise.pipelines.highres_work.native_size", lambda pipe: own)
+    assert native_in_shape(pipe, 1088, 1920) == (480, 832)
+    assert native_in_shape(pipe, 1920, 1088) == (832, 480)
+    height, width = native_in_shape(pipe, 1280, 1280)
+    assert height == width and 0.9 < height * width / (480 * 832) < 1.1
+
+
+def test_stretching_is_said(pipe):
+    with pytest.warns(UserWarning, match=r"native stage, 64×64, .* clip of 96×128 .*1\.33 times taller"):
+        make(pipe, height=128, width=96, global_path="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(pipe, height=128, width=96, native=None, global_path="none")
+
+
+def test_a_compiled_denoiser_has_no_full_path(pipe):
+    """It would run as one of windows, unnoticed: refused before the native stage runs, and the window alone runs compiled."""
+    plain = make(pipe, global_path="none")
+    with replaced(pipe, "transformer", torch.compile(pipe.transformer, backend="eager")):
+        with pytest.raises(UnsupportedModelError, match="transformer is compiled"):
+            make(pipe, progress=lambda *_: pytest.fail("it ran"))
+        assert np.array_equal(make(pipe, global_path="none").frames, plain.frames)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("at", ["native: decode", "upscale", "decode"])
+def test_what_is_cut_off_leaves_nothing_on_the_device(pipe, monkeypatch, at):
+    """A VAE keeps tensors between frames, and an offloaded part its place."""
+    freed, phases = [], []
+    part = pipe.vae.encoder if at == "upscale" else pipe.vae.decoder
+
+    def full(module, args):
+        if phases[-1] == at and any(isinstance(kept, torch.Tensor) for kept in caches()):
+            raise torch.OutOfMemoryError("full")
+
+    def caches():
+        return [*pipe.vae._feat_map, *getattr(pipe.vae, "_enc_feat_map", [])]
+
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(phases[-1]))
+    hook = part.register_forward_pre_hook(full)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            make(pipe, frames=9, global_path="none", progress=lambda phase, *_: phases.append(phase))
+    finally:
+        hook.remove()
+    assert freed[-1] == at
+    assert not any(isinstance(kept, torch.Tensor) for kept in caches())
+
+
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -165,7 +236,11 @@ def test_interrupted(pipe):
         ({"window": (64.0, 64.0)}, "window must be a height and a width"),
         ({"native": 64}, "native must be a height and a width"),
         ({"height": -128}, "height must be at least 1 pixel"),
-        ({"height": 1_600_000, "width": 1_600_000}, r"does not fit: denoising needs [\d.]+ GiB; give a smaller size"),
+        (
+            {"height": 16384, "width": 16384, "native": (64, 64)},
+            r"does not fit: denoising needs [\d.]+ GiB; give a smaller size",
+        ),
+        ({"height": 1_600_000, "width": 1_600_000}, r"3×200000×200000 tokens, it has positions for 2048×2048×2048"),
         ({"refrehs": 3}, "refrehs"),
         ({"max_memory": "lots"}, "a size of memory"),
     ],
@@ -368,7 +443,7 @@ def test_command(tiny_pipe_dir, tmp_path):
     assert done.exit_code == 0, done.output
     assert "repetition" in done.output
     assert read_frames(out).shape == (5, 128, 96, 3)
-    assert read_frames(tmp_path / "large-native.mp4").shape == (5, 64, 64, 3)
+    assert read_frames(tmp_path / "large-native.mp4").shape == (5, 64, 48, 3)  # in the clip's shape
     told = read_settings(out)["run"]["highres"]
     assert told["options"]["refresh"] == 1
     assert told["options"]["max_memory"] == 2 * 10**9
@@ -386,6 +461,23 @@ def test_a_clip_of_a_flat_native_stage_is_kept(tiny_pipe_dir, tmp_path, monkeypa
     assert done.exit_code == 0, done.output
     assert "native 0.000" in done.output and "sharpness" not in done.output
     assert read_settings(out)["run"]["highres"]["coherence"]["sharpness"] is None
+
+
+def test_made_again_in_tiles(tiny_pipe_dir, tmp_path, monkeypatch):
+    """Tiles show in the pixels: a clip that was decoded in them, for want of memory, is so again where there is plenty."""
+    from tilewise.pipelines import memory_plan
+
+    out, again = tmp_path / "large.png", tmp_path / "again.png"
+    size = ("--height", "272", "--width", "272", "--native", "64x64", "--frames", "1", "--global-path", "none")
+    sufficient = memory_plan._in_tiles_if_need_be
+    with monkeypatch.context() as little:
+        little.setattr(memory_plan, "_in_tiles_if_need_be", lambda *given: sufficient(*given[:-1], 0))
+        assert command(tiny_pipe_dir, "--highres", *size, "--out", str(out)).exit_code == 0
+    assert read_settings(out)["run"]["highres"]["plan"]["vae_tiling"]
+    done = from_clip(out, "--out", str(again))
+    assert done.exit_code == 0, done.output
+    assert read_settings(again)["run"]["highres"]["plan"]["vae_tiling"]
+    assert f"frames of {out}: the same, bit for bit" in " ".join(done.output.split())
 
 
 def test_the_command_takes_every_option(tiny_pipe_dir, tmp_path):
@@ -455,4 +547,4 @@ def test_prepare_works_on_a_skeleton(tiny_pipe_dir):
     work = prepare(skeleton, "a star", 128, 96, None, "dense", HighresSettings(), shared, torch.device("cpu"))
     assert work.plan.fits
     assert (work.native.height, work.target.height) == (64, 128)
-    assert work.target.method.method.native == (8, 8)
+    assert work.target.method.method.native == (8, 6)

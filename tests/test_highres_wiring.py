@@ -41,7 +41,8 @@ def pipe(tiny_pipe_dir):
 
 
 def make(pipe, **options):
-    return highres(pipe, PROMPT, **{"height": 128, "width": 96, "frames": 5, "steps": 4, **options})
+    given = {"height": 128, "width": 96, "native": (64, 64), "frames": 5, "steps": 4, **options}
+    return highres(pipe, PROMPT, **given)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tilewise.kernels.layout import Grid
 from tilewise.pipelines import memory_plan
 from tilewise.pipelines.latent_spaces.base import tiled
 from tilewise.pipelines.memory_plan import MemoryPlan, check_plan, host_bytes, parse_bytes, plan_memory, vae_bytes
-from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 
 GRID = Grid(5, 32, 48)
 
@@ -139,6 +139,60 @@ def test_an_offloaded_pipeline_runs_elsewhere(monkeypatch):
     parts = (pipe.transformer, pipe.vae, pipe.text_encoder)
     assert found.weights == max(sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts) < whole
     assert not found.offload
+
+
+def test_modules_that_are_brought_one_by_one():
+    """Sequential offload: on the device is one layer at a time, and there is no more to offload."""
+    import accelerate
+
+    pipe = tiny_wan.tiny_pipeline()
+    whole = plan(pipe).weights
+    largest = max(p.numel() * p.element_size() for part in (pipe.transformer, pipe.vae, pipe.text_encoder)
+                  for p in part.parameters())  # fmt: skip
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        accelerate.cpu_offload(part, torch.device("cpu"))
+    assert pipe.device.type == "meta"
+    assert largest <= plan(pipe).weights < 2 * largest < whole / 2
+    tight = plan(pipe, limit=1000)
+    assert not tight.fits and not tight.offload
+    # The skeleton of a pipeline is on "meta" too, and will have all of it where it runs.
+    skeleton = plan_memory(
+        pipe, GRID, height=256, width=384, frames=9, refresh=2, branches=2, device=torch.device("cpu")
+    )
+    assert skeleton.weights >= whole
+
+
+def test_a_model_that_keeps_parts_in_float32_is_planned_as_it_computes(tmp_path):
+    """Loaded in bfloat16, Wan has its modulation in float32 still; a skeleton has not. Stored in 8 bits it computes in 16."""
+    from tilewise.pipelines.loading import cast_skeleton, load_pipeline, load_skeleton
+
+    tiny_wan.tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    loaded = load_pipeline(tmp_path / "tiny", device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in loaded.transformer.parameters()} == {torch.bfloat16, torch.float32}
+    found = plan(loaded)
+    skeleton = cast_skeleton(load_skeleton(tmp_path / "tiny"), torch.bfloat16)
+    ahead = plan_memory(
+        skeleton, GRID, height=256, width=384, frames=9, refresh=2, branches=2, device=torch.device("cpu")
+    )
+    assert (found.cache, found.activations) == (ahead.cache, ahead.activations)
+    assert found.cache == 2 * 2 * GRID.tokens * 32 * 2
+    loaded.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert plan(loaded).activations == found.activations
+
+
+def test_vaes_that_are_compiled_or_tiny():
+    from diffusers import AutoencoderTiny
+    from test_highres_models import flux
+
+    pipe = tiny_wan.tiny_pipeline()
+    whole = plan(pipe).vae
+    pipe.vae = torch.compile(pipe.vae, backend="eager")
+    assert plan(pipe).vae == whole
+    pipe, _ = flux()
+    pipe.vae = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                               num_decoder_blocks=(1, 1))  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="own VAE: a AutoencoderTiny encodes to no distribution"):
+        plan_memory(pipe, Grid(1, 8, 8), height=64, width=64, frames=1, refresh=1, branches=1)
 
 
 def test_refusals_have_numbers():

@@ -500,6 +500,8 @@ def test_what_is_refused():
     with pytest.raises(UnsupportedModelError, match="somebody else replaced"), two_paths(model):
         pass
     del model.blocks[0].attn2.forward
+    with pytest.raises(UnsupportedModelError, match="compiled"), two_paths(torch.compile(model, backend="eager")):
+        pass
     model.compile(backend="eager")
     with pytest.raises(UnsupportedModelError, match="compiled"), two_paths(model):
         pass

@@ -64,7 +64,7 @@ def tiny_transformer(seed: int = 0, **overrides: Any) -> WanTransformer3DModel:
         "num_layers": 2,
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 64,
+        "rope_max_seq_len": 2048,
     }
     config.update(overrides)
     with torch.random.fork_rng(devices=[]):

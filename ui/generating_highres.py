@@ -16,7 +16,7 @@ from tilewise.pipelines.highres_work import Work, prepare
 from tilewise.pipelines.job import Stages
 from tilewise.pipelines.loading import cast_skeleton, load_pipeline, load_skeleton, resolve_device, resolve_dtype
 from tilewise.pipelines.record import Recorded, clip_record, machine, read_record
-from tilewise.pipelines.settings import explain_settings, prompt_notes
+from tilewise.pipelines.settings import GenerateSettings, explain_settings, prompt_notes
 from tilewise.pipelines.video import ffmpeg_path, write_settings, write_video
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.generating import MODEL, Request, print_sameness, progress_bars, quiet_libraries
@@ -44,6 +44,8 @@ def dry_run_highres(request: Request) -> None:
     print_settings(found.work.target, device, found.dtype, [found.files[0]])
     print(explain_settings(found.skeleton, found.work.target))
     print(f"{found.work.plan}; without the text encoder, which was not loaded")
+    for note in found.work.notes:
+        print(f"note: {note}")
 
 
 def generate_highres(request: Request) -> None:
@@ -54,9 +56,9 @@ def generate_highres(request: Request) -> None:
         model = found.work.target.model
         with notes.status(f"loading {model} …"):
             pipe = load_pipeline(model, device=request.device, dtype=found.dtype)
-        work = prepare(pipe, *found.arguments)
+        work = _tiled_alike(prepare(pipe, *found.arguments), found.origin)
         target = work.target
-        for note in [str(work.plan), *(f"note: {text}" for text in prompt_notes(pipe, target))]:
+        for note in [str(work.plan), *(f"note: {text}" for text in [*prompt_notes(pipe, target), *work.notes])]:
             notes.print(note, style="yellow", highlight=False, soft_wrap=True)
         run = machine(pipe.device, found.dtype)
 
@@ -125,6 +127,19 @@ def _earlier(origin: Recorded) -> dict[str, Any]:
     stages = Stages.from_dict(told)
     options = {**stages.options.to_dict(), "native": (stages.height, stages.width)}
     return {**settings, "method": stages.method, "options": options}
+
+
+def _tiled_alike(work: Work, origin: Recorded | None) -> Work:
+    """With the VAE in tiles where it was for the clip of --from: they show in the pixels."""
+    told = None if origin is None else origin.run.get("highres")
+    if origin is None or told is None or _size(origin.settings) != _size(work.target):
+        return work
+    tiles = {name: getattr(work.plan, name) or bool(told["plan"].get(name)) for name in ("vae_tiling", "native_tiling")}
+    return dataclasses.replace(work, plan=dataclasses.replace(work.plan, **tiles))
+
+
+def _size(settings: GenerateSettings) -> tuple[int, int, int]:
+    return settings.height, settings.width, settings.frames
 
 
 def _is_the_same(made: HighresClip, origin: Recorded) -> bool:

@@ -77,7 +77,9 @@ def highres_options(wanted: bool, given: Mapping[str, Any]) -> dict[str, Any] | 
         return options
     if options:
         name = next(iter(options)).replace("_", "-")
-        raise ConfigError(f"--{name} is an option of --highres, which makes a clip past its model's own size")
+        raise ConfigError(
+            f"--{name} is an option of --highres, which makes a clip past its model's own size: give --highres too"
+        )
     return None
 
 

@@ -28,5 +28,7 @@ Precision: TypeAlias = Annotated[
 FlowShift: TypeAlias = Annotated[float | None, _option("flow shift of the target's noise schedule.", "the model's own")]
 Rope: TypeAlias = Annotated[str | None, _option("rotary scaling of height and width, ntk or yarn (Wan).", "unchanged")]
 RopeTime: TypeAlias = Annotated[str | None, _option("rotary scaling of time, riflex, ntk or yarn (Wan).", "unchanged")]
-Native: TypeAlias = Annotated[str | None, _option("size of the first stage, HxW. Default: the model's own.")]
+Native: TypeAlias = Annotated[
+    str | None, _option("size of the first stage, HxW.", "the model's own, in the target's shape")
+]
 MaxMemory: TypeAlias = Annotated[str | None, _option("memory to stay within, such as 24GB.")]

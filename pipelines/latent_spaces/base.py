@@ -86,8 +86,16 @@ class LatentSpace:
         return vae.decode(latents, return_dict=False)[0]
 
     def encode_vae(self, vae: Any, video: torch.Tensor) -> torch.Tensor:
-        """Pixels (1, 3, T, H, W) in −1 … 1 to latents (1, C, t, h, w) of the VAE's own scale, float32: the mean, not a sample."""
-        latents = vae.encode(video[:, :, 0] if self.flat else video).latent_dist.mode().float()
+        """Pixels (1, 3, T, H, W) in −1 … 1 to latents (1, C, t, h, w) of the VAE's own scale, float32: the mean, not a sample.
+
+        Raises UnsupportedModelError for a VAE that gives no distribution, as diffusers' tiny ones do.
+        """
+        encoded = vae.encode(video[:, :, 0] if self.flat else video)
+        if not hasattr(encoded, "latent_dist"):
+            raise UnsupportedModelError(
+                f"highres needs the model's own VAE: a {type(vae).__name__} encodes to no distribution"
+            )
+        latents = encoded.latent_dist.mode().float()
         return latents[:, :, None] if self.flat else latents
 
     def shape(self, pipe: Any, height: int, width: int, frames: int) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ from tilewise.kernels.layout import Grid
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
 from tilewise.plugins.models.forward_arguments import argument, changed, check_size
+from tilewise.plugins.models.sizes import within_positions
 
 
 class Kandinsky5Family:
@@ -99,7 +100,9 @@ class Kandinsky5Family:
                 f"shape that it knows, {w}×{h}"
             )
         frames = (size.num_frames - 1) // temporal + 1
-        return Grid(frames // pt, size.height // spatial // ph, size.width // spatial // pw)
+        grid = Grid(frames // pt, size.height // spatial // ph, size.width // spatial // pw)
+        model: Any = denoiser
+        return within_positions(denoiser, grid, model.visual_rope_embeddings.max_pos)
 
 
 def _patch_size(denoiser: nn.Module) -> tuple[int, int, int]:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from tilewise.kernels.layout import Grid
-from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
 from tilewise.plugins.models.image import by_name, image_tokens
+from tilewise.plugins.models.sizes import within_positions
 
 CONTROLNET = "block_controlnet_hidden_states"
 PARAMETERS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", CONTROLNET)
@@ -82,13 +82,9 @@ class SD3Family:
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         model: Any = denoiser
         rows, columns = image_tokens(denoiser, size, model.config.patch_size * getattr(pipe, "vae_scale_factor", 8))
+        grid = Grid(1, rows, columns, text=MAX_TEXT)
         largest = model.config.pos_embed_max_size
-        if largest and max(rows, columns) > largest:
-            raise ConfigError(
-                f"{type(denoiser).__name__} does not take this size: {rows}×{columns} tokens, it has positions for "
-                f"{largest}×{largest}"
-            )
-        return Grid(1, rows, columns, text=MAX_TEXT)
+        return within_positions(denoiser, grid, (1, largest, largest)) if largest else grid
 
 
 register_family(SD3Family())

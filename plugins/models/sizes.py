@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
 
+from tilewise.kernels.layout import Grid
 from tilewise.plugins.errors import ConfigError
 
 
@@ -39,3 +41,19 @@ def refuse(denoiser: nn.Module, wrong: list[str]) -> None:
     """
     if wrong:
         raise ConfigError(f"{type(denoiser).__name__} does not take this size: {'; '.join(wrong)}")
+
+
+def within_positions(denoiser: nn.Module, grid: Grid, most: Sequence[int]) -> Grid:
+    """The grid, if the model's table of positions has ``most`` = (t, h, w) or more for it.
+
+    Raises:
+        ConfigError: naming the model, the tokens and the positions.
+    """
+    axes = list(zip((grid.t, grid.h, grid.w), most, strict=True))
+    if any(tokens > limit for tokens, limit in axes):
+        told = axes[1:] if grid.t == most[0] == 1 else axes
+        tokens, limits = ("×".join(str(axis[i]) for axis in told) for i in (0, 1))
+        raise ConfigError(
+            f"{type(denoiser).__name__} does not take this size: {tokens} tokens, it has positions for {limits}"
+        )
+    return grid

@@ -16,7 +16,7 @@ from torch import nn
 
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.models.base import AttentionLayer, FusedState, Reorder, Size, Streams, register_family
-from tilewise.plugins.models.sizes import Rule, refuse, wrong_sizes
+from tilewise.plugins.models.sizes import Rule, refuse, within_positions, wrong_sizes
 
 
 class WanFamily:
@@ -107,7 +107,9 @@ class WanFamily:
         )
         refuse(denoiser, wrong)
         frames = (size.num_frames - 1) // temporal + 1
-        return Grid(frames // pt, size.height // spatial // ph, size.width // spatial // pw)
+        grid = Grid(frames // pt, size.height // spatial // ph, size.width // spatial // pw)
+        config: Any = denoiser.config
+        return within_positions(denoiser, grid, (config.rope_max_seq_len,) * 3)
 
 
 class _AddsAfterTheLastBlock(WanFamily):

@@ -18,6 +18,7 @@ from torch import nn
 from tilewise.kernels.layout import Grid
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, UnreadableGridError, register_family
 from tilewise.plugins.models.image import StreamOrder, by_name, image_tokens
+from tilewise.plugins.models.sizes import within_positions
 from tilewise.plugins.override import MethodOverride
 
 PARAMETERS = (
@@ -113,7 +114,8 @@ class ZImageFamily:
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         model: Any = denoiser
         rows, columns = image_tokens(denoiser, size, model.all_patch_size[0] * getattr(pipe, "vae_scale_factor", 8))
-        return Grid(1, rows, columns, text=_padded(rows * columns) - rows * columns + MAX_TEXT)
+        grid = Grid(1, rows, columns, text=_padded(rows * columns) - rows * columns + MAX_TEXT)
+        return within_positions(denoiser, grid, model.config.axes_lens)
 
 
 # By patch: the lengths (image and its padding, text) of the forward that is under way, which its hooks share.

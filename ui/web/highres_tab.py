@@ -101,7 +101,7 @@ class HighresStudio:
         flop = stages_flop(self.skeleton(model), work)
         with self.shelf.alone():
             place = self.shelf.place(work.target, flop, stages_of(work))
-        notes = prompt_notes(pipe, work.target)
+        notes = [*prompt_notes(pipe, work.target), *work.notes]
         run = {**machine(pipe.device, self.models.dtype), "started": started}
 
         def show(clip: Clip) -> None:

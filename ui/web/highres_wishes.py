@@ -142,7 +142,8 @@ def plan_html(work: Work, skeleton: Any) -> str:
         if on
     ]
     rows += [("to fit", escape("; ".join(gives) or "nothing has to give"))]
-    return f'<div class="tw-plan">{table(rows)}</div>'
+    notes = "".join(f"<p>{escape(note)}</p>" for note in work.notes)
+    return f'<div class="tw-plan">{table(rows)}{notes}</div>'
 
 
 def path_words(options: HighresSettings) -> str:

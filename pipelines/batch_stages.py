@@ -40,8 +40,8 @@ def plan_fields(
     """What the fields of a line ask for, of any prompt and seed.
 
     skeleton: of the model; it is copied. method, native: of the first stage, the latter as (height, width) in pixels, None for
-    the model's own. dtype: of the weights, "float32" and the like. device: where it will run. Raises as `prepare` does, and
-    ConfigError for fields without the clip's size.
+    the model's own in the clip's shape. dtype: of the weights, "float32" and the like. device: where it will run. Raises as
+    `prepare` does, and ConfigError for fields without the clip's size.
     """
     missing = [name for name in ("height", "width") if name not in fields]
     if missing:

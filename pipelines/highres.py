@@ -26,7 +26,7 @@ from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generate import Clip, Progress, check_content, refuse_patched
 from tilewise.pipelines.highres_schedule import entered_at, noised, schedule_calls
 from tilewise.pipelines.highres_settings import HighresSettings
-from tilewise.pipelines.highres_work import Work, few_steps, prepare
+from tilewise.pipelines.highres_work import Work, few_steps, prepare, trained_grid
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
 from tilewise.pipelines.memory import saving
 from tilewise.pipelines.memory_plan import MemoryPlan
@@ -231,10 +231,10 @@ def _upscaled(pipe: Any, frames: NDArray[np.float32], latents: torch.Tensor, wor
 def _guided(pipe: Any, work: Work) -> Iterator[dict[str, Any]]:
     """The target stage's patch: window, paths, rotary frequencies."""
     options = work.options
-    with (
-        patched(pipe, work.target.method),
-        scaled_rope(pipe, work.window, spatial=options.rope, temporal=options.rope_time),
-    ):
+    rope: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if options.rope or options.rope_time:
+        rope = scaled_rope(pipe, trained_grid(pipe), spatial=options.rope, temporal=options.rope_time)
+    with patched(pipe, work.target.method), rope:
         if options.global_path == "none":
             yield {}
             return

@@ -34,12 +34,10 @@ NOTED = 1.08  # times that things come out wider or taller, from which on it is 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Everything that was decided before anything runs. native, target: both stages. window: the grid that the target's window
-    stands for, with as many frames as the model was trained on. grid: the target's."""
+    """Everything that was decided before anything runs. native, target: both stages. grid: the target's."""
 
     native: GenerateSettings
     target: GenerateSettings
-    window: Grid
     grid: Grid
     options: HighresSettings
     plan: MemoryPlan
@@ -90,7 +88,7 @@ def prepare(
                 f"{width}×{height} as usual, or give a smaller native size (native=(height, width))"
             )
     window = options.window or (first.height, first.width)
-    seen = _grid(pipe, Size(*window, native_size(pipe).num_frames))
+    seen = _grid(pipe, Size(*window, first.frames))
     grid = _grid(pipe, Size(height, width, first.frames))
     two = first.guidance > 1 and not space.distilled
     samples = 2 if two and space.one_batch else 1
@@ -119,15 +117,15 @@ def prepare(
     )  # fmt: skip
     call_arguments(pipe, target)
     _check_second_stage(pipe, target, options)
-    return Work(first, target, seen, grid, options, plan)
+    return Work(first, target, grid, options, plan)
 
 
 def native_in_shape(pipe: Any, height: int, width: int) -> tuple[int, int]:
     """The model's own size, or where the clip has another shape one like it of about as many pixels: nothing is stretched.
 
-    A model that takes no size of that shape keeps its own.
+    A model that takes no size of that shape, or draws well at its own alone, keeps that.
     """
-    own = native_size(pipe)
+    own, space = native_size(pipe), latent_space(pipe)
     area, shape = own.height * own.width, height / width
     sides = math.sqrt(area * shape), math.sqrt(area / shape)
 
@@ -137,12 +135,16 @@ def native_in_shape(pipe: Any, height: int, width: int) -> tuple[int, int]:
 
     def takes(size: tuple[int, int]) -> bool:
         try:
-            return _grid(pipe, Size(*size, num_frames=own.num_frames)) is not None
+            _grid(pipe, Size(*size, own.num_frames))
         except ConfigError:
             return False
+        return space.alike(pipe, size, (own.height, own.width))
 
+    if own.one_shape or height * width < area:
+        return own.height, own.width
     for upright in ((own.height, own.width), (own.width, own.height)):
-        if height * width < area or (off(upright) < math.log(SAME_SHAPE) and takes(upright)):
+        within = upright[0] <= height and upright[1] <= width
+        if within and off(upright) < math.log(SAME_SHAPE) and takes(upright):
             return upright
     # Multiples of this and that: the family knows which it takes.
     near = [{int(side // step + more) * step for step in (8, 16, 32, 64) for more in (0, 1)} for side in sides]
@@ -162,8 +164,15 @@ def _check_second_stage(pipe: Any, target: GenerateSettings, options: HighresSet
         pass
     if options.rope or options.rope_time:
         rotary_modules(pipe)
+        trained_grid(pipe)
     if options.global_path not in (None, "none"):
         check_denoisers(pipe, dict.fromkeys(denoisers_of(pipe), target.method), options.global_path)
+
+
+def trained_grid(pipe: Any) -> Grid:
+    """What rotary scaling goes by: the grid of the model's own size, whatever the native stage's."""
+    own = native_size(pipe)
+    return _grid(pipe, Size(own.height, own.width, own.num_frames))
 
 
 def _grid(pipe: Any, size: Size) -> Grid:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class MethodRow:
 def read_groups(manifests: Sequence[Path]) -> list[Group]:
     """The clips of manifests (files, or folders that hold one), grouped. Raises ConfigError if there is none at all."""
     groups: dict[str, dict[str, tuple[Path, Line]]] = {}
+    natives: dict[str, dict[tuple[int, int], set[tuple[int, int]]]] = {}
     for given in manifests:
         folder = given if given.is_dir() else given.parent
         if not given.is_dir() and given.name != NAME:
@@ -86,9 +87,19 @@ def read_groups(manifests: Sequence[Path]) -> list[Group]:
             path = clip_path(folder, line)
             if line["status"] == "done" and path is not None:
                 groups.setdefault(_same_but_method(line), {})[key] = (path, line)
+                if (stages := line["run"].get("highres")) is not None:
+                    of_size = natives.setdefault(stages_name(stages, of_its_shape=True), {})
+                    native = stages["native"]["height"], stages["native"]["width"]
+                    of_size.setdefault((line["height"], line["width"]), set()).add(native)
     if not groups:
         raise ConfigError(f"no clip to compare: {', '.join(map(str, manifests))} tells of none")
-    return [Group(_ordered(list(group.values()))) for group in groups.values()]
+    # By default a native stage follows the clip's shape: clips of several shapes are then made in one way.
+    following = {
+        name
+        for name, sizes in natives.items()
+        if len(set.union(*sizes.values())) > 1 and all(len(s) == 1 for s in sizes.values())
+    }
+    return [Group(_ordered(list(group.values()), following)) for group in groups.values()]
 
 
 def measured(groups: Sequence[Group]) -> Iterator[Group]:
@@ -139,8 +150,10 @@ def _config_name(config: Mapping[str, Any]) -> str:
     return ", ".join([" ".join([name, *options]), f"steps {low:g}–{high:g}", f"blocks {config['blocks']}"])
 
 
-def stages_name(stages: Mapping[str, Any]) -> str:
-    """How a clip of two stages is made (``HighresClip.to_dict``), without what is as usual and the memory it was made in."""
+def stages_name(stages: Mapping[str, Any], of_its_shape: bool = False) -> str:
+    """How a clip of two stages is made (``HighresClip.to_dict``), without what is as usual and the memory it was made in.
+
+    of_its_shape: say that of the native stage, and not its size."""
     usual = {**HighresSettings().to_dict(), "max_memory": stages["options"].get("max_memory")}
     always = ("strength", "refresh", "global_path", "guided", "flow_shift")
     told = [
@@ -150,7 +163,8 @@ def stages_name(stages: Mapping[str, Any]) -> str:
     ]
     native = stages["native"]
     method = _config_name(native["method"])
-    first = f"{native['height']}×{native['width']}" + ("" if method == "dense" else f" by {method}")
+    size = "a size of its shape" if of_its_shape else f"{native['height']}×{native['width']}"
+    first = size + ("" if method == "dense" else f" by {method}")
     return f"highres from {first}, {', '.join(told)}"
 
 
@@ -170,8 +184,15 @@ def _same_but_method(line: Line) -> str:
     return json.dumps([*(line.get(name) for name in names), line["run"]["batch"]["revision"]])
 
 
-def _ordered(members: list[tuple[Path, Line]]) -> list[ComparedClip]:
-    clips = [ComparedClip(path, line, method_name(line), shown=_shown(line)) for path, line in members]
+def _ordered(members: list[tuple[Path, Line]], following: Container[str]) -> list[ComparedClip]:
+    """following: names of ways in which the native stage follows the clip's shape."""
+
+    def name(line: Line) -> str:
+        stages = line["run"].get("highres")
+        short = "" if stages is None else stages_name(stages, of_its_shape=True)
+        return short if short in following else method_name(line)
+
+    clips = [ComparedClip(path, line, name(line), shown=_shown(line)) for path, line in members]
     return sorted(clips, key=lambda clip: (not clip.is_dense, -clip.line["run"]["density"], clip.method))
 
 

@@ -31,6 +31,7 @@ class Native:
     scale (1 is none). fps: frames a second on playback. max_sequence_length: text tokens, None for the pipeline's own.
     highres_strength, highres_flow_shift: of `highres`'s second stage, FreeSwim's (arXiv 2511.14712) where a model says nothing
     else; its shift is for Wan, other models keep their scheduler's own (None).
+    one_shape: whether the model draws well at its own shape alone, so that another is stretched from it.
     world: "shapes" if the model draws the small world that `clip_content` can read back, else None.
     """
 
@@ -44,6 +45,7 @@ class Native:
     world: str | None = None
     highres_strength: float = 0.7
     highres_flow_shift: float | None = None
+    one_shape: bool = False
 
 
 def native_size(pipe: Any) -> Native:
@@ -60,6 +62,11 @@ def native_size(pipe: Any) -> Native:
                 raise ModelError(f"{file}: unknown field {name!r}; it may hold {', '.join(fields)}")
             if name == "world":
                 fields[name] = str(value)
+                continue
+            if name == "one_shape":
+                if not isinstance(value, bool):
+                    raise ModelError(f"{file}: one_shape must be true or false, not {value!r}")
+                fields[name] = value
                 continue
             number = float if name in FLOATS else int
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -91,6 +98,7 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
         "fps": float(default("frame_rate", FPS)),
         "max_sequence_length": default("max_sequence_length", None),
         "world": None,
+        "one_shape": False,
         "highres_strength": STRENGTHS.get(type(pipe).__name__, Native.highres_strength),
         "highres_flow_shift": WAN_FLOW_SHIFT if type(pipe).__name__.startswith("Wan") else None,
     }

@@ -112,3 +112,26 @@ def test_a_comparison_of_ordinary_batches_stays_as_it_is(folders, tmp_path):
     for words in ("past the training size", "as asked", "native stage"):
         assert words not in printed.lower()
         assert words not in page.lower()
+
+
+def test_clips_of_several_shapes_are_one_way(folders, tmp_path):
+    """By default a native stage follows the clip's shape: sizes that only do so make no row of their own, others do."""
+    from tilewise.pipelines.manifest_comparison import method_rows, read_groups
+
+    def written(*sizes):
+        told = []
+        for number, (size, native) in enumerate(sizes):
+            line = json.loads(json.dumps(lines(folders[0])[0]))
+            line["run"]["batch"]["key"] = str(number)
+            line |= dict(zip(("height", "width"), size, strict=True))
+            line["run"]["highres"]["native"] |= dict(zip(("height", "width"), native, strict=True))
+            told.append(json.dumps(line) + "\n")
+        (tmp_path / "manifest.jsonl").write_text("".join(told))
+        return [(row.method.split(",")[0], row.clips) for row in method_rows(read_groups([tmp_path]))]
+
+    upright, wide = ((128, 96), (64, 48)), ((96, 128), (48, 64))
+    assert written(upright, wide) == [("highres from a size of its shape", 2)]
+    assert written(upright, upright) == [("highres from 64×48", 2)]
+    assert written(upright, wide, ((96, 128), (72, 96))) == [
+        (f"highres from {size}", 1) for size in ("48×64", "64×48", "72×96")
+    ]

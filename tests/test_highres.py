@@ -168,6 +168,20 @@ def test_a_native_stage_turned_upright(pipe, monkeypatch):
     assert height == width and 0.9 < height * width / (480 * 832) < 1.1
 
 
+def test_a_model_of_one_shape_keeps_it(pipe, monkeypatch):
+    own = dataclasses.replace(native_size(pipe), one_shape=True)
+    monkeypatch.setattr("tilewise.pipelines.highres_work.native_size", lambda pipe: own)
+    assert native_in_shape(pipe, 128, 96) == (64, 64)
+
+
+def test_a_native_stage_is_within_the_clip(pipe, monkeypatch):
+    """Also where the model's own size is of nearly the clip's shape and a little larger on one side."""
+    own = dataclasses.replace(native_size(pipe), height=720, width=1280)
+    monkeypatch.setattr("tilewise.pipelines.highres_work.native_size", lambda pipe: own)
+    height, width = native_in_shape(pipe, 704, 1312)
+    assert height <= 704 and width <= 1312 and height / width == pytest.approx(704 / 1312, rel=0.02)
+
+
 def test_stretching_is_said(pipe):
     with pytest.warns(UserWarning, match=r"native stage, 64×64, .* clip of 96×128 .*1\.33 times taller"):
         make(pipe, height=128, width=96, global_path="none")

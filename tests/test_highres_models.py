@@ -39,7 +39,7 @@ from tilewise.pipelines import generate
 from tilewise.pipelines.highres import highres, make, warm_up
 from tilewise.pipelines.highres_schedule import entered_at, noised
 from tilewise.pipelines.highres_settings import HighresSettings
-from tilewise.pipelines.highres_work import few_steps, prepare
+from tilewise.pipelines.highres_work import few_steps, native_in_shape, prepare
 from tilewise.pipelines.latent_spaces.base import latent_space, latent_spaces
 from tilewise.pipelines.native import native_size
 from tilewise.pipelines.settings import resolve_settings
@@ -461,3 +461,13 @@ def test_guidance_that_is_the_guiders():
 
 def test_every_kind_is_tested():
     assert {type(kind()[0]).__name__ for kind in KINDS} | {"WanPipeline"} == set(latent_spaces())
+
+
+def test_kandinskys_native_stage_stays_where_positions_are_as_at_its_own_size():
+    """Beyond sides of 480 to 854 the pipeline turns them by less: 464×832 would be nearer to 16:9 than what is taken."""
+    pipe, _ = kandinsky5()
+    own = pipe._get_scale_factor(512, 768)
+    assert pipe._get_scale_factor(464, 832) != own
+    sizes = [native_in_shape(pipe, *size) for size in ((720, 1280), (1280, 720), (1152, 2048), (1088, 1920))]
+    assert {pipe._get_scale_factor(*size) for size in sizes} == {own}
+    assert sizes[0][1] / sizes[0][0] == pytest.approx(16 / 9, rel=0.04) and sizes[0] == sizes[1][::-1]

@@ -78,7 +78,13 @@ def test_exported_folder_is_a_stock_pipeline(finished, arguments):
     native = json.loads((folder / "tilewise.json").read_text())
     assert native == {
         **{"height": 32, "width": 32, "num_frames": 5, "steps": 2, "guidance": 3.0, "fps": 8},
-        **{"max_sequence_length": 32, "world": "shapes", "highres_strength": 0.5, "highres_flow_shift": 3.0},
+        **{
+            "max_sequence_length": 32,
+            "world": "shapes",
+            "highres_strength": 0.5,
+            "highres_flow_shift": 3.0,
+            "one_shape": True,
+        },
     }
     index = json.loads((folder / "model_index.json").read_text())
     assert index["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]

@@ -18,7 +18,7 @@ pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[u
 
 import tilewise
 from tilewise.pipelines.batch_stages import stages_of
-from tilewise.pipelines.manifest import is_whole, read_manifest
+from tilewise.pipelines.manifest import append, is_whole, read_manifest
 from tilewise.pipelines.memory_plan import plan_memory
 from tilewise.pipelines.record import read_record
 from tilewise.pipelines.stopping import Cancelled
@@ -88,7 +88,7 @@ def test_the_plan_in_words(studio):
     work = plan_for(studio, strength=0.75)
     words = re.sub("<[^>]*>", " ", plan_html(work, studio.skeleton("demo")))
     assert "48×48 → 64×80 pixels" in " ".join(words.split())
-    assert f"{work.window.h}×{work.window.w} of 5×8×10" in words
+    assert "6×6 of 5×8×10" in words
     assert "3 of 4 (strength 0.75)" in words
     assert "dense, at one step of 2, guides all forwards" in words
     assert "nothing has to give" in words
@@ -250,10 +250,24 @@ def test_clips_and_their_records(studio):
     [past], problems = past_clips(folder.parent)
     assert problems == []
     assert "two stages, from 48×48 · 5×64×64" in past.label
+    assert f"<td>{PROMPT}</td>" in past.html
     assert native.name in past.html and "repetition" in past.html
     native.unlink()
     [past], problems = past_clips(folder.parent)
     assert problems == [] and native.name not in past.html and made.path.name in past.html
+    # Odd lines hide no other.
+    for number, odd in enumerate(("x" * 300, "../../etc/passwd", None)):
+        broken = json.loads(json.dumps(line))
+        broken["run"]["highres"]["native"]["file"] = odd
+        broken["run"]["batch"]["key"] = str(number)
+        append(folder / "manifest.jsonl", broken)
+    huge = json.loads(json.dumps(line))
+    huge["run"]["batch"]["key"], huge["run"]["seconds"]["total"] = "huge", 10**400
+    append(folder / "manifest.jsonl", huge)
+    append(folder / "manifest.jsonl", {**huge, "file": "x" * 300})
+    found, problems = past_clips(folder.parent)
+    assert [each.path for each in found] == [made.path]
+    assert len(problems) == 4 and all("cannot be shown" in told for told in problems)
 
 
 def test_a_clip_that_the_detector_cannot_judge_is_kept(studio, monkeypatch):

@@ -119,6 +119,7 @@ def write_native(config: Config, path: Path) -> None:
         # Of `tilewise.highres`: the paper's noise level leaves a model as small as this little of the native layout.
         "highres_strength": 0.5,
         "highres_flow_shift": config.denoiser.sample_shift,
+        "one_shape": True,  # of squares alone
     }
     path.write_text(json.dumps(values, indent=2) + "\n")
 

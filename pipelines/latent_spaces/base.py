@@ -66,6 +66,10 @@ class LatentSpace:
         """Why a pipeline of this kind cannot be served as it is, or None."""
         return None
 
+    def alike(self, pipe: Any, size: tuple[int, int], own: tuple[int, int]) -> bool:
+        """Whether the pipeline treats a (height, width) as it does the model's own."""
+        return True
+
     def mu(self, config: Any, tokens: int, asked: dict[str, Any]) -> float:
         """What the pipeline asks a scheduler with ``use_dynamic_shifting`` for at a size of so many tokens; asked: its arguments
         at the first stage's size."""

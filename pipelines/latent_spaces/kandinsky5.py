@@ -21,6 +21,10 @@ class Kandinsky5Latents(LatentSpace):
             "that off"
         )
 
+    def alike(self, pipe: Any, size: tuple[int, int], own: tuple[int, int]) -> bool:
+        # Outside of a range of sides it turns positions by less.
+        return pipe._get_scale_factor(*size) == pipe._get_scale_factor(*own)
+
     def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         last = latents.permute(0, 2, 3, 4, 1).contiguous()
         # The condition's latents and its mask: all zero, as there is none.

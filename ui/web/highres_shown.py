@@ -26,6 +26,7 @@ def stages_html(path: Path, record: Mapping[str, Any]) -> str:
         f"{stages.height}×{stages.width}, {method_words(stages.method)}, {told['native']['seconds']['total']:.2f} s"
     )
     rows = [
+        ("prompt", str(record["prompt"])[:500]),
         ("clip", f"{clip}, seed {record['seed']}"),
         ("native stage", native),
         ("seconds of the second stage", seconds),
@@ -34,7 +35,7 @@ def stages_html(path: Path, record: Mapping[str, Any]) -> str:
         ("fallbacks to dense", "; ".join(f"{n} calls: {why}" for why, n in run["fallbacks"].items()) or "none"),
     ]
     if (objects := told.get("objects")) is not None:
-        rows.insert(4, ("objects found", f"{objects['clip']}, in the native clip {objects['native']}"))
+        rows.insert(5, ("objects found", f"{objects['clip']}, in the native clip {objects['native']}"))
     if run["content"]:
         shown = [f"{k.replace('_', ' ')} {'yes' if v else 'no'}" for k, v in run["content"].items() if v is not None]
         rows.append(("prompt shown", ", ".join(shown)))

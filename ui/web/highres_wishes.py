@@ -112,9 +112,10 @@ def plan_html(work: Work, skeleton: Any) -> str:
     assert options.strength is not None
     rows = [("size", f"{first.height}×{first.width} → <b>{target.height}×{target.width}</b> pixels")]
     explanation = explain_settings(skeleton, target)
+    method: Any = target.method.method
     for row in explanation.rows:
         prefix = f"{row.denoiser}: " if len(explanation.rows) > 1 else ""
-        tokens = f"{work.window.h}×{work.window.w} of {escape(row.grid)}, in all latent frames"
+        tokens = f"{method.native[0]}×{method.native[1]} of {escape(row.grid)}, in all latent frames"
         rows += [
             (f"{prefix}window, tokens", tokens),
             (f"{prefix}density of the window", bar(row.density, f"{row.density:.3f}")),

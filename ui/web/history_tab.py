@@ -50,7 +50,7 @@ class Past:
     def html(self) -> str:
         """The clip with what is worth knowing about it."""
         run = self.line["run"]
-        if "highres" in run:
+        if run.get("highres") is not None:
             return stages_html(self.path, self.line)
         rows = [
             ("prompt", escape(str(self.line["prompt"])[:500])),
@@ -75,14 +75,15 @@ def past_clips(outputs: Path, most: int = MOST) -> tuple[list[Past], list[str]]:
             continue
         for key, line in lines.items():
             path = clip_path(folder, line)
-            if line["status"] == "done" and path is not None and path.is_file():
-                past = Past(f"{folder.name}/{key}", path, line)
-                try:
+            if line["status"] != "done" or path is None:
+                continue
+            try:
+                if path.is_file():
+                    past = Past(f"{folder.name}/{key}", path, line)
                     _ = past.label, past.html
-                except (KeyError, TypeError, ValueError, AttributeError) as error:  # one odd line hides no other clip
-                    problems.append(f"{folder / NAME}: the line of {path.name} cannot be shown ({error!r:.80})")
-                    continue
-                found.append(past)
+                    found.append(past)
+            except Exception as error:  # whatever is odd about a line, it hides no other clip
+                problems.append(f"{folder / NAME}: the line of {path.name:.80} cannot be shown ({error!r:.80})")
     found.sort(key=lambda past: str(past.line["run"].get("started", "")), reverse=True)
     return found[:most], problems
 

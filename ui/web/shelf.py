@@ -53,7 +53,8 @@ class Shelf:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """While another page, of another process, writes into the folder, this one waits: places in the manifest are unique."""
+        """While another page, of another process, writes into the folder, this one waits: places that are taken and filled within
+        one such block are unique. Names of files are in any case."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock, (self.folder / LOCK).open("a") as handle:
             with contextlib.suppress(OSError):  # on a file system without locks, one page a folder is the user's affair

@@ -47,7 +47,7 @@ for (const section of document.querySelectorAll('section')) {
   button.addEventListener('click', () => {
     const play = clips[0].paused;
     for (const clip of clips) {
-      if (play) { clip.currentTime = clips[0].currentTime; clip.play(); } else clip.pause();
+      if (play) { clip.currentTime = clips[0].currentTime; clip.play().catch(() => {}); } else clip.pause();
     }
     button.textContent = play ? 'Pause all' : 'Play all together';
   });

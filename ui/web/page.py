@@ -67,8 +67,9 @@ SCRIPT = """
     const video = event.target;
     if (video.tagName === 'VIDEO' && pairOf(video)) for (const other of others(video)) act(video, other);
   }, true);
+  const start = (video) => video.play().catch(() => {});  // it may be paused or taken away before it plays: no error
   const align = (from, to) => { if (Math.abs(from.currentTime - to.currentTime) > 0.05) to.currentTime = from.currentTime; };
-  follow('play', (from, to) => { if (to.paused) { align(from, to); to.play(); } });
+  follow('play', (from, to) => { if (to.paused) { align(from, to); start(to); } });
   follow('pause', (from, to) => { if (!to.paused) to.pause(); align(from, to); });
   follow('seeked', (from, to) => { if (from.paused) align(from, to); });
   follow('timeupdate', (from, to) => {
@@ -78,7 +79,7 @@ SCRIPT = """
     const button = event.target.closest && event.target.closest('.tw-play');
     if (!button) return;
     const first = pairOf(button).querySelector('video');
-    if (first.paused) first.play(); else first.pause();
+    if (first.paused) start(first); else first.pause();
   });
 })();
 </script>

@@ -17,10 +17,14 @@ from tilewise.pipelines.video import write_video
 
 class TwoStages:
     """Makes one clip. path: where it will go. work: what was decided. run: what the records of both clips say of the run.
-    on_native: called with the native clip as soon as it is on disk."""
+    on_native: called with the native clip's record as soon as that is on disk."""
 
     def __init__(
-        self, path: Path, work: Work, run: Mapping[str, Any], on_native: Callable[[Clip], None] = lambda clip: None
+        self,
+        path: Path,
+        work: Work,
+        run: Mapping[str, Any],
+        on_native: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ) -> None:
         self.work, self.run, self.on_native = work, run, on_native
         self.native_path = path.with_stem(f"{path.stem}-native")
@@ -43,12 +47,7 @@ class TwoStages:
 
     def make(self, pipe: Any, progress: Progress) -> Clip:
         """The clip at the target; the native one is on disk then. Raises as `highres`, and OutputError."""
-
-        def native(clip: Clip) -> None:
-            self._write_native(clip)
-            self.on_native(clip)
-
-        self.made = make(pipe, self.work, progress, native)
+        self.made = make(pipe, self.work, progress, lambda clip: self.on_native(self._write_native(clip)))
         return self.made.clip
 
     def judge(self, pipe: Any) -> Clip:
@@ -68,10 +67,10 @@ class TwoStages:
         native = {**told["native"], "file": self.native_path.name}
         return {**told, "native": native, "objects": self.objects}
 
-    def _write_native(self, clip: Clip) -> None:
-        write_video(
-            self.native_path, clip.frames, clip.settings.fps, settings=clip_record(clip, self.run), beside=False
-        )
+    def _write_native(self, clip: Clip) -> dict[str, Any]:
+        record = clip_record(clip, self.run)
+        write_video(self.native_path, clip.frames, clip.settings.fps, settings=record, beside=False)
+        return record
 
 
 def count_objects(pipe: Any, made: HighresClip) -> dict[str, int] | None:

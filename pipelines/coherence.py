@@ -96,17 +96,14 @@ def _of_frame(frame: torch.Tensor) -> float | None:
     mean = avg_pool2d(frame[None], PATCH, 1).mean(1)
     square = avg_pool2d(frame[None] ** 2, PATCH, 1).mean(1)
     norm = ((square - mean**2).clamp(min=0) * count).sqrt()  # of each window, its mean taken out
+    flat, divisor = norm < STRUCTURE * count**0.5, norm.clamp(min=1e-6)
     at_y, at_x = torch.arange(norm.shape[1]), torch.arange(norm.shape[2])
     best = []
     for some, rows, columns in zip(templates.split(CHUNK), y.split(CHUNK), x.split(CHUNK), strict=True):
-        found = conv2d(frame[None], some)[0] / norm.clamp(
-            min=1e-6
-        )  # a template's mean is 0: the window's does not matter
-        found = found.masked_fill(norm < STRUCTURE * count**0.5, 0)
-        near = ((at_y - rows[:, None]).abs() < PATCH)[:, :, None] & ((at_x - columns[:, None]).abs() < PATCH)[
-            :, None, :
-        ]
-        best.append(found.masked_fill(near, 0).flatten(1).max(1).values)
+        # A template's mean is 0: the window's does not matter.
+        found = (conv2d(frame[None], some)[0] / divisor).masked_fill(flat, 0)
+        near_y, near_x = (at_y - rows[:, None]).abs() < PATCH, (at_x - columns[:, None]).abs() < PATCH
+        best.append(found.masked_fill(near_y[:, :, None] & near_x[:, None, :], 0).flatten(1).max(1).values)
     return float(torch.cat(best).clamp(0, 1).mean())
 
 

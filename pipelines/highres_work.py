@@ -46,10 +46,11 @@ class Work:
     def notes(self) -> list[str]:
         """What the user should know of it before it is made."""
         first, target = self.native, self.target
-        stretch = target.height * first.width / (first.height * target.width)
-        if max(stretch, 1 / stretch) < NOTED:
+        taller = target.height * first.width / (first.height * target.width)
+        stretch = max(taller, 1 / taller)
+        if stretch < NOTED:
             return []
-        told = f"{max(stretch, 1 / stretch):.2f} times {'taller' if stretch > 1 else 'wider'}"
+        told = f"{stretch:.2f} times {'taller' if taller > 1 else 'wider'}"
         return [
             f"the native stage, {first.width}×{first.height}, has another shape than the clip of {target.width}×{target.height} "
             f"(width × height): all that it shows comes out {told}. Give sizes of one shape"
@@ -125,8 +126,9 @@ def native_in_shape(pipe: Any, height: int, width: int) -> tuple[int, int]:
 
     A model that takes no size of that shape, or draws well at its own alone, keeps that.
     """
-    own, space = native_size(pipe), latent_space(pipe)
-    area, shape = own.height * own.width, height / width
+    native, space = native_size(pipe), latent_space(pipe)
+    own = native.height, native.width
+    area, shape = own[0] * own[1], height / width
     sides = math.sqrt(area * shape), math.sqrt(area / shape)
 
     def off(size: tuple[int, int]) -> float:
@@ -135,17 +137,16 @@ def native_in_shape(pipe: Any, height: int, width: int) -> tuple[int, int]:
 
     def takes(size: tuple[int, int]) -> bool:
         try:
-            _grid(pipe, Size(*size, own.num_frames))
+            _grid(pipe, Size(*size, native.num_frames))
         except ConfigError:
             return False
-        return space.alike(pipe, size, (own.height, own.width))
+        return space.alike(pipe, size, own)
 
-    if own.one_shape or height * width < area:
-        return own.height, own.width
-    for upright in ((own.height, own.width), (own.width, own.height)):
-        within = upright[0] <= height and upright[1] <= width
-        if within and off(upright) < math.log(SAME_SHAPE) and takes(upright):
-            return upright
+    if native.one_shape or height * width < area:
+        return own
+    for size in (own, own[::-1]):
+        if size[0] <= height and size[1] <= width and off(size) < math.log(SAME_SHAPE) and takes(size):
+            return size
     # Multiples of this and that: the family knows which it takes.
     near = [{int(side // step + more) * step for step in (8, 16, 32, 64) for more in (0, 1)} for side in sides]
     smaller = [(h, w) for h, w in itertools.product(*near) if h <= height and w <= width and (h, w) != (height, width)]
@@ -153,7 +154,7 @@ def native_in_shape(pipe: Any, height: int, width: int) -> tuple[int, int]:
     return min(
         filter(takes, smaller),
         key=lambda size: off(size) + abs(math.log(size[0] * size[1] / area)) / 4,
-        default=(own.height, own.width),
+        default=own,
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,6 @@ class MethodRow:
 def read_groups(manifests: Sequence[Path]) -> list[Group]:
     """The clips of manifests (files, or folders that hold one), grouped. Raises ConfigError if there is none at all."""
     groups: dict[str, dict[str, tuple[Path, Line]]] = {}
-    natives: dict[str, dict[tuple[int, int], set[tuple[int, int]]]] = {}
     for given in manifests:
         folder = given if given.is_dir() else given.parent
         if not given.is_dir() and given.name != NAME:
@@ -87,18 +86,9 @@ def read_groups(manifests: Sequence[Path]) -> list[Group]:
             path = clip_path(folder, line)
             if line["status"] == "done" and path is not None:
                 groups.setdefault(_same_but_method(line), {})[key] = (path, line)
-                if (stages := line["run"].get("highres")) is not None:
-                    of_size = natives.setdefault(stages_name(stages, of_its_shape=True), {})
-                    native = stages["native"]["height"], stages["native"]["width"]
-                    of_size.setdefault((line["height"], line["width"]), set()).add(native)
     if not groups:
         raise ConfigError(f"no clip to compare: {', '.join(map(str, manifests))} tells of none")
-    # By default a native stage follows the clip's shape: clips of several shapes are then made in one way.
-    following = {
-        name
-        for name, sizes in natives.items()
-        if len(set.union(*sizes.values())) > 1 and all(len(s) == 1 for s in sizes.values())
-    }
+    following = _following(line for group in groups.values() for _, line in group.values())
     return [Group(_ordered(list(group.values()), following)) for group in groups.values()]
 
 
@@ -182,6 +172,24 @@ def _same_but_method(line: Line) -> str:
         "max_sequence_length",
     )
     return json.dumps([*(line.get(name) for name in names), line["run"]["batch"]["revision"]])
+
+
+def _following(lines: Iterable[Line]) -> set[str]:
+    """Names of ways of two stages in which the native one follows the clip's shape, as it does by default.
+
+    Clips of several shapes are made in one such way: each size of clip has one native size, and those are several.
+    """
+    natives: dict[str, dict[tuple[int, int], set[tuple[int, int]]]] = {}
+    for line in lines:
+        if (stages := line["run"].get("highres")) is not None:
+            sizes = natives.setdefault(stages_name(stages, of_its_shape=True), {})
+            native = stages["native"]["height"], stages["native"]["width"]
+            sizes.setdefault((line["height"], line["width"]), set()).add(native)
+    return {
+        name
+        for name, sizes in natives.items()
+        if len(set.union(*sizes.values())) > 1 and all(len(one) == 1 for one in sizes.values())
+    }
 
 
 def _ordered(members: list[tuple[Path, Line]], following: Container[str]) -> list[ComparedClip]:

@@ -34,7 +34,7 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.few_keys import SCORES
 from tilewise.plugins.full_path import draft_bytes, joint, kept_bytes
 from tilewise.plugins.models.base import family_of
-from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.patching import denoisers_of, uncompiled
 
 # Where text is part of the sequence, attention's two parts and what text told are there at once, and float32 numbers on the way.
 GUIDED, MERGING = 2.0, 4
@@ -153,7 +153,8 @@ def plan_memory(
         family = family_of(denoiser)
         assert family is not None
         layers = family.layers(denoiser)
-        size = dtype_of(denoiser).itemsize
+        model: Any = denoiser  # which knows what of it is kept in float32, or stored in 8 bits
+        size = model.dtype.itemsize
         width_ = max(layer.heads * layer.head_dim for layer in layers)
         widest = max((m.out_features for m in denoiser.modules() if isinstance(m, nn.Linear)), default=width_)
         each = OF_WIDTH * width_ + OF_WIDEST * widest + SECOND_PATH * width_
@@ -213,7 +214,8 @@ def vae_bytes(pipe: Any, height: int, width: int, frames: int) -> int:
     The first five latent frames are run: after that, memory grows by the clip itself, which is added. A size for which not even
     that can be counted gets what the clip takes alone.
     """
-    vae, space = getattr(pipe.vae, "_orig_mod", pipe.vae), latent_space(pipe)  # as it was before torch.compile
+    vae: Any = uncompiled(pipe.vae)
+    space = latent_space(pipe)
     temporal = space.factors(pipe)[1]
     latent_frames, *picture = space.shape(pipe, height, width, frames)
     latent_frames = min(latent_frames, 5)
@@ -254,11 +256,6 @@ def _weightless(kind: Any, config: str, dtype: torch.dtype) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
-
-
-def dtype_of(denoiser: nn.Module) -> torch.dtype:
-    """What a denoiser computes in: diffusers models know which of their parameters are kept in float32, or stored in 8 bits."""
-    return getattr(denoiser, "dtype", None) or next(denoiser.parameters()).dtype
 
 
 def device_bytes(device: torch.device) -> int:

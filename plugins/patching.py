@@ -36,9 +36,9 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
         UnsupportedModelError: if there is none, or one that no family serves.
     """
     found = {name: getattr(target, name, None) for name in DENOISERS}
-    denoisers = {name: _uncompiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
-    if isinstance(target, nn.Module) and (not denoisers or family_of(_uncompiled(target)) is not None):
-        denoisers = {"denoiser": _uncompiled(target)}
+    denoisers = {name: uncompiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
+    if isinstance(target, nn.Module) and (not denoisers or family_of(uncompiled(target)) is not None):
+        denoisers = {"denoiser": uncompiled(target)}
     if not denoisers:
         raise UnsupportedModelError(
             f"{type(target).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a module. Give a diffusers pipeline, "
@@ -54,7 +54,7 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
     return denoisers
 
 
-def _uncompiled(module: nn.Module) -> nn.Module:
+def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside what ``torch.compile(module)`` returned."""
     return getattr(module, "_orig_mod", module)
 

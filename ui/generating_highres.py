@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from tilewise.pipelines.batch_stages import stages_of
 from tilewise.pipelines.files import check_sidecar, check_writable
 from tilewise.pipelines.generate import Clip
 from tilewise.pipelines.highres import HighresClip, judged, make
@@ -72,7 +73,7 @@ def generate_highres(request: Request) -> None:
     print_result(made.clip)
     _print_stages(made)
     print_files(found.files)
-    if found.origin is not None and _is_the_same(made, found.origin):
+    if found.origin is not None and _is_the_same(work, found.origin):
         print_sameness(made.clip, found.origin, request.source)
 
 
@@ -142,10 +143,10 @@ def _size(settings: GenerateSettings) -> tuple[int, int, int]:
     return settings.height, settings.width, settings.frames
 
 
-def _is_the_same(made: HighresClip, origin: Recorded) -> bool:
-    """Whether a clip was made by the same two stages as the one of --from."""
+def _is_the_same(work: Work, origin: Recorded) -> bool:
+    """Whether a clip is made by the same two stages as the one of --from."""
     told = origin.run.get("highres")
-    return told is not None and Stages.from_dict(told).to_dict() == Stages.from_dict(made.to_dict()).to_dict()
+    return told is not None and Stages.from_dict(told).to_dict() == stages_of(work).to_dict()
 
 
 def _record(made: HighresClip, run: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ import gradio as gr
 from tilewise.pipelines.batch_highres import TwoStages
 from tilewise.pipelines.batch_stages import stages_flop, stages_of
 from tilewise.pipelines.files import check_writable
-from tilewise.pipelines.generate import Clip
 from tilewise.pipelines.highres_settings import GUIDED, PATHS, HighresSettings
 from tilewise.pipelines.highres_work import Work
 from tilewise.pipelines.loading import cast_skeleton, load_skeleton, resolve_dtype
 from tilewise.pipelines.manifest import NAME
 from tilewise.pipelines.memory import PeakMemory
-from tilewise.pipelines.record import frames_sha256, machine
+from tilewise.pipelines.record import machine
 from tilewise.pipelines.settings import prompt_notes
 from tilewise.pipelines.stopping import stoppable
 from tilewise.plugins.errors import TilewiseError
@@ -104,10 +103,10 @@ class HighresStudio:
         notes = [*prompt_notes(pipe, work.target), *work.notes]
         run = {**machine(pipe.device, self.models.dtype), "started": started}
 
-        def show(clip: Clip) -> None:
-            words = f"native stage, {clip.settings.height}×{clip.settings.width}; the target follows"
-            version = frames_sha256(clip.frames)[:12]
-            job.show(NativeShown(figure(stages.native_path, words, clip.settings.prompt, version)))
+        def show(native: Mapping[str, Any]) -> None:
+            words = f"native stage, {native['height']}×{native['width']}; the target follows"
+            version = native["run"]["frames_sha256"][:12]
+            job.show(NativeShown(figure(stages.native_path, words, native["prompt"], version)))
 
         stages = TwoStages(self.shelf.folder / place.file, work, run, show)
         for file in (stages.native_path, self.shelf.folder / place.file, self.shelf.folder / NAME):

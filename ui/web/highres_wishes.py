@@ -27,7 +27,7 @@ from tilewise.ui.web.media import bar, table
 from tilewise.ui.web.models import Models
 from tilewise.ui.web.safety import Limits
 from tilewise.ui.web.snippets import _method_expression, method_words
-from tilewise.ui.web.wishes import _number, _whole, settings_of
+from tilewise.ui.web.wishes import _number, _whole, refuse_lost, settings_of
 
 FIELDS = ("height", "width", "strength", "refresh", "global_path", "guided")
 """The tab's own controls, in the order in which handlers get them."""
@@ -90,11 +90,7 @@ def own_values(target: GenerateSettings, stages: Stages, skeleton: Any) -> list[
     options = stages.options
     said = {name: getattr(options, name) for name in ("strength", "refresh", "global_path", "guided")}
     again = HighresSettings(**said).for_model(native_size(skeleton), global_paths(skeleton)).to_dict()
-    if lost := [k for k, value in options.to_dict().items() if k != "max_memory" and value != again[k]]:
-        told = ", ".join(f"{name} {getattr(options, name)!r}" for name in lost)
-        raise ConfigError(
-            f"the page has no control for {told}, with which this clip was made; `tilewise generate --from CLIP` makes it again"
-        )
+    refuse_lost({k: value for k, value in options.to_dict().items() if k != "max_memory" and value != again[k]})
     strength = "" if options.strength is None else repr(options.strength)
     return [target.height, target.width, strength, options.refresh, options.global_path or AUTO, options.guided]
 

@@ -102,12 +102,17 @@ def values_of(settings: GenerateSettings) -> dict[str, Any]:
     }
     again = config if settings.is_dense else config_of(values)  # a schedule changes nothing where all is dense
     names = [field.name for field in dataclasses.fields(Config)]
-    if lost := [name for name in names if getattr(again, name) != getattr(config, name)]:
-        told = ", ".join(f"{name} {getattr(config, name)!r}" for name in lost)
+    refuse_lost({name: getattr(config, name) for name in names if getattr(again, name) != getattr(config, name)})
+    return values
+
+
+def refuse_lost(lost: Mapping[str, Any]) -> None:
+    """Raises ConfigError if there is anything that a clip was made with and no control says; lost: those, by name."""
+    if lost:
+        told = ", ".join(f"{name} {value!r}" for name, value in lost.items())
         raise ConfigError(
             f"the page has no control for {told}, with which this clip was made; `tilewise generate --from CLIP` makes it again"
         )
-    return values
 
 
 def method_values(config: Config) -> dict[str, Any]:

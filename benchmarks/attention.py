@@ -16,11 +16,11 @@ import torch
 from benchmarks import flex, peers
 from benchmarks.rows import Row, visible
 from benchmarks.timing import measure
-from tilewise.kernels.attention import available_backends, block_sparse_attention, choose_backend
-from tilewise.kernels.attention_8bit import VALUES, block_sparse_attention_8bit
-from tilewise.kernels.layout import Layout
-from tilewise.kernels.plan import BlockPlan
-from tilewise.kernels.reference import masked_attention
+from tilewise.kernels.attention.dispatch import available_backends, block_sparse_attention, choose_backend
+from tilewise.kernels.attention.dispatch_8bit import VALUES, block_sparse_attention_8bit
+from tilewise.kernels.attention.naive import masked_attention
+from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.layout import Layout
 
 Mask = Callable[[int, torch.Tensor], torch.Tensor]  # head, (n,) query positions → (n, S) bool
 DenseResults = dict[tuple, tuple[list[dict[str, Any]], dict[str, str]]]

@@ -23,13 +23,13 @@ from benchmarks import results
 from benchmarks.quality import write_result
 from benchmarks.variants import DENSITIES, variants
 from examples.train_demo_model.evaluation import held_out_prompts
-from tilewise.kernels.attention import block_sparse_attention
-from tilewise.kernels.layout import Grid
-from tilewise.kernels.skipped import add_skipped
-from tilewise.pipelines.loading import load_pipeline
+from tilewise.kernels.attention.block_compensation import add_skipped
+from tilewise.kernels.attention.dispatch import block_sparse_attention
+from tilewise.kernels.plans.layout import Grid
+from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.plugins.methods.base import DynamicMethod, Method, Planned
-from tilewise.plugins.methods.guided import Guided
-from tilewise.plugins.sparse_call import AttentionCall
+from tilewise.plugins.methods.dynamic.base import Guided
+from tilewise.plugins.runtime.attention_call import AttentionCall
 
 SECTION = "attention error"
 STEPS, TAKEN = 8, (2, 5)  # of a short run: the clip's layout is settled; its details are

@@ -18,9 +18,9 @@ import torch
 
 from benchmarks import peers
 from benchmarks.timing import measure
-from tilewise.kernels.attention import block_sparse_attention, choose_backend
-from tilewise.kernels.layout import Grid
-from tilewise.kernels.skipped import add_skipped
+from tilewise.kernels.attention.block_compensation import add_skipped
+from tilewise.kernels.attention.dispatch import block_sparse_attention, choose_backend
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.methods.base import DynamicMethod, make_method
 
 

@@ -1,6 +1,6 @@
 """FlexAttention with the same mask: in the layout's token order, or in raster order as published code runs it.
 
-The block mask holds what ``create_block_mask`` would find (tests/test_benchmarks.py), but is counted a few rows of blocks at a
+The block mask holds what ``create_block_mask`` would find (test_tables.py), but is counted a few rows of blocks at a
 time: the whole mask of 171 360 tokens is 29 GB.
 """
 
@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.peers import Call
 from benchmarks.rows import Row, interval, units
-from tilewise.kernels.layout import Layout
+from tilewise.kernels.plans.layout import Layout
 
 BLOCK = 128
 MaskMod = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]

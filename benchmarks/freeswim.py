@@ -20,7 +20,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from benchmarks.flex import block_mask
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 
 REFRESH, REUSE, WINDOW = "refresh", "reuse", "window only"
 

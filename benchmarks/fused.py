@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from benchmarks.peers import reason
 from benchmarks.timing import measure
-from tilewise.kernels.linear_gelu import linear_gelu
-from tilewise.kernels.qk_norm_rope import qk_norm_rope
-from tilewise.kernels.residual_norm import gated_residual, layer_norm, residual_norm
+from tilewise.kernels.fused.linear_gelu import linear_gelu
+from tilewise.kernels.fused.qk_norm_rope import qk_norm_rope
+from tilewise.kernels.fused.residual_norm import gated_residual, layer_norm, residual_norm
 
 EPS = 1e-6
 Tensors = tuple[torch.Tensor, ...]

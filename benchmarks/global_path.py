@@ -22,12 +22,12 @@ import tilewise
 from benchmarks import results
 from benchmarks.header import header
 from examples.train_demo_model.evaluation import held_out_prompts
-from tilewise.kernels.layout import Grid
-from tilewise.pipelines.generate import generate
+from tilewise.kernels.plans.layout import Grid
+from tilewise.pipelines.generation.generate import generate
+from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.highres.upscale import upscale_frames
 from tilewise.pipelines.latent_spaces.base import latent_space
-from tilewise.pipelines.loading import load_pipeline
-from tilewise.pipelines.settings import resolve_settings
-from tilewise.pipelines.upscale import upscale_frames
+from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.plugins.models.base import Size, family_of
 
 SECTION = "global path"

@@ -36,10 +36,10 @@ from benchmarks.header import header
 from benchmarks.highres_sizes import SIZES, Size
 from benchmarks.layers import fewest, first_layers
 from benchmarks.peers import reason
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.guidance.dual_path import two_paths
 from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.models.base import streams_of
-from tilewise.plugins.two_paths import two_paths
 
 EVERY = (1, 2, 5)  # steps from one refresh to the next
 CUDNN = "_native_cudnn"

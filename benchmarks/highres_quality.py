@@ -4,7 +4,7 @@
 
 The same prompts and noise for every variant. "one object": the detector counts what the prompt says, one. "everything": all that
 the prompt says. "excess": repetition beyond the native stage's; "sharpness": against the native stage scaled up
-(``tilewise.pipelines.coherence``). "native" is that stage itself, scaled up: what two stages have to beat.
+(``tilewise.pipelines.quality.coherence``). "native" is that stage itself, scaled up: what two stages have to beat.
 
 The second stage begins at half of the schedule, with the model's own shift: the paper's strength of 0.7 at a shift of 9 is a
 noise level of 0.95, at which little of the native stage's layout is left for a model as small as this one. ``--strength`` and
@@ -60,12 +60,12 @@ ATTRIBUTES = ("count", "colour", "shape", "motion", "background")
 
 def worker(job: dict[str, Any]) -> None:
     """The clips of one process, a line of JSON each on standard output."""
-    from tilewise.pipelines.clip_content import analyse
-    from tilewise.pipelines.coherence import coherence
-    from tilewise.pipelines.generate import check_content, generate
-    from tilewise.pipelines.loading import load_pipeline
-    from tilewise.pipelines.settings import resolve_settings
-    from tilewise.pipelines.upscale import upscale_frames
+    from tilewise.pipelines.generation.generate import check_content, generate
+    from tilewise.pipelines.generation.settings import resolve_settings
+    from tilewise.pipelines.highres.upscale import upscale_frames
+    from tilewise.pipelines.loading.load import load_pipeline
+    from tilewise.pipelines.quality.coherence import coherence
+    from tilewise.pipelines.quality.content_score import analyse
 
     torch.set_num_threads(job["threads"])
     pipe = load_pipeline("demo", device=job["device"], dtype=job["dtype"])

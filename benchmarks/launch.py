@@ -34,7 +34,7 @@ def run(device: torch.device, seconds: float, rows: list[Row]) -> Iterator[dict[
 
 def run_row(row: Row, device: torch.device, seconds: float) -> dict[str, Any]:
     """Every configuration on one row; what the rules choose for it is the first of the list."""
-    from tilewise.kernels import triton_forward as kernel
+    from tilewise.kernels.attention.backends import triton as kernel
 
     layout = row.method.layout(row.grid)
     plan = row.method.plan(layout, row.heads, device)

@@ -28,8 +28,8 @@ from benchmarks import results
 from benchmarks.header import header
 from benchmarks.variants import DENSITIES, OURS, PAPER, variants
 from examples.train_demo_model.evaluation import generate_clips, held_out_prompts, judge, mean_scores
-from tilewise.pipelines.loading import load_pipeline
-from tilewise.pipelines.metrics import psnr, ssim
+from tilewise.pipelines.loading.load import load_pipeline
+from tilewise.pipelines.quality.metrics import psnr, ssim
 
 SECTION = "quality"
 SCHEDULE = (0.25, 1.0)  # sparse from a quarter of the steps on, as in the papers

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tilewise.kernels.layout import Grid, Layout, cached_layout
-from tilewise.kernels.plan import BlockPlan
-from tilewise.kernels.tiling import choose_tile_for_window
-from tilewise.kernels.window import window_plan
+from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
+from tilewise.kernels.plans.tiling import choose_tile_for_window
+from tilewise.kernels.plans.window import window_plan
 from tilewise.plugins.methods.sta import STA
 
 Triple = tuple[int, int, int]
@@ -63,7 +63,7 @@ class Row:
 
 
 def interval(i: torch.Tensor, length: int, window: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Visible coordinates [lo, hi) of queries at ``i`` on one axis: the formula in the head of kernels/window.py, written
+    """Visible coordinates [lo, hi) of queries at ``i`` on one axis: the formula in the head of kernels/plans/window.py, written
     again, so that what is measured is not checked by itself."""
     window = min(window, length)
     leader = (i // stride * stride + stride // 2).clamp(max=length - 1)

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from tilewise.kernels.layout import Layout
+from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.methods.base import Method
 from tilewise.plugins.methods.draft import Draft
-from tilewise.plugins.methods.guided import DraftMap, Guided
+from tilewise.plugins.methods.dynamic.base import DraftMap, Guided
 from tilewise.plugins.methods.sta import STA
 from tilewise.plugins.methods.xattention import XAttention
 

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 
 import tilewise
-from tilewise.kernels.layout import Grid, Layout, cached_layout
-from tilewise.kernels.plan import BlockPlan, plan_from_block_map
-from tilewise.pipelines.loading import load_pipeline
+from tilewise.kernels.plans.block_plan import BlockPlan, plan_from_block_map
+from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
+from tilewise.pipelines.loading.load import load_pipeline
 
 
 @tilewise.register

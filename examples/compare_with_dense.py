@@ -5,11 +5,11 @@ python examples/compare_with_dense.py --method sta-fast
 
 import argparse
 
-from tilewise.pipelines.compare import compare, side_by_side
-from tilewise.pipelines.files import check_writable
-from tilewise.pipelines.loading import load_pipeline
-from tilewise.pipelines.settings import resolve_settings
-from tilewise.pipelines.video import write_video
+from tilewise.pipelines.generation.compare import compare, side_by_side
+from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.loading.load import load_pipeline
+from tilewise.pipelines.media.files import check_writable
+from tilewise.pipelines.media.video import write_video
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="demo")

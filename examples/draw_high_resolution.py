@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 import tilewise
-from tilewise.pipelines.generate import generate
-from tilewise.pipelines.loading import load_pipeline
-from tilewise.pipelines.settings import resolve_settings
+from tilewise.pipelines.generation.generate import generate
+from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.loading.load import load_pipeline
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("out", help="a .png file")

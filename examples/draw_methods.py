@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import tilewise
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
+from tilewise.kernels.plans.query_visibility import region_of_query
 from tilewise.plugins.methods.base import Method, make_method
-from tilewise.plugins.region import region_of_query
 
 GRID = Grid(7, 15, 22)  # latent frames, rows, columns: no tile divides it
 QUERIES = [(3, 7, 10), (0, 1, 20)]  # in the middle, and at a border

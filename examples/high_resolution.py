@@ -9,12 +9,12 @@ import dataclasses
 import numpy as np
 
 import tilewise
-from tilewise.pipelines.coherence import coherence
-from tilewise.pipelines.files import check_writable
-from tilewise.pipelines.generate import generate
-from tilewise.pipelines.loading import load_pipeline
-from tilewise.pipelines.upscale import upscale_frames
-from tilewise.pipelines.video import write_video
+from tilewise.pipelines.generation.generate import generate
+from tilewise.pipelines.highres.upscale import upscale_frames
+from tilewise.pipelines.loading.load import load_pipeline
+from tilewise.pipelines.media.files import check_writable
+from tilewise.pipelines.media.video import write_video
+from tilewise.pipelines.quality.coherence import coherence
 from tilewise.plugins.config import resolve
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -9,10 +9,10 @@ import argparse
 import torch
 
 import tilewise
-from tilewise.pipelines.files import check_writable
-from tilewise.pipelines.loading import load_pipeline
-from tilewise.pipelines.native import native_size
-from tilewise.pipelines.video import write_video
+from tilewise.pipelines.loading.load import load_pipeline
+from tilewise.pipelines.loading.model_defaults import native_size
+from tilewise.pipelines.media.files import check_writable
+from tilewise.pipelines.media.video import write_video
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", nargs="?", default="demo", help="demo, a local diffusers folder, or a hub id")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tilewise.kernels.attention_8bit import VALUES as PRECISIONS
+from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.methods.base import Method, make_method, methods
 from tilewise.plugins.methods.draft import Draft
@@ -59,7 +59,7 @@ class Config:
             GPU that Triton serves and under ``torch.no_grad()``; and, on a Hopper GPU, the attention that stays dense in our
             kernel where nobody chose another diffusers backend. False: the stock code.
         precision: "int8" or "fp8": the method's attention calls with 8-bit products, on a Hopper GPU, for head dimensions 64 and
-            128 (kernels/attention_8bit.py). About 2 % ("int8") and 3.6 % ("fp8") relative error of a call on unit-variance
+            128 (dispatch_8bit.py). About 2 % ("int8") and 3.6 % ("fp8") relative error of a call on unit-variance
             inputs. Calls that cannot run so run in 16 bits, and ``summary`` says why. None: the model's own 16 bits.
 
     Raises:

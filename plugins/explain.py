@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from tilewise.kernels.attention import available_backends, misfit
-from tilewise.kernels.layout import Grid, Layout
+from tilewise.kernels.attention.dispatch import available_backends, misfit
+from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Method
 from tilewise.plugins.models.base import AttentionLayer, Size, family_of
-from tilewise.plugins.native_grid import prepared
+from tilewise.plugins.models.common.native_size import prepared
 from tilewise.plugins.patching import denoisers_of, patches_of
-from tilewise.plugins.processor import why_not
-from tilewise.plugins.step import MIN_OWN_TOKENS
-from tilewise.plugins.text import ranges, render
+from tilewise.plugins.runtime.attention_processor import why_not
+from tilewise.plugins.runtime.forward_state import MIN_OWN_TOKENS
+from tilewise.plugins.text_format import ranges, render
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 Where the model's family has fused kernels for the rest of the step, a fourth puts them on its blocks.
 
 One attribute on the denoiser, ``_tilewise``, holds all state; another, ``__deepcopy__``, makes copies patched ones of their own
-(``copies.py``). ``unpatch`` removes them, the hooks and the processors.
+(``deepcopy.py``). ``unpatch`` removes them, the hooks and the processors.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
-from tilewise.plugins.denoiser_patch import ATTRIBUTE, Patch
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.base import attention_layers, family_of, supported_models
-from tilewise.plugins.native_grid import prepared
+from tilewise.plugins.models.common.native_size import prepared
+from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 T = TypeVar("T")

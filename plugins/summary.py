@@ -11,9 +11,9 @@ from typing import Any
 from rich.table import Table
 
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.ledger import FALLBACK, SPARSE, Entry, Tally
 from tilewise.plugins.patching import patches_of
-from tilewise.plugins.text import ranges, render
+from tilewise.plugins.runtime.call_stats import FALLBACK, SPARSE, Entry, Tally
+from tilewise.plugins.text_format import ranges, render
 
 
 @dataclass(frozen=True)

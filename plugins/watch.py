@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from tilewise.kernels.layout import Layout
-from tilewise.kernels.plan import BlockPlan
+from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import patches_of
-from tilewise.plugins.sparse_call import AttentionCall
+from tilewise.plugins.runtime.attention_call import AttentionCall
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# With --import-mode=importlib the tests' own folder is not importable; helper modules such as tiny_wan live there.
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+# With --import-mode=importlib the folder of helper modules such as tiny_wan is not importable.
+# Neither are test files whose cases others go over too.
+for folder in ("kernels/attention", "pipelines/highres", "plugins/models", "helpers"):
+    sys.path.insert(0, str(Path(__file__).resolve().parent / folder))
 
 import pytest
 import tiny_wan

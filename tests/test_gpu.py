@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 import tilewise
-from tilewise.kernels.attention import BACKENDS, block_sparse_attention, block_sparse_op, choose_backend
-from tilewise.kernels.layout import Grid, Layout
-from tilewise.kernels.plan import BlockPlan, plan_from_block_map
-from tilewise.kernels.reference import masked_attention
-from tilewise.kernels.window import window_plan
+from tilewise.kernels.attention.dispatch import BACKENDS, block_sparse_attention, block_sparse_op, choose_backend
+from tilewise.kernels.attention.naive import masked_attention
+from tilewise.kernels.plans.block_plan import BlockPlan, plan_from_block_map
+from tilewise.kernels.plans.layout import Grid, Layout
+from tilewise.kernels.plans.window import window_plan
 
 pytestmark = pytest.mark.gpu
 

@@ -74,10 +74,10 @@ def test_wheel_holds_the_rooms_and_the_demo_model(built):
     with zipfile.ZipFile(built[1]) as archive:
         names = archive.namelist()
     for wanted in (
-        "tilewise/kernels/plan.py",
+        "tilewise/kernels/plans/block_plan.py",
         "tilewise/plugins/methods/sta.py",
         "tilewise/plugins/models/wan.py",
-        "tilewise/ui/cli.py",
+        "tilewise/ui/cli/app.py",
         "tilewise/py.typed",
         "tilewise/pipelines/demo_model/model_index.json",
         "tilewise/pipelines/demo_model/transformer/diffusion_pytorch_model.safetensors",
@@ -95,7 +95,7 @@ def test_wheel_installs_into_a_clean_environment(built, tmp_path):
     here = Path(next(p for p in sys.path if p.endswith("site-packages")))
     # A .pth line for everything but the editable install of this tree.
     (site / "borrowed.pth").write_text(f"import sys; sys.path.append({str(here)!r})\n")
-    code = "import tilewise, tilewise.kernels.plan as p; print(p.__file__); print(tilewise.methods())"
+    code = "import tilewise, tilewise.kernels.plans.block_plan as p; print(p.__file__); print(tilewise.methods())"
     out = run(python, "-c", code, cwd=tmp_path)
     assert str(tmp_path) in out
     assert "sta" in out

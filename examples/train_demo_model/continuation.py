@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tilewise.pipelines.clip_content import analyse, parse_prompt, score
+from tilewise.pipelines.quality.content_score import analyse, parse_prompt, score
 
 from .captions import caption
 from .config import Config

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tilewise.pipelines.clip_content import MOTIONS, ClipContent, analyse, parse_prompt, score
+from tilewise.pipelines.quality.content_score import MOTIONS, ClipContent, analyse, parse_prompt, score
 
 from . import checkpoints
 from .captions import caption

@@ -16,7 +16,7 @@ import torch
 from diffusers import WanPipeline
 
 import tilewise
-from tilewise.pipelines.metrics import psnr
+from tilewise.pipelines.quality.metrics import psnr
 
 from . import checkpoints
 from .evaluation import contact_sheet, environment, generate_clips, held_out_prompts, judge, report_of

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 import tilewise.pipelines.latent_spaces
-from tilewise.pipelines.highres_schedule import interpolated_mu
+from tilewise.pipelines.latent_spaces.common.partial_schedule import interpolated_mu
 from tilewise.plugins.errors import UnsupportedModelError
 
 Statistics = tuple[torch.Tensor | float, torch.Tensor | float]

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 import tilewise.plugins.methods
-from tilewise.kernels.layout import Grid, Layout
-from tilewise.kernels.plan import BlockPlan
+from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.errors import ConfigError, unknown
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -63,7 +63,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """What stands for the key blocks that a plan skips; see ``tilewise.kernels.skipped.add_skipped``.
+    """What stands for the key blocks that a plan skips; see ``tilewise.kernels.attention.block_compensation.add_skipped``.
 
     key_mean, value_mean: (B, N, Hk, D) float32. bias: (B, H, N, N) float32, −inf where the block is seen.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tilewise.kernels.layout import Grid, Layout
+from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.methods.base import Method, register
 
 

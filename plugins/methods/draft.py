@@ -1,7 +1,7 @@
 """``draft``: the model's own low-resolution map decides which key blocks a query block sees (arXiv 2505.14708).
 
 Queries and keys are averaged over the blocks of the layout; the attention of the averages, corrected for how keys differ within
-a block (draft_logits.py), says what each block would look at. It is made per head, sample and step, and costs 1/128² of
+a block (block_logits.py), says what each block would look at. It is made per head, sample and step, and costs 1/128² of
 attention, or 1/512 where queries are drafted by themselves, a quarter of them.
 
 Other than in the paper: any grid (border blocks are averaged over the tokens that they have), no query block is ever left
@@ -16,15 +16,15 @@ from typing import ClassVar
 
 import torch
 
-from tilewise.kernels.block_map import block_logits
-from tilewise.kernels.block_share import block_share
-from tilewise.kernels.block_stats import block_stats
-from tilewise.kernels.dynamic_plan import block_table
-from tilewise.kernels.layout import Layout
+from tilewise.kernels.plans.dynamic_plan import block_table
+from tilewise.kernels.plans.layout import Layout
+from tilewise.kernels.selection.block_scores import block_logits
+from tilewise.kernels.selection.block_share import block_share
+from tilewise.kernels.selection.block_stats import block_stats
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import register
-from tilewise.plugins.methods.draft_logits import mean_products, score_variance
-from tilewise.plugins.methods.guided import DraftMap, Guided
+from tilewise.plugins.methods.dynamic.base import DraftMap, Guided
+from tilewise.plugins.methods.dynamic.block_logits import mean_products, score_variance
 
 
 @register
@@ -34,7 +34,7 @@ class Draft(Guided):
 
     Args:
         variance: correct the map for the variance of keys within a block. False: means alone, as in the paper.
-        each: draft queries by themselves, and average their attention (kernels/block_share.py): the mean query of a block is more
+        each: draft queries by themselves, and average their attention (block_share.py): the mean query of a block is more
             certain of where to look than its tokens are, and its recall too good. Default: for a ``recall``, where it reaches
             the same with fewer blocks; not for a ``density``, where only the ranking counts, and hardly changes.
 

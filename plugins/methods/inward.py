@@ -8,7 +8,7 @@ native frame:
 
     scale = sqrt(log_N(2N) / head_dim)
 
-A window alone does not know what the rest of the frame shows: see ``plugins/two_paths.py``.
+A window alone does not know what the rest of the frame shows: see ``plugins/guidance/dual_path.py``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid, Layout, cached_layout
-from tilewise.kernels.plan import BlockPlan
-from tilewise.kernels.tiling import choose_tile_for_window
-from tilewise.kernels.window import window_plan
+from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
+from tilewise.kernels.plans.tiling import choose_tile_for_window
+from tilewise.kernels.plans.window import window_plan
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import Method, register
 from tilewise.plugins.models.base import family_of
-from tilewise.plugins.native_grid import native_grid
+from tilewise.plugins.models.common.native_size import native_grid
 
 MAX_BLOCKS = 12_288  # block maps are N × N: beyond this, building one takes gigabytes
 

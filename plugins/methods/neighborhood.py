@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from tilewise.kernels.dilated import axes_plan, axis_windows, dilated_layout
-from tilewise.kernels.layout import Grid, Layout, cached_layout
-from tilewise.kernels.plan import BlockPlan
-from tilewise.kernels.tiling import choose_tile_for_window
+from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.dilated import axes_plan, axis_windows, dilated_layout
+from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
+from tilewise.kernels.plans.tiling import choose_tile_for_window
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import Method, register
 from tilewise.plugins.methods.inward import MAX_BLOCKS

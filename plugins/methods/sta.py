@@ -15,10 +15,10 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from tilewise.kernels.layout import Grid, Layout, cached_layout, tile_counts
-from tilewise.kernels.plan import BlockPlan
-from tilewise.kernels.tiling import window_work
-from tilewise.kernels.window import window_interval, window_plan
+from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.layout import Grid, Layout, cached_layout, tile_counts
+from tilewise.kernels.plans.tiling import window_work
+from tilewise.kernels.plans.window import window_interval, window_plan
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import Method, register
 

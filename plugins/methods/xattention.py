@@ -17,11 +17,11 @@ from typing import ClassVar
 
 import torch
 
-from tilewise.kernels.layout import Layout
+from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import register
-from tilewise.plugins.methods.draft_logits import per_query_head
-from tilewise.plugins.methods.guided import DraftMap, Guided
+from tilewise.plugins.methods.dynamic.base import DraftMap, Guided
+from tilewise.plugins.methods.dynamic.block_logits import per_query_head
 
 TINY = torch.finfo(torch.float32).tiny
 CHUNK_BYTES = 1 << 28  # of scores between groups that are made at once

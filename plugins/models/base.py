@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import tilewise.plugins.models
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import TilewiseError, UnsupportedModelError
 
 

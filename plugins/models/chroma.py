@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from tilewise.plugins.models.base import Reorder, register_family
+from tilewise.plugins.models.common.image import by_name
 from tilewise.plugins.models.flux import CONTROLNET, FluxFamily
-from tilewise.plugins.models.image import by_name
 
 
 class ChromaFamily(FluxFamily):

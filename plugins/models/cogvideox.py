@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
 

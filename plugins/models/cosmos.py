@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
-from tilewise.plugins.models.forward_arguments import argument, changed, check_size, reorder_in_place
+from tilewise.plugins.models.common.forward_arguments import argument, changed, check_size, reorder_in_place
 
 
 class CosmosFamily:

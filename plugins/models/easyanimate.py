@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.base import Size, Streams, register_family
-from tilewise.plugins.models.forward_arguments import argument, check_size
-from tilewise.plugins.models.two_streams import TwoStreams
+from tilewise.plugins.models.common.forward_arguments import argument, check_size
+from tilewise.plugins.models.common.two_streams import TwoStreams
 
 MAX_TEXT = 256  # the pipelines' default length of a prompt
 

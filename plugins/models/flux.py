@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, UnreadableGridError, register_family
-from tilewise.plugins.models.image import StreamOrder, by_name, image_tokens
-from tilewise.plugins.models.position_ids import image_shape
+from tilewise.plugins.models.common.image import StreamOrder, by_name, image_tokens
+from tilewise.plugins.models.common.position_ids import image_shape
 
 CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
 

@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
-from tilewise.plugins.models.forward_arguments import argument
-from tilewise.plugins.models.sizes import Rule, refuse, wrong_sizes
+from tilewise.plugins.models.common.forward_arguments import argument
+from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 
 PROMPT = 256  # max_sequence_length of the pipelines
 IMAGE_PROMPT = 252  # the same where the prompt holds an image: four tokens of the template are cut out of it

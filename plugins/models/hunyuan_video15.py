@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.base import Reorder, Size, Streams, register_family
-from tilewise.plugins.models.forward_arguments import argument
+from tilewise.plugins.models.common.forward_arguments import argument
 from tilewise.plugins.models.hunyuan_video import HunyuanVideoFamily, grid_of, patches, vae_factors
-from tilewise.plugins.processor import TilewiseProcessor
+from tilewise.plugins.runtime.attention_processor import TilewiseProcessor
 
 STOCK = "HunyuanVideo15AttnProcessor2_0"
 TEXT = {"tokenizer_max_length": 1000, "tokenizer_2_max_length": 256, "vision_num_semantic_tokens": 729}

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.hooks.forward_override import MethodOverride
 from tilewise.plugins.models.base import Reorder, Size, register_family
-from tilewise.plugins.models.forward_arguments import argument
+from tilewise.plugins.models.common.forward_arguments import argument
 from tilewise.plugins.models.hunyuan_video import (
     PROMPT,
     HunyuanVideoFamily,
@@ -29,8 +30,7 @@ from tilewise.plugins.models.hunyuan_video import (
     patches,
     vae_factors,
 )
-from tilewise.plugins.override import MethodOverride
-from tilewise.plugins.processor import TilewiseProcessor
+from tilewise.plugins.runtime.attention_processor import TilewiseProcessor
 
 PACK = "_pack_history_states"  # the method that joins history and video, and their rotary tables
 WINDOW = 9  # latent_window_size, in latent frames

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
-from tilewise.plugins.models.forward_arguments import argument, changed, check_size
-from tilewise.plugins.models.sizes import within_positions
+from tilewise.plugins.models.common.forward_arguments import argument, changed, check_size
+from tilewise.plugins.models.common.sizes import within_positions
 
 
 class Kandinsky5Family:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.base import Reorder, register_family
 from tilewise.plugins.models.ltx import LTXFamily, follow_blocks, follow_rotary, follow_timesteps
 

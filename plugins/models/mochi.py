@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.base import Size, register_family
-from tilewise.plugins.models.forward_arguments import argument, check_size
-from tilewise.plugins.models.two_streams import TwoStreams
+from tilewise.plugins.models.common.forward_arguments import argument, check_size
+from tilewise.plugins.models.common.two_streams import TwoStreams
 
 
 class MochiFamily(TwoStreams):

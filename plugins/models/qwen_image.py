@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
-from tilewise.plugins.models.image import StreamOrder, by_name, image_tokens
+from tilewise.plugins.models.common.image import StreamOrder, by_name, image_tokens
 
 PARAMETERS = (
     "hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes", "guidance",

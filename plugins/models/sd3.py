@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
-from tilewise.plugins.models.image import by_name, image_tokens
-from tilewise.plugins.models.sizes import within_positions
+from tilewise.plugins.models.common.image import by_name, image_tokens
+from tilewise.plugins.models.common.sizes import within_positions
 
 CONTROLNET = "block_controlnet_hidden_states"
 PARAMETERS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", CONTROLNET)

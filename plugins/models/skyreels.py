@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tilewise.plugins.models.base import Reorder, Streams, register_family
-from tilewise.plugins.models.forward_arguments import argument, changed, reorder_in_place
+from tilewise.plugins.models.common.forward_arguments import argument, changed, reorder_in_place
 from tilewise.plugins.models.wan import WanFamily
 
 

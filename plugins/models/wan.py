@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.base import AttentionLayer, FusedState, Reorder, Size, Streams, register_family
-from tilewise.plugins.models.sizes import Rule, refuse, within_positions, wrong_sizes
+from tilewise.plugins.models.common.sizes import Rule, refuse, within_positions, wrong_sizes
 
 
 class WanFamily:

@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from tilewise.kernels.layout import Grid
+from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.hooks.forward_override import MethodOverride
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, UnreadableGridError, register_family
-from tilewise.plugins.models.image import StreamOrder, by_name, image_tokens
-from tilewise.plugins.models.sizes import within_positions
-from tilewise.plugins.override import MethodOverride
+from tilewise.plugins.models.common.image import StreamOrder, by_name, image_tokens
+from tilewise.plugins.models.common.sizes import within_positions
 
 PARAMETERS = (
     "x", "t", "cap_feats", "return_dict", "controlnet_block_samples", "siglip_feats", "image_noise_mask", "patch_size",

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 # Names are imported when they are first asked for (PEP 562): they bring in torch, which takes seconds, and neither --help
 # nor the version needs it. Type checkers read the imports below; a test holds the two lists together.
 if TYPE_CHECKING:
-    from tilewise.pipelines.highres import highres
+    from tilewise.pipelines.highres.two_stages import highres
     from tilewise.plugins.config import Config, load_config, presets, resolve, save_config
     from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
     from tilewise.plugins.explain import explain
+    from tilewise.plugins.guidance.dual_path import two_paths
     from tilewise.plugins.methods.base import Method, methods, register
     from tilewise.plugins.methods.dense import Dense
     from tilewise.plugins.methods.draft import Draft
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from tilewise.plugins.models.base import register_family, supported_models
     from tilewise.plugins.patching import is_patched, patch, patched, unpatch
     from tilewise.plugins.summary import summary
-    from tilewise.plugins.two_paths import two_paths
     from tilewise.plugins.watch import watch
 
 __all__ = [
@@ -77,11 +77,11 @@ _NAMES_BY_MODULE = {
     "models.base": ("register_family", "supported_models"),
     "patching": ("is_patched", "patch", "patched", "unpatch"),
     "summary": ("summary",),
-    "two_paths": ("two_paths",),
+    "guidance.dual_path": ("two_paths",),
     "watch": ("watch",),
 }
 _MODULES = {name: f"tilewise.plugins.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
-_MODULES["highres"] = "tilewise.pipelines.highres"
+_MODULES["highres"] = "tilewise.pipelines.highres.two_stages"
 
 try:
     __version__ = metadata.version("tilewise")

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import gradio as gr
 
-from tilewise.ui.web.attention_tab import AttentionTab
-from tilewise.ui.web.batch_tab import BatchTab
-from tilewise.ui.web.clips import Studio
-from tilewise.ui.web.compare_tab import CompareTab
-from tilewise.ui.web.controls import Controls, method_help
-from tilewise.ui.web.desk import Desk
-from tilewise.ui.web.generate_tab import GenerateTab
-from tilewise.ui.web.highres_tab import HighresTab
-from tilewise.ui.web.history_tab import HistoryTab
-from tilewise.ui.web.models import Models
-from tilewise.ui.web.safety import Limits
+from tilewise.ui.web.common.safety import Limits
+from tilewise.ui.web.forms.controls import Controls, method_help
+from tilewise.ui.web.jobs.clips import Studio
+from tilewise.ui.web.jobs.job_queue import Desk
+from tilewise.ui.web.jobs.models import Models
+from tilewise.ui.web.tabs.attention import AttentionTab
+from tilewise.ui.web.tabs.batch import BatchTab
+from tilewise.ui.web.tabs.compare import CompareTab
+from tilewise.ui.web.tabs.generate import GenerateTab
+from tilewise.ui.web.tabs.highres import HighresTab
+from tilewise.ui.web.tabs.history import HistoryTab
 
 TITLE = "tilewise"
 SWEPT = (600, 3600)  # every so many seconds, uploads and drawn pictures older than so many seconds go

@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tilewise.pipelines.errors import SetupError
-from tilewise.ui.web.desk import Desk
-from tilewise.ui.web.models import Models
-from tilewise.ui.web.safety import Address, Limits, check_outputs
+from tilewise.ui.web.common.safety import Address, Limits, check_outputs
+from tilewise.ui.web.jobs.job_queue import Desk
+from tilewise.ui.web.jobs.models import Models
 
 # Nothing is fetched from elsewhere, nothing is sent elsewhere, and no other site may show the page in a frame.
 POLICY = (

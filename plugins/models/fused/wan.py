@@ -25,11 +25,11 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import nn
 
 from tilewise.kernels.device import FLOATS
-from tilewise.kernels.linear_gelu import linear_gelu
-from tilewise.kernels.qk_norm_rope import qk_norm_rope
-from tilewise.kernels.residual_norm import gated_residual, layer_norm, residual_norm
+from tilewise.kernels.fused.linear_gelu import linear_gelu
+from tilewise.kernels.fused.qk_norm_rope import qk_norm_rope
+from tilewise.kernels.fused.residual_norm import gated_residual, layer_norm, residual_norm
+from tilewise.plugins.hooks.forward_override import ForwardOverride, has_own_forward, override_forward
 from tilewise.plugins.models.base import FusedState
-from tilewise.plugins.override import ForwardOverride, has_own_forward, override_forward
 
 
 def fuse_blocks(denoiser: nn.Module, state: FusedState) -> list[ForwardOverride]:

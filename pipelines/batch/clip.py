@@ -1,0 +1,166 @@
+"""One clip of a batch: generated within the memory that there is, judged, written whole with its record inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.batch.input import lines_words
+from tilewise.pipelines.batch.job import Job
+from tilewise.pipelines.batch.manifest import Line
+from tilewise.pipelines.batch.ranks import World
+from tilewise.pipelines.batch.two_stage_clip import TwoStages
+from tilewise.pipelines.batch.two_stage_jobs import about, plan_job
+from tilewise.pipelines.generation.clip_metadata import clip_record, machine
+from tilewise.pipelines.generation.generate import Clip, generate, judged, warm_up
+from tilewise.pipelines.generation.settings import prompt_notes
+from tilewise.pipelines.highres.preparation import Work
+from tilewise.pipelines.media.video import write_video
+from tilewise.pipelines.memory.limits import PeakMemory, free_memory, is_out_of_memory, possible, saving
+from tilewise.plugins.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """overwrite: make every clip again. max_failures: stop after so many failed jobs (of one process); None is never.
+    retry_oom: with too little memory, try again with the measures of `memory`. warm_up: the fewest steps, thrown
+    away, for each method and size before the first is timed; None: on a GPU only, where the first run compiles."""
+
+    overwrite: bool = False
+    max_failures: int | None = None
+    retry_oom: bool = False
+    warm_up: bool | None = None
+
+
+class Watch:
+    """What a caller may want to see of a batch. Every method may be overridden; here they do nothing."""
+
+    def begin(self, total: int, done: int, mine: int) -> None:
+        """total: jobs of the batch. done: made before. mine: jobs that this process will make."""
+
+    def loading(self, model: str) -> None: ...
+
+    def started(self, job: Job) -> None: ...
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Of the clip at work, as in `generate`."""
+
+    def finished(self, job: Job, line: Line) -> None: ...
+
+    def failed(self, job: Job, error: Exception) -> None: ...
+
+    def overall(self, done: int) -> None:
+        """How many jobs of the whole batch are done, by all processes."""
+
+    def note(self, text: str) -> None: ...
+
+
+class ClipMaker:
+    """Makes clips into a folder, and remembers what it learned about shapes: which are warm, which need less memory, how those
+    of two stages are made."""
+
+    def __init__(self, folder: Path, options: Options, world: World, watch: Watch) -> None:
+        self.folder, self.options, self.world, self.watch = folder, options, world, watch
+        self.warmed: set[str] = set()
+        self.measures: dict[str, tuple[str, ...]] = {}
+        self.works: dict[str, Work] = {}
+
+    def new_pipeline(self, pipe: Any, jobs: Sequence[Job]) -> None:
+        """Nothing is warm any more, and the clips of two stages among `jobs` are planned with this pipeline.
+
+        Raises ConfigError, with the lines of all that cannot be made: the input was planned without the text encoder.
+        """
+        self.warmed.clear()
+        self.works.clear()
+        refused: dict[str, ConfigError] = {}
+        for job in jobs:
+            if job.highres is None or job.shape in self.works or job.shape in refused:
+                continue
+            try:
+                self.works[job.shape] = plan_job(pipe, job)
+            except ConfigError as error:
+                refused[job.shape] = error
+        told = []
+        for shape, reason in refused.items():
+            lines = sorted({line for job in jobs if job.shape == shape for line in job.lines})
+            told.append(f"  {lines_words(lines)}: {reason}")
+        if told:
+            raise ConfigError(
+                "\n".join(["the loaded model cannot make these clips; none of its clips was begun:", *told])
+            )
+
+    def make(self, pipe: Any, job: Job, load_seconds: float) -> dict[str, Any]:
+        """Generates and writes a clip; returns its record, which the clip's own metadata holds as well."""
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        notes = prompt_notes(pipe, job.settings)
+        place = {"rank": self.world.rank, "world_size": self.world.size}
+        shared = {**machine(pipe.device, job.dtype), "started": started, **place}
+        stages = None
+        if job.highres is not None:
+            notes += self.works[job.shape].notes
+            stages = TwoStages(self.folder / job.file, about(self.works[job.shape], job.settings), shared)
+        clip, run = self._within_memory(pipe, job, stages)
+        try:
+            clip = judged(pipe, clip) if stages is None else stages.judge(pipe)
+        except Exception as error:  # a finished clip is worth more than its verdict
+            notes.append(f"the clip could not be judged: {str(error) or type(error).__name__}")
+        for note in notes:
+            self.watch.note(f"{job.file}: {note}")
+        seconds = {"load": load_seconds, "warm_up": run.pop("warm_up"), **clip.seconds}
+        told = {**shared, "seconds": seconds, **run, "notes": notes}
+        if stages is not None:
+            told["highres"] = stages.to_dict()
+        record = clip_record(clip, {**told, "batch": job.to_dict()})
+        write_video(self.folder / job.file, clip.frames, clip.settings.fps, settings=record, beside=False)
+        return record
+
+    def _within_memory(self, pipe: Any, job: Job, stages: TwoStages | None) -> tuple[Clip, dict[str, Any]]:
+        """Generates; where memory does not suffice and it was asked for, again with one more measure, until none is left.
+
+        What sufficed for one clip is where the next of the same shape begins."""
+        measures = list(self.measures.get(job.shape, ()))
+        taken = [] if stages is None else stages.measures
+        device = pipe.device  # asked before any offload moves it
+        retries = 0
+        while True:
+            peak = PeakMemory(device)
+            peak.start()
+            try:
+                with saving(pipe, measures):
+                    warm = self._warm_up(pipe, job, stages) if self._warms_up(device) else None
+                    if stages is not None:
+                        clip = stages.make(pipe, self.watch.progress)
+                    else:
+                        clip = generate(pipe, job.settings, self.watch.progress)
+                self.measures[job.shape] = tuple(measures)
+                told = {"peak_memory": peak.read(), "memory_saving": measures, "oom_retries": retries}
+                return clip, {"warm_up": warm, **told}
+            except Exception as error:
+                left = [measure for measure in possible(pipe) if measure not in (*measures, *taken)]
+                if not (self.options.retry_oom and is_out_of_memory(error) and left):
+                    raise
+            # Here the error is gone, and with it what its traceback kept on the GPU.
+            free_memory()
+            retries += 1
+            measures.append(left[0])
+            self.watch.note(f"{job.file}: out of GPU memory; trying again with {' and '.join(measures)}")
+
+    def _warms_up(self, device: torch.device) -> bool:
+        wanted = self.options.warm_up
+        return device.type == "cuda" if wanted is None else wanted
+
+    def _warm_up(self, pipe: Any, job: Job, stages: TwoStages | None) -> float:
+        kernels = job.shape if stages is None else stages.kernels(pipe)
+        if kernels in self.warmed:
+            return 0.0
+        if stages is not None:
+            seconds = stages.warm_up(pipe, self.watch.progress)
+        else:
+            seconds = warm_up(pipe, job.settings, self.watch.progress)
+        self.warmed.add(kernels)
+        return seconds

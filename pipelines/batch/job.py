@@ -1,0 +1,134 @@
+"""One clip of a batch: what identifies it, and what its file is called.
+
+    key  = SHA-256 of {settings without the model's name, dtype, model revision, package version} as canonical JSON
+    file = {index:05d}-{slug}-{seed}-{first 8 hex digits of the key}.mp4      (or .png, for one frame)
+
+A clip that is made by two stages (``highres``) is known by both: its settings are the target's, and its native stage lies beside
+it as {file's name}-native.
+
+The key says what is to be made, not in which order or under which name: a job that moves to another line of the input, or
+runs on another machine, keeps it. The model counts by its revision, because a name does not say which weights it stands for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from tilewise import __version__
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.highres.settings import HighresSettings
+from tilewise.pipelines.media.files import suffix_of
+from tilewise.plugins.config import Config
+
+SLUG_LENGTH = 60
+CLIP_NAME = re.compile(r"\d{5,}-[a-z0-9-]+-\d+-[0-9a-f]{8}(-native)?\.(mp4|png)")
+
+
+def slug(text: str) -> str:
+    """The words of a text as a piece of a file name: [a-z0-9-] only, at most 60 characters, "clip" if nothing is left."""
+    words = re.sub(r"[^a-z0-9]+", "-", text[: 20 * SLUG_LENGTH].lower()).strip("-")
+    return words[:SLUG_LENGTH].rstrip("-") or "clip"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """How a clip past the training size is made, beside its settings: what `prepare` takes.
+
+    height, width: of the native stage, pixels. method: its attention. options: of the second stage, the model's own filled in.
+    """
+
+    height: int
+    width: int
+    method: Config
+    options: HighresSettings
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the clip, as JSON values, in the form of `HighresClip.to_dict`. The memory to stay within is left out: it
+        says where a clip fits, not what it shows, and a batch that is resumed elsewhere keeps its clips."""
+        options = {name: value for name, value in self.options.to_dict().items() if name != "max_memory"}
+        native = {"height": self.height, "width": self.width, "method": self.method.to_dict()}
+        return {"native": native, "options": options}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Stages:
+        """What `to_dict` or `HighresClip.to_dict` wrote. Raises ConfigError for options that there are not."""
+        native = told["native"]
+        method, options = Config.from_dict(native["method"]), HighresSettings.from_dict(told["options"])
+        return cls(native["height"], native["width"], method, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A clip to make.
+
+    index: place in the batch, from 0. lines: where in the input it was asked for; several lines may ask for the same. ids: the
+    input's own names for it, one for each of those lines that has one. settings: all resolved. dtype: of the weights,
+    "float32" and the like. revision: of the model, as `model_revision` gives it. flop: estimated floating-point operations of
+    the denoising. highres: for a clip of two stages, whose target `settings` are then.
+    """
+
+    index: int
+    lines: tuple[int, ...]
+    ids: tuple[str, ...]
+    settings: GenerateSettings
+    dtype: str
+    revision: str
+    flop: float
+    highres: Stages | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """64 hex digits; equal for jobs that make the same clip."""
+        settings = {name: value for name, value in self.settings.to_dict().items() if name != "model"}
+        identity = {**settings, "tilewise": __version__, "dtype": self.dtype, "revision": self.revision}
+        if self.highres is not None:
+            identity["highres"] = self.highres.to_dict()
+        text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def shape(self) -> str:
+        """Equal for jobs that differ in prompt and seed only: what holds for one of them holds for all."""
+        return repr((dataclasses.replace(self.settings, prompt="?", negative="", seed=0), self.highres))
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each clip that is written: of the target, and of the native stage if there is one."""
+        own = [(self.settings.height, self.settings.width)]
+        return own if self.highres is None else [*own, (self.highres.height, self.highres.width)]
+
+    @property
+    def file(self) -> str:
+        """Name of the clip within the batch's folder."""
+        words = slug(self.ids[0] if self.ids else self.settings.prompt)
+        return f"{self.index:05d}-{words}-{self.settings.seed}-{self.key[:8]}{suffix_of(self.settings.frames)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the clip's record says about its place in the batch."""
+        return {
+            "key": self.key,
+            "index": self.index,
+            "ids": list(self.ids),
+            "lines": list(self.lines),
+            "revision": self.revision,
+            "flop": self.flop,
+        }
+
+
+def merge_equal(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs without repetition, counted anew: of those with the same key the first, with the lines and ids of all."""
+    first: dict[str, Job] = {}
+    for job in jobs:
+        before = first.get(job.key)
+        if before is None:
+            first[job.key] = job
+        else:
+            lines = tuple(dict.fromkeys([*before.lines, *job.lines]))
+            first[job.key] = dataclasses.replace(before, lines=lines, ids=tuple(dict.fromkeys([*before.ids, *job.ids])))
+    return [dataclasses.replace(job, index=index) for index, job in enumerate(first.values())]

@@ -1,0 +1,273 @@
+"""From input lines to jobs: lines × sweep × seeds, resolved against the model and validated before weights are read.
+
+A field may be given by the command, by the sweep and by the line. The line wins over the sweep, the sweep over the command;
+window and density are one field in this: whoever gives one of them replaces both. Clips of one stage and of two (highres) may be
+in one batch: what the command or the sweep says of the one kind is not used for the other, and a line that says it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.batch.estimate import denoising_flop
+from tilewise.pipelines.batch.input import KINDS, STAGES, Problems, Row, parse_field
+from tilewise.pipelines.batch.job import Job, Stages, merge_equal
+from tilewise.pipelines.batch.two_stage_jobs import plan_fields, stages_flop, stages_of
+from tilewise.pipelines.errors import SetupError
+from tilewise.pipelines.generation.settings import MAX_SEED, GenerateSettings, explain_settings, resolve_settings
+from tilewise.pipelines.generation.stock_call import call_arguments
+from tilewise.pipelines.highres.preparation import Work
+from tilewise.plugins.config import Config
+from tilewise.plugins.errors import ConfigError, TilewiseError, unknown
+from tilewise.plugins.explain import Explanation
+
+MAX_JOBS = 100_000  # the file names count in five digits
+ONE_STAGE = ("window", "density")  # options that clips of two stages do not have
+SHAPING = tuple(name for name in KINDS if name not in ("id", "prompt", "negative", "seed"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """What jobs are resolved with. config: the config of (method, window, density). skeleton, revision: of a model's name.
+    dtype: the name of the dtype that "auto" or another name stands for here. size: (height, width) of words such as "480x832".
+    device: where the clips will be made."""
+
+    config: Callable[[Any, str | None, float | None], Config]
+    skeleton: Callable[[str], Any]
+    revision: Callable[[str], str]
+    dtype: Callable[[str], str]
+    size: Callable[[str], tuple[int, int]]
+    device: torch.device
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """What would run for jobs of one model, size and method, and how many those are. work: for clips of two stages, how they are
+    made."""
+
+    explanation: Explanation
+    settings: GenerateSettings
+    jobs: int
+    work: Work | None = None
+
+    @property
+    def stages(self) -> Stages | None:
+        return None if self.work is None else stages_of(self.work)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """jobs: in order, without repetition. explanations: of each distinct (model, size, method). notes: what was left out or
+    joined, for the user."""
+
+    jobs: list[Job]
+    explanations: list[Explained]
+    notes: list[str]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds from "7", "0-9" or "0-3,7", in that order. Raises ConfigError for anything else, and for a seed given twice."""
+    seeds: list[int] = []
+    for word in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,19})(?:\s*-\s*(\d{1,19}))?\s*", word)
+        low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if low > high or high > MAX_SEED:
+            raise ConfigError(f"--seeds takes numbers and ranges such as 0-9 or 0-3,7, not {word.strip()[:80]!r}")
+        if high - low >= MAX_JOBS:
+            raise ConfigError(
+                f"--seeds {word.strip()} is {high - low + 1:,} seeds; a batch has at most {MAX_JOBS:,} clips"
+            )
+        seeds += range(low, high + 1)
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {text[:80]} names a seed twice")
+    return seeds
+
+
+def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Fields with the values that they take in turn, from "method=dense,sta" or "window=3,3,3;1,5,5".
+
+    Values are separated by semicolons if there are any (or for window, whose values have commas), else by commas.
+    Raises ConfigError for a text without values, an unknown field, or one that cannot be swept.
+    """
+    sweep: dict[str, list[Any]] = {}
+    valid = [name for name in KINDS if name not in ("id", "prompt", "seed")]
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if name in ("seed", "seeds"):
+            raise ConfigError("seeds are swept by --seeds, such as --seeds 0-9")
+        if not equals or name not in valid:
+            raise unknown("field of --sweep FIELD=VALUE,VALUE:", name[:80], valid)
+        if name in sweep:
+            raise ConfigError(f"--sweep {name} is given twice; list all its values in one")
+        words = [word.strip() for word in values.split(";" if ";" in values or name == "window" else ",")]
+        if not all(words) or len(set(words)) < len(words):
+            raise ConfigError(f"--sweep {name} takes different values separated by commas, not {values[:80]!r}")
+        sweep[name] = [parse_field(name, word, text=True) for word in words]
+    return sweep
+
+
+def make_jobs(
+    path: Path,
+    rows: Sequence[Row],
+    tools: Tools,
+    *,
+    command: Mapping[str, Any],
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    seeds: Sequence[int] = (0,),
+    usual_method: str = "dense",
+) -> Plan:
+    """The jobs of a batch, in the order of rows, then sweep, then seeds.
+
+    command: fields for every row that the row and the sweep do not give; None is not given. usual_method: where nobody gives
+    one; the native stage of two is dense then.
+    Raises InputError with every line that cannot be, SetupError for a model that is not there.
+    """
+    resolver = _Resolver(tools)
+    problems = Problems(path)
+    base = {name: value for name, value in command.items() if value is not None}
+    combinations = [
+        dict(zip(sweep or {}, values, strict=True)) for values in itertools.product(*(sweep or {}).values())
+    ]
+    total = sum(len(combinations) * (1 if "seed" in row.fields else len(seeds)) for row in rows)
+    if total > MAX_JOBS:
+        raise ConfigError(f"lines x sweep x seeds are {total:,} clips; a batch has at most {MAX_JOBS:,}")
+    jobs: list[Job] = []
+    ignored: dict[str, None] = {}
+    for row in rows:
+        for swept in combinations:
+            try:
+                fields, left_out = _join(base, swept, row.fields, usual_method)
+                ignored |= dict.fromkeys(left_out)
+                shape = resolver.shape(fields)
+                for seed in [fields["seed"]] if "seed" in fields else seeds:
+                    jobs.append(_job(len(jobs), row, shape, fields, seed, tools))
+            except ConfigError as error:
+                problems.add(row.line, error)
+            except SetupError as error:
+                raise type(error)(f"{path}, line {row.line}: {error}") from error
+            except TilewiseError as error:
+                raise type(error)(f"{path}, line {row.line}: {error}") from error
+    problems.refuse()
+    distinct = merge_equal(jobs)
+    notes = list(ignored)
+    if len(distinct) < len(jobs):
+        notes.append(f"{len(jobs) - len(distinct)} of {len(jobs)} jobs ask for the same as others, and are made once")
+    return Plan(distinct, resolver.explanations(distinct), notes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What jobs share that differ in prompt and seed only: resolved and explained once."""
+
+    settings: GenerateSettings
+    explanation: Explanation
+    flop: float
+    work: Work | None = None
+
+    @property
+    def stages(self) -> Stages | None:
+        return None if self.work is None else stages_of(self.work)
+
+
+class _Resolver:
+    """Resolves each combination of model, method and size once: explaining one may take a second, and jobs are many."""
+
+    def __init__(self, tools: Tools) -> None:
+        self.tools = tools
+        self.shapes: dict[str, _Shape | ConfigError] = {}
+
+    def shape(self, fields: Mapping[str, Any]) -> _Shape:
+        given = {name: fields[name] for name in SHAPING if name in fields}
+        token = json.dumps(given, sort_keys=True)
+        if token not in self.shapes:
+            try:
+                self.shapes[token] = self._resolve(fields)
+            except ConfigError as error:
+                self.shapes[token] = error
+        found = self.shapes[token]
+        if isinstance(found, ConfigError):
+            raise found
+        return found
+
+    def _resolve(self, fields: Mapping[str, Any]) -> _Shape:
+        config = self.tools.config(fields["method"], fields.get("window"), fields.get("density"))
+        skeleton = self.tools.skeleton(fields["model"])
+        if fields.get("highres"):
+            native = fields.get("native")
+            work = plan_fields(
+                skeleton, fields, method=config, native=None if native is None else self.tools.size(native),
+                dtype=self.tools.dtype(fields.get("dtype", "auto")), device=self.tools.device,
+            )  # fmt: skip
+            return _Shape(work.target, explain_settings(skeleton, work.target), stages_flop(skeleton, work), work)
+        names = ("model", "height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")
+        settings = resolve_settings(skeleton, "?", method=config, **{n: fields[n] for n in names if n in fields})
+        call_arguments(skeleton, settings)
+        explanation = explain_settings(skeleton, settings)
+        return _Shape(settings, explanation, denoising_flop(skeleton, settings, explanation))
+
+    def explanations(self, jobs: Sequence[Job]) -> list[Explained]:
+        def token(settings: GenerateSettings, stages: Stages | None) -> str:
+            alike = dataclasses.replace(settings, prompt="?", negative="", seed=0, guidance=1.0)
+            return json.dumps([alike.to_dict(), stages and stages.to_dict()], sort_keys=True)
+
+        counts = Counter(token(job.settings, job.highres) for job in jobs)
+        found: dict[str, Explained] = {}
+        for shape in self.shapes.values():
+            if isinstance(shape, _Shape):
+                name = token(shape.settings, shape.stages)
+                found.setdefault(name, Explained(shape.explanation, shape.settings, counts[name], shape.work))
+        return [entry for entry in found.values() if entry.jobs]
+
+
+def _join(
+    command: Mapping[str, Any], swept: Mapping[str, Any], row: Mapping[str, Any], usual_method: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The fields in force, and notes on what the command or the sweep gave that is not for this line.
+
+    Raises ConfigError where the line itself gives what is not for it.
+    """
+    fields: dict[str, Any] = {}
+    for level in (command, swept, row):
+        if "window" in level or "density" in level:
+            fields.pop("window", None), fields.pop("density", None)
+        fields |= level
+    two = fields.get("highres", False)
+    fields.setdefault("method", "dense" if two else usual_method)
+    notes = []
+    for name in ONE_STAGE if two else STAGES:
+        if name in row and two:
+            raise ConfigError(f"{name} cannot be used with highres, whose attention is a window of the native size")
+        if name in row:
+            raise ConfigError(f"{name} is an option of highres: give highres as true too")
+        if fields.pop(name, None) is not None:
+            notes.append(
+                "the command's window and density are not used where highres is"
+                if two
+                else f"the command's {name} is not used where highres is not"
+            )
+    # In `--sweep method=dense,sta --density 0.3` the density is meant for those that have one.
+    if fields["method"] == "dense" and not set(ONE_STAGE) & row.keys() and command.get("method") != "dense":
+        left_out = [fields.pop(name, None) for name in ONE_STAGE]
+        if any(value is not None for value in left_out):
+            notes.append("the command's window and density are not used where the method is dense")
+    return fields, notes
+
+
+def _job(index: int, row: Row, shape: _Shape, fields: Mapping[str, Any], seed: int, tools: Tools) -> Job:
+    settings = dataclasses.replace(
+        shape.settings, prompt=fields["prompt"], negative=fields.get("negative", ""), seed=seed
+    )
+    dtype = tools.dtype(fields.get("dtype", "auto"))
+    revision = tools.revision(fields["model"])
+    ids = (fields["id"],) if "id" in fields else ()
+    return Job(index, (row.line,), ids, settings, dtype, revision, shape.flop, shape.stages)

@@ -1,0 +1,85 @@
+"""What a clip's metadata says: its settings, and under "run" how the run went and on what. Read back, it makes the clip again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tilewise.pipelines.batch.estimate import device_name
+from tilewise.pipelines.generation.generate import Clip
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.media.video import read_settings
+from tilewise.plugins.errors import ConfigError
+
+LIBRARIES = ("tilewise", "torch", "triton", "diffusers", "transformers", "accelerate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """The settings that made a clip and its "run" part, which is empty if there is none."""
+
+    settings: GenerateSettings
+    run: dict[str, Any]
+    version: str
+
+
+def clip_record(clip: Clip, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a clip: JSON values only. run: what the caller knows about the run; wins over what the clip says."""
+    report = clip.summary
+    told = {
+        "seconds": clip.seconds,
+        "density": 1.0 if report is None else report.density,
+        "fallbacks": {} if report is None else report.fallbacks,
+        "summary": None if report is None else report.to_dict(),
+        "content": clip.content,
+        "frames_sha256": frames_sha256(clip.frames),
+    }
+    return {**clip.settings.to_dict(), "run": {**told, **run}}
+
+
+def machine(device: torch.device, dtype: str) -> dict[str, Any]:
+    """What the run was on: device, its name, dtype, versions of the libraries."""
+    return {"device": str(device), "device_name": device_name(device), "dtype": dtype, "versions": versions()}
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python, CUDA and the libraries that decide what comes out."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def frames_sha256(frames: NDArray[np.uint8]) -> str:
+    """SHA-256 of a clip's pixels before encoding, (T, H, W, 3) uint8 in C order: whether two runs made the same."""
+    return hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest()
+
+
+def read_record(path: str | Path) -> Recorded:
+    """What a clip's metadata says. Raises ConfigError if there is no such file or it holds no settings of ours, OutputError if
+    it is no clip."""
+    if not Path(path).is_file():
+        raise ConfigError(f"there is no clip {path}")
+    record = read_settings(path)
+    if record is None or "tilewise" not in record:
+        raise ConfigError(f"{path} holds no settings of tilewise: only clips that it wrote can be made again")
+    run = record.get("run")
+    try:
+        settings = GenerateSettings.from_dict(record)
+    except ConfigError as error:
+        raise ConfigError(f"{path}, written by tilewise {record['tilewise']}: {error}") from error
+    return Recorded(settings, run if isinstance(run, dict) else {}, str(record["tilewise"]))

@@ -1,0 +1,100 @@
+"""The same clip twice, with the method and dense, and what the difference is in time and picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from tilewise.pipelines.generation.generate import Clip, Progress, generate, refuse_patched, warm_up
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.quality.coherence import repetition
+from tilewise.pipelines.quality.metrics import psnr, ssim
+from tilewise.plugins.config import resolve
+from tilewise.plugins.errors import ConfigError
+
+LABEL_HEIGHT = 16
+GAP = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A sparse and a dense clip from the same seed.
+
+    speedup: "denoise" and "total", dense seconds / sparse seconds. psnr: dB, infinite for identical clips.
+    ssim: in [-1, 1], None for frames below 11 x 11 pixels. repetition: "sparse" and "dense", how much each clip shows the same
+    thing several times (`coherence.repetition`): what a window makes of a large picture.
+    """
+
+    sparse: Clip
+    dense: Clip
+    speedup: dict[str, float]
+    psnr: float
+    ssim: float | None
+    repetition: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only, without the frames; psnr is null for identical clips, content for clips not `judged`."""
+        return {
+            "speedup": self.speedup,
+            "psnr": self.psnr if math.isfinite(self.psnr) else None,
+            "ssim": self.ssim,
+            "repetition": self.repetition,
+            "content": {"sparse": self.sparse.content, "dense": self.dense.content},
+            "seconds": {"sparse": self.sparse.seconds, "dense": self.dense.seconds},
+        }
+
+
+def compare(pipe: Any, settings: GenerateSettings, progress: Progress | None = None) -> Comparison:
+    """Generates with the method of `settings` and dense, from the same noise.
+
+    Timing is fair in that neither pays for being first: before the two measured runs, one denoising step of each is run
+    and thrown away, at the full size (the dense one is decoded too). That loads libraries, compiles or picks kernels
+    and fills the allocators' pools. Building the method's plan is part of the measured run: every real run has to.
+
+    progress: called as in `generate`, with the phase named "dense: denoise" and the like; the warm-up is one phase.
+    Raises ConfigError if the method itself is dense, and whatever `generate` raises.
+    """
+    if settings.is_dense:
+        raise ConfigError("comparing dense with dense says nothing; choose another method")
+    refuse_patched(pipe)  # before the warm-up, which would run on the wrong method
+    tell = progress or (lambda phase, done, total: None)
+    name = settings.method.method.name
+    reference = dataclasses.replace(settings, method=resolve("dense"))
+
+    warm_up(pipe, settings, progress)
+
+    dense = generate(pipe, reference, lambda phase, *count: tell(f"dense: {phase}", *count))
+    sparse = generate(pipe, settings, lambda phase, *count: tell(f"{name}: {phase}", *count))
+    large = min(sparse.frames.shape[1:3]) >= 11
+    return Comparison(
+        sparse,
+        dense,
+        {phase: dense.seconds[phase] / max(sparse.seconds[phase], 1e-9) for phase in ("denoise", "total")},
+        psnr(sparse.frames, dense.frames),
+        ssim(sparse.frames, dense.frames) if large else None,
+        {"sparse": repetition(sparse.frames), "dense": repetition(dense.frames)},
+    )
+
+
+def side_by_side(a: NDArray[np.uint8], b: NDArray[np.uint8], labels: tuple[str, str] = ("", "")) -> NDArray[np.uint8]:
+    """Two clips (T, H, W, 3) next to each other, a on the left: (T, H + 16, 2 W + 4, 3), with labels above them.
+
+    Raises ValueError for clips of different shapes.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"the clips differ in shape: {a.shape} and {b.shape}")
+    frames, height, width = a.shape[:3]
+    sheet = np.zeros((frames, height + LABEL_HEIGHT, 2 * width + GAP, 3), np.uint8)
+    sheet[:, LABEL_HEIGHT:, :width] = a
+    sheet[:, LABEL_HEIGHT:, width + GAP :] = b
+    header = Image.new("RGB", (sheet.shape[2], LABEL_HEIGHT))
+    draw = ImageDraw.Draw(header)
+    for left, label in zip((0, width + GAP), labels, strict=True):
+        draw.text((left + 4, 2), label, fill=(235, 235, 235))
+    sheet[:, :LABEL_HEIGHT] = np.asarray(header)
+    return sheet

@@ -1,0 +1,121 @@
+"""What a high-resolution clip is made with, beyond the settings of its native stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tilewise.pipelines.highres.upscale import UPSCALES
+from tilewise.pipelines.latent_spaces.common.partial_schedule import check_shift, steps_to_run
+from tilewise.pipelines.loading.model_defaults import Native
+from tilewise.pipelines.memory.plan import parse_bytes
+from tilewise.plugins.config import PRECISIONS
+from tilewise.plugins.errors import ConfigError, unknown
+from tilewise.plugins.guidance.rope_scaling import SPATIAL, TEMPORAL
+
+PATHS = ("dense", "draft", "pooled", "none")
+GUIDED = ("all", "cond")
+
+
+@dataclasses.dataclass(frozen=True)
+class HighresSettings:
+    """The second stage. Defaults are the paper's (FreeSwim, arXiv 2511.14712), where it has them; of its k = 2 to 5 steps between
+    two refreshes the longest, and as in its cached code those of the prompt's forward: on the demo model neither costs anything
+    that the object counts and the sharpness would show (docs/high-resolution.md).
+
+    Args:
+        strength: share of the steps that run at the target, from the upscaled clip noised accordingly, in (0, 1]; None: what the
+            model says (`Native`), 0.7 where it says nothing.
+        refresh: the full path runs every so many steps; 1: at each.
+        global_path: how the full path attends to itself: "dense"; "draft": to the quarter of all tokens that a draft of its
+            attention map asks for; "pooled": to the means of 2×2 tokens. "none": the window path alone. None: "dense" where the
+            denoiser has cross-attention to its text; "none" where text is part of the sequence, which may have "dense" too.
+        guided: whether the full path guides "all" forwards, or those of the prompt and not the negative prompt ("cond").
+        upscale: "bicubic", "bilinear" or "lanczos" on frames, or "latent".
+        flow_shift: of the target's noise schedule; None: the scheduler's own; "model": what the model says, for Wan 9 where it
+            says nothing, for other models the scheduler's own.
+        temperature: whether the window's attention is sharpened by the paper's scale.
+        window: native height and width in pixels that the window stands for; None: the native stage's.
+        rope: "ntk" or "yarn" for height and width; None: unchanged. rope_time: "riflex", "ntk" or "yarn".
+        precision: "int8" or "fp8": the target's attention with 8-bit products on a Hopper GPU, see ``Config``; a full path that
+            is dense or pooled stays in the model's 16 bits. None: all of it.
+        max_memory: bytes on the device, or text such as "24GB"; None: what is free.
+
+    Raises:
+        ConfigError: for a value that cannot be.
+    """
+
+    strength: float | None = None
+    refresh: int = 5
+    global_path: str | None = None
+    guided: str = "cond"
+    upscale: str = "bicubic"
+    flow_shift: float | str | None = "model"
+    temperature: bool = True
+    window: tuple[int, int] | None = None
+    rope: str | None = None
+    rope_time: str | None = None
+    precision: str | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.strength is not None:
+            steps_to_run(10**9, self.strength)
+        if self.flow_shift not in (None, "model"):
+            check_shift(self.flow_shift)
+        if not isinstance(self.refresh, int) or isinstance(self.refresh, bool) or self.refresh < 1:
+            raise ConfigError(f"refresh must be a whole number of at least 1, not {self.refresh!r}")
+        for name, valid in (("global_path", PATHS), ("guided", GUIDED), ("upscale", UPSCALES)):
+            if getattr(self, name) not in tuple(valid) and (name, getattr(self, name)) != ("global_path", None):
+                raise unknown(name.replace("_", " "), getattr(self, name), valid)
+        for name, rules in (("rope", SPATIAL), ("rope_time", TEMPORAL), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value in rules):
+                raise unknown(name.replace("_", " "), value, rules)
+        if not isinstance(self.temperature, bool):
+            raise ConfigError(f"temperature must be true or false, not {self.temperature!r}")
+        if self.window is not None:
+            object.__setattr__(self, "window", pixels("window", self.window))
+        if self.max_memory is not None:
+            object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))
+
+    def for_model(self, native: Native, paths: tuple[str, ...]) -> HighresSettings:
+        """With the model's strength, shift and full path where none were given; paths: those that it can have, the usual first.
+
+        Raises:
+            ConfigError: for a full path that the model cannot have.
+        """
+        path = self.global_path or paths[0]
+        if path not in paths:
+            raise ConfigError(
+                f"global_path={path!r} is not for this model, which has {' or '.join(map(repr, paths))}: what a full path tells "
+                "a window is read where the model looks at its text, and that is part of the same attention as the picture here"
+            )
+        strength = native.highres_strength if self.strength is None else self.strength
+        shift = native.highres_flow_shift if self.flow_shift == "model" else self.flow_shift
+        return dataclasses.replace(self, strength=strength, flow_shift=shift, global_path=path)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HighresSettings:
+        """What `to_dict` wrote. Raises ConfigError for unknown keys."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise unknown("high-resolution setting", key, names)
+        return cls(**values)
+
+
+def pixels(name: str, value: Any) -> tuple[int, int]:
+    """A (height, width) as it was given, which may be a list.
+
+    Raises:
+        ConfigError: for anything but two whole numbers of at least 1.
+    """
+    good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+    if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value):
+        raise ConfigError(f"{name} must be a height and a width in pixels, (480, 832) for instance, not {value!r}")
+    return value[0], value[1]

@@ -1,0 +1,160 @@
+"""Pipelines from the bundled demo model, a folder or the hub, with clear errors before long work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.errors import DeviceError, ModelError
+from tilewise.pipelines.loading.model_folder import check_folder, find_model
+from tilewise.plugins.errors import ConfigError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+# They lose detail below float32, and their pipelines decode in the VAE's own type. Not all do: Flux, for one, hands over its
+# latents as they are.
+FLOAT32_VAES = ("AutoencoderKLWan",)
+HUB_TIMEOUT = 10.0  # seconds until we say that the hub does not answer
+
+
+def load_pipeline(model: str | Path = "demo", *, device: str = "auto", dtype: str = "auto") -> Any:
+    """A diffusers pipeline on its device, ready to run and to patch.
+
+    model: "demo", a diffusers folder, or a hub id (org/name; needs the network the first time).
+    device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
+    dtype: "auto" (float32 on a CPU, bfloat16 otherwise), "float32", "bfloat16" or "float16"; of all parts but the VAEs of
+    FLOAT32_VAES.
+
+    Raises ModelError (missing, damaged, no network), DeviceError (not on this machine), ConfigError (no such dtype).
+    """
+    where = resolve_device(device)
+    kind = resolve_dtype(dtype, where)
+    source = _check_source(model)
+    from diffusers import DiffusionPipeline
+
+    try:
+        # Explicit for all parts: a file in float16 would otherwise stay so on a CPU, and parts would disagree.
+        _, vae = DiffusionPipeline.load_config(str(source)).get("vae") or (None, None)
+        dtypes = {"default": kind, **({"vae": torch.float32} if vae in FLOAT32_VAES else {})}
+        pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtypes)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(f"could not load the model {model}: {_first_line(error)}") from error
+    pipe.to(where)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_skeleton(model: str | Path = "demo") -> Any:
+    """The pipeline of a model without its weights: parts on the meta device, and no text encoder or tokenizer.
+
+    Enough for `tilewise.explain` and for sizes; it cannot generate. Reads (or downloads) only the configs.
+    Raises ModelError as `load_pipeline` does.
+    """
+    import diffusers
+
+    source = str(_check_source(model))
+    try:
+        index = diffusers.DiffusionPipeline.load_config(source)
+        pipeline_class = getattr(diffusers, index["_class_name"])
+        parts: dict[str, Any] = {}
+        for name, value in index.items():
+            if name.startswith("_"):
+                continue
+            if not isinstance(value, list | tuple):
+                parts[name] = value
+            elif value[0] != "diffusers":
+                parts[name] = None
+            else:
+                part_class = getattr(diffusers, value[1])
+                config = part_class.load_config(source, subfolder=name)
+                is_module = issubclass(part_class, torch.nn.Module)
+                with torch.device("meta" if is_module else "cpu"):
+                    parts[name] = part_class.from_config(config)
+        pipe = pipeline_class(**parts)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(f"could not read the configs of {model}: {_first_line(error)}") from error
+    pipe.register_to_config(_name_or_path=source)
+    return pipe
+
+
+def cast_skeleton(skeleton: Any, dtype: torch.dtype) -> Any:
+    """A skeleton of its own with the types that `load_pipeline` would give its parts: what memory is planned by."""
+    for part in skeleton.components.values():
+        if isinstance(part, torch.nn.Module):
+            kind = torch.float32 if type(part).__name__ in FLOAT32_VAES else dtype
+            for parameter in part.parameters():
+                parameter.data = parameter.data.to(kind)
+    return skeleton
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device for "auto" or a name. Raises DeviceError for one that this machine has not."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}; give auto, cpu, cuda or cuda:N") from error
+    if where.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (where.index or 0) >= count:
+            built = "" if torch.version.cuda else f"; this PyTorch ({torch.__version__}) is built without CUDA"
+            raise DeviceError(f"there is no device {device}: {count} CUDA devices found{built}. Try --device cpu")
+    elif where.type != "cpu" and not (where.type == "mps" and torch.backends.mps.is_available()):
+        raise DeviceError(f"the device {device} cannot be used here; give auto, cpu, cuda or cuda:N")
+    return where
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype for "auto" or a name. Raises ConfigError for an unknown name."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; give auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _check_source(model: str | Path) -> Path | str:
+    source = find_model(model)
+    if isinstance(source, Path):
+        check_folder(source)
+        return source
+    return _check_hub(source)
+
+
+def _check_hub(model_id: str) -> str:
+    """Asks the hub for the model; without an answer, a copy in the local cache will do."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    missing = f"there is no local folder {model_id}, and"
+    try:
+        HfApi().model_info(model_id, timeout=HUB_TIMEOUT)
+        return model_id
+    except RepositoryNotFoundError as error:  # also for gated ones
+        raise ModelError(
+            f"{missing} the hub has no public model {model_id} (private and gated ones need a login)"
+        ) from error
+    except HFValidationError as error:
+        raise ModelError(f"{missing} {model_id} is no hub id: {_first_line(error)}") from error
+    except Exception as error:  # the HTTP library behind huggingface_hub, and so its errors, changes between versions
+        reason = _first_line(error)
+    try:
+        return snapshot_download(model_id, local_files_only=True)
+    except OSError as error:
+        raise ModelError(
+            f"{missing} the hub cannot be reached, nor is {model_id} in the local cache: {reason}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:400]

@@ -1,0 +1,255 @@
+"""Clips as mp4 files: H.264 for any player, with the settings that made the clip inside the file. A clip of one frame, what image
+models make, may also be a png (``still``): every function here takes either, and goes by the name's ending."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tilewise.pipelines.errors import FFmpegError, OutputError
+from tilewise.pipelines.media.files import is_still, replacing, sidecar, write_text
+from tilewise.pipelines.media.image import read_still, write_still
+
+# RGB is converted by the rules of HD video and labelled so; without labels players guess by size, and colours shift.
+COLOUR = ["-vf", "scale=out_color_matrix=bt709:out_range=tv"]
+COLOUR += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
+
+MP4 = ["-movflags", "+faststart", "-f", "mp4"]
+
+
+def write_video(
+    path: str | Path,
+    frames: NDArray,
+    fps: float,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    beside: bool = True,
+    crf: int = 16,
+) -> Path:
+    """Writes a clip as H.264 mp4 (a NAME.png as png) and, with `settings`, the settings as JSON beside it; returns the path.
+
+    frames: (T, H, W, 3), uint8 in 0..255 or float in 0..1 (values outside are clipped). fps: frames a second, above 0.
+    settings: anything JSON can hold; kept in the file's comment tag, where `read_settings` finds it.
+    beside: False leaves the JSON file out, where something else keeps the settings (a batch's manifest).
+    crf: H.264 quality, 0 (lossless) to 51.
+
+    The pixel format (yuv420p, the one that every player takes) needs even sizes: an odd height or width is padded by
+    one row or column that repeats the last one, with a UserWarning. Both files appear whole or not at all, the clip last:
+    where there is a clip, there are its settings.
+
+    Raises ValueError for frames that are no clip, FFmpegError without ffmpeg, OutputError when the encoder fails.
+    """
+    path = Path(path)
+    if is_still(path):
+        write_still(path, to_uint8(frames), settings, lambda: _write_sidecar(path, settings if beside else None))
+        return path
+    clip = even(to_uint8(frames))
+    if not (fps > 0 and math.isfinite(fps)):
+        raise ValueError(f"fps must be above 0, not {fps}")
+    height, width = clip.shape[1:3]
+    command = [ffmpeg_path(), "-hide_banner", "-loglevel", "error", "-y"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
+    encode = ["-an", "-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", *COLOUR, *MP4]
+    try:
+        with _metadata(settings) as metadata, replacing(path) as part:
+            _feed([*command, *metadata, *encode, str(part.absolute())], clip)
+            if beside:
+                _write_sidecar(path, settings)
+    except OSError as error:
+        raise OutputError(f"could not write {path}: {error}") from error
+    return path
+
+
+def write_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Puts other settings into and beside a clip that `write_video` wrote; the pictures are not encoded again.
+
+    Raises OutputError if that fails, and leaves the clip as it was; FFmpegError without ffmpeg.
+    """
+    path = Path(path)
+    if is_still(path):
+        write_still(path, read_still(path)[0], settings, lambda: _write_sidecar(path, settings))
+        return
+    try:
+        with _metadata(settings) as metadata, replacing(path) as part:
+            copy = ["-y", "-i", str(path.absolute()), *metadata, "-map", "0", "-c", "copy", *MP4]
+            _run([*copy, str(part.absolute())], path)
+            _write_sidecar(path, settings)
+    except OSError as error:
+        raise OutputError(f"could not write {path}: {error}") from error
+
+
+def read_settings(path: str | Path) -> dict[str, Any] | None:
+    """The settings inside a file written by `write_video`; None if the file holds none.
+
+    Raises OutputError if the file is no clip, FFmpegError without ffmpeg.
+    """
+    if is_still(path):
+        return read_still(path)[1]
+    text = _run(["-i", str(Path(path).absolute()), "-f", "ffmetadata", "-"], path).decode("utf-8", "replace")
+    comment = _ffmetadata(text).get("comment")
+    if comment is None:
+        return None
+    try:
+        settings = json.loads(comment)
+    except ValueError:
+        return None  # someone else's comment
+    return settings if isinstance(settings, dict) else None
+
+
+def read_frames(path: str | Path) -> NDArray[np.uint8]:
+    """Every frame of a clip, uint8 (T, H, W, 3).
+
+    Raises OutputError if the file is no clip, FFmpegError without ffmpeg.
+    """
+    if is_still(path):
+        return read_still(path)[0]
+    # A PPM picture is a header and the raw pixels: sizes come with the frames, none is parsed out of ffmpeg's log.
+    arguments = ["-i", str(Path(path).absolute()), "-fps_mode", "passthrough"]
+    data = _run([*arguments, "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"], path)
+    frames = []
+    position = 0
+    while position < len(data):
+        magic, size, peak, pixels = data[position : position + 64].split(b"\n", 3)
+        width, height = (int(n) for n in size.split())
+        if magic != b"P6" or peak != b"255":
+            raise OutputError(f"{path}: ffmpeg gave {magic!r} where a frame was expected")
+        start = position + len(data[position : position + 64]) - len(pixels)
+        position = start + width * height * 3
+        frames.append(np.frombuffer(data[start:position], np.uint8).reshape(height, width, 3))
+    if not frames:
+        raise OutputError(f"{path} holds no video frames")
+    return np.stack(frames)
+
+
+def to_uint8(frames: NDArray) -> NDArray[np.uint8]:
+    """A clip (T, H, W, 3) in 0..255, from one of uint8 (as it is) or of floats in 0..1 (clipped and rounded).
+
+    Raises ValueError for another shape or dtype, an empty clip, or values that are not numbers.
+    """
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0:
+        raise ValueError(f"a clip has shape (T, H, W, 3) and at least one frame, not {frames.shape}")
+    if frames.dtype == np.uint8:
+        return frames
+    if not np.issubdtype(frames.dtype, np.floating):
+        raise ValueError(f"a clip is uint8 in 0..255 or float in 0..1, not {frames.dtype}")
+    if not np.isfinite(frames).all():
+        raise ValueError("the clip holds NaN or infinite values: the model's output is not a picture")
+    return np.round(np.clip(frames.astype(np.float32), 0, 1) * 255).astype(np.uint8)
+
+
+def even(frames: NDArray) -> NDArray:
+    """Pads an odd height or width of a clip (T, H, W, 3) by repeating the last row or column, with a warning."""
+    height, width = frames.shape[1:3]
+    if height % 2 == 0 and width % 2 == 0:
+        return frames
+    warnings.warn(
+        f"padded the clip from {height}x{width} to {height + height % 2}x{width + width % 2}: H.264 needs even sizes",
+        stacklevel=3,
+    )
+    return np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+@contextmanager
+def _metadata(settings: Mapping[str, Any] | None) -> Iterator[list[str]]:
+    """Arguments that give ffmpeg the settings as its second input: one argument could not hold more than 128 KiB."""
+    if settings is None:
+        yield []
+        return
+    # Its own escape: a backslash before the characters that mean something in the format, line ends among them.
+    comment = re.sub(r"[=;#\\\n]", r"\\\g<0>", json.dumps(settings, allow_nan=False))
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".ffmetadata") as file:
+        file.write(f";FFMETADATA1\ncomment={comment}\n")
+        file.flush()
+        yield ["-f", "ffmetadata", "-i", file.name, "-map_metadata", "1"]
+
+
+def _write_sidecar(path: Path, settings: Mapping[str, Any] | None) -> None:
+    if settings is not None:
+        write_text(sidecar(path), json.dumps(settings, indent=2, allow_nan=False) + "\n")
+
+
+def _feed(command: list[str], clip: NDArray[np.uint8]) -> None:
+    # A session of its own: Ctrl-C in the terminal must reach us alone, or ffmpeg would finish a shorter file by itself.
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+        )
+        assert process.stdin is not None
+        try:
+            try:
+                for frame in clip:
+                    process.stdin.write(frame.tobytes())
+                process.stdin.close()
+            except BrokenPipeError:
+                pass  # ffmpeg stopped; its exit status and message say why
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        if status != 0:
+            log.seek(0)
+            raise OutputError(f"ffmpeg stopped with status {status}: {_tail(log.read())}")
+
+
+def _run(arguments: list[str], path: str | Path) -> bytes:
+    if not os.path.isfile(path):
+        raise OutputError(f"there is no file {path}")
+    command = [ffmpeg_path(), "-hide_banner", "-loglevel", "error", "-nostdin", *arguments]
+    result = subprocess.run(command, capture_output=True, check=False)
+    if result.returncode != 0:
+        raise OutputError(f"could not read {path} as a clip: {_tail(result.stderr)}")
+    return result.stdout
+
+
+def ffmpeg_path() -> str:
+    """The ffmpeg program in use; raises FFmpegError if there is none. Cheap: ask before long work."""
+    import imageio_ffmpeg
+
+    try:
+        exe = shutil.which(imageio_ffmpeg.get_ffmpeg_exe())
+    except RuntimeError:
+        exe = None
+    if exe is None:
+        raise FFmpegError("there is no ffmpeg: `pip install imageio-ffmpeg`, or name a good one in IMAGEIO_FFMPEG_EXE")
+    return exe
+
+
+def _tail(log: bytes) -> str:
+    return log.decode("utf-8", "replace").strip()[-500:] or "(it said nothing)"
+
+
+def _ffmetadata(text: str) -> dict[str, str]:
+    """The global tags of ffmpeg's metadata format: key=value lines, where a backslash protects the next character."""
+    tags: dict[str, str] = {}
+    key: str | None = None
+    word = ""
+    characters = iter(text)
+    for c in characters:
+        if c == "\\":
+            word += next(characters, "")
+        elif c == "=" and key is None:
+            key, word = word, ""
+        elif c == "\n":
+            if key is not None:
+                tags[key.lower()] = word
+            elif word.startswith("["):
+                break  # a section: streams and chapters have tags of their own
+            key, word = None, ""
+        else:
+            word += c
+    return tags

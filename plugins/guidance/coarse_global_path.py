@@ -1,0 +1,91 @@
+"""A full path that looks less closely: what its self-attention does in place of dense attention. Each call is counted."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+
+from tilewise.kernels.plans.layout import Layout
+from tilewise.plugins.errors import FallbackError, TilewiseError
+from tilewise.plugins.guidance.global_path import drafting
+from tilewise.plugins.guidance.pooled_attention import Patches, pooled_attention, pooling_of
+from tilewise.plugins.hooks.forward_override import ForwardOverride
+from tilewise.plugins.masks.padding_mask import Group
+from tilewise.plugins.runtime.attention_call import QKV, attend_planned, choose, measured
+from tilewise.plugins.runtime.attention_processor import TilewiseProcessor, rebind
+from tilewise.plugins.runtime.call_stats import FULL_PATH, Call, Entry
+from tilewise.plugins.runtime.patched_denoiser import Patch
+
+
+class CoarsePath:
+    """The self-attention of one denoiser's full path.
+
+    Args:
+        kind: "draft", by the draft method over the blocks of the window's layout, with summary rows; or "pooled", over the means
+            of patches of ``pool`` (h, w) tokens.
+    """
+
+    def __init__(self, patch: Patch, kind: str, pool: tuple[int, int]) -> None:
+        self.patch, self.kind, self.pool = patch, kind, pool
+        self._draft = drafting()
+        self._patches: tuple[Any, Patches] | None = None
+
+    def layer(self, override: ForwardOverride, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """A layer's forward: its own processor, with another attention."""
+        module: Any = override.module
+        processor = module.processor
+        if not isinstance(processor, TilewiseProcessor):  # left alone by the patch
+            return override.stock(*args, **kwargs)
+        original: Any = processor.original
+        dispatch = functools.partial(self._dispatch, processor.number)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if processor._fused is not None and self.patch.fused_here(hidden):
+            out = processor._fused(original, dispatch, module, *args, **kwargs)
+            if out is not None:
+                return out
+        stock: Any = type(original).__call__
+        return types.MethodType(rebind(stock, dispatch), original)(module, *args, **kwargs)
+
+    def _dispatch(
+        self, number: int, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        """In place of diffusers' attention dispatcher."""
+        if attn_mask is not None:
+            raise TilewiseError(
+                f"two paths: a full path that is {self.kind} cannot follow an attention mask; use global_path='dense'"
+            )
+        layout = self.patch.step._layout
+        scale_of = getattr(self.patch.config.method, "scale", None)
+        scale = None if scale_of is None or layout is None else scale_of(layout, query.shape[-1])
+        attend = self._drafted if self.kind == "draft" else self._pooled
+        with self.patch.step.ledger.record(number, None, query.device) as call:
+            return attend(call, (query, key, value), layout, scale)
+
+    def _pooled(self, call: Call, qkv: QKV, layout: Layout | None, scale: float | None) -> torch.Tensor:
+        device = qkv[0].device
+        grid, order = self.patch.step.grid, self.patch.step.order(device)
+        assert grid is not None
+        there = None if order is None else order[0]
+        known = (grid, None if there is None else there.data_ptr(), device)
+        if self._patches is None or self._patches[0] != known:
+            self._patches = known, pooling_of(grid, there, self.pool, device)
+        patches = self._patches[1]
+        call.entry = Entry(FULL_PATH, len(patches.count) / grid.tokens, "pooled")
+        return pooled_attention(*qkv, patches, scale)
+
+    def _drafted(self, call: Call, qkv: QKV, layout: Layout | None, scale: float | None) -> torch.Tensor:
+        refused = "the tokens are in the model's own order" if layout is None else self._draft.refuses_call(layout)
+        if layout is None or refused is not None:
+            raise TilewiseError(f"two paths: no draft of the full path: {refused}. Use global_path='pooled' or 'dense'")
+        scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
+        planned = self._draft.plan_call(layout, *qkv, scale, {}, 0)
+        choice, in_16_bits = choose(qkv, planned.plan, self.patch.config.precision)
+        if in_16_bits and self.patch.config.strict:
+            raise FallbackError(f"strict: the full path of {self.patch.name}: {in_16_bits}")
+        call.entry = Entry(FULL_PATH, None, f"{choice.backend}, draft", in_16_bits)
+        found = measured([(Group(None, None, layout.grid.text), planned)], qkv[0])
+        call.values = {name: found[name] for name in ("density", "broken") if name in found}
+        return attend_planned(qkv, planned, layout, choice, scale)

@@ -1,0 +1,368 @@
+"""Two paths through a patched denoiser: the window path makes the picture, the full path tells it what the rest shows.
+
+FreeSwim (arXiv 2511.14712, §3.3). Past its training size, a model under window attention draws well but each window by itself:
+objects come up twice. So in every block both paths' cross-attention uses the output of the full path's query:
+
+    full path     f ← f + SelfAttention_all(f);     c = CrossAttention(f, text);   f ← f + c;   f ← f + FFN(f)
+    window path   h ← h + SelfAttention_window(h);                                 h ← h + c;   h ← h + FFN(h)
+
+Both start from the same latents; only h reaches the output, and f is dropped. At a *refresh* each block runs f before h. In the
+steps between two refreshes c comes from a cache, layer by layer, and f is not computed at all.
+
+Where text is part of the sequence and there is no cross-attention (HunyuanVideo, Flux, Qwen-Image and others), what text gives
+within the one attention takes c's place: ``joint_text``.
+
+No row is computed that nobody uses: f does not run past the last cross-attention, h computes no cross-attention of its own, and
+with ``refresh=1`` nothing is kept. What the paper's code does in one doubled batch is here two calls of each block, so any batch
+size works, and the memory is that of one hidden state more.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
+from tilewise.plugins.guidance.coarse_global_path import CoarsePath
+from tilewise.plugins.guidance.cross_attention_cache import CrossAttentionCache
+from tilewise.plugins.guidance.global_path import GlobalPath, check_denoisers
+from tilewise.plugins.hooks.forward_override import ForwardOverride, override_forward
+from tilewise.plugins.models.base import streams_of
+from tilewise.plugins.patching import denoisers_of, patches_of
+from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
+from tilewise.plugins.runtime.step_index import step_of
+
+Guided = Literal["all", "cond"]
+# What adds to hidden states between two blocks, or leaves blocks out.
+BETWEEN = (
+    "controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states", "skip_layers",
+)  # fmt: skip
+
+
+@dataclass
+class Counts:
+    """Forwards by what they did: both paths, the window path with cached cross-attention, the window path by itself."""
+
+    refreshed: int = 0
+    reused: int = 0
+    unguided: int = 0
+
+
+@dataclass(eq=False)
+class _Branch:
+    """One text that is denoised with: the prompt or the negative prompt."""
+
+    text: weakref.ref
+    forwards: int = 0
+    step: int = -1
+    shape: tuple[int, ...] = ()
+
+
+class _Enough(Exception):  # noqa: N818 - no error: the way out of a block that has done its part
+    """The full path has given its last cross-attention; nothing after it is used."""
+
+
+class TwoPaths:
+    """The two paths of one patched denoiser. ``two_paths`` puts them on; ``remove()`` takes them off without a trace."""
+
+    def __init__(
+        self, patch: Patch, denoiser: nn.Module, refresh: int, global_path: str, guided: str, pool: tuple[int, int],
+        cache: CrossAttentionCache,
+    ) -> None:  # fmt: skip
+        streams = streams_of(denoiser)
+        assert streams is not None  # checked before
+        self.streams = streams
+        self.patch, self.refresh, self.guided = patch, refresh, guided
+        self.cache = cache
+        self.counts = Counts()
+        self.blocks: list[Any] = [block for name in self.streams.blocks for block in getattr(denoiser, name)]
+        self._branches: list[_Branch] = []
+        self._branch: _Branch | None = None  # of the forward under way; None: its cross-attention is its own
+        self._refreshing = False
+        self._in_full = False
+        # The full path's streams: picture, and text where that is one too.
+        self._full: tuple[torch.Tensor, ...] | None = None
+        self._handed: tuple[torch.Tensor, ...] | None = None  # from the full path's layer to the window path's
+        self._at = 0  # the block that is under way
+        # The last block that asks for anything of the full path.
+        self._last = max(patch.step.selected, default=-1) if streams.joint else len(self.blocks) - 1
+        self._during: tuple[int, Any] = (-1, None)  # the last forward's step, and its run's timesteps
+        self.coarse = None if global_path == "dense" else CoarsePath(patch, global_path, pool)
+        self._handles: list[Any] = []
+        try:
+            self._install(denoiser)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _install(self, denoiser: nn.Module) -> None:
+        self._handles.append(denoiser.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(denoiser.register_forward_hook(self._end, always_call=True))
+        if self.streams.joint:
+            if self.patch.step.guide is not None:
+                raise UnsupportedModelError(f"two paths: {self.patch.name} has two paths already; end those first")
+            self.patch.step.guide = self
+        for number, block in enumerate(self.blocks):
+            if not self.streams.joint:
+                cross = override_forward(getattr(block, self.streams.cross), _cross_attention, self)
+                if cross is None:
+                    raise UnsupportedModelError(
+                        f"two paths: the cross-attention of block {number} of {type(denoiser).__name__} has a forward that "
+                        "somebody else replaced; take that off first"
+                    )
+                self._handles.append(cross)
+            # After the patch's own hooks, so that the tokens are already in the order in force.
+            self._handles.append(block.register_forward_pre_hook(self._block_hook(number), with_kwargs=True))
+            if self.coarse is not None:
+                attention = override_forward(getattr(block, self.streams.own), _coarse_self_attention, self)
+                if attention is None:
+                    raise UnsupportedModelError(
+                        f"two paths: the self-attention of block {number} has a forward that somebody else replaced"
+                    )
+                self._handles.append(attention)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.patch.step.guide is self:
+            self.patch.step.guide = None
+        self._reset()
+        for branch in self._branches:
+            self.cache.drop(branch)
+        self._branches.clear()
+
+    # ── a forward ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if getattr(denoiser, ATTRIBUTE, None) is not self.patch:
+            raise TilewiseError(
+                f"two paths: {self.patch.name} was patched anew within them; patch first, and then add the full path"
+            )
+        if self.streams.joint and (between := _between_blocks(denoiser, args, kwargs)):
+            raise UnsupportedModelError(
+                f"two paths: the forward of {self.patch.name} was given {between}, which changes the picture between blocks, "
+                "where the full path would not see it"
+            )
+        text = args[self.streams.text] if len(args) > self.streams.text else kwargs["encoder_hidden_states"]
+        latents = args[0] if args else kwargs["hidden_states"]
+        step, _ = step_of(self.patch.step.pipe(), self.patch.family.timestep(args, kwargs))
+        # A scheduler makes its timesteps anew for each run: two clips of one step are two.
+        at = step, getattr(getattr(self.patch.step.pipe(), "scheduler", None), "timesteps", None)
+        first_in_step = step != self._during[0] or at[1] is not self._during[1]
+        self._during = at
+        self._reset()
+        if self.guided == "cond" and not first_in_step:
+            self.counts.unguided += 1
+            return
+        branch = self._branch_of(text)
+        # Earlier in the schedule than before, or another size: a new clip with the same text.
+        if step < branch.step or branch.shape != tuple(latents.shape):
+            branch.forwards, branch.shape = 0, tuple(latents.shape)
+        branch.step = step
+        self._branch = branch
+        self._refreshing = branch.forwards % self.refresh == 0
+        branch.forwards += 1
+        if self._refreshing:
+            self.counts.refreshed += 1
+        else:
+            self.counts.reused += 1
+            self._prefetch(branch, 0, latents.device)
+
+    def _end(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
+        if output is None and self._branch is not None:  # it failed: of what it refreshed, some is new and some is old
+            self._branch.forwards = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._branch, self._refreshing, self._in_full, self._full, self._handed = None, False, False, None, None
+
+    def _branch_of(self, text: torch.Tensor) -> _Branch:
+        """The branch of a text, told by the tensor itself: pipelines give the same one at every step."""
+        for branch in [b for b in self._branches if b.text() is None]:
+            self._branches.remove(branch)
+            self.cache.drop(branch)
+        found = next((b for b in self._branches if b.text() is text), None)
+        if found is None:
+            found = _Branch(weakref.ref(text))
+            self._branches.append(found)
+        return found
+
+    def _block_hook(self, number: int) -> Any:
+        names = (self.streams.hidden, "encoder_hidden_states")[: 1 + self.streams.joint]
+
+        def before(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._at = number
+            if not self._refreshing or self._in_full or number > self._last:
+                return
+            if number:
+                full, self._full = self._full, None
+            else:
+                full = tuple(args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+            assert full is not None
+            named = {name: x for name, x in zip(names, full, strict=True) if name in kwargs}
+            args, kwargs = (*full[: len(names) - len(named)], *args[len(names) - len(named) :]), {**kwargs, **named}
+            del full, named
+            self._in_full = True
+            try:
+                # The block's forward and not the block: its hooks reorder tokens, which has been done.
+                with self.patch.step.full_path():
+                    out = block.forward(*args, **kwargs)
+                out = out if isinstance(out, tuple) else (out,)
+                self._full = out[::-1] if self.streams.text_first else out
+            except _Enough:
+                pass
+            finally:
+                self._in_full = False
+
+        return before
+
+    def _cross(self, override: ForwardOverride, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        if self._branch is None:
+            return override.stock(*args, **kwargs)
+        if self._in_full:
+            out = override.stock(*args, **kwargs)
+            self._hand((out,))
+            return out
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return self._handed_over(hidden.device)[0]
+
+    @property
+    def keeps(self) -> bool:
+        return self.refresh > 1
+
+    @property
+    def _values(self) -> int:
+        """Tensors that a layer of the full path gives: the cross-attention's output, or what text told and its log-sum-exp."""
+        return 2 if self.streams.joint else 1
+
+    def _hand(self, values: tuple[torch.Tensor, ...]) -> None:
+        """From the full path's layer to the window path's, and into the cache."""
+        self._handed = values
+        if self.keeps:
+            for place, value in enumerate(values):
+                self.cache.put((self._branch, self._values * self._at + place), value)
+        if self._at == self._last:
+            raise _Enough
+
+    def _handed_over(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """What the full path's layer gave, just now or at the last refresh."""
+        if self._refreshing:
+            given, self._handed = self._handed, None
+        else:
+            at = self._values * self._at
+            found = [self.cache.get((self._branch, at + place), device) for place in range(self._values)]
+            given = tuple(x for x in found if x is not None)
+            self._prefetch(self._branch, self._at + 1, device)
+        if given is None or len(given) < self._values:
+            raise TilewiseError(
+                f"two paths: block {self._at} of {self.patch.name} has nothing from the full path; its blocks did not all run at "
+                "the last refresh. Step caches that skip blocks cannot be used together with two paths"
+            )
+        return given
+
+    def _prefetch(self, branch: Any, number: int, device: torch.device) -> None:
+        for place in range(self._values if number <= self._last else 0):
+            self.cache.prefetch((branch, self._values * number + place), device)
+
+    # ── text in the sequence: what a ``joint_text.TextGuide`` does ───────────────────────────────────────────────
+
+    def keep(self, told: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if self._in_full:
+            self._hand(told)
+
+    def given(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self._branch is None or self._in_full:
+            return None
+        out, lse = self._handed_over(device)
+        return out, lse
+
+
+def _between_blocks(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str:
+    """The argument of a forward that changes what goes from one block to the next, or ""."""
+    given = inspect.signature(denoiser.forward).bind_partial(*args, **kwargs).arguments
+    return next((name for name in BETWEEN if given.get(name) is not None), "")
+
+
+def _cross_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if override.state is None:
+        return override.stock(*args, **kwargs)
+    return override.state._cross(override, args, kwargs)
+
+
+def _coarse_self_attention(override: ForwardOverride, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if override.state is None:
+        return override.stock(*args, **kwargs)
+    paths = override.state
+    if not paths._in_full:
+        return override.stock(*args, **kwargs)
+    return paths.coarse.layer(override, args, kwargs)
+
+
+@contextmanager
+def two_paths(
+    target: Any,
+    *,
+    refresh: int = 2,
+    global_path: GlobalPath = "dense",
+    guided: Guided = "all",
+    pool: tuple[int, int] = (2, 2),
+    cache_bytes: int | None = None,
+    host_bytes: int | None = None,
+) -> Iterator[dict[str, TwoPaths]]:
+    """``with two_paths(pipe): …``: add the full path to a pipeline that is patched with a window method.
+
+    Args:
+        target: a pipeline or denoiser, patched with a method that reorders tokens, "inward" for instance.
+        refresh: the full path runs at every so many forwards of a branch; in between its cross-attention is reused. 1: always.
+        global_path: how the full path attends to itself. "dense": to every token; the only way where text is part of the
+            sequence. "draft": to the quarter of the token pairs that a draft of its own attention map asks for, and one row for
+            each block that it leaves out (the method "draft"). "pooled": to the means of small patches.
+        guided: which forwards the full path guides. "all", or "cond": the first of each step alone, which in diffusers'
+            pipelines is the prompt's, and not the negative prompt's (as the paper's cached code does). Where guidance runs as
+            one batch, both are in that first forward.
+        pool: patch (h, w) in tokens for "pooled".
+        cache_bytes: most bytes of the cache on the device, for each denoiser; what is over goes to pinned host memory. None: no
+            limit.
+        host_bytes: most bytes there. None: no limit.
+
+    Yields:
+        ``TwoPaths`` by denoiser name, whose ``counts`` say what ran. On exit they are taken off and their caches are freed.
+
+    Raises:
+        ConfigError: options that cannot be, a target that is not patched or with a method that leaves all attention dense.
+        UnsupportedModelError: another denoiser than those served, or one that is compiled or skips blocks.
+    """
+    if not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 1:
+        raise ConfigError(f"two paths: refresh must be a whole number of at least 1, got {refresh!r}")
+    for name, value, valid in (
+        ("global_path", global_path, ("dense", "draft", "pooled")),
+        ("guided", guided, ("all", "cond")),
+    ):
+        if value not in valid:
+            raise ConfigError(f"two paths: {name} must be one of {', '.join(valid)}, got {value!r}")
+    if len(pool) != 2 or min(pool) < 1:
+        raise ConfigError(f"two paths: pool must be two sizes of at least 1, (h, w) in tokens, got {pool!r}")
+    patches = patches_of(target)
+    if not patches or not all(patch.reorders for patch in patches.values()):
+        raise ConfigError(
+            "two paths: patch the target first with a window method, such as tilewise.patch(pipe, 'inward')"
+        )
+    denoisers = denoisers_of(target)
+    check_denoisers(target, {name: patch.config for name, patch in patches.items()}, global_path)
+    on: dict[str, TwoPaths] = {}
+    try:
+        for name, patch in patches.items():
+            cache = CrossAttentionCache(cache_bytes, host_bytes)
+            on[name] = TwoPaths(patch, denoisers[name], refresh, global_path, guided, pool, cache)
+        yield on
+    finally:
+        for paths in on.values():
+            paths.remove()

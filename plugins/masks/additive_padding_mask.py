@@ -1,0 +1,74 @@
+"""Attention masks that weigh text tokens down instead of hiding them, as diffusers' ChromaPipeline makes them.
+
+    score(i, j) + c · mᵢ · mⱼ          m: 1 for a visible token, 0 for padding; c is 1 there
+
+A softmax does not mind what all keys of a query share, so to a visible query padding weighs e⁻ᶜ of what it would, and a padding
+query sees all keys alike. Both parts need no (S, S) mask:
+
+    visible queries   the method's plan among the visible tokens, merged with attention over the padding, its log-sum-exp
+                      lowered by c
+    padding queries   plain attention over everything; there are few
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from tilewise.kernels.attention.lse_merge import attend_few, merged
+from tilewise.kernels.plans.layout import Grid
+
+
+def visible_of(mask: torch.Tensor, batch: int, grid: Grid) -> tuple[torch.Tensor, float] | None:
+    """What a mask of this kind shows: (B, S) bool on the CPU, and c > 0; None if it is another kind of mask.
+
+    Args:
+        mask: additive floating point, (B, 1, S, S), B may be 1. Reading it waits for the GPU.
+        grid: the tokens; padding is text.
+    """
+    tokens = grid.tokens
+    shape = tuple(mask.shape)
+    if mask.ndim != 4 or shape[1:] != (1, tokens, tokens) or shape[0] not in (1, batch):
+        return None
+    if not mask.is_floating_point():
+        return None
+    diagonal = mask.detach().diagonal(dim1=-2, dim2=-1)[:, 0]
+    weight = float(diagonal.max())
+    visible = diagonal == weight
+    pairs = visible[:, :, None] & visible[:, None, :]
+    if weight <= 0 or not torch.equal(mask[:, 0], pairs.to(mask.dtype) * weight):
+        return None
+    first = grid.text if grid.text_first else 0
+    if not bool(visible[:, first : first + grid.video].all()):
+        return None
+    return visible.expand(batch, tokens).cpu(), weight
+
+
+def add_weighed(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    weight: float,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What visible queries give to padding, added to what they give to visible tokens.
+
+    Args:
+        query: (B, n, H, D), of the visible tokens. keys, values: (B, P, H, D), of the padding; P ≥ 1.
+        out: (B, n, H, D), attention of the visible tokens among themselves, by whatever plan.
+        lse: (B, H, n) float32, its log-sum-exp.
+        weight: c. scale: of the scores; None: 1 / √D.
+
+    Returns:
+        The same two, over visible tokens and padding.
+    """
+    over_padding, padding_lse = attend_few(query, keys, values, scale)
+    return merged(out, lse, over_padding, padding_lse - weight)
+
+
+def attend_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Padding queries, (B, P, H, D), over all keys, (B, S, H, D): to them all keys weigh alike."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)

@@ -1,0 +1,102 @@
+"""Options of methods that look before they choose: what they may be, checked and brought into one form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.methods.base import DynamicMethod, Method, make_method
+from tilewise.plugins.methods.dynamic.always_keep import GUARANTEES
+from tilewise.plugins.methods.dynamic.selection import RULES
+
+Triple = tuple[int, int, int]
+DEFAULT_TILE: Triple = (1, 8, 16)  # 128 tokens, a kernel's whole block; the paper's patch
+DEFAULT_DENSITY = 0.25
+
+
+def checked(g: Any) -> dict[str, Any]:
+    """The options of a ``Guided`` g that have another form than they were given in.
+
+    Raises:
+        ConfigError: for values that cannot be.
+    """
+    found: dict[str, Any] = {}
+    if g.density is not None and g.recall is not None:
+        raise ConfigError(f"{g.name}: give density or recall, not both: each decides how much is kept")
+    if g.density is None and g.recall is None:
+        found["density"] = DEFAULT_DENSITY
+    for option in ("density", "recall"):
+        value = getattr(g, option)
+        if value is not None and not (_is_number(value) and 0 < value <= 1):
+            raise ConfigError(f"{g.name}: {option} must be in (0, 1], got {value!r}")
+    if not (_is_number(g.safety) and g.safety >= 1):
+        raise ConfigError(f"{g.name}: safety must be at least 1, got {g.safety!r}")
+    if g.tile is not None:
+        found["tile"] = _tile(g.name, g.tile)
+    _one_of(g.name, "select", g.select, RULES)
+    if g.select == "topk" and g.recall is not None:
+        raise ConfigError(f"{g.name}: select='topk' keeps a fixed number of blocks; give density, not recall")
+    if g.rank is not None:
+        _one_of(g.name, "rank", g.rank, ("mass", "error"))
+    if g.compensate not in (None, True, False):
+        raise ConfigError(f"{g.name}: compensate must be true or false, got {g.compensate!r}")
+    for option, least in (("floor", 1), ("refresh", 1), ("probe", 0)):
+        value = getattr(g, option)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{g.name}: {option} must be a whole number of at least {least}, got {value!r}")
+    for option in ("cap", "min_tokens"):
+        value = getattr(g, option)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ConfigError(f"{g.name}: {option} must be a whole number, got {value!r}")
+    if g.cap is not None and (g.cap < g.floor or g.select != "rows"):
+        raise ConfigError(f"{g.name}: cap={g.cap} is for select='rows', and at least floor={g.floor}")
+    if isinstance(g.always, str) or not isinstance(g.always, Sequence):
+        raise ConfigError(f"{g.name}: always must be a list of {', '.join(GUARANTEES)}, got {g.always!r}")
+    for name in g.always:
+        _one_of(g.name, "always", name, GUARANTEES)
+    found["always"] = tuple(g.always)
+    if g.drift is not None and not (_is_number(g.drift) and 0 <= g.drift <= 1):
+        raise ConfigError(f"{g.name}: drift must be a fall of recall in [0, 1], or null, got {g.drift!r}")
+    found["within"] = _window_method(g.name, g.within, found.get("tile"))
+    return found
+
+
+def _window_method(method: str, within: Any, tile: Triple | None) -> Method | None:
+    if isinstance(within, Mapping):
+        options = {key: value for key, value in within.items() if key != "name"}
+        within = make_method(str(within.get("name")), options)
+    if within is None:
+        return None
+    if not isinstance(within, Method) or isinstance(within, DynamicMethod) or within.name == "dense":
+        raise ConfigError(f"{method}: within must be a method with windows, such as STA, got {within!r}")
+    counted = getattr(within, "tile", None)
+    if counted is not None and tuple(counted) != tile:
+        raise ConfigError(
+            f"{method}: the window of within counts tiles of {tuple(counted)}, this method has tiles of "
+            f"{tile or 'its own choice'}; leave the tile of within out, or give tile={tuple(counted)} to both"
+        )
+    return within
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _one_of(method: str, option: str, value: Any, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{method}: {option} must be one of {', '.join(valid)}, got {value!r}")
+
+
+def _tile(method: str, value: Any) -> Triple:
+    good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3
+    if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value):
+        raise ConfigError(f"{method}: tile must be three whole numbers of tokens (t, h, w), got {value!r}")
+    if math.prod(value) > MAX_BLOCK_ROWS:
+        raise ConfigError(
+            f"{method}: tile {tuple(value)} has {math.prod(value)} tokens; a block is planned as one and has at most "
+            f"{MAX_BLOCK_ROWS}, such as {DEFAULT_TILE}"
+        )
+    return (value[0], value[1], value[2])

@@ -1,0 +1,149 @@
+"""A dynamic choice inside a static window: of each list of key blocks that a window's plan has, only the chosen ones stay.
+
+    list of the window    | complete … | ragged … | partial … |
+    kept there               1 0 0 1       1 0        0 1           →   | complete | ragged | partial |, shorter
+
+What a partial block shows is still decided by the window's own intervals, so that nothing outside the window is ever seen:
+exact by construction. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.interval_codes import inside
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A window's plan in the forms that a dynamic method asks for, made once for a layout.
+
+    Attributes:
+        plan: the window's.
+        seen: (G, N, N) bool, pairs of blocks of which any tokens see each other.
+        whole: (G, N, N) bool, those of which all do.
+        pairs: (G, N, M) float32, token pairs that see each other in each place of the plan's lists.
+    """
+
+    plan: BlockPlan
+    seen: torch.Tensor
+    whole: torch.Tensor
+    pairs: torch.Tensor
+
+    def whole_by_head(self, heads: int) -> torch.Tensor:
+        """(1, H or 1, N, N) bool."""
+        return self._by_head(self.whole, heads)
+
+    def seen_by_head(self, heads: int) -> torch.Tensor:
+        """(1, H or 1, N, N) bool."""
+        return self._by_head(self.seen, heads)
+
+    def _by_head(self, pairs: torch.Tensor, heads: int) -> torch.Tensor:
+        return pairs[None] if self.plan.sets == 1 else pairs[self.plan.sets_of_heads(heads).long()][None]
+
+    def visible(self, at: torch.Tensor, of_token: torch.Tensor, heads: int) -> torch.Tensor:
+        """(1, H, P, S) bool: the keys within the window of queries ``at``; of_token: (S,) block of each token."""
+        whole = self.whole_by_head(heads).expand(1, heads, -1, -1)[:, :, of_token[at]][..., of_token]
+        plan = self.plan
+        if plan.row_codes is None or plan.key_codes is None:
+            return whole
+        some = self.seen_by_head(heads).expand(1, heads, -1, -1)[:, :, of_token[at]][..., of_token]
+        agree = torch.stack([inside(plan.key_codes, codes[:, at], plan.guard) for codes in plan.row_codes])
+        return whole | (some & self._by_head(agree, heads))
+
+    def seen_by_all(self) -> torch.Tensor:
+        """(N, N) bool: pairs within the window of every head."""
+        return self.seen.all(0)
+
+
+def bounds_of(plan: BlockPlan) -> Bounds:
+    """Read a window's plan; its key blocks must be boxes of the grid, as those of tiles with at most 128 tokens are."""
+    _, G, N, M = plan.index.shape
+    place = torch.arange(M, device=plan.device)
+    listed = place < plan.ends[0, :, :, 2:]
+    index = plan.index[0].long()
+
+    def pairs_of(places: torch.Tensor) -> torch.Tensor:
+        found = torch.zeros(G, N, N + 1, dtype=torch.bool, device=plan.device)
+        return found.scatter_(-1, torch.where(places, index, N), True)[..., :N]
+
+    rows = plan.q_rows[None, :, None] * plan.k_rows[index]
+    pairs = torch.where(listed, rows, 0).float()
+    if plan.row_codes is not None:
+        partial = listed & (place >= plan.ends[0, :, :, 1:2])
+        pairs = torch.where(partial, _partial_pairs(plan), pairs)
+    return Bounds(plan, pairs_of(listed), pairs_of(place < plan.ends[0, :, :, 1:2]), pairs)
+
+
+def _partial_pairs(plan: BlockPlan) -> torch.Tensor:
+    """(G, N, M) float32: token pairs that the intervals leave, if every listed block were partial.
+
+    A key block is a box, so per query row the axes multiply: Π over axes of |[lo, hi) ∩ [first, last]|.
+    """
+    assert plan.coords is not None and plan.intervals is not None
+    _, G, N, M = plan.index.shape
+    of_row = torch.repeat_interleave(plan.k_rows.long(), output_size=plan.k_len)
+    room = torch.zeros(3, N, dtype=torch.long, device=plan.device)
+    at = of_row.expand(3, -1)
+    first = room.scatter_reduce(1, at, plan.coords.long(), "amin", include_self=False)
+    last = room.scatter_reduce(1, at, plan.coords.long(), "amax", include_self=False)
+    found = torch.zeros(G, N, M, device=plan.device)
+    for g in range(G):
+        listed = plan.index[0, g].long()[of_row]  # (S, M)
+        count = torch.ones(plan.q_len, M, device=plan.device)
+        for axis in range(3):
+            lo, hi = plan.intervals[g, 2 * axis, :, None], plan.intervals[g, 2 * axis + 1, :, None]
+            count *= (torch.minimum(hi, last[axis][listed] + 1) - torch.maximum(lo, first[axis][listed])).clamp_min(0)
+        found[g].index_add_(0, of_row, count)
+    return found
+
+
+def plan_within(bounds: Bounds, kept: torch.Tensor) -> BlockPlan:
+    """The window's plan with only the pairs of blocks that are kept.
+
+    Args:
+        kept: (B, H, N, N) bool on the plan's device.
+
+    Returns:
+        A plan of B × H lists; ``density`` and ``work`` nan, ``device_density`` on the device, as of ``dynamic_plan``. A row
+        that would keep nothing keeps all that its window lets it see.
+    """
+    plan = bounds.plan
+    B, H, N, _ = kept.shape
+    sets = plan.sets_of_heads(H).long()
+    index, ends, pairs = plan.index[0][sets], plan.ends[0][sets], bounds.pairs[sets]  # (H, N, M or 3)
+    M = index.shape[-1]
+    place = torch.arange(M, device=plan.device)
+    chosen = kept.gather(-1, index.long().expand(B, H, N, M)) & (place < ends[..., 2:])
+    chosen = chosen | (~chosen.any(-1, keepdim=True) & (place < ends[..., 2:]))
+    position = torch.where(chosen, chosen.cumsum(-1) - 1, M)
+    # One place more than the lists are long takes what is not chosen.
+    found = torch.zeros(B, H, N, M + 1, dtype=torch.int32, device=plan.device)
+    found.scatter_(-1, position, index.expand(B, H, N, M))
+    found = found[..., :M].contiguous()
+    runs = torch.stack([(chosen & (place < ends[..., run, None])).sum(-1, dtype=torch.int32) for run in range(3)], -1)
+    row_codes, intervals = plan.row_codes, plan.intervals
+    if row_codes is not None and plan.sets > 1:  # lists are per head now, and so must be the intervals
+        row_codes = row_codes[sets].contiguous()
+        intervals = None if intervals is None else intervals[sets].contiguous()
+    elif row_codes is not None:
+        row_codes = row_codes.expand(H, -1, -1).contiguous()
+        intervals = None if intervals is None else intervals.expand(H, -1, -1).contiguous()
+    return dataclasses.replace(
+        plan,
+        index=found,
+        key_start=plan.k_start[found.long()],
+        ends=runs,
+        head_set=None,
+        row_codes=row_codes,
+        intervals=intervals,
+        density=math.nan,
+        work=math.nan,
+        device_density=((pairs * chosen).double().sum() / (B * H * plan.q_len**2)).float(),
+        _cache={},
+    )

@@ -1,0 +1,105 @@
+"""The size that a model was trained at, in tokens: what methods that extrapolate from it need to know.
+
+Found where the model or its pipeline says it, first hit wins: ``tilewise.json`` beside the model's ``model_index.json``, the
+defaults of the pipeline's call, the pipeline's ``default_sample_size``, or the attributes that it has in place of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.config import Config
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.models.base import Size, family_of
+
+NATIVE_FILE = "tilewise.json"
+VIDEO_FRAMES = 81
+IN_THE_CODE = {"ZImagePipeline": (1024, 1024)}  # (height, width) of those that say it in the code of their call alone
+
+
+def native_file(pipe: Any) -> Path:
+    """Where a pipeline's ``tilewise.json`` lies, if it has one: beside its ``model_index.json``."""
+    return Path(str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or "")) / NATIVE_FILE
+
+
+def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """What a pipeline's call takes, by name."""
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def native_pixels(pipe: Any) -> Size:
+    """Height, width and frames that a pipeline makes where nobody says otherwise; one frame for images.
+
+    Raises:
+        ConfigError: if neither the model nor its pipeline says a height and width.
+    """
+    defaults = {name: p.default for name, p in call_parameters(pipe).items() if isinstance(p.default, int)}
+    told = {name: defaults.get(name) for name in ("height", "width", "num_frames")}
+    sample = getattr(pipe, "default_sample_size", None)
+    if isinstance(sample, int) and told["height"] is None:
+        side = sample * getattr(pipe, "vae_scale_factor", 8)
+        told.update(height=side, width=side)
+    if told["height"] is None and told["width"] is None:
+        told.update(zip(("height", "width"), _usual_size(pipe), strict=True))
+    file = native_file(pipe)
+    if file.is_file():
+        try:
+            told.update({name: v for name, v in json.loads(file.read_text("utf-8")).items() if name in told})
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{file}: cannot be read for the model's native size: {error}") from error
+    if told["height"] is None or told["width"] is None:
+        raise ConfigError(
+            f"{type(pipe).__name__} does not say at which size its model was trained; give it, for instance "
+            "tilewise.patch(pipe, tilewise.Inward(native=(h, w))), in tokens of the denoiser's grid"
+        )
+    return Size(told["height"], told["width"], told["num_frames"] or usual_frames(pipe))
+
+
+def _usual_size(pipe: Any) -> tuple[int | None, int | None]:
+    """(height, width) of a pipeline whose call goes by attributes of its own; None where it does not."""
+    if hasattr(pipe, "default_aspect_ratio"):  # HunyuanVideo 1.5: of the side that its transformer was trained at
+        w, h = pipe.default_aspect_ratio
+        height, width = pipe.video_processor.calculate_default_height_width(h, w, pipe.target_size)
+        return int(height), int(width)
+    usual = IN_THE_CODE.get(type(pipe).__name__, (None, None))
+    return getattr(pipe, "default_height", usual[0]), getattr(pipe, "default_width", usual[1])
+
+
+def usual_frames(pipe: Any) -> int:
+    """Frames of a clip where neither the model nor its pipeline's call says how many: 1 where the call takes no number."""
+    return VIDEO_FRAMES if "num_frames" in call_parameters(pipe) else 1
+
+
+def native_grid(pipe: Any, denoiser: nn.Module) -> Grid:
+    """The token grid of a denoiser at the size that it was trained at.
+
+    Raises:
+        ConfigError: for a bare denoiser, or a pipeline that says no size or one that its denoiser does not take.
+    """
+    if pipe is denoiser or isinstance(pipe, nn.Module):
+        raise ConfigError(
+            f"a bare {type(denoiser).__name__} does not say at which size it was trained: give native=(h, w) in tokens, or "
+            "patch the pipeline"
+        )
+    family = family_of(denoiser)
+    if family is None:
+        raise ConfigError(f"{type(denoiser).__name__}: no family adapter serves it, so that its token grid is unknown")
+    return family.grid_of_size(denoiser, pipe, native_pixels(pipe))
+
+
+def prepared(config: Config, target: Any, denoiser: nn.Module) -> Config:
+    """``config`` with what its method wants to know of the denoiser filled in.
+
+    A method may have ``prepare(target, denoiser) -> Method``, called once when a pipeline (or bare denoiser) is patched or
+    explained; all others are left as they are.
+    """
+    prepare = getattr(config.method, "prepare", None)
+    return config if prepare is None else dataclasses.replace(config, method=prepare(target, denoiser))

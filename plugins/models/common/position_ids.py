@@ -1,0 +1,92 @@
+"""The grid of an image whose tokens come packed, (B, S, C), with a position each: Flux, Flux.2, Chroma.
+
+Positions are rows of (image number, row, column, …). The image being made comes first, in raster order; other image numbers
+after it are reference images. Only the values say where a row ends, so they are read: once for a tensor, which pipelines hand
+to every step. For torch.compile the reading is an operator, whose answer a graph does not depend on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.models.base import UnreadableGridError
+from tilewise.plugins.runtime.call_stats import capturing
+from tilewise.plugins.runtime.custom_ops import DECIDES
+
+_read: WeakIdKeyDictionary = WeakIdKeyDictionary()  # positions → (their version, what image_shape says or raises)
+
+
+def image_shape(ids: torch.Tensor) -> tuple[int, int, int]:
+    """(h, w, others): the tokens of the image that ``ids`` (S, ≥ 3) or (B, S, ≥ 3) begins with, and those after it, S − h·w.
+
+    Raises:
+        UnreadableGridError: where the first tokens are not an image in raster order.
+        TilewiseError: when their values cannot be read because a CUDA graph is being captured.
+    """
+    if torch.compiler.is_compiling():
+        rows, columns, others = torch.ops.tilewise.image_shape(ids)
+        return rows, columns, others
+    return _image_shape(ids)
+
+
+@torch.library.custom_op("tilewise::image_shape", mutates_args=(), **DECIDES)
+def _operator(ids: torch.Tensor) -> tuple[int, int, int]:
+    return _image_shape(ids)
+
+
+@_operator.register_fake
+def _(ids):
+    size = torch.library.get_ctx().new_dynamic_size
+    return size(min=1), size(min=1), size(min=0)
+
+
+def _image_shape(ids: torch.Tensor) -> tuple[int, int, int]:
+    version = None if ids.is_inference() else ids._version  # inference tensors do not count their changes: read anew
+    known = _read.get(ids)
+    if known is not None and version is not None and known[0] == version:
+        if isinstance(known[1], str):
+            raise UnreadableGridError(known[1])
+        return known[1]
+    if capturing(ids.device):
+        raise TilewiseError(
+            "the positions of the image tokens cannot be read while a CUDA graph is being captured; run the denoiser once with "
+            "the same img_ids first"
+        )
+    try:
+        shape = read_image_shape(ids.detach().cpu())
+    except UnreadableGridError as error:
+        _read[ids] = (version, str(error))
+        raise
+    _read[ids] = (version, shape)
+    return shape
+
+
+def read_image_shape(ids: torch.Tensor) -> tuple[int, int, int]:
+    """``image_shape`` of positions on the CPU, from their values alone."""
+    if ids.ndim == 3:
+        ids = ids[0]
+    number, row, column = ids[:, 0], ids[:, 1], ids[:, 2]
+    tokens = _run(number)
+    columns = _run(row[:tokens])
+    rows = tokens // columns
+    # Positions may have been rounded: half precision does not hold every integer above 256 (bfloat16) or 2048.
+    expected_row = torch.arange(rows) + int(row[0])
+    expected_column = torch.arange(columns) + int(column[0])
+    in_raster_order = (
+        rows * columns == tokens
+        and torch.equal(row[:tokens].view(rows, columns), expected_row.to(row.dtype)[:, None].expand(rows, columns))
+        and torch.equal(column[:tokens].view(rows, columns), expected_column.to(row.dtype).expand(rows, columns))
+    )
+    if not in_raster_order:
+        raise UnreadableGridError(
+            f"img_ids: the first {tokens} tokens are not an image in raster order, so windows cannot be laid over it"
+        )
+    return rows, columns, len(row) - tokens
+
+
+def _run(values: torch.Tensor) -> int:
+    """How many of the first values are equal."""
+    different = (values != values[0]).nonzero()
+    return int(different[0, 0]) if len(different) else len(values)

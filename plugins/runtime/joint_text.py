@@ -1,0 +1,112 @@
+"""Two paths where text and picture share one attention (HunyuanVideo, Flux, …): what the text tells a window, by the full path.
+
+Such models have no cross-attention that a full path could guide through. But the softmax of a picture's query falls into two
+parts, its picture keys and its text keys, each with a log-sum-exp; and the second part is what cross-attention is elsewhere. So
+
+    full path f     (t, τ) = attention of f's picture queries over f's text keys
+    window path h   (o, λ) = attention of h's picture queries over the picture keys in their window
+                    out    = (e^λ o + e^τ t) / (e^λ + e^τ)
+
+Text queries attend to everything, each in its own path. FreeSwim (arXiv 2511.14712) describes models with cross-attention only;
+this is our carrying over of its rule. Between two refreshes (t, τ) come from the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from tilewise.kernels.attention.dispatch import Choice
+from tilewise.kernels.attention.lse_merge import attend_few, merged
+from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.layout import Layout
+from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.masks.additive_padding_mask import attend_all
+from tilewise.plugins.masks.padding_mask import Group
+from tilewise.plugins.runtime.attention_call import QKV, part_of, put_part, run_plan, shares_of
+
+Told = tuple[torch.Tensor, torch.Tensor]  # (B, V, H, D) and (B, H, V) float32: t and τ of V picture queries
+
+
+class TextGuide(Protocol):
+    """What a ``Step`` asks, at attention calls over picture and text."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what text told is wanted at a later step too."""
+
+    def keep(self, told: Told) -> None:
+        """What text tells the picture in the full path's call."""
+
+    def given(self, device: torch.device) -> Told | None:
+        """What it told, for the window path's call; None: this forward is not guided."""
+
+
+def told_by_text(layout: Layout, groups: list[Group] | str, whole: QKV, scale: float | None) -> Told:
+    """(t, τ) of a full path's call; a mask may hide text from some samples.
+
+    Raises:
+        TilewiseError: for a mask that does more than hiding text.
+    """
+    if isinstance(groups, str) or any(group.weighed is not None for group in groups):
+        why = groups if isinstance(groups, str) else "the call has an attention mask that weighs text"
+        raise TilewiseError(f"two paths: the full path cannot tell what its text says: {why}. Use global_path='none'")
+    found = []
+    for group in groups:
+        part = part_of(group, *whole)
+        picture, text = slices(layout, group)
+        found.append((group, attend_few(part[0][:, picture], part[1][:, text], part[2][:, text], scale)))
+    if len(found) == 1 and found[0][0].samples is None:
+        return found[0][1]
+    query = whole[0]
+    batch, _, heads, width = query.shape
+    out = query.new_empty((batch, layout.grid.video, heads, width))
+    lse = query.new_empty((batch, heads, layout.grid.video), dtype=torch.float32)
+    for group, (t, tau) in found:
+        assert group.samples is not None
+        out[group.samples], lse[group.samples] = t, tau
+    return out, lse
+
+
+def slices(layout: Layout, group: Group) -> tuple[slice, slice]:
+    """Where a group's tokens are picture, and where text."""
+    if layout.grid.text_first:
+        return slice(group.text, None), slice(0, group.text)
+    return slice(0, layout.grid.video), slice(layout.grid.video, None)
+
+
+def attend_guided(
+    layout: Layout, groups: list[Group], parts: list[QKV], pictures: list[QKV], whole: QKV, plan: BlockPlan, choice: Choice,
+    told: Told, scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """A window path's call: ``pictures`` (see ``pictures_of``) by ``plan``, over picture tokens alone, and by what the text told;
+    hidden tokens get 0."""
+    alone = len(groups) == 1 and groups[0].tokens is None
+    out = (torch.empty_like if alone else torch.zeros_like)(whole[0], memory_format=torch.contiguous_format)
+    for group, part, seen in zip(groups, parts, pictures, strict=True):
+        picture, text = slices(layout, group)
+        inside, lse = run_plan(seen, plan, choice, scale, return_lse=True)
+        t, tau = told if group.samples is None else (told[0][group.samples], told[1][group.samples])
+        piece = out if alone else torch.empty_like(part[0], memory_format=torch.contiguous_format)
+        merged(inside, lse, t, tau, into=piece[:, picture])
+        piece[:, text] = attend_all(part[0][:, text], part[1], part[2], scale)
+        if not alone:
+            put_part(out, group, piece)
+    return out
+
+
+def guided_density(layout: Layout, groups: list[Group], plan: BlockPlan, query: torch.Tensor) -> float:
+    """Kept ÷ all token pairs: the window's, and everything with text, whichever path's it is."""
+    video = layout.grid.video
+    each = [1 - (1 - plan.density) * (video / (video + group.text)) ** 2 for group in groups]
+    return sum(share * density for share, density in zip(shares_of(groups, query), each, strict=True))
+
+
+def pictures_of(layout: Layout, groups: list[Group], parts: list[QKV]) -> list[QKV]:
+    """The picture tokens of each group's part."""
+    found = []
+    for group, (query, key, value) in zip(groups, parts, strict=True):
+        picture, _ = slices(layout, group)
+        found.append((query[:, picture], key[:, picture], value[:, picture]))
+    return found

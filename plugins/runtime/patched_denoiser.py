@@ -1,0 +1,215 @@
+"""One patched denoiser: what is put on it, and how it comes off again. What forwards decide is in ``forward_state.py``."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewise.kernels.attention.dispatch import DTYPES, available_backends
+from tilewise.plugins.config import Config, select_blocks
+from tilewise.plugins.errors import FallbackError, TilewiseError
+from tilewise.plugins.hooks.deepcopy import COPIER, STATE, copy_patched, shallow_state
+from tilewise.plugins.methods.dense import Dense
+from tilewise.plugins.models.base import AttentionLayer, Family, UnreadableGridError, family_of
+from tilewise.plugins.runtime import custom_ops
+from tilewise.plugins.runtime.attention_processor import TilewiseProcessor, processor_class, why_not
+from tilewise.plugins.runtime.forward_state import Step
+
+ATTRIBUTE = "_tilewise"  # what a patch adds to a denoiser, besides the COPIER for copy.deepcopy
+
+
+class Patch:
+    """Everything that tilewise holds about one patched denoiser."""
+
+    def __init__(self, name: str, denoiser: nn.Module, pipe: Any, config: Config) -> None:
+        family = family_of(denoiser)
+        assert family is not None
+        self.name = name
+        self.config = config
+        self.family: Family = family
+        self.layers: list[AttentionLayer] = family.layers(denoiser)
+        blocks = 1 + max((layer.block for layer in self.layers), default=-1)
+        selected = set(select_blocks(config.blocks, blocks))
+        # Known before any forward: a graph is made for one or the other.
+        one_sequence = any(layer.halvings is None for layer in self.layers)
+        self.reorders = bool(selected) and one_sequence and not isinstance(config.method, Dense)
+        owner = _reference(pipe) if pipe is not denoiser else lambda: None
+        self.step = Step(name, config, owner, self.layers, selected, self.reorders, self._leave_alone, self._take_back)
+        self.handle = custom_ops.handle_for(self.step)
+        self.ticket = self._resting = custom_ops.new_ticket()
+        self.tracing: TilewiseProcessor | None = None  # the layer whose stock processor torch.compile is tracing
+        self._classes: dict[type, type[TilewiseProcessor]] = {}  # by the class that they stand in for
+        self._handles: list[Any] = []
+        self._raster: dict[str, list[Any]] = {}  # of layers left alone: what gives them the model's own order
+        self._install(denoiser)
+
+    # ── putting on and taking off ────────────────────────────────────────────────────────────────────────────────
+
+    def _install(self, denoiser: nn.Module) -> None:
+        family: Any = self.family if self.config.fuse else None
+        self_attention = getattr(family, "self_attention", lambda layer: None)
+        fuse: Any = getattr(family, "fuse", lambda denoiser, state: [])
+        try:
+            for number, layer in enumerate(self.layers):
+                module: Any = layer.module
+                while isinstance(
+                    module.processor, TilewiseProcessor
+                ):  # of an earlier patch, put back by who had saved it
+                    _set_processor(module, module.processor.original)
+                if reason := why_not(module.processor):
+                    self._leave_alone(layer, reason)
+                else:
+                    _set_processor(module, self._stand_in(module.processor, number, self_attention(layer)))
+            self._handles.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(denoiser.register_forward_hook(self._after, always_call=True))
+            self._handles += self.family.reorder_hooks(denoiser, self)
+            self._handles += fuse(denoiser, self)
+        except BaseException:
+            self._take_off()
+            raise
+        setattr(denoiser, ATTRIBUTE, self)
+        setattr(denoiser, COPIER, functools.partial(copy_patched, self, denoiser, {ATTRIBUTE, COPIER, STATE}))
+        setattr(denoiser, STATE, functools.partial(shallow_state, self, denoiser))
+
+    def _leave_alone(self, layer: AttentionLayer, reason: str) -> None:
+        """A layer with a processor of its own stays dense, is reported, and gets its tokens in the model's own order."""
+        if self.config.strict:
+            raise FallbackError(f"strict: {self.name}.{layer.name} would stay dense: {reason}")
+        self.step.ledger.skipped_layers[layer.name] = reason
+        self._raster[layer.name] = self.family.raster_hooks(layer.module, self)
+        self._handles += self._raster[layer.name]
+
+    def _take_back(self, layer: AttentionLayer) -> None:
+        """A layer that had been left alone has our processor again: somebody put back what they had saved."""
+        for handle in self._raster.pop(layer.name, ()):
+            handle.remove()
+        self.step.ledger.skipped_layers.pop(layer.name, None)
+
+    def _stand_in(self, original: Any, number: int, fused: Any) -> TilewiseProcessor:
+        kind = type(original)
+        if kind not in self._classes:
+            self._classes[kind] = processor_class(kind, self)
+        return self._classes[kind](original, self, number, fused)
+
+    def remove(self, denoiser: nn.Module) -> None:
+        self._take_off()
+        delattr(denoiser, ATTRIBUTE)
+        for name in (COPIER, STATE):  # a shallow copy may lack the latter
+            denoiser.__dict__.pop(name, None)
+
+    def _take_off(self) -> None:
+        self.step.removed = True
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for layer in self.layers:
+            module: Any = layer.module
+            # One that was replaced since by somebody else is theirs to keep.
+            if isinstance(module.processor, TilewiseProcessor):
+                _set_processor(module, module.processor.original)
+
+    @property
+    def handles(self) -> list[Any]:
+        """Everything that is on the denoiser's modules now."""
+        return list(self._handles)
+
+    def __deepcopy__(self, memo: dict) -> Patch:
+        raise TilewiseError(
+            f"{self.name} is patched: a copy of one of its modules would share its hooks. Copy the whole denoiser or pipeline, "
+            "which gives a patched copy, or call tilewise.unpatch before copying"
+        )
+
+    # ── during a forward; torch.compile traces all of it, so nothing here may go by the step ─────────────────────
+
+    def _before(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if denoiser.training and torch.is_grad_enabled():
+            raise TilewiseError(
+                f"{self.name} is patched, which is for inference: attention has no backward pass. Call it under torch.no_grad(), "
+                "or call tilewise.unpatch before training"
+            )
+        timestep = self.family.timestep(args, kwargs)
+        grid, refused = self._grid(denoiser, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.step.begin(grid, timestep, refused)
+            return
+        for layer in self.layers:  # now, as the hooks that one would get must be there to be traced
+            module: Any = layer.module
+            if not isinstance(module.processor, TilewiseProcessor):
+                self.step.leave(layer)
+            elif layer.name in self._raster:
+                self._take_back(layer)
+        shape = (0, 0, 0, 0, False) if grid is None else (grid.t, grid.h, grid.w, grid.text, grid.text_first)
+        self.ticket = custom_ops.begin(timestep, self.handle, *shape, refused)
+
+    def _grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
+        """The grid of a forward; or None, and why it has none that can be read."""
+        family: Any = self.family
+        refused: str | None = family.refuses(denoiser, args, kwargs) if hasattr(family, "refuses") else None
+        if refused is not None:
+            return None, refused
+        if torch.compiler.is_compiling():
+            return family.grid(denoiser, args, kwargs), None
+        try:
+            return family.grid(denoiser, args, kwargs), None
+        except UnreadableGridError as error:
+            return None, str(error)
+
+    def _after(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
+        self.step.end()
+        self.ticket = self._resting
+
+    def into(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """``x`` with its token axis ``dim`` brought from the model's own order into the one in force."""
+        return self._reordered(x, dim, inverse=False)
+
+    def back(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """``x`` with its token axis ``dim`` brought from the order in force back into the model's own."""
+        return self._reordered(x, dim, inverse=True)
+
+    def _reordered(self, x: torch.Tensor, dim: int, inverse: bool) -> torch.Tensor:
+        if not self.reorders:
+            return x
+        if torch.compiler.is_compiling():
+            # The indices come from an operator and the gather is the compiler's, which joins it with its neighbours.
+            return x.index_select(dim, custom_ops.order(self.ticket, self.handle, x.shape[dim], x.device, inverse))
+        if self.step.order(x.device) is None:
+            return x
+        return x.index_select(dim, self.step.indices(x.shape[dim], x.device, inverse))
+
+    def fused_here(self, x: torch.Tensor) -> bool:
+        """Whether the family's fused kernels may run on ``x``: wanted, a GPU that Triton serves, no gradients."""
+        if not self.config.fuse or torch.is_grad_enabled() or x.dtype not in DTYPES:
+            return False
+        return x.is_cuda and _triton_runs(x.device)
+
+
+def _reference(pipe: Any) -> Callable[[], Any]:
+    """Gives ``pipe`` for as long as there is one. A patch must not keep a pipeline alive, if that can be helped."""
+    try:
+        return weakref.ref(pipe)
+    except TypeError:
+        return lambda: pipe
+
+
+def _set_processor(module: Any, processor: Any) -> None:
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:  # Mochi's attention has a processor, but no such method
+        module.processor = processor
+
+
+@torch.compiler.assume_constant_result
+def _triton_runs(device: torch.device) -> bool:
+    """Whether Triton kernels run on a device: they are what families fuse with."""
+    return _find_triton(device)
+
+
+@cache
+def _find_triton(device: torch.device) -> bool:
+    return any(name == "triton" and usable for name, usable, _ in available_backends(device))

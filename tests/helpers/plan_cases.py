@@ -1,0 +1,120 @@
+"""Plans to test kernels with, and an independent, slow answer to what each should compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
+from tilewise.kernels.plans.window import window_plan
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    grid: Grid
+    tile: Triple
+    windows: tuple[Triple, ...]
+    unit: Literal["tile", "token"] = "tile"
+    stride: Triple = (1, 1, 1)
+    head_set: tuple[int, ...] | None = None
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 32
+    batch: int = 1
+    block: int = 32
+
+    def layout(self) -> Layout:
+        return cached_layout(self.grid, self.tile, self.block)
+
+    def plan(self, device: str = "cpu") -> BlockPlan:
+        head_set = None if self.head_set is None else torch.tensor(self.head_set)
+        return window_plan(
+            self.layout(), self.windows, unit=self.unit, stride=self.stride, head_set=head_set, device=device
+        )
+
+    def tensors(self, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        return [
+            torch.randn(self.batch, self.grid.tokens, h, self.head_dim, generator=generator).to(device, dtype)
+            for h in heads
+        ]
+
+    def window_of_head(self, head: int) -> Triple:
+        if self.head_set is not None:
+            return self.windows[self.head_set[head]]
+        return self.windows[head if len(self.windows) > 1 else 0]
+
+
+CASES = [
+    Case("one token", Grid(1, 1, 1), (3, 3, 3), ((1, 1, 1),)),
+    Case("one row", Grid(1, 1, 37), (1, 1, 5), ((1, 1, 3),)),
+    Case("one frame", Grid(1, 9, 13), (1, 4, 4), ((1, 3, 3),), head_dim=64),
+    Case("divisible", Grid(4, 8, 8), (2, 4, 4), ((1, 2, 2),), batch=2),
+    Case("ragged, even window", Grid(5, 7, 9), (2, 4, 4), ((2, 1, 2),), head_dim=16),
+    Case("ragged, odd window", Grid(7, 10, 6), (2, 2, 2), ((3, 3, 1),)),
+    Case("tile of several blocks", Grid(3, 9, 10), (3, 5, 5), ((1, 1, 1),)),
+    Case("a window a head", Grid(4, 6, 6), (2, 2, 2), ((1, 3, 3), (2, 1, 1), (9, 9, 9)), heads=3, kv_heads=3),
+    Case(
+        "heads share windows", Grid(4, 6, 6), (2, 2, 2), ((1, 3, 3), (2, 1, 2)), head_set=(1, 0, 1), heads=3, kv_heads=1
+    ),
+    Case("grouped queries", Grid(3, 5, 8), (2, 3, 4), ((1, 1, 2),), heads=6, kv_heads=2, batch=2),
+    Case("text last", Grid(3, 6, 6, text=41), (2, 3, 3), ((1, 1, 1),)),
+    Case("text first", Grid(3, 6, 6, text=7, text_first=True), (2, 3, 3), ((2, 1, 1),), head_dim=96),
+    Case("token window", Grid(3, 9, 10), (3, 3, 3), ((3, 5, 4),), unit="token"),
+    Case("token window, text", Grid(2, 9, 10, text=20), (2, 3, 4), ((2, 3, 5), (1, 7, 2)), unit="token", batch=2),
+    Case("token window, stride", Grid(4, 9, 10), (2, 3, 5), ((3, 5, 4),), unit="token", stride=(2, 3, 2)),
+    Case("full window", Grid(3, 5, 6), (2, 2, 2), ((9, 9, 9),), head_dim=128),
+]
+CASE_IDS = [case.name for case in CASES]
+
+
+@cache
+def naive_mask(case: Case) -> torch.Tensor:
+    """(heads, S, S) bool over raster tokens, by the window formula as the papers write it: one pair at a time, in Python."""
+    grid, tiles = case.grid, case.layout().tiles
+    tokens: list[Triple | None] = [(t, h, w) for t in range(grid.t) for h in range(grid.h) for w in range(grid.w)]
+    text: list[Triple | None] = [None] * grid.text
+    tokens = text + tokens if grid.text_first else tokens + text
+    lengths = tiles if case.unit == "tile" else grid.shape
+
+    def unit(token: Triple) -> Triple:
+        if case.unit == "token":
+            return token
+        tile = case.tile
+        return (token[0] // tile[0], token[1] // tile[1], token[2] // tile[2])
+
+    def sees(i: int, j: int, length: int, window: int, stride: int) -> bool:
+        window = min(window, length)
+        leader = min((i // stride) * stride + stride // 2, length - 1)
+        start = min(max(leader - window // 2, 0), length - window)
+        return start <= j < start + window
+
+    mask = torch.zeros(case.heads, len(tokens), len(tokens), dtype=torch.bool)
+    for head in range(case.heads):
+        window = case.window_of_head(head)
+        visible = {
+            axis: [[sees(i, j, n, window[axis], case.stride[axis]) for j in range(n)] for i in range(n)]
+            for axis, n in enumerate(lengths)
+        }
+        for a, query in enumerate(tokens):
+            for b, key in enumerate(tokens):
+                if query is None or key is None:
+                    mask[head, a, b] = True
+                else:
+                    q, k = unit(query), unit(key)
+                    mask[head, a, b] = all(visible[axis][q[axis]][k[axis]] for axis in range(3))
+    return mask
+
+
+def layout_mask(case: Case) -> torch.Tensor:
+    """``naive_mask`` with both token axes in layout order."""
+    order = case.layout().permutation
+    return naive_mask(case)[:, order][:, :, order]

@@ -1,0 +1,103 @@
+"""The 8-bit Hopper kernel compiles without a GPU: 8-bit wgmma, operands that stay where they are, everything in registers."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_triton_aot import ptxas_usage
+
+triton = pytest.importorskip("triton", minversion="3.6")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+from tilewise.kernels.attention import triton_quantize as triton_quantise  # noqa: E402
+from tilewise.kernels.attention.backends.hopper_8bit import _descriptor, hopper_8bit_kernel, launch_config  # noqa: E402
+from tilewise.kernels.attention.dispatch_8bit import BLOCK  # noqa: E402
+from tilewise.kernels.attention.quantize import VALUES  # noqa: E402
+
+TYPES = {"int8": "i8", "fp8": "fp8e4nv"}
+FLOATS = ["lse_ptr", "q_facts", "kv_scales", "v_facts"]
+PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_codes", "row_codes"]
+
+
+def compiled(precision: str, head_dim: int, intervals: bool, heads: bool):
+    constants = {
+        "D": head_dim, "BLOCK_N": BLOCK, "SHARED_SET": not heads, "HAS_HEAD_SET": heads, "HAS_INTERVALS": intervals,
+        "O_SHARED": gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2), **launch_config(head_dim),
+    }  # fmt: skip
+    # As the launch describes them: one block of each is enough to see its type, piece and layout.
+    rows = {
+        "q_desc": _descriptor(torch.empty(BLOCK, head_dim, dtype=torch.int8), 64),
+        "k_desc": _descriptor(torch.empty(BLOCK, head_dim, dtype=torch.int8), BLOCK),
+        "v_desc": _descriptor(torch.empty(head_dim, BLOCK, dtype=VALUES[precision][0]), head_dim),
+    }
+    signature, attributes = {}, {}
+    for position, name in enumerate(hopper_8bit_kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in rows:
+            dtype = TYPES[precision] if name == "v_desc" else "i8"
+            signature[name] = f"tensordesc<{dtype}{rows[name].block_shape},{rows[name].layout!r}>"
+        elif name == "out_ptr":
+            signature[name] = "*bf16"
+        elif name in (*FLOATS, *PLAN):
+            signature[name] = "*fp32" if name in FLOATS else "*i32"
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if signature[name].startswith("*") or name.startswith("stride_o"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(hopper_8bit_kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+@pytest.mark.parametrize(
+    ("precision", "head_dim", "intervals", "heads"),
+    [("int8", 128, False, False), ("int8", 128, True, True), ("int8", 64, False, True), ("fp8", 128, False, False)],
+)
+def test_compiles(precision, head_dim, intervals, heads, tmp_path):
+    kernel = compiled(precision, head_dim, intervals, heads)
+    ptx = kernel.asm["ptx"]
+    assert kernel.metadata.shared <= 227 * 1024
+    assert f"wgmma.mma_async.sync.aligned.m64n{BLOCK}k32.s32.s8.s8" in ptx
+    values = {"int8": "s32.s8.s8", "fp8": "f32.e4m3.e4m3"}[precision]
+    # Scores read both operands from shared memory (descriptors); values take the weights from four registers.
+    assert re.search(rf"m64n{head_dim}k32\.{re.escape(values)} \{{[^}}]*\}}, \{{%r\d+,%r\d+,%r\d+,%r\d+\}}", ptx)
+    assert "setmaxnreg" in ptx  # the consumers take the producer's registers
+    assert "st.shared.b8" not in ptx  # the weights are not exchanged through memory
+    usage = ptxas_usage(ptx, 90, tmp_path)
+    # The interval test keeps a few loop-invariant addresses in local memory; the accumulators stay in registers.
+    assert usage["spill stores"] <= (64 if intervals else 0), usage
+
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    command = [ptxas, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "serialized" not in report, report
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [("queries", "int8"), ("keys", "int8"), ("values", "int8"), ("values", "fp8")]
+)
+def test_quantisation_compiles(name, precision, tmp_path):
+    kernel = getattr(triton_quantise, f"quantise_{name}_kernel")
+    dtype, largest = VALUES[precision]
+    constants = {"D": 128, "R": BLOCK, "INTEGER": dtype == torch.int8, "LARGEST": largest}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    types = {"starts": "*i32", "rows": "*i32", "heads": "i32", "group": "i32", "scale": "fp32"}
+    types |= {f"{name[0]}_ptr": "*bf16", "out": f"*{TYPES[precision]}"}
+    signature, attributes = {}, {}
+    for position, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        else:
+            signature[argument] = types.get(argument, "i32" if argument.startswith("stride") else "*fp32")
+        if signature[argument].startswith("*") or argument.startswith("stride"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    usage = ptxas_usage(done.asm["ptx"], 90, tmp_path)
+    assert usage["spill stores"] == 0, usage
+    assert "st.global.v4" in done.asm["ptx"]  # whole rows of bytes, transposed or not

@@ -1,0 +1,249 @@
+"""Block-sparse attention against the oracle: the CPU path here, and the same checks for Triton in its CPU interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from plan_cases import CASE_IDS, CASES, Case, layout_mask
+
+from tilewise.kernels.attention.backends.torch import torch_forward
+from tilewise.kernels.attention.dispatch import (
+    available_backends,
+    block_sparse_attention,
+    block_sparse_op,
+    choose_backend,
+)
+from tilewise.kernels.attention.naive import masked_attention
+from tilewise.kernels.plans.block_plan import BlockPlan, plan_from_block_map, plan_of_all
+from tilewise.kernels.plans.layout import Grid, Layout
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def forward(q, k, v, plan, scale=None):
+    """The backend under test in this process."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if INTERPRETED:
+        from tilewise.kernels.attention.backends.triton import triton_forward
+
+        return triton_forward(q, k, v, plan, scale)
+    return torch_forward(q, k, v, plan, scale)
+
+
+def check(case: Case, q, k, v, dtype=torch.float32, scale=None):
+    out, lse = forward(q, k, v, case.plan(), scale)
+    want, want_lse = masked_attention(q, k, v, layout_mask(case)[None], scale)
+    torch.testing.assert_close(out.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse.double(), want_lse, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+def test_matches_the_oracle(case):
+    check(case, *case.tensors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["ragged, odd window", "text first", "token window"])
+def test_half_precision(name, dtype):
+    # Triton's interpreter computes bfloat16 products wrongly, so there only float16 is tested; bfloat16 is, on a GPU.
+    case = CASES[CASE_IDS.index(name)]
+    check(case, *case.tensors(dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 96, 128, 256])
+def test_head_dims(head_dim):
+    case = Case("dims", Grid(2, 5, 6), (2, 3, 3), ((1, 1, 1),), head_dim=head_dim)
+    check(case, *case.tensors(seed=head_dim))
+
+
+def test_strides_as_they_come():
+    case = CASES[CASE_IDS.index("ragged, even window")]
+    q, k, v = case.tensors()
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    fused = torch.stack([q, k, v], dim=2)  # (B, S, 3, H, D): what a fused projection gives
+    want, _ = forward(q, k, v, case.plan())
+    for tensors in (heads_first, fused.unbind(2)):
+        assert not all(x.is_contiguous() for x in tensors)
+        torch.testing.assert_close(forward(*tensors, case.plan())[0], want)
+
+
+def test_scale_is_used():
+    case = CASES[CASE_IDS.index("divisible")]
+    check(case, *case.tensors(), scale=0.03)
+
+
+@pytest.mark.parametrize("name", ["ragged, odd window", "token window", "one frame"])
+def test_memory_outside_the_tensors_is_never_used(name):
+    """Rows before and after each sample, and the tail of each head, hold NaN."""
+    case = CASES[CASE_IDS.index(name)]
+    poisoned = []
+    for x in case.tensors():
+        B, S, H, D = x.shape
+        room = torch.full((B, S + 64, H, D + 16), torch.nan)
+        room[:, 32 : 32 + S, :, :D] = x
+        poisoned.append(room[:, 32 : 32 + S, :, :D])
+    check(case, *poisoned)
+
+
+def test_keys_that_no_one_sees_are_never_used():
+    """NaN in the keys and values outside a query block's window leaves its rows untouched."""
+    case = CASES[CASE_IDS.index("ragged, odd window")]
+    q, k, v = case.tensors()
+    plan, mask = case.plan(), layout_mask(case)
+    want, _ = forward(q, k, v, plan)
+    row = case.grid.tokens // 2
+    unseen = ~mask[0, row]
+    assert bool(unseen.any())
+    k[:, unseen], v[:, unseen] = torch.nan, torch.nan
+    assert torch.equal(forward(q, k, v, plan)[0][:, row], want[:, row])
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(150, 7), (128, 256), (1, 129), (260, 300)])
+def test_all_keys_of_another_sequence(queries, keys):
+    """Rows around the tensors hold NaN."""
+    generator = torch.Generator().manual_seed(queries)
+    q, k, v = (torch.randn(2, n, 2, 16, generator=generator) for n in (queries, keys, keys))
+    want, want_lse = masked_attention(q, k, v, torch.ones(1, 2, queries, keys, dtype=torch.bool), 0.3)
+    poisoned = [torch.nn.functional.pad(x, (0, 0, 0, 0, 9, 140), value=torch.nan)[:, 9:-140] for x in (q, k, v)]
+    out, lse = forward(*poisoned, plan_of_all(queries, keys, q.device), 0.3)
+    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse.double(), want_lse, atol=2e-5, rtol=2e-5)
+
+
+def empty_rows_plan(partial: bool) -> tuple[BlockPlan, torch.Tensor]:
+    """A plan in which some query blocks list nothing, or list only blocks whose intervals keep nothing."""
+    layout = Layout(Grid(1, 4, 8), (1, 2, 4), 16)
+    full = torch.eye(4, dtype=torch.bool)[None, None].clone()
+    full[..., 1, :] = False
+    if not partial:
+        plan = plan_from_block_map(layout, full)
+        return plan, plan.to_mask(1)
+    maps = torch.zeros_like(full)
+    maps[..., 1, 2] = True
+    intervals = torch.zeros(1, 6, 32, dtype=torch.int32)
+    intervals[:, 1::2, ::2] = 99  # every other row's interval holds everything, the others' nothing
+    plan = plan_from_block_map(layout, full, maps, intervals=intervals)
+    return plan, plan.to_mask(1)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_rows_without_keys_are_zero(partial):
+    plan, mask = empty_rows_plan(partial)
+    assert bool((~mask.any(-1)).any())
+    q, k, v = (torch.randn(2, 32, 2, 16) for _ in range(3))
+    out, lse = forward(q, k, v, plan)
+    want, want_lse = masked_attention(q, k, v, mask)
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+
+
+def test_a_plan_per_sample_and_independence_of_batch_and_head():
+    layout = Layout(Grid(2, 4, 4), (1, 2, 2), 16)
+    N = layout.blocks
+    maps = torch.rand(3, 2, N, N, generator=torch.Generator().manual_seed(1)) < 0.4
+    maps |= torch.eye(N, dtype=torch.bool)
+    plan = plan_from_block_map(layout, maps)
+    q, k, v = (torch.randn(3, 32, 2, 16) for _ in range(3))
+    out, lse = forward(q, k, v, plan)
+    want, want_lse = masked_attention(q, k, v, plan.to_mask(2))
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
+    changed = [x.clone() for x in (q, k, v)]
+    for x in changed:
+        x[1, :, 0] += 1
+    other, _ = forward(*changed, plan)
+    same = torch.ones(3, 2, dtype=torch.bool)
+    same[1, 0] = False
+    assert torch.equal(other.transpose(1, 2)[same], out.transpose(1, 2)[same])
+
+
+def test_lse_merges_disjoint_keys_exactly():
+    layout = Layout(Grid(2, 4, 4), (1, 2, 2), 16)
+    left = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.5
+    q, k, v = (torch.randn(1, 32, 1, 16) for _ in range(3))
+    parts = [forward(q, k, v, plan_from_block_map(layout, m)) for m in (left, ~left)]
+    weights = torch.softmax(torch.stack([lse for _, lse in parts]), 0).transpose(2, 3)[..., None]  # (2, B, S, H, 1)
+    merged = sum(w * out for w, (out, _) in zip(weights, parts, strict=True))
+    want, _ = masked_attention(q, k, v)
+    torch.testing.assert_close(merged.double(), want, atol=1e-5, rtol=1e-5)
+
+
+# ── the rest concerns the public entry point, which is the same in both processes ────────────────────────────────────
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs once, in the ordinary process")
+class TestEntryPoint:
+    def test_chooses_the_cpu_path_and_says_why(self):
+        case = CASES[3]
+        choice = choose_backend(*case.tensors(), case.plan())
+        assert choice.backend == "torch"
+        assert "CPU" in choice.reason
+        names = [name for name, _, _ in available_backends("cpu")]
+        assert names == ["gluon", "fa4", "triton", "torch"]
+
+    def test_operator_passes_opcheck(self):
+        case = CASES[CASE_IDS.index("token window, text")]
+        q, k, v = case.tensors()
+        p = case.plan()
+        tables = (
+            p.q_start,
+            p.q_rows,
+            p.k_start,
+            p.k_rows,
+            p.index,
+            p.key_start,
+            p.ends,
+            p.head_set,
+            p.key_codes,
+            p.row_codes,
+        )
+        torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.guard, p.block, 0.25, "torch"))
+        out, lse = block_sparse_op(q, k, v, *tables, p.guard, p.block, 0.25, "torch")
+        want, want_lse = block_sparse_attention(q, k, v, p, scale=0.25, return_lse=True)
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (lambda q, k, v: (q[0], k, v), ValueError, "must be"),
+            (lambda q, k, v: (q, k[:, :-1], v[:, :-1]), ValueError, "the plan is for"),
+            (lambda q, k, v: (q, k.half(), v.half()), TypeError, "one dtype"),
+            (lambda q, k, v: (q.double(), k.double(), v.double()), TypeError, "float16, bfloat16, float32"),
+            (lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]), ValueError, "head dimension must be 16 to 256"),
+            (lambda q, k, v: (q[..., ::2], k[..., ::2], v[..., ::2]), ValueError, "contiguous"),
+            (
+                lambda q, k, v: (q, torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)),
+                ValueError,
+                "multiple",
+            ),
+            (lambda q, k, v: (q.to("meta"), k.to("meta"), v.to("meta")), ValueError, "one device"),
+        ],
+    )
+    def test_bad_input(self, change, error, message):
+        case = CASES[3]
+        with pytest.raises(error, match=message) as caught:
+            block_sparse_attention(*change(*case.tensors()), case.plan())
+        assert "block_sparse_attention(q (" in str(caught.value)
+
+    def test_unknown_or_missing_backend(self):
+        case = CASES[3]
+        with pytest.raises(ValueError, match="unknown backend 'cuda'; there are gluon, fa4, triton, torch"):
+            block_sparse_attention(*case.tensors(), case.plan(), backend="cuda")
+        with pytest.raises(RuntimeError, match="cannot run this"):
+            block_sparse_attention(*case.tensors(), case.plan(), backend="triton")
+
+    def test_triton_in_the_interpreter(self):
+        """This file again, in a process where Triton kernels run on the CPU."""
+        pytest.importorskip("triton")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        environment.pop("PYTEST_ADDOPTS", None)
+        root = Path(__file__).resolve().parents[3]
+        run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+        assert " passed" in run.stdout

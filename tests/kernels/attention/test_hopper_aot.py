@@ -1,0 +1,90 @@
+"""The Hopper kernel compiles without a GPU: warp-specialised wgmma, within a multiprocessor's shared memory, in registers."""
+
+import pytest
+import torch
+from test_triton_aot import ptxas_usage
+
+triton = pytest.importorskip("triton", minversion="3.6")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+from tilewise.kernels.attention.backends.hopper import BLOCK, as_rows, hopper_kernel, launch_config  # noqa: E402
+
+PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_codes", "row_codes"]
+
+
+def compiled(dtype: str, head_dim: int, intervals: bool, heads: bool):
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    constants = {
+        "D": head_dim, "BLOCK_N": BLOCK, "SHARED_SET": not heads, "HAS_HEAD_SET": heads, "HAS_INTERVALS": intervals,
+        **launch_config(head_dim),
+    }  # fmt: skip
+    signature, attributes = {}, {}
+    for position, name in enumerate(hopper_kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_desc"):
+            signature[name] = f"tensordesc<{dtype}[{64 if name == 'q_desc' else BLOCK}, {head_dim}],{layout!r}>"
+        elif name == "out_ptr":
+            signature[name] = f"*{dtype}"
+        elif name == "lse_ptr":
+            signature[name] = "*fp32"
+        elif name in PLAN:
+            signature[name] = "*i32"
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if signature[name].startswith("*") or name.startswith("stride_o"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(hopper_kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "intervals", "heads"),
+    [
+        ("bf16", 128, False, False),
+        ("bf16", 128, True, True),
+        ("bf16", 64, False, True),
+        ("fp16", 64, True, False),
+        ("fp16", 128, False, False),
+    ],
+)
+def test_compiles(dtype, head_dim, intervals, heads, tmp_path):
+    kernel = compiled(dtype, head_dim, intervals, heads)
+    assert kernel.metadata.shared <= 227 * 1024
+    assert "wgmma" in kernel.asm["ptx"]
+    assert "setmaxnreg" in kernel.asm["ptx"]  # the consumers take the producer's registers
+    usage = ptxas_usage(kernel.asm["ptx"], 90, tmp_path)
+    # The interval test keeps a few loop-invariant addresses in local memory; the accumulators stay in registers.
+    assert usage["spill stores"] <= (64 if intervals else 0), usage
+
+
+def test_products_are_not_serialised(tmp_path):
+    """ptxas says so where it puts a wait behind every wgmma: half of the speed would be gone without any other sign."""
+    import subprocess
+    from pathlib import Path
+
+    (tmp_path / "kernel.ptx").write_text(compiled("bf16", 128, True, False).asm["ptx"])
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    command = [ptxas, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "serialized" not in report, report
+
+
+def test_only_what_the_copy_engine_cannot_read_is_copied():
+    fused = torch.randn(2, 10, 3 * 4 * 64, dtype=torch.bfloat16)
+    for x in (
+        fused[..., :256].unflatten(2, (4, 64)),
+        fused[..., 256:512].unflatten(2, (4, 64)),
+        fused[:1, 3:, :64].unflatten(2, (1, 64)),
+    ):
+        assert as_rows(x) is x
+    heads_first = torch.randn(2, 4, 10, 64, dtype=torch.bfloat16).transpose(1, 2)
+    odd = torch.randn(1, 10 * 64 + 1, dtype=torch.bfloat16)[:, 1:].view(1, 10, 1, 64)
+    gap = torch.randn(2, 12, 4, 64, dtype=torch.bfloat16)[:, :10]
+    for x in (heads_first, odd, gap):
+        copy = as_rows(x)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+        assert torch.equal(copy, x)

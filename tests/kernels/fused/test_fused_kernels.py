@@ -1,0 +1,378 @@
+"""The fused elementwise kernels against PyTorch's own operators in float64: the CPU path here, and the same checks for Triton
+in its CPU interpreter; then what compiles ahead of time for a GPU, and what the entry points refuse."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tilewise.kernels.fused.linear_gelu import linear_gelu, linear_gelu_op
+from tilewise.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_op
+from tilewise.kernels.fused.residual_norm import gated_residual, layer_norm, residual_norm, residual_norm_op
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The interpreter has no bfloat16 of its own; it is tested in the ordinary process, and on a GPU.
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+HALF_ULP = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def rounded_once(got: torch.Tensor, want: torch.Tensor) -> None:
+    """``got`` is ``want`` (float64) up to one rounding to got's dtype, and float32's error before it."""
+    torch.testing.assert_close(got.double(), want, rtol=1.01 * HALF_ULP[got.dtype], atol=3e-6)
+
+
+def poisoned(x: torch.Tensor) -> torch.Tensor:
+    """The same tensor with other strides, in the middle of NaN on all sides."""
+    room = torch.full((x.shape[0] + 1, x.shape[1] + 2, x.shape[2] + 32), torch.nan, dtype=x.dtype)
+    view = room[: x.shape[0], 1:-1, 16:-16]
+    view.copy_(x)
+    return view
+
+
+# ── q and k ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rotary(S: int, D: int, full: bool, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = torch.rand(S, D // 2, generator=torch.Generator().manual_seed(5)) * 6
+    if full:
+        angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
+
+
+def oracle(x, weight, cos, sin, heads, eps, across, interleaved):
+    """In float64: PyTorch's RMSNorm, then each pair of channels as a complex number, turned."""
+    x = x.double()
+    D = x.shape[-1] // heads
+    weight = None if weight is None else weight.double()
+    if across:
+        x = F.rms_norm(x, (heads * D,), weight, eps).unflatten(-1, (heads, D))
+    else:
+        x = F.rms_norm(x.unflatten(-1, (heads, D)), (D,), weight, eps)
+    if cos is None:
+        return x
+    if cos.shape[-1] == D:
+        cos, sin = (t[..., ::2] if interleaved else t[..., : D // 2] for t in (cos, sin))
+    turn = torch.complex(cos.double(), sin.double())[..., None, :]
+    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., : D // 2], x[..., D // 2 :])
+    turned = torch.complex(a.contiguous(), b.contiguous()) * turn
+    if interleaved:
+        return torch.view_as_real(turned).flatten(-2)
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize(("heads", "depth", "full"), [(3, 16, True), (2, 24, False), (5, 8, True), (1, 64, False)])
+def test_qk_norm_rope(heads, depth, full, across, interleaved, dtype):
+    B, S, C = 2, 7, heads * depth
+    generator = torch.Generator().manual_seed(heads)
+    fused = torch.full((B, S + 1, 3 * C), torch.nan, dtype=dtype)
+    fused[:, :S] = torch.randn(B, S, 3 * C, generator=generator).to(dtype) * 3
+    fused[:, :, 2 * C :] = torch.nan  # where the values would be
+    q, k, _ = fused[:, :S].chunk(3, -1)
+    weights = [1 + 0.3 * torch.randn(C if across else depth, generator=generator).to(dtype) for _ in range(2)]
+    cos, sin = rotary(S, depth, full, interleaved)
+    got = qk_norm_rope(q, k, *weights, cos, sin, heads=heads, eps=1e-6, across_heads=across, interleaved=interleaved)
+    for x, out, weight in zip((q, k), got, weights, strict=True):
+        assert out.shape == (B, S, heads, depth)
+        assert out.dtype == dtype
+        assert out.is_contiguous()
+        rounded_once(out, oracle(x, weight, cos, sin, heads, 1e-6, across, interleaved))
+
+
+def test_qk_norm_rope_parts_are_optional():
+    q, k = torch.randn(1, 5, 48), torch.randn(1, 5, 16)  # three query heads share one key head
+    cos, sin = rotary(5, 16, True, True)
+    for tables in ((cos, sin), (None, None)):
+        got = qk_norm_rope(q, k, None, torch.full((16,), 2.0), *tables, heads=3, eps=0.1, across_heads=False)
+        rounded_once(got[0], oracle(q, None, *tables, 3, 0.1, False, True))
+        rounded_once(got[1], 2 * oracle(k, None, *tables, 1, 0.1, False, True))
+
+
+def test_tables_of_each_sample_and_in_any_shape():
+    q, k = torch.randn(2, 2, 5, 32).unbind()
+    cos, sin = (torch.stack([t, t.flip(0)]) for t in rotary(5, 16, True, True))
+    got = qk_norm_rope(q, k, None, None, cos[:, :, None], sin[:, :, None], heads=2, eps=1e-6)
+    rounded_once(got[0], oracle(q, None, cos, sin, 2, 1e-6, True, True))
+    rows = torch.full((2, 5, 64), torch.nan)
+    rows[..., :16], rows[..., 32:48] = cos, sin
+    strided = qk_norm_rope(q, k, None, None, rows[..., :16], rows[..., 32:48], heads=2, eps=1e-6)
+    assert torch.equal(strided[1], got[1])
+    shared = [
+        qk_norm_rope(q, k, None, None, *tables, heads=2, eps=1e-6)[0]
+        for tables in ((cos[0], sin[0]), (cos[:1, :, None], sin[:1, :, None]))
+    ]
+    assert torch.equal(*shared)
+
+
+# ── the residual stream ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def modulations(kind: str, B: int, S: int, C: int) -> list[torch.Tensor]:
+    """Six of them, as the slices that a model takes of one tensor; NaN lies behind the last."""
+    generator = torch.Generator().manual_seed(6)
+    if kind == "per token":
+        table = torch.full((B, S, 7, C), torch.nan)
+        table[:, :, :6] = torch.randn(B, S, 6, C, generator=generator)
+        return list(table[:, :, :6].unbind(2))
+    table = torch.full((B, 7, C), torch.nan)
+    table[:, :6] = torch.randn(B, 6, C, generator=generator)
+    return list(table[:, :6].unbind(1)) if kind == "(B, C)" else list(table[:, :6].chunk(6, dim=1))
+
+
+def layer_norm_oracle(h, eps, weight=None, bias=None, scale=None, shift=None):
+    def row(x):
+        return 0 if x is None else x.double() if x.ndim != 2 else x.double()[:, None]
+
+    factor = (1 if weight is None else weight.double()) + row(scale)
+    return F.layer_norm(h.double(), h.shape[-1:], eps=eps) * factor + row(shift) + row(bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["(B, 1, C)", "(B, C)", "per token"])
+@pytest.mark.parametrize(("S", "C"), [(1, 96), (9, 40), (5, 1536)])
+def test_modulated(S, C, kind, dtype):
+    """What a block does around its attention: LayerNorm and modulation, then gate, residual and the next LayerNorm."""
+    h, y = (poisoned(torch.randn(2, S, C, generator=torch.Generator().manual_seed(i)).to(dtype) + 3) for i in (1, 2))
+    shift, scale, gate, *_ = modulations(kind, 2, S, C)
+    n = layer_norm(h, scale=scale, shift=shift, eps=1e-6)
+    assert n.is_contiguous()
+    rounded_once(n, layer_norm_oracle(h, 1e-6, scale=scale, shift=shift))
+    rows = gate if gate.ndim == 3 else gate[:, None]
+    want = h.double() + rows.double() * y.double()
+    alone = gated_residual(h, y, gate)
+    rounded_once(alone, want)
+    both, n = residual_norm(h, y, gate, scale=scale, shift=shift, eps=1e-6)
+    assert torch.equal(both, alone)
+    rounded_once(n, layer_norm_oracle(both, 1e-6, scale=scale, shift=shift))  # of the rounded sum
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_affine_and_plain(dtype):
+    h, y = torch.randn(2, 2, 6, 48).to(dtype).unbind()
+    weight, bias = torch.randn(2, 48).unbind()
+    rounded_once(layer_norm(h, eps=1e-5), layer_norm_oracle(h, 1e-5))
+    rounded_once(layer_norm(h, weight=weight, bias=bias, eps=0.5), layer_norm_oracle(h, 0.5, weight, bias))
+    total, n = residual_norm(h, y, weight=weight, bias=bias)
+    rounded_once(total, h.double() + y.double())
+    rounded_once(n, layer_norm_oracle(total, 1e-6, weight, bias))
+    rounded_once(gated_residual(h, y.float()), h.double() + y.double())  # y may be of another dtype
+
+
+def test_parts_that_all_tokens_share():
+    """Per-token modulation plus a row of the model: the sum is made in the kernel, not in memory."""
+    h, y = torch.randn(2, 2, 6, 48).unbind()
+    shift, scale, gate, *_ = (x.bfloat16() for x in modulations("per token", 2, 6, 48))
+    row = torch.randn(3, 48)
+    total, n = residual_norm(h, y, gate, gate_base=row[0], weight=row[1], bias=row[2], scale=scale, shift=shift)
+    rounded_once(total, h.double() + (gate.double() + row[0].double()) * y.double())
+    rounded_once(n, layer_norm_oracle(total, 1e-6, row[1], row[2], scale, shift))
+    rounded_once(gated_residual(h, y, gate_base=row[0]), h.double() + row[0].double() * y.double())
+
+
+def test_a_large_mean_costs_no_digits():
+    h = torch.randn(1, 3, 256) + 1000
+    rounded = layer_norm_oracle(h, 1e-6)
+    assert (layer_norm(h) - rounded).abs().max() < 2e-4  # as PyTorch's own in float32
+    assert (F.layer_norm(h, (256,)) - rounded).abs().max() < 2e-4
+
+
+def test_no_tokens():
+    assert layer_norm(torch.ones(2, 0, 16)).shape == (2, 0, 16)
+    assert qk_norm_rope(*(torch.ones(0, 3, 16),) * 2, *(None,) * 4, heads=1, eps=1.0)[1].shape == (0, 3, 1, 16)
+
+
+# ── the rest is the same in both processes ───────────────────────────────────────────────────────────────────────────
+
+
+def qk_arguments():
+    q, k, _ = torch.randn(2, 5, 96).chunk(3, -1)
+    cos, sin = (t[None] for t in rotary(5, 16, True, True))
+    return q, k, torch.randn(32), None, cos, sin, 2, 1e-6, True, True
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs once, in the ordinary process")
+class TestEntryPoints:
+    def test_operators_pass_opcheck(self):
+        torch.library.opcheck(qk_norm_rope_op, qk_arguments())
+        h, y = torch.randn(2, 2, 5, 32).unbind()
+        shift, scale, gate, *_ = modulations("(B, 1, C)", 2, 5, 32)
+        row = torch.randn(32)
+        torch.library.opcheck(residual_norm_op, (h, y, gate, row, row, row, scale, shift, 1e-6, True))
+        torch.library.opcheck(residual_norm_op, (h, None, None, None, None, None, None, None, 1e-6, True))
+        torch.library.opcheck(residual_norm_op, (h, y, None, None, None, None, None, None, 1e-6, False))
+        torch.library.opcheck(linear_gelu_op, (h, torch.randn(8, 32), torch.randn(8)))
+
+    def test_compiled_whole(self):
+        h, y = torch.randn(2, 2, 5, 32).unbind()
+        _, k, weight, _, cos, sin, *_ = qk_arguments()
+
+        def step(h, y, table):
+            shift, scale, gate = table.chunk(3, dim=1)
+            h, n = residual_norm(h, y, gate, scale=scale, shift=shift)
+            return qk_norm_rope(n, k, weight, None, cos, sin, heads=2, eps=1e-6)[0], gated_residual(h, y)
+
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        table = torch.randn(2, 3, 32)
+        for got, want in zip(compiled(h, y, table), step(h, y, table), strict=True):
+            assert torch.equal(got, want)
+
+    def test_no_less_exact_than_the_separate_operators(self):
+        """bfloat16, as Wan computes it: norm, rounded, turned with float32 tables, rounded."""
+        q = torch.randn(1, 64, 96, generator=torch.Generator().manual_seed(3)).bfloat16()
+        weight = (1 + 0.1 * torch.randn(96)).bfloat16()
+        cos, sin = rotary(64, 16, True, True)
+        n = F.rms_norm(q, (96,), weight, 1e-6).unflatten(2, (6, 16))
+        x1, x2 = n.unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = cos[:, None, ::2], sin[:, None, 1::2]
+        stock = torch.stack([x1 * c - x2 * s, x1 * s + x2 * c], -1).flatten(-2).bfloat16()
+        want = oracle(q, weight, cos, sin, 6, 1e-6, True, True)
+        ours = qk_norm_rope(q, q, weight, None, cos, sin, heads=6, eps=1e-6)[0]
+        errors = [(x.double() - want).square().mean().sqrt() for x in (ours, stock)]
+        assert errors[0] < 0.9 * errors[1]
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"q": torch.ones(2, 5, 2, 16)}, ValueError, r"must be \(B, S, H·D\)"),
+            ({"k": torch.ones(2, 4, 32)}, ValueError, "the same B and S"),
+            ({"heads": 5}, ValueError, "5 heads of an even number"),
+            ({"k": torch.ones(2, 5, 24)}, ValueError, "heads of 16 channels"),
+            ({"q": torch.ones(2, 5, 64)[..., ::2]}, ValueError, "contiguous"),
+            ({"q_weight": torch.ones(16)}, ValueError, r"shape \(32,\) for across_heads=True"),
+            ({"cos": None}, ValueError, "both rotary tables"),
+            ({"cos": torch.ones(5, 8)}, ValueError, "must have one shape"),
+            ({"cos": torch.ones(4, 16), "sin": torch.ones(4, 16)}, ValueError, "S = 5, N = 16 or 8"),
+            ({"q": torch.ones(2, 5, 32).double()}, TypeError, "float64"),
+            ({"k": torch.ones(2, 5, 32, device="meta")}, ValueError, "one device"),
+        ],
+    )
+    def test_bad_qk(self, change, error, message):
+        q, k, q_weight, k_weight, cos, sin, heads, *_ = qk_arguments()
+        given = {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "heads": heads}
+        with pytest.raises(error, match=message) as caught:
+            qk_norm_rope(**(given | change), eps=1e-6)
+        assert "qk_norm_rope(q (" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"hidden": torch.ones(5, 32)}, ValueError, r"must be \(B, S, C\)"),
+            ({"y": torch.ones(2, 5, 16)}, ValueError, "y must have hidden's shape"),
+            ({"weight": torch.ones(16)}, ValueError, r"weight must be contiguous of shape \(32,\)"),
+            ({"gate": torch.ones(2, 4, 32)}, ValueError, r"gate must be \(B, C\), \(B, 1, C\) or \(B, S, C\)"),
+            ({"scale": torch.ones(2, 1, 64)[..., ::2]}, ValueError, "scale must be"),
+            ({"shift": torch.ones(2, 32, dtype=torch.int64)}, TypeError, "int64"),
+            ({"bias": torch.ones(32, device="meta")}, ValueError, "one device"),
+        ],
+    )
+    def test_bad_residual(self, change, error, message):
+        given = {"hidden": torch.ones(2, 5, 32), "y": torch.ones(2, 5, 32), **change}
+        with pytest.raises(error, match=message) as caught:
+            residual_norm(**given)
+        assert "residual_norm(hidden (" in str(caught.value)
+
+    def test_linear_gelu(self):
+        x, weight, bias = torch.randn(2, 3, 16), torch.randn(8, 16), torch.randn(8)
+        z = F.linear(x.double(), weight.double(), bias.double())
+        want = z / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
+        torch.testing.assert_close(linear_gelu(x, weight, bias).double(), want, atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match=r"weight \(N, K\)"):
+            linear_gelu(x, weight.t(), bias)
+        with pytest.raises(TypeError, match="one dtype"):
+            linear_gelu(x, weight.half(), bias)
+        with pytest.raises(ValueError, match="one device"):
+            linear_gelu(x, weight, bias.to("meta"))
+
+    def test_triton_in_the_interpreter(self):
+        """This file again, in a process where Triton kernels run on the CPU."""
+        pytest.importorskip("triton")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        environment.pop("PYTEST_ADDOPTS", None)
+        root = Path(__file__).resolve().parents[3]
+        run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
+        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+        assert " passed" in run.stdout
+
+
+# ── compiled ahead of time ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def compiled(kernel, constants: dict, dtype: str, capability: int, warps: int, single: tuple[str, ...]):
+    """A kernel compiled for a GPU that need not be there; ``single``: which of its pointers are to float32."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in single else f"*{dtype}"
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        if name.endswith("_ptr") or name.startswith("stride_"):  # as at run time
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    attributes = {at: value for at, value in attributes.items() if signature[kernel.arg_names[at[0]]] != "constexpr"}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    import triton
+
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def check_code(kernel, capability: int, folder: Path) -> None:
+    """No spills; and every access to a row is 16 bytes a thread (a table row of few channels may be less)."""
+    from test_triton_aot import ptxas_usage
+
+    ptx = kernel.asm["ptx"]
+    usage = ptxas_usage(ptx, capability, folder)
+    assert usage["spill stores"] == usage["spill loads"] == 0, usage
+    stores = re.findall(r"st\.global\S*", ptx)
+    assert stores
+    assert all(".v4" in store for store in stores), stores
+    assert sum(".v4" in load for load in re.findall(r"ld\.global\S*", ptx)) >= 2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs once, in the ordinary process")
+@pytest.mark.parametrize("capability", [80, 90])
+class TestAheadOfTime:
+    @pytest.mark.parametrize("across", [True, False])
+    @pytest.mark.parametrize(("heads", "depth"), [(12, 128), (40, 128), (24, 64), (32, 96)])
+    def test_qk_norm_rope(self, heads, depth, across, capability, tmp_path):
+        pytest.importorskip("triton")
+        from tilewise.kernels.fused.triton_qk_norm_rope import launch_config, qk_norm_rope_kernel
+
+        config = launch_config(heads, heads, depth)
+        warps = config.pop("num_warps")
+        constants = {
+            "HEADS": heads, "K_HEADS": heads, "D": depth, "ACROSS": across, "INTERLEAVED": True, "FULL_TABLES": True,
+            **config,
+        }  # fmt: skip
+        kernel = compiled(qk_norm_rope_kernel, constants, "bf16", capability, warps, ("cos_ptr", "sin_ptr"))
+        check_code(kernel, capability, tmp_path)
+
+    @pytest.mark.parametrize(
+        "absent", ["y gate gate_base weight bias", "gate_base scale shift", ""], ids=lambda x: f"no {x}"
+    )
+    @pytest.mark.parametrize("channels", [1536, 3072, 5120, 8192])
+    def test_residual_norm(self, channels, absent, capability, tmp_path):
+        pytest.importorskip("triton")
+        from tilewise.kernels.fused.triton_residual_norm import launch_config, residual_norm_kernel
+
+        config = launch_config(channels)
+        warps = config.pop("num_warps")
+        constants = {
+            "C": channels, "NORM": True, "GATE_PER_TOKEN": False, "SCALE_PER_TOKEN": False, "SHIFT_PER_TOKEN": False,
+            **config, **{f"{name}_ptr": None for name in absent.split()},
+        }  # fmt: skip
+        single = ("gate_ptr", "gate_base_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr")
+        check_code(compiled(residual_norm_kernel, constants, "bf16", capability, warps, single), capability, tmp_path)

@@ -1,0 +1,72 @@
+"""Grids and layouts: every token exactly once, tiles contiguous, border tiles ragged."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
+
+sizes = st.integers(1, 12)
+grids = st.builds(
+    Grid, t=st.integers(1, 7), h=sizes, w=sizes, text=st.sampled_from([0, 0, 5, 40]), text_first=st.booleans()
+)
+layouts = st.builds(
+    Layout, grids, st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)), st.sampled_from([16, 32, 128])
+)
+
+
+@given(layouts)
+@settings(max_examples=60, deadline=None)
+def test_permutation_and_inverse_round_trip(layout):
+    x = torch.arange(layout.grid.tokens)
+    assert torch.equal(x[layout.permutation][layout.inverse], x)
+    assert torch.equal(torch.sort(layout.permutation).values, x)
+
+
+@given(layouts)
+@settings(max_examples=60, deadline=None)
+def test_blocks_cover_the_sequence_once_and_stay_in_one_tile(layout):
+    start, rows = layout.block_start, layout.block_rows
+    assert int(rows.sum()) == layout.grid.tokens  # no padding
+    assert torch.equal(start, torch.cumsum(rows, 0) - rows)
+    assert int(rows.min()) >= 1
+    assert int(rows.max()) <= layout.max_block_rows
+    tile = torch.tensor(layout.tile)
+    for i in range(layout.blocks):
+        at = layout.coords[:, start[i] : start[i] + rows[i]]
+        if layout.is_text[i]:
+            assert bool((at == -1).all())
+        else:
+            assert bool(((at // tile[:, None]) == layout.block_tile[i][:, None]).all())
+
+
+@given(layouts)
+@settings(max_examples=30, deadline=None)
+def test_text_keeps_its_end_of_the_sequence(layout):
+    grid = layout.grid
+    if grid.text_first:
+        assert torch.equal(layout.permutation[: grid.text], torch.arange(grid.text))
+    elif grid.text:
+        assert torch.equal(layout.permutation[-grid.text :], torch.arange(grid.video, grid.tokens))
+    assert int(layout.block_rows[layout.is_text].sum()) == grid.text
+
+
+@pytest.mark.parametrize("shape", [(21, 30, 52), (21, 45, 80), (33, 45, 80), (9, 16, 16), (1, 30, 52), (1, 1, 7)])
+def test_grids_that_users_have(shape):
+    layout = Layout(Grid(*shape), (6, 8, 8))
+    assert int(layout.block_rows.sum()) == layout.grid.tokens
+    assert layout.tiles == tuple(-(-n // min(s, n)) for n, s in zip(shape, (6, 8, 8), strict=True))
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        Grid(0, 4, 4)
+    with pytest.raises(ValueError, match="tile must be three"):
+        Layout(Grid(2, 4, 4), (1, 0, 4))
+    with pytest.raises(ValueError, match="16, 32, 64 or 128"):
+        Layout(Grid(2, 4, 4), (1, 2, 4), 100)
+
+
+def test_layouts_are_cached():
+    assert cached_layout(Grid(2, 4, 4), (1, 2, 2)) is cached_layout(Grid(2, 4, 4), (1, 2, 2))

@@ -1,0 +1,137 @@
+"""Masks that hide text keys run sparse and exactly; every other mask says why it does not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tilewise
+from tilewise.kernels.attention.naive import masked_attention
+from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.config import resolve
+from tilewise.plugins.masks.padding_mask import groups_of, visible_keys
+from tilewise.plugins.models.base import AttentionLayer
+from tilewise.plugins.runtime.call_stats import FALLBACK, SPARSE
+from tilewise.plugins.runtime.forward_state import Step
+
+STA = tilewise.STA(window=(1, 2, 1), tile=(2, 3, 3))
+LENGTHS = {
+    "none hidden": [7, 7],
+    "same for both": [4, 4],
+    "a sample each": [2, 6],
+    "no text at all": [0, 7],
+}
+
+
+def step_over(grid: Grid, heads: int = 2) -> Step:
+    layer = AttentionLayer("blocks.0.attn", torch.nn.Identity(), 0, heads, 32)
+    step = Step("transformer", resolve(STA, steps=(0, 1)), lambda: None, [layer], {0}, True, lambda layer, reason: None)
+    step.grid, step._runs, step._layout = grid, True, STA.layout(grid)
+    return step
+
+
+def attend(step: Step, q, k, v, mask):
+    def stock(query, key, value, attn_mask, *rest, **options):
+        return torch.zeros_like(query)
+
+    processor = SimpleNamespace(number=0, stock=stock)
+    return step.attend(
+        processor, q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, backend=None,
+        fused=False,
+    )  # fmt: skip
+
+
+def visible_of(grid: Grid, lengths: list[int], side: str) -> torch.Tensor:
+    """(B, S) bool: that many text tokens of each sample, at the start or the end of its text, or every other one first."""
+    visible = torch.ones(len(lengths), grid.tokens, dtype=torch.bool)
+    first = 0 if grid.text_first else grid.video
+    for sample, n in enumerate(lengths):
+        order = {"right": range(7), "left": range(6, -1, -1), "scattered": [0, 2, 4, 6, 1, 3, 5]}[side]
+        hidden = list(order)[n:]
+        visible[sample, [first + at for at in hidden]] = False
+    return visible
+
+
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize("side", ["right", "left", "scattered"])
+@pytest.mark.parametrize("lengths", list(LENGTHS.values()), ids=list(LENGTHS))
+def test_hidden_text_keys_change_exactly_what_they_should(text_first, side, lengths):
+    grid = Grid(3, 5, 7, text=7, text_first=text_first)
+    step = step_over(grid)
+    q, k, v = (torch.randn(2, grid.tokens, 2, 32) for _ in range(3))
+    visible = visible_of(grid, lengths, side)
+    window = step.kept.plan(step._layout, 2, torch.device("cpu")).to_mask(2)
+    want, _ = masked_attention(q, k, v, window & visible[:, None, None], dtype=torch.float32)
+    # What hidden tokens hold must not matter, not even as 0 × NaN.
+    k[~visible], v[~visible] = torch.nan, torch.nan
+    additive = torch.where(visible, 0.0, -torch.inf)
+    for mask in (visible, visible[:, None, None], additive[:, None], additive[:, None, None].expand(-1, 2, -1, -1)):
+        out = attend(step, q, k, v, mask)
+        torch.testing.assert_close(out[visible], want[visible])
+        assert bool((out[~visible] == 0).all())
+    assert {entry.kind for _, entry in step.ledger.tallies} == {SPARSE}
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (lambda grid: torch.ones(1, 1, grid.tokens, grid.tokens, dtype=torch.bool), "not one of keys alone"),
+        (lambda grid: torch.randn(1, grid.tokens), "weighs keys"),
+        (lambda grid: torch.arange(grid.tokens)[None] > 0, "hides video tokens"),
+        (lambda grid: torch.ones(3, grid.tokens, dtype=torch.bool), "for 3 samples, the batch is 2"),
+    ],
+)
+def test_other_masks_stay_dense_and_say_why(mask, reason):
+    grid = Grid(3, 5, 7, text=7)
+    step = step_over(grid)
+    q, k, v = (torch.randn(2, grid.tokens, 2, 32) for _ in range(3))
+    given = mask(grid)
+    if given.shape[0] == 3:  # a stock dispatcher would refuse it too: only the reason is asked for
+        assert reason in visible_keys(given, 2, grid.tokens)
+        return
+    attend(step, q, k, v, given if given.ndim == 4 else given[:, None, None])
+    (entry,) = [entry for _, entry in step.ledger.tallies]
+    assert entry.kind == FALLBACK
+    assert reason in entry.reason
+
+
+def test_the_mask_is_read_once_a_forward(monkeypatch):
+    grid = Grid(3, 5, 7, text=7)
+    step = step_over(grid)
+    q, k, v = (torch.randn(2, grid.tokens, 2, 32) for _ in range(3))
+    visible = visible_of(grid, [2, 6], "right")
+    read = []
+    for place in ("step", "key_padding"):
+        name = f"tilewise.plugins.{place}.visible_keys"
+        monkeypatch.setattr(name, lambda *args: read.append(1) or visible_keys(*args), raising=False)
+    for _ in range(3):
+        attend(step, q, k, v, visible.view(2, -1))
+    assert len(read) == 1
+    step.end()
+    step._layout = STA.layout(grid)
+    attend(step, q, k, v, visible)
+    assert len(read) == 2
+
+
+def test_plans_of_many_prompt_lengths_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr("tilewise.plugins.runtime.plan_cache.MAX_PLANS", 3)
+    grid = Grid(3, 5, 7, text=7)
+    step = step_over(grid)
+    q, k, v = (torch.randn(1, grid.tokens, 2, 32) for _ in range(3))
+    for n in range(1, 8):
+        attend(step, q, k, v, visible_of(grid, [n], "right"))
+    assert len(step.kept.plans) <= 3
+
+
+def test_groups_are_slices_where_tokens_follow_each_other():
+    grid = Grid(1, 2, 2, text=4)
+    visible = torch.ones(3, 8, dtype=torch.bool)
+    visible[1, 6:] = False
+    visible[2, 5] = False
+    found = groups_of(visible, grid, torch.device("cpu"))
+    assert not isinstance(found, str)
+    by_text = {group.text: group for group in found}
+    assert by_text[4].tokens is None
+    assert by_text[2].tokens == slice(0, 6)
+    assert by_text[3].tokens.tolist() == [0, 1, 2, 3, 4, 6, 7]
+    assert {group.text: group.samples.tolist() for group in found} == {4: [0], 2: [1], 3: [2]}

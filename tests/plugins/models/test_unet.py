@@ -1,0 +1,153 @@
+"""UNets: spatial self-attention at each level, on grids of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel, UNetSpatioTemporalConditionModel
+from family_checks import traces
+
+import tilewise
+from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.models.base import family_of
+from tilewise.plugins.runtime.call_stats import DENSE_LAYER, SPARSE
+
+FULL = tilewise.STA(window=(99, 99, 99), tile=(1, 3, 4))
+SMALL = tilewise.STA(window=(1, 2, 1), tile=(1, 3, 4))
+
+
+def unet_2d(**overrides: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "sample_size": 16, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 64), "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 8,
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 32,
+        "attention_head_dim": (1, 2), "transformer_layers_per_block": (1, 2),
+    }  # fmt: skip
+    return UNet2DConditionModel(**config | overrides).eval()
+
+
+def unet_motion() -> torch.nn.Module:
+    adapter = MotionAdapter(
+        block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=4
+    )
+    return UNetMotionModel.from_unet2d(unet_2d(), adapter).eval()
+
+
+def unet_svd() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return UNetSpatioTemporalConditionModel(
+        sample_size=16, in_channels=8, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, num_frames=2,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        projection_class_embeddings_input_dim=96,
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=32,
+        num_attention_heads=(1, 2), addition_time_embed_dim=32,
+    ).eval()  # fmt: skip
+
+
+def inputs_of(kind: str, h: int, w: int) -> dict:
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if kind == "2d":
+        return {"sample": randn(2, 4, h, w), "timestep": 500, "encoder_hidden_states": randn(2, 5, 32)}
+    if kind == "motion":
+        return {"sample": randn(1, 4, 3, h, w), "timestep": torch.tensor(500), "encoder_hidden_states": randn(3, 5, 32)}
+    time_ids = torch.tensor([[6.0, 127.0, 0.02]])
+    sample = randn(1, 2, 8, h, w)
+    return {"sample": sample, "timestep": 500, "encoder_hidden_states": randn(1, 1, 32), "added_time_ids": time_ids}
+
+
+KINDS = {"2d": unet_2d, "motion": unet_motion, "svd": unet_svd}
+
+
+def forward(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
+@pytest.fixture
+def every_level(monkeypatch):
+    """Tiny maps are sparse too."""
+    monkeypatch.setattr("tilewise.plugins.runtime.forward_state.MIN_OWN_TOKENS", 1)
+
+
+@pytest.mark.parametrize(("h", "w"), [(16, 16), (10, 14)])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_full_window_is_dense_and_unpatch_leaves_no_trace(kind, h, w, every_level):
+    model, inputs = KINDS[kind](), inputs_of(kind, h, w)
+    before, stock = traces(model), forward(model, inputs)
+    tilewise.patch(model, FULL, steps=(0, 1), strict=True)
+    torch.testing.assert_close(forward(model, inputs), stock, atol=2e-5, rtol=2e-5)
+    assert {row.kind for row in tilewise.summary(model).rows} == {SPARSE}
+    tilewise.unpatch(model)
+    assert torch.equal(forward(model, inputs), stock)
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_sparse_is_masked_stock(kind, every_level):
+    """What stock gives with each level's window as an explicit mask on its self-attention."""
+    h, w = 12, 20
+    model, inputs = KINDS[kind](), inputs_of(kind, h, w)
+    family = family_of(model)
+    masks: dict[int, torch.Tensor] = {}
+    for layer in family.layers(model):
+        grid = layer.grid(Grid(1, h, w))
+        layout = SMALL.layout(grid)
+        at = layout.inverse
+        masks[grid.tokens] = SMALL.plan(layout, layer.heads, torch.device("cpu")).to_mask(1)[:, :, at][:, :, :, at]
+    stock_sdpa = F.scaled_dot_product_attention
+    calls = []
+
+    def sdpa(query, key, value, attn_mask=None, *args, **kwargs):
+        tokens = query.shape[2]
+        if tokens in masks and key.shape[2] == tokens:
+            calls.append(tokens)
+            attn_mask = masks[tokens]
+        return stock_sdpa(query, key, value, attn_mask, *args, **kwargs)
+
+    stock = forward(model, inputs)
+    with mock.patch.object(F, "scaled_dot_product_attention", sdpa):
+        want = forward(model, inputs)
+    assert len(calls) == len(family.layers(model))
+    assert float((want - stock).abs().max()) > 1e-3
+    tilewise.patch(model, SMALL, steps=(0, 1), strict=True)
+    torch.testing.assert_close(forward(model, inputs), want, atol=2e-5, rtol=2e-5)
+
+
+def test_levels_too_small_to_pay_stay_dense_and_are_counted(monkeypatch):
+    monkeypatch.setattr("tilewise.plugins.runtime.forward_state.MIN_OWN_TOKENS", 200)
+    model, inputs = unet_2d(), inputs_of("2d", 16, 16)
+    tilewise.patch(model, SMALL, steps=(0, 1), strict=True)
+    forward(model, inputs)
+    kinds = {row.kind: row.calls for row in tilewise.summary(model).rows}
+    assert kinds == {SPARSE: 3, DENSE_LAYER: 8}  # 256 tokens at the first level, 64 at the second
+
+
+def test_explain_shows_each_level():
+    rows = tilewise.explain(
+        unet_2d(), height=1024, width=1280, num_frames=1, method=tilewise.STA(window=(1, 3, 3)), steps=(0, 1)
+    ).rows
+    assert [(row.denoiser, row.grid) for row in rows] == [("denoiser, 1/1", "1×128×160"), ("denoiser, 1/2", "1×64×80")]
+    assert all(row.density < 1 for row in rows)
+    with pytest.raises(tilewise.ConfigError, match="height=500 must be a multiple of 8, the nearest is 496"):
+        tilewise.explain(unet_2d(), height=500, width=512, num_frames=1, method="sta")
+
+
+def test_compiles_without_graph_breaks(every_level):
+    # One level with attention will do; tracing the others takes seconds.
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "mid_block_type": None}
+    blocks |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "transformer_layers_per_block": 1}
+    model, inputs = unet_2d(**blocks), inputs_of("2d", 16, 16)
+    tilewise.patch(model, SMALL, steps=(0, 1), strict=True)
+    eager = forward(model, inputs)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs, return_dict=False)[0], eager)

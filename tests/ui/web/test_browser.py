@@ -1,0 +1,362 @@
+"""The page in a real browser, on the demo model: what a visitor clicks, sees and gets, and what stays out of reach."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[ui]'")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+CHROMIUM = shutil.which("chromium")
+if CHROMIUM is None:
+    pytest.skip("needs Debian's chromium: apt-get install chromium", allow_module_level=True)
+
+from tilewise.pipelines.batch.manifest import read_manifest  # noqa: E402
+from tilewise.ui.web.common.safety import Address, Limits  # noqa: E402
+from tilewise.ui.web.server import serving  # noqa: E402
+
+expect = playwright.expect
+expect.set_options(timeout=20_000)
+LIMITS = Limits(work=64 * 64 * 9 * 400, waiting=2)
+AT_WORK = re.compile(r"denoise [1-9]\d?/100")
+PROMPT = "a green square moving left"
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("web") / "outputs"
+
+
+@pytest.fixture(scope="module")
+def url(outputs) -> Iterator[str]:
+    with serving(["demo"], outputs, Address(port=0), LIMITS) as where:
+        yield where
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+class Visitor:
+    """One person with a browser of their own. `wrong`: what the console complained about, and requests to elsewhere."""
+
+    def __init__(self, browser, url: str, **context) -> None:
+        self.context = browser.new_context(viewport={"width": 1400, "height": 1000}, **context)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(30_000)
+        self.wrong: list[str] = []
+        self.page.on("console", lambda m: self.wrong.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("request", self._requested)
+        self.url = url
+        self.page.goto(url)
+        self.page.locator("#plan table").wait_for()
+
+    def _requested(self, request) -> None:
+        if not request.url.startswith((self.url, "data:", "blob:")):
+            self.wrong.append(f"a request to {request.url}")
+
+    def number(self, name: str, value: object) -> None:
+        field = self.page.locator(f"#{name} input[type=number], #{name} textarea, #{name} input[type=text]").first
+        field.fill(str(value))
+        field.press("Tab")
+
+    def small(self, steps: int = 2, **numbers: object) -> None:
+        """A clip that takes a second."""
+        wanted = {"height": 64, "width": 64, "frames": 9, "steps": steps, **numbers}
+        for name, value in wanted.items():
+            self.number(name, value)
+        expect(self.page.locator("#plan")).to_contain_text("5×8×8")
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def generate(self) -> dict:
+        """Clicks, waits for the clip, returns its settings as the page shows them."""
+        self.page.evaluate("() => document.querySelectorAll('#result video').forEach((v) => v.classList.add('old'))")
+        self.page.locator("#generate").click()
+        self.page.locator("#result video:not(.old)").wait_for()
+        return self.settings()
+
+    def settings(self) -> dict:
+        box = self.page.locator("#again-box")
+        if not self.page.locator("#settings").is_visible():
+            box.get_by_role("button").first.click()
+        self.page.locator("#settings .cm-content").wait_for()
+        return json.loads(self.code("settings"))
+
+    def code(self, name: str) -> str:
+        return self.page.locator(f"#{name} .cm-content").inner_text()
+
+
+@pytest.fixture
+def visitor(browser, url) -> Iterator[Visitor]:
+    one = Visitor(browser, url)
+    yield one
+    one.context.close()
+    assert one.wrong == []
+
+
+def clip_path(visitor: Visitor, where: str = "#result") -> Path:
+    source = visitor.page.locator(f"{where} video").first.get_attribute("src")
+    return Path(unquote(source.split("file=")[1].split("?")[0]))
+
+
+def test_generate_shows_a_preview_and_then_plays_the_clip(visitor, outputs):
+    visitor.small(steps=6, prompt=PROMPT, seed=5)
+    visitor.page.locator("#generate").click()
+    expect(visitor.page.locator("#status")).to_contain_text("denoise")
+    expect(visitor.page.locator("#preview img")).to_have_attribute("src", re.compile("^data:image/webp;base64,"))
+    visitor.page.locator("#result video").wait_for()
+    visitor.page.wait_for_function(
+        "() => { const v = document.querySelector('#result video'); return v.currentTime > 0.2 && !v.error; }"
+    )
+    expect(visitor.page.locator("#preview img")).to_have_count(0)
+    settings = visitor.settings()
+    assert (settings["prompt"], settings["seed"], settings["steps"], settings["height"]) == (PROMPT, 5, 6, 64)
+    assert clip_path(visitor).parent == outputs / "ui"
+    assert "--method sta-balanced --height 64" in visitor.code("command")
+    assert "tilewise.patch(pipe, 'sta-balanced')" in visitor.code("program")
+    with visitor.page.expect_download() as download:
+        visitor.page.locator("#result .tw-download").click()
+    assert Path(download.value.path()).read_bytes() == clip_path(visitor).read_bytes()
+
+
+def test_cancel_in_mid_run_frees_the_device(visitor, outputs):
+    visitor.small(steps=100)
+    before = read_manifest(outputs / "ui")
+    visitor.page.locator("#generate").click()
+    expect(visitor.page.locator("#status")).to_contain_text(AT_WORK)
+    visitor.page.locator("#cancel").click()
+    expect(visitor.page.locator("#status")).to_contain_text("cancelled; nothing was written", timeout=5000)
+    assert read_manifest(outputs / "ui").keys() == before.keys()
+    visitor.number("steps", 2)
+    assert visitor.generate()["steps"] == 2
+
+
+def test_the_plan_follows_the_controls_before_anything_runs(visitor):
+    plan = visitor.page.locator("#plan")
+    visitor.small()
+    expect(plan).to_contain_text("density where sparse")
+    density = plan.locator("tr", has_text="density where sparse").inner_text()
+    visitor.page.get_by_label("Attention method").click()
+    visitor.page.get_by_role("option", name="sta-fast").click()
+    expect(plan.locator("tr", has_text="density where sparse")).not_to_have_text(density)
+    visitor.page.get_by_label("Attention method").click()
+    visitor.page.get_by_role("option", name="dense", exact=True).click()
+    expect(plan).to_contain_text("100% of dense")
+    visitor.number("height", 72)
+    expect(plan.get_by_role("alert")).to_contain_text("height")
+    visitor.page.locator("#generate").click()
+    expect(visitor.page.locator("#status").get_by_role("alert")).to_contain_text("height")
+    visitor.number("height", 16000)
+    visitor.number("steps", 100)
+    expect(plan.get_by_role("alert")).to_contain_text("times what this page was started for")
+    visitor.number("height", 64)
+    visitor.number("steps", 2)
+    visitor.page.get_by_label("Attention method").click()
+    visitor.page.get_by_role("option", name="sta-fast").click()
+    expect(plan).to_contain_text("density where sparse")
+    visitor.page.locator("#more").get_by_role("button").first.click()
+    visitor.number("options", '{"windw": 3}')
+    expect(plan.get_by_role("alert")).to_contain_text("unknown option")
+
+
+def test_compare_plays_both_in_step(visitor):
+    visitor.small(seed=3)
+    visitor.tab("Compare")
+    visitor.page.locator("#compare").click()
+    players = visitor.page.locator("#compare-result video")
+    players.nth(1).wait_for()
+    for words in ("speed-up, denoising", "PSNR", "SSIM"):
+        expect(visitor.page.locator("#compare-result")).to_contain_text(words)
+    visitor.page.locator(".tw-play").click()
+    visitor.page.wait_for_function(
+        """() => { const [a, b] = document.querySelectorAll('#compare-result video');
+        return !a.paused && !b.paused && a.currentTime > 0.2 && Math.abs(a.currentTime - b.currentTime) < 0.2; }"""
+    )
+    visitor.page.locator(".tw-play").click()
+    visitor.page.wait_for_function(
+        "() => [...document.querySelectorAll('#compare-result video')].every((v) => v.paused)"
+    )
+
+
+def test_a_click_moves_the_query_and_its_region(visitor):
+    visitor.small()
+    visitor.generate()
+    visitor.tab("See the attention")
+    words, image = visitor.page.locator("#attention-words"), visitor.page.locator("#attention img")
+    expect(words).to_contain_text("latent frame 4, row 7, column 7 of 5×8×8")
+    before = image.get_attribute("src")
+    visitor.page.wait_for_function("() => document.querySelector('#attention img').naturalWidth > 0")
+    box = image.bounding_box()
+    image.click(position={"x": box["width"] * 0.9, "y": box["height"] * 0.2})
+    expect(words).to_contain_text("latent frame 4, row 1, column 7 of 5×8×8")
+    expect(image).not_to_have_attribute("src", before)
+    share = float(words.locator("tr", has_text="sees").inner_text().split(":")[-1].strip(" %\n"))
+    assert 0 < share < 100
+    visitor.number("query-step", 1)  # before the method begins
+    expect(words).to_contain_text("dense: the method runs from 40% to 100% of the steps")
+    expect(words).to_contain_text("100.0%")
+    film = visitor.page.locator("#attention-strip img")
+    box = film.bounding_box()
+    film.click(position={"x": box["width"] * 0.07, "y": box["height"] * 0.5})
+    expect(words).to_contain_text("latent frame 0,")
+    visitor.number("query-h", 6)  # from the keyboard
+    expect(words).to_contain_text("row 6,")
+
+
+def test_a_method_that_decides_while_it_runs_is_watched(visitor):
+    visitor.small(steps=2, seed=2)
+    visitor.page.get_by_label("Attention method").click()
+    visitor.page.get_by_role("option", name="draft", exact=True).click()
+    expect(visitor.page.locator("#plan")).to_contain_text("draft pays from")  # it has put its options in place of sta's
+    visitor.page.locator("#more").get_by_role("button").first.click()
+    visitor.number("options", '{"density": 0.3, "min_tokens": 1}')  # so small a clip would stay dense
+    expect(visitor.page.locator("#plan")).to_contain_text("0.300")
+    visitor.tab("See the attention")
+    words = visitor.page.locator("#attention-words")
+    expect(words).to_contain_text("draft decides it from the queries and keys: watch a run of this block")
+    visitor.page.locator("#watch").click()
+    expect(words).to_contain_text("draft, as it decided in the watched run")
+    share = float(words.locator("tr", has_text="sees").inner_text().split(":")[-1].strip(" %\n"))
+    assert 0 < share < 100
+    visitor.page.locator("#attention-draft img").wait_for()
+    visitor.number("query-step", 1)
+    expect(words).to_contain_text("dense")
+
+
+def test_settings_come_back(visitor, outputs):
+    visitor.small(seed=7, prompt="a blue circle <img src=x onerror=alert(1)>")
+    first = visitor.generate()
+    made = {line["seed"]: line for line in read_manifest(outputs / "ui").values()}[7]
+    visitor.number("seed", 8)
+    visitor.number("prompt", "something else")
+    visitor.tab("History")
+    visitor.page.locator("#history").get_by_label("seed 7").first.check()
+    visitor.page.locator("#history-clip video").wait_for()
+    visitor.page.locator("#use-again").click()
+    expect(visitor.page.locator("#history-words")).to_contain_text("the controls are set")
+    visitor.tab("Generate")
+    clip_path(visitor).unlink()
+    assert visitor.generate() == first
+    again = {line["seed"]: line for line in read_manifest(outputs / "ui").values()}[7]
+    assert again["run"]["frames_sha256"] == made["run"]["frames_sha256"]
+    # and from JSON, with values that no control of a browser could count
+    changed = {**first, "seed": 2**63 - 1, "method": {"method": {"name": "sta", "window": [1, 2, 3]}, "blocks": "2:"}}
+    visitor.tab("History")
+    visitor.page.get_by_role("button", name="Or settings as JSON").click()
+    visitor.page.locator("#paste-settings textarea").fill(json.dumps(changed))
+    visitor.page.locator("#use-pasted").click()
+    expect(visitor.page.locator("#seed input, #seed textarea").first).to_have_value(str(2**63 - 1))
+    visitor.page.locator("#paste-settings textarea").fill(json.dumps({**changed, "model": "/etc"}))
+    visitor.page.locator("#use-pasted").click()
+    expect(visitor.page.locator("#history-words").get_by_role("alert")).to_contain_text("not started with the model")
+    visitor.tab("Generate")
+    settings = visitor.generate()
+    assert "--from" in visitor.code("command")
+    assert settings["seed"] == 2**63 - 1
+    assert settings["method"]["method"]["window"] == [1, 2, 3]
+
+
+def test_two_visitors_do_not_mix(browser, url, outputs):
+    two = [Visitor(browser, url) for _ in range(2)]
+    for number, one in enumerate(two):
+        one.small(steps=4, seed=100 + number, prompt=f"a {('red', 'yellow')[number]} circle")
+    two[0].number("steps", 16)
+    two[0].page.locator("#generate").click()
+    expect(two[0].page.locator("#status")).to_contain_text(re.compile("denoise|encode"))
+    two[1].page.locator("#generate").click()
+    expect(two[1].page.locator("#status")).to_contain_text("1 job ahead")
+    for number, one in enumerate(two):
+        one.page.locator("#result video").wait_for()
+        assert (one.settings()["seed"], one.settings()["prompt"]) == (
+            100 + number,
+            f"a {('red', 'yellow')[number]} circle",
+        )
+        assert f"-{100 + number}-" in clip_path(one).name
+        # one visitor's cancel is nothing to the other
+        assert one.wrong == []
+    two[0].number("steps", 100)
+    two[0].page.locator("#generate").click()
+    expect(two[0].page.locator("#status")).to_contain_text(AT_WORK)
+    two[1].page.locator("#cancel").click()
+    expect(two[1].page.locator("#status")).to_contain_text("nothing is running for you")
+    expect(two[0].page.locator("#status")).to_contain_text(AT_WORK)
+    two[0].context.close()  # who leaves cancels: the other need not wait for 100 steps
+    two[1].number("steps", 2)
+    assert two[1].generate()["steps"] == 2
+    assert not any(line["steps"] == 100 for line in read_manifest(outputs / "ui").values())
+    two[1].context.close()
+
+
+def test_only_the_output_folder_can_be_fetched(visitor, outputs):
+    visitor.small()
+    visitor.generate()
+    request = visitor.context.request
+    assert request.get(f"{visitor.url}gradio_api/file={clip_path(visitor)}").status == 200
+    secret = outputs.parent / "secret.txt"
+    secret.write_text("hush")
+    sibling = outputs.with_name(outputs.name + "-not")
+    sibling.mkdir()
+    (sibling / "clip.mp4").write_text("hush")
+    tries = ["/etc/passwd", str(secret), f"{outputs}/../secret.txt", f"{outputs}/%2e%2e/secret.txt", "README.md"]
+    tries += [str(Path(__file__)), str(sibling / "clip.mp4"), f"{outputs}//..//secret.txt"]
+    for path in tries:
+        for route in ("gradio_api/file=", "file=", "gradio_api/file/"):
+            answer = request.get(f"{visitor.url}{route}{path}")
+            assert answer.status in (403, 404), (route, path)
+            assert "hush" not in answer.text()
+    assert request.get(f"{visitor.url}gradio_api/file=/etc/passwd").status == 403
+    assert request.get(visitor.url, headers={"Host": "evil.example"}).status == 421
+
+
+def test_a_batch_of_prompts(visitor, outputs):
+    visitor.small()
+    visitor.tab("Batch")
+    visitor.number("batch-prompts", "a red circle\na blue square\n# no prompt")
+    visitor.number("batch-seeds", "0-1")
+    visitor.page.locator("#batch").click()
+    expect(visitor.page.locator("#batch-result")).to_contain_text("4 of 4 clips are in")
+    expect(visitor.page.locator("#batch-result video")).to_have_count(4)
+    folder = next(path for path in outputs.iterdir() if path.name.startswith("batch-a-red-circle"))
+    assert len(read_manifest(folder)) == 4
+    visitor.page.locator("#batch").click()
+    expect(visitor.page.locator("#batch-result")).to_contain_text("0 made now")
+    visitor.number("batch-seeds", "0-")
+    visitor.page.locator("#batch").click()
+    expect(visitor.page.locator("#batch-status").get_by_role("alert")).to_contain_text("0-9 or 0-3,7")
+
+
+def test_dark_keyboard_and_labels(browser, url):
+    dark = Visitor(browser, url, color_scheme="dark")
+    page = dark.page
+    colours = page.evaluate("() => { const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]; }")
+    bright = [sum(int(n) for n in c[c.index("(") + 1 : -1].split(",")[:3]) for c in colours]
+    assert bright[0] > 400 > bright[1]
+    for name in ("Compare", "See the attention", "Batch", "History", "Generate"):
+        dark.tab(name)
+        page.wait_for_timeout(150)
+        unnamed = page.evaluate(
+            """() => [...document.querySelectorAll('input, textarea, select, button, video')].filter((e) =>
+            e.offsetParent && e.type !== 'file' && !(e.labels && e.labels.length) && !e.getAttribute('aria-label')
+            && !e.getAttribute('aria-labelledby') && !e.innerText && !e.title
+            && !e.querySelector('img[alt]:not([alt=""])') && !e.closest('label')).map((e) => e.outerHTML)"""
+        )
+        assert unnamed == [], name
+    dark.small()
+    page.locator("#generate").focus()
+    page.keyboard.press("Enter")
+    page.locator("#result video").wait_for()
+    dark.context.close()
+    assert dark.wrong == []

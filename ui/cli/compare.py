@@ -1,0 +1,74 @@
+"""The work behind `tilewise compare`: measure what manifests tell of, print the table, write the report."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from tilewise.pipelines.batch.coherence_comparison import coherence_rows
+from tilewise.pipelines.batch.manifest_comparison import Group, measured, method_rows, read_groups
+from tilewise.pipelines.media.files import check_writable, replacing
+from tilewise.pipelines.media.video import ffmpeg_path, read_frames
+from tilewise.pipelines.quality.coherence import repetition
+from tilewise.plugins.errors import ConfigError
+from tilewise.ui.cli.html_report import COLUMNS, table_cells, write_html
+from tilewise.ui.common.tables import console
+
+
+def compare_command(manifests: Sequence[Path], out: Path, embed: int) -> None:
+    """Prints a row a method, and writes the HTML report. embed: MiB of clips that go into the file."""
+    if embed < 0:
+        raise ConfigError(f"--embed takes a size in MiB of at least 0, not {embed}")
+    groups = read_groups(manifests)
+    ffmpeg_path()
+    check_writable(out, suffix=".html")
+    notes = Console(stderr=True)
+    shown = track(measured(groups), "measuring", len(groups), console=notes, disable=not notes.is_terminal)
+    found = list(shown)
+    rows = method_rows(found)
+    table = Table(title="medians over clips; speed-up, PSNR and SSIM against dense", title_justify="left")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*table_cells(row))
+    console().print(table)
+    for line in repetition_lines(found):
+        print(line)
+    coherent = coherence_rows(found)
+    if coherent:
+        print("past the training size (means over clips):")
+    for told in coherent:
+        print(f"  {told}")
+    with replacing(out) as part, part.open("w", encoding="utf-8") as file:
+        left_out = write_html(file, out.parent, found, rows, embed * 2**20)
+    damaged = sum(clip.damaged for group in found for clip in group.clips)
+    if damaged:
+        print(f"{damaged} clips are missing or not as their manifest says; they are not measured")
+    if left_out - damaged:
+        print(f"{left_out - damaged} clips are linked, not inside: they are more than --embed {embed} MiB")
+    print(f"wrote {out}")
+
+
+def repetition_lines(groups: Sequence[Group]) -> list[str]:
+    """How much each method's clips show the same thing several times, and how much more than dense at the same size does."""
+    by_method: dict[str, list[tuple[float, float | None]]] = {}
+    for group in groups:
+        dense: float | None = None
+        for clip in group.clips:  # the dense one first
+            if clip.damaged:
+                continue
+            score = repetition(read_frames(clip.path))
+            dense = score if clip.is_dense else dense
+            excess = None if dense is None else score - dense
+            by_method.setdefault(clip.method, []).append((score, excess))
+    lines = ["repetition (0 … 1, means over clips; against dense):"] if by_method else []
+    for method, scores in by_method.items():
+        above = [more for _, more in scores if more is not None]
+        told = f", {statistics.mean(above):+.3f}" if above else ""
+        lines.append(f"  {method}: {statistics.mean(score for score, _ in scores):.3f}{told}")
+    return lines

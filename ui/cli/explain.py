@@ -1,0 +1,112 @@
+"""The work behind `tilewise explain`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.generation.generate import run
+from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
+from tilewise.pipelines.loading.model_defaults import native_size
+from tilewise.plugins.config import Config
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.explain import Explanation, explain
+from tilewise.plugins.methods.base import DynamicMethod
+from tilewise.plugins.models.base import Size, family_of
+from tilewise.plugins.models.common.native_size import prepared
+from tilewise.plugins.patching import denoisers_of, patched
+from tilewise.plugins.watch import watch
+from tilewise.ui.cli.plot import Drawn, check_plot, plot
+from tilewise.ui.common.options import method_config
+
+# A dynamic method's picture comes from a short run: the third of four steps, when the clip has taken shape.
+PLOT_STEPS, PLOT_STEP = 4, 2
+PROMPT = "a red circle moving right on a blue striped background"
+
+
+def explain_command(
+    model: str,
+    method: str,
+    window: str | None,
+    density: float | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    steps: int | None,
+    *,
+    as_json: bool,
+    picture: Path | None = None,
+) -> None:
+    """Prints what a method would do with a model at a size, and draws it; a picture of a dynamic method runs the model.
+
+    Raises ImportError for a picture without matplotlib, OutputPathError, and ConfigError where nothing would be sparse.
+    """
+    if picture is not None:
+        check_plot(picture)
+    config = method_config(method, window, density)
+    skeleton = load_skeleton(model)
+    native = native_size(skeleton)
+    explanation = explain(
+        skeleton,
+        height=native.height if height is None else height,
+        width=native.width if width is None else width,
+        num_frames=native.num_frames if frames is None else frames,
+        num_inference_steps=native.steps if steps is None else steps,
+        method=config,
+    )
+    print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
+    if picture is not None:
+        if isinstance(config.method, DynamicMethod):
+            drawn = _of_a_run(model, config, explanation)
+        else:
+            drawn = _of_the_plan(skeleton, config, explanation)
+        plot(drawn, picture)
+        if not as_json:
+            print(f"wrote {picture}")
+
+
+def _of_the_plan(skeleton: Any, config: Config, explanation: Explanation) -> Drawn:
+    """A static method's plan, which is the same at every call."""
+    _, denoiser = next(iter(denoisers_of(skeleton).items()))
+    family = family_of(denoiser)
+    assert family is not None
+    size = Size(explanation.size["height"], explanation.size["width"], explanation.size["num_frames"])
+    layer = family.layers(denoiser)[0]
+    method = prepared(config, skeleton, denoiser).method
+    layout = method.layout(layer.grid(family.grid_of_size(denoiser, skeleton, size)))
+    if layout is None:
+        raise ConfigError(f"--plot: the method {method.name} is dense, there is nothing to draw")
+    plan = method.plan(layout, layer.heads, torch.device("cpu"))
+    return Drawn(layout, plan, 0, None, f"{method.name}, grid {layout.grid}, head 0: density {plan.density:.3f}")
+
+
+def _of_a_run(model: str, config: Config, explanation: Explanation) -> Drawn:
+    """What a dynamic method chose in the middle block of a short run."""
+    pipe = load_pipeline(model)
+    size = explanation.size
+    config = dataclasses.replace(config, steps=(PLOT_STEP / PLOT_STEPS, 1.0), blocks=":")
+    settings = resolve_settings(
+        pipe, PROMPT, method=config, height=size["height"], width=size["width"], frames=size["num_frames"],
+        steps=PLOT_STEPS,
+    )  # fmt: skip
+    family = family_of(next(iter(denoisers_of(pipe).values())))
+    assert family is not None
+    blocks = [layer.block for layer in family.layers(next(iter(denoisers_of(pipe).values())))]
+    block = sorted(set(blocks))[len(set(blocks)) // 2]
+    with patched(pipe, config), watch(pipe, layers=[block], steps=[PLOT_STEP]) as calls:
+        run(pipe, settings, decode=False)
+    call = next((call for call in calls if call.plan is not None), None)
+    if call is None or call.plan is None or call.layout is None:
+        kinds = ", ".join(sorted({call.kind for call in calls})) or "none"
+        raise ConfigError(f"--plot: no call was sparse (calls of block {block}: {kinds}), there is nothing to draw")
+    kept = float("nan") if call.plan.device_density is None else float(call.plan.device_density)
+    where = (
+        f"{config.method.name}, grid {call.layout.grid}, block {block}, step {PLOT_STEP + 1} of {PLOT_STEPS}, head 0"
+    )
+    draft = None if call.draft is None else call.draft[0, 0]
+    return Drawn(call.layout, call.plan, 0, draft, f"{where}: density {kept:.3f} over all heads")

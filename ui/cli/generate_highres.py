@@ -1,0 +1,178 @@
+"""The work behind `tilewise generate --highres`: a clip at the model's own size, then one past it. Both are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tilewise.pipelines.batch.job import Stages
+from tilewise.pipelines.batch.two_stage_jobs import stages_of
+from tilewise.pipelines.generation.clip_metadata import Recorded, clip_record, machine, read_record
+from tilewise.pipelines.generation.generate import Clip
+from tilewise.pipelines.generation.settings import GenerateSettings, explain_settings, prompt_notes
+from tilewise.pipelines.highres.preparation import Work, prepare
+from tilewise.pipelines.highres.settings import HighresSettings
+from tilewise.pipelines.highres.two_stages import HighresClip, judged, make
+from tilewise.pipelines.loading.load import cast_skeleton, load_pipeline, load_skeleton, resolve_device, resolve_dtype
+from tilewise.pipelines.media.files import check_sidecar, check_writable
+from tilewise.pipelines.media.video import ffmpeg_path, write_settings, write_video
+from tilewise.plugins.errors import ConfigError
+from tilewise.ui.cli.generate import MODEL, Request, print_sameness, progress_bars, quiet_libraries
+from tilewise.ui.common.options import default_out, method_config, out_suffix, parse_size
+from tilewise.ui.common.tables import console, print_files, print_result, print_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A checked request. arguments: of `prepare`, for the loaded pipeline. files: the clip, and its native stage's."""
+
+    skeleton: Any
+    work: Work
+    arguments: tuple
+    files: list[Path]
+    dtype: str
+    origin: Recorded | None
+
+
+def dry_run_highres(request: Request) -> None:
+    """Prints both stages' settings and the plan of memory. Nothing is written, and no weights are read."""
+    found = _check(request, create=False)
+    device = str(resolve_device(request.device))
+    print_settings(found.work.native, device, found.dtype, [found.files[1]])
+    print_settings(found.work.target, device, found.dtype, [found.files[0]])
+    print(explain_settings(found.skeleton, found.work.target))
+    print(f"{found.work.plan}; without the text encoder, which was not loaded")
+    for note in found.work.notes:
+        print(f"note: {note}")
+
+
+def generate_highres(request: Request) -> None:
+    """Makes both clips and reports. The native one is written as soon as it is there: it stays if the rest is stopped."""
+    notes = Console(stderr=True)
+    with quiet_libraries():
+        found = _check(request, create=True)
+        model = found.work.target.model
+        with notes.status(f"loading {model} …"):
+            pipe = load_pipeline(model, device=request.device, dtype=found.dtype)
+        work = _tiled_alike(prepare(pipe, *found.arguments), found.origin)
+        target = work.target
+        for note in [str(work.plan), *(f"note: {text}" for text in [*prompt_notes(pipe, target), *work.notes])]:
+            notes.print(note, style="yellow", highlight=False, soft_wrap=True)
+        run = machine(pipe.device, found.dtype)
+
+        def write_native(clip: Clip) -> None:
+            write_video(found.files[1], clip.frames, clip.settings.fps, settings=clip_record(clip, run))
+
+        with progress_bars(notes) as progress:
+            made = make(pipe, work, progress, write_native)
+    write_video(found.files[0], made.frames, target.fps, settings=_record(made, run))
+    made = _judged(pipe, made, found.files, run, notes)
+    print_result(made.clip)
+    _print_stages(made)
+    print_files(found.files)
+    if found.origin is not None and _is_the_same(work, found.origin):
+        print_sameness(made.clip, found.origin, request.source)
+
+
+def _check(request: Request, *, create: bool) -> _Checked:
+    """Everything that can be wrong is found here, before weights are read."""
+    assert request.highres is not None
+    for name, value in (("--compare", request.compare), ("--window", request.window), ("--density", request.density)):
+        if value is not None:
+            raise ConfigError(f"{name} cannot be used with --highres")
+    origin = None if request.source is None else read_record(request.source)
+    earlier = {} if origin is None else _earlier(origin)
+    given = {**earlier.pop("options", {}), **request.highres}
+    native = given.pop("native", None)
+    size = parse_size(native) if isinstance(native, str) else native
+    options = HighresSettings.from_dict(given)
+    wishes = {**earlier, **{name: value for name, value in request.wishes.items() if value is not None}}
+    prompt = request.prompt or wishes.pop("prompt", None)
+    height, width = wishes.pop("height", None), wishes.pop("width", None)
+    if prompt is None or height is None or width is None:
+        raise ConfigError(
+            "--highres needs a prompt, --height and --width, or with --from a clip that was made with them"
+        )
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype or (origin.run.get("dtype") if origin else None) or "auto", device)
+    model = request.model or wishes.pop("model", MODEL)
+    skeleton = cast_skeleton(load_skeleton(model), dtype)
+    # --method is the native stage's; the target's is the inward window.
+    method = method_config(request.method or wishes.pop("method", "dense"))
+    names = ("negative", "frames", "steps", "guidance", "seed", "fps", "max_sequence_length")
+    shared = {"model": model, **{name: wishes[name] for name in names if name in wishes}}
+    arguments = (prompt, height, width, size, method, options, shared)
+    work = prepare(skeleton, *arguments, device)
+    file = request.out or default_out(prompt, work.target.seed, work.target.frames)
+    files = [file, file.with_stem(f"{file.stem}-native")]
+    if request.source is not None and any(path.exists() and path.samefile(request.source) for path in files):
+        raise ConfigError(f"the clip of --from, {request.source}, would be replaced; give another --out")
+    for creating in (False, True) if create else (False,):
+        for path in files:
+            check_writable(path, suffix=out_suffix(path, work.target), create=creating)
+            check_sidecar(path, create=creating)
+    ffmpeg_path()
+    return _Checked(skeleton, work, arguments, files, str(dtype).removeprefix("torch."), origin)
+
+
+def _earlier(origin: Recorded) -> dict[str, Any]:
+    """What the clip of --from was made with: of two stages both, of one stage what becomes the native stage here."""
+    settings = dict(vars(origin.settings))
+    told = origin.run.get("highres")
+    if told is None:
+        size = (settings.pop("height"), settings.pop("width"))
+        return {**settings, "options": {"native": size}}
+    stages = Stages.from_dict(told)
+    options = {**stages.options.to_dict(), "native": (stages.height, stages.width)}
+    return {**settings, "method": stages.method, "options": options}
+
+
+def _tiled_alike(work: Work, origin: Recorded | None) -> Work:
+    """With the VAE in tiles where it was for the clip of --from: they show in the pixels."""
+    told = None if origin is None else origin.run.get("highres")
+    if origin is None or told is None or _size(origin.settings) != _size(work.target):
+        return work
+    tiles = {name: getattr(work.plan, name) or bool(told["plan"].get(name)) for name in ("vae_tiling", "native_tiling")}
+    return dataclasses.replace(work, plan=dataclasses.replace(work.plan, **tiles))
+
+
+def _size(settings: GenerateSettings) -> tuple[int, int, int]:
+    return settings.height, settings.width, settings.frames
+
+
+def _is_the_same(work: Work, origin: Recorded) -> bool:
+    """Whether a clip is made by the same two stages as the one of --from."""
+    told = origin.run.get("highres")
+    return told is not None and Stages.from_dict(told).to_dict() == stages_of(work).to_dict()
+
+
+def _record(made: HighresClip, run: dict[str, Any]) -> dict[str, Any]:
+    return clip_record(made.clip, {**run, "highres": made.to_dict()})
+
+
+def _judged(pipe: Any, made: HighresClip, files: list[Path], run: dict[str, Any], notes: Console) -> HighresClip:
+    """With what the clips show, which is also added to their files; what goes wrong here is only noted."""
+    try:
+        seen = judged(pipe, made)
+        if seen.clip.content is not None:
+            write_settings(files[0], _record(seen, run))
+            write_settings(files[1], clip_record(seen.native, run))
+        return seen
+    except Exception as error:
+        text = f"note: the clips are written, but could not be judged: {str(error) or type(error).__name__}"
+        notes.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        return made
+
+
+def _print_stages(made: HighresClip) -> None:
+    forwards = made.forwards
+    print_to = console()
+    print_to.print(str(made.coherence), soft_wrap=True)
+    print_to.print(
+        f"forwards at the target: {forwards['refreshed']} with the full path, {forwards['reused']} with its cached "
+        f"cross-attention, {forwards['unguided']} by the window alone; native stage {made.native.seconds['total']:.2f} s",
+        soft_wrap=True,
+    )

@@ -1,0 +1,107 @@
+"""Tables for the terminal: what will run, what ran, how it compares."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tilewise.pipelines.generation.compare import Comparison
+from tilewise.pipelines.generation.generate import Clip
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.plugins.config import Config
+
+
+def console() -> Console:
+    """Standard output. Into a pipe or file it is wide enough that no table cell is cut."""
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = 160
+    return out
+
+
+def print_settings(settings: GenerateSettings, device: str, dtype: str, files: list[Path]) -> None:
+    """The settings as a table, for a dry run."""
+    table = _pairs("dry run: nothing is generated or written")
+    for name, value in settings.to_dict().items():
+        table.add_row(name, method_words(settings.method) if name == "method" else _text(value))
+    table.add_row("device", f"{device}, {dtype}")
+    table.add_row("would write", "\n".join(str(file) for file in files))
+    console().print(table)
+
+
+def print_result(result: Clip | Comparison) -> None:
+    """What ran, where it was sparse, how long it took and, for a comparison, against what."""
+    clip = result.sparse if isinstance(result, Comparison) else result
+    out = console()
+    if clip.summary is not None:
+        print(clip.summary)
+    table = _pairs("result")
+    settings = clip.settings
+    frames, height, width = clip.frames.shape[:3]
+    table.add_row("clip", f"{frames} frames of {height}x{width}, {settings.fps:g} fps, {settings.steps} steps")
+    table.add_row("model, method, seed", f"{settings.model}, {method_words(settings.method)}, {settings.seed}")
+    if clip.summary is not None:
+        table.add_row("density where sparse", f"{clip.summary.density:.3f}")
+        reasons = "\n".join(f"{count} calls: {reason}" for reason, count in clip.summary.fallbacks.items())
+        table.add_row("fallbacks to dense", reasons or "none")
+    table.add_row("seconds", _seconds(clip))
+    if clip.content is not None:
+        table.add_row("prompt shown", _content(clip.content))
+    if isinstance(result, Comparison):
+        if result.dense.content is not None:
+            table.add_row("prompt shown, dense", _content(result.dense.content))
+        table.add_row("seconds, dense", _seconds(result.dense))
+        speedup = result.speedup
+        table.add_row("speed-up over dense", f"{speedup['denoise']:.2f}x denoising, {speedup['total']:.2f}x in all")
+        same = "identical" if math.isinf(result.psnr) else f"PSNR {result.psnr:.1f} dB"
+        table.add_row("closeness to dense", same + ("" if result.ssim is None else f", SSIM {result.ssim:.3f}"))
+    out.print(table)
+
+
+def print_files(files: list[Path]) -> None:
+    """One line each, never wrapped, so that they can be copied."""
+    for file in files:
+        print(f"wrote {file}")
+
+
+def _pairs(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, show_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _content(content: dict[str, bool | None]) -> str:
+    """What the detector found of the prompt, leaving out what the prompt does not say."""
+    words = {True: "yes", False: "no"}
+    return ", ".join(f"{name.replace('_', ' ')} {words[right]}" for name, right in content.items() if right is not None)
+
+
+def method_words(config: Config) -> str:
+    """The method with its options and schedule, in one line."""
+    options = {key: value for key, value in config.method.to_dict().items() if key != "name" and value is not None}
+    words = [config.method.name, *(f"{key}={_text(value)}" for key, value in options.items())]
+    if config.method.name != "dense":  # which has no schedule
+        words.append(f"steps {config.steps[0]:g} to {config.steps[1]:g}, blocks {config.blocks}")
+    return " ".join(words)
+
+
+def _seconds(clip: Clip) -> str:
+    phases = ", ".join(f"{name} {clip.seconds[name]:.2f}" for name in ("encode", "denoise", "decode"))
+    return f"{clip.seconds['total']:.2f} ({phases})"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ",".join(_text(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
+    return str(value)

@@ -1,0 +1,124 @@
+"""The controls that all tabs share: what to make, with which method, how large. Their order is that of `wishes.FIELDS`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from tilewise.plugins.config import resolve
+from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.methods.base import methods
+from tilewise.ui.web.common.messages import complaint, log_unexpected
+from tilewise.ui.web.common.safety import Limits
+from tilewise.ui.web.forms import plan_panel
+from tilewise.ui.web.forms.form_parsing import FIELDS, choices, method_values, settings_of
+from tilewise.ui.web.forms.slider import Slider
+from tilewise.ui.web.jobs.models import Models
+
+PROMPT = "a red circle moving right on a blue background"  # in the words of the demo model
+METHOD = "sta-balanced"
+
+
+class Controls:
+    """Built inside a gr.Blocks. `inputs`: the components in the order of FIELDS. `panel`: the plan."""
+
+    def __init__(self, models: Models, limits: Limits) -> None:
+        self.models, self.limits = models, limits
+        native = models.native(models.names[0])
+        first = method_values(resolve(METHOD))
+        made: dict[str, Any] = {}
+        made["model"] = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="model")
+        made["prompt"] = gr.Textbox(PROMPT, label="Prompt", lines=2, max_lines=6, elem_id="prompt")
+        made["method"] = gr.Dropdown(choices(), value=METHOD, label="Attention method", elem_id="method")
+        with gr.Row():
+            made["height"] = Slider(16, 2160, native.height, step=16, label="Height, pixels", elem_id="height")
+            made["width"] = Slider(16, 3840, native.width, step=16, label="Width, pixels", elem_id="width")
+        with gr.Row():
+            made["frames"] = Slider(1, 257, native.num_frames, step=4, label="Frames", elem_id="frames")
+            made["steps"] = Slider(1, 100, native.steps, step=1, label="Steps", elem_id="steps")
+        with gr.Row():
+            made["seed"] = gr.Textbox("0", label="Seed", elem_id="seed")
+            made["guidance"] = gr.Number(native.guidance, label="Guidance (1: none)", elem_id="guidance")
+        with gr.Accordion("More", open=False, elem_id="more"):
+            made["negative"] = gr.Textbox("", label="What the clip should not show", elem_id="negative")
+            made["options"] = gr.Textbox(
+                first["options"], label="Options of the method, as JSON", elem_id="options", max_lines=4
+            )
+            with gr.Row():
+                made["from_step"] = Slider(
+                    0, 1, first["from_step"], step=0.05, label="Sparse from (share of the steps)", elem_id="from-step"
+                )
+                made["to_step"] = Slider(
+                    0, 1, first["to_step"], step=0.05, label="Sparse to (share of the steps)", elem_id="to-step"
+                )
+            made["blocks"] = gr.Textbox(first["blocks"], label="Sparse blocks, such as 1: or 0,3:9", elem_id="blocks")
+            with gr.Row():
+                made["fps"] = gr.Number(native.fps, label="Frames a second", elem_id="fps")
+                made["text_tokens"] = gr.Number(
+                    native.max_sequence_length,
+                    label="Text tokens (empty: the model's)",
+                    precision=0,
+                    elem_id="text-tokens",
+                )
+        self.components = made
+        self.panel = gr.HTML(label="Plan", elem_id="plan")
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [self.components[name] for name in FIELDS]
+
+    def values(self, given: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(FIELDS, given, strict=True))
+
+    def wire(self, page: gr.Blocks) -> None:
+        """The plan follows every control; another model or method brings its own settings."""
+        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        moved = [page.load, *(component.change for component in self.inputs)]
+        gr.on(moved, self.plan, self.inputs, [self.panel], trigger_mode="always_last", **quiet)
+        own = [self.components[name] for name in ("options", "from_step", "to_step", "blocks")]
+        # .input is for the user's own choice: settings that are loaded as a whole bring their options along.
+        self.components["method"].input(self.method_chosen, [self.components["method"]], own, **quiet)
+        sized = ("height", "width", "frames", "steps", "guidance", "fps", "text_tokens")
+        sized_components = [self.components[name] for name in sized]
+        self.components["model"].input(self.model_chosen, [self.components["model"]], sized_components, **quiet)
+
+    def plan(self, *given: Any) -> str:
+        try:
+            values = self.values(given)
+            values["prompt"] = values["prompt"] or "-"  # the plan does not depend on it
+            return plan_panel.plan_html(self.models, settings_of(self.models, self.limits, values))
+        except Exception as error:
+            log_unexpected(error)
+            return complaint(error)
+
+    def method_chosen(self, name: str) -> list[Any]:
+        try:
+            values = method_values(resolve(str(name)))
+        except TilewiseError:
+            return [gr.skip()] * 4
+        return [values[field] for field in ("options", "from_step", "to_step", "blocks")]
+
+    def model_chosen(self, name: str) -> list[Any]:
+        try:
+            native = self.models.native(str(name))
+        except TilewiseError:
+            return [gr.skip()] * 7
+        shape = [native.height, native.width, native.num_frames, native.steps]
+        return [*shape, native.guidance, native.fps, native.max_sequence_length]
+
+
+def method_help() -> str:
+    """Markdown: each method and what its options are, from the methods themselves."""
+    import dataclasses
+
+    from tilewise.plugins.methods.base import _REGISTRY
+
+    lines = []
+    for name in methods():
+        cls = _REGISTRY[name]
+        options = ", ".join(f"`{field.name}`" for field in dataclasses.fields(cls)) or "none"
+        first = (cls.__doc__ or "").strip().splitlines()[0]
+        lines.append(f"- **{name}**: {first} Options: {options}.")
+    return "\n".join(lines)

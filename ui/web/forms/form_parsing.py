@@ -1,0 +1,201 @@
+"""What the controls say, as settings, and settings as what the controls should say: the two are each other's inverse.
+
+Values come from a browser, or from whoever talks to the server without one: nothing is taken for granted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tilewise.pipelines.generation.settings import MAX_SEED, GenerateSettings, resolve_settings
+from tilewise.pipelines.generation.stock_call import call_arguments
+from tilewise.plugins.config import Config, presets, resolve
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.methods.base import make_method, methods
+from tilewise.ui.web.common.safety import Limits
+from tilewise.ui.web.jobs.models import Models
+
+FIELDS = (
+    "model", "prompt", "negative", "method", "options", "from_step", "to_step", "blocks",
+    "height", "width", "frames", "steps", "guidance", "seed", "fps", "text_tokens",
+)  # fmt: skip
+"""The controls, in the order in which handlers get them."""
+
+
+def choices() -> list[tuple[str, str]]:
+    """(label, name) of every preset and every method that is registered, methods of other packages among them."""
+    named = [(f"{name} (preset)", name) for name in presets()]
+    return named + [(name, name) for name in methods()]
+
+
+def settings_of(models: Models, limits: Limits, values: Mapping[str, Any]) -> GenerateSettings:
+    """The settings that FIELDS say, resolved and checked for the model.
+
+    Raises ConfigError for what cannot be, RefusedError for a model that is not offered or work beyond the caps.
+    """
+    model = str(values["model"])
+    skeleton = models.skeleton(model)
+    # The caps come first: even the plan of a clip that is far too large takes long to make.
+    limits.check_work(*(_whole(name, values[name]) or 0 for name in ("height", "width", "frames", "steps")))
+    text_tokens = _whole("text tokens", values["text_tokens"], optional=True)
+    limits.check_text_tokens(text_tokens)
+    settings = resolve_settings(
+        skeleton,
+        str(values["prompt"] or ""),
+        method=config_of(values),
+        model=model,
+        negative=str(values["negative"] or ""),
+        height=_whole("height", values["height"]),
+        width=_whole("width", values["width"]),
+        frames=_whole("frames", values["frames"]),
+        steps=_whole("steps", values["steps"]),
+        guidance=_number("guidance", values["guidance"]),
+        seed=_seed(values["seed"]),
+        fps=_number("fps", values["fps"]),
+        max_sequence_length=text_tokens,
+    )
+    call_arguments(skeleton, settings)
+    limits.check(settings)
+    return settings
+
+
+def config_of(values: Mapping[str, Any]) -> Config:
+    """The method of the controls with its options and schedule. Raises ConfigError."""
+    name = str(values["method"])
+    base = resolve(name) if name in (*presets(), *methods()) else None
+    if base is None:
+        raise ConfigError(f"there is no method or preset {name!r} here")
+    options = _options(values["options"])
+    if base.method.name == "dense":
+        if options:
+            raise ConfigError(f"dense has no options, not {', '.join(options)}")
+        return resolve("dense")
+    method = base.method if options is None else make_method(base.method.name, options)
+    steps = (_number("from", values["from_step"]), _number("to", values["to_step"]))
+    return dataclasses.replace(base, method=method, steps=steps, blocks=str(values["blocks"] or ":"))
+
+
+def values_of(settings: GenerateSettings) -> dict[str, Any]:
+    """What each of FIELDS should say for `settings_of` to give these settings again.
+
+    Raises ConfigError for a method with settings that no control has.
+    """
+    config = settings.method
+    values = {
+        "model": settings.model,
+        "prompt": settings.prompt,
+        "negative": settings.negative,
+        "method": name_of(config),
+        **method_values(config),
+        "height": settings.height,
+        "width": settings.width,
+        "frames": settings.frames,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "seed": str(settings.seed),
+        "fps": settings.fps,
+        "text_tokens": settings.max_sequence_length,
+    }
+    again = config if settings.is_dense else config_of(values)  # a schedule changes nothing where all is dense
+    names = [field.name for field in dataclasses.fields(Config)]
+    refuse_lost({name: getattr(config, name) for name in names if getattr(again, name) != getattr(config, name)})
+    return values
+
+
+def refuse_lost(lost: Mapping[str, Any]) -> None:
+    """Raises ConfigError if there is anything that a clip was made with and no control says; lost: those, by name."""
+    if lost:
+        told = ", ".join(f"{name} {value!r}" for name, value in lost.items())
+        raise ConfigError(
+            f"the page has no control for {told}, with which this clip was made; `tilewise generate --from CLIP` makes it again"
+        )
+
+
+def method_values(config: Config) -> dict[str, Any]:
+    """Options and schedule of a method, for their controls."""
+    options = {key: value for key, value in config.method.to_dict().items() if key != "name"}
+    return {
+        "options": json.dumps(options) if options else "{}",
+        "from_step": config.steps[0],
+        "to_step": config.steps[1],
+        "blocks": config.blocks,
+    }
+
+
+def name_of(config: Config) -> str:
+    """The preset that a config is, or its method's name."""
+    return next((name for name, preset in presets().items() if preset == config), config.method.name)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """What somebody pasted. Raises ConfigError."""
+    if len(text) > 10**6:
+        raise ConfigError("that is too long for settings")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the settings are not JSON: {str(error)[:200]}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("settings are a JSON object, as this page shows them under a clip")
+    return values
+
+
+def settings_from(values: Mapping[str, Any], models: Models) -> GenerateSettings:
+    """Settings as `to_dict` writes them, or a whole record of a clip. Raises ConfigError, RefusedError."""
+    names = {field.name for field in dataclasses.fields(GenerateSettings)}
+    try:
+        settings = GenerateSettings.from_dict({k: v for k, v in values.items() if k in names})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"the settings cannot be read: {str(error)[:200]}") from error
+    models.skeleton(settings.model)
+    return settings
+
+
+def _options(text: Any) -> dict[str, Any] | None:
+    """The options of a method from JSON; None where nothing is said."""
+    if text is None or not str(text).strip():
+        return None
+    try:
+        value = json.loads(str(text))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f'the options of the method are no JSON object such as {{"window": [3, 3, 3]}}: {error}'
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError('the options of the method are a JSON object such as {"window": [3, 3, 3]}')
+    return value
+
+
+def _whole(name: str, value: Any, optional: bool = False) -> int | None:
+    if value is None or value == "":
+        if optional:
+            return None
+        raise ConfigError(f"{name} is empty: give a whole number")
+    number = _number(name, value)
+    if number != int(number):
+        raise ConfigError(f"{name} must be a whole number, not {value}")
+    return int(number) or (None if optional else 0)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{name} must be a number, not {str(value)[:40]!r}")
+    return number
+
+
+def _seed(value: Any) -> int:
+    """A seed has up to 63 bits, which no number of a browser holds: it comes as text."""
+    text = str(value).strip()
+    if text.endswith(".0"):
+        text = text[:-2]
+    if not text.isdecimal() or len(text) > 19 or int(text) > MAX_SEED:
+        raise ConfigError(f"the seed must be a whole number from 0 to 2^63 - 1, not {text[:40]!r}")
+    return int(text)

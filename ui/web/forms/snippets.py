@@ -1,0 +1,86 @@
+"""The same clip without the page: as a command line and as a Python program. Both can be run as they stand."""
+
+from __future__ import annotations
+
+import pprint
+import shlex
+from pathlib import Path
+from typing import Any
+
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.generation.stock_call import call_arguments
+from tilewise.pipelines.loading.model_defaults import Native, guider_of
+from tilewise.pipelines.media.files import suffix_of
+from tilewise.plugins.config import Config, presets, resolve
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.methods.base import methods
+from tilewise.plugins.models.common.native_size import call_parameters
+from tilewise.ui.common.options import method_config
+
+
+def command_line(settings: GenerateSettings, native: Native, dtype: str, clip: Path) -> str:
+    """`tilewise generate …`. What the command's options cannot say, the clip can: `--from`.
+
+    native: the model's own settings. dtype: of the weights. clip: the file whose metadata holds these settings.
+    """
+    method = method_words(settings.method)
+    own = (settings.fps, settings.max_sequence_length) == (native.fps, native.max_sequence_length)
+    if method is None or not own:
+        return shlex.join(["tilewise", "generate", "--from", str(clip), "--out", f"again{clip.suffix}"])
+    words = ["tilewise", "generate", "--model", settings.model, *method]
+    for name in ("height", "width", "frames", "steps"):
+        words += [f"--{name}", str(getattr(settings, name))]
+    words += ["--guidance", repr(settings.guidance), "--seed", str(settings.seed), "--dtype", dtype]
+    if settings.negative:
+        words += [f"--negative={settings.negative}"]
+    # A prompt may begin with a dash.
+    return shlex.join([*words, "--", settings.prompt])
+
+
+def method_words(config: Config) -> list[str] | None:
+    """The options of the command that stand for a method, or None if it takes more than they can say."""
+    for name in (*presets(), *methods()):
+        if resolve(name).method.name != config.method.name:
+            continue
+        options = config.method.to_dict()
+        for option in (None, "density", "window"):
+            value = None if option is None else options.get(option)
+            if option is not None and value is None:
+                continue
+            text: Any = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+            window, density = (text if option == wanted else None for wanted in ("window", "density"))
+            try:
+                same = method_config(name, window, density) == config
+            except (ConfigError, TypeError):
+                continue
+            if same:
+                return ["--method", name] + ([] if option is None else [f"--{option}", str(text)])
+    return None
+
+
+def python_program(pipe: Any, settings: GenerateSettings, dtype: str) -> str:
+    """A program that makes the clip with diffusers' own call. pipe: may be a skeleton; its signature is all that is read."""
+    arguments = call_arguments(pipe, settings)
+    del arguments["generator"]
+    call = "".join(f"    {name}={value!r},\n" for name, value in arguments.items())
+    lines = ["import torch", "", "import tilewise", "from tilewise.pipelines.loading.load import load_pipeline"]
+    lines += ["from tilewise.pipelines.media.video import write_video", ""]
+    lines += [f"pipe = load_pipeline({settings.model!r}, dtype={dtype!r})  # any diffusers pipeline will do"]
+    if guider_of(pipe) is not None:
+        lines += [f"pipe.guider = pipe.guider.new(guidance_scale={settings.guidance!r})"]
+    if not settings.is_dense:
+        lines += [f"tilewise.patch(pipe, {_method_expression(settings.method)})"]
+    lines += [f"frames = pipe(\n{call}    generator=torch.Generator('cpu').manual_seed({settings.seed}),"]
+    image = "num_frames" not in call_parameters(pipe)  # a list of pictures, and not of clips
+    lines += ["    output_type='np',", "    return_dict=False,", ")[0][:1]" if image else ")[0][0]"]
+    if not settings.is_dense:
+        lines += ["print(tilewise.summary(pipe))"]
+    lines += [f"write_video('clip{suffix_of(settings.frames)}', frames, fps={settings.fps:g})"]
+    return "\n".join(lines) + "\n"
+
+
+def _method_expression(config: Config) -> str:
+    for name in (*presets(), *methods()):
+        if resolve(name) == config:
+            return repr(name)
+    return f"tilewise.Config.from_dict({pprint.pformat(config.to_dict(), width=100, sort_dicts=False)})"

@@ -1,0 +1,119 @@
+"""The work behind the buttons: clips made on the device, written whole with their records, and told in a manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.batch import manifest
+from tilewise.pipelines.batch.estimate import denoising_flop
+from tilewise.pipelines.generation.cancellation import stoppable
+from tilewise.pipelines.generation.clip_metadata import machine
+from tilewise.pipelines.generation.compare import Comparison, compare
+from tilewise.pipelines.generation.generate import Clip, generate, judged, run
+from tilewise.pipelines.generation.settings import GenerateSettings, explain_settings, prompt_notes
+from tilewise.pipelines.media.files import check_writable
+from tilewise.pipelines.media.video import ffmpeg_path, to_uint8
+from tilewise.pipelines.memory.limits import PeakMemory
+from tilewise.plugins.patching import patched
+from tilewise.plugins.summary import summary
+from tilewise.plugins.watch import WatchedCall, watch
+from tilewise.ui.web.common.media import Preview
+from tilewise.ui.web.jobs.job_queue import Job
+from tilewise.ui.web.jobs.models import Models
+from tilewise.ui.web.jobs.output_store import Shelf
+
+FOLDER = "ui"  # of the output folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A clip on disk. summary: what its attention calls did, as text; None for dense."""
+
+    path: Path
+    record: dict[str, Any]
+    settings: GenerateSettings
+    summary: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A clip and the dense one of the same seed, with what `compare` measured."""
+
+    sparse: Made
+    dense: Made
+    comparison: Comparison
+
+
+class Studio:
+    """Makes clips into a folder. `outputs`: absolute; the clips of the page go to a folder in it."""
+
+    def __init__(self, models: Models, outputs: Path) -> None:
+        self.models = models
+        self.shelf = Shelf(models, outputs / FOLDER)
+        ffmpeg_path()
+        check_writable(self.shelf.folder / manifest.NAME, suffix=".jsonl")
+
+    def clip(self, settings: GenerateSettings, job: Job) -> Made:
+        """One clip. On the worker's thread; raises Cancelled soon after the job is cancelled."""
+        pipe, told, notes = self._prepare(settings, job)
+        preview = self.models.pipeline(settings.model)[1]
+        if preview is not None:
+            preview.restart()
+
+        def show(done: int, total: int, latents: torch.Tensor) -> None:
+            try:
+                if preview is not None and (frames := preview.frames(done, latents)) is not None:
+                    job.show(Preview(frames, settings.fps * len(frames) / settings.frames))
+            except Exception as error:
+                notes.append(f"there was no live preview from step {done} on: {error or type(error).__name__}")
+                raise  # `generate` goes on without
+
+        peak = PeakMemory(pipe.device)
+        peak.start()
+        with stoppable(pipe, job.cancelled):
+            clip = generate(pipe, settings, job.tell, preview=show)
+        return self._write(pipe, clip, {**told, "peak_memory": peak.read(), "notes": notes})
+
+    def pair(self, settings: GenerateSettings, job: Job) -> Pair:
+        """The clip of the method and the dense one, from the same noise, timed fairly (see `compare`)."""
+        pipe, told, notes = self._prepare(settings, job)
+        with stoppable(pipe, job.cancelled):
+            result = compare(pipe, settings, job.tell)
+        told = {**told, "notes": notes}
+        sparse = self._write(pipe, result.sparse, {**told, "comparison": result.to_dict()})
+        return Pair(sparse, self._write(pipe, result.dense, told), result)
+
+    def watched(self, settings: GenerateSettings, block: int, job: Job) -> tuple[Made, list[WatchedCall]]:
+        """A clip, and what each attention call of one transformer block did at each step."""
+        pipe, told, notes = self._prepare(settings, job)
+        with stoppable(pipe, job.cancelled), patched(pipe, settings.method), watch(pipe, layers=[block]) as calls:
+            output, seconds = run(pipe, settings, job.tell)
+            clip = Clip(to_uint8(output), seconds, summary(pipe), settings)
+        return self._write(pipe, clip, {**told, "notes": [*notes, "watched"]}), calls
+
+    def _prepare(self, settings: GenerateSettings, job: Job) -> tuple[Any, dict[str, Any], list[str]]:
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        begin = time.perf_counter()
+        if not self.models.is_loaded(settings.model):
+            job.tell(f"loading {settings.model}", 0, 1)
+        pipe, _ = self.models.pipeline(settings.model)
+        run = {**machine(pipe.device, self.models.dtype), "started": started, "load": time.perf_counter() - begin}
+        return pipe, run, prompt_notes(pipe, settings)
+
+    def _write(self, pipe: Any, clip: Clip, run: dict[str, Any]) -> Made:
+        settings = clip.settings
+        try:
+            clip = judged(pipe, clip)
+        except Exception as error:  # a finished clip is worth more than its verdict
+            run = {**run, "notes": [*run["notes"], f"the clip could not be judged: {error or type(error).__name__}"]}
+        skeleton = self.models.skeleton(settings.model)
+        flop = denoising_flop(skeleton, settings, explain_settings(skeleton, settings))
+        with self.shelf.alone():
+            path, record = self.shelf.put(self.shelf.place(settings, flop), clip, run)
+        return Made(path, record, settings, None if clip.summary is None else str(clip.summary))

@@ -1,0 +1,78 @@
+"""The models that a page was started with, and no other: skeletons for plans, one loaded pipeline for work."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from tilewise.pipelines.generation.preview import LatentPreview
+from tilewise.pipelines.loading.load import load_pipeline, load_skeleton, resolve_device, resolve_dtype
+from tilewise.pipelines.loading.model_defaults import Native, native_size
+from tilewise.pipelines.loading.revision import model_revision
+from tilewise.pipelines.memory.limits import free_memory
+from tilewise.plugins.errors import ConfigError
+from tilewise.ui.web.common.safety import RefusedError
+
+
+class Models:
+    """An allow-list of models.
+
+    names: as given at start: "demo", folders, hub ids. device, dtype: as for `load_pipeline`.
+    Raises ConfigError for an empty or repeating list, and what `load_skeleton` raises for a model that is not there.
+    """
+
+    def __init__(self, names: Sequence[str], device: str = "auto", dtype: str = "auto") -> None:
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"--model must name each model of the page once, got {list(names)}")
+        self.names = list(names)
+        self.device = resolve_device(device)
+        self.dtype = str(resolve_dtype(dtype, self.device)).removeprefix("torch.")
+        self._lock = threading.Lock()
+        self._skeletons = {name: load_skeleton(name) for name in names}
+        self._revisions: dict[str, str] = {}
+        self._loaded: tuple[str, Any, LatentPreview | None] | None = None
+
+    def skeleton(self, name: str) -> Any:
+        """The pipeline without weights. Raises RefusedError for a model that is not on the list."""
+        if name not in self._skeletons:
+            raise RefusedError(f"this page was not started with the model {name!r}; it has {', '.join(self.names)}")
+        return self._skeletons[name]
+
+    def native(self, name: str) -> Native:
+        """The model's own size and settings."""
+        return native_size(self.skeleton(name))
+
+    def revision(self, name: str) -> str:
+        """As `model_revision`, which reads the weights' checksums, asked once."""
+        self.skeleton(name)
+        with self._lock:
+            if name not in self._revisions:
+                self._revisions[name] = model_revision(name)
+            return self._revisions[name]
+
+    def is_loaded(self, name: str) -> bool:
+        return self._loaded is not None and self._loaded[0] == name
+
+    def pipeline(self, name: str) -> tuple[Any, LatentPreview | None]:
+        """The pipeline on its device, and what makes its live preview, if it can have one.
+
+        One model is kept at a time. Only for the thread that does the work.
+        """
+        self.skeleton(name)
+        if self._loaded is None or self._loaded[0] != name:
+            self.unload()
+            pipe = load_pipeline(name, device=str(self.device), dtype=self.dtype)
+            try:
+                preview = LatentPreview(pipe)
+            except Exception:  # a VAE of another kind: the run is worth more than its preview
+                preview = None
+            self._loaded = (name, pipe, preview)
+        return self._loaded[1], self._loaded[2]
+
+    def unload(self) -> None:
+        """Gives the memory of the loaded pipeline back."""
+        self._loaded = None
+        gc.collect()
+        free_memory()

@@ -1,0 +1,271 @@
+"""See the attention: pick a place in a frame, and what the query there attends to is drawn over the clip."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tilewise.pipelines.generation.settings import GenerateSettings, resolve_settings
+from tilewise.pipelines.media.video import read_frames
+from tilewise.plugins.watch import WatchedCall
+from tilewise.ui.web.common import media
+from tilewise.ui.web.common.messages import complaint, log_unexpected
+from tilewise.ui.web.common.safety import RefusedError
+from tilewise.ui.web.forms.controls import Controls
+from tilewise.ui.web.forms.form_parsing import settings_of
+from tilewise.ui.web.forms.slider import Slider
+from tilewise.ui.web.jobs.clips import Studio
+from tilewise.ui.web.jobs.job_queue import Desk
+from tilewise.ui.web.tabs import attention_picture as picture
+from tilewise.ui.web.tabs.attention_query import Place, Seen, layer_at, seen_from
+from tilewise.ui.web.tabs.generate import cancel, owner_of, stream
+
+ABOUT = """Click a place in the picture. Inside the bright line is **what the query there attends to**, in every latent frame of
+the clip; all else it never looks at, which is where the time is saved. The sliders do the same from the keyboard."""
+PLACE = ("t", "h", "w", "head", "step", "block")
+LEAST = (0, 0, 0, 0, 1, 0)
+MAX_WATCHED = 2_000_000  # tokens x steps: what a watched block decided is kept in memory
+MAX_KEPT = 4  # visitors whose watched run is kept
+
+
+class AttentionTab:
+    """Built inside a gr.Tab. `clip`: the gr.State of the visitor's last clip, which the region is drawn over."""
+
+    def __init__(self, controls: Controls, desk: Desk, studio: Studio, clip: gr.State, tab: gr.Tab) -> None:
+        self.controls, self.desk, self.studio = controls, desk, studio
+        self._watched: dict[str, tuple[GenerateSettings, list[WatchedCall]]] = {}  # by owner, the last run of each
+        gr.Markdown(ABOUT)
+        with gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                gr.Markdown("**The query's frame** (click a place)")
+                large = gr.Image(
+                    label="The query's frame", show_label=False, type="pil", interactive=False, format="webp",
+                    buttons=["fullscreen"], elem_id="attention", alt_text="what the query sees in its own frame",
+                )  # fmt: skip
+                self._cache = Path(large.GRADIO_CACHE)
+            with gr.Column(scale=2, min_width=240):
+                words = gr.HTML(elem_id="attention-words")
+                first, most = self._first()
+                labels = ("Latent frame", "Row", "Column", "Head", "Step", "Transformer block")
+                sliders = [
+                    Slider(low, max(top, low + 1), value, step=1, label=label, elem_id=f"query-{name}")
+                    for label, name, value, low, top in zip(labels, PLACE, first, LEAST, most, strict=True)
+                ]
+        gr.Markdown(
+            "**Every latent frame**, with the share of it that the query sees (click one to move the query there)"
+        )
+        film = gr.Image(
+            label="Every latent frame", show_label=False, type="pil", interactive=False, format="webp",
+            buttons=["fullscreen"], elem_id="attention-strip", alt_text="what the query sees in every latent frame",
+        )  # fmt: skip
+        gr.Markdown(
+            "**What the method expected** of each place before it chose, for methods that decide while the model runs"
+        )
+        with gr.Row():
+            go = gr.Button("Watch a run of this block", elem_id="watch")
+            stop = gr.Button("Cancel", variant="stop", elem_id="watch-cancel")
+        status = gr.HTML(elem_id="watch-status")
+        draft = gr.Image(
+            label="What the method expected", show_label=False, type="pil", interactive=False, format="webp", visible=False,
+            buttons=["fullscreen"], elem_id="attention-draft", alt_text="the low-resolution map of the query",
+        )  # fmt: skip
+        # The query's place is kept here, by the server, and the sliders show it. A drawing takes its time, and reads the place as
+        # it begins: one that was asked for before a click cannot put the query back.
+        begun, place = gr.State(False), gr.State(tuple(first))  # begun: whether the tab was ever shown
+        inputs = [begun, clip, place, *sliders, *controls.inputs]
+        outputs = [large, film, draft, words, *sliders]
+        hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        quiet: dict[str, Any] = {"queue": False, **hidden}
+        told: dict[str, Any] = {
+            "concurrency_limit": None,
+            **hidden,
+        }  # Gradio tells of a State's change from its queue alone
+        tab.select(lambda: True, None, begun, **told)
+        for number, slider in enumerate(sliders):  # of the others, the browser may not know yet what a click has set
+            move = functools.partial(_moved, number)
+            slider.input(move, [slider, place], place, trigger_mode="always_last", **told)
+        changed = [begun.change, place.change, clip.change]
+        changed += [component.change for component in controls.inputs]
+        gr.on(changed, self.draw, inputs, outputs, trigger_mode="always_last", **quiet)
+        here = [place, *controls.inputs]
+        large.select(self.picked, here, place, **told)
+        film.select(self.picked_in_strip, here, place, **told)
+        run = go.click(self.watch, here, [status, clip], **told)
+        run.then(self.draw, inputs, outputs, **quiet)
+        stop.click(self.cancel, None, [status], **quiet)
+
+    def _first(self) -> tuple[list[int], list[int]]:
+        """Where the query stands at first, and the most of each: the middle of the first model, last step and block."""
+        models = self.controls.models
+        settings = resolve_settings(models.skeleton(models.names[0]), "-", method="dense", model=models.names[0])
+        extent = layer_at(models.skeleton(models.names[0]), settings, 10**6)[1]
+        grid = extent.grid
+        most = [grid.t - 1, grid.h - 1, grid.w - 1, extent.heads - 1, extent.steps, extent.blocks - 1]
+        return [grid.t // 2, grid.h // 2, grid.w // 2, 0, extent.steps, extent.blocks - 1], most
+
+    def watch(self, request: gr.Request, place: Sequence[Any], *given: Any) -> Iterator[list[Any]]:
+        """Runs the settings and keeps what the block's attention calls decided, until this visitor's next."""
+        try:
+            settings, seen = self._seen(place, given)
+            if seen.extent.grid.tokens * settings.steps > MAX_WATCHED:
+                raise RefusedError("so large a run cannot be watched here; take a smaller size or fewer steps")
+            if settings.is_dense:
+                raise RefusedError("dense sees everything: there is nothing to watch")
+            owner = owner_of(request)
+            work = functools.partial(self.studio.watched, settings, seen.place.block)
+            for status, _, made in stream(self.desk, owner, work):
+                if made is not None:
+                    self._watched.pop(owner, None)
+                    while len(self._watched) >= MAX_KEPT:
+                        del self._watched[next(iter(self._watched))]
+                    self._watched[owner] = settings, made[1]
+                    yield ["", str(made[0].path)]
+                else:
+                    yield [status, gr.skip()]
+        except Exception as error:
+            log_unexpected(error)
+            yield [complaint(error), gr.skip()]
+
+    def cancel(self, request: gr.Request) -> Any:
+        return cancel(self.desk, request)
+
+    def draw(self, request: gr.Request, begun: bool, clip: str | None, place: Sequence[Any], *given: Any) -> list[Any]:
+        if not begun:  # nobody has looked yet
+            return [gr.skip()] * (4 + len(PLACE))
+        try:
+            sliders, values = given[: len(PLACE)], given[len(PLACE) :]
+            settings, seen = self._seen(place, values, owner_of(request))
+            frames = clip_frames(clip, settings)
+            large, film, expected = pictures(seen, frames, settings)
+            draft = gr.update(value=self._kept(expected), visible=expected is not None)
+            return [
+                self._kept(large),
+                self._kept(film),
+                draft,
+                words(seen, frames is not None),
+                *_sliders(seen, sliders),
+            ]
+        except Exception as error:
+            log_unexpected(error)
+            return [gr.skip(), gr.skip(), gr.skip(), complaint(error), *[gr.skip()] * len(PLACE)]
+
+    def _kept(self, image: Image.Image | None) -> str | None:
+        """As a file of Gradio's cache, written once: two drawings of the same picture must not write what a browser reads."""
+        return None if image is None else str(media.kept_picture(image, self._cache))
+
+    def picked(self, event: gr.SelectData, place: Sequence[Any], *given: Any) -> Any:
+        """A click into the large picture: row and column."""
+        try:
+            settings, seen = self._seen(place, given)
+            size = picture.frame_size((settings.width, settings.height), picture.LARGE)
+            grid = seen.extent.grid
+            return (place[0], *picture.token_at(*_pixel(event), (grid.h, grid.w), size), *place[3:])
+        except Exception as error:
+            log_unexpected(error)
+            return gr.skip()
+
+    def picked_in_strip(self, event: gr.SelectData, place: Sequence[Any], *given: Any) -> Any:
+        """A click into the strip: latent frame, row and column."""
+        try:
+            settings, seen = self._seen(place, given)
+            x, y = _pixel(event)
+            size = picture.frame_size((settings.width, settings.height), picture.SMALL)
+            grid = seen.extent.grid
+            for t, (left, top) in enumerate(picture.strip_places(grid.t, size)):
+                if left <= x < left + size[0] and top <= y < top + size[1]:
+                    return (t, *picture.token_at(x - left, y - top, (grid.h, grid.w), size), *place[3:])
+        except Exception as error:
+            log_unexpected(error)
+        return gr.skip()
+
+    def _settings(self, given: Sequence[Any]) -> GenerateSettings:
+        values = self.controls.values(given)
+        values["prompt"] = values["prompt"] or "-"
+        return settings_of(self.controls.models, self.controls.limits, values)
+
+    def _seen(self, at: Sequence[Any], given: Sequence[Any], owner: str = "") -> tuple[GenerateSettings, Seen]:
+        """The settings, and what the query at a place (the numbers of a `Place`) sees; a place outside is moved inside."""
+        settings = self._settings(given)
+        place = Place(*(int(n or 0) for n in at))
+        of, calls = self._watched.get(owner, (None, []))
+        same = of is not None and dataclasses.replace(of, fps=settings.fps) == settings
+        models = self.controls.models
+        kept = calls if same else ()
+        return settings, seen_from(models.skeleton(settings.model), settings, place, kept, models.device)
+
+
+def clip_frames(clip: str | None, settings: GenerateSettings) -> NDArray[np.uint8] | None:
+    """The frames of a visitor's clip, if it has the size of the settings."""
+    if not clip or not Path(clip).is_file():
+        return None
+    frames = _frames(clip, Path(clip).stat().st_mtime_ns)
+    return frames if frames.shape[:3] == (settings.frames, settings.height, settings.width) else None
+
+
+@lru_cache(maxsize=4)
+def _frames(clip: str, changed: int) -> NDArray[np.uint8]:
+    return read_frames(clip)
+
+
+def pictures(
+    seen: Seen, frames: NDArray[np.uint8] | None, settings: GenerateSettings
+) -> tuple[Image.Image, Image.Image, Image.Image | None]:
+    """The query's frame, the strip of all, and a strip of what a dynamic method expected, if there is one."""
+    grid, place = seen.extent.grid, seen.place
+    region = np.zeros(grid.shape, bool) if seen.region is None else seen.region
+    bases = picture.base_pictures(frames, grid.shape, (settings.height, settings.width))
+    large = picture.one_frame(bases[place.t], region[place.t], (place.h, place.w))
+    position = (place.t, place.h, place.w)
+    draft = None if seen.draft is None else picture.strip(bases, seen.draft, position)
+    return large, picture.strip(bases, region, position), draft
+
+
+def words(seen: Seen, has_clip: bool) -> str:
+    """What the picture shows, in words and numbers."""
+    grid, place = seen.extent.grid, seen.place
+    rows = [("query", f"latent frame {place.t}, row {place.h}, column {place.w} of {escape(str(grid))}")]
+    if seen.region is not None:
+        share = float(seen.region.mean())
+        rows.append(
+            ("sees", media.bar(share, f"{int(seen.region.sum()):,} of {seen.region.size:,} tokens: {share:.1%}"))
+        )
+        frames = int(seen.region.any((1, 2)).sum())
+        rows.append(("over time", f"{frames} of {grid.t} latent frames"))
+    if grid.text:
+        rows.append(("text", f"all {grid.text} tokens, which every query sees"))
+    rows.append(("here", escape(f"head {place.head}, step {place.step}, block {place.block}: {seen.words}")))
+    hint = "" if has_clip else "<p>Make a clip of this size, and the region is drawn over it.</p>"
+    return f"{media.table(rows)}{hint}"
+
+
+def _moved(number: int, value: Any, place: Sequence[Any]) -> tuple[Any, ...]:
+    """A place with one of its numbers changed."""
+    return (*place[:number], value, *place[number + 1 :])
+
+
+def _sliders(seen: Seen, given: Sequence[Any]) -> list[Any]:
+    """How far the sliders go here. A value is only sent where it must change: the one that is being dragged stays free."""
+    grid, extent, place = seen.extent.grid, seen.extent, seen.place
+    most = [grid.t - 1, grid.h - 1, grid.w - 1, extent.heads - 1, extent.steps, extent.blocks - 1]
+    updates = []
+    for name, low, top, now in zip(PLACE, LEAST, most, given, strict=False):
+        value = getattr(place, name)
+        # A slider needs room: where there is one value only, it has none to move in.
+        change: dict[str, Any] = {"maximum": max(top, low + 1), "interactive": top > low}
+        updates.append(gr.update(**change) if now == value else gr.update(value=value, **change))
+    return updates
+
+
+def _pixel(event: gr.SelectData) -> tuple[float, float]:
+    x, y = event.index
+    return float(x), float(y)

@@ -1,0 +1,153 @@
+"""Make one clip: watch it come into being, cancel it, take it away as a file, as settings, as a command, as a program."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from tilewise.pipelines.generation.cancellation import Cancelled
+from tilewise.ui.common.tables import method_words
+from tilewise.ui.web.common import media
+from tilewise.ui.web.common.messages import complaint, log_unexpected
+from tilewise.ui.web.forms.controls import Controls
+from tilewise.ui.web.forms.form_parsing import settings_of
+from tilewise.ui.web.forms.snippets import command_line, python_program
+from tilewise.ui.web.jobs.clips import Made, Studio
+from tilewise.ui.web.jobs.job_queue import Desk, Job
+
+CANCELLED = "cancelled; nothing was written"
+
+
+def owner_of(request: gr.Request) -> str:
+    """Who asks: one browser tab."""
+    return str(request.session_hash or request.username or "nobody")
+
+
+def stream(
+    desk: Desk, owner: str, work: Callable[[Job], Any], cancelled: str = CANCELLED
+) -> Iterator[tuple[str, Any, Any]]:
+    """(status as HTML, preview as HTML where there is a new one, result or None) while a job runs.
+
+    The last one has the result, unless the job failed or was cancelled; `cancelled` says so. A job that was done before it
+    heard of the cancelling has a result all the same.
+    """
+    job = desk.submit(owner, work)
+    shown = None
+    yield media.progress(job.state(0)), "", None
+    for state in desk.watch(job):
+        new = state.picture is not shown  # an image that is sent again would begin anew
+        shown = state.picture
+        # Said here and not by the button, whose answer might come last and stay.
+        status = given_up("cancelling …") if job.cancelled() else media.progress(state)
+        yield status, _html(shown) if new and shown else gr.skip(), None
+    if not job.future.done():
+        yield given_up(cancelled), "", None
+        return
+    error = job.future.exception()
+    if isinstance(error, Cancelled):
+        yield given_up(cancelled), "", None
+    elif error is not None:
+        yield complaint(error), "", None
+    else:
+        yield "", "", job.future.result()
+
+
+def cancel(desk: Desk, request: gr.Request) -> Any:
+    """Cancels what a visitor has queued or at work; the status, unless the work's own stream tells it."""
+    return gr.skip() if desk.cancel(owner_of(request)) else given_up("nothing is running for you")
+
+
+def given_up(words: str) -> str:
+    """A status in words, as HTML that screen readers announce."""
+    return f'<div class="tw-status" role="status">{escape(words)}</div>'
+
+
+def _html(shown: media.Preview) -> Any:
+    """The preview, or what leaves the last one standing: a watcher that fails would cancel the job."""
+    try:
+        return shown.html
+    except Exception as error:
+        log_unexpected(error)
+        return gr.skip()
+
+
+class GenerateTab:
+    """Built inside a gr.Tab. `clip`: a gr.State with the path of the visitor's last clip, as text."""
+
+    def __init__(self, controls: Controls, desk: Desk, studio: Studio, clip: gr.State) -> None:
+        self.controls, self.desk, self.studio = controls, desk, studio
+        with gr.Row():
+            go = gr.Button("Generate", variant="primary", elem_id="generate")
+            stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
+        status = gr.HTML(elem_id="status")
+        preview = gr.HTML(elem_id="preview")
+        result = gr.HTML(elem_id="result")
+        with gr.Accordion("Summary: what the attention calls did", open=False, elem_id="summary-box"):
+            summary = gr.Code(language=None, label="Summary", interactive=False, elem_id="summary")
+        with gr.Accordion("The same clip again: settings, command, program", open=False, elem_id="again-box"):
+            settings = gr.Code(language="json", label="Settings", interactive=False, elem_id="settings")
+            command = gr.Code(language="shell", label="Command", interactive=False, elem_id="command")
+            program = gr.Code(language="python", label="Python", interactive=False, elem_id="program")
+        outputs = [status, preview, result, summary, settings, command, program, clip]
+        # Jobs queue at the desk, which knows who waits for what; here nothing holds them up.
+        go.click(
+            self.run, controls.inputs, outputs, concurrency_limit=None, show_progress="hidden", api_visibility="private"
+        )
+        stop.click(self.cancel, None, [status], queue=False, show_progress="hidden", api_visibility="private")
+
+    def run(self, request: gr.Request, *given: Any) -> Iterator[list[Any]]:
+        nothing = [gr.skip()] * 6
+        try:
+            controls = self.controls
+            settings = settings_of(controls.models, controls.limits, controls.values(given))
+            work = functools.partial(self.studio.clip, settings)
+            yield ["", "", "", "", "", "", "", gr.skip()]  # what is shown must not be taken for what comes
+            for status, preview, made in stream(self.desk, owner_of(request), work):
+                if made is None:
+                    yield [status, preview, *nothing]
+                else:
+                    yield ["", "", *self.shown(made), str(made.path)]
+        except Exception as error:
+            log_unexpected(error)
+            yield [complaint(error), gr.skip(), *nothing]
+
+    def cancel(self, request: gr.Request) -> Any:
+        return cancel(self.desk, request)
+
+    def shown(self, made: Made) -> list[Any]:
+        """Result, summary, settings, command, program."""
+        models = self.controls.models
+        native = models.native(made.settings.model)
+        command = command_line(made.settings, native, models.dtype, made.path)
+        program = python_program(models.skeleton(made.settings.model), made.settings, models.dtype)
+        summary = made.summary or "dense: the stock pipeline, not patched, so that nothing was counted"
+        return [result_html(made), summary, json.dumps(made.settings.to_dict(), indent=2), command, program]
+
+
+def result_html(made: Made) -> str:
+    """The clip with what is worth knowing about it."""
+    run = made.record["run"]
+    seconds = run["seconds"]
+    settings = made.settings
+    version = run["frames_sha256"][:12]
+    size = f"{settings.frames} frames of {settings.height}×{settings.width}, {settings.fps:g} a second"
+    rows = [
+        ("clip", escape(f"{size}, seed {settings.seed}")),
+        ("method", escape(method_words(settings.method))),
+        ("seconds", escape(", ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value))),
+        ("density where sparse", media.bar(run["density"], f"{run['density']:.3f}")),
+        ("fallbacks to dense", escape("; ".join(f"{n} calls: {why}" for why, n in run["fallbacks"].items()) or "none")),
+    ]
+    if run.get("peak_memory", {}).get("bytes"):
+        rows.append(("peak memory", escape(f"{media.size(run['peak_memory']['bytes'])} ({run['peak_memory']['of']})")))
+    if run["content"]:
+        words = [f"{k.replace('_', ' ')} {'yes' if v else 'no'}" for k, v in run["content"].items() if v is not None]
+        rows.append(("prompt shown", escape(", ".join(words))))
+    notes = "".join(f"<p>{escape(note)}</p>" for note in run["notes"])
+    player = media.video(made.path, f"the clip: {settings.prompt}", version=version)
+    return f'<div class="tw-result">{player}<div>{media.table(rows)}{notes}{media.download(made.path)}</div></div>'

@@ -1,0 +1,224 @@
+"""A clip past the model's own size: the native clip as soon as it is there, then the one at the target beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from tilewise.pipelines.batch.manifest import NAME
+from tilewise.pipelines.batch.two_stage_clip import TwoStages
+from tilewise.pipelines.batch.two_stage_jobs import stages_flop, stages_of
+from tilewise.pipelines.generation.cancellation import stoppable
+from tilewise.pipelines.generation.clip_metadata import machine
+from tilewise.pipelines.generation.settings import prompt_notes
+from tilewise.pipelines.highres.preparation import Work
+from tilewise.pipelines.highres.settings import GUIDED, PATHS, HighresSettings
+from tilewise.pipelines.loading.load import cast_skeleton, load_skeleton, resolve_dtype
+from tilewise.pipelines.media.files import check_writable
+from tilewise.pipelines.memory.limits import PeakMemory
+from tilewise.plugins.errors import TilewiseError
+from tilewise.ui.web.common.messages import complaint, log_unexpected
+from tilewise.ui.web.forms.controls import Controls
+from tilewise.ui.web.forms.highres_form import (
+    AUTO,
+    Wish,
+    command_line,
+    plan_html,
+    planned,
+    python_program,
+    settings_dict,
+    wish_of,
+)
+from tilewise.ui.web.forms.slider import Slider
+from tilewise.ui.web.jobs.job_queue import Desk, Job
+from tilewise.ui.web.jobs.models import Models
+from tilewise.ui.web.jobs.output_store import Shelf
+from tilewise.ui.web.tabs.generate import cancel, owner_of, stream
+from tilewise.ui.web.tabs.highres_result import figure, stages_html
+
+FOLDER = "highres"  # of the output folder
+CANCELLED = "cancelled; a native clip that was finished is kept"
+ABOUT = """The settings on the left make a clip at the model's own size, their attention method included. From that
+the clip at the target is made: each query attends to a window of the native size, guided by a path that sees the whole
+frame. Both clips go to the folder `highres` of the outputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HighresMade:
+    """Both clips on disk. path: of the clip at the target, whose record names the native one's file."""
+
+    work: Work
+    path: Path
+    record: dict[str, Any]
+    summary: str
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeShown:
+    """The first clip, while the second is made."""
+
+    html: str
+
+
+class HighresStudio:
+    """Makes clips of two stages into a folder of `outputs`."""
+
+    def __init__(self, models: Models, outputs: Path) -> None:
+        self.models, self.shelf = models, Shelf(models, outputs / FOLDER)
+        self._lock = threading.Lock()
+        self._skeletons: dict[str, Any] = {}
+
+    def skeleton(self, model: str) -> Any:
+        """With denoisers of the dtype that would run, which the plan of memory counts by. Raises as `Models.skeleton`."""
+        self.models.skeleton(model)
+        with self._lock:
+            if model not in self._skeletons:
+                skeleton = load_skeleton(model)  # a copy: others plan with the first one
+                dtype = resolve_dtype(self.models.dtype, self.models.device)
+                self._skeletons[model] = cast_skeleton(skeleton, dtype)
+            return self._skeletons[model]
+
+    def clip(self, wish: Wish, job: Job) -> HighresMade:
+        """Both clips. On the worker's thread; raises Cancelled soon after the job is cancelled."""
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        begin = time.perf_counter()
+        model = wish.native.model
+        if not self.models.is_loaded(model):
+            job.tell(f"loading {model}", 0, 1)
+        pipe, _ = self.models.pipeline(model)
+        load = time.perf_counter() - begin
+        work = wish.work(pipe)
+        flop = stages_flop(self.skeleton(model), work)
+        with self.shelf.alone():
+            place = self.shelf.place(work.target, flop, stages_of(work))
+        notes = [*prompt_notes(pipe, work.target), *work.notes]
+        run = {**machine(pipe.device, self.models.dtype), "started": started}
+
+        def show(native: Mapping[str, Any]) -> None:
+            words = f"native stage, {native['height']}×{native['width']}; the target follows"
+            version = native["run"]["frames_sha256"][:12]
+            job.show(NativeShown(figure(stages.native_path, words, native["prompt"], version)))
+
+        stages = TwoStages(self.shelf.folder / place.file, work, run, show)
+        for file in (stages.native_path, self.shelf.folder / place.file, self.shelf.folder / NAME):
+            check_writable(file, suffix=file.suffix)
+        peak = PeakMemory(pipe.device)
+        peak.start()
+        with stoppable(pipe, job.cancelled):
+            clip = stages.make(pipe, job.tell)
+        run |= {"load": load, "peak_memory": peak.read(), "notes": notes}
+        try:
+            clip = stages.judge(pipe)
+        except Exception as error:  # a finished clip is worth more than its verdict
+            notes.append(f"the clips could not be judged: {error or type(error).__name__}")
+        with self.shelf.alone():
+            path, record = self.shelf.put(place, clip, {**run, "highres": stages.to_dict()})
+        return HighresMade(work, path, record, str(clip.summary))
+
+
+class HighresTab:
+    """Built inside a gr.Tab, which is `tab`."""
+
+    def __init__(self, controls: Controls, desk: Desk, models: Models, outputs: Path, tab: gr.Tab) -> None:
+        self.controls, self.desk, self.models = controls, desk, models
+        self.studio = HighresStudio(models, outputs)
+        gr.Markdown(ABOUT)
+        high, wide = self.target(models.names[0])
+        with gr.Row():
+            height = Slider(16, 4320, high, step=16, label="Target height, pixels", elem_id="highres-height")
+            width = Slider(16, 7680, wide, step=16, label="Target width, pixels", elem_id="highres-width")
+        with gr.Row():
+            # Text, because a number field that is empty from the start sends 0.
+            strength = gr.Textbox("", label="Strength (empty: the model's own)", elem_id="highres-strength")
+            refresh = gr.Number(
+                HighresSettings.refresh, label="Full path every so many steps", elem_id="highres-refresh"
+            )
+        with gr.Row():
+            path = gr.Radio([AUTO, *PATHS], value=AUTO, label="Full path", elem_id="highres-path")
+            guided = gr.Radio(
+                list(GUIDED), value=HighresSettings.guided, label="Forwards that it guides", elem_id="highres-guided"
+            )
+        plan = gr.HTML(elem_id="highres-plan")
+        with gr.Row():
+            go = gr.Button("Make it", variant="primary", elem_id="highres")
+            stop = gr.Button("Cancel", variant="stop", elem_id="highres-cancel")
+        status = gr.HTML(elem_id="highres-status")
+        native = gr.HTML(elem_id="highres-native")
+        result = gr.HTML(elem_id="highres-result")
+        with gr.Accordion("Summary: what the attention calls of the second stage did", open=False):
+            summary = gr.Code(language=None, label="Summary", interactive=False, elem_id="highres-summary")
+        with gr.Accordion("The same clip again: settings, command, program", open=False, elem_id="highres-again"):
+            settings = gr.Code(language="json", label="Settings", interactive=False, elem_id="highres-settings")
+            command = gr.Code(language="shell", label="Command", interactive=False, elem_id="highres-command")
+            program = gr.Code(language="python", label="Python", interactive=False, elem_id="highres-program")
+        self.own = own = [height, width, strength, refresh, path, guided]  # in the order of FIELDS
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        inputs = [*own, *controls.inputs]
+        moved = [tab.select, *(component.change for component in inputs)]
+        gr.on(moved, self.plan, inputs, [plan], queue=False, trigger_mode="always_last", **quiet)
+        model = controls.components["model"]
+        model.input(self.target, [model], [height, width], queue=False, **quiet)
+        outputs_ = [status, native, result, summary, settings, command, program]
+        go.click(self.run, inputs, outputs_, concurrency_limit=None, **quiet)
+        stop.click(self.cancel, None, [status], queue=False, **quiet)
+
+    def target(self, model: str) -> list[Any]:
+        """Twice the model's own size."""
+        try:
+            native = self.models.native(str(model))
+        except TilewiseError:
+            return [gr.skip()] * 2
+        return [2 * native.height, 2 * native.width]
+
+    def plan(self, *given: Any) -> str:
+        try:
+            return plan_html(
+                self._planned(given, prompt="-")[1], self.studio.skeleton(str(self._values(given)["model"]))
+            )
+        except Exception as error:
+            log_unexpected(error)
+            return complaint(error)
+
+    def run(self, request: gr.Request, *given: Any) -> Iterator[list[Any]]:
+        nothing = [gr.skip()] * 5
+        try:
+            wish, _ = self._planned(given)
+            work = functools.partial(self.studio.clip, wish)
+            yield [""] * 7  # what is shown must not be taken for what comes
+            for status, native, made in stream(self.desk, owner_of(request), work, CANCELLED):
+                if made is None:  # the native clip stays, whatever becomes of the other
+                    yield [status, native or gr.skip(), *nothing]
+                else:
+                    yield ["", "", *self.shown(made)]
+        except Exception as error:
+            log_unexpected(error)
+            yield [complaint(error), gr.skip(), *nothing]
+
+    def cancel(self, request: gr.Request) -> Any:
+        return cancel(self.desk, request)
+
+    def shown(self, made: HighresMade) -> list[Any]:
+        """Result, summary, settings, command, program."""
+        native, dtype = self.models.native(made.work.native.model), self.models.dtype
+        told = json.dumps(settings_dict(made.work), indent=2)
+        again = [command_line(made.work, native, dtype), python_program(made.work, native, dtype)]
+        return [stages_html(made.path, made.record), made.summary, told, *again]
+
+    def _values(self, given: Any) -> dict[str, Any]:
+        return self.controls.values(given[len(self.own) :])
+
+    def _planned(self, given: Any, prompt: str = "") -> tuple[Wish, Work]:
+        """prompt: where there is none."""
+        values, limits = self._values(given), self.controls.limits
+        values["prompt"] = values["prompt"] or prompt
+        wish = wish_of(self.models, limits, values, given[: len(self.own)])
+        return wish, planned(self.models, limits, wish, self.studio.skeleton(wish.native.model))

@@ -1,0 +1,60 @@
+"""A clip of two stages on the page: its native stage beside it, and what is worth knowing, all from the clip's record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tilewise.pipelines.batch.job import Stages
+from tilewise.pipelines.quality.coherence import Coherence
+from tilewise.ui.common.tables import method_words
+from tilewise.ui.web.common import media
+from tilewise.ui.web.forms.highres_form import path_words
+
+
+def stages_html(path: Path, record: Mapping[str, Any]) -> str:
+    """Two players that page.js keeps in step, or one where the native clip is no longer there."""
+    run, told = record["run"], record["run"]["highres"]
+    stages, forwards = Stages.from_dict(told), told["forwards"]
+    seconds = ", ".join(f"{name} {value:.2f}" for name, value in run["seconds"].items() if value)
+    found = {name: value for name, value in told["coherence"].items() if name != "excess"}
+    guided = f"{forwards['refreshed']} with it, {forwards['reused']} with its cached cross-attention, "
+    clip = f"{record['frames']} frames of {record['height']}×{record['width']}, {record['fps']:g} a second"
+    native = (
+        f"{stages.height}×{stages.width}, {method_words(stages.method)}, {told['native']['seconds']['total']:.2f} s"
+    )
+    rows = [
+        ("prompt", str(record["prompt"])[:500]),
+        ("clip", f"{clip}, seed {record['seed']}"),
+        ("native stage", native),
+        ("seconds of the second stage", seconds),
+        ("coherence", str(Coherence(**found))),
+        ("full path", f"{path_words(stages.options)}; forwards: {guided}{forwards['unguided']} without"),
+        ("fallbacks to dense", "; ".join(f"{n} calls: {why}" for why, n in run["fallbacks"].items()) or "none"),
+    ]
+    if (objects := told.get("objects")) is not None:
+        rows.insert(5, ("objects found", f"{objects['clip']}, in the native clip {objects['native']}"))
+    if run["content"]:
+        shown = [f"{k.replace('_', ' ')} {'yes' if v else 'no'}" for k, v in run["content"].items() if v is not None]
+        rows.append(("prompt shown", ", ".join(shown)))
+    if run["peak_memory"].get("bytes"):
+        rows.append(("peak memory", f"{media.size(run['peak_memory']['bytes'])} ({run['peak_memory']['of']})"))
+    rows.append(("device", f"{run['device_name']}, {run['dtype']}"))
+    cells = [(name, escape(words)) for name, words in rows]
+    cells.append(("density of the window", media.bar(run["density"], f"{run['density']:.3f}")))
+    notes = "".join(f"<p>{escape(note)}</p>" for note in run["notes"])
+    version, first = run["frames_sha256"][:12], path.with_name(told["native"]["file"])
+    prompt = str(record["prompt"])
+    figures = figure(path, f"at the target, {record['height']}×{record['width']}", prompt, version)
+    if first.is_file():
+        figures = figure(first, f"native stage, {stages.height}×{stages.width}", prompt, version) + figures
+    button = '<p class="tw-pair-buttons"><button type="button" class="tw-play">Play or pause both</button></p>'
+    return f'<div class="tw-pair" data-sync>{figures}{button}</div>{media.table(cells)}{notes}'
+
+
+def figure(path: Path, words: str, prompt: str, version: str) -> str:
+    """One clip with a link to it. version: another one for other content under the same name."""
+    player = media.video(path, f"{words}: {prompt}", version=version)
+    return f"<figure>{player}<figcaption>{escape(words)}<br>{media.download(path, 'Download')}</figcaption></figure>"

@@ -18,8 +18,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # With --import-mode=importlib the folder of helper modules such as tiny_wan is not importable.
 # Neither are test files whose cases others go over too.
-for folder in ("kernels/attention", "pipelines/highres", "plugins/models", "helpers"):
-    sys.path.insert(0, str(Path(__file__).resolve().parent / folder))
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent / folder)
+    for folder in ("helpers", "plugins/models", "pipelines/highres", "kernels/attention")
+]
 
 import pytest
 import tiny_wan

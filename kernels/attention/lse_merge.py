@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from tilewise.kernels.attention.dispatch import Choice, block_sparse_attention, choose_backend
+from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.block_plan import BlockPlan, plan_of_all
-from tilewise.plugins.runtime.call_stats import capturing
 
 SCORES = 1 << 24  # float32 numbers in a tensor that is made on the way: 64 MiB, some of which are held at once
 

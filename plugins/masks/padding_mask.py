@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.masks.additive_padding_mask import visible_of
-from tilewise.plugins.runtime.call_stats import capturing
 
 HIDDEN = -1e4  # what adds this much or less to a score hides it: e⁻¹⁰⁰⁰⁰ is 0 in every floating-point type
 

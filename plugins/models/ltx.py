@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, UnreadableGridError, register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
-from tilewise.plugins.runtime.call_stats import capturing
 
 
 class LTXFamily:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tilewise.kernels.device import capturing
+
 SPARSE, DENSE_STEP, DENSE_LAYER, FALLBACK = "sparse", "dense step", "dense layer", "fallback"
 FULL_PATH = "full path"  # dense on purpose, beside a sparse path through the same layer
 SHORT = "short"  # dense on purpose, as the method would not be faster over so few tokens
@@ -28,11 +30,6 @@ class Entry:
     backend: str = "stock"
     reason: str = ""
     fused: bool = False
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether work on ``device`` is being recorded into a CUDA graph, and not run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass

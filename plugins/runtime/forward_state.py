@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tilewise.kernels.attention.dispatch import Choice
+from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
 from tilewise.plugins.config import Config
@@ -43,7 +44,6 @@ from tilewise.plugins.runtime.call_stats import (
     Call,
     Entry,
     Ledger,
-    capturing,
 )
 from tilewise.plugins.runtime.joint_text import TextGuide, attend_guided, guided_density, pictures_of, told_by_text
 from tilewise.plugins.runtime.plan_cache import Kept, Order

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout, cached_layout
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.methods.base import Method
 from tilewise.plugins.runtime import dense_backend
-from tilewise.plugins.runtime.call_stats import capturing
 
 Order = tuple[torch.Tensor, torch.Tensor]
 MAX_PLANS = 64

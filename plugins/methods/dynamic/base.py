@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.dynamic_plan import block_table, dynamic_plan
 from tilewise.kernels.plans.layout import Grid, Layout, cached_layout, tile_counts
 from tilewise.kernels.selection.block_scores import error_logits, summary_bias
@@ -30,7 +31,6 @@ from tilewise.plugins.methods.dynamic.recall_probe import exact_recall, probe_ro
 from tilewise.plugins.methods.dynamic.reuse import Drift
 from tilewise.plugins.methods.dynamic.selection import broken_rows, select
 from tilewise.plugins.methods.dynamic.windowed_selection import Bounds, bounds_of, plan_within
-from tilewise.plugins.runtime.call_stats import capturing
 
 MAX_BLOCKS = 8192  # 1,048,576 tokens in whole blocks. Maps are heads × N × N: at 12 heads and as many, 3.2 GB each
 FEWEST_BLOCKS = 64  # a smaller map leaves little to choose from: the tile is halved until there are so many

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tilewise.kernels.device import capturing
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.models.base import UnreadableGridError
-from tilewise.plugins.runtime.call_stats import capturing
 from tilewise.plugins.runtime.custom_ops import DECIDES
 
 _read: WeakIdKeyDictionary = WeakIdKeyDictionary()  # positions → (their version, what image_shape says or raises)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 from pathlib import Path
 
 # Before torch is imported, and inherited by the programs that tests start: on tiny tensors, and with several test
@@ -15,13 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts what it puts in the background with SIGINT ignored, and so would be what tests start in order to interrupt it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# With --import-mode=importlib the folder of helper modules such as tiny_wan is not importable.
-# Neither are test files whose cases others go over too.
-sys.path[:0] = [
-    str(Path(__file__).resolve().parent / folder)
-    for folder in ("helpers", "plugins/models", "pipelines/highres", "kernels/attention")
-]
 
 import pytest
 import tiny_wan

@@ -1,4 +1,4 @@
-"""What to run, where, and when: ``Config`` joins a method with its schedule. Presets are named configs."""
+"""What to run, where, and when: ``Config`` joins a method with its schedule. Presets (``presets.py``) are named configs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import json
 import math
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from torch import nn
+
 from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.methods.base import Method, make_method, methods
-from tilewise.plugins.methods.draft import Draft
-from tilewise.plugins.methods.sta import STA
+from tilewise.plugins.presets import PRESETS
 
 DEFAULT_STEPS = (0.25, 1.0)
 DEFAULT_BLOCKS = ":"
@@ -96,6 +98,10 @@ class Config:
         # Rounded outward by a hair, so that 0.1 · 30 is 3 steps and not 3.0000000000000004.
         return math.ceil(self.steps[0] * total - 1e-9) <= step < math.ceil(self.steps[1] * total - 1e-9)
 
+    def prepare(self, target: Any, denoiser: nn.Module) -> Config:
+        """This config, with what its method needs to know about ``denoiser`` filled in; see ``Method.prepare``."""
+        return dataclasses.replace(self, method=self.method.prepare(target, denoiser))
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "method": self.method.to_dict(),
@@ -107,13 +113,13 @@ class Config:
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Config:
-        """The config of a dictionary as ``to_dict`` makes it. ``method`` may be just a name.
+    def from_dict(cls, data: Mapping[str, Any]) -> Config:
+        """A config from a dictionary as ``to_dict`` returns it. ``method`` may be just a name.
 
         Raises:
             ConfigError: for unknown keys or values.
         """
-        if not isinstance(data, dict) or "method" not in data:
+        if not isinstance(data, Mapping) or "method" not in data:
             raise ConfigError("a config is a JSON object with the key 'method'")
         valid = [f.name for f in dataclasses.fields(cls)]
         for key in data:
@@ -131,20 +137,10 @@ class Config:
 
 MethodLike: TypeAlias = str | Method | Config
 
-# What the presets rest on: on the bundled demo model the first block and the early steps are the most sensitive. See the
-# scores in pipelines/demo_model/README.md.
-_PRESETS: dict[str, Config] = {
-    "sta-quality": Config(STA(density=0.5), steps=(0.5, 1.0), blocks="1:"),
-    "sta-balanced": Config(STA(density=0.4), steps=(0.4, 1.0), blocks="1:"),
-    "sta-fast": Config(STA(density=0.2), steps=(0.25, 1.0), blocks="1:"),
-    "draft-quality": Config(Draft(density=0.5), steps=(0.25, 1.0), blocks="1:"),
-    "draft-fast": Config(Draft(density=0.25), steps=(0.25, 1.0), blocks="1:"),
-}
-
 
 def presets() -> dict[str, Config]:
     """Named configs, of each method from most faithful to fastest."""
-    return dict(_PRESETS)
+    return {name: Config.from_dict(data) for name, data in PRESETS.items()}
 
 
 def resolve(
@@ -166,12 +162,12 @@ def resolve(
     elif isinstance(method, Method):
         config = Config(method)
     elif isinstance(method, str):
-        if method in _PRESETS:
-            config = _PRESETS[method]
+        if method in PRESETS:
+            config = Config.from_dict(PRESETS[method])
         elif method in methods():
             config = Config(make_method(method))
         else:
-            raise unknown("method or preset", method, [*methods(), *_PRESETS])
+            raise unknown("method or preset", method, [*methods(), *PRESETS])
     else:
         raise ConfigError(f"method must be a name, a preset, a method object or a Config, got {type(method).__name__}")
     given: dict[str, Any] = {"steps": steps, "blocks": blocks, "strict": strict, "fuse": fuse, "precision": precision}

@@ -16,7 +16,6 @@ from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Method
 from tilewise.plugins.models.base import AttentionLayer, Size, family_of
-from tilewise.plugins.models.common.native_size import prepared
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.attention_processor import why_not
 from tilewise.plugins.runtime.forward_state import MIN_OWN_TOKENS
@@ -139,7 +138,7 @@ def explain(
     rows, notes = [], []
     given = config
     for name, denoiser in denoisers.items():
-        config = prepared(given, target, denoiser)
+        config = given.prepare(target, denoiser)
         family = family_of(denoiser)
         assert family is not None
         grid = family.grid_of_size(denoiser, target, size)

@@ -22,7 +22,6 @@ from torch import nn
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.base import attention_layers, family_of, supported_models
-from tilewise.plugins.models.common.native_size import prepared
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -126,7 +125,7 @@ def patch(
     denoisers = denoisers_of(target)
     for name, denoiser in denoisers.items():
         attention_layers(denoiser, name)
-    configs = {name: prepared(config, target, denoiser) for name, denoiser in denoisers.items()}
+    configs = {name: config.prepare(target, denoiser) for name, denoiser in denoisers.items()}
     for name, denoiser in denoisers.items():
         _check(name, denoiser, configs[name])
     previous = _configs(denoisers)

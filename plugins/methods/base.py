@@ -7,9 +7,10 @@ import importlib
 import math
 import pkgutil
 from functools import cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
+from torch import nn
 
 import tilewise.plugins.methods
 from tilewise.kernels.plans.block_plan import BlockPlan
@@ -45,6 +46,16 @@ class Method:
         """What queries times keys are multiplied with, in the method's calls and in a full path beside them; None: as the model
         has it."""
         return None
+
+    def prepare(self, target: Any, denoiser: nn.Module) -> Self:
+        """The method with what it needs to know about a denoiser filled in, such as its training size. Default: as it is.
+
+        Called for each denoiser when ``target``, a pipeline or the denoiser itself, is patched or explained.
+
+        Raises:
+            ConfigError: if the denoiser does not say what the method needs, or the method does not fit it.
+        """
+        return self
 
     def check(self, heads: int) -> None:
         """Refuse, before anything runs, options that do not fit a layer with ``heads`` heads.

@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ class Inward(Method):
             )
         object.__setattr__(self, "native", (native[0], native[1]))
 
-    def prepare(self, target: Any, denoiser: nn.Module) -> Inward:
+    def prepare(self, target: Any, denoiser: nn.Module) -> Self:
         """The method with the native size of ``target``'s model, if none was given.
 
         Raises:

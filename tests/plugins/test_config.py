@@ -10,6 +10,7 @@ import torch
 import tilewise
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.config import Config, resolve, select_blocks
+from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.methods.sta import STA, axis_density, choose_tile, choose_window
 
 
@@ -203,3 +204,18 @@ def test_supported_models_lists_wan():
     models = tilewise.supported_models()
     assert "WanTransformer3DModel" in models["wan"]
     assert list(models) == sorted(models)
+
+
+@pytest.mark.parametrize("method", [STA(), Draft(density=0.25), Draft(density=0.25, within=STA())])
+def test_preparing_a_config_leaves_methods_that_need_nothing_as_they_are(method):
+    config = Config(method, steps=(0.5, 1.0))
+    assert config.prepare(object(), torch.nn.Identity()) == config
+
+
+def test_preparing_a_config_prepares_the_method_inside_a_window():
+    class Sized(STA):
+        def prepare(self, target, denoiser):
+            return STA(window=(1, 2, target))
+
+    config = Config(Draft(density=0.25, within=Sized())).prepare(3, torch.nn.Identity())
+    assert config.method.within == STA(window=(1, 2, 3))

@@ -18,7 +18,6 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.explain import Explanation, explain
 from tilewise.plugins.methods.base import DynamicMethod
 from tilewise.plugins.models.base import Size, family_of
-from tilewise.plugins.models.common.native_size import prepared
 from tilewise.plugins.patching import denoisers_of, patched
 from tilewise.plugins.watch import watch
 from tilewise.ui.cli.plot import Drawn, check_plot, plot
@@ -77,7 +76,7 @@ def _of_the_plan(skeleton: Any, config: Config, explanation: Explanation) -> Dra
     assert family is not None
     size = Size(explanation.size["height"], explanation.size["width"], explanation.size["num_frames"])
     layer = family.layers(denoiser)[0]
-    method = prepared(config, skeleton, denoiser).method
+    method = config.prepare(skeleton, denoiser).method
     layout = method.layout(layer.grid(family.grid_of_size(denoiser, skeleton, size)))
     if layout is None:
         raise ConfigError(f"--plot: the method {method.name} is dense, there is nothing to draw")

@@ -14,9 +14,10 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import nn
 
 from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.dynamic_plan import block_table, dynamic_plan
@@ -111,10 +112,9 @@ class Guided(DynamicMethod):
 
     # ── before anything runs ─────────────────────────────────────────────────────────────────────────────────────
 
-    def prepare(self, target: Any, denoiser: Any) -> Guided:
-        """With what the window's method wants to know of the denoiser; see ``native_grid.prepared``."""
-        prepare = getattr(self.within, "prepare", None)
-        return self if prepare is None else dataclasses.replace(self, within=prepare(target, denoiser))
+    def prepare(self, target: Any, denoiser: nn.Module) -> Self:
+        """The method with its window's method prepared."""
+        return self if self.within is None else dataclasses.replace(self, within=self.within.prepare(target, denoiser))
 
     def check(self, heads: int) -> None:
         if self.within is not None:

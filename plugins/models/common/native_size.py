@@ -6,7 +6,6 @@ defaults of the pipeline's call, the pipeline's ``default_sample_size``, or the 
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 from collections.abc import Mapping
@@ -16,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.base import Size, family_of
 
@@ -93,13 +91,3 @@ def native_grid(pipe: Any, denoiser: nn.Module) -> Grid:
     if family is None:
         raise ConfigError(f"{type(denoiser).__name__}: no family adapter serves it, so that its token grid is unknown")
     return family.grid_of_size(denoiser, pipe, native_pixels(pipe))
-
-
-def prepared(config: Config, target: Any, denoiser: nn.Module) -> Config:
-    """``config`` with what its method wants to know of the denoiser filled in.
-
-    A method may have ``prepare(target, denoiser) -> Method``, called once when a pipeline (or bare denoiser) is patched or
-    explained; all others are left as they are.
-    """
-    prepare = getattr(config.method, "prepare", None)
-    return config if prepare is None else dataclasses.replace(config, method=prepare(target, denoiser))

@@ -1,0 +1,16 @@
+"""The presets: named configs, for each method from the most faithful to the fastest, as ``Config.from_dict`` reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# On the bundled demo model the first block and the early steps are the most sensitive, so every preset leaves them dense.
+# pipelines/demo_model/README.md has the scores.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "sta-quality": {"method": {"name": "sta", "density": 0.5}, "steps": (0.5, 1.0), "blocks": "1:"},
+    "sta-balanced": {"method": {"name": "sta", "density": 0.4}, "steps": (0.4, 1.0), "blocks": "1:"},
+    "sta-fast": {"method": {"name": "sta", "density": 0.2}, "steps": (0.25, 1.0), "blocks": "1:"},
+    "draft-quality": {"method": {"name": "draft", "density": 0.5}, "steps": (0.25, 1.0), "blocks": "1:"},
+    "draft-fast": {"method": {"name": "draft", "density": 0.25}, "steps": (0.25, 1.0), "blocks": "1:"},
+}

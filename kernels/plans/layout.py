@@ -11,7 +11,7 @@ the unit that kernels and plans speak of.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -87,6 +87,16 @@ class Layout:
             raise ValueError(f"Layout: max_block_rows must be 16, 32, 64 or 128, got {self.max_block_rows}")
         clipped = tuple(min(size, length) for size, length in zip(self.tile, self.grid.shape, strict=True))
         object.__setattr__(self, "tile", clipped)
+
+    def with_text(self, text: int) -> Layout:
+        """The same layout for another number of text tokens: same class, same fields but for ``grid.text``.
+
+        Equal layouts get the same object back (of the last 64), so that its tables are computed once.
+
+        Raises:
+            ValueError: for a negative number.
+        """
+        return self if text == self.grid.text else _with_text(self, text)
 
     @property
     def tiles(self) -> tuple[int, int, int]:
@@ -197,3 +207,9 @@ def _cut(rows: torch.Tensor, ids: torch.Tensor, limit: int) -> tuple[torch.Tenso
 def cached_layout(grid: Grid, tile: tuple[int, int, int], max_block_rows: int = MAX_BLOCK_ROWS) -> Layout:
     """The same ``Layout`` object for the same arguments, so that its tables are computed once."""
     return Layout(grid, tile, max_block_rows)
+
+
+@lru_cache(maxsize=64)
+def _with_text(layout: Layout, text: int) -> Layout:
+    # replace() calls the constructor of the layout's own class, so that subclasses keep their order and fields.
+    return replace(layout, grid=replace(layout.grid, text=text))

@@ -1,10 +1,14 @@
 """Grids and layouts: every token exactly once, tiles contiguous, border tiles ragged."""
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tilewise.kernels.plans.dilated import DilatedLayout, dilated_layout
 from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
 
 sizes = st.integers(1, 12)
@@ -70,3 +74,52 @@ def test_bad_sizes_are_refused():
 
 def test_layouts_are_cached():
     assert cached_layout(Grid(2, 4, 4), (1, 2, 2)) is cached_layout(Grid(2, 4, 4), (1, 2, 2))
+
+
+@dataclass(frozen=True)
+class ReversedLayout(Layout):
+    """A user's own layout: each tile's tokens in reverse, with a field of its own."""
+
+    note: str = ""
+
+    @cached_property
+    def permutation(self):
+        order = super().permutation
+        return torch.cat([order[s : s + r].flip(0) for s, r in zip(self.block_start, self.block_rows, strict=True)])
+
+
+@given(layouts, st.sampled_from([0, 1, 5, 130]))
+@settings(max_examples=30, deadline=None)
+def test_with_text_is_the_layout_of_the_other_grid(layout, text):
+    grid = layout.grid
+    other = layout.with_text(text)
+    assert other == Layout(Grid(*grid.shape, text, grid.text_first), layout.tile, layout.max_block_rows)
+    assert other.with_text(grid.text) == layout
+    assert layout.with_text(grid.text) is layout
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dilated_layout(Grid(3, 6, 7, 5), (2, 3, 3), (1, 2, 3), 32),
+        ReversedLayout(Grid(3, 6, 7, 5, True), (2, 3, 3), 16, "mine"),
+    ],
+)
+def test_with_text_keeps_the_class_and_its_fields(layout):
+    other = layout.with_text(21)
+    assert type(other) is type(layout)
+    assert other.grid == Grid(3, 6, 7, 21, layout.grid.text_first)
+    fields = {name: value for name, value in vars(layout).items() if name in layout.__dataclass_fields__}
+    assert {**fields, "grid": other.grid} == {name: getattr(other, name) for name in fields}
+    video = layout.with_text(0).permutation
+    first = 21 if layout.grid.text_first else 0
+    assert torch.equal(other.permutation[first : first + layout.grid.video] - first, video)
+    assert not torch.equal(video, Layout(Grid(3, 6, 7), layout.tile, layout.max_block_rows).permutation)
+
+
+def test_with_text_computes_a_layout_once():
+    layout = DilatedLayout(Grid(2, 4, 4, 3), (1, 2, 2), 128, (1, 2, 2))
+    assert layout.with_text(9) is layout.with_text(9)
+    assert layout.with_text(9) is DilatedLayout(Grid(2, 4, 4, 3), (1, 2, 2), 128, (1, 2, 2)).with_text(9)
+    with pytest.raises(ValueError, match="text at least 0"):
+        layout.with_text(-1)

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import patches_of
-from tilewise.plugins.runtime.call_stats import FALLBACK, SPARSE, Entry, Tally
+from tilewise.plugins.runtime.call_stats import FALLBACK, OTHER_REASONS, SPARSE, CallKind, CallRecord
+from tilewise.plugins.runtime.patched_denoiser import Patch
 from tilewise.plugins.text_format import ranges, render
 
 
@@ -22,9 +23,11 @@ class SummaryRow:
 
     denoiser: str
     layers: str  # block numbers, such as "0-29"
-    kind: str  # "sparse", "dense step", "dense layer", "full path", "short" or "fallback"
+    kind: str  # "sparse", "dense step", "dense layer", "global path", "short" or "fallback"
     calls: int
-    density: float  # nan where every call was captured into a CUDA graph, and chose its own
+    queries: int  # query rows of all these calls, once for all heads: Σ batch · queries
+    pairs: int  # token pairs of all these calls, the same way: Σ batch · queries · keys
+    density: float  # kept ÷ all token pairs; nan where every call was captured into a CUDA graph, and chose its own
     backend: str
     seconds: float
     reason: str = ""
@@ -55,16 +58,12 @@ class Summary:
     @property
     def density(self) -> float:
         """Kept ÷ all token pairs over the sparse calls; 1.0 if none was sparse."""
-        sparse = [row for row in self.rows if row.kind == SPARSE and not math.isnan(row.density)]
-        calls = sum(row.calls for row in sparse)
-        return sum(row.density * row.calls for row in sparse) / calls if calls else 1.0
+        return _density([row for row in self.rows if row.kind == SPARSE])
 
     @property
     def overall_density(self) -> float:
         """Kept ÷ all token pairs over every call, dense ones included."""
-        known = [row for row in self.rows if not math.isnan(row.density)]
-        calls = sum(row.calls for row in known)
-        return sum(row.density * row.calls for row in known) / calls if calls else 1.0
+        return _density(self.rows)
 
     @property
     def fallbacks(self) -> dict[str, int]:
@@ -75,19 +74,15 @@ class Summary:
                 found[row.reason] += row.calls
         return dict(found)
 
-    def _mean(self, name: str) -> float | None:
-        found = [(getattr(row, name), row.calls) for row in self.rows if getattr(row, name) is not None]
-        return sum(value * calls for value, calls in found) / sum(calls for _, calls in found) if found else None
-
     @property
     def recall(self) -> float | None:
         """Share of the attention mass that dynamic calls kept, as their method estimates it; None if there were none."""
-        return self._mean("recall")
+        return _mean(self.rows, "recall", "queries")
 
     @property
     def probe(self) -> float | None:
         """The same, measured exactly on probe rows; None if the method was not asked for any."""
-        return self._mean("probe")
+        return _mean(self.rows, "probe", "queries")
 
     @property
     def broken(self) -> int:
@@ -131,31 +126,59 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _row(denoiser: str, entry: Entry, found: list[tuple[int, Tally]]) -> SummaryRow:
-    """One row of the layers (block, tally) that did the same."""
-    tallies = [tally for _, tally in found]
+def _mean(rows: list[SummaryRow], name: str, weight: str) -> float | None:
+    """Σ weight · value ÷ Σ weight over the rows that have the value; None if none has."""
+    found = [(getattr(row, name), getattr(row, weight)) for row in rows if getattr(row, name) is not None]
+    return sum(value * w for value, w in found) / sum(w for _, w in found) if found else None
+
+
+def _density(rows: list[SummaryRow]) -> float:
+    """Kept ÷ all token pairs of rows whose density is known; 1.0 if there is none.
+
+    By pairs and not by calls: the layers of a UNet attend over maps of different sizes.
+    """
+    mean = _mean([row for row in rows if not math.isnan(row.density)], "density", "pairs")
+    return 1.0 if mean is None else mean
+
+
+def _row(denoiser: str, kind: CallKind, found: list[tuple[int, CallRecord]]) -> SummaryRow:
+    """One row of the layers (block, record) that did the same."""
+    records = [record for _, record in found]
 
     def mean(name: str) -> float | None:
-        totals = [tally.measured.total(name) for tally in tallies]
-        calls = sum(count for _, count in totals)
-        return sum(total for total, _ in totals) / calls if calls else None
+        totals = [record.measurements.total(name) for record in records]
+        weight = sum(weight for _, weight in totals)
+        return sum(total for total, _ in totals) / weight if weight else None
 
-    measured = mean("density")
-    density = entry.density if entry.density is not None else math.nan if measured is None else measured
+    kept, known = (sum(numbers) for numbers in zip(*(record.kept_pairs() for record in records), strict=True))
+    reason = kind.reason
+    if reason != OTHER_REASONS and any(record.reasons_differ for record in records):
+        reason = f"{reason} (and others that differ in their numbers alone)"
     return SummaryRow(
         denoiser=denoiser,
         layers=ranges([block for block, _ in found]),
-        kind=entry.kind,
-        calls=sum(tally.calls for tally in tallies),
-        density=density,
-        backend=entry.backend,
-        seconds=sum(tally.seconds() for tally in tallies),
-        reason=entry.reason,
-        fused=entry.fused,
+        kind=kind.kind,
+        calls=sum(record.calls for record in records),
+        queries=sum(record.queries for record in records),
+        pairs=sum(record.pairs for record in records),
+        density=kept / known if known else math.nan,
+        backend=kind.backend,
+        seconds=sum(record.seconds() for record in records),
+        reason=reason,
+        fused=kind.fused,
         recall=mean("recall"),
         probe=mean("probe"),
-        broken=round(sum(tally.measured.total("broken")[0] for tally in tallies)),
+        broken=round(sum(record.measurements.total("broken")[0] for record in records)),
     )
+
+
+def _groups(patch: Patch) -> list[tuple[CallKind, list[tuple[int, CallRecord]]]]:
+    """The (block, record) of layers that did the same: calls of one kind, and over one density where it was known before."""
+    found: dict[tuple[CallKind, float | None], list[tuple[int, CallRecord]]] = defaultdict(list)
+    for (layer, kind), record in patch.step.call_stats.records.items():
+        density = record.kept / record.known if record.known else None
+        found[kind, density].append((patch.layers[layer].block, record))
+    return [(kind, records) for (kind, _), records in found.items()]
 
 
 def summary(target: Any) -> Summary:
@@ -172,11 +195,8 @@ def summary(target: Any) -> Summary:
     rows: list[SummaryRow] = []
     skipped: dict[str, str] = {}
     for name, patch in patches.items():
-        per_entry: dict[Entry, list[tuple[int, Tally]]] = defaultdict(list)
-        for (layer, entry), tally in patch.step.ledger.tallies.items():
-            per_entry[entry].append((patch.layers[layer].block, tally))
-        rows += [_row(name, entry, found) for entry, found in per_entry.items()]
-        skipped |= {f"{name}.{layer}": reason for layer, reason in patch.step.ledger.skipped_layers.items()}
+        rows += [_row(name, kind, found) for kind, found in _groups(patch)]
+        skipped |= {f"{name}.{layer}": reason for layer, reason in patch.step.call_stats.skipped_layers.items()}
     config = next(iter(patches.values())).config
     grids = {name: str(patch.step.grid) for name, patch in patches.items() if patch.step.grid is not None}
     return Summary(config.to_dict(), rows, grids, skipped)

@@ -16,7 +16,7 @@ from tilewise.plugins.hooks.forward_override import ForwardOverride
 from tilewise.plugins.masks.padding_mask import Group
 from tilewise.plugins.runtime.attention_call import QKV, attend_planned, choose, measured
 from tilewise.plugins.runtime.attention_processor import TilewiseProcessor, rebind
-from tilewise.plugins.runtime.call_stats import FULL_PATH, Call, Entry
+from tilewise.plugins.runtime.call_stats import GLOBAL_PATH, Call, CallKind
 from tilewise.plugins.runtime.patched_denoiser import Patch
 
 
@@ -61,7 +61,7 @@ class CoarsePath:
         scale_of = getattr(self.patch.config.method, "scale", None)
         scale = None if scale_of is None or layout is None else scale_of(layout, query.shape[-1])
         attend = self._drafted if self.kind == "draft" else self._pooled
-        with self.patch.step.ledger.record(number, None, query.device) as call:
+        with self.patch.step.call_stats.record(number, None, query, key) as call:
             return attend(call, (query, key, value), layout, scale)
 
     def _pooled(self, call: Call, qkv: QKV, layout: Layout | None, scale: float | None) -> torch.Tensor:
@@ -73,7 +73,8 @@ class CoarsePath:
         if self._patches is None or self._patches[0] != known:
             self._patches = known, pooling_of(grid, there, self.pool, device)
         patches = self._patches[1]
-        call.entry = Entry(FULL_PATH, len(patches.count) / grid.tokens, "pooled")
+        call.density = len(patches.count) / grid.tokens
+        call.kind = CallKind(GLOBAL_PATH, "pooled")
         return pooled_attention(*qkv, patches, scale)
 
     def _drafted(self, call: Call, qkv: QKV, layout: Layout | None, scale: float | None) -> torch.Tensor:
@@ -85,7 +86,8 @@ class CoarsePath:
         choice, in_16_bits = choose(qkv, planned.plan, self.patch.config.precision)
         if in_16_bits and self.patch.config.strict:
             raise FallbackError(f"strict: the full path of {self.patch.name}: {in_16_bits}")
-        call.entry = Entry(FULL_PATH, None, f"{choice.backend}, draft", in_16_bits)
+        call.density = None
+        call.kind = CallKind(GLOBAL_PATH, f"{choice.backend}, draft", in_16_bits)
         found = measured([(Group(None, None, layout.grid.text), planned)], qkv[0])
         call.values = {name: found[name] for name in ("density", "broken") if name in found}
         return attend_planned(qkv, planned, layout, choice, scale)

@@ -1,76 +1,140 @@
-"""The books: what every attention call of a patched denoiser really did."""
+"""Call stats: what every attention call of a patched denoiser really did.
+
+Counts and sums only, by layer and kind of call: their size depends on the model, not on how many calls, sizes or prompts came.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from tilewise.kernels.device import capturing
 
 SPARSE, DENSE_STEP, DENSE_LAYER, FALLBACK = "sparse", "dense step", "dense layer", "fallback"
-FULL_PATH = "full path"  # dense on purpose, beside a sparse path through the same layer
+GLOBAL_PATH = "global path"  # beside a sparse path through the same layer
 SHORT = "short"  # dense on purpose, as the method would not be faster over so few tokens
+
+MAX_REASONS = 16  # of one layer, apart from the numbers in them
+OTHER_REASONS = "other reasons"
+MAX_EVENTS = 256  # pairs of device events that one record keeps
+MAX_SHAPES = 8  # shapes of calls whose measurements one record keeps apart
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What one call was: its kind, and for a sparse one its density and backend, for a dense one the reason, if there is one.
+class CallKind:
+    """What calls that are counted together have in common.
 
-    density: None where it is decided anew at each call: the tally then holds what they measured.
-    fused: whether the family's fused kernels made its query and key, rather than stock code.
+    Attributes:
+        kind: one of the names above.
+        backend: what computed the attention.
+        reason: why a call was dense, or why a sparse one did not run in the precision that was asked for; "" if there is none.
+        fused: whether the family's fused kernels made its query and key, rather than stock code.
     """
 
     kind: str
-    density: float | None = 1.0
     backend: str = "stock"
     reason: str = ""
     fused: bool = False
 
 
 @dataclass
-class Measured:
-    """Sums over dynamic calls of what only the device knows. Reading one waits for the device; adding does not."""
+class Measurements:
+    """Weighted sums of what only the device knows of dynamic calls. Reading one waits for the device; adding does not.
 
-    # Names that came together share one vector: (sum of each, float64), and how many calls gave them.
-    sums: dict[tuple[str, ...], tuple[torch.Tensor, int]] = field(default_factory=dict)
+    The weights are those of a mean over token pairs or query rows:
 
-    def add(self, values: dict[str, torch.Tensor]) -> None:
+        density         Σ pairs · density ÷ Σ pairs
+        recall, probe   Σ queries · value ÷ Σ queries       each query row has an attention mass of 1
+        broken          Σ value                             a count
+    """
+
+    # (names that came together, token pairs, query rows) → (sum of each, float64; how many calls gave them). Calls of one shape
+    # have one weight, which is applied when sums are read or folded, so that adding launches no kernel for it.
+    shapes: dict[tuple[tuple[str, ...], int, int], tuple[torch.Tensor, int]] = field(default_factory=dict)
+    folded: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)  # name → (weighted sum, sum of weights)
+
+    def add(self, values: dict[str, torch.Tensor], pairs: int, queries: int) -> None:
         """values: () float32 tensors on one device by name; not every call has all."""
         if not values:
             return
-        names, new = tuple(values), torch.stack(list(values.values())).double()
-        if names in self.sums:
+        key, new = (tuple(values), pairs, queries), torch.stack(list(values.values())).double()
+        if key in self.shapes:
             # Out of place, and on the first call's device: calls may run on several, and in inference mode or not.
-            before, calls = self.sums[names]
-            self.sums[names] = before + new.to(before.device), calls + 1
-        else:
-            self.sums[names] = new, 1
+            before, calls = self.shapes[key]
+            self.shapes[key] = before + new.to(before.device), calls + 1
+            return
+        if len(self.shapes) >= MAX_SHAPES:
+            self._fold()
+        self.shapes[key] = new, 1
 
     def total(self, name: str) -> tuple[float, int]:
-        """(sum, how many calls gave it)."""
-        found = [(float(sums[names.index(name)]), n) for names, (sums, n) in self.sums.items() if name in names]
-        return sum(value for value, _ in found), sum(n for _, n in found)
+        """(weighted sum, sum of the weights) over the calls that gave it."""
+        self._fold()
+        value, weight = self.folded.get(name, (0.0, 0))
+        return float(value), weight
+
+    def _fold(self) -> None:
+        for (names, pairs, queries), (sums, calls) in self.shapes.items():
+            for at, name in enumerate(names):
+                weight = {"density": pairs, "broken": 1}.get(name, queries)
+                if name in self.folded:
+                    before, weights = self.folded[name]
+                    self.folded[name] = before + (sums[at] * weight).to(before.device), weights + weight * calls
+                else:
+                    self.folded[name] = sums[at] * weight, weight * calls
+        self.shapes.clear()
 
 
 @dataclass
-class Tally:
-    """Calls of one kind in one layer, their time on the device, and what dynamic ones measured."""
+class CallRecord:
+    """Calls of one kind in one layer: their token pairs, their time on the device, and what dynamic ones measured.
+
+    Attributes:
+        calls: how many.
+        queries: query rows of all of them, once for all heads: Σ batch · queries.
+        pairs: token pairs of all of them, the same way: Σ batch · queries · keys.
+        known: token pairs of the calls whose density was known before they ran.
+        kept: how many of ``known`` were kept, in the mean over heads.
+        measurements: the rest's density, which only the device knows; a call captured into a CUDA graph has none.
+        reasons_differ: whether the calls' reasons are not all the one that is shown, but only alike but for numbers.
+    """
 
     calls: int = 0
+    queries: int = 0
+    pairs: int = 0
+    known: int = 0
+    kept: float = 0.0
     wall: float = 0.0
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-    measured: Measured = field(default_factory=Measured)
+    measurements: Measurements = field(default_factory=Measurements)
+    reasons_differ: bool = False
 
-    def add(self, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
+    def count(self, queries: int, pairs: int, density: float | None) -> None:
+        """Add a call; density: None where only the device knows it."""
+        self.calls += 1
+        self.queries += queries
+        self.pairs += pairs
+        if density is not None:
+            self.known += pairs
+            self.kept += density * pairs
+
+    def kept_pairs(self) -> tuple[float, int]:
+        """(token pairs that were kept, token pairs of the calls whose density is known); waits for the device."""
+        kept, pairs = self.measurements.total("density")
+        return self.kept + kept, self.known + pairs
+
+    def add_time(self, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
         """Keep a pair of device events; fold those that are long done, so that a long session does not pile them up."""
         self.events.append((start, end))
-        if len(self.events) >= 256 and self.events[127][1].query():  # asks, does not wait
-            self._fold(128)
+        half = MAX_EVENTS // 2
+        if len(self.events) >= MAX_EVENTS and self.events[half - 1][1].query():  # asks, does not wait
+            self._fold(half)
 
     def seconds(self) -> float:
         """Seconds spent; waits for the GPU if it is still at work on them."""
@@ -80,36 +144,46 @@ class Tally:
         return self.wall
 
     def _fold(self, count: int) -> None:
-        self.wall += sum(start.elapsed_time(end) for start, end in self.events[:count]) / 1e3
+        self.wall += sum(start.elapsed_time(end) for start, end in self.events[:count]) / 1e3  # of milliseconds
         del self.events[:count]
 
 
 class Call:
-    """A call that is being counted: what it turns out to be is filled in before it ends. Without an entry it counts as nothing.
+    """A call that is being counted: what it turns out to be is filled in before it ends. Without a kind it counts as nothing.
 
-    values: what a dynamic call measured, () tensors by name.
+    Attributes:
+        density: kept ÷ all token pairs; None where only the device knows it.
+        values: what a dynamic call measured, () tensors by name.
     """
 
-    def __init__(self, entry: Entry | None) -> None:
-        self.entry = entry
+    def __init__(self, kind: CallKind | None) -> None:
+        self.kind = kind
+        self.density: float | None = 1.0
         self.values: dict[str, torch.Tensor] = {}
 
 
-class Ledger:
-    """Tallies by (layer number, entry)."""
+class CallStats:
+    """Records by (layer number, kind of call)."""
 
     def __init__(self) -> None:
-        self.tallies: dict[tuple[int, Entry], Tally] = defaultdict(Tally)
+        self.records: dict[tuple[int, CallKind], CallRecord] = defaultdict(CallRecord)
         self.skipped_layers: dict[str, str] = {}  # layers never taken over, with the reason
+        self._reasons: dict[int, dict[str, str]] = defaultdict(
+            dict
+        )  # of a layer: wording → the first reason of that wording
 
     @contextmanager
-    def record(self, layer: int, entry: Entry | None, device: torch.device) -> Iterator[Call]:
+    def record(self, layer: int, kind: CallKind | None, query: torch.Tensor, key: torch.Tensor) -> Iterator[Call]:
         """Count the call in the ``with`` block and time it: device events on a GPU (no host sync), else the wall clock.
 
-        entry: None: the block says what the call was, by giving ``Call.entry``.
+        Args:
+            kind: None: the block says what the call was, by giving ``Call.kind``.
+            query, key: (B, S, H, D), whose token pairs are counted.
+
         A call that is captured into a CUDA graph is counted once; its time, its replays and what it measured are not seen.
         """
-        call = Call(entry)
+        call = Call(kind)
+        device = query.device
         on_gpu, captured = device.type == "cuda", capturing(device)
         begin = time.perf_counter()
         start = end = None
@@ -118,15 +192,29 @@ class Ledger:
             stream = torch.cuda.current_stream(device)  # of q's device, which need not be the current one
             start.record(stream)
         yield call
-        if call.entry is None:
+        if call.kind is None:
             return
-        tally = self.tallies[layer, call.entry]
-        tally.calls += 1
+        record = self._record_of(layer, call.kind)
+        queries = query.shape[0] * query.shape[1]
+        pairs = queries * key.shape[1]
+        record.count(queries, pairs, call.density)
         if captured:
             return
-        tally.measured.add(call.values)
+        record.measurements.add(call.values, pairs, queries)
         if start is not None and end is not None:
             end.record(stream)
-            tally.add(start, end)
+            record.add_time(start, end)
         else:
-            tally.wall += time.perf_counter() - begin
+            record.wall += time.perf_counter() - begin
+
+    def _record_of(self, layer: int, kind: CallKind) -> CallRecord:
+        """Reasons hold sizes and token counts: those that differ in numbers alone count together, under the first one."""
+        if not kind.reason:
+            return self.records[layer, kind]
+        reasons, wording = self._reasons[layer], re.sub(r"\d+", "0", kind.reason)
+        if wording not in reasons and len(reasons) < MAX_REASONS:
+            reasons[wording] = kind.reason
+        shown = reasons.get(wording, OTHER_REASONS)
+        record = self.records[layer, replace(kind, reason=shown)]
+        record.reasons_differ |= kind.reason != shown
+        return record

@@ -4,7 +4,7 @@
     order(ticket, handle, tokens) → indices         the token order in force; the identity where there is none
     attend(ticket, q, k, v, handle, …) → output     one attention call: sparse, dense, or fallen back, and counted
 
-What a step does depends on the schedule, the grid, the plan and the books: Python, which a graph would freeze as it was when
+What a step does depends on the schedule, the grid, the plan and the call stats: Python, which a graph would freeze as it was when
 it was compiled. Inside an operator that Python runs at every call instead, and one graph serves all steps. Two small tensors
 keep it right:
 

@@ -38,12 +38,12 @@ from tilewise.plugins.runtime.call_stats import (
     DENSE_LAYER,
     DENSE_STEP,
     FALLBACK,
-    FULL_PATH,
+    GLOBAL_PATH,
     SHORT,
     SPARSE,
     Call,
-    Entry,
-    Ledger,
+    CallKind,
+    CallStats,
 )
 from tilewise.plugins.runtime.joint_text import TextGuide, attend_guided, guided_density, pictures_of, told_by_text
 from tilewise.plugins.runtime.plan_cache import Kept, Order
@@ -55,7 +55,7 @@ MIN_OWN_TOKENS = (
 
 
 class Step:
-    """The forward that is under way, and what is kept from one to the next: plans, token orders and the books.
+    """The forward that is under way, and what is kept from one to the next: plans, token orders and call stats.
 
     Args:
         name: the denoiser's, for messages.
@@ -86,7 +86,7 @@ class Step:
         self.leave_alone = leave_alone
         self.take_back = take_back
         self.removed = False  # whether the patch is off: a processor of it that is still called runs stock
-        self.ledger = Ledger()
+        self.call_stats = CallStats()
         self.grid: Grid | None = None  # of the last forward
         self._layout: Layout | None = None  # the token order in force during a forward; None: the model's own
         self._runs = False  # whether the method runs at this step
@@ -110,7 +110,7 @@ class Step:
         for layer in self.layers:
             module: Any = layer.module
             if isinstance(module.processor, TilewiseProcessor):
-                if layer.name in self.ledger.skipped_layers:
+                if layer.name in self.call_stats.skipped_layers:
                     self.take_back(layer)
                 if getattr(module.processor, "_parallel_config", None) is not None:
                     self._refused = "context parallelism is enabled, and shards the tokens before they can be reordered"
@@ -170,7 +170,7 @@ class Step:
 
     def leave(self, layer: AttentionLayer) -> None:
         """Report a layer whose processor is not ours, once; what replaced ours may do attention its own way."""
-        if layer.name not in self.ledger.skipped_layers:
+        if layer.name not in self.call_stats.skipped_layers:
             self._leave(layer)
 
     @torch.compiler.disable
@@ -240,10 +240,8 @@ class Step:
         chosen, in_16_bits = found
         out = attend_groups(layout, planned, parts, chosen, whole, scale)
         dynamic = isinstance(self.config.method, DynamicMethod)
-        density = None if dynamic else mean_density(planned, query)
-        call.entry = Entry(
-            SPARSE, density, ", ".join(dict.fromkeys(choice.backend for choice in chosen)), in_16_bits, fused
-        )
+        call.density = None if dynamic else mean_density(planned, query)
+        call.kind = CallKind(SPARSE, ", ".join(dict.fromkeys(choice.backend for choice in chosen)), in_16_bits, fused)
         if dynamic:
             call.values = measured(planned, query)
         for (group, p), part in zip(planned, parts, strict=True):
@@ -281,7 +279,8 @@ class Step:
             return found
         (choice,), in_16_bits = found
         out = attend_guided(layout, groups, parts, pictures, whole, plan, choice, told, scale)
-        call.entry = Entry(SPARSE, guided_density(layout, groups, plan, query), choice.backend, in_16_bits)
+        call.density = guided_density(layout, groups, plan, query)
+        call.kind = CallKind(SPARSE, choice.backend, in_16_bits)
         for picture in pictures:
             self._tell(number, SPARSE, picture, alone, plan)
         return out
@@ -357,18 +356,18 @@ class Step:
         layer = self.layers[number]
         layout = _shortened(self._layout, query, key) if layer.halvings is None else self._own_layout(layer)
         if self._full_path:
-            entry = Entry(FULL_PATH, fused=fused)
+            kind = CallKind(GLOBAL_PATH, fused=fused)
             scale = self._scale(layout, query, scale)
             guide = self.guide if layer.block in self.selected else None
             if guide is not None and (self._runs or guide.keeps) and layout is not None and layout.grid.text:
                 groups = self._masks.groups(attn_mask, layout.grid, query)
                 guide.keep(told_by_text(layout, groups, (query, key, value), scale))
         elif not self._runs:
-            entry = Entry(DENSE_STEP, fused=fused)
+            kind = CallKind(DENSE_STEP, fused=fused)
         elif layer.block not in self.selected or (layout is None and self._refused is None):
-            entry = Entry(DENSE_LAYER, fused=fused)
+            kind = CallKind(DENSE_LAYER, fused=fused)
         elif layout is not None and (short := self._stays_dense(query)) is not None:
-            entry = Entry(SHORT, reason=short, fused=fused)
+            kind = CallKind(SHORT, reason=short, fused=fused)
         else:
             reason = self._refused
             if layout is not None:
@@ -384,7 +383,7 @@ class Step:
                             value.index_select(1, there),
                         )
                     parts = [part_of(group, *ordered) for group in groups]
-                    with self.ledger.record(number, None, query.device) as call:
+                    with self.call_stats.record(number, None, query, key) as call:
                         found = self._attend_sparse(
                             call, number, layout, groups, parts, ordered, self._scale(layout, query, scale), fused
                         )
@@ -394,7 +393,7 @@ class Step:
                 reason = groups
             if self.config.strict:
                 raise FallbackError(f"strict: {self.name}.{layer.name} cannot run {self.config.method.name}: {reason}")
-            entry = Entry(FALLBACK, reason=reason or "", fused=fused)
+            kind = CallKind(FALLBACK, reason=reason or "", fused=fused)
         if self.config.fuse and dense_backend.takes(
             query,
             key,
@@ -405,21 +404,21 @@ class Step:
             parallel_config=parallel_config,
         ):
             shown = self._masks.shown(attn_mask, self.grid, query)
-            with self.ledger.record(number, None, query.device) as call:
+            with self.call_stats.record(number, None, query, key) as call:
                 exactly = shown and dense_backend.attend(shown, query, key, value, scale, self.kept.exact_plan)
                 if isinstance(exactly, torch.Tensor):
-                    call.entry = dataclasses.replace(entry, backend=dense_backend.HOPPER.name)
+                    call.kind = dataclasses.replace(kind, backend=dense_backend.HOPPER.name)
             if isinstance(exactly, torch.Tensor):
-                self._tell(number, entry.kind, (query, key, value))
+                self._tell(number, kind.kind, (query, key, value))
                 return exactly
         if layer.halvings is None and layout is not None and attn_mask is not None:
             attn_mask = _reorder_mask(attn_mask, layout, self.kept.order(layout, attn_mask.device))
-        with self.ledger.record(number, entry, query.device):
+        with self.call_stats.record(number, kind, query, key):
             out = processor.stock(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
                 backend=backend, parallel_config=parallel_config,
             )  # fmt: skip
-        self._tell(number, entry.kind, (query, key, value))
+        self._tell(number, kind.kind, (query, key, value))
         return out
 
 

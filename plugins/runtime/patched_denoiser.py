@@ -81,7 +81,7 @@ class Patch:
         """A layer with a processor of its own stays dense, is reported, and gets its tokens in the model's own order."""
         if self.config.strict:
             raise FallbackError(f"strict: {self.name}.{layer.name} would stay dense: {reason}")
-        self.step.ledger.skipped_layers[layer.name] = reason
+        self.step.call_stats.skipped_layers[layer.name] = reason
         self._raster[layer.name] = self.family.raster_hooks(layer.module, self)
         self._handles += self._raster[layer.name]
 
@@ -89,7 +89,7 @@ class Patch:
         """A layer that had been left alone has our processor again: somebody put back what they had saved."""
         for handle in self._raster.pop(layer.name, ()):
             handle.remove()
-        self.step.ledger.skipped_layers.pop(layer.name, None)
+        self.step.call_stats.skipped_layers.pop(layer.name, None)
 
     def _stand_in(self, original: Any, number: int, fused: Any) -> TilewiseProcessor:
         kind = type(original)

@@ -46,7 +46,7 @@ from tilewise.pipelines.loading.model_defaults import native_size
 from tilewise.plugins.config import resolve
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.guidance.cross_attention_cache import CrossAttentionCache
-from tilewise.plugins.runtime.call_stats import FULL_PATH, SPARSE
+from tilewise.plugins.runtime.call_stats import GLOBAL_PATH, SPARSE
 
 DYNAMIC = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=64)
 
@@ -291,7 +291,7 @@ def test_two_stages(case):
     assert made.clip.summary.density < 1
     kinds = {row.kind for row in made.clip.summary.rows}
     cross = type(pipe).__name__ in CROSS
-    assert kinds == ({SPARSE, FULL_PATH} if cross else {SPARSE})
+    assert kinds == ({SPARSE, GLOBAL_PATH} if cross else {SPARSE})
     assert made.options.global_path == ("dense" if cross else "none")
     assert made.options.flow_shift is None
     assert bool(made.forwards["refreshed"]) == cross
@@ -349,7 +349,7 @@ def test_a_full_path_where_text_is_part_of_the_sequence(case, held):
             highres(pipe, "a star", **size, steps=4, global_path="dense")
         return
     made = highres(pipe, "a star", **size, steps=4, strength=0.5, refresh=2, global_path="dense", guidance=3.0)
-    assert {row.kind for row in made.clip.summary.rows} == {SPARSE, FULL_PATH}
+    assert {row.kind for row in made.clip.summary.rows} == {SPARSE, GLOBAL_PATH}
     assert made.forwards["refreshed"] == made.forwards["reused"] > 0
     assert made.plan.cache == max(held)
     assert not tilewise.is_patched(pipe)

@@ -31,7 +31,7 @@ from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.guidance.global_path import draft_bytes
 from tilewise.plugins.hooks.temporary_attribute import replaced
 from tilewise.plugins.models.base import Size, family_of
-from tilewise.plugins.runtime.call_stats import FULL_PATH, SPARSE
+from tilewise.plugins.runtime.call_stats import GLOBAL_PATH, SPARSE
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_two_stages(pipe):
     assert made.native.frames.shape == (5, 64, 64, 3)
     assert made.forwards == {"refreshed": 1, "reused": 1, "unguided": 2}  # 2 of 4 steps, 2 texts, one of them guided
     calls = {row.kind: row.calls for row in made.clip.summary.rows}
-    assert calls == {SPARSE: 2 * 2 * 2, FULL_PATH: 2}
+    assert calls == {SPARSE: 2 * 2 * 2, GLOBAL_PATH: 2}
     assert made.clip.summary.density == pytest.approx(9 / 16 * 9 / 12)
     phases = list(dict.fromkeys(phase for phase, _, _ in told))
     assert phases == ["native: denoise", "native: decode", "upscale", "denoise", "decode"]

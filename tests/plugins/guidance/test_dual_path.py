@@ -21,7 +21,7 @@ from tilewise.plugins.guidance.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.guidance.dual_path import two_paths
 from tilewise.plugins.guidance.pooled_attention import pooled_attention, pooling_of
 from tilewise.plugins.methods.inward import Inward
-from tilewise.plugins.runtime.call_stats import FULL_PATH, SPARSE
+from tilewise.plugins.runtime.call_stats import GLOBAL_PATH, SPARSE
 
 METHOD = Inward(native=(4, 4), temperature=False)
 
@@ -187,7 +187,7 @@ def test_branches_of_a_pipeline():
         assert vars(on["transformer"].counts) == {"refreshed": 2, "reused": 2, "unguided": 4}
     assert (other - first).abs().max() > 1e-4
     rows = {row.kind for row in tilewise.summary(pipe).rows}
-    assert rows == {SPARSE, FULL_PATH}
+    assert rows == {SPARSE, GLOBAL_PATH}
     tilewise.unpatch(pipe)
     assert torch.equal(call(pipe), stock)
 
@@ -403,10 +403,10 @@ def test_a_coarser_path_is_counted():
         tilewise.patch(model, METHOD, steps=(0, 1), strict=True)
         with torch.no_grad(), two_paths(model, refresh=1, global_path=path):
             model(x, torch.tensor([500.0]), text)
-        (row,) = (row for row in tilewise.summary(model).rows if row.kind == FULL_PATH)
+        (row,) = (row for row in tilewise.summary(model).rows if row.kind == GLOBAL_PATH)
         assert (row.calls, row.backend) == (2, backend)
         assert row.density == density  # of the draft: so few blocks that each keeps at least a half
-        assert "full path" in str(tilewise.summary(model))
+        assert "global path" in str(tilewise.summary(model))
 
 
 # ── the cache ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -25,7 +25,7 @@ from tilewise.plugins.guidance.dual_path import two_paths
 from tilewise.plugins.guidance.global_path import global_paths
 from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.patching import patches_of
-from tilewise.plugins.runtime.call_stats import FULL_PATH, SPARSE
+from tilewise.plugins.runtime.call_stats import GLOBAL_PATH, SPARSE
 
 METHOD = Inward(native=(4, 4), temperature=False)
 TEXT = test_flux.TEXT
@@ -182,9 +182,9 @@ def test_refresh_and_reuse_are_the_two_rows(case):
     with two_paths(model, refresh=2) as paths:
         torch.testing.assert_close(family_checks.forward(model, inputs), wanted, **close)
         summary = tilewise.summary(model)
-        kinds = {kind: sum(row.calls for row in summary.rows if row.kind == kind) for kind in (SPARSE, FULL_PATH)}
+        kinds = {kind: sum(row.calls for row in summary.rows if row.kind == kind) for kind in (SPARSE, GLOBAL_PATH)}
         # The last block's full path ends with what its text tells; its second attention, if it has one, comes after.
-        assert kinds == {SPARSE: 2 * layers, FULL_PATH: layers - 1}
+        assert kinds == {SPARSE: 2 * layers, GLOBAL_PATH: layers - 1}
         torch.testing.assert_close(family_checks.forward(model, later), reused, **close)
         assert vars(paths["denoiser"].counts) == {"refreshed": 1, "reused": 1, "unguided": 0}
         assert tilewise.summary(model).calls == summary.calls + layers
@@ -320,7 +320,7 @@ def test_layers_that_stay_dense_ask_for_nothing():
             assert paths["denoiser"].cache.on_device == 2 * 2 * kept
             torch.testing.assert_close(family_checks.forward(model, inputs), guided)
             calls = {row.kind: row.calls for row in tilewise.summary(model).rows}
-            assert calls[FULL_PATH] == 1  # of block 0; block 1 ends with what its text tells
+            assert calls[GLOBAL_PATH] == 1  # of block 0; block 1 ends with what its text tells
     assert (guided - alone).abs().max() > 1e-3
 
 

@@ -69,7 +69,7 @@ def test_hidden_text_keys_change_exactly_what_they_should(text_first, side, leng
         out = attend(step, q, k, v, mask)
         torch.testing.assert_close(out[visible], want[visible])
         assert bool((out[~visible] == 0).all())
-    assert {entry.kind for _, entry in step.ledger.tallies} == {SPARSE}
+    assert {kind.kind for _, kind in step.call_stats.records} == {SPARSE}
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_other_masks_stay_dense_and_say_why(mask, reason):
         assert reason in visible_keys(given, 2, grid.tokens)
         return
     attend(step, q, k, v, given if given.ndim == 4 else given[:, None, None])
-    (entry,) = [entry for _, entry in step.ledger.tallies]
-    assert entry.kind == FALLBACK
-    assert reason in entry.reason
+    (kind,) = [kind for _, kind in step.call_stats.records]
+    assert kind.kind == FALLBACK
+    assert reason in kind.reason
 
 
 def test_the_mask_is_read_once_a_forward(monkeypatch):

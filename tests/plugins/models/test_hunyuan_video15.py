@@ -117,7 +117,7 @@ def test_no_mask_over_pairs_of_tokens(model, method, steps):
 
 
 def test_the_mask_is_one_tensor_in_all_layers(model, monkeypatch):
-    """Reading a mask waits for the GPU, so the books remember it by where it lies."""
+    """Reading a mask waits for the GPU, so it is remembered by where it lies."""
     from tilewise.plugins.masks import padding_mask as key_padding
     from tilewise.plugins.runtime import forward_state as step
 

@@ -77,7 +77,7 @@ def compiled(model, how, backend):
     return model
 
 
-def books(model):
+def calls_of(model):
     """What ran, without its seconds."""
     return [(r.layers, r.kind, r.calls, r.density, r.backend, r.reason, r.fused) for r in tilewise.summary(model).rows]
 
@@ -94,7 +94,7 @@ SIZES = [inputs(999.0, 7, 18, 22), inputs(500.0, 7, 18, 22), inputs(500.0, 3, 20
 def test_one_graph_for_all_steps_and_one_more_for_other_sizes(model, how, backend):
     tilewise.patch(model, SMALL, steps=(0.25, 1), blocks="1:", strict=True)
     eager = [model(*args).sample for args in (*STEPS, *SIZES)]
-    told = books(model)
+    told = calls_of(model)
     assert {kind for _, kind, *_ in told} == {SPARSE, DENSE_STEP, DENSE_LAYER}
 
     tilewise.patch(model, SMALL, steps=(0.25, 1), blocks="1:", strict=True)
@@ -109,7 +109,7 @@ def test_one_graph_for_all_steps_and_one_more_for_other_sizes(model, how, backen
         torch.testing.assert_close(call(*args).sample, expected, atol=1e-5, rtol=1e-5)
         assert counter.denoiser == [one, one]
         assert len(counter.graphs) <= 2 * graphs  # hooks of what is compiled are small graphs of their own
-    assert books(model) == told
+    assert calls_of(model) == told
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="Inductor needs a C++ compiler")
@@ -117,14 +117,14 @@ def test_one_graph_for_all_steps_and_one_more_for_other_sizes(model, how, backen
 def test_inductor(model, how):
     tilewise.patch(model, SMALL, steps=(0.25, 1), strict=True)
     eager = [model(*args).sample for args in STEPS[1:3]]
-    told = books(model)
+    told = calls_of(model)
     tilewise.patch(model, SMALL, steps=(0.25, 1), strict=True)
     counter = Counter("inductor")
     call = compiled(model, how, counter)
     for args, expected in zip(STEPS[1:3], eager, strict=True):
         torch.testing.assert_close(call(*args).sample, expected, atol=1e-4, rtol=1e-4)
     assert len(counter.denoiser) == 1
-    assert books(model) == told
+    assert calls_of(model) == told
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -145,7 +145,7 @@ def test_patched_and_unpatched_while_compiled(model, how):
         torch.testing.assert_close(call(*args).sample, eager[1], atol=1e-5, rtol=1e-5)
         tilewise.patch(model, tilewise.STA(window=(2, 1, 2), tile=(2, 3, 3)), steps=(0, 1), strict=True)
         torch.testing.assert_close(call(*args).sample, eager[2], atol=1e-5, rtol=1e-5)
-        assert books(model)[0][2] == BLOCKS
+        assert calls_of(model)[0][2] == BLOCKS
         tilewise.unpatch(model)
         assert torch.equal(call(*args).sample, stock)
 
@@ -162,14 +162,14 @@ def test_a_timestep_per_token_and_two_denoisers(how):
         ).frames  # fmt: skip
 
     tilewise.patch(pipe, SMALL, steps=(0.25, 1), strict=True)
-    expected, told = latents(), books(pipe)
+    expected, told = latents(), calls_of(pipe)
     tilewise.patch(pipe, SMALL, steps=(0.25, 1), strict=True)
     counter = Counter()
     for name in ("transformer", "transformer_2"):
         setattr(pipe, name, compiled(getattr(pipe, name), how, counter))
     torch.testing.assert_close(latents(), expected, atol=1e-5, rtol=1e-5)
     assert len(counter.denoiser) == 2
-    assert books(pipe) == told
+    assert calls_of(pipe) == told
 
 
 def test_per_token_timesteps(model):
@@ -190,7 +190,7 @@ def test_the_dense_method_is_exact(model, how):
     for args, stock in zip(STEPS, expected, strict=False):
         assert torch.equal(call(*args).sample, stock)
     assert len(counter.denoiser) == 1
-    assert books(model) == [("0-1", DENSE_LAYER, 4, 1.0, "stock", "", False)]
+    assert calls_of(model) == [("0-1", DENSE_LAYER, 4, 1.0, "stock", "", False)]
 
 
 class Ramp(WanAttnProcessor):
@@ -215,7 +215,7 @@ def test_fallbacks_are_counted_and_strict_raises(model):
     stock = model(*args).sample
     tilewise.patch(model, SMALL, steps=(0, 1))
     torch.testing.assert_close(compiled(model, "wrapped", "aot_eager")(*args).sample, stock)
-    assert [(kind, calls) for _, kind, calls, *_ in books(model)] == [(FALLBACK, BLOCKS)]
+    assert [(kind, calls) for _, kind, calls, *_ in calls_of(model)] == [(FALLBACK, BLOCKS)]
     tilewise.patch(model, SMALL, steps=(0, 1), strict=True)
     with pytest.raises(tilewise.FallbackError, match="float64"):
         compiled(model, "wrapped", "aot_eager")(*args)
@@ -269,7 +269,7 @@ def test_a_processor_of_another_kind_keeps_its_own_code(model, how, monkeypatch)
     tilewise.patch(model, "dense", steps=(0, 1))
     call = model if how is None else compiled(model, how, "eager")
     torch.testing.assert_close(call(*STEPS[2]).sample, stock, atol=1e-4, rtol=1e-4)
-    assert books(model) == [
+    assert calls_of(model) == [
         ("0", DENSE_LAYER, 1, 1.0, "stock", "", True), ("1", DENSE_LAYER, 1, 1.0, "stock", "", False)
     ]  # fmt: skip
 
@@ -282,7 +282,7 @@ def test_whether_triton_runs_is_known_when_the_graph_is_made():
 
 
 def test_a_processor_that_is_replaced_after_the_patch(model):
-    """Seen when the next graph is made, which then has a break where the books are kept."""
+    """Seen when the next graph is made, which then has a break where calls are counted."""
     tilewise.patch(model, SMALL, steps=(0, 1))
     call = torch.compile(model, backend="eager")
     call(*STEPS[2])
@@ -371,7 +371,7 @@ class TestGPU:
         tilewise.patch(pipe, tilewise.STA(window=(1, 1, 3)), steps=(0.25, 1), strict=True, fuse=fuse)
         calls = [(self.DENSE, 32), (self.SPARSE, 32), (self.SPARSE, 48), (self.DENSE, 40)]
         expected = [pipe.transformer(*self.args(pipe, *at)).sample for at in calls]
-        told = books(pipe)
+        told = calls_of(pipe)
         assert {row[-1] for row in told} == {fuse}
         assert {row[4] for row in told} > {"stock"}
         tilewise.patch(pipe, tilewise.STA(window=(1, 1, 3)), steps=(0.25, 1), strict=True, fuse=fuse)
@@ -380,14 +380,14 @@ class TestGPU:
         for at, want in zip(calls, expected, strict=True):
             self.close(call(*self.args(pipe, *at)).sample, want)
         assert len(counter.denoiser) == 2
-        assert books(pipe) == told
+        assert calls_of(pipe) == told
 
     @pytest.mark.parametrize("how", ["wrapped", "repeated blocks"])
     def test_reduce_overhead_freezes_no_decision(self, pipe, how):
         """Inductor's CUDA graphs hold what lies between the decisions."""
         model = pipe.transformer
         dense, sparse = (model(*self.args(pipe, step)).sample.clone() for step in (self.DENSE, self.SPARSE))
-        told = books(pipe)
+        told = calls_of(pipe)
         tilewise.patch(pipe, tilewise.STA(window=(1, 1, 3)), steps=(0.25, 1), strict=True)
         if how == "wrapped":
             call = torch.compile(model, mode="reduce-overhead", fullgraph=True)
@@ -398,7 +398,7 @@ class TestGPU:
         for step in (self.DENSE, self.SPARSE) * rounds:
             torch.compiler.cudagraph_mark_step_begin()
             self.close(call(*self.args(pipe, step)).sample, dense if step == self.DENSE else sparse)
-        assert [(*row[:2], row[2] // rounds, *row[3:]) for row in books(pipe)] == told
+        assert [(*row[:2], row[2] // rounds, *row[3:]) for row in calls_of(pipe)] == told
         from torch._inductor.cudagraph_trees import get_manager
 
         manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
@@ -422,7 +422,7 @@ class TestGPU:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = call(*inputs).sample
-        assert sum(row[2] for row in books(pipe)) == 4 * BLOCKS  # a captured call is counted, replays are not
+        assert sum(row[2] for row in calls_of(pipe)) == 4 * BLOCKS  # a captured call is counted, replays are not
         inputs[0].copy_(torch.randn_like(inputs[0]))
         graph.replay()
         self.close(out, model(*inputs).sample)
@@ -456,4 +456,4 @@ class TestGPU:
                 call(*inputs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert {kind for _, kind, *_ in books(pipe)} == {DENSE_STEP, SPARSE}
+        assert {kind for _, kind, *_ in calls_of(pipe)} == {DENSE_STEP, SPARSE}

@@ -14,6 +14,7 @@ import torch
 
 from tilewise.kernels.attention.backends.fa4 import fa4_forward, fa4_misfit, fa4_missing
 from tilewise.kernels.attention.backends.torch import torch_forward
+from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -109,9 +110,10 @@ def choose_backend(
     """Check that ``plan`` can be executed on these tensors, and by what.
 
     Raises:
-        ValueError: shapes, head counts, devices or strides that do not fit, with what to do.
-        TypeError: dtypes that no kernel takes.
-        RuntimeError: no backend runs on this device, or the one asked for does not.
+        UnsupportedPlanError: no backend takes these tensors (dtype, head dimension, strides) or runs on their device, or the
+            one that was asked for does not. Dense attention can compute such a call.
+        ValueError: the tensors do not fit each other, or the plan is for others: another length, batch, head count or device;
+            or an unknown backend.
     """
     if error := _wrong(q, k, v, plan):
         raise type(error)(f"{_where(q, k, v)}: {error}")
@@ -122,7 +124,7 @@ def _where(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
     return f"block_sparse_attention(q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)})"
 
 
-def _wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> ValueError | TypeError | None:
+def _wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> ValueError | None:
     """The error where no backend takes a call. Runs at every one: makes no text unless there is something wrong."""
     if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:
         return ValueError("q must be (B, Sq, H, D), k and v (B, Sk, Hk, D) of one shape")
@@ -132,9 +134,13 @@ def _wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -
     if k.shape[2] == 0 or H % k.shape[2]:
         return ValueError(f"the {H} query heads must be a multiple of the {k.shape[2]} key heads")
     if not MIN_HEAD_DIM <= D <= MAX_HEAD_DIM:
-        return ValueError(f"head dimension must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {D}; run dense instead")
+        return UnsupportedPlanError(
+            f"head dimension must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {D}; use dense attention"
+        )
     if (q.dtype, q.dtype) != (k.dtype, v.dtype) or q.dtype not in DTYPES:
-        return TypeError(f"needs one dtype of float16, bfloat16, float32, got {q.dtype}, {k.dtype}, {v.dtype}")
+        return UnsupportedPlanError(
+            f"needs one dtype of float16, bfloat16, float32, got {q.dtype}, {k.dtype}, {v.dtype}; cast them to one"
+        )
     if not q.device == k.device == v.device == plan.device:
         return ValueError(
             f"q, k, v and the plan must be on one device, got {q.device}, {k.device}, {v.device} and "
@@ -149,7 +155,9 @@ def _wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -
     if plan.head_set is not None and len(plan.head_set) != H:
         return ValueError(f"the plan's head_set is for {len(plan.head_set)} heads, q has {H}")
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
-        return ValueError("the head dimension must be contiguous; call .contiguous() on the tensor that is not")
+        return UnsupportedPlanError(
+            "the head dimension must be contiguous; call .contiguous() on the tensor that is not"
+        )
     return None
 
 
@@ -165,7 +173,7 @@ def _choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, 
         if backend not in known:
             raise ValueError(f"{_where(q, k, v)}: unknown backend {backend!r}; there are {', '.join(known)}")
         if reason := _absent(known[backend], q.device) or known[backend].misfit(q, k, v, plan):
-            raise RuntimeError(f"{_where(q, k, v)}: backend {backend!r} cannot run this: {reason}")
+            raise UnsupportedPlanError(f"{_where(q, k, v)}: backend {backend!r} cannot run this: {reason}")
         return Choice(backend, "asked for")
     passed: list[str] = []  # what would have been preferred here, but does not take this call
     absent: list[str] = []
@@ -176,7 +184,7 @@ def _choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, 
             passed.append(f"{candidate.name} does not take this: {reason}")
         else:
             return Choice(candidate.name, "; ".join([candidate.about, *passed]))
-    raise RuntimeError(f"{_where(q, k, v)}: no backend runs here. " + "; ".join(absent))
+    raise UnsupportedPlanError(f"{_where(q, k, v)}: no backend runs here. " + "; ".join(absent))
 
 
 @overload
@@ -231,7 +239,7 @@ def block_sparse_attention(
         (B, Sq, H, D) in q's dtype. A query that sees no key has output 0 and log-sum-exp −inf.
 
     Raises:
-        ValueError, TypeError, RuntimeError: see ``choose_backend``.
+        UnsupportedPlanError, ValueError: see ``choose_backend``.
     """
     choice = backend if isinstance(backend, Choice) else choose_backend(q, k, v, plan, backend)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale

@@ -22,6 +22,7 @@ import torch
 
 from tilewise.kernels.attention.dispatch import _gluon_missing, choose_backend
 from tilewise.kernels.attention.quantize import VALUES, Precision, Quantised, key_order, quantise
+from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan
 
 BLOCK = 128  # rows that a block of the plan must have room for
@@ -72,16 +73,16 @@ def block_sparse_attention_8bit(
         (B, Sq, H, D) in q's dtype. A query that sees no key has output 0 and log-sum-exp −inf.
 
     Raises:
-        ValueError, TypeError: as ``block_sparse_attention``, or an unknown precision.
-        RuntimeError: this device, these tensors or this plan do not run in 8 bits, with the reason; use
+        UnsupportedPlanError: this device, these tensors or this plan do not run in 8 bits, with the reason; use
             ``block_sparse_attention`` then.
+        ValueError: as ``choose_backend``, or an unknown precision.
     """
     where = f"block_sparse_attention_8bit(q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)})"
     if precision not in VALUES:
         raise ValueError(f"{where}: precision must be one of {', '.join(VALUES)}, got {precision!r}")
     choose_backend(q, k, v, plan)  # whatever it chooses: the shapes, dtypes, devices and strides are checked
     if reason := missing_8bit(q.device) or misfit_8bit(q, k, plan):
-        raise RuntimeError(f"{where}: cannot run in 8 bits: {reason}; use block_sparse_attention")
+        raise UnsupportedPlanError(f"{where}: cannot run in 8 bits: {reason}; use block_sparse_attention")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     out, lse = block_sparse_8bit_op(
         q, k, v, plan.q_start, plan.q_rows, plan.k_start, plan.k_rows, plan.index, plan.key_start, plan.ends,

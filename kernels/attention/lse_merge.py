@@ -10,6 +10,7 @@ import torch
 
 from tilewise.kernels.attention.dispatch import Choice, block_sparse_attention, choose_backend
 from tilewise.kernels.device import capturing
+from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan, plan_of_all
 
 SCORES = 1 << 24  # float32 numbers in a tensor that is made on the way: 64 MiB, some of which are held at once
@@ -54,7 +55,7 @@ def _choice(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan:
     """What runs the plan; None: nothing takes these tensors, and plain attention is as exact."""
     try:
         return choose_backend(query, keys, values, plan)
-    except (TypeError, ValueError, RuntimeError):
+    except UnsupportedPlanError:
         return None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tilewise.kernels.attention.backends.fa4_tables import GUARD, PADDING, ROWS, seen, tables_of
+from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan
 
 PACKAGE = "flash-attn-4"
@@ -78,11 +79,13 @@ def fa4_forward(
         out (B, Sq, H, D) and lse (B, H, Sq) float32, natural; a row that sees no key has 0 and −inf.
 
     Raises:
-        ValueError: for a plan that ``fa4_misfit`` refuses.
+        UnsupportedPlanError: for a plan that ``fa4_misfit`` refuses.
     """
     tables = tables_of(plan, _blackwell(q.device))
     if isinstance(tables, str):
-        raise ValueError(f"fa4_forward(q {tuple(q.shape)}, k {tuple(k.shape)}): cannot execute this plan: {tables}")
+        raise UnsupportedPlanError(
+            f"fa4_forward(q {tuple(q.shape)}, k {tuple(k.shape)}): cannot execute this plan: {tables}"
+        )
     return fa4_op(q, k, v, *tables, scale)
 
 

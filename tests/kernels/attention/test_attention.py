@@ -17,6 +17,7 @@ from tilewise.kernels.attention.dispatch import (
     choose_backend,
 )
 from tilewise.kernels.attention.naive import masked_attention
+from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan, plan_from_block_map, plan_of_all
 from tilewise.kernels.plans.layout import Grid, Layout
 
@@ -229,6 +230,41 @@ class TestEntryPoint:
         with pytest.raises(error, match=message) as caught:
             block_sparse_attention(*change(*case.tensors()), case.plan())
         assert "block_sparse_attention(q (" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda q, k, v: (q, k.half(), v.half()),
+            lambda q, k, v: (q.double(), k.double(), v.double()),
+            lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]),
+            lambda q, k, v: (q[..., ::2], k[..., ::2], v[..., ::2]),
+        ],
+    )
+    def test_tensors_that_no_backend_takes_are_told_from_mistakes(self, change):
+        case = CASES[3]
+        with pytest.raises(UnsupportedPlanError):
+            choose_backend(*change(*case.tensors()), case.plan())
+        with pytest.raises(UnsupportedPlanError, match="cannot run this"):
+            choose_backend(*case.tensors(), case.plan(), backend="triton")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda q, k, v: (q[:, :-1], k, v),
+            lambda q, k, v: (q, k[:, :-1], v[:, :-1]),
+            lambda q, k, v: (q[:, :, :1], k[:, :, :1], v[:, :, :1]),
+            lambda q, k, v: (q[:1], k[:1], v[:1]),
+            lambda q, k, v: (q.to("meta"), k.to("meta"), v.to("meta")),
+        ],
+    )
+    def test_a_plan_for_other_tensors_is_a_mistake(self, change):
+        layout = Layout(Grid(2, 4, 4), (1, 2, 2), 16)
+        plan = plan_from_block_map(layout, torch.ones(2, 2, 8, 8, dtype=torch.bool))
+        tensors = [torch.randn(2, 32, 2, 16) for _ in range(3)]
+        assert choose_backend(*tensors, plan).backend == "torch"
+        with pytest.raises(ValueError, match="plan") as caught:
+            choose_backend(*change(*tensors), plan)
+        assert not isinstance(caught.value, UnsupportedPlanError)
 
     def test_unknown_or_missing_backend(self):
         case = CASES[3]

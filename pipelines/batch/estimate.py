@@ -21,6 +21,7 @@ import torch
 from tilewise.pipelines.batch.job import Job
 from tilewise.pipelines.batch.manifest import spent
 from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.loading.device import device_name
 from tilewise.plugins.explain import Explanation
 from tilewise.plugins.models.base import family_of
 from tilewise.plugins.patching import denoisers_of
@@ -88,11 +89,6 @@ def estimate(jobs: Sequence[Job], earlier: Iterable[Mapping[str, Any]], device: 
     per_pixel = statistics.median(sizes) if sizes else BYTES_PER_PIXEL
     pixels = sum(job.settings.frames * sum(height * width for height, width in job.sizes) for job in jobs)
     return Estimate(rate * sum(job.flop for job in jobs), per_pixel * pixels, basis)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or what kind of device it is."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _chosen(ranges: str) -> set[int]:

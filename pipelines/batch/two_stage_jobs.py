@@ -18,9 +18,9 @@ from tilewise.pipelines.batch.estimate import denoising_flop
 from tilewise.pipelines.batch.input import STAGES
 from tilewise.pipelines.batch.job import Job, Stages
 from tilewise.pipelines.generation.settings import GenerateSettings, explain_settings
+from tilewise.pipelines.highres.partial_schedule import steps_to_run
 from tilewise.pipelines.highres.preparation import Work, prepare
 from tilewise.pipelines.highres.settings import HighresSettings
-from tilewise.pipelines.latent_spaces.common.partial_schedule import steps_to_run
 from tilewise.pipelines.loading.load import cast_skeleton
 from tilewise.plugins.config import Config, resolve
 from tilewise.plugins.errors import ConfigError

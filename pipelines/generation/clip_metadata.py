@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tilewise.pipelines.batch.estimate import device_name
 from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.loading.device import device_name
 from tilewise.pipelines.media.video import read_settings
 from tilewise.plugins.errors import ConfigError
 

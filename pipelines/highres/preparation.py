@@ -15,9 +15,9 @@ import torch
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.generation.settings import GenerateSettings, resolve_settings
 from tilewise.pipelines.generation.stock_call import call_arguments
+from tilewise.pipelines.highres.partial_schedule import entered_at
 from tilewise.pipelines.highres.settings import HighresSettings, pixels
 from tilewise.pipelines.latent_spaces.base import latent_space
-from tilewise.pipelines.latent_spaces.common.partial_schedule import entered_at
 from tilewise.pipelines.loading.model_defaults import least_steps, native_size
 from tilewise.pipelines.memory.plan import MemoryPlan, check_plan, plan_memory
 from tilewise.plugins.config import Config, MethodLike

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tilewise.pipelines.highres.partial_schedule import check_shift, steps_to_run
 from tilewise.pipelines.highres.upscale import UPSCALES
-from tilewise.pipelines.latent_spaces.common.partial_schedule import check_shift, steps_to_run
 from tilewise.pipelines.loading.model_defaults import Native
 from tilewise.pipelines.memory.plan import parse_bytes
 from tilewise.plugins.config import PRECISIONS

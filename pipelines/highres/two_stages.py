@@ -25,11 +25,11 @@ from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.generate import Clip, Progress, check_content, refuse_patched
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import nothing_left, stock_call
+from tilewise.pipelines.highres.partial_schedule import entered_at, noised, schedule_calls
 from tilewise.pipelines.highres.preparation import Work, few_steps, prepare, trained_grid
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.highres.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
-from tilewise.pipelines.latent_spaces.common.partial_schedule import entered_at, noised, schedule_calls
 from tilewise.pipelines.media.video import to_uint8
 from tilewise.pipelines.memory.limits import saving
 from tilewise.pipelines.memory.plan import MemoryPlan

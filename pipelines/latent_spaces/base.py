@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 
 import tilewise.pipelines.latent_spaces
-from tilewise.pipelines.latent_spaces.common.partial_schedule import interpolated_mu
 from tilewise.plugins.errors import UnsupportedModelError
 
 Statistics = tuple[torch.Tensor | float, torch.Tensor | float]
@@ -145,6 +144,17 @@ def by_channel(config: Any, like: torch.Tensor) -> Statistics:
     """The mean and std that a VAE's config lists for each channel."""
     mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
     return mean.to(like), std.to(like)
+
+
+def interpolated_mu(config: Any, tokens: int, asked: dict[str, Any]) -> float:
+    """μ of ``use_dynamic_shifting`` for a picture or clip of so many tokens, as most pipelines have it, of a scheduler's config:
+
+    μ = base_shift + (max_shift − base_shift) · share of the way from base_image_seq_len to max_image_seq_len,
+    flow shift m = exp(μ)     (arXiv 2403.03206, §5.3.2)
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return least + (most - least) * (tokens - low) / (high - low)
 
 
 @cache

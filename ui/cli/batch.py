@@ -22,7 +22,8 @@ from tilewise.pipelines.batch.manifest_comparison import stages_name
 from tilewise.pipelines.batch.ranks import World, world_from_environment
 from tilewise.pipelines.batch.run import Options, Outcome, run_batch
 from tilewise.pipelines.generation.settings import GenerateSettings
-from tilewise.pipelines.loading.load import load_pipeline, load_skeleton, resolve_device, resolve_dtype
+from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
+from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.media.video import ffmpeg_path

@@ -18,7 +18,8 @@ from tilewise.pipelines.generation.compare import Comparison, compare, side_by_s
 from tilewise.pipelines.generation.generate import Clip, generate, judged
 from tilewise.pipelines.generation.settings import GenerateSettings, explain_settings, prompt_notes, resolve_settings
 from tilewise.pipelines.generation.stock_call import call_arguments
-from tilewise.pipelines.loading.load import load_pipeline, load_skeleton, resolve_device, resolve_dtype
+from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
+from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.model_defaults import size_notes
 from tilewise.pipelines.media.files import check_sidecar, check_writable
 from tilewise.pipelines.media.video import ffmpeg_path, write_settings, write_video

@@ -16,7 +16,8 @@ from tilewise.pipelines.generation.settings import GenerateSettings, explain_set
 from tilewise.pipelines.highres.preparation import Work, prepare
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.highres.two_stages import HighresClip, judged, make
-from tilewise.pipelines.loading.load import cast_skeleton, load_pipeline, load_skeleton, resolve_device, resolve_dtype
+from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
+from tilewise.pipelines.loading.load import cast_skeleton, load_pipeline, load_skeleton
 from tilewise.pipelines.media.files import check_sidecar, check_writable
 from tilewise.pipelines.media.video import ffmpeg_path, write_settings, write_video
 from tilewise.plugins.errors import ConfigError

@@ -37,11 +37,11 @@ from diffusers import (
 import tilewise
 from tilewise.pipelines.generation import generate
 from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.highres.partial_schedule import entered_at, noised
 from tilewise.pipelines.highres.preparation import few_steps, native_in_shape, prepare
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.highres.two_stages import highres, make, warm_up
 from tilewise.pipelines.latent_spaces.base import latent_space, latent_spaces
-from tilewise.pipelines.latent_spaces.common.partial_schedule import entered_at, noised
 from tilewise.pipelines.loading.model_defaults import native_size
 from tilewise.plugins.config import resolve
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError

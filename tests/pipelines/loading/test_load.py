@@ -13,7 +13,8 @@ import torch
 from tilewise.pipelines.errors import DeviceError, ModelError
 from tilewise.pipelines.loading import load as loading
 from tilewise.pipelines.loading import model_folder
-from tilewise.pipelines.loading.load import load_pipeline, load_skeleton, resolve_device, resolve_dtype
+from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
+from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.model_defaults import Native, native_size
 from tilewise.plugins.errors import ConfigError
 

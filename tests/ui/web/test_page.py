@@ -50,8 +50,8 @@ from tilewise.ui.web.server import Headers, serving
 from tilewise.ui.web.tabs.attention_picture import cell, frame_size, one_frame, strip, strip_places, token_at
 from tilewise.ui.web.tabs.attention_query import Place, draft_of_query, seen_from
 from tilewise.ui.web.tabs.batch import _config, check_rows, seed_count
-from tilewise.ui.web.tabs.generate import stream
 from tilewise.ui.web.tabs.history import past_clips
+from tilewise.ui.web.tabs.job_stream import stream
 
 SMALL = {"height": 64, "width": 64, "frames": 9, "steps": 2}
 PROMPT = "a red circle moving right"

@@ -1,4 +1,4 @@
-"""Pieces of HTML: clips, previews, progress, numbers. Whatever came from a user or a file is escaped."""
+"""Pieces of HTML: clips, previews, numbers. Whatever came from a user or a file is escaped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tilewise.pipelines.media.files import is_still, replacing
-from tilewise.ui.web.jobs.job_queue import State
 
 SMALLEST = 256  # pixels: previews are enlarged to at least this, with hard edges, so that each latent cell shows
 
@@ -87,21 +86,6 @@ def kept_picture(image: Image.Image, folder: Path) -> Path:
         with replacing(path) as part:
             part.write_bytes(out.getvalue())
     return path
-
-
-def progress(state: State) -> str:
-    """Where a job is: a bar with steps and time left."""
-    if state.ahead is not None:
-        words = (
-            "starting" if state.ahead == 0 else f"waiting: {state.ahead} {'job' if state.ahead == 1 else 'jobs'} ahead"
-        )
-        return f'<div class="tw-status" role="status">{words} …</div>'
-    steps = f" {state.done}/{state.total}" if state.total > 1 else ""
-    left = "" if state.left is None else f", about {duration(state.left)} left"
-    share = f' value="{state.done}" max="{state.total}"' if state.total > 1 else ""
-    bar = f'<progress aria-label="progress of {escape(state.phase)}"{share}></progress>'
-    words = f"<b>{escape(state.phase)}</b>{steps} · {duration(state.seconds)}{left}"
-    return f'<div class="tw-status" role="status">{words}{bar}</div>'
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

@@ -15,9 +15,9 @@ import torch
 
 from tilewise.pipelines.batch.job import Stages
 from tilewise.pipelines.generation.settings import GenerateSettings, explain_settings
+from tilewise.pipelines.highres.partial_schedule import steps_to_run
 from tilewise.pipelines.highres.preparation import Work, prepare
 from tilewise.pipelines.highres.settings import HighresSettings
-from tilewise.pipelines.latent_spaces.common.partial_schedule import steps_to_run
 from tilewise.pipelines.loading.model_defaults import Native, native_size
 from tilewise.pipelines.media.files import suffix_of
 from tilewise.pipelines.memory.plan import gib

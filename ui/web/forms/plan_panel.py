@@ -8,7 +8,7 @@ from html import escape
 import torch
 
 from tilewise.pipelines.generation.settings import GenerateSettings, explain_settings
-from tilewise.pipelines.loading.load import resolve_dtype
+from tilewise.pipelines.loading.device import resolve_dtype
 from tilewise.pipelines.memory.estimate import MemoryEstimate, estimate_memory
 from tilewise.plugins.explain import ExplainRow, Explanation
 from tilewise.ui.web.common.media import bar, size, table

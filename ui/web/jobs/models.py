@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tilewise.pipelines.generation.preview import LatentPreview
-from tilewise.pipelines.loading.load import load_pipeline, load_skeleton, resolve_device, resolve_dtype
+from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
+from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.model_defaults import Native, native_size
 from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.memory.limits import free_memory

@@ -28,7 +28,7 @@ from tilewise.ui.web.jobs.clips import Studio
 from tilewise.ui.web.jobs.job_queue import Desk
 from tilewise.ui.web.tabs import attention_picture as picture
 from tilewise.ui.web.tabs.attention_query import Place, Seen, layer_at, seen_from
-from tilewise.ui.web.tabs.generate import cancel, owner_of, stream
+from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
 
 ABOUT = """Click a place in the picture. Inside the bright line is **what the query there attends to**, in every latent frame of
 the clip; all else it never looks at, which is where the time is saved. The sliders do the same from the keyboard."""

@@ -29,7 +29,7 @@ from tilewise.ui.web.common.safety import Limits, RefusedError
 from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.form_parsing import settings_of
 from tilewise.ui.web.jobs.job_queue import Desk, Job
-from tilewise.ui.web.tabs.generate import cancel, given_up, owner_of, stream
+from tilewise.ui.web.tabs.job_stream import cancel, given_up, owner_of, stream
 
 MAX_CLIPS = 200  # of one batch: it holds the device for as long
 MAX_INPUT = 10**6  # characters

@@ -18,7 +18,7 @@ from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.form_parsing import settings_of
 from tilewise.ui.web.jobs.clips import Made, Pair, Studio
 from tilewise.ui.web.jobs.job_queue import Desk
-from tilewise.ui.web.tabs.generate import cancel, owner_of, stream
+from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
 
 ABOUT = """The clip of the settings on the left, and the dense one from the same noise. Both are warmed up first, so that neither
 pays for being first. PSNR and SSIM say how far the one is from the other, not which of them is better."""

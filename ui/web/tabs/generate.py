@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html import escape
 from typing import Any
 
 import gradio as gr
 
-from tilewise.pipelines.generation.cancellation import Cancelled
 from tilewise.ui.common.tables import method_words
 from tilewise.ui.web.common import media
 from tilewise.ui.web.common.messages import complaint, log_unexpected
@@ -18,62 +17,8 @@ from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.form_parsing import settings_of
 from tilewise.ui.web.forms.snippets import command_line, python_program
 from tilewise.ui.web.jobs.clips import Made, Studio
-from tilewise.ui.web.jobs.job_queue import Desk, Job
-
-CANCELLED = "cancelled; nothing was written"
-
-
-def owner_of(request: gr.Request) -> str:
-    """Who asks: one browser tab."""
-    return str(request.session_hash or request.username or "nobody")
-
-
-def stream(
-    desk: Desk, owner: str, work: Callable[[Job], Any], cancelled: str = CANCELLED
-) -> Iterator[tuple[str, Any, Any]]:
-    """(status as HTML, preview as HTML where there is a new one, result or None) while a job runs.
-
-    The last one has the result, unless the job failed or was cancelled; `cancelled` says so. A job that was done before it
-    heard of the cancelling has a result all the same.
-    """
-    job = desk.submit(owner, work)
-    shown = None
-    yield media.progress(job.state(0)), "", None
-    for state in desk.watch(job):
-        new = state.picture is not shown  # an image that is sent again would begin anew
-        shown = state.picture
-        # Said here and not by the button, whose answer might come last and stay.
-        status = given_up("cancelling …") if job.cancelled() else media.progress(state)
-        yield status, _html(shown) if new and shown else gr.skip(), None
-    if not job.future.done():
-        yield given_up(cancelled), "", None
-        return
-    error = job.future.exception()
-    if isinstance(error, Cancelled):
-        yield given_up(cancelled), "", None
-    elif error is not None:
-        yield complaint(error), "", None
-    else:
-        yield "", "", job.future.result()
-
-
-def cancel(desk: Desk, request: gr.Request) -> Any:
-    """Cancels what a visitor has queued or at work; the status, unless the work's own stream tells it."""
-    return gr.skip() if desk.cancel(owner_of(request)) else given_up("nothing is running for you")
-
-
-def given_up(words: str) -> str:
-    """A status in words, as HTML that screen readers announce."""
-    return f'<div class="tw-status" role="status">{escape(words)}</div>'
-
-
-def _html(shown: media.Preview) -> Any:
-    """The preview, or what leaves the last one standing: a watcher that fails would cancel the job."""
-    try:
-        return shown.html
-    except Exception as error:
-        log_unexpected(error)
-        return gr.skip()
+from tilewise.ui.web.jobs.job_queue import Desk
+from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
 
 
 class GenerateTab:

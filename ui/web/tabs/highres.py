@@ -22,7 +22,8 @@ from tilewise.pipelines.generation.clip_metadata import machine
 from tilewise.pipelines.generation.settings import prompt_notes
 from tilewise.pipelines.highres.preparation import Work
 from tilewise.pipelines.highres.settings import GUIDED, PATHS, HighresSettings
-from tilewise.pipelines.loading.load import cast_skeleton, load_skeleton, resolve_dtype
+from tilewise.pipelines.loading.device import resolve_dtype
+from tilewise.pipelines.loading.load import cast_skeleton, load_skeleton
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.memory.limits import PeakMemory
 from tilewise.plugins.errors import TilewiseError
@@ -42,8 +43,8 @@ from tilewise.ui.web.forms.slider import Slider
 from tilewise.ui.web.jobs.job_queue import Desk, Job
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.jobs.output_store import Shelf
-from tilewise.ui.web.tabs.generate import cancel, owner_of, stream
 from tilewise.ui.web.tabs.highres_result import figure, stages_html
+from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
 
 FOLDER = "highres"  # of the output folder
 CANCELLED = "cancelled; a native clip that was finished is kept"

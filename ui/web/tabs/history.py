@@ -18,9 +18,9 @@ from tilewise.ui.web.common.messages import complaint, log_unexpected
 from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.form_parsing import FIELDS, json_object, settings_from, values_of
 from tilewise.ui.web.forms.highres_form import own_values, stages_in
-from tilewise.ui.web.tabs.generate import given_up
 from tilewise.ui.web.tabs.highres import HighresTab
 from tilewise.ui.web.tabs.highres_result import stages_html
+from tilewise.ui.web.tabs.job_stream import given_up
 
 MOST = 60  # clips that the list shows, the latest first
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tilewise.pipelines.latent_spaces.base import interpolated_mu
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.hooks.temporary_attribute import replaced
 
@@ -86,17 +87,6 @@ def entered_at(pipe: Any, steps: int, strength: float, flow_shift: float | None)
     scheduler.set_timesteps = set_timesteps
     with replaced(pipe, "scheduler", scheduler):
         yield scheduler
-
-
-def interpolated_mu(config: Any, tokens: int, asked: dict[str, Any]) -> float:
-    """μ of ``use_dynamic_shifting`` for a picture or clip of so many tokens, as most pipelines have it, of a scheduler's config:
-
-    μ = base_shift + (max_shift − base_shift) · share of the way from base_image_seq_len to max_image_seq_len,
-    flow shift m = exp(μ)     (arXiv 2403.03206, §5.3.2)
-    """
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return least + (most - least) * (tokens - low) / (high - low)
 
 
 def noised(

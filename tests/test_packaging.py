@@ -1,9 +1,8 @@
-"""The house: names import as designed, wheel and sdist install into a clean environment, nothing shadows a library."""
+"""Packaging: names import as designed, wheel and sdist install into a clean environment, nothing shadows a library."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import tarfile
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {"kernels": 0, "plugins": 1, "pipelines": 2, "ui": 3}  # a room imports from those with a lower number
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
@@ -38,14 +36,6 @@ def test_bare_kernels_is_never_our_tree(tmp_path):
     check = "from diffusers.utils import is_kernels_available; print(is_kernels_available())"
     assert run(sys.executable, "-c", check).strip() == "False"
     assert not list(ROOT.glob("kernels/__init__.py"))
-
-
-def test_rooms_import_one_way():
-    for room, level in ROOMS.items():
-        for path in (ROOT / room).rglob("*.py"):
-            for imported in re.findall(r"^\s*(?:from|import) tilewise\.(\w+)", path.read_text(), re.MULTILINE):
-                if imported in ROOMS:
-                    assert ROOMS[imported] <= level, f"{path.relative_to(ROOT)} imports tilewise.{imported}"
 
 
 def test_public_names_exist():

@@ -28,7 +28,8 @@ from tilewise.pipelines.generation.settings import resolve_settings
 from tilewise.pipelines.highres.upscale import upscale_frames
 from tilewise.pipelines.latent_spaces.base import latent_space
 from tilewise.pipelines.loading.load import load_pipeline
-from tilewise.plugins.models.base import Size, family_of
+from tilewise.plugins.models.common.family import Size
+from tilewise.plugins.models.common.registry import family_of
 
 SECTION = "global path"
 # name → options of two_paths; None: the window path alone.

@@ -39,7 +39,7 @@ from benchmarks.peers import reason
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.guidance.dual_path import two_paths
 from tilewise.plugins.methods.inward import Inward
-from tilewise.plugins.models.base import streams_of
+from tilewise.plugins.models.common.registry import streams_of
 
 EVERY = (1, 2, 5)  # steps from one refresh to the next
 CUDNN = "_native_cudnn"

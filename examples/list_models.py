@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from tilewise.plugins.models.base import family_named, supported_models
+from tilewise.plugins.models.common.registry import family_named, supported_models
 
 HEAD = """# Supported models
 

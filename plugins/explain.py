@@ -15,7 +15,8 @@ from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Method
-from tilewise.plugins.models.base import AttentionLayer, Size, family_of
+from tilewise.plugins.models.common.family import AttentionLayer, Size
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.attention_processor import why_not
 from tilewise.plugins.runtime.forward_state import MIN_OWN_TOKENS
@@ -143,9 +144,9 @@ def explain(
         assert family is not None
         grid = family.grid_of_size(denoiser, target, size)
         layers = family.layers(denoiser)
-        for halvings in dict.fromkeys(layer.halvings for layer in layers):
-            here = [layer for layer in layers if layer.halvings == halvings]
-            label = name if halvings is None else f"{name}, 1/{2**halvings}"
+        for downsample in dict.fromkeys(layer.downsample for layer in layers):
+            here = [layer for layer in layers if layer.downsample == downsample]
+            label = name if downsample is None else f"{name}, 1/{2**downsample}"
             rows.append(_explain_row(label, denoiser, config, here[0].grid(grid), here))
         for layer in layers:
             module: Any = layer.module
@@ -203,7 +204,7 @@ def _explain_row(
     layout = config.method.layout(grid)
     short = (
         "the map is too small to pay"
-        if layers and layers[0].halvings is not None and grid.tokens < MIN_OWN_TOKENS
+        if layers and layers[0].downsample is not None and grid.tokens < MIN_OWN_TOKENS
         else None
     )
     if layout is not None and isinstance(config.method, DynamicMethod):

@@ -21,7 +21,7 @@ from torch import nn
 
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
-from tilewise.plugins.models.base import attention_layers, family_of, supported_models
+from tilewise.plugins.models.common.registry import attention_layers, family_of, supported_models
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
 
 DENOISERS = ("transformer", "transformer_2", "unet")

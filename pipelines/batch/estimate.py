@@ -23,7 +23,7 @@ from tilewise.pipelines.batch.manifest import spent
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.device import device_name
 from tilewise.plugins.explain import Explanation
-from tilewise.plugins.models.base import family_of
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
 
 BYTES_PER_PIXEL = 0.1  # of H.264 at CRF 16; ours to err on the large side: 0.04 on the bundled model's plain shapes
@@ -49,13 +49,13 @@ def denoising_flop(pipe: Any, settings: GenerateSettings, explanation: Explanati
         assert family is not None
         layers = family.layers(denoiser)
         # One row for each size of grid in a denoiser, in the order in which `explain` meets them.
-        level = {halvings: next(rows) for halvings in dict.fromkeys(layer.halvings for layer in layers)}
+        level = {downsample: next(rows) for downsample in dict.fromkeys(layer.downsample for layer in layers)}
         tokens = max((row.tokens for row in level.values()), default=0)
         linear = 2.0 * sum(weight.numel() for weight in denoiser.parameters()) * tokens
         dense += linear
         sparse += linear
         for layer in layers:
-            row = level[layer.halvings]
+            row = level[layer.downsample]
             full = 4.0 * row.tokens**2 * layer.heads * layer.head_dim
             dense += full
             # A dynamic method knows what it will compute by its density at best, and by a recall not at all: then as dense.

@@ -25,7 +25,8 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.guidance.global_path import check_denoisers, draft_refuses, global_paths
 from tilewise.plugins.guidance.rope_scaling import rotary_modules
 from tilewise.plugins.methods.inward import Inward
-from tilewise.plugins.models.base import Size, family_of
+from tilewise.plugins.models.common.family import Size
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
 
 SAME_SHAPE = 1.05  # by which sides' ratios may differ: 480×832 stands for 1088×1920

@@ -10,7 +10,7 @@ from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.latent_spaces.base import latent_spaces
 from tilewise.pipelines.loading.model_folder import read_json
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.models.base import Size
+from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.native_size import call_parameters, native_file, native_pixels, usual_frames
 
 FPS = 16  # Wan's, which says none itself

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.load import FLOAT32_VAES
 from tilewise.plugins.explain import Explanation
-from tilewise.plugins.models.base import family_of
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
 
 OF_WIDTH, OF_WIDEST = 7.0, 1.6

@@ -33,7 +33,7 @@ from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_space
 from tilewise.pipelines.memory.estimate import OF_WIDEST, OF_WIDTH, _LiveTensors
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.guidance.global_path import draft_bytes, joint, kept_bytes
-from tilewise.plugins.models.base import family_of
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of, uncompiled
 
 # Where text is part of the sequence, attention's two parts and what text told are there at once, and float32 numbers on the way.

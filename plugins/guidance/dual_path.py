@@ -34,7 +34,7 @@ from tilewise.plugins.guidance.coarse_global_path import CoarsePath
 from tilewise.plugins.guidance.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.guidance.global_path import GlobalPath, check_denoisers
 from tilewise.plugins.hooks.forward_override import ForwardOverride, override_forward
-from tilewise.plugins.models.base import streams_of
+from tilewise.plugins.models.common.registry import streams_of
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
 from tilewise.plugins.runtime.step_index import step_of

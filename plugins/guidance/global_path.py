@@ -12,7 +12,7 @@ from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.methods.base import DynamicMethod
 from tilewise.plugins.methods.draft import Draft
-from tilewise.plugins.models.base import family_of, served_streams, streams_of
+from tilewise.plugins.models.common.registry import family_of, served_streams, streams_of
 from tilewise.plugins.patching import denoisers_of, is_compiled
 
 GlobalPath = Literal["dense", "draft", "pooled"]

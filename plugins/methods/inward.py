@@ -28,8 +28,8 @@ from tilewise.kernels.plans.tiling import choose_tile_for_window
 from tilewise.kernels.plans.window import window_plan
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import Method, register
-from tilewise.plugins.models.base import family_of
 from tilewise.plugins.models.common.native_size import native_grid
+from tilewise.plugins.models.common.registry import family_of
 
 MAX_BLOCKS = 12_288  # block maps are N × N: beyond this, building one takes gigabytes
 
@@ -74,7 +74,7 @@ class Inward(Method):
             ConfigError: if the size cannot be found, or the denoiser's layers have feature maps of several sizes.
         """
         family = family_of(denoiser)
-        if family is not None and any(layer.halvings is not None for layer in family.layers(denoiser)):
+        if family is not None and any(layer.downsample is not None for layer in family.layers(denoiser)):
             raise ConfigError(
                 f"inward: the layers of {type(denoiser).__name__} attend over feature maps of several sizes, and one native "
                 "size does not fit them; the method is for denoisers with one token grid"

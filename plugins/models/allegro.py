@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size
 from tilewise.plugins.models.common.forward_arguments import argument, changed, check_size
+from tilewise.plugins.models.common.registry import register_family
 
 
-class AllegroFamily:
+class AllegroFamily(Family):
     name = "allegro"
     classes: tuple[str, ...] = ("AllegroTransformer3DModel",)
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewise.plugins.models.base import Reorder, register_family
+from tilewise.plugins.models.common.family import Reorder
 from tilewise.plugins.models.common.image import by_name
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.flux import CONTROLNET, FluxFamily
 
 

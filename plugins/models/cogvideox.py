@@ -17,10 +17,11 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size
+from tilewise.plugins.models.common.registry import register_family
 
 
-class CogVideoXFamily:
+class CogVideoXFamily(Family):
     name = "cogvideox"
     classes: tuple[str, ...] = ("CogVideoXTransformer3DModel",)
     rotary: ClassVar[int] = 5  # position of image_rotary_emb among the forward's arguments

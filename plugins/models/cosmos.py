@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size
 from tilewise.plugins.models.common.forward_arguments import argument, changed, check_size, reorder_in_place
+from tilewise.plugins.models.common.registry import register_family
 
 
-class CosmosFamily:
+class CosmosFamily(Family):
     name = "cosmos"
     classes: tuple[str, ...] = ("CosmosTransformer3DModel",)
 

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, UnreadableGridError, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, Streams, UnreadableGridError
 from tilewise.plugins.models.common.image import StreamOrder, by_name, image_tokens
 from tilewise.plugins.models.common.position_ids import image_shape
+from tilewise.plugins.models.common.registry import register_family
 
 CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
-class FluxFamily:
+class FluxFamily(Family):
     name = "flux"
     classes: tuple[str, ...] = ("FluxTransformer2DModel",)
     streams: ClassVar = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tilewise.plugins.models.base import register_family
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.flux import FluxFamily
 
 

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 
 PROMPT = 256  # max_sequence_length of the pipelines
@@ -30,7 +31,7 @@ IMAGE_PROMPT = 252  # the same where the prompt holds an image: four tokens of t
 IMAGE_TOKENS = {"latent_concat": 576 // 2, "token_replace": 576 // 4}  # of LLaVA's 576, every second or fourth is kept
 
 
-class HunyuanVideoFamily:
+class HunyuanVideoFamily(Family):
     name = "hunyuan_video"
     classes: tuple[str, ...] = ("HunyuanVideoTransformer3DModel",)
     streams: ClassVar = {

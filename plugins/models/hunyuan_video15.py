@@ -1,14 +1,15 @@
 """HunyuanVideo 1.5: [video, text] in one softmax as in HunyuanVideo, with two-stream blocks alone.
 
-Its text tokens are of three kinds, put together by the model: of the image, of words to be written (ByT5) and of the prompt, each
-with its padding; all padding is last. The stock processor turns the mask over text tokens into one over pairs of tokens,
+Its text tokens are of three kinds, joined by the model: of the image, of words to be written (ByT5) and of the prompt, each with
+its padding; all padding is last. The stock processor turns the mask over text tokens into one over pairs of tokens,
 (B, 1, S, S) bool, in every layer: gigabytes, and no fast kernel takes it. The pairs that it hides are those with a hidden key and
-those with a hidden query. Nothing looks at what a hidden query gets, as it is hidden as a key too. So here the attention modules
+those with a hidden query. Nothing reads the output of a hidden query, as it is hidden as a key too. So here the attention modules
 run with a mask over keys, (B, 1, 1, S), made once a forward; in dense steps too. The video comes out the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import Reorder, Size, Streams, register_family
+from tilewise.plugins.hooks.stand_in import is_stand_in, stock_processor
+from tilewise.plugins.models.common.family import AttentionLayer, Reorder, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.hunyuan_video import HunyuanVideoFamily, grid_of, patches, vae_factors
-from tilewise.plugins.runtime.attention_processor import TilewiseProcessor
 
-STOCK = "HunyuanVideo15AttnProcessor2_0"
 TEXT = {"tokenizer_max_length": 1000, "tokenizer_2_max_length": 256, "vision_num_semantic_tokens": 729}
 
 
@@ -36,28 +37,31 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
         text = sum(argument(args, kwargs, *part).shape[1] for part in parts)
         return Grid(*patches(denoiser, latents.shape[2:]), text=text)
 
+    def replace_processor(self, layer: AttentionLayer) -> Callable[..., Any] | None:
+        module: Any = layer.module
+        return attend_with_key_mask if _is_known(module.processor) else None
+
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
         model: Any = denoiser
         masks = _KeyMask()
-        kinds: dict[type, type] = {}  # one for all layers: torch.compile makes a graph a class
-        for layer in self.layers(denoiser):
-            module: Any = layer.module
-            given = module.processor
-            if isinstance(given, TilewiseProcessor) and type(given.original).__name__ == STOCK:
-                kind = type(given)
-                if kind not in kinds:
-                    kinds[kind] = type(kind.__name__, (_KeysAlone, kind), {"masks": masks})
-                module.set_processor(kinds[kind](given.original, given.patch, given.number))
 
         def enter(module: nn.Module, args: tuple) -> None:
             # (video, text, temb, mask, tables). Made here, so that the first layer's graph is no different from the others'.
             masks.of(args[3], args[0].shape[1])
+
+        def give(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+            # Any other processor gets the model's own mask. The blocks call attn with keyword arguments alone.
+            if not (is_stand_in(module.processor) and _is_known(stock_processor(module.processor))):
+                return None
+            mask = masks.of(kwargs["attention_mask"], kwargs["hidden_states"].shape[1])
+            return args, {**kwargs, "attention_mask": mask}
 
         def leave(module: nn.Module, args: tuple) -> None:
             masks.clear()
 
         hooks: list[Any] = super().reorder_hooks(denoiser, reorder)
         hooks += [block.register_forward_pre_hook(enter) for block in model.transformer_blocks[:1]]
+        hooks += [layer.module.register_forward_pre_hook(give, with_kwargs=True) for layer in self.layers(denoiser)]
         return [*hooks, model.norm_out.register_forward_pre_hook(leave)]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
@@ -67,7 +71,7 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
 
 
 class _KeyMask:
-    """The mask over keys of the forward under way. One tensor for all layers: whoever reads it, reads it once."""
+    """The mask over keys of the current forward: one tensor for all layers, so that its values are read once."""
 
     def __init__(self) -> None:
         self.clear()
@@ -84,46 +88,59 @@ class _KeyMask:
         return self.keys
 
 
-class _KeysAlone(TilewiseProcessor):
-    """Does what the stock processor does, but for the mask. Not a rebound copy: the stock one makes its mask on the way."""
+def _is_known(processor: Any) -> bool:
+    """Whether ``attend_with_key_mask`` does what a processor does: diffusers' own, and no subclass of it."""
+    from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 
-    masks: _KeyMask
+    return type(processor) is HunyuanVideo15AttnProcessor2_0
 
-    def run(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, video, C), (B, n, C), (B, n) mask of the text, (video, D) rotary tables → the same two, attended."""
-        assert encoder_hidden_states is not None and attention_mask is not None and image_rotary_emb is not None
-        from diffusers.models import embeddings
 
-        rotated: Any = embeddings.apply_rotary_emb
+def attend_with_key_mask(
+    processor: Any,
+    dispatch: Callable[..., torch.Tensor],
+    attn: Any,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``HunyuanVideo15AttnProcessor2_0.__call__`` with a mask over keys in place of one over pairs of tokens.
 
-        def heads(x: torch.Tensor, norm: Any) -> torch.Tensor:
-            x = x.unflatten(2, (attn.heads, -1))
-            return x if norm is None else norm(x)
+    Not a copy of its code with another dispatcher: the stock one makes its mask on the way.
 
-        query = rotated(heads(attn.to_q(hidden_states), attn.norm_q), image_rotary_emb, sequence_dim=1)
-        key = rotated(heads(attn.to_k(hidden_states), attn.norm_k), image_rotary_emb, sequence_dim=1)
-        value = heads(attn.to_v(hidden_states), None)
-        query = torch.cat([query, heads(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q)], dim=1)
-        key = torch.cat([key, heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)], dim=1)
-        value = torch.cat([value, heads(attn.add_v_proj(encoder_hidden_states), None)], dim=1)
-        video = hidden_states.shape[1]
-        out = self.dispatch(
-            query,
-            key,
-            value,
-            attn_mask=self.masks.of(attention_mask, video),
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        out = out.flatten(2, 3).to(query.dtype)
-        return attn.to_out[1](attn.to_out[0](out[:, :video])), attn.to_add_out(out[:, video:])
+    Args:
+        hidden_states: (B, video, C). encoder_hidden_states: (B, n, C). attention_mask: (B, 1, 1, video + n) bool, over keys.
+        image_rotary_emb: (video, D) tables.
+
+    Returns:
+        Both streams, attended.
+    """
+    assert encoder_hidden_states is not None and attention_mask is not None and image_rotary_emb is not None
+    from diffusers.models import embeddings
+
+    rotated: Any = embeddings.apply_rotary_emb
+
+    def heads(x: torch.Tensor, norm: Any) -> torch.Tensor:
+        x = x.unflatten(2, (attn.heads, -1))
+        return x if norm is None else norm(x)
+
+    query = rotated(heads(attn.to_q(hidden_states), attn.norm_q), image_rotary_emb, sequence_dim=1)
+    key = rotated(heads(attn.to_k(hidden_states), attn.norm_k), image_rotary_emb, sequence_dim=1)
+    value = heads(attn.to_v(hidden_states), None)
+    query = torch.cat([query, heads(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q)], dim=1)
+    key = torch.cat([key, heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)], dim=1)
+    value = torch.cat([value, heads(attn.add_v_proj(encoder_hidden_states), None)], dim=1)
+    video = hidden_states.shape[1]
+    out = dispatch(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        backend=processor._attention_backend,
+        parallel_config=processor._parallel_config,
+    )
+    out = out.flatten(2, 3).to(query.dtype)
+    return attn.to_out[1](attn.to_out[0](out[:, :video])), attn.to_add_out(out[:, video:])
 
 
 register_family(HunyuanVideo15Family())

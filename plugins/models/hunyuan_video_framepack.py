@@ -20,8 +20,10 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.hooks.forward_override import MethodOverride
-from tilewise.plugins.models.base import Reorder, Size, register_family
+from tilewise.plugins.hooks.stand_in import is_stand_in
+from tilewise.plugins.models.common.family import Reorder, Size
 from tilewise.plugins.models.common.forward_arguments import argument
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.hunyuan_video import (
     PROMPT,
     HunyuanVideoFamily,
@@ -30,7 +32,6 @@ from tilewise.plugins.models.hunyuan_video import (
     patches,
     vae_factors,
 )
-from tilewise.plugins.runtime.attention_processor import TilewiseProcessor
 
 PACK = "_pack_history_states"  # the method that joins history and video, and their rotary tables
 WINDOW = 9  # latent_window_size, in latent frames
@@ -58,7 +59,7 @@ class HunyuanVideoFramepackFamily(HunyuanVideoFamily):
         return Grid(*patches(denoiser, latents.shape[2:]), text=history + image.shape[1] + prompt)
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        if not getattr(reorder, "reorders", True):
+        if not reorder.reorders:
             return []  # where no order is ever taken, the history need not move either
         model: Any = denoiser
         pack = _Packing(model, reorder)
@@ -121,7 +122,7 @@ class _Packing:
         """Hooks that give an attention module the model's own order wherever its processor is not ours."""
 
         def enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if isinstance(module.processor, TilewiseProcessor):
+            if is_stand_in(module.processor):
                 return None
             cos, sin = kwargs["image_rotary_emb"]
             tables = (self._raster(cos, 0), self._raster(sin, 0))
@@ -129,7 +130,7 @@ class _Packing:
             return args, {**kwargs, "hidden_states": hidden_states, "image_rotary_emb": tables}
 
         def leave(module: Any, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-            if isinstance(module.processor, TilewiseProcessor):
+            if is_stand_in(module.processor):
                 return None
             x = self._video_first(output[0], 1)
             ordered = self.reorder.into(x[:, : self.video])

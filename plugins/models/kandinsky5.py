@@ -15,12 +15,13 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument, changed, check_size
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import within_positions
 
 
-class Kandinsky5Family:
+class Kandinsky5Family(Family):
     name = "kandinsky5"
     classes: tuple[str, ...] = ("Kandinsky5Transformer3DModel",)
     streams: ClassVar = {

@@ -23,11 +23,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import TilewiseError
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, UnreadableGridError, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, Streams, UnreadableGridError
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 
 
-class LTXFamily:
+class LTXFamily(Family):
     name = "ltx"
     classes: tuple[str, ...] = ("LTXVideoTransformer3DModel",)
     streams: ClassVar = {"LTXVideoTransformer3DModel": Streams(("transformer_blocks",), text=1)}

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import Reorder, register_family
+from tilewise.plugins.models.common.family import Reorder
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.ltx import LTXFamily, follow_blocks, follow_rotary, follow_timesteps
 
 

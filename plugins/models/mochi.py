@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import Size, register_family
+from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.forward_arguments import argument, check_size
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.two_streams import TwoStreams
 
 

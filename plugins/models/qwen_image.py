@@ -14,8 +14,9 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import TilewiseError
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, Streams
 from tilewise.plugins.models.common.image import StreamOrder, by_name, image_tokens
+from tilewise.plugins.models.common.registry import register_family
 
 PARAMETERS = (
     "hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes", "guidance",
@@ -24,7 +25,7 @@ PARAMETERS = (
 MAX_TEXT = 512  # the pipelines' max_sequence_length; they pad prompts to the longest of a batch only
 
 
-class QwenImageFamily:
+class QwenImageFamily(Family):
     name = "qwen_image"
     classes: tuple[str, ...] = ("QwenImageTransformer2DModel",)
     streams: ClassVar = {

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, Streams, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, Streams
 from tilewise.plugins.models.common.image import by_name, image_tokens
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import within_positions
 
 CONTROLNET = "block_controlnet_hidden_states"
@@ -21,7 +22,7 @@ PARAMETERS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "t
 MAX_TEXT = 77 + 256  # CLIP's tokens and the pipelines' max_sequence_length for T5, which they pad every prompt to
 
 
-class SD3Family:
+class SD3Family(Family):
     name = "sd3"
     classes: tuple[str, ...] = ("SD3Transformer2DModel",)
     streams: ClassVar = {"SD3Transformer2DModel": Streams(("transformer_blocks",), text=1, joint=True, text_first=True)}

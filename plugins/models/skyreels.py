@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from tilewise.plugins.models.base import Reorder, Streams, register_family
+from tilewise.plugins.models.common.family import Reorder, Streams
 from tilewise.plugins.models.common.forward_arguments import argument, changed, reorder_in_place
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.wan import WanFamily
 
 

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 
 
-class UNetFamily:
+class UNetFamily(Family):
     name = "unet"
     classes: tuple[str, ...] = ("UNet2DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel")
 
@@ -38,14 +39,14 @@ class UNetFamily:
             levels.append(("mid_block", model.mid_block, deepest))
         levels += [(f"up_blocks.{i}", block, deepest - i) for i, block in enumerate(model.up_blocks)]
         found: list[AttentionLayer] = []
-        for prefix, block, halvings in levels:
+        for prefix, block, downsample in levels:
             for i, transformer in enumerate(getattr(block, "attentions", None) or ()):
                 for j, inner in enumerate(getattr(transformer, "transformer_blocks", ())):
                     if getattr(inner, "only_cross_attention", False):  # its attn1 looks at the text
                         continue
                     name = f"{prefix}.attentions.{i}.transformer_blocks.{j}.attn1"
                     heads, width = inner.attn1.heads, inner.attn1.inner_dim
-                    found.append(AttentionLayer(name, inner.attn1, len(found), heads, width // heads, halvings))
+                    found.append(AttentionLayer(name, inner.attn1, len(found), heads, width // heads, downsample))
         return found
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import AttentionLayer, FusedState, Reorder, Size, Streams, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, FusedState, Reorder, Size, Streams
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, within_positions, wrong_sizes
 
 
-class WanFamily:
+class WanFamily(Family):
     name = "wan"
     classes: tuple[str, ...] = ("WanTransformer3DModel",)
     streams: ClassVar = {"WanTransformer3DModel": Streams(("blocks",), text=2)}

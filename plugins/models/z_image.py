@@ -17,8 +17,9 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.hooks.forward_override import MethodOverride
-from tilewise.plugins.models.base import AttentionLayer, Reorder, Size, UnreadableGridError, register_family
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, UnreadableGridError
 from tilewise.plugins.models.common.image import StreamOrder, by_name, image_tokens
+from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import within_positions
 
 PARAMETERS = (
@@ -29,7 +30,7 @@ MULTIPLE = 32  # both streams are padded to a multiple of it
 MAX_TEXT = 512  # the pipelines' max_sequence_length; they do not pad prompts to it
 
 
-class ZImageFamily:
+class ZImageFamily(Family):
     name = "z_image"
     classes: tuple[str, ...] = ("ZImageTransformer2DModel",)
 

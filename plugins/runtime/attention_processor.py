@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.hooks.stand_in import StandIn
 from tilewise.plugins.runtime.custom_ops import attend, handle_for
 
 if TYPE_CHECKING:
@@ -139,12 +140,10 @@ class ForwardOnly(torch.autograd.Function):
         )
 
 
-class TilewiseProcessor:
+class TilewiseProcessor(StandIn):
     """Stands in for ``original`` on layer ``number`` of a patched denoiser. Made from a class of ``processor_class``.
 
-    fused: what stands in for the original's ``__call__`` where ``patch.fused_here`` says so: called with the original, a
-    function to call as diffusers' dispatcher, and the processor's own arguments; returns None where it cannot, before it
-    called anything. See ``FusedFamily.self_attention``.
+    fused, replacement: the family's ``self_attention`` and ``replace_processor`` of the layer, see ``Family``.
     """
 
     traced: Callable[..., Any]  # the stock __call__ as torch.compile sees it, one for all layers of a patch
@@ -154,7 +153,14 @@ class TilewiseProcessor:
         # diffusers makes new processors of the class that it finds on a layer, as when an IP-Adapter comes or goes.
         return super().__new__(cls) if args or kwargs else cls.original_class()
 
-    def __init__(self, original: Any, patch: Patch, number: int, fused: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        original: Any,
+        patch: Patch,
+        number: int,
+        fused: Callable[..., Any] | None = None,
+        replacement: Callable[..., Any] | None = None,
+    ) -> None:
         self.original = original
         self.patch = patch
         self.number = number
@@ -162,6 +168,7 @@ class TilewiseProcessor:
         call: Any = type(original).__call__
         self.stock = stock_attention(call)
         self._fused = fused
+        self._replacement = replacement
         self._rebound = types.MethodType(rebind(call, self.dispatch), original)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -178,6 +185,8 @@ class TilewiseProcessor:
             out = self._fused(self.original, self._dispatch_fused, attn, hidden_states, *args, **kwargs)
             if out is not None:
                 return out
+        if self._replacement is not None:
+            return self._replacement(self.original, self.dispatch, attn, hidden_states, *args, **kwargs)
         if not torch.compiler.is_compiling():
             return self._rebound(attn, hidden_states, *args, **kwargs)
         self.patch.tracing = self

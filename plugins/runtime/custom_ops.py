@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from tilewise.kernels.device import CUDAGRAPH_UNSAFE
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import TilewiseError
 
@@ -60,13 +61,7 @@ def _owner(handle: torch.Tensor) -> Any:
     return owner
 
 
-# Inductor must not record these into a CUDA graph, which would freeze one step's decision; it records what lies between them.
-# A PyTorch without the tag (before 2.9) leaves CUDA graphs off for graphs that hold tensors on the CPU, which handles are.
-_UNSAFE = getattr(torch._C.Tag, "cudagraph_unsafe", None)
-DECIDES: dict[str, Any] = {} if _UNSAFE is None else {"tags": (_UNSAFE,)}
-
-
-@torch.library.custom_op("tilewise::begin", mutates_args=(), **DECIDES)
+@torch.library.custom_op("tilewise::begin", mutates_args=(), **CUDAGRAPH_UNSAFE)
 def begin(
     timestep: torch.Tensor,
     handle: torch.Tensor,
@@ -90,7 +85,7 @@ def _(timestep, handle, t, h, w, text, text_first, refused=None):
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("tilewise::order", mutates_args=(), **DECIDES)
+@torch.library.custom_op("tilewise::order", mutates_args=(), **CUDAGRAPH_UNSAFE)
 def order(ticket: torch.Tensor, handle: torch.Tensor, tokens: int, device: torch.device, inverse: bool) -> torch.Tensor:
     """Where each token comes from, (tokens,) int64 on ``device``: into the order in force, or back from it."""
     return _owner(handle).indices(tokens, device, inverse).clone()  # a graph may write over what an operator gives it
@@ -101,7 +96,7 @@ def _(ticket, handle, tokens, device, inverse):
     return torch.empty(tokens, dtype=torch.int64, device=device)
 
 
-@torch.library.custom_op("tilewise::attend", mutates_args=(), **DECIDES)
+@torch.library.custom_op("tilewise::attend", mutates_args=(), **CUDAGRAPH_UNSAFE)
 def attend(
     ticket: torch.Tensor,
     query: torch.Tensor,

@@ -21,7 +21,7 @@ from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.masks.padding_mask import Group, Masks
 from tilewise.plugins.methods.base import DynamicMethod, Planned
 from tilewise.plugins.methods.dynamic.step_memory import Memories
-from tilewise.plugins.models.base import AttentionLayer
+from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime import dense_backend
 from tilewise.plugins.runtime.attention_call import (
     QKV,
@@ -354,7 +354,7 @@ class Step:
         """Answer one attention call in place of diffusers' dispatcher, sparse or dense, and count it."""
         number = processor.number
         layer = self.layers[number]
-        layout = _shortened(self._layout, query, key) if layer.halvings is None else self._own_layout(layer)
+        layout = _shortened(self._layout, query, key) if layer.downsample is None else self._own_layout(layer)
         if self._full_path:
             kind = CallKind(GLOBAL_PATH, fused=fused)
             scale = self._scale(layout, query, scale)
@@ -375,7 +375,7 @@ class Step:
                 groups = self._masks.groups(attn_mask, layout.grid, query) if reason is None else reason
                 if not isinstance(groups, str):
                     ordered, back = (query, key, value), None
-                    if layer.halvings is not None:
+                    if layer.downsample is not None:
                         there, back = self.kept.order(layout, query.device)
                         ordered = (
                             query.index_select(1, there),
@@ -411,7 +411,7 @@ class Step:
             if isinstance(exactly, torch.Tensor):
                 self._tell(number, kind.kind, (query, key, value))
                 return exactly
-        if layer.halvings is None and layout is not None and attn_mask is not None:
+        if layer.downsample is None and layout is not None and attn_mask is not None:
             attn_mask = _reorder_mask(attn_mask, layout, self.kept.order(layout, attn_mask.device))
         with self.call_stats.record(number, kind, query, key):
             out = processor.stock(

@@ -16,7 +16,8 @@ from tilewise.plugins.config import Config, select_blocks
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.hooks.deepcopy import COPIER, STATE, copy_patched, shallow_state
 from tilewise.plugins.methods.dense import Dense
-from tilewise.plugins.models.base import AttentionLayer, Family, UnreadableGridError, family_of
+from tilewise.plugins.models.common.family import AttentionLayer, Family, UnreadableGridError
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.runtime import custom_ops
 from tilewise.plugins.runtime.attention_processor import TilewiseProcessor, processor_class, why_not
 from tilewise.plugins.runtime.forward_state import Step
@@ -37,7 +38,7 @@ class Patch:
         blocks = 1 + max((layer.block for layer in self.layers), default=-1)
         selected = set(select_blocks(config.blocks, blocks))
         # Known before any forward: a graph is made for one or the other.
-        one_sequence = any(layer.halvings is None for layer in self.layers)
+        one_sequence = any(layer.downsample is None for layer in self.layers)
         self.reorders = bool(selected) and one_sequence and not isinstance(config.method, Dense)
         owner = _reference(pipe) if pipe is not denoiser else lambda: None
         self.step = Step(name, config, owner, self.layers, selected, self.reorders, self._leave_alone, self._take_back)
@@ -52,9 +53,6 @@ class Patch:
     # ── putting on and taking off ────────────────────────────────────────────────────────────────────────────────
 
     def _install(self, denoiser: nn.Module) -> None:
-        family: Any = self.family if self.config.fuse else None
-        self_attention = getattr(family, "self_attention", lambda layer: None)
-        fuse: Any = getattr(family, "fuse", lambda denoiser, state: [])
         try:
             for number, layer in enumerate(self.layers):
                 module: Any = layer.module
@@ -65,11 +63,12 @@ class Patch:
                 if reason := why_not(module.processor):
                     self._leave_alone(layer, reason)
                 else:
-                    _set_processor(module, self._stand_in(module.processor, number, self_attention(layer)))
+                    _set_processor(module, self._stand_in(module.processor, number, layer))
             self._handles.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(denoiser.register_forward_hook(self._after, always_call=True))
             self._handles += self.family.reorder_hooks(denoiser, self)
-            self._handles += fuse(denoiser, self)
+            if self.config.fuse:
+                self._handles += self.family.fuse(denoiser, self)
         except BaseException:
             self._take_off()
             raise
@@ -91,11 +90,12 @@ class Patch:
             handle.remove()
         self.step.call_stats.skipped_layers.pop(layer.name, None)
 
-    def _stand_in(self, original: Any, number: int, fused: Any) -> TilewiseProcessor:
+    def _stand_in(self, original: Any, number: int, layer: AttentionLayer) -> TilewiseProcessor:
         kind = type(original)
         if kind not in self._classes:
             self._classes[kind] = processor_class(kind, self)
-        return self._classes[kind](original, self, number, fused)
+        fused = self.family.self_attention(layer) if self.config.fuse else None
+        return self._classes[kind](original, self, number, fused, self.family.replace_processor(layer))
 
     def remove(self, denoiser: nn.Module) -> None:
         self._take_off()
@@ -149,14 +149,13 @@ class Patch:
 
     def _grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
         """The grid of a forward; or None, and why it has none that can be read."""
-        family: Any = self.family
-        refused: str | None = family.refuses(denoiser, args, kwargs) if hasattr(family, "refuses") else None
+        refused = self.family.refuses(denoiser, args, kwargs)
         if refused is not None:
             return None, refused
         if torch.compiler.is_compiling():
-            return family.grid(denoiser, args, kwargs), None
+            return self.family.grid(denoiser, args, kwargs), None
         try:
-            return family.grid(denoiser, args, kwargs), None
+            return self.family.grid(denoiser, args, kwargs), None
         except UnreadableGridError as error:
             return None, str(error)
 

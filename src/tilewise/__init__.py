@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from tilewise.plugins.methods.neighborhood import Neighborhood
     from tilewise.plugins.methods.sta import STA
     from tilewise.plugins.methods.xattention import XAttention
-    from tilewise.plugins.models.base import register_family, supported_models
+    from tilewise.plugins.models.common.family import Family
+    from tilewise.plugins.models.common.registry import register_family, supported_models
     from tilewise.plugins.patching import is_patched, patch, patched, unpatch
     from tilewise.plugins.summary import summary
     from tilewise.plugins.watch import watch
@@ -38,6 +39,7 @@ __all__ = [
     "Dense",
     "Draft",
     "FallbackError",
+    "Family",
     "Inward",
     "Method",
     "Neighborhood",
@@ -74,7 +76,8 @@ _NAMES_BY_MODULE = {
     "methods.neighborhood": ("Neighborhood",),
     "methods.sta": ("STA",),
     "methods.xattention": ("XAttention",),
-    "models.base": ("register_family", "supported_models"),
+    "models.common.family": ("Family",),
+    "models.common.registry": ("register_family", "supported_models"),
     "patching": ("is_patched", "patch", "patched", "unpatch"),
     "summary": ("summary",),
     "guidance.dual_path": ("two_paths",),

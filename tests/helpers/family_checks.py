@@ -120,7 +120,7 @@ def refused_is_stock(model: torch.nn.Module, inputs: dict[str, Any], said: str, 
 
 
 def tilewise_layers(model: torch.nn.Module) -> list[Any]:
-    from tilewise.plugins.models.base import family_of
+    from tilewise.plugins.models.common.registry import family_of
 
     family = family_of(model)
     assert family is not None

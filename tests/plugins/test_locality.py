@@ -193,7 +193,7 @@ def test_one_pixel_of_a_feature_map(kind, monkeypatch):
     monkeypatch.setattr("tilewise.plugins.runtime.forward_state.MIN_OWN_TOKENS", 1)
     model, given = unet.KINDS[kind](), unet.inputs_of(kind, 10, 14)
     with tilewise.patched(model, METHOD, steps=(0, 1), strict=True):
-        for layer in {layer.halvings: layer for layer in tilewise_layers(model)}.values():
+        for layer in {layer.downsample: layer for layer in tilewise_layers(model)}.values():
             grid = layer.grid(Grid(1, 10, 14))
             token = (0, 2, grid.w - 2)
             at = token[1] * grid.w + token[2]

@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import tilewise
-import tilewise.plugins.models.base
+import tilewise.plugins.models.common.registry
 from tilewise.plugins.config import resolve
 from tilewise.plugins.runtime.call_stats import DENSE_LAYER, DENSE_STEP, FALLBACK, SPARSE
 from tilewise.plugins.runtime.step_index import step_of
@@ -405,7 +405,7 @@ def test_compiled_before_or_after_the_patch(tiny_pipe, how):
 def test_a_failing_family_leaves_nothing_behind(monkeypatch):
     model = tiny_wan.tiny_transformer()
     before = state(model)
-    family = tilewise.plugins.models.base.family_of(model)
+    family = tilewise.plugins.models.common.registry.family_of(model)
     monkeypatch.setattr(type(family), "reorder_hooks", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tilewise.patch(model, SMALL)

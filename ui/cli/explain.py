@@ -17,7 +17,8 @@ from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.explain import Explanation, explain
 from tilewise.plugins.methods.base import DynamicMethod
-from tilewise.plugins.models.base import Size, family_of
+from tilewise.plugins.models.common.family import Size
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of, patched
 from tilewise.plugins.watch import watch
 from tilewise.ui.cli.plot import Drawn, check_plot, plot

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewise.plugins.models.base import Reorder, Size
+from tilewise.plugins.models.common.family import Reorder, Size
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.models.base import Size, family_of
+from tilewise.plugins.models.common.family import Size
+from tilewise.plugins.models.common.registry import family_of
 
 NATIVE_FILE = "tilewise.json"
 VIDEO_FRAMES = 81

@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tilewise.kernels.device import capturing
+from tilewise.kernels.device import CUDAGRAPH_UNSAFE, capturing
 from tilewise.plugins.errors import TilewiseError
-from tilewise.plugins.models.base import UnreadableGridError
-from tilewise.plugins.runtime.custom_ops import DECIDES
+from tilewise.plugins.models.common.family import UnreadableGridError
 
 _read: WeakIdKeyDictionary = WeakIdKeyDictionary()  # positions → (their version, what image_shape says or raises)
 
@@ -31,7 +30,7 @@ def image_shape(ids: torch.Tensor) -> tuple[int, int, int]:
     return _image_shape(ids)
 
 
-@torch.library.custom_op("tilewise::image_shape", mutates_args=(), **DECIDES)
+@torch.library.custom_op("tilewise::image_shape", mutates_args=(), **CUDAGRAPH_UNSAFE)
 def _operator(ids: torch.Tensor) -> tuple[int, int, int]:
     return _image_shape(ids)
 

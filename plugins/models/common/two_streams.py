@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewise.plugins.models.base import AttentionLayer, Reorder
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder
 from tilewise.plugins.models.common.forward_arguments import changed
 
 
-class TwoStreams:
+class TwoStreams(Family):
     """``layers`` and hooks of a family; a subclass names the module that makes the tables."""
 
     rope: str

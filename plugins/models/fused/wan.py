@@ -29,7 +29,7 @@ from tilewise.kernels.fused.linear_gelu import linear_gelu
 from tilewise.kernels.fused.qk_norm_rope import qk_norm_rope
 from tilewise.kernels.fused.residual_norm import gated_residual, layer_norm, residual_norm
 from tilewise.plugins.hooks.forward_override import ForwardOverride, has_own_forward, override_forward
-from tilewise.plugins.models.base import FusedState
+from tilewise.plugins.models.common.family import FusedState
 
 
 def fuse_blocks(denoiser: nn.Module, state: FusedState) -> list[ForwardOverride]:

@@ -30,7 +30,8 @@ from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.guidance.global_path import draft_bytes
 from tilewise.plugins.hooks.temporary_attribute import replaced
-from tilewise.plugins.models.base import Size, family_of
+from tilewise.plugins.models.common.family import Size
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.runtime.call_stats import GLOBAL_PATH, SPARSE
 
 

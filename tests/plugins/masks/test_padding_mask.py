@@ -10,7 +10,7 @@ from tilewise.kernels.attention.naive import masked_attention
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.config import resolve
 from tilewise.plugins.masks.padding_mask import groups_of, visible_keys
-from tilewise.plugins.models.base import AttentionLayer
+from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime.call_stats import FALLBACK, SPARSE
 from tilewise.plugins.runtime.forward_state import Step
 

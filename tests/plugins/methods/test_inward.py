@@ -16,7 +16,7 @@ from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import make_method
 from tilewise.plugins.methods.inward import Inward
-from tilewise.plugins.models.base import Size
+from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.native_size import native_pixels
 
 GRIDS = [

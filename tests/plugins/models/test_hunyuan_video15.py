@@ -14,6 +14,7 @@ from diffusers import (
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from test_hunyuan_video import padded, randomised
 from torch._dynamo.utils import counters
@@ -227,3 +228,23 @@ def test_sizes(model):
         ConfigError, match=r"width=1270 must be a multiple of 16, the nearest is 1264; num_frames=120 .* is 121"
     ):
         tilewise.explain(model, height=720, width=1270, num_frames=120, method="sta")
+
+
+def doubled(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+    """Attention of another kind: queries for everything, and no mask."""
+    joined = torch.cat([attn.to_q(hidden_states), attn.add_q_proj(encoder_hidden_states)], dim=1)
+    query = joined.unflatten(2, (attn.heads, -1))
+    out = dispatch_attention_fn(query, query, query).flatten(2)
+    return out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+
+
+def test_a_processor_of_the_same_name_keeps_its_own_code():
+    """The stock processor is known by its class: another of that name, as other libraries and forks have, does another thing."""
+    namesake = type(HunyuanVideo15AttnProcessor2_0.__name__, (HunyuanVideo15AttnProcessor2_0,), {"__call__": doubled})
+    model, given = tiny(), inputs((3, 5, 7), (9, 4), (0, 3), True)
+    for block in model.transformer_blocks:
+        block.attn.set_processor(namesake())
+    want = family_checks.forward(model, given)
+    with tilewise.patched(model, family_checks.FULL, steps=(0, 1), strict=True):
+        got = family_checks.forward(model, given)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

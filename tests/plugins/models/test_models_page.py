@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from examples.list_models import page  # noqa: E402
-from tilewise.plugins.models.base import supported_models  # noqa: E402
+from tilewise.plugins.models.common.registry import supported_models  # noqa: E402
 
 
 def test_the_page_is_up_to_date():

@@ -13,7 +13,7 @@ from family_checks import traces
 
 import tilewise
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import family_of
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.runtime.call_stats import DENSE_LAYER, SPARSE
 
 FULL = tilewise.STA(window=(99, 99, 99), tile=(1, 3, 4))

@@ -8,7 +8,7 @@ from diffusers import WanAnimateTransformer3DModel
 
 import tilewise
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import family_of
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.runtime.call_stats import DENSE_LAYER, SPARSE
 
 LATENT, TEXT_DIM, IMAGE_DIM, FACE = 4, 16, 16, 16

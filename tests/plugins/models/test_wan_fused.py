@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewise
 from tilewise.plugins.hooks.forward_override import override_forward
-from tilewise.plugins.models.base import family_of
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.models.fused.wan import fuse_blocks, wan_self_attention
 from tilewise.plugins.runtime.patched_denoiser import Patch
 

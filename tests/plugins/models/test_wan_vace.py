@@ -10,7 +10,7 @@ from test_wan_fused import Everywhere
 
 import tilewise
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.base import family_of
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.runtime.call_stats import DENSE_LAYER, DENSE_STEP, SPARSE
 
 CONTROL = 2 * tiny_wan.Z_CHANNELS + 4  # inactive and reactive latents, and 2 × 2 pixels of mask

@@ -18,7 +18,8 @@ from tilewise.kernels.plans.query_visibility import query_row, region_of_query
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.plugins.config import select_blocks
 from tilewise.plugins.methods.base import DynamicMethod, Method
-from tilewise.plugins.models.base import AttentionLayer, Size, family_of
+from tilewise.plugins.models.common.family import AttentionLayer, Size
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
 from tilewise.plugins.runtime.forward_state import MIN_OWN_TOKENS
 from tilewise.plugins.watch import WatchedCall
@@ -106,7 +107,7 @@ def seen_from(
     low, high = config.steps
     if layout is None:
         return Seen(place, extent, everything, f"{method.name} sees everything")
-    if layer.halvings is not None and extent.grid.tokens < MIN_OWN_TOKENS:
+    if layer.downsample is not None and extent.grid.tokens < MIN_OWN_TOKENS:
         return Seen(place, extent, everything, "dense: the feature map of this block is too small to pay")
     if not config.runs_at(place.step - 1, settings.steps):
         return Seen(place, extent, everything, f"dense: the method runs from {low:.0%} to {high:.0%} of the steps")

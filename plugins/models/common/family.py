@@ -1,0 +1,185 @@
+"""What a family is: the adapter by which tilewise reads one group of diffusers denoisers and follows their tokens.
+
+A new family is a subclass of ``Family`` in a file of its own in ``plugins/models/``, or anywhere in your own code, given to
+``register_family`` (``registry.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.errors import TilewiseError
+
+
+class UnreadableGridError(TilewiseError):
+    """The model takes these inputs, but the family cannot read a token grid from them. Raised by ``Family.grid``; the forward
+    then runs as if ``Family.refuses`` had returned the message."""
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One self-attention layer of a denoiser: the module whose ``processor`` is replaced.
+
+    block: number of the transformer block it belongs to, which ``blocks="2:"`` selects by.
+    downsample: None: the layer attends over the denoiser's token sequence. A number n (a UNet's level): over a feature map of its
+        own, whose height and width are the grid's divided by 2**n (rounded up); its tokens are reordered at each call.
+    """
+
+    name: str
+    module: nn.Module
+    block: int
+    heads: int
+    head_dim: int
+    downsample: int | None = None
+
+    def grid(self, grid: Grid) -> Grid:
+        """The layer's own grid in a forward over ``grid``."""
+        if self.downsample is None:
+            return grid
+        return dataclasses.replace(grid, h=-(-grid.h >> self.downsample), w=-(-grid.w >> self.downsample))
+
+
+@dataclass(frozen=True)
+class Size:
+    """The output that a pipeline is asked for: pixels and frames."""
+
+    height: int
+    width: int
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class Streams:
+    """How a denoiser's blocks are called: what ``two_paths`` needs to run a second path through them.
+
+    The blocks take ``hidden`` and, with text in the same sequence, ``encoder_hidden_states``, first or by name.
+
+    blocks: attributes with the blocks, in order. text: position of the text among the forward's arguments.
+    joint: image and text share one attention, and a block returns both; otherwise it has cross-attention to the text.
+    text_first: whether it returns the text first.
+    own, cross: a block's self-attention, and its cross-attention to the text, where it has one. hidden: its first parameter.
+    """
+
+    blocks: tuple[str, ...]
+    text: int
+    joint: bool = False
+    text_first: bool = False
+    own: str = "attn1"
+    cross: str = "attn2"
+    hidden: str = "hidden_states"
+
+
+class Reorder(Protocol):
+    """How a family's hooks move tensors between the model's own token order and the one in force, if there is one.
+
+    torch.compile traces the hooks, so they must not branch on the step: that decision is made in here.
+    """
+
+    reorders: bool  # whether any forward of this patch may reorder tokens
+
+    def into(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """``x`` with its token axis ``dim`` brought from the model's own order into the one in force."""
+
+    def back(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """``x`` with its token axis ``dim`` brought from the order in force back into the model's own."""
+
+
+class FusedState(Protocol):
+    """What a family's fused code asks at each call."""
+
+    def fused_here(self, x: torch.Tensor) -> bool:
+        """Whether fused kernels may run on hidden states like ``x``: enabled, on a device that has them, without gradients."""
+
+
+class Family(ABC):
+    """Base class: how tilewise reads one group of denoisers. Stateless: one instance serves all of them.
+
+    A subclass sets ``name`` and ``classes`` and defines the abstract methods. The other methods are optional: they default to
+    "nothing of that kind".
+    """
+
+    name: str
+    classes: tuple[str, ...]  # class names of the denoisers
+    streams: ClassVar[Mapping[str, Streams]] = {}  # by class name: the denoisers that ``two_paths`` can run
+
+    @abstractmethod
+    def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
+        """The token grid of a forward call, from its arguments.
+
+        Raises:
+            UnreadableGridError: if the arguments hold no grid, although the model may run on them.
+        """
+
+    @abstractmethod
+    def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The timestep argument of a forward call: any shape; where tokens differ, the noisiest counts."""
+
+    @abstractmethod
+    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        """The self-attention layers over the grid, in order."""
+
+    @abstractmethod
+    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+        """Register hooks that bring tokens into the order in force before the blocks, and back after them.
+
+        Everything with a token axis must follow: hidden states, rotary tables, per-token timesteps. Returns the handles, each
+        with ``remove()``; an empty list where every layer has a feature map of its own.
+        """
+
+    @abstractmethod
+    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
+        """Register hooks that give one attention module its tokens in the model's own order, and bring its output back.
+
+        For a module that keeps a processor of its own, which may rely on that order. Returns the handles.
+        """
+
+    @abstractmethod
+    def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
+        """The grid that a pipeline call of this size leads to.
+
+        Raises:
+            ConfigError: for a size that the model does not take unchanged, naming the nearest one that it does.
+        """
+
+    # ── optional ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def refuses(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        """Why a forward call cannot be sparse, or None.
+
+        A refused call runs stock, in the model's own token order, and is counted as a fallback; ``strict`` raises. ``grid`` is
+        not called for it, and hooks must not need what it would have read. torch.compile traces this method: it may look at
+        the config and at which arguments are given, not at the values of tensors. Where those decide, ``grid`` raises
+        ``UnreadableGridError``; in a compiled denoiser that is an error.
+        """
+        return None
+
+    def replace_processor(self, layer: AttentionLayer) -> Callable[..., Any] | None:
+        """A function to run in place of the layer's stock processor in every call, or None to run the stock one.
+
+        For a stock processor that prepares its attention call in a way that no kernel can take. Called as ``function(processor,
+        dispatch, attn, …)``: the stock processor, a function with the signature of diffusers' ``dispatch_attention_fn``, and
+        the processor's own arguments. ``layer.module.processor`` is still the stock one when this is asked.
+        """
+        return None
+
+    def self_attention(self, layer: AttentionLayer) -> Callable[..., torch.Tensor | None] | None:
+        """A fused function to run in place of the layer's stock processor where ``FusedState.fused_here`` allows it, or None.
+
+        Called as ``replace_processor``'s is. Where it cannot run it returns None, before it called anything.
+        """
+        return None
+
+    def fuse(self, denoiser: nn.Module, state: FusedState) -> list[Any]:
+        """Put fused forwards on a denoiser's modules, exact to rounding, which ask ``state`` at each call whether to run.
+
+        Returns the handles, each with ``remove()``.
+        """
+        return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, and inherited by the programs that tests start: on tiny tensors, and with several test
@@ -15,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import global_state
 import pytest
 import tiny_wan
 import torch
@@ -35,6 +37,22 @@ def what_stays_is_not_gone_over_again() -> None:
     # half a second, and tests of freed memory ask for many. Frozen, they are left out.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def global_state_of_a_module() -> Iterator[None]:
+    """As for a test, for the fixtures that a module's tests share."""
+    before = global_state.snapshot()
+    yield
+    global_state.fail_if_changed(before)
+
+
+@pytest.fixture(autouse=True)
+def global_state_of_a_test() -> Iterator[None]:
+    """A test leaves the process as it found it, so that tests pass in any order: one that does not fails."""
+    before = global_state.snapshot()
+    yield
+    global_state.fail_if_changed(before)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import global_state
 import pytest
 import tiny_wan
 import torch
@@ -327,7 +328,8 @@ class TestExact:
         tilewise.patch(model, "dense", fuse=False)
         self.forward(model)
         assert {row.backend for row in tilewise.summary(model).rows} == {"stock"}
-        model.set_attention_backend("_native_cudnn")
-        tilewise.patch(model, "dense")
-        self.forward(model)
+        with global_state.restored():  # set_attention_backend of one model is a default for every other
+            model.set_attention_backend("_native_cudnn")
+            tilewise.patch(model, "dense")
+            self.forward(model)
         assert {row.backend for row in tilewise.summary(model).rows} == {"stock"}

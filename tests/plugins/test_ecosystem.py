@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import global_state
 import pytest
 import tiny_wan
 import torch
@@ -84,9 +85,10 @@ def lora(pipe: Any, fused: bool = False) -> Any:
 
 @contextmanager
 def attention_backend(pipe: Any) -> Any:
-    pipe.transformer.set_attention_backend("_native_math")
-    yield
-    pipe.transformer.set_attention_backend("native")  # resetting leaves diffusers' global default as it was set
+    with global_state.restored():  # resetting a model's backend leaves the default of every model as it was set
+        pipe.transformer.set_attention_backend("_native_math")
+        yield
+    pipe.transformer.reset_attention_backend()
 
 
 @contextmanager

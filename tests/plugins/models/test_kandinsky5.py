@@ -109,7 +109,7 @@ def test_its_own_sparse_attention_is_left_alone(monkeypatch):
     stock_nabla = transformer_kandinsky.nablaT_v2
     monkeypatch.setattr(transformer_kandinsky, "nablaT_v2", nabla)
     model, given = denoiser(axes_dims=(8, 12, 12), **NABLA), inputs(3, 16, 24, batch=1)
-    # Stock needs FlexAttention for that, and set_attention_backend makes it everybody's.
+    # Stock needs FlexAttention for that; set_attention_backend makes it the default of every model.
     monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     model.set_attention_backend("flex")
     given["sparse_params"] = pipeline(model).get_sparse_params(given["hidden_states"], "cpu")

@@ -100,4 +100,6 @@ def test_fixture_fails_the_test_that_leaves_a_change(pytester):
     )
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "--import-mode=importlib")
     result.assert_outcomes(passed=4, errors=2)
-    result.stdout.fnmatch_lines(["*diffusers' active attention backend: *native* → *_native_math*", "*default dtype: *"])
+    result.stdout.fnmatch_lines(
+        ["*diffusers' active attention backend: *native* → *_native_math*", "*default dtype: *"]
+    )

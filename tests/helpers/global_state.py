@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 import tilewise.plugins.methods.base
-import tilewise.plugins.models.base
+import tilewise.plugins.models.common.registry
 
 # Set by pytest for each phase of a test, and by libraries when they are first used.
 ENVIRONMENT_OF_OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "TRITON_CACHE", "KMP_", "MPL", "GRADIO_")
@@ -96,9 +96,7 @@ SETTINGS = [
     attribute(torch.backends.cudnn, "allow_tf32", "TF32 of cuDNN"),
     attribute(torch.backends.cudnn, "benchmark", "cuDNN's benchmark mode"),
     attribute(torch.backends.cudnn, "deterministic", "cuDNN's deterministic mode"),
-    Setting(
-        "deterministic algorithms", torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
-    ),
+    Setting("deterministic algorithms", torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
     Setting("flash attention", torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     Setting(
         "memory-efficient attention",
@@ -110,7 +108,7 @@ SETTINGS = [
     config(torch._dynamo.config, "torch._dynamo.config"),
     config(torch._inductor.config, "torch._inductor.config"),
     registry(tilewise.plugins.methods.base._REGISTRY, "registered methods"),
-    registry(tilewise.plugins.models.base._FAMILIES, "registered families"),
+    registry(tilewise.plugins.models.common.registry._FAMILIES, "registered families"),
     Setting("environment variables", environment, set_environment),
     Setting("working directory", os.getcwd, os.chdir),
     handler(signal.SIGINT),

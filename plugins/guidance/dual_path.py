@@ -37,7 +37,6 @@ from tilewise.plugins.hooks.forward_override import ForwardOverride, override_fo
 from tilewise.plugins.models.common.registry import streams_of
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
-from tilewise.plugins.runtime.step_index import step_of
 
 Guided = Literal["all", "cond"]
 # What adds to hidden states between two blocks, or leaves blocks out.
@@ -153,11 +152,11 @@ class TwoPaths:
             )
         text = args[self.streams.text] if len(args) > self.streams.text else kwargs["encoder_hidden_states"]
         latents = args[0] if args else kwargs["hidden_states"]
-        step, _ = step_of(self.patch.step.pipe(), self.patch.family.timestep(args, kwargs))
+        at = self.patch.step.steps.of(self.patch.family.timestep(args, kwargs))
+        step = at.step
         # A scheduler makes its timesteps anew for each run: two clips of one step are two.
-        at = step, getattr(getattr(self.patch.step.pipe(), "scheduler", None), "timesteps", None)
-        first_in_step = step != self._during[0] or at[1] is not self._during[1]
-        self._during = at
+        first_in_step = step != self._during[0] or at.run is not self._during[1]
+        self._during = step, at.run
         self._reset()
         if self.guided == "cond" and not first_in_step:
             self.counts.unguided += 1

@@ -47,7 +47,7 @@ from tilewise.plugins.runtime.call_stats import (
 )
 from tilewise.plugins.runtime.joint_text import TextGuide, attend_guided, guided_density, pictures_of, told_by_text
 from tilewise.plugins.runtime.plan_cache import Kept, Order
-from tilewise.plugins.runtime.step_index import step_of
+from tilewise.plugins.runtime.step_index import StepIndex
 
 MIN_OWN_TOKENS = (
     4096  # below, reordering at each call and the launches cost more than sparse attention saves (SDXL at 1024²)
@@ -59,7 +59,7 @@ class Step:
 
     Args:
         name: the denoiser's, for messages.
-        pipe: gives the pipeline whose scheduler counts the steps, or None.
+        steps: tells which step a forward is.
         layers, selected: the self-attention layers, and the numbers of the blocks that run the method.
         reorders: whether any forward may reorder tokens.
         leave_alone: called with a layer whose processor somebody replaced after the patch, and the reason to report.
@@ -70,7 +70,7 @@ class Step:
         self,
         name: str,
         config: Config,
-        pipe: Callable[[], Any],
+        steps: StepIndex,
         layers: list[AttentionLayer],
         selected: set[int],
         reorders: bool,
@@ -79,7 +79,8 @@ class Step:
     ) -> None:
         self.name = name
         self.config = config
-        self.pipe = pipe
+        self.steps = steps
+        self.pipe = steps.pipe
         self.layers = layers
         self.selected = selected
         self.reorders = reorders
@@ -143,7 +144,7 @@ class Step:
         if (low, high) == (0.0, 1.0) or low == high:  # always or never: a timestep's value need not be read
             return low != high
         try:
-            step, total = step_of(self.pipe(), timestep)
+            at = self.steps.of(timestep)
         except RuntimeError as error:
             if not capturing(timestep.device):
                 raise
@@ -152,7 +153,7 @@ class Step:
                 "which cannot be read while a CUDA graph is being captured. Patch the pipeline, or give steps=(0, 1), or "
                 "steps=(0, 0) for the dense steps' graph"
             ) from error
-        return self.config.runs_at(step, total)
+        return self.config.runs_at(at.step, at.total)
 
     def _follow(self, timestep: torch.Tensor) -> None:
         """Keep count of runs, steps and branches, where somebody goes by them; a bare denoiser's timestep is read for it."""
@@ -162,11 +163,9 @@ class Step:
             self._position, self._is_last = None, False
             self._memories.begin(None)
             return
-        pipe = self.pipe()
-        self._position, total = step_of(pipe, timestep)
-        self._is_last = self._position + 1 == total
-        # A scheduler makes its timesteps anew for each run.
-        self._memories.begin(self._position, getattr(getattr(pipe, "scheduler", None), "timesteps", None))
+        at = self.steps.of(timestep)
+        self._position, self._is_last = at.step, at.is_last
+        self._memories.begin(at.step, at.run)
 
     def leave(self, layer: AttentionLayer) -> None:
         """Report a layer whose processor is not ours, once; what replaced ours may do attention its own way."""

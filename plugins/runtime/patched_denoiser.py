@@ -21,6 +21,7 @@ from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.runtime import custom_ops
 from tilewise.plugins.runtime.attention_processor import TilewiseProcessor, processor_class, why_not
 from tilewise.plugins.runtime.forward_state import Step
+from tilewise.plugins.runtime.step_index import StepIndex
 
 ATTRIBUTE = "_tilewise"  # what a patch adds to a denoiser, besides the COPIER for copy.deepcopy
 
@@ -41,7 +42,8 @@ class Patch:
         one_sequence = any(layer.downsample is None for layer in self.layers)
         self.reorders = bool(selected) and one_sequence and not isinstance(config.method, Dense)
         owner = _reference(pipe) if pipe is not denoiser else lambda: None
-        self.step = Step(name, config, owner, self.layers, selected, self.reorders, self._leave_alone, self._take_back)
+        steps = StepIndex(owner, denoiser)
+        self.step = Step(name, config, steps, self.layers, selected, self.reorders, self._leave_alone, self._take_back)
         self.handle = custom_ops.handle_for(self.step)
         self.ticket = self._resting = custom_ops.new_ticket()
         self.tracing: TilewiseProcessor | None = None  # the layer whose stock processor torch.compile is tracing

@@ -1,48 +1,209 @@
-"""Where in the denoising schedule a forward is, without asking the GPU."""
+"""Where in the denoising schedule a forward is: the run that calls it says so, not the pipeline that was patched.
+
+A denoiser may be shared by pipelines, each with a scheduler of its own; a pipeline may be made after the patch (``X.from_pipe``)
+and the patched one may be gone; a cancelled run leaves its scheduler where it stopped. So the pipeline is looked up anew at every
+forward, among the callers: the innermost frame that is a method of a diffusers pipeline which holds this denoiser. It is the only
+thing that tells which of several pipelines is running: what they leave on their schedulers looks the same, and a pipeline made
+later is in no registry. Compiled code is called from that frame too. A loop that is not a pipeline's has no such frame; then the
+pipeline that was patched counts.
+
+The step is found in this order. Only the last two read a value of the device, which waits for a GPU:
+
+    1. memory     ``for t in scheduler.timesteps`` gives views, and ``expand`` keeps them: the offset of t is the step
+    2. pipeline   the same, of the t that most pipelines note down as ``pipe._current_timestep``
+    3. scheduler  ``scheduler.step_index``, which counts the calls of ``scheduler.step``; before the first, ``begin_index``
+    4. pipeline   before the first step, where it says how many of the timesteps it runs (video-to-video leaves out the first)
+    5. value      the timestep's value among ``scheduler.timesteps``, which are copied to the host once a run
+    6. noise      the timestep's value ÷ 1000: a bare denoiser, and a scheduler whose run is over
+
+Solvers of higher order call the denoiser several times between two noise levels and have a timestep for each call (Heun: 2n − 1
+of n): each counts as a step here.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline, ModularPipeline
+from torch import nn
 
 # Resolution of a schedule position that is read off a timestep's value.
 FINE = 1000
+# A timestep may have been rounded to bfloat16 on its way to the denoiser: 8 significant bits.
+ROUNDING = 2.0**-8
 
 
-def step_of(pipe: Any, timestep: torch.Tensor) -> tuple[int, int]:
-    """(step, total): this forward is step ``step`` of ``total``, counted from 0 over the whole noise schedule.
+class Position(NamedTuple):
+    """Where a forward is: step ``step`` of ``total``, counted from 0 over the whole schedule."""
 
-    A diffusers scheduler counts its steps on the host, so both numbers cost no synchronisation; they are right for any number
-    of steps, for multi-step solvers, for repeated calls, and for video-to-video, which enters the schedule part-way. Without a
-    pipeline, or with one whose scheduler is not in use or at its end (another pipeline is running the same denoiser), the noise
-    level stands in: the timestep's value over 1000 (this reads one number from the device).
+    step: int
+    total: int
+    is_last: bool = False  # whether no later step follows in this run
+    run: Any = None  # the run's timesteps: another run has another object. None: unknown
+
+
+class StepIndex:
+    """Tells where a denoiser's forwards are.
+
+    Args:
+        pipe: gives the pipeline that was patched, or None.
+        denoiser: the module that was patched.
     """
-    scheduler: Any = getattr(pipe, "scheduler", None)
-    timesteps = getattr(scheduler, "timesteps", None)
-    if (
-        timesteps is None
-        or getattr(scheduler, "num_inference_steps", None) is None
-        or not hasattr(scheduler, "step_index")
-    ):
-        return _by_noise_level(timestep)
-    step = scheduler.step_index
-    if step is None:  # before the first step
-        step = scheduler.begin_index
-    if step is None:
-        at = getattr(pipe, "_current_timestep", None)
-        if isinstance(at, torch.Tensor) and at.ndim:
+
+    def __init__(self, pipe: Callable[[], Any], denoiser: nn.Module) -> None:
+        self.pipe = pipe
+        self._denoiser = weakref.ref(denoiser)
+        self._run: Any = None
+        self._first = 0  # the first step of that run
+        self._values: list[float] | None = None  # its timesteps on the host, where a value had to be searched
+        self._told = False  # whether it has been said that a step could not be found
+
+    def of(self, timestep: torch.Tensor) -> Position:
+        """Where the forward that has just begun is. timestep: as it was given to the denoiser, any shape."""
+        denoiser = self._denoiser()
+        running = None if denoiser is None else running_pipeline(denoiser)
+        pipe = self.pipe() if running is None else running
+        scheduler: Any = getattr(pipe, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1:
+            return by_noise_level(timestep)
+        new = timesteps is not self._run
+        if new:
+            self._run, self._values = timesteps, None
+        step = self._step(timestep, timesteps, scheduler, running)
+        if step is None:
+            self._run = None
+            if running is not None and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"{type(running).__name__}: the timestep of a forward is not among those of its "
+                    f"{type(scheduler).__name__}. Its noise level, timestep ÷ 1000, stands in for the step",
+                    stacklevel=2,
+                )
+            return by_noise_level(timestep)
+        if new:
+            self._first = step
+        # How many of the timesteps the pipeline runs, where it says so: denoising may end before they do (SDXL's denoising_end).
+        count = getattr(running, "_num_timesteps", None) or len(timesteps)
+        return Position(step, len(timesteps), step + 1 in (len(timesteps), self._first + count), timesteps)
+
+    def _step(self, timestep: torch.Tensor, timesteps: torch.Tensor, scheduler: Any, running: Any) -> int | None:
+        current = getattr(running, "_current_timestep", None)
+        for given in (timestep, current):
+            if (step := place_in(timesteps, given)) is not None:
+                return step
+        if getattr(scheduler, "num_inference_steps", None) is None:  # these are the timesteps of training
+            return None
+        if isinstance(current, torch.Tensor) and current.ndim:
             # Diffusion forcing: each frame has its own timestep and its own copy of the scheduler, and this one never moves.
-            # The noisiest frame of the call counts (one number read from the device, as the pipeline does for each frame).
-            step = int((timesteps.long() > timestep.max().long()).sum())
-        else:
-            # Video-to-video drops the first timesteps without telling the scheduler; the pipeline knows how many are left.
-            step = len(timesteps) - (getattr(pipe, "_num_timesteps", None) or len(timesteps))
-    if step >= len(timesteps):
-        return _by_noise_level(timestep)
-    return step, len(timesteps)
+            # The noisiest frame of the call counts.
+            noisiest = int(timestep.max())
+            return sum(int(value) > noisiest for value in self._on_host(timesteps))
+        counts = hasattr(scheduler, "step_index")
+        if counts:
+            step = scheduler.step_index
+            if step is None:
+                step = getattr(scheduler, "begin_index", None)
+            if step is None and (left := getattr(running, "_num_timesteps", None)) is not None:
+                step = max(len(timesteps) - left, 0)
+            if step is not None and step < len(timesteps):
+                return int(step)
+        # Rising noise levels (Mochi's) are no timesteps that a family would give.
+        rising = getattr(getattr(scheduler, "config", None), "invert_sigmas", False)
+        step = None if rising else self._search(timestep, timesteps)
+        if step is None and counts and running is not None and scheduler.step_index is None:
+            return (
+                0  # nothing has been run of this schedule, and the denoiser is given something else than its timesteps
+            )
+        return step
+
+    def _on_host(self, timesteps: torch.Tensor) -> list[float]:
+        if self._values is None:
+            self._values = [float(value) for value in timesteps.tolist()]
+        return self._values
+
+    def _search(self, timestep: torch.Tensor, timesteps: torch.Tensor) -> int | None:
+        """The step with the timestep nearest to this one, or None if none is near. Of equal ones the last."""
+        value, values = float(timestep.max()), self._on_host(timesteps)
+        best = min(range(len(values)), key=lambda i: (abs(values[i] - value), -i), default=None)
+        if best is None or abs(values[best] - value) > ROUNDING * max(abs(values[best]), abs(value)):
+            return None
+        return best
 
 
-def _by_noise_level(timestep: torch.Tensor) -> tuple[int, int]:
+def place_in(timesteps: torch.Tensor, value: Any) -> int | None:
+    """Which element of ``timesteps`` (N,) ``value`` is a view of, by its address; None for any other tensor. Reads no element.
+
+    value: one number, or one that was expanded; a tensor of several numbers is the view of no single one.
+    """
+    if not isinstance(value, torch.Tensor) or value.device != timesteps.device or value.dtype != timesteps.dtype:
+        return None
+    if not value.numel() or any(n > 1 and s for n, s in zip(value.shape, value.stride(), strict=True)):
+        return None
+    memory = timesteps.untyped_storage().data_ptr()
+    if not memory or value.untyped_storage().data_ptr() != memory:
+        return None
+    offset = int(value.storage_offset() - timesteps.storage_offset())
+    step, between = divmod(offset, max(timesteps.stride(0), 1))
+    return step if not between and 0 <= step < len(timesteps) else None
+
+
+def by_noise_level(timestep: torch.Tensor) -> Position:
+    """The position by the noise level that a timestep in 0 … 1000 names; reads it from the device."""
     level = min(max(float(timestep.max()) / 1000, 0.0), 1.0)
-    return min(FINE - 1, round((1 - level) * FINE)), FINE
+    return Position(min(FINE - 1, round((1 - level) * FINE)), FINE)
+
+
+# ── the pipeline that is running ─────────────────────────────────────────────────────────────────────────────────
+
+
+def running_pipeline(denoiser: nn.Module) -> Any:
+    """The diffusers pipeline that is calling ``denoiser`` in this thread, or None."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _is_pipelines(frame):
+            pipe = _first_argument(frame)
+            if isinstance(pipe, PIPELINES) and _holds(pipe, denoiser):
+                return pipe
+        frame = frame.f_back
+    return None
+
+
+PIPELINES = (DiffusionPipeline, ModularPipeline)
+
+
+def _is_pipelines(frame: FrameType) -> bool:
+    """Whether a frame runs a method of a pipeline class, by its code alone: a caller's variables are not looked at lightly."""
+    code = frame.f_code
+    if not code.co_argcount or code.co_varnames[0] != "self":
+        return False
+    owner, _, _ = code.co_qualname.rpartition(".")
+    if "." in owner:  # a class made in a function or in another class is not found by its name
+        return code.co_name == "__call__"
+    found = frame.f_globals.get(owner)
+    return inspect.isclass(found) and issubclass(found, PIPELINES)
+
+
+def _first_argument(frame: FrameType) -> Any:
+    variables = frame.f_locals
+    found = variables.get("self")
+    # Before Python 3.13 these are a copy that the frame keeps, and with it all tensors that it names. Emptied, unless somebody
+    # else has it: ``locals()`` gives the same one. (Counted are the frame's reference, ours and the call's.)
+    if sys.version_info < (3, 13) and sys.getrefcount(variables) <= 3:
+        variables.clear()
+    return found
+
+
+def _holds(pipe: Any, denoiser: nn.Module) -> bool:
+    """Whether a denoiser is a component of a pipeline, itself or inside what wraps it (torch.compile, PEFT)."""
+    parts = [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
+    if any(part is denoiser or getattr(part, "_orig_mod", None) is denoiser for part in parts):
+        return True
+    return any(module is denoiser for part in parts for module in part.modules())

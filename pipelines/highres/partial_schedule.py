@@ -53,21 +53,21 @@ def schedule_calls(pipe: Any) -> Iterator[list[dict[str, Any]]]:
         yield calls
 
 
-@contextmanager
-def entered_at(pipe: Any, steps: int, strength: float, flow_shift: float | None) -> Iterator[Any]:
-    """Run a block with a scheduler that makes the last steps of ``steps`` alone; yields that scheduler.
+def last_steps(pipe: Any, steps: int, strength: float, flow_shift: float | None) -> Any:
+    """A scheduler like the pipeline's that makes the last steps of ``steps`` alone. The pipeline and its own stay unchanged.
 
-    The pipeline's own comes back afterwards, unchanged. flow_shift: None leaves the scheduler's own.
+    flow_shift: None leaves the scheduler's own.
 
     Raises:
         ConfigError: for a strength or shift that cannot be.
         UnsupportedModelError: a scheduler without flow-matching noise levels, or of several forwards a step.
     """
     left = steps_to_run(steps, strength)
-    own = pipe.scheduler
-    scheduler = _shifted(own, flow_shift)
+    scheduler = _shifted(pipe.scheduler, flow_shift)
     if getattr(scheduler, "order", 1) != 1:
-        raise UnsupportedModelError(f"{type(own).__name__} takes several forwards a step; use a scheduler of order 1")
+        raise UnsupportedModelError(
+            f"{type(scheduler).__name__} takes several forwards a step; use a scheduler of order 1"
+        )
     whole = scheduler.set_timesteps
 
     @functools.wraps(whole)
@@ -85,6 +85,16 @@ def entered_at(pipe: Any, steps: int, strength: float, flow_shift: float | None)
             )
 
     scheduler.set_timesteps = set_timesteps
+    return scheduler
+
+
+@contextmanager
+def entered_at(pipe: Any, steps: int, strength: float, flow_shift: float | None) -> Iterator[Any]:
+    """Run a block in which the pipeline has the scheduler of ``last_steps``, which is yielded; its own comes back afterwards.
+
+    Raises as ``last_steps``.
+    """
+    scheduler = last_steps(pipe, steps, strength, flow_shift)
     with replaced(pipe, "scheduler", scheduler):
         yield scheduler
 

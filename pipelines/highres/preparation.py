@@ -15,7 +15,7 @@ import torch
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.generation.settings import GenerateSettings, resolve_settings
 from tilewise.pipelines.generation.stock_call import call_arguments
-from tilewise.pipelines.highres.partial_schedule import entered_at
+from tilewise.pipelines.highres.partial_schedule import last_steps
 from tilewise.pipelines.highres.settings import HighresSettings, pixels
 from tilewise.pipelines.latent_spaces.base import latent_space
 from tilewise.pipelines.loading.model_defaults import least_steps, native_size
@@ -162,8 +162,9 @@ def native_in_shape(pipe: Any, height: int, width: int) -> tuple[int, int]:
 def _check_second_stage(pipe: Any, target: GenerateSettings, options: HighresSettings) -> None:
     """What the second stage would raise about the pipeline: its scheduler, its rotary module, how its denoisers run."""
     assert options.strength is not None and not isinstance(options.flow_shift, str)  # by `for_model`
-    with entered_at(pipe, target.steps, options.strength, options.flow_shift):
-        pass
+    last_steps(
+        pipe, target.steps, options.strength, options.flow_shift
+    )  # not put on the pipeline, which other plans may use
     if options.rope or options.rope_time:
         rotary_modules(pipe)
         trained_grid(pipe)

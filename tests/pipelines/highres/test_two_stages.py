@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
+import threading
 import warnings
 
 import numpy as np
@@ -286,6 +288,64 @@ def test_what_the_second_stage_cannot_take_is_refused_before_the_first(pipe, cas
     assert not told
     monkeypatch.undo()
     assert pipe.scheduler is scheduler
+
+
+def test_overlapping_plans_leave_the_pipeline_alone(tiny_pipe_dir, monkeypatch):
+    """Two requests of the page plan with one skeleton, the second while the first is within its check of the scheduler."""
+    pipe = WanPipeline.from_pretrained(tiny_pipe_dir)
+    own, config = pipe.scheduler, dict(pipe.scheduler.config)
+    attributes, whole = dict(vars(own)), WanPipeline.__setattr__
+    swaps: list[str] = []
+    second_swapped, first_done = threading.Event(), threading.Event()
+    works = []
+
+    def plan() -> None:
+        options = HighresSettings(flow_shift=5.0)
+        shared = {"frames": 5, "steps": 4}
+        works.append(prepare(pipe, "a red circle", 128, 96, (64, 64), "dense", options, shared))
+
+    second = threading.Thread(target=plan)
+
+    def set_and_wait(self, name, value):
+        """The first plan's change waits for the second's, and that one for the end of the first plan."""
+        whole(self, name, value)
+        if name != "scheduler":
+            return
+        swaps.append(value)
+        if len(swaps) == 1:
+            second.start()
+            second_swapped.wait(60)
+        elif len(swaps) == 2:
+            second_swapped.set()
+            first_done.wait(60)
+
+    monkeypatch.setattr(WanPipeline, "__setattr__", set_and_wait)
+    plan()
+    first_done.set()
+    if not swaps:
+        second.start()
+    second.join(60)
+    assert pipe.scheduler is own
+    assert not swaps
+    assert dict(own.config) == config
+    assert vars(own) == attributes
+    assert works[0].target == works[1].target
+
+
+def test_planning_in_threads_leaves_the_pipeline_alone(tiny_pipe_dir):
+    pipe = WanPipeline.from_pretrained(tiny_pipe_dir)
+    own = pipe.scheduler
+
+    def plan(flow_shift: float) -> float:
+        options = HighresSettings(flow_shift=flow_shift)
+        work = prepare(pipe, "a red circle", 128, 96, (64, 64), "dense", options, {"frames": 5, "steps": 4})
+        return work.options.flow_shift
+
+    shifts = [1.0 + n for n in range(16)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(plan, shifts)) == shifts
+    assert pipe.scheduler is own
+    assert "set_timesteps" not in vars(own)
 
 
 def test_a_draft_over_too_many_blocks_is_refused_before_anything_runs(pipe, monkeypatch):

@@ -3,8 +3,8 @@
 ``python -m benchmarks.render`` rewrites the tables of README.md and docs/*.md: each stands between ``<!-- results FILE -->`` and
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
-    headline others attention implementations dynamic quality errors gist highres coherence paths step families time fused
-    launch missing
+    glance headline others attention implementations dynamic quality errors gist highres coherence paths step families time
+    fused launch missing
 
 and without any, all of them do. A file may have notes, written by hand: section → sentences that stand below its tables.
 """
@@ -134,7 +134,7 @@ def errors_table(rows: Rows) -> str:
 
 
 def highres_table(rows: Rows) -> str:
-    """Steps past the training size: a way a line, how often its full path runs a column."""
+    """Steps past the training size: a way a line, how often its global path runs a column."""
     every = sorted({step["k"] for row in rows for step in row["steps"] if step["k"]})
     shown = "s · × dense · × FreeSwim"
     lines = [["high-resolution step", "", "peak GiB, one cache", *(f"k={k}: {shown}" for k in every)]]
@@ -189,8 +189,8 @@ def _layers_title(row: dict[str, Any]) -> str:
 
 
 def global_path_table(rows: Rows) -> str:
-    """What a coarser full path changes."""
-    lines = [["one forward of", "full path", "differs from dense by", "at most"]]
+    """What a coarser global path changes."""
+    lines = [["one forward of", "global path", "differs from dense by", "at most"]]
     for row in rows:
         title = f"{row['name']}, {row['clips']} clips, σ {row['levels'].replace(',', ', ')}"
         for number, (name, found) in enumerate(row["paths"].items()):
@@ -279,6 +279,20 @@ def headline_table(rows: Rows) -> str:
     return _markdown(lines) if len(lines) > 1 else ""
 
 
+def glance_table(rows: Rows) -> str:
+    """A denoiser forward a line: how many times faster than stock each of the main variants is, and its milliseconds."""
+    names = ("dense", "STA window (3,3,3)", "STA density 0.2", "draft density 0.25")
+    lines = [["denoiser forward", "stock, ms", *names]]
+    for row in rows:
+        found = {v["name"]: v for v in row.get("variants", [])}
+        if "stock" not in found:
+            continue
+        ours = [found.get(f"tilewise, {name}") for name in names]
+        cells = [f"{v['over']['stock']:.2f} × ({v['ms']:.0f} ms)" if v and "stock" in v["over"] else "–" for v in ours]
+        lines.append([row["name"], f"{found['stock']['ms']:.0f}", *cells])
+    return _markdown(lines) if len(lines) > 1 else ""
+
+
 def time_table(rows: Rows) -> str:
     """Where the GPU time of a forward goes, before and after."""
     groups = list(dict.fromkeys(g for row in rows for t in row["time"].values() for g in t["ms"]))
@@ -339,6 +353,7 @@ MADE_BY = {
 }  # fmt: skip
 # name → (section of the result file, its table); no section: rows of all
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
+    "glance": ("step", glance_table),
     "headline": ("step", headline_table),
     "others": ("families", headline_table),
     "attention": ("attention", attention_table),

@@ -1,4 +1,4 @@
-"""The page of supported models, made from the code: python -m examples.list_models > docs/models.md"""
+"""The page of supported models, generated from the code: python -m examples.list_models > docs/models.md"""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tilewise.plugins.models.common.registry import family_named, supported_mode
 
 HEAD = """# Supported models
 
-`tilewise.patch` serves these diffusers denoisers, in pipelines or alone; `tilewise.supported_models()` is this list in code.
-Each passes the same checks on a tiny random-weight model: a window that holds everything gives stock's output, a real window
-gives what stock gives with that window as an explicit mask, and `unpatch` is exact and leaves no trace. Other denoisers are
-refused, untouched, with the names of these; how to add one: [CONTRIBUTING.md](../CONTRIBUTING.md).
+`tilewise.patch` supports these diffusers denoisers, in a pipeline or alone; `tilewise.supported_models()` returns this list. Each
+class passes the same checks on a tiny model with random weights: a full window equals stock attention, a real window equals stock
+attention with that window as an explicit mask, and `unpatch` is exact and leaves no trace. `patch` refuses other denoisers, leaves them
+unchanged, and lists these. To add one, see [extending](extending.md#add-a-model-family).
 
 | family | denoisers | notes |
 | --- | --- | --- |
@@ -19,7 +19,7 @@ refused, untouched, with the names of these; how to add one: [CONTRIBUTING.md](.
 
 
 def page() -> str:
-    """docs/models.md: a row a family, with the first paragraph of its module."""
+    """docs/models.md: one row per family, with the first paragraph of its docstring."""
     rows = []
     for name, classes in supported_models().items():
         family = type(family_named(name))

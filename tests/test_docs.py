@@ -6,6 +6,7 @@ class that the real one has. A call of theirs is made small, and checked for wha
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 import types
@@ -23,7 +24,11 @@ from tilewise.plugins.methods import base
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+WRITTEN = [*PAGES, DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+RESULTS = re.compile(r"<!-- results .*?<!-- /results -->", re.DOTALL)
+FILE = re.compile(r"(?<![\w/.-])(?:kernels|plugins|pipelines|ui|src|tests|examples|benchmarks|docs)/[\w/.-]*\w/?")
+NAME = re.compile(r"(?<![\w/.-])tilewise\.(?:kernels|plugins|pipelines|ui)(?:\.\w+)+")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)")
 SMALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 4}
 STAND_INS = {
@@ -98,12 +103,25 @@ def test_code_runs(page, no_downloads, monkeypatch, capsys):
             assert not report.skipped_layers
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for link in LINK.findall(page.read_text()):
         assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
+def test_files_and_names_that_a_page_mentions_exist(page):
+    """Paths from the repository's root, in text and in pictures, and dotted names inside the package."""
+    text = RESULTS.sub("", page.read_text())
+    missing = [path for path in FILE.findall(text) if not (DOCS.parent / path).exists()]
+    for name in NAME.findall(text):
+        module, _, attribute = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            if not hasattr(importlib.import_module(module), attribute):
+                missing.append(name)
+    assert not missing
 
 
 def test_every_page_is_in_the_index():

@@ -1,4 +1,4 @@
-"""Allegro.
+"""Allegro: text-to-video.
 
 Self-attention is ``attn1`` of each block, over the video tokens alone in raster order (t slowest); text enters through
 cross-attention. The pipeline hands the forward tables of rotations by position and, apart, each token's three positions.

@@ -1,4 +1,4 @@
-"""CogVideoX 1.0 and 1.5: text-, image-, video-to-video and Fun control; ConsisID, which is made from it.
+"""CogVideoX 1.0 and 1.5: text-, image- and video-to-video, and Fun control. ConsisID is based on it.
 
     sequence = [text, video]        one softmax over both; the video in raster order, t slowest
 
@@ -120,7 +120,7 @@ class CogVideoXFamily(Family):
 
 
 class ConsisIDFamily(CogVideoXFamily):
-    """Between the blocks, video tokens look at a face: each for itself, wherever it stands."""
+    """ConsisID: CogVideoX with cross-attention from each video token to a face, between the blocks, in any token order."""
 
     name = "consisid"
     classes: tuple[str, ...] = ("ConsisIDTransformer3DModel",)

@@ -1,4 +1,4 @@
-"""Flux.2 (dev, klein): as Flux.1, with four numbers a position and a batch of them.
+"""Flux.2 (dev, klein): like Flux.1, with four position ids per token, for each sample.
 
 Its double blocks attend over [text | image]; its single blocks, which have the feed-forward in the same projections, run on that
 sequence. Reference images follow the image in its stream; in a patched denoiser they stand before it, and count as text.

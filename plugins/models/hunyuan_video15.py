@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5: [video, text] in one softmax as in HunyuanVideo, with two-stream blocks alone.
+"""HunyuanVideo 1.5: [video, text] in one softmax as in HunyuanVideo, with two-stream blocks only.
 
 Its text tokens are of three kinds, joined by the model: of the image, of words to be written (ByT5) and of the prompt, each with
 its padding; all padding is last. The stock processor turns the mask over text tokens into one over pairs of tokens,

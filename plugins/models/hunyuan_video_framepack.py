@@ -1,4 +1,4 @@
-"""FramePack on HunyuanVideo: a window of frames is denoised after a history of frames before it, at three scales.
+"""FramePack on HunyuanVideo: denoises a window of frames that follows a history of earlier frames, at three scales.
 
     the model's order          [history ÷ 4 | history ÷ 2 | clean frames | video | image | text]
     the blocks' order, here    [video | history ÷ 4 | history ÷ 2 | clean frames | image | text]

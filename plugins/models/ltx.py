@@ -1,4 +1,4 @@
-"""LTX-Video: text- and image-to-video, conditioned video, long video. What LTX-2's video stream shares is here as well.
+"""LTX-Video: text- and image-to-video, conditioned video, long video. LTX-2's video stream shares this code.
 
     sequence = [condition frames,] video [, condition frames]        the video in raster order, t slowest
 

@@ -1,4 +1,4 @@
-"""Mochi 1.
+"""Mochi 1: text-to-video.
 
     sequence = [video, text]        one softmax over both; the video in raster order, t slowest
 

@@ -1,4 +1,4 @@
-"""SkyReels-V2, Wan's architecture trained anew: text- and image-to-video, and diffusion forcing (a timestep per frame).
+"""SkyReels-V2, Wan's architecture with its own weights: text- and image-to-video, and diffusion forcing (a timestep per frame).
 
 With diffusion forcing, the blocks are given modulation of shape (B, 6, S, C), which the forward makes for all of them. Its
 asynchronous mode sets ``num_frame_per_block`` > 1 in the config: frames then see no later group of frames, by a mask over all

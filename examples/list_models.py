@@ -10,8 +10,8 @@ HEAD = """# Supported models
 
 `tilewise.patch` supports these diffusers denoisers, in a pipeline or alone; `tilewise.supported_models()` returns this list. Each
 class passes the same checks on a tiny model with random weights: a full window equals stock attention, a real window equals stock
-attention with that window as an explicit mask, and `unpatch` is exact and leaves no trace. `patch` refuses other denoisers, leaves them
-unchanged, and lists these. To add one, see [extending](extending.md#add-a-model-family).
+attention with that window as an explicit mask, and `unpatch` is exact and leaves no trace. `patch` refuses other denoisers,
+leaves them unchanged, and lists these. To add one, see [extending](extending.md#add-a-model-family).
 
 | family | denoisers | notes |
 | --- | --- | --- |

@@ -373,6 +373,26 @@ def test_pooled_path_in_a_model():
     assert (outs[2] - outs[0]).abs().max() > 1e-4
 
 
+def test_pooled_patches_follow_the_grid():
+    """They are kept from call to call, and another grid of as many tokens has others."""
+    model = tiny_wan.tiny_transformer()
+    tilewise.patch(model, METHOD, steps=(0, 1), strict=True)
+    sizes = [(16, 12), (12, 16), (16, 12)]
+
+    def forward(height, width):
+        x, text = inputs(height=height, width=width)
+        return model(x, torch.tensor([500.0]), text).sample
+
+    with torch.no_grad():
+        wanted = []
+        for size in sizes:
+            with two_paths(model, refresh=1, global_path="pooled", pool=(2, 2)):
+                wanted.append(forward(*size))
+        with two_paths(model, refresh=1, global_path="pooled", pool=(2, 2)):
+            for size, out in zip(sizes, wanted, strict=True):
+                assert torch.equal(forward(*size), out), size
+
+
 def test_drafted_path_in_a_model():
     """A draft that keeps everything is dense attention; a quarter with its summary rows is not, and is near."""
     model = tiny_wan.tiny_transformer()

@@ -1,4 +1,5 @@
-# demo: makes outputs/demo.mp4 with the bundled model.   test: the CPU test suite.   lint: ruff + mypy.
+# demo: makes outputs/demo.mp4 with the bundled model.   lint: ruff + mypy.
+# test: the CPU test suite.   quick: its fast tests of kernels and plugins (model families included), in under a minute.
 # bench: the benchmarks (a GPU is used if there is one).  Each target sets up .venv by itself, once.
 #
 # PIP_ARGS is passed to pip. On a machine without a GPU, naming PyTorch's own index of CPU builds there saves gigabytes:
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test quick lint bench clean
 .DELETE_ON_ERROR:
 
 # A venv that Debian's python3 makes without the package python3-venv has no pip: it is made anew, not taken for a good one.
@@ -25,6 +26,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not (slow or compile or cli or web or gpu)' tests/kernels tests/plugins tests/test_structure.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""Fixtures that every test may use, and the rules: GPU tests need a GPU, one thread a process."""
+"""Fixtures that every test may use, and the rules: markers by folder, GPU tests need a GPU, one thread a process.
+
+The controller of pytest-xdist loads this file and runs no test: what takes seconds to import is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import global_state
 import pytest
-import tiny_wan
-import torch
+
+HERE = Path(__file__).parent
+# Markers that every test in a folder has. A file with one kind of tests sets ``pytestmark`` itself.
+MARKERS = {"ui/cli": "cli", "ui/web": "web", "examples": "slow", "benchmarks": "slow"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for folder, marker in MARKERS.items():
+            if item.path.is_relative_to(HERE / folder):
+                item.add_marker(marker)
+    import torch
+
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
@@ -42,6 +52,8 @@ def what_stays_is_not_gone_over_again() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def global_state_of_a_module() -> Iterator[None]:
     """As for a test, for the fixtures that a module's tests share."""
+    import global_state
+
     before = global_state.snapshot()
     yield
     global_state.fail_if_changed(before)
@@ -50,6 +62,8 @@ def global_state_of_a_module() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def global_state_of_a_test() -> Iterator[None]:
     """A test leaves the process as it found it, so that tests pass in any order: one that does not fails."""
+    import global_state
+
     before = global_state.snapshot()
     yield
     global_state.fail_if_changed(before)
@@ -58,16 +72,22 @@ def global_state_of_a_test() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def same_numbers_each_run() -> None:
     """What a test draws without a seed of its own is the same in every run: one that fails can be looked at again."""
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def tiny_pipe():
     """A fresh tiny WanPipeline with random weights (64x64, 9 frames by default): yours to patch and break."""
+    import tiny_wan
+
     return tiny_wan.tiny_pipeline()
 
 
 @pytest.fixture(scope="session")
 def tiny_pipe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same pipeline as a diffusers folder on disk. Shared: read it, do not write to it."""
+    import tiny_wan
+
     return tiny_wan.save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "tiny-wan")

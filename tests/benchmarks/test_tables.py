@@ -249,6 +249,7 @@ def test_a_model_has_the_dtypes_of_a_loaded_one(tmp_path):
     assert set(want.values()) == {torch.bfloat16, torch.float32}
 
 
+@pytest.mark.compile
 def test_warming_up_and_compiling_leave_the_model_as_it_was():
     model = step.build(step.CONFIGS["tiny"], CPU, torch.float32)
     blocks = model.blocks

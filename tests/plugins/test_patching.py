@@ -381,6 +381,7 @@ def test_offloading_before_and_after(tiny_pipe):
     torch.testing.assert_close(latents(tiny_pipe), stock, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
 def test_compiled_before_or_after_the_patch(tiny_pipe, how):
     """torch.compile(module), module.compile() and compile_repeated_blocks(), with code that had already been compiled."""

@@ -85,6 +85,7 @@ def test_triton_quantises_like_the_formulas(case, dtype):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter itself")
+@pytest.mark.slow
 def test_interpreted():
     """The Triton kernels in Triton's CPU interpreter, in a process of its own: the variable must be set before the import."""
     pytest.importorskip("triton")

@@ -19,6 +19,8 @@ from tilewise.kernels.attention.backends.hopper_8bit import _descriptor, hopper_
 from tilewise.kernels.attention.dispatch_8bit import BLOCK  # noqa: E402
 from tilewise.kernels.attention.quantize import VALUES  # noqa: E402
 
+pytestmark = pytest.mark.compile
+
 TYPES = {"int8": "i8", "fp8": "fp8e4nv"}
 FLOATS = ["lse_ptr", "q_facts", "kv_scales", "v_facts"]
 PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_codes", "row_codes"]

@@ -273,6 +273,7 @@ class TestEntryPoint:
         with pytest.raises(RuntimeError, match="cannot run this"):
             block_sparse_attention(*case.tensors(), case.plan(), backend="triton")
 
+    @pytest.mark.slow
     def test_triton_in_the_interpreter(self):
         """This file again, in a process where Triton kernels run on the CPU."""
         pytest.importorskip("triton")

@@ -11,6 +11,8 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from tilewise.kernels.attention.backends.hopper import BLOCK, as_rows, hopper_kernel, launch_config  # noqa: E402
 
+pytestmark = pytest.mark.compile
+
 PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_codes", "row_codes"]
 
 

@@ -12,6 +12,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from tilewise.kernels.attention.backends.triton import forward_kernel, launch_config  # noqa: E402
 
+pytestmark = pytest.mark.compile
+
 POINTERS = {"q_ptr": "io", "k_ptr": "io", "v_ptr": "io", "out_ptr": "io", "lse_ptr": "*fp32"}
 PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_codes", "row_codes"]
 

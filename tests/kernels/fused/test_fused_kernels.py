@@ -211,6 +211,7 @@ class TestEntryPoints:
         torch.library.opcheck(residual_norm_op, (h, y, None, None, None, None, None, None, 1e-6, False))
         torch.library.opcheck(linear_gelu_op, (h, torch.randn(8, 32), torch.randn(8)))
 
+    @pytest.mark.compile
     def test_compiled_whole(self):
         h, y = torch.randn(2, 2, 5, 32).unbind()
         _, k, weight, _, cos, sin, *_ = qk_arguments()
@@ -292,6 +293,7 @@ class TestEntryPoints:
         with pytest.raises(ValueError, match="one device"):
             linear_gelu(x, weight, bias.to("meta"))
 
+    @pytest.mark.slow
     def test_triton_in_the_interpreter(self):
         """This file again, in a process where Triton kernels run on the CPU."""
         pytest.importorskip("triton")
@@ -342,6 +344,7 @@ def check_code(kernel, capability: int, folder: Path) -> None:
     assert sum(".v4" in load for load in re.findall(r"ld\.global\S*", ptx)) >= 2
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(INTERPRETED, reason="runs once, in the ordinary process")
 @pytest.mark.parametrize("capability", [80, 90])
 class TestAheadOfTime:

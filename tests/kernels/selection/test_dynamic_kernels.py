@@ -337,6 +337,7 @@ def test_add_skipped_refuses_other_shapes():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.slow
 def test_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", __file__]
@@ -358,6 +359,7 @@ def compiled(kernel, capability: int, constants: dict, types: dict[str, str], wa
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(INTERPRETED, reason="runs once, in the ordinary process")
 @pytest.mark.parametrize("capability", [80, 90])
 class TestAheadOfTime:

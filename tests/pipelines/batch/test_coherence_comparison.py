@@ -51,6 +51,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_manifest_records_coherence_and_counts(folders, again):
     found = {
         line["seed"]: line["run"]["highres"]

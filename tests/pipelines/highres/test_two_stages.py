@@ -193,6 +193,7 @@ def test_stretching_is_said(pipe):
         make(pipe, height=128, width=96, native=None, global_path="none")
 
 
+@pytest.mark.compile
 def test_a_compiled_denoiser_has_no_full_path(pipe):
     """It would run as one of windows, unnoticed: refused before the native stage runs, and the window alone runs compiled."""
     plain = make(pipe, global_path="none")

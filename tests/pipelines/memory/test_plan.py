@@ -180,6 +180,7 @@ def test_a_model_that_keeps_parts_in_float32_is_planned_as_it_computes(tmp_path)
     assert plan(loaded).activations == found.activations
 
 
+@pytest.mark.compile
 def test_vaes_that_are_compiled_or_tiny():
     from diffusers import AutoencoderTiny
     from test_models import flux

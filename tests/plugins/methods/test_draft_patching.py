@@ -102,6 +102,7 @@ def test_nan_in_a_pipeline_is_counted(tiny_pipe):
     assert "not finite" in str(told)
 
 
+@pytest.mark.compile
 def test_compiled_blocks_run_it(tiny_pipe):
     """The plan is made inside the operator, so that one graph serves all steps."""
     plain = Draft(density=0.4, tile=TILE, min_tokens=0)

@@ -77,6 +77,7 @@ def test_a_head_dimension_of_96():
     family_checks.full_window_is_dense(model, inputs(model, 3, 5, 7), Grid(3, 5, 7), atol=5e-5)
 
 
+@pytest.mark.compile
 def test_compiled():
     model = denoiser()
     family_cases.compiled_is_eager(model, inputs(model, 3, 5, 7))

@@ -104,6 +104,7 @@ def test_own_processor(model, number):
     image_checks.own_processor(model, inputs(8, 9, PADDED), number)
 
 
+@pytest.mark.compile
 def test_compiled():
     image_checks.compiled_is_eager(tiny(num_single_layers=1), inputs(7, 11, PADDED))  # other sizes: as Flux
 

@@ -237,6 +237,7 @@ def test_fused_projections():
     torch.testing.assert_close(ours, stock, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.compile
 def test_compiles_to_one_graph():
     model = denoiser()
     given = inputs(model, GRIDS[1])

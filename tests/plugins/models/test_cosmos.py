@@ -93,6 +93,7 @@ def test_full_window_on_thin_grids(grid):
     family_checks.full_window_is_dense(denoiser(), inputs("2", *grid, per_frame=True), Grid(*grid), atol=5e-5)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("per_frame", [False, True])
 def test_compiled(per_frame):
     family_cases.compiled_is_eager(denoiser(num_layers=2), inputs("2", 3, 5, 7, per_frame=per_frame))

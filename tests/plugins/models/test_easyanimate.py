@@ -65,6 +65,7 @@ def test_two_prompts_and_inpainting():
     family_cases.check(model, given, expected(3, 5, 7, TEXT + 4), atol=5e-5)
 
 
+@pytest.mark.compile
 def test_compiled():
     family_cases.compiled_is_eager(denoiser(1), inputs(3, 5, 7))
 

@@ -128,6 +128,7 @@ def test_lora_on_the_embedder_and_the_output(patched_first):
     torch.testing.assert_close(ours, image_checks.output(model, inputs(8, 9)), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.compile
 def test_blocks_compiled_one_by_one():
     model = tiny()
     with tilewise.patched(model, family_checks.SMALL, steps=(0, 1)):
@@ -137,6 +138,7 @@ def test_blocks_compiled_one_by_one():
     torch.compiler.reset()
 
 
+@pytest.mark.compile
 def test_compiled():
     one = tiny(num_single_layers=1)
     image_checks.compiled_is_eager(one, inputs(8, 10), inputs(8, 9, reference=(5, 6)), inputs(7, 11))

@@ -88,6 +88,7 @@ def test_kept_keys_of_reference_images_stay_dense_and_are_counted():
     family_checks.full_window_is_dense(model, inputs(8, 9), Grid(1, 8, 9, text=TEXT, text_first=True))
 
 
+@pytest.mark.compile
 def test_compiled():
     image_checks.compiled_is_eager(tiny(num_single_layers=1), inputs(8, 10), inputs(8, 9, (5, 6)))
 

@@ -178,6 +178,7 @@ def test_history_is_seen_by_every_query(model):
         assert torch.equal(changed[:, ::2, ::2], seen)
 
 
+@pytest.mark.compile
 def test_blocks_compile():
     """Stock cuts the prompt to its length and so breaks the whole model's graph, patched or not; its blocks compile."""
     given, _, _ = CASES[0]

@@ -172,6 +172,7 @@ def test_the_dense_method_is_stock_bit_by_bit(kind):
         assert torch.equal(family_checks.forward(model, given), stock)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("kind", [None, "token_replace"])
 @pytest.mark.parametrize("how", ["whole", "blocks"])
 def test_compile(kind, how):

@@ -165,6 +165,7 @@ def test_strict():
     assert family_checks.traces(model) == before
 
 
+@pytest.mark.compile
 def test_blocks_compile():
     """Stock looks at whether there is an image, and so breaks the whole model's graph, patched or not; its blocks compile."""
     steps = [

@@ -82,6 +82,7 @@ def test_full_window_on_thin_grids(grid):
     family_checks.full_window_is_dense(denoiser(), inputs(*grid), Grid(*grid), atol=2e-3)
 
 
+@pytest.mark.compile
 def test_compiled():
     model, given = denoiser(), inputs(3, 5, 7)
     with tilewise.patched(model, family_checks.SMALL, steps=(0, 1), strict=True), torch.no_grad():

@@ -304,6 +304,7 @@ def same_compiled(model, given, **options):
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.compile
 def test_ltx_compiles_to_one_graph():
     """With a timestep per token."""
     given = inputs(GRIDS[1])
@@ -311,6 +312,7 @@ def test_ltx_compiles_to_one_graph():
     same_compiled(ltx(), given, fullgraph=True)
 
 
+@pytest.mark.compile
 def test_ltx_compiles_with_a_break_where_positions_are_read():
     given = inputs(GRIDS[1]) | {"video_coords": condition_coords([(0, *GRIDS[1])])}
     for name in ("num_frames", "height", "width", "rope_interpolation_scale"):
@@ -476,6 +478,7 @@ def test_ltx2_audio_layers_stay_stock():
     assert changed == {f"transformer_blocks.{i}.attn1.processor" for i in range(2)}
 
 
+@pytest.mark.compile
 def test_ltx2_compiles_to_one_graph():
     model = ltx2()
     same_compiled(model, inputs2(model, GRIDS[1]), fullgraph=True)

@@ -78,6 +78,7 @@ def test_a_foreign_processor_gets_raster_order():
     family_cases.foreign_layer_is_stock(denoiser(), inputs(3, 5, 7, (7, 2)))
 
 
+@pytest.mark.compile
 def test_compiled():
     """Stock breaks graphs where it looks for the padding; so do we, and nowhere else does it matter."""
     model, given = denoiser(num_layers=2), inputs(3, 5, 7, (7, 2))

@@ -88,6 +88,7 @@ def test_own_processor(model, shapes):
     image_checks.own_processor(model, inputs(*shapes, mask=PADDED), 0, same_order=len(shapes) == 1)
 
 
+@pytest.mark.compile
 def test_compiled():
     image_checks.compiled_is_eager(tiny(num_layers=1), inputs((1, 8, 10)), inputs((1, 7, 11), mask=PADDED))
     image_checks.compiled_is_eager(tiny(num_layers=1, zero_cond_t=True), inputs((1, 8, 9), (1, 5, 6)))

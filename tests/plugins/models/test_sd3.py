@@ -70,6 +70,7 @@ def test_own_processor(number):
     image_checks.own_processor(tiny(**SD35), inputs(8, 9), number)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("overrides", [{}, SD35], ids=["3", "3.5"])
 def test_compiled(overrides):
     image_checks.compiled_is_eager(tiny(**overrides), inputs(7, 11))

@@ -64,6 +64,7 @@ def test_frame_rates_and_images():
     family_cases.check(model, given, Grid(3, 5, 7), atol=5e-5)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("forcing", [False, True])
 def test_compiled(forcing):
     family_cases.compiled_is_eager(denoiser(), inputs(3, 5, 7, forcing=forcing))

@@ -141,6 +141,7 @@ def test_explain_shows_each_level():
         tilewise.explain(unet_2d(), height=500, width=512, num_frames=1, method="sta")
 
 
+@pytest.mark.compile
 def test_compiles_without_graph_breaks(every_level):
     # One level with attention will do; tracing the others takes seconds.
     blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "mid_block_type": None}

@@ -92,6 +92,7 @@ def test_a_foreign_processor_gets_raster_order():
     family_cases.foreign_layer_is_stock(denoiser(), inputs(3, 5, 7))
 
 
+@pytest.mark.compile
 def test_compiled():
     family_cases.compiled_is_eager(denoiser(layers=2), inputs(3, 5, 7))
 

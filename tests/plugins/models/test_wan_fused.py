@@ -533,6 +533,7 @@ def test_override_keeps_the_signature_and_is_exact():
 # ── compiled ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_compiled_in_one_graph(options):
     model, call = variant(options)
@@ -548,6 +549,7 @@ def run_compiled(compiled, model, **options):
     return compiled(**inputs(model, **options)).sample
 
 
+@pytest.mark.compile
 def test_blocks_share_one_compiled_graph():
     model = tiny_wan.tiny_transformer(num_layers=5)
     fuse(model)

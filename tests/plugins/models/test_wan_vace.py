@@ -72,6 +72,7 @@ def test_a_foreign_processor_gets_raster_order(layer):
     family_cases.foreign_layer_is_stock(denoiser(), inputs(3, 5, 7), layer)
 
 
+@pytest.mark.compile
 def test_compiled():
     family_cases.compiled_is_eager(denoiser(layers=2, vace_layers=(0,)), inputs(3, 5, 7, scale=(0.7,)))
 

@@ -92,6 +92,7 @@ def test_omni_mode_stays_dense_and_is_counted():
     family_checks.refused_is_stock(model, x, "omni mode", outputs)
 
 
+@pytest.mark.compile
 def test_compiled():
     image_checks.compiled_is_eager(tiny(n_layers=1), inputs(7, 11))
 

@@ -16,6 +16,8 @@ from tilewise.plugins.runtime import custom_ops as operators
 from tilewise.plugins.runtime.call_stats import DENSE_LAYER, DENSE_STEP, FALLBACK, SPARSE
 from tilewise.plugins.runtime.patched_denoiser import Patch, _triton_runs
 
+pytestmark = pytest.mark.compile
+
 SMALL = tilewise.STA(window=(1, 1, 1), tile=(2, 3, 3))
 ATTEND = torch.ops.tilewise.attend.default
 BLOCKS = 2

@@ -23,6 +23,7 @@ from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.common.registry import attention_layers, family_of, supported_models
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
+from tilewise.plugins.torch_compat import is_compiled_module, runs_compiled, uncompiled
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 T = TypeVar("T")
@@ -53,11 +54,6 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
     return denoisers
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module inside what ``torch.compile(module)`` returned."""
-    return getattr(module, "_orig_mod", module)
-
-
 def _forget_compiled(target: Any, denoisers: dict[str, nn.Module]) -> None:
     """Drop compiled code of the denoisers where there may be some: it does not look for hooks that come or go later.
 
@@ -71,17 +67,8 @@ def _forget_compiled(target: Any, denoisers: dict[str, nn.Module]) -> None:
 
 def is_compiled(target: Any, name: str, denoiser: nn.Module) -> bool:
     """Whether calls of a target's denoiser, or of a module in it, run compiled code."""
-
-    def compiled(module: nn.Module) -> bool:
-        forward = module.__dict__.get("forward")
-        return getattr(module, "_compiled_call_impl", None) is not None or hasattr(
-            forward, "_torchdynamo_orig_callable"
-        )
-
     wrapped = (target, getattr(target, name, None))  # as torch.compile(module) returned it
-    return any(getattr(module, "_orig_mod", None) is not None for module in wrapped) or any(
-        map(compiled, denoiser.modules())
-    )
+    return any(map(is_compiled_module, wrapped)) or any(map(runs_compiled, denoiser.modules()))
 
 
 def patch(

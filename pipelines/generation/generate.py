@@ -19,6 +19,7 @@ from tilewise.pipelines.generation.stock_call import stock_call
 from tilewise.pipelines.loading.model_defaults import least_steps, native_size
 from tilewise.pipelines.media.video import to_uint8
 from tilewise.pipelines.quality.content_score import analyse, parse_prompt, score
+from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import DENOISERS, is_patched, patched
 from tilewise.plugins.summary import Summary, summary
@@ -97,7 +98,7 @@ def run(
     A preview that raises an Exception is logged and not called again; the run goes on.
     """
     tell = progress or (lambda phase, done, total: None)
-    clock = _Clock(getattr(pipe, "_execution_device", pipe.device))
+    clock = _Clock(execution_device(pipe, pipe.device))
 
     def first_forward(*_: Any) -> None:
         if "denoise" not in clock.start:

@@ -10,6 +10,7 @@ from typing import Any
 from tilewise import __version__
 from tilewise.pipelines.loading.model_defaults import native_size
 from tilewise.plugins.config import Config, MethodLike, resolve
+from tilewise.plugins.diffusers_compat import source_of
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.explain import Explanation, explain
 
@@ -117,7 +118,7 @@ def resolve_settings(
     settings = GenerateSettings(
         prompt=prompt,
         negative=negative,
-        model=model or str(getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__),
+        model=model or source_of(pipe) or type(pipe).__name__,
         method=resolve(method),
         height=pick(height, native.height),
         width=pick(width, native.width),

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 import tilewise.pipelines.latent_spaces
+from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import UnsupportedModelError
 
 Statistics = tuple[torch.Tensor | float, torch.Tensor | float]
@@ -117,7 +118,7 @@ class LatentSpace:
         missing = -(count - 1) % self.encoder_run
         if missing:
             frames = np.concatenate([frames, np.repeat(frames[-1:], missing, 0)])
-        device = getattr(pipe, "_execution_device", vae.device)
+        device = execution_device(pipe, vae.device)
         video = torch.from_numpy(np.ascontiguousarray(frames)).to(device, vae.dtype).permute(3, 0, 1, 2)[None] * 2 - 1
         latents = self.encode_vae(vae, video)
         pipe.maybe_free_model_hooks()  # an offloaded VAE makes room for the denoiser
@@ -128,7 +129,7 @@ class LatentSpace:
     def decode(self, pipe: Any, latents: torch.Tensor) -> NDArray[np.float32]:
         """Normalised latents (1, C, t, h, w) to frames (T, H, W, 3) in 0 … 1: what the pipeline does at its end."""
         vae = pipe.vae
-        latents = latents.to(getattr(pipe, "_execution_device", vae.device), vae.dtype)
+        latents = latents.to(execution_device(pipe, vae.device), vae.dtype)
         mean, std = self.statistics(vae, latents)
         video = self.decode_vae(vae, latents * std + mean)
         frames: NDArray[np.float32]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.latent_spaces.base import LatentSpace
+from tilewise.plugins.diffusers_compat import pack_latents, unpack_latents
 
 
 class FluxLatents(LatentSpace):
@@ -15,11 +16,11 @@ class FluxLatents(LatentSpace):
 
     def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         batch, channels, _, h, w = latents.shape
-        return pipe._pack_latents(latents[:, :, 0].contiguous(), batch, channels, h, w)
+        return pack_latents(pipe, latents[:, :, 0].contiguous(), batch, channels, h, w)
 
     def unpacked(self, pipe: Any, latents: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
         factor = pipe.vae_scale_factor
-        image = pipe._unpack_latents(latents, shape[1] * factor, shape[2] * factor, factor)
+        image = unpack_latents(pipe, latents, shape[1] * factor, shape[2] * factor, factor)
         return image.view(*image.shape[:2], *shape)  # some pipelines keep an axis of frames
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tilewise.pipelines.latent_spaces.base import LatentSpace, Statistics
+from tilewise.plugins.diffusers_compat import flux2_mu
 
 
 class Flux2Latents(LatentSpace):
@@ -21,10 +22,8 @@ class Flux2Latents(LatentSpace):
         return _over(norm.running_mean, like), _over(std, like)
 
     def mu(self, config: Any, tokens: int, asked: dict[str, Any]) -> float:
-        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
         sigmas = asked.get("sigmas")
-        return compute_empirical_mu(tokens, asked["num_inference_steps"] if sigmas is None else len(sigmas))
+        return flux2_mu(tokens, asked["num_inference_steps"] if sigmas is None else len(sigmas))
 
     def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         return F.pixel_unshuffle(latents[:, :, 0], 2)

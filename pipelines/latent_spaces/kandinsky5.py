@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tilewise.pipelines.latent_spaces.base import LatentSpace
+from tilewise.plugins.diffusers_compat import kandinsky5_rope_scale
 
 
 class Kandinsky5Latents(LatentSpace):
@@ -23,7 +24,7 @@ class Kandinsky5Latents(LatentSpace):
 
     def alike(self, pipe: Any, size: tuple[int, int], own: tuple[int, int]) -> bool:
         # Outside of a range of sides it turns positions by less.
-        return pipe._get_scale_factor(*size) == pipe._get_scale_factor(*own)
+        return kandinsky5_rope_scale(pipe, *size) == kandinsky5_rope_scale(pipe, *own)
 
     def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
         last = latents.permute(0, 2, 3, 4, 1).contiguous()

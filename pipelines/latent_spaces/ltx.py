@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.latent_spaces.base import LatentSpace, Statistics
+from tilewise.plugins.diffusers_compat import pack_latents, unpack_latents
 
 
 class LTXLatents(LatentSpace):
@@ -21,10 +22,10 @@ class LTXLatents(LatentSpace):
         return mean, std / vae.config.scaling_factor
 
     def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:
-        return pipe._pack_latents(latents, *_patches(pipe))
+        return pack_latents(pipe, latents, *_patches(pipe))
 
     def unpacked(self, pipe: Any, latents: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-        return pipe._unpack_latents(latents, *shape, *_patches(pipe))
+        return unpack_latents(pipe, latents, *shape, *_patches(pipe))
 
     def decode_vae(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         level = latents.new_zeros(len(latents)) if vae.config.timestep_conditioning else None

@@ -9,6 +9,7 @@ from typing import Any
 from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.latent_spaces.base import latent_spaces
 from tilewise.pipelines.loading.model_folder import read_json
+from tilewise.plugins.diffusers_compat import is_enabled
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.native_size import call_parameters, native_file, native_pixels, usual_frames
@@ -114,7 +115,7 @@ def guider_of(pipe: Any) -> Any:
     guider = getattr(pipe, "guider", None)
     given = "guidance_scale" in call_parameters(pipe)
     # A guider that is off has one forward; others have several scales, or names of their own.
-    able = getattr(guider, "_enabled", False) and "guidance_scale" in getattr(guider, "config", {})
+    able = is_enabled(guider) and "guidance_scale" in getattr(guider, "config", {})
     return guider if able and not given else None
 
 

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.load import FLOAT32_VAES
+from tilewise.plugins.diffusers_compat import source_of
 from tilewise.plugins.explain import Explanation
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
@@ -65,7 +66,7 @@ def estimate_memory(
             size = 4 if type(part).__name__ in FLOAT32_VAES else dtype.itemsize
             weights += sum(weight.numel() for weight in part.parameters()) * size
         elif part is None and name.startswith(("text_encoder", "image_encoder")):
-            folder = Path(str(skeleton.config.get("_name_or_path") or "")) / name
+            folder = Path(source_of(skeleton)) / name
             numbers = _numbers_in(folder)
             weights += (numbers or 0) * dtype.itemsize
             if numbers is None:

@@ -31,10 +31,12 @@ from tilewise.kernels.attention.lse_merge import SCORES
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_space
 from tilewise.pipelines.memory.estimate import OF_WIDEST, OF_WIDTH, _LiveTensors
+from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.guidance.global_path import draft_bytes, joint, kept_bytes
 from tilewise.plugins.models.common.registry import family_of
-from tilewise.plugins.patching import denoisers_of, uncompiled
+from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.torch_compat import uncompiled
 
 # Where text is part of the sequence, attention's two parts and what text told are there at once, and float32 numbers on the way.
 GUIDED, MERGING = 2.0, 4
@@ -137,7 +139,7 @@ def plan_memory(
     """
     # Where it runs: parts of an offloaded pipeline lie on the CPU until they are at work, or on "meta" where modules are brought
     # one by one. A skeleton, whose device is given, is on "meta" too.
-    runs_on = getattr(pipe, "_execution_device", pipe.device)
+    runs_on = execution_device(pipe, pipe.device)
     offloaded = device is None and pipe.device.type in ("cpu", "meta") and pipe.device != runs_on
     device = runs_on if device is None else device
     limit = device_bytes(device) if limit is None else limit

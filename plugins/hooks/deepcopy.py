@@ -15,19 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.hooks.forward_override import ForwardOverride, MethodOverride
+from tilewise.plugins.torch_compat import FORWARD_HOOKS
 
 if TYPE_CHECKING:
     from tilewise.plugins.runtime.patched_denoiser import Patch
 
 COPIER = "__deepcopy__"  # copy.deepcopy asks the object for it, before its class
 STATE = "__getstate__"  # copy.copy asks for it, in the same way
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 def copy_patched(patch: Patch, denoiser: nn.Module, attributes: set[str], memo: dict[int, Any]) -> nn.Module:
@@ -66,7 +60,7 @@ def _clean(copied: nn.Module, handles: list[Any], memo: dict[int, Any]) -> None:
     """Take what ``handles`` had put on the original off its copy."""
     ids = {handle.id for handle in handles if isinstance(handle, RemovableHandle)}
     for module in copied.modules():
-        for name in HOOKS:
+        for name in FORWARD_HOOKS:
             hooks = getattr(module, name)
             for number in ids & hooks.keys():
                 del hooks[number]

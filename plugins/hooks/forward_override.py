@@ -17,6 +17,9 @@ from typing import Any
 
 from torch import nn
 
+from tilewise.plugins.diffusers_compat import kept_forwards
+from tilewise.plugins.torch_compat import has_forward_hooks
+
 
 class ForwardOverride:
     """``function(override, *args, **kwargs)`` in place of one module's forward; ``remove()`` takes it off.
@@ -76,13 +79,10 @@ def has_own_forward(module: nn.Module) -> bool:
     replaced = module.__dict__.get("forward")
     if replaced is not None and getattr(replaced, "__func__", None) is not type(module).forward:
         return False
-    return not module._forward_hooks and not module._forward_pre_hooks
+    return not has_forward_hooks(module)
 
 
 def _places(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Where a module's forward may be kept: by diffusers' hooks, by accelerate's, and on the module."""
-    for reference in getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ()):
-        yield reference, "original_forward"
-        yield reference, "forward"
-    yield module, "_old_forward"
+    """Where a module's forward may be kept: by hooks of diffusers and accelerate, and on the module."""
+    yield from kept_forwards(module)
     yield module, "forward"

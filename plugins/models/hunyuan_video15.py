@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import apply_rotary, dispatch_options, hunyuan_video15_processor
 from tilewise.plugins.hooks.stand_in import is_stand_in, stock_processor
 from tilewise.plugins.models.common.family import AttentionLayer, Reorder, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument
@@ -39,11 +40,12 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
 
     def replace_processor(self, layer: AttentionLayer) -> Callable[..., Any] | None:
         module: Any = layer.module
-        return attend_with_key_mask if _is_known(module.processor) else None
+        # diffusers' own and no subclass of it, as ``attend_with_key_mask`` repeats what it does.
+        return attend_with_key_mask if type(module.processor) is hunyuan_video15_processor() else None
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
         model: Any = denoiser
-        masks = _KeyMask()
+        masks, known = _KeyMask(), hunyuan_video15_processor()
 
         def enter(module: nn.Module, args: tuple) -> None:
             # (video, text, temb, mask, tables). Made here, so that the first layer's graph is no different from the others'.
@@ -51,7 +53,7 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
 
         def give(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             # Any other processor gets the model's own mask. The blocks call attn with keyword arguments alone.
-            if not (is_stand_in(module.processor) and _is_known(stock_processor(module.processor))):
+            if not is_stand_in(module.processor) or type(stock_processor(module.processor)) is not known:
                 return None
             mask = masks.of(kwargs["attention_mask"], kwargs["hidden_states"].shape[1])
             return args, {**kwargs, "attention_mask": mask}
@@ -88,13 +90,6 @@ class _KeyMask:
         return self.keys
 
 
-def _is_known(processor: Any) -> bool:
-    """Whether ``attend_with_key_mask`` does what a processor does: diffusers' own, and no subclass of it."""
-    from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
-
-    return type(processor) is HunyuanVideo15AttnProcessor2_0
-
-
 def attend_with_key_mask(
     processor: Any,
     dispatch: Callable[..., torch.Tensor],
@@ -116,29 +111,19 @@ def attend_with_key_mask(
         Both streams, attended.
     """
     assert encoder_hidden_states is not None and attention_mask is not None and image_rotary_emb is not None
-    from diffusers.models import embeddings
-
-    rotated: Any = embeddings.apply_rotary_emb
 
     def heads(x: torch.Tensor, norm: Any) -> torch.Tensor:
         x = x.unflatten(2, (attn.heads, -1))
         return x if norm is None else norm(x)
 
-    query = rotated(heads(attn.to_q(hidden_states), attn.norm_q), image_rotary_emb, sequence_dim=1)
-    key = rotated(heads(attn.to_k(hidden_states), attn.norm_k), image_rotary_emb, sequence_dim=1)
+    query = apply_rotary(heads(attn.to_q(hidden_states), attn.norm_q), image_rotary_emb, token_axis=1)
+    key = apply_rotary(heads(attn.to_k(hidden_states), attn.norm_k), image_rotary_emb, token_axis=1)
     value = heads(attn.to_v(hidden_states), None)
     query = torch.cat([query, heads(attn.add_q_proj(encoder_hidden_states), attn.norm_added_q)], dim=1)
     key = torch.cat([key, heads(attn.add_k_proj(encoder_hidden_states), attn.norm_added_k)], dim=1)
     value = torch.cat([value, heads(attn.add_v_proj(encoder_hidden_states), None)], dim=1)
     video = hidden_states.shape[1]
-    out = dispatch(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        backend=processor._attention_backend,
-        parallel_config=processor._parallel_config,
-    )
+    out = dispatch(query, key, value, attn_mask=attention_mask, **dispatch_options(processor))
     out = out.flatten(2, 3).to(query.dtype)
     return attn.to_out[1](attn.to_out[0](out[:, :video])), attn.to_add_out(out[:, video:])
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import PACK_HISTORY
 from tilewise.plugins.hooks.forward_override import MethodOverride
 from tilewise.plugins.hooks.stand_in import is_stand_in
 from tilewise.plugins.models.common.family import Reorder, Size
@@ -33,7 +34,6 @@ from tilewise.plugins.models.hunyuan_video import (
     vae_factors,
 )
 
-PACK = "_pack_history_states"  # the method that joins history and video, and their rotary tables
 WINDOW = 9  # latent_window_size, in latent frames
 HISTORY = (2, 2, 16)  # latent frames: clean (the first image and the newest), halved, quartered
 IMAGE_TOKENS = 27**2  # of SigLIP at 384 pixels
@@ -97,13 +97,13 @@ class _Packing:
 
     def __init__(self, denoiser: Any, reorder: Reorder) -> None:
         self.reorder = reorder
-        self.stock: Callable[..., Any] = getattr(denoiser, PACK)
+        self.stock: Callable[..., Any] = getattr(denoiser, PACK_HISTORY)
         self.video = 0  # video tokens of the forward under way
 
         def pack(video: torch.Tensor, *rest: Any, **options: Any) -> Any:
             return self.pack(video, *rest, **options)
 
-        self.handle = MethodOverride(denoiser, PACK, pack)
+        self.handle = MethodOverride(denoiser, PACK_HISTORY, pack)
 
     def pack(
         self, video: torch.Tensor, clean: Any, half: Any, quarter: Any, tables: Any, *rest: Any, **options: Any

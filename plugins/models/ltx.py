@@ -26,6 +26,7 @@ from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, Streams, UnreadableGridError
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
+from tilewise.plugins.torch_compat import version_of
 
 
 class LTXFamily(Family):
@@ -208,8 +209,7 @@ def grid_of_coords(coords: torch.Tensor) -> Grid:
         UnreadableGridError: for positions that hold no grid.
         TilewiseError: for positions that cannot be read now.
     """
-    # A tensor made in inference mode does not count its changes, so it is read each time.
-    version = None if coords.is_inference() else coords._version
+    version = version_of(coords)  # None: whether it changed is not known, so it is read each time
     known = _grids.get(coords)
     if known is not None and version is not None and known[0] == version:
         grid: Grid = known[1]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import PREPARE_SEQUENCE
 from tilewise.plugins.hooks.forward_override import MethodOverride
 from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, UnreadableGridError
 from tilewise.plugins.models.common.image import StreamOrder, by_name, image_tokens
@@ -89,10 +90,10 @@ class ZImageFamily(Family):
         def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
             return reorder.back(output)
 
-        stock = type(model)._prepare_sequence
+        stock = getattr(type(model), PREPARE_SEQUENCE)
         return [
             model.register_forward_pre_hook(begin, with_kwargs=True),
-            MethodOverride(model, "_prepare_sequence", prepare),
+            MethodOverride(model, PREPARE_SEQUENCE, prepare),
             *(final.register_forward_hook(leave) for final in model.all_final_layer.values()),
         ]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tilewise.plugins.diffusers_compat import DISPATCH
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.hooks.stand_in import StandIn
 from tilewise.plugins.runtime.custom_ops import attend, handle_for
@@ -24,7 +25,6 @@ from tilewise.plugins.runtime.custom_ops import attend, handle_for
 if TYPE_CHECKING:
     from tilewise.plugins.runtime.patched_denoiser import Patch
 
-DISPATCH = "dispatch_attention_fn"
 SDPA = "scaled_dot_product_attention"
 
 

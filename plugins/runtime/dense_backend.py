@@ -16,6 +16,7 @@ import torch
 from tilewise.kernels.attention.dispatch import BACKENDS, Backend, block_sparse_attention
 from tilewise.kernels.plans.block_plan import BlockPlan, dense_plan
 from tilewise.kernels.plans.layout import Grid, Layout
+from tilewise.plugins.diffusers_compat import is_default_backend
 from tilewise.plugins.masks.padding_mask import Group
 from tilewise.plugins.runtime.attention_call import part_of, put_part
 
@@ -48,7 +49,7 @@ def takes(
         return False
     same = query.dtype == key.dtype == value.dtype and query.shape[0] == key.shape[0]
     same = same and query.shape[2] % key.shape[2] == 0 and all(x.stride(3) == 1 for x in (query, key, value))
-    return same and HOPPER.missing(query.device) is None and _is_default(backend)
+    return same and HOPPER.missing(query.device) is None and is_default_backend(backend)
 
 
 def attend(
@@ -76,12 +77,3 @@ def attend(
     for group, part in zip(groups, found, strict=True):
         put_part(out, group, part)
     return out
-
-
-def _is_default(backend: Any) -> bool:
-    """Whether the processor's backend, or diffusers' active one where it has none, is PyTorch's own choice."""
-    from diffusers.models import attention_dispatch
-
-    if backend is None:
-        backend = attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
-    return backend == attention_dispatch.AttentionBackendName.NATIVE

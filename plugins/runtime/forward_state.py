@@ -17,6 +17,7 @@ from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
 from tilewise.plugins.config import Config
+from tilewise.plugins.diffusers_compat import is_sharded
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.masks.padding_mask import Group, Masks
 from tilewise.plugins.methods.base import DynamicMethod, Planned
@@ -113,7 +114,7 @@ class Step:
             if isinstance(module.processor, TilewiseProcessor):
                 if layer.name in self.call_stats.skipped_layers:
                     self.take_back(layer)
-                if getattr(module.processor, "_parallel_config", None) is not None:
+                if is_sharded(module.processor):
                     self._refused = "context parallelism is enabled, and shards the tokens before they can be reordered"
             else:
                 self.leave(layer)

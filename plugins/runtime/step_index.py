@@ -34,6 +34,9 @@ import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
+from tilewise.plugins.diffusers_compat import current_timestep, timesteps_to_run
+from tilewise.plugins.torch_compat import uncompiled
+
 # Resolution of a schedule position that is read off a timestep's value.
 FINE = 1000
 # A timestep may have been rounded to bfloat16 on its way to the denoiser: 8 significant bits.
@@ -91,11 +94,11 @@ class StepIndex:
         if new:
             self._first = step
         # How many of the timesteps the pipeline runs, where it says so: denoising may end before they do (SDXL's denoising_end).
-        count = getattr(running, "_num_timesteps", None) or len(timesteps)
+        count = timesteps_to_run(running) or len(timesteps)
         return Position(step, len(timesteps), step + 1 in (len(timesteps), self._first + count), timesteps)
 
     def _step(self, timestep: torch.Tensor, timesteps: torch.Tensor, scheduler: Any, running: Any) -> int | None:
-        current = getattr(running, "_current_timestep", None)
+        current = current_timestep(running)
         for given in (timestep, current):
             if (step := place_in(timesteps, given)) is not None:
                 return step
@@ -111,7 +114,7 @@ class StepIndex:
             step = scheduler.step_index
             if step is None:
                 step = getattr(scheduler, "begin_index", None)
-            if step is None and (left := getattr(running, "_num_timesteps", None)) is not None:
+            if step is None and (left := timesteps_to_run(running)) is not None:
                 step = max(len(timesteps) - left, 0)
             if step is not None and step < len(timesteps):
                 return int(step)
@@ -204,6 +207,6 @@ def _first_argument(frame: FrameType) -> Any:
 def _holds(pipe: Any, denoiser: nn.Module) -> bool:
     """Whether a denoiser is a component of a pipeline, itself or inside what wraps it (torch.compile, PEFT)."""
     parts = [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
-    if any(part is denoiser or getattr(part, "_orig_mod", None) is denoiser for part in parts):
+    if any(uncompiled(part) is denoiser for part in parts):
         return True
     return any(module is denoiser for part in parts for module in part.modules())

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import source_of
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
@@ -26,7 +27,7 @@ IN_THE_CODE = {"ZImagePipeline": (1024, 1024)}  # (height, width) of those that 
 
 def native_file(pipe: Any) -> Path:
     """Where a pipeline's ``tilewise.json`` lies, if it has one: beside its ``model_index.json``."""
-    return Path(str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or "")) / NATIVE_FILE
+    return Path(source_of(pipe)) / NATIVE_FILE
 
 
 def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tilewise.kernels.device import CUDAGRAPH_UNSAFE, capturing
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.models.common.family import UnreadableGridError
+from tilewise.plugins.torch_compat import version_of
 
 _read: WeakIdKeyDictionary = WeakIdKeyDictionary()  # positions → (their version, what image_shape says or raises)
 
@@ -42,7 +43,7 @@ def _(ids):
 
 
 def _image_shape(ids: torch.Tensor) -> tuple[int, int, int]:
-    version = None if ids.is_inference() else ids._version  # inference tensors do not count their changes: read anew
+    version = version_of(ids)  # None: whether it changed is not known, so it is read each time
     known = _read.get(ids)
     if known is not None and version is not None and known[0] == version:
         if isinstance(known[1], str):

@@ -18,24 +18,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models.activations import GELU
-from diffusers.models.attention import FeedForward
-from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import nn
 
 from tilewise.kernels.device import FLOATS
 from tilewise.kernels.fused.linear_gelu import linear_gelu
 from tilewise.kernels.fused.qk_norm_rope import qk_norm_rope
 from tilewise.kernels.fused.residual_norm import gated_residual, layer_norm, residual_norm
+from tilewise.plugins.diffusers_compat import dispatch_options, wan_modules
 from tilewise.plugins.hooks.forward_override import ForwardOverride, has_own_forward, override_forward
 from tilewise.plugins.models.common.family import FusedState
+
+STOCK = wan_modules()  # the classes that this file stands in for
 
 
 def fuse_blocks(denoiser: nn.Module, state: FusedState) -> list[ForwardOverride]:
     """Put the fused forward on each block that is diffusers' own; returns the handles."""
     blocks: Any = denoiser.blocks
-    own = [block for block in blocks if type(block).forward is WanTransformerBlock.forward]
+    own = [block for block in blocks if type(block).forward is STOCK.block.forward]
     return [handle for block in own if (handle := override_forward(block, _block_forward, state))]
 
 
@@ -126,10 +125,10 @@ def _affine(norm: nn.Module, h: torch.Tensor, y: torch.Tensor, m: _Modulation) -
 
 def _feed_forward(ffn: Any, x: torch.Tensor) -> torch.Tensor:
     """``ffn(x)``, with its first product and GELU in one where all three modules are the plain ones."""
-    if type(ffn) is not FeedForward or not has_own_forward(ffn) or len(ffn.net) != 3:
+    if type(ffn) is not STOCK.feed_forward or not has_own_forward(ffn) or len(ffn.net) != 3:
         return ffn(x)
     gelu = ffn.net[0]
-    if type(gelu) is not GELU or gelu.approximate != "tanh" or not has_own_forward(gelu):
+    if type(gelu) is not STOCK.gelu or gelu.approximate != "tanh" or not has_own_forward(gelu):
         return ffn(x)
     proj = gelu.proj
     if type(proj) is not nn.Linear or not has_own_forward(proj) or proj.bias is None:
@@ -177,15 +176,14 @@ def wan_self_attention(
         attn_mask=attention_mask,
         dropout_p=0.0,
         is_causal=False,
-        backend=processor._attention_backend,
-        parallel_config=processor._parallel_config,
+        **dispatch_options(processor),
     )
     out = out.flatten(2, 3).type_as(query)
     return attn.to_out[1](attn.to_out[0](out))
 
 
 def _stands_in(processor: Any, attn: Any, x: torch.Tensor, encoder_hidden_states: Any, rotary_emb: Any) -> bool:
-    if type(processor) is not WanAttnProcessor or type(attn) is not WanAttention:
+    if type(processor) is not STOCK.processor or type(attn) is not STOCK.attention:
         return False
     if encoder_hidden_states is not None or attn.add_k_proj is not None or attn.is_cross_attention or x.ndim != 3:
         return False
@@ -209,9 +207,9 @@ def _stands_in(processor: Any, attn: Any, x: torch.Tensor, encoder_hidden_states
     return True
 
 
-def _plain_layer_norm(norm: nn.Module, x: torch.Tensor) -> bool:
+def _plain_layer_norm(norm: Any, x: torch.Tensor) -> bool:
     """Whether a module is a LayerNorm over the channels, and its weights are there to be read."""
-    if type(norm) is not FP32LayerNorm or not has_own_forward(norm) or tuple(norm.normalized_shape) != x.shape[2:]:
+    if type(norm) is not STOCK.layer_norm or not has_own_forward(norm) or tuple(norm.normalized_shape) != x.shape[2:]:
         return False
     return all(w is None or _readable(w, x.device) for w in (norm.weight, norm.bias))
 

@@ -16,7 +16,7 @@ from diffusers import FirstBlockCacheConfig
 from family_checks import traces
 
 import tilewise
-from tilewise.plugins.hooks.deepcopy import HOOKS
+from tilewise.plugins.torch_compat import FORWARD_HOOKS
 
 SMALL = tilewise.STA(window=(1, 1, 1), tile=(2, 3, 3))
 
@@ -33,7 +33,7 @@ def on_modules(model: torch.nn.Module) -> dict[str, Any]:
     return {
         name: (
             sorted(m.__dict__),
-            [len(getattr(m, hooks)) for hooks in HOOKS],
+            [len(getattr(m, hooks)) for hooks in FORWARD_HOOKS],
             type(getattr(m, "processor", None)).__name__,
         )
         for name, m in model.named_modules()

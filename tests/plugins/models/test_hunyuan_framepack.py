@@ -23,8 +23,8 @@ from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisi
 
 import tilewise
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import PACK_HISTORY
 from tilewise.plugins.errors import ConfigError, FallbackError
-from tilewise.plugins.models.hunyuan_video_framepack import PACK
 from tilewise.plugins.runtime.call_stats import DENSE_STEP, SPARSE
 
 PROMPT, IMAGE = 8, 5
@@ -115,8 +115,8 @@ def test_a_window_is_stock_with_a_mask(model, given, grid, history):
     assert float((want - family_checks.forward(model, given)).abs().max()) > 1e-3
     with tilewise.patched(model, family_checks.SMALL, steps=(0, 1), strict=True):
         ours = family_checks.forward(model, given)
-        assert PACK in model.__dict__
-    assert PACK not in model.__dict__
+        assert PACK_HISTORY in model.__dict__
+    assert PACK_HISTORY not in model.__dict__
     torch.testing.assert_close(ours, want, atol=2e-5, rtol=2e-5)
 
 
@@ -158,7 +158,7 @@ def test_the_dense_method_is_stock_bit_by_bit(model):
     stock = family_checks.forward(model, given)
     with tilewise.patched(model, "dense", strict=True):
         assert torch.equal(family_checks.forward(model, given), stock)
-        assert PACK not in model.__dict__
+        assert PACK_HISTORY not in model.__dict__
 
 
 def test_history_is_seen_by_every_query(model):

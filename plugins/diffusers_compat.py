@@ -1,0 +1,206 @@
+"""Everything that tilewise uses of diffusers (and accelerate) that is no public API, one function or constant each.
+
+Such names may change in any release. Each entry says which symbol it stands for, where it was seen, and what stops working when
+it changes; tests/plugins/test_diffusers_compat.py has a test for each, which fails then. "0.42" is 0.42.1; the upper bound in
+pyproject.toml is raised when the tests pass with a new release. Nothing here imports diffusers before it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+# ── attention processors ──────────────────────────────────────────────────────────────────────────────────────────────
+
+DISPATCH = "dispatch_attention_fn"
+"""The global name by which processors call ``dispatch_attention_fn`` of ``diffusers.models.attention_dispatch``. Seen in 0.42.
+Processors that call it otherwise cannot be taken over: their layers stay dense, and are reported."""
+
+
+def dispatch_options(processor: Any) -> dict[str, Any]:
+    """What a processor hands to the dispatcher besides tensors: its ``_attention_backend`` and ``_parallel_config``.
+
+    Seen in 0.42 on most processors that call the dispatcher, those among them whose code a family repeats.
+    ``set_attention_backend`` and ``enable_parallelism`` set them, where they are. Under other names that code raises
+    ``AttributeError``.
+    """
+    return {"backend": processor._attention_backend, "parallel_config": processor._parallel_config}
+
+
+def is_sharded(processor: Any) -> bool:
+    """Whether context parallelism is enabled for a processor: it has a ``_parallel_config``.
+
+    Seen in 0.42. Under another name, a sharded denoiser would be reordered as if each rank had all tokens.
+    """
+    return getattr(processor, "_parallel_config", None) is not None
+
+
+def is_default_backend(backend: Any) -> bool:
+    """Whether a dispatcher's ``backend`` argument, or diffusers' active backend where that is None, is PyTorch's own choice.
+
+    ``attention_dispatch._AttentionBackendRegistry.get_active_backend()`` returns (name, function), and
+    ``AttentionBackendName.NATIVE`` is a string enum. Seen in 0.42. If they change, dense attention in our kernel fails
+    (``AttributeError``) or replaces a backend that was chosen.
+    """
+    from diffusers.models import attention_dispatch
+
+    if backend is None:
+        backend = attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
+    return backend == attention_dispatch.AttentionBackendName.NATIVE
+
+
+# ── hooks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def kept_forwards(module: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Where hooks keep the forward that they wrap, as (object, attribute): the outermost first, the module itself not included.
+
+    diffusers' ``HookRegistry`` is the module's ``_diffusers_hook``; its ``_fn_refs`` have ``forward`` and, for hooks with a
+    forward of their own, ``original_forward``. Seen in 0.42. accelerate's ``add_hook_to_module`` uses ``_old_forward``, seen in
+    1.15. If they change, blocks under hooks are not found, and run stock instead of fused: ``summary`` says so.
+    """
+    for reference in getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ()):
+        yield reference, "original_forward"
+        yield reference, "forward"
+    yield module, "_old_forward"
+
+
+# ── pipelines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def execution_device(pipe: Any, otherwise: torch.device) -> torch.device:
+    """Where a pipeline runs its models, offloaded ones included: ``DiffusionPipeline._execution_device``.
+
+    Seen in 0.42. ``otherwise``: for objects that have none. If it is renamed, an offloaded model's inputs are put on the CPU.
+    """
+    device: torch.device = getattr(pipe, "_execution_device", otherwise)
+    return device
+
+
+def current_timestep(pipe: Any) -> Any:
+    """The timestep that a running pipeline is at, as its loop has it; None outside of a run or where it does not say.
+
+    ``_current_timestep``, which most pipelines set in their loop. Seen in 0.42. Without it, the scheduler's count is used.
+    """
+    return getattr(pipe, "_current_timestep", None)
+
+
+def timesteps_to_run(pipe: Any) -> int | None:
+    """How many of the scheduler's timesteps a pipeline runs; None where it does not say.
+
+    ``_num_timesteps``, which most pipelines set before their loop. Seen in 0.42. Without it, the steps of video-to-video count
+    from 0 before the first ``scheduler.step``, and the end of a run that leaves timesteps out is not recognised.
+    """
+    return getattr(pipe, "_num_timesteps", None)
+
+
+def source_of(pipe: Any) -> str:
+    """The folder or repository that a pipeline was loaded from, or "": ``_name_or_path`` in its config.
+
+    ``from_pretrained`` sets it, seen in 0.42. If it is renamed, a model's ``tilewise.json`` is not found, and clips are labelled
+    with the pipeline's class.
+    """
+    return str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or "")
+
+
+def is_enabled(guider: Any) -> bool:
+    """Whether a guider guides: ``BaseGuidance._enabled``, seen in 0.42. If it is renamed, its guidance scale cannot be given."""
+    return bool(getattr(guider, "_enabled", False))
+
+
+def pack_latents(pipe: Any, *args: Any) -> torch.Tensor:
+    """Latents as the pipeline's call takes them: ``_pack_latents`` of Flux, Qwen-Image and LTX, each with its own arguments.
+
+    Seen in 0.42. If it changes, the second stage of ``highres`` fails for these pipelines.
+    """
+    return pipe._pack_latents(*args)
+
+
+def unpack_latents(pipe: Any, *args: Any) -> torch.Tensor:
+    """The way back: ``_unpack_latents``, see ``pack_latents``."""
+    return pipe._unpack_latents(*args)
+
+
+def kandinsky5_rope_scale(pipe: Any, height: int, width: int) -> tuple[float, ...]:
+    """What Kandinsky 5 scales its positions with at a size in pixels: ``Kandinsky5T2VPipeline._get_scale_factor``.
+
+    Seen in 0.42. If it changes, ``highres`` fails for this pipeline.
+    """
+    return tuple(pipe._get_scale_factor(height, width))
+
+
+def flux2_mu(tokens: int, steps: int) -> float:
+    """How far Flux.2 shifts its schedule: ``compute_empirical_mu`` of its pipeline's module, where it is no part of the API.
+
+    Seen in 0.42. If it moves, ``highres`` fails for Flux.2.
+    """
+    from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+    return float(compute_empirical_mu(tokens, steps))
+
+
+# ── models ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PACK_HISTORY = "_pack_history_states"
+"""The method of ``HunyuanVideoFramepackTransformer3DModel`` that joins history and video, and their rotary tables: (video,
+clean, half, quarter, tables, …) → (joined, tables). Seen in 0.42. If it changes, ``patch`` or the first forward of such a model
+fails."""
+
+PREPARE_SEQUENCE = "_prepare_sequence"
+"""The method of ``ZImageTransformer2DModel`` that both streams pass: (feats, pos_ids, inner_pad_mask, pad_token, …) → (hidden
+states, rotary tables, …). Seen in 0.42. If it changes, ``patch`` or the first forward of such a model fails."""
+
+
+class WanModules(NamedTuple):
+    """The classes whose code ``models/fused/wan.py`` repeats in fused kernels. Any: their attributes are looked at."""
+
+    block: Any
+    attention: Any
+    processor: Any
+    layer_norm: Any
+    feed_forward: Any
+    gelu: Any
+
+
+@cache
+def wan_modules() -> WanModules:
+    """``WanTransformerBlock``, ``WanAttention``, ``WanAttnProcessor``, ``FP32LayerNorm``, ``FeedForward`` and ``GELU``.
+
+    Not exported by diffusers; seen in these modules in 0.42. Fused kernels stand in for these very classes: where a model has
+    others, the stock code runs, and ``explain`` and ``summary`` say so. If the code of one changes and its name does not, fused
+    kernels compute what it was: the tests compare them with it.
+    """
+    from diffusers.models.activations import GELU
+    from diffusers.models.attention import FeedForward
+    from diffusers.models.normalization import FP32LayerNorm
+    from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
+
+    return WanModules(WanTransformerBlock, WanAttention, WanAttnProcessor, FP32LayerNorm, FeedForward, GELU)
+
+
+@cache
+def hunyuan_video15_processor() -> type:
+    """``HunyuanVideo15AttnProcessor2_0``, whose code ``models/hunyuan_video15.py`` repeats with another mask.
+
+    Not exported by diffusers; seen in this module in 0.42. A model with another processor runs that one, with its mask over pairs
+    of tokens, and ``explain`` and ``summary`` say so.
+    """
+    from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+
+    return HunyuanVideo15AttnProcessor2_0
+
+
+def apply_rotary(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], *, token_axis: int) -> torch.Tensor:
+    """``x`` rotated by (cos, sin): ``diffusers.models.embeddings.apply_rotary_emb``, which processors import from there.
+
+    Seen in 0.42. If it moves, HunyuanVideo 1.5 fails at its first attention call.
+    """
+    from diffusers.models import embeddings
+
+    rotated: Any = embeddings.apply_rotary_emb
+    out: torch.Tensor = rotated(x, tables, sequence_dim=token_axis)
+    return out

@@ -1,0 +1,308 @@
+"""What tilewise uses of diffusers, accelerate and PyTorch that is no public API: each test fails when its symbol changes."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from typing import Any
+
+import accelerate.hooks
+import diffusers
+import pytest
+import torch
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+from torch import nn
+
+import tilewise
+from tilewise.pipelines.latent_spaces.base import latent_spaces
+from tilewise.pipelines.loading import load, model_defaults
+from tilewise.plugins import diffusers_compat as compat
+from tilewise.plugins import torch_compat
+from tilewise.plugins.models.common.native_size import IN_THE_CODE
+from tilewise.plugins.runtime.attention_processor import TilewiseProcessor
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def module_of(name: str) -> Any:
+    return sys.modules[getattr(diffusers, name).__module__]
+
+
+# ── attention processors ──────────────────────────────────────────────────────────────────────────────────────────────
+
+DISPATCHING = {  # a denoiser, and the processors beside it
+    "CosmosTransformer3DModel": ["CosmosAttnProcessor2_0", "CosmosAttnProcessor2_5"],
+    "FluxTransformer2DModel": ["FluxAttnProcessor"],
+    "Flux2Transformer2DModel": ["Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"],
+    "HunyuanVideoTransformer3DModel": ["HunyuanVideoAttnProcessor2_0"],
+    "HunyuanVideo15Transformer3DModel": ["HunyuanVideo15AttnProcessor2_0"],
+    "Kandinsky5Transformer3DModel": ["Kandinsky5AttnProcessor"],
+    "LTXVideoTransformer3DModel": ["LTXVideoAttnProcessor"],
+    "LTX2VideoTransformer3DModel": ["LTX2AudioVideoAttnProcessor"],
+    "QwenImageTransformer2DModel": ["QwenDoubleStreamAttnProcessor2_0"],
+    "SkyReelsV2Transformer3DModel": ["SkyReelsV2AttnProcessor"],
+    "WanTransformer3DModel": ["WanAttnProcessor"],
+    "ZImageTransformer2DModel": ["ZSingleStreamAttnProcessor"],
+}
+
+
+@pytest.mark.parametrize(("model", "name"), [(m, name) for m, names in DISPATCHING.items() for name in names])
+def test_processors_look_the_dispatcher_up_by_its_name(model, name):
+    module = module_of(model)
+    call = getattr(module, name).__call__
+    helpers = [getattr(module, n, None) for n in call.__code__.co_names]  # functions that ask on its behalf
+    codes = [f.__code__ for f in [call, *helpers] if isinstance(f, types.FunctionType)]
+    assert any(compat.DISPATCH in code.co_names for code in codes)
+    assert getattr(module, compat.DISPATCH) is dispatch_attention_fn
+
+
+def test_our_dispatcher_takes_what_the_stock_one_does():
+    ours = [name for name in parameters(TilewiseProcessor.dispatch) if name not in ("self", "fused")]
+    assert ours == parameters(dispatch_attention_fn)
+
+
+@pytest.mark.parametrize("processor", [compat.wan_modules().processor, compat.hunyuan_video15_processor()])
+def test_options_of_a_processor(processor):
+    processor = processor()
+    assert compat.dispatch_options(processor) == {"backend": None, "parallel_config": None}
+    assert set(compat.dispatch_options(processor)) <= set(parameters(dispatch_attention_fn))
+    assert not compat.is_sharded(processor)
+    processor._parallel_config = object()
+    assert compat.is_sharded(processor)
+
+
+def test_the_backend_that_a_model_is_given_arrives():
+    model = tiny_wan()
+    with attention_backend("native"):  # set_attention_backend changes the active backend too; this puts it back
+        model.set_attention_backend("_native_math")
+    options = [compat.dispatch_options(block.attn1.processor) for block in model.blocks]
+    assert options and all(not compat.is_default_backend(option["backend"]) for option in options)
+
+
+def test_the_default_backend():
+    with attention_backend("native"):
+        assert compat.is_default_backend(None)
+    assert compat.is_default_backend("native")
+    assert not compat.is_default_backend("_native_math")
+    with attention_backend("_native_math"):
+        assert not compat.is_default_backend(None)
+        assert compat.is_default_backend("native")
+
+
+# ── hooks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Wraps(ModelHook):
+    """Around the module's own forward."""
+
+
+class Replaces(ModelHook):
+    """With a forward of its own, which calls the one that it found."""
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("hook", [Wraps, Replaces])
+def test_forwards_under_hooks_of_diffusers(hook):
+    module = nn.Linear(2, 2)
+    stock = module.forward
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook(), "test")
+    assert module.forward != stock
+    holder, name = next((h, n) for h, n in compat.kept_forwards(module) if getattr(h, n, None) == stock)
+    setattr(holder, name, lambda x: x + 1)  # what is put there is what runs
+    torch.testing.assert_close(module(torch.zeros(1, 2)), torch.ones(1, 2))
+
+
+def test_forwards_under_hooks_of_accelerate():
+    module = nn.Linear(2, 2)
+    stock = module.forward
+    accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
+    assert module.forward != stock
+    holder, name = next((h, n) for h, n in compat.kept_forwards(module) if getattr(h, n, None) == stock)
+    setattr(holder, name, lambda x: x + 1)
+    torch.testing.assert_close(module(torch.zeros(1, 2)), torch.ones(1, 2))
+
+
+# ── pipelines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Empty(diffusers.DiffusionPipeline):
+    """A pipeline with one part."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.register_modules(unet=unet)
+
+
+def test_where_a_pipeline_runs_its_models():
+    pipe = Empty(tiny_unet())
+    assert compat.execution_device(pipe, torch.device("meta")) == torch.device("cpu")
+    accelerate.hooks.add_hook_to_module(pipe.unet, accelerate.hooks.AlignDevicesHook(execution_device="meta"))
+    assert torch.device(compat.execution_device(pipe, torch.device("cpu"))) == torch.device("meta")
+    assert compat.execution_device(object(), torch.device("meta")) == torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["WanPipeline", "WanVideoToVideoPipeline", "FluxPipeline", "CogVideoXPipeline", "LTXPipeline"],
+)
+def test_what_a_pipeline_says_of_its_run(name):
+    pipeline = getattr(diffusers, name)
+    code = pipeline.__call__.__wrapped__.__code__
+    assert {"_current_timestep", "_num_timesteps"} <= set(code.co_names)
+    pipe = types.SimpleNamespace(_current_timestep=torch.tensor(500), _num_timesteps=4)
+    assert (compat.current_timestep(pipe), compat.timesteps_to_run(pipe)) == (torch.tensor(500), 4)
+    assert compat.current_timestep(object()) is compat.timesteps_to_run(object()) is None
+
+
+def test_where_a_pipeline_was_loaded_from(tmp_path):
+    scheduler = diffusers.DDIMScheduler()
+    diffusers.DDIMPipeline(unet=tiny_unet(), scheduler=scheduler).save_pretrained(tmp_path)
+    assert compat.source_of(diffusers.DDIMPipeline.from_pretrained(tmp_path)) == str(tmp_path)
+    assert compat.source_of(object()) == ""
+
+
+def test_whether_a_guider_guides():
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=3.0)
+    assert compat.is_enabled(guider)
+    guider.disable()
+    assert not compat.is_enabled(guider)
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline"])
+def test_image_latents_are_packed(name):
+    pipe, latents = getattr(diffusers, name), torch.randn(2, 4, 6, 8)
+    packed = compat.pack_latents(pipe, latents, 2, 4, 6, 8)
+    assert packed.shape == (2, 12, 16)
+    unpacked = compat.unpack_latents(pipe, packed, 48, 64, 8)
+    torch.testing.assert_close(unpacked.view(latents.shape), latents)
+
+
+def test_video_latents_are_packed():
+    latents = torch.randn(2, 4, 3, 6, 8)
+    packed = compat.pack_latents(diffusers.LTXPipeline, latents, 1, 1)
+    assert packed.shape == (2, 3 * 6 * 8, 4)
+    torch.testing.assert_close(compat.unpack_latents(diffusers.LTXPipeline, packed, 3, 6, 8, 1, 1), latents)
+
+
+def test_how_kandinsky_scales_positions():
+    pipe = object.__new__(diffusers.Kandinsky5T2VPipeline)
+    inside, outside = (compat.kandinsky5_rope_scale(pipe, side, side) for side in (512, 2048))
+    assert len(inside) == 3 and inside != outside
+
+
+def test_how_flux2_shifts_its_schedule():
+    assert compat.flux2_mu(256, 50) != compat.flux2_mu(4096, 50) != compat.flux2_mu(4096, 4)
+
+
+def test_class_names_that_tables_go_by_exist():
+    names = {name for classes in tilewise.supported_models().values() for name in classes}
+    names |= {*latent_spaces()}
+    names |= {*IN_THE_CODE, *model_defaults.STRENGTHS, *model_defaults.LEAST_STEPS, *load.FLOAT32_VAES}
+    assert not [name for name in names if not hasattr(diffusers, name)]
+
+
+# ── models ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_framepacks_history():
+    model = diffusers.HunyuanVideoFramepackTransformer3DModel
+    names = parameters(getattr(model, compat.PACK_HISTORY))
+    assert names[:6] == [
+        "self", "hidden_states", "latents_clean", "latents_history_2x", "latents_history_4x", "image_rotary_emb",
+    ]  # fmt: skip
+    assert f"self.{compat.PACK_HISTORY}(" in inspect.getsource(model.forward)
+
+
+def test_z_images_sequences():
+    model = diffusers.ZImageTransformer2DModel
+    names = parameters(getattr(model, compat.PREPARE_SEQUENCE))
+    assert names[:5] == ["self", "feats", "pos_ids", "inner_pad_mask", "pad_token"]
+    assert inspect.getsource(model.forward).count(f"self.{compat.PREPARE_SEQUENCE}(") >= 2  # image and text
+
+
+def test_wans_modules():
+    model, known = tiny_wan(), compat.wan_modules()
+    block: Any = model.blocks[0]
+    assert type(block) is known.block
+    assert parameters(known.block.forward) == ["self", "hidden_states", "encoder_hidden_states", "temb", "rotary_emb"]
+    assert type(block.attn1) is type(block.attn2) is known.attention
+    assert type(block.attn1.processor) is known.processor
+    assert parameters(known.processor.__call__) == [
+        "self", "attn", "hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb",
+    ]  # fmt: skip
+    assert type(block.norm1) is type(block.norm2) is type(block.norm3) is known.layer_norm
+    assert type(block.ffn) is known.feed_forward
+    assert type(block.ffn.net[0]) is known.gelu
+    assert block.ffn.net[0].approximate == "tanh"
+
+
+def test_hunyuan_video15s_processor():
+    assert parameters(compat.hunyuan_video15_processor().__call__) == [
+        "self", "attn", "hidden_states", "encoder_hidden_states", "attention_mask", "image_rotary_emb",
+    ]  # fmt: skip
+
+
+def test_rotary_embedding():
+    x, angle = torch.randn(1, 3, 2, 4), torch.tensor([0.0, torch.pi / 2, torch.pi])[:, None].expand(3, 4)
+    out = compat.apply_rotary(x, (angle.cos(), angle.sin()), token_axis=1)
+    torch.testing.assert_close(out[:, 0], x[:, 0])
+    torch.testing.assert_close(out[:, 2], -x[:, 2])
+    quarter = torch.stack([-x[:, 1, :, 1], x[:, 1, :, 0], -x[:, 1, :, 3], x[:, 1, :, 2]], dim=-1)
+    torch.testing.assert_close(out[:, 1], quarter)
+
+
+# ── PyTorch ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_modules_forward_hooks():
+    module = nn.Linear(2, 2)
+    names = {name for name, value in vars(module).items() if "forward" in name and "hooks" in name}
+    assert names == {*torch_compat.FORWARD_HOOKS}
+    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+        handle = register(lambda *args: None)
+        assert torch_compat.has_forward_hooks(module)
+        handle.remove()
+        assert not torch_compat.has_forward_hooks(module)
+
+
+def test_compiled_modules():
+    module = nn.Linear(2, 2)
+    wrapped = torch.compile(module)
+    assert torch_compat.is_compiled_module(wrapped) and torch_compat.uncompiled(wrapped) is module
+    assert not torch_compat.is_compiled_module(module) and torch_compat.uncompiled(module) is module
+    assert not torch_compat.runs_compiled(module)
+    in_place, by_forward = nn.Linear(2, 2), nn.Linear(2, 2)
+    in_place.compile()
+    by_forward.forward = torch.compile(by_forward.forward)
+    assert torch_compat.runs_compiled(in_place) and torch_compat.runs_compiled(by_forward)
+
+
+def test_a_tensors_version():
+    x = torch.zeros(2)
+    before = torch_compat.version_of(x)
+    x += 1
+    assert before is not None and torch_compat.version_of(x) == before + 1
+    with torch.inference_mode():
+        assert torch_compat.version_of(torch.zeros(2)) is None
+
+
+def tiny_wan() -> diffusers.WanTransformer3DModel:
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=1,
+        rope_max_seq_len=32, cross_attn_norm=True,
+    )  # fmt: skip
+
+
+def tiny_unet() -> diffusers.UNet2DModel:
+    return diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )

@@ -40,6 +40,7 @@ class ExplainRow:
     dense_blocks: str
     backend: str
     backend_reason: str
+    sparse_layers: int  # how many attention layers the sparse blocks have
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,13 @@ class Explanation:
 
     @property
     def density(self) -> float:
-        """Of the sparse calls, mean over denoisers."""
-        return sum(row.density for row in self.rows) / len(self.rows)
+        """Kept ÷ all token pairs over the sparse calls, as in ``Summary``; 1.0 if none would be sparse.
+
+        By pairs and not by rows: the levels of a UNet have maps of different sizes.
+        """
+        rows = [(row.sparse_layers * row.tokens**2, row.density) for row in self.rows if row.sparse_layers]
+        pairs = sum(pairs for pairs, _ in rows)
+        return sum(pairs * density for pairs, density in rows) / pairs if pairs else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: numbers that only a call decides are None."""
@@ -227,6 +233,7 @@ def _explain_row(
             everything,
             "stock",
             short or "the method is dense",
+            0,
         )
     density, work = _kept(config.method, layout, layers[0].heads)
     backend, reason = _expected_backend(denoiser, layers[0])
@@ -244,4 +251,5 @@ def _explain_row(
         dense_blocks=ranges([b for b in blocks if b not in selected]),
         backend=backend,
         backend_reason=reason,
+        sparse_layers=sum(layer.block in selected for layer in layers),
     )

@@ -131,6 +131,27 @@ def test_levels_too_small_to_pay_stay_dense_and_are_counted(monkeypatch):
     assert kinds == {SPARSE: 3, DENSE_LAYER: 8}  # 256 tokens at the first level, 64 at the second
 
 
+@pytest.mark.parametrize("sparse_from", [1, 200], ids=["both levels", "first level"])
+def test_density_is_a_share_of_token_pairs(monkeypatch, sparse_from):
+    """Not a mean over calls, by which the small maps would weigh as much as the large ones."""
+    for user in ("runtime.forward_state", "explain"):
+        monkeypatch.setattr(f"tilewise.plugins.{user}.MIN_OWN_TOKENS", sparse_from)
+    model, method = unet_2d(), tilewise.STA(window=(1, 2, 2), tile=(1, 4, 4))
+    tilewise.patch(model, method, steps=(0, 1), strict=True)
+    forward(model, inputs_of("2d", 16, 16))
+    # 3 calls over 16×16 tokens: 2×2 of 4×4 tiles, a quarter. 8 calls over 8×8: 2×2 tiles are all. Two samples each.
+    large, small = 2 * 3 * 256**2, 2 * 8 * 64**2
+    report = tilewise.summary(model)
+    assert report.overall_density == pytest.approx((large / 4 + small) / (large + small))  # 0.357; over calls: 0.795
+    assert sum(row.pairs for row in report.rows) == large + small
+    assert sum(row.queries for row in report.rows) == 2 * (3 * 256 + 8 * 64)
+    assert sum(row.calls for row in report.rows) == 11
+    assert report.density == (pytest.approx(report.overall_density) if sparse_from == 1 else 0.25)
+    told = tilewise.explain(model, height=128, width=128, num_frames=1)
+    assert told.density == pytest.approx(report.density)
+    assert [row.sparse_layers for row in told.rows] == ([3, 8] if sparse_from == 1 else [3, 0])
+
+
 def test_explain_shows_each_level():
     rows = tilewise.explain(
         unet_2d(), height=1024, width=1280, num_frames=1, method=tilewise.STA(window=(1, 3, 3)), steps=(0, 1)

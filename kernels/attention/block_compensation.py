@@ -17,7 +17,6 @@ from __future__ import annotations
 import torch
 
 from tilewise.kernels.device import FLOATS, runs_triton
-from tilewise.kernels.plans.dynamic_plan import block_table
 from tilewise.kernels.plans.layout import Layout
 
 
@@ -67,7 +66,7 @@ def add_skipped(
     if runs_triton(q.device):
         from tilewise.kernels.attention.triton_block_compensation import triton_add_skipped
 
-        start, rows, _ = block_table(layout, q.device)
+        start, rows, _ = layout.block_table(q.device)
         return triton_add_skipped(q, out, lse, key_mean, value_mean, bias, start, rows, scale)
     return add_skipped_reference(q, out, lse, key_mean, value_mean, bias, layout, scale)
 
@@ -84,7 +83,7 @@ def add_skipped_reference(
 ) -> torch.Tensor:
     """The naive formula, in float32 or in the means' float64; (B, H, S, N) logits are made."""
     work = key_mean.dtype
-    _, rows, _ = block_table(layout, q.device)
+    _, rows, _ = layout.block_table(q.device)
     of_block = torch.repeat_interleave(rows, output_size=q.shape[1])
     groups = q.shape[2] // key_mean.shape[2]
     keys, values = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (key_mean, value_mean))

@@ -12,8 +12,9 @@ and only the third tests coordinates. A plan knows nothing of video: blocks are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,10 +22,14 @@ import torch
 from tilewise.kernels.plans.interval_codes import encode, encode_intervals, fields, inside
 from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Layout
 
+TESTED_PAIRS = 1 << 24  # token pairs whose interval test is counted at a time
+
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
     """Lists of visible key blocks. Built by :func:`plan_from_block_map`, executed by ``block_sparse_attention``.
+
+    Queries and keys may be of one sequence or of two.
 
     Shapes: Nq, Nk query and key blocks; P 1 (shared) or the batch size; G head sets; M the longest list. int32 throughout.
 
@@ -37,8 +42,9 @@ class BlockPlan:
         block: power of two ≥ every block's rows: the room that a kernel gives a block.
         q_len, k_len: sequence lengths the plan is for.
         head_set: (H,) the list set g of each head; None: all heads share set 0, or head h has set h if G > 1.
-        coords: (3, Sk) key coordinates, None if no block is partial.
-        intervals: (G, 6, Sq) lo and hi (exclusive) of each query row per axis: (lo0, hi0, lo1, hi1, lo2, hi2), or None.
+        coords: (3, Sk) key coordinates, −1 for text; None if no block is partial.
+        intervals: (G, 6, Sq) lo and hi (exclusive) of the key coordinates that each query row sees, per axis:
+            (lo0, hi0, lo1, hi1, lo2, hi2); or None.
         key_codes: (Sk,) ``coords`` with three axes in one integer (kernels/plans/interval_codes.py): the form that kernels read.
         row_codes: (G, 2, Sq) ``intervals`` in the same form.
         guard: the guard bits of both.
@@ -124,6 +130,7 @@ def plan_from_block_map(
     full: torch.Tensor,
     partial: torch.Tensor | None = None,
     *,
+    key_layout: Layout | None = None,
     intervals: torch.Tensor | None = None,
     head_set: torch.Tensor | None = None,
     density: float | None = None,
@@ -131,85 +138,108 @@ def plan_from_block_map(
     """Turn block maps into a plan, on the device that the maps are on.
 
     Args:
-        layout: gives the block table; queries and keys share it.
-        full: (P, G, N, N) bool, True where every query of block i sees every key of block j.
-        partial: the same shape, True where only ``intervals`` decides; never where ``full`` is.
-        intervals: (G, 6, S) int, needed with ``partial``; see ``BlockPlan``.
+        layout: block table of the queries, and of the keys too unless ``key_layout`` is given.
+        full: (P, G, Nq, Nk) bool, True where every query of block i sees every key of block j.
+        partial: the same shape, True where only ``intervals`` decides. Where ``full`` is True as well, ``full`` holds.
+        key_layout: block table of the keys, for queries of another sequence than the keys (some frames against a KV cache, or
+            one rank's queries against all keys). Kernels give all blocks of a plan the same room, so layouts with the same
+            number of rows a block waste least.
+        intervals: (G, 6, Sq) int, needed with ``partial``: coordinates of ``key_layout`` that each query row sees; see
+            ``BlockPlan``.
         head_set: (H,) list set of each head, default: shared or one a head.
         density: kept ÷ all pairs, if the caller knows it; otherwise counted here (exactly).
 
     Raises:
-        ValueError: if the maps have a wrong shape, ``partial`` comes without ``intervals``, or a grid with ``partial`` is so
-            large that its three coordinates do not fit in 32 bits (more than about 2²⁹ positions).
+        ValueError: if the maps, intervals or head sets have a wrong shape or range, ``partial`` comes without ``intervals``, or
+            the key grid with ``partial`` is so large that its three coordinates do not fit in 32 bits (more than about 2²⁹
+            positions).
 
     Text blocks are made full rows and columns here, for every method: text sees everything and is seen by everything.
     """
-    N = layout.blocks
-    if full.ndim != 4 or full.shape[2:] != (N, N):
-        raise ValueError(f"plan_from_block_map: full must be (P, G, {N}, {N}) for this layout, got {tuple(full.shape)}")
+    keys = layout if key_layout is None else key_layout
+    Nq, Nk = layout.blocks, keys.blocks
+    if full.ndim != 4 or full.shape[2:] != (Nq, Nk):
+        what = "this layout" if key_layout is None else "these layouts"
+        raise ValueError(f"plan_from_block_map: full must be (P, G, {Nq}, {Nk}) for {what}, got {tuple(full.shape)}")
     if partial is not None and (partial.shape != full.shape or intervals is None):
         raise ValueError("plan_from_block_map: partial needs the shape of full, and intervals to decide its pairs")
+    sets = full.shape[1]
+    if partial is not None and intervals is not None and intervals.shape != (sets, 6, layout.grid.tokens):
+        raise ValueError(
+            f"plan_from_block_map: intervals must be (G, 6, Sq) = ({sets}, 6, {layout.grid.tokens}), got "
+            f"{tuple(intervals.shape)}"
+        )
+    if head_set is not None and (head_set.ndim != 1 or not 0 <= int(head_set.min()) <= int(head_set.max()) < sets):
+        raise ValueError(
+            f"plan_from_block_map: head_set must be (H,) numbers below G = {sets}, got {head_set.tolist()}; give full a map "
+            "for each"
+        )
     device = full.device
-    start, rows = layout.block_start.to(device), layout.block_rows.to(device)
-    block = max(16, 1 << (int(layout.block_rows.max()) - 1).bit_length())
-    text = layout.is_text.to(device)
-    full = full | text[:, None] | text[None, :]
+    q_start, q_rows = layout.block_start.to(device), layout.block_rows.to(device)
+    k_start, k_rows = keys.block_start.to(device), keys.block_rows.to(device)
+    block = max(layout.room, keys.room)
+    full = full | layout.is_text.to(device)[:, None] | keys.is_text.to(device)[None, :]
     # Rank of a block in its list: 0 complete, 1 ragged, 2 partial, 3 absent. A stable sort keeps memory order in each run.
-    rank = torch.where(full, (rows < block).to(torch.uint8), torch.full((), 3, dtype=torch.uint8, device=device))
+    rank = torch.where(full, (k_rows < block).to(torch.uint8), torch.full((), 3, dtype=torch.uint8, device=device))
     if partial is not None:
         rank[partial & ~full] = 2
     ends = torch.stack([(rank <= run).sum(-1) for run in range(3)], dim=-1)
     longest = max(1, int(ends[..., 2].max()))
     index = torch.argsort(rank, dim=-1, stable=True)[..., :longest]
 
-    weights = torch.ones(full.shape[1], dtype=torch.float64) / full.shape[1]
-    if head_set is not None:
-        weights = torch.bincount(head_set.long().cpu(), minlength=full.shape[1]).double() / len(head_set)
-    if density is None:
-        density = _density(layout, full, rank == 2 if partial is not None else None, intervals, weights.to(device))
-    # A query block costs as many tiles of block × block as its list is long, however few rows it has.
-    listed = ends[..., 2].double().mean((0, 2)) @ weights.to(device) * N
-    work = float(listed) * block * block / layout.grid.tokens**2
-
     def int32(x: torch.Tensor) -> torch.Tensor:
         return x.to(device=device, dtype=torch.int32).contiguous()
 
     packed: dict[str, Any] = {}
     if partial is not None and intervals is not None:
-        shifts, guard = fields(layout.grid.shape)
+        shifts, guard = fields(keys.grid.shape)
         packed = {
-            "key_codes": encode(layout.coords.to(device), shifts),
+            "coords": int32(keys.coords),
+            "intervals": int32(intervals),
+            "key_codes": encode(keys.coords.to(device), shifts),
             "row_codes": encode_intervals(intervals.to(device), shifts, guard),
             "guard": guard,
         }
-    return BlockPlan(
-        q_start=int32(start),
-        q_rows=int32(rows),
-        k_start=int32(start),
-        k_rows=int32(rows),
+    q_len, k_len = layout.grid.tokens, keys.grid.tokens
+    weights = torch.ones(sets, dtype=torch.float64) / sets
+    if head_set is not None:
+        weights = torch.bincount(head_set.long().cpu(), minlength=sets).double() / len(head_set)
+    # A query block costs as many tiles of block × block as its list is long, however few rows it has.
+    listed = float(ends[..., 2].double().mean((0, 2)).cpu() @ weights) * Nq
+    plan = BlockPlan(
+        q_start=int32(q_start),
+        q_rows=int32(q_rows),
+        k_start=int32(k_start),
+        k_rows=int32(k_rows),
         index=int32(index),
-        key_start=int32(start[index]),
+        key_start=int32(k_start[index]),
         ends=int32(ends),
         block=block,
-        q_len=layout.grid.tokens,
-        k_len=layout.grid.tokens,
-        density=density,
-        work=work,
+        q_len=q_len,
+        k_len=k_len,
+        density=math.nan if density is None else density,
+        work=listed * block * block / (q_len * k_len),
         head_set=None if head_set is None else int32(head_set),
-        coords=None if partial is None else int32(layout.coords),
-        intervals=None if partial is None or intervals is None else int32(intervals),
         **packed,
     )
+    if density is not None:
+        return plan
+    kept = _kept_pairs(plan, layout, keys, full, rank == 2).cpu() @ weights
+    return replace(plan, density=float(kept) / (q_len * k_len))
 
 
-def dense_plan(layout: Layout, device: torch.device | str = "cpu") -> BlockPlan:
+def dense_plan(layout: Layout, device: torch.device | str = "cpu", *, key_layout: Layout | None = None) -> BlockPlan:
     """Every query sees every key: dense attention as a plan."""
-    return plan_from_block_map(layout, torch.ones(1, 1, layout.blocks, layout.blocks, dtype=torch.bool, device=device))
+    keys = layout if key_layout is None else key_layout
+    everything = torch.ones(1, 1, layout.blocks, keys.blocks, dtype=torch.bool, device=device)
+    return plan_from_block_map(layout, everything, key_layout=key_layout)
 
 
-@lru_cache(maxsize=32)
-def plan_of_all(q_len: int, k_len: int, device: torch.device) -> BlockPlan:
-    """Every one of q_len queries sees every one of k_len keys, which may be of another sequence: in full blocks."""
+def dense_plan_of_lengths(q_len: int, k_len: int, device: torch.device) -> BlockPlan:
+    """Dense attention of q_len queries over k_len keys as a plan, without a layout: in runs of 128 rows.
+
+    It is made on the device without waiting for it, and not cached: keep it where it is used again (``Layout.cached``).
+    """
 
     def blocks(length: int) -> tuple[torch.Tensor, torch.Tensor]:
         start = torch.arange(0, length, MAX_BLOCK_ROWS, dtype=torch.int32, device=device)
@@ -226,23 +256,61 @@ def plan_of_all(q_len: int, k_len: int, device: torch.device) -> BlockPlan:
     )
 
 
-def _density(
-    layout: Layout,
-    full: torch.Tensor,
-    partial: torch.Tensor | None,
-    intervals: torch.Tensor | None,
-    weights: torch.Tensor,
-) -> float:
-    """Kept token pairs ÷ all pairs, counted exactly: by block sizes, and row by row where intervals decide."""
-    rows = layout.block_rows.to(full.device).double()
-    kept = torch.einsum("pgij,i,j->g", full.double(), rows, rows) / full.shape[0]
-    if partial is not None and intervals is not None:
-        # For rows with partial blocks the interval counts every visible video key, in full blocks too: count those
-        # rows by their interval alone (plus text), and take their full blocks out again.
-        has_partial = partial.any(-1).double()
-        kept = kept - torch.einsum("pgij,pgi,i,j->g", full.double(), has_partial, rows, rows) / full.shape[0]
-        extent = torch.stack([intervals[:, 2 * a + 1] - intervals[:, 2 * a] for a in range(3)]).double().prod(0)
-        per_row = extent.to(full.device) + layout.grid.text
-        of_block = torch.arange(layout.blocks, device=full.device).repeat_interleave(layout.block_rows.to(full.device))
-        kept = kept + torch.einsum("pgs,gs->g", has_partial[:, :, of_block], per_row) / full.shape[0]
-    return float((kept @ weights) / layout.grid.tokens**2)
+def _kept_pairs(
+    plan: BlockPlan, queries: Layout, keys: Layout, full: torch.Tensor, partial: torch.Tensor
+) -> torch.Tensor:
+    """(G,) float64: token pairs that each list set keeps, exact, mean over P."""
+    q_rows, k_rows = plan.q_rows.double(), plan.k_rows.double()
+    kept = torch.einsum("pgij,i,j->g", full.double(), q_rows, k_rows)
+    if plan.intervals is not None and bool(partial.any()):
+        tested = partial.any(-1)  # (P, G, Nq) query blocks that list partial blocks
+        if _intervals_hold_for_all(plan, keys, full, partial, tested):
+            # Then a row of those blocks sees what its intervals hold and the text, wherever that is listed.
+            lengths = torch.tensor(keys.grid.shape, device=plan.device).view(3, 1)
+            lo, hi = plan.intervals[:, 0::2].clamp(min=0), torch.minimum(plan.intervals[:, 1::2], lengths)
+            per_row = (hi - lo).clamp(min=0).double().prod(1) + keys.grid.text  # (G, Sq)
+            of_row = torch.repeat_interleave(plan.q_rows.long(), output_size=plan.q_len)
+            kept = kept - torch.einsum("pgij,pgi,i,j->g", full.double(), tested.double(), q_rows, k_rows)
+            kept = kept + torch.einsum("pgs,gs->g", tested[:, :, of_row].double(), per_row)
+        else:
+            kept = kept + _pairs_in_partial_blocks(plan, partial)
+    return kept / full.shape[0]
+
+
+def _intervals_hold_for_all(
+    plan: BlockPlan, keys: Layout, full: torch.Tensor, partial: torch.Tensor, tested: torch.Tensor
+) -> bool:
+    """Whether intervals describe more than the partial blocks: in each query block with partial ones, every key of its full
+    blocks lies in them and no key of a block that is not listed, as in a plan of windows. Text is not asked for."""
+    assert plan.intervals is not None and plan.coords is not None
+    lo, hi = plan.intervals[:, 0::2], plan.intervals[:, 1::2]
+    lo_min, lo_max = (block_reduce(lo, plan.q_rows, how)[..., None] for how in ("amin", "amax"))  # (G, 3, Nq, 1)
+    hi_min, hi_max = (block_reduce(hi, plan.q_rows, how)[..., None] for how in ("amin", "amax"))
+    first, last = (block_reduce(plan.coords, plan.k_rows, how)[None, :, None] for how in ("amin", "amax"))
+    inside = ((first >= lo_max) & (last < hi_min)).all(1)  # (G, Nq, Nk)
+    outside = ((last < lo_min) | (first >= hi_max)).any(1)
+    agrees = torch.where(full, inside, partial | outside)
+    return bool((agrees | keys.is_text.to(plan.device) | ~tested[..., None]).all())
+
+
+def block_reduce(x: torch.Tensor, rows: torch.Tensor, how: str) -> torch.Tensor:
+    """(…, N) from (…, S): "amin" or "amax" of each block, where blocks are consecutive runs of ``rows`` (N,)."""
+    of_row = torch.repeat_interleave(rows.long(), output_size=x.shape[-1])
+    room = x.new_zeros(*x.shape[:-1], len(rows))
+    return room.scatter_reduce(-1, of_row.expand_as(x), x, how, include_self=False)
+
+
+def _pairs_in_partial_blocks(plan: BlockPlan, partial: torch.Tensor) -> torch.Tensor:
+    """(G,) float64: token pairs of partial blocks that pass the interval test, summed over P: tested one by one."""
+    assert plan.key_codes is not None and plan.row_codes is not None
+    kept = torch.zeros(partial.shape[1], dtype=torch.float64, device=plan.device)
+    row = torch.arange(plan.block, device=plan.device)
+    for of_pairs in partial.nonzero()[:, 1:].split(max(1, TESTED_PAIRS // plan.block**2)):
+        g, i, j = of_pairs.unbind(1)
+        at_q, there_q = plan.q_start[i, None] + row, row < plan.q_rows[i, None]
+        at_k, there_k = plan.k_start[j, None] + row, row < plan.k_rows[j, None]
+        codes = plan.row_codes[g[:, None], :, at_q.clamp(max=plan.q_len - 1)].transpose(1, 2)  # (pairs, 2, rows)
+        seen = inside(plan.key_codes[at_k.clamp(max=plan.k_len - 1)], codes, plan.guard)
+        seen &= there_q[:, :, None] & there_k[:, None]
+        kept.index_add_(0, g, seen.sum((1, 2)).double())
+    return kept

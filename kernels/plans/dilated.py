@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
-from tilewise.kernels.plans.block_plan import BlockPlan, plan_from_block_map
+from tilewise.kernels.plans.block_plan import BlockPlan, block_reduce, plan_from_block_map
 from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Grid, Layout
 from tilewise.kernels.plans.window import window_interval
 
@@ -42,13 +44,13 @@ class DilatedLayout(Layout):
         t, h, w = (axis_order(n, d) for n, d in zip(self.grid.shape, self.dilation, strict=True))
         raster = (t[:, None, None] * self.grid.h + h[:, None]) * self.grid.w + w  # of each virtual raster position
         offset = self.grid.text if self.grid.text_first else 0
-        whole = torch.arange(self.grid.tokens)
+        whole = torch.arange(self.grid.tokens, device="cpu")
         whole[offset : offset + self.grid.video] = raster.reshape(-1) + offset
         return whole[self._virtual_permutation]
 
     @cached_property
     def coords(self) -> torch.Tensor:
-        coords = torch.full((3, self.grid.tokens), -1)
+        coords = torch.full((3, self.grid.tokens), -1, device="cpu")
         offset = self.grid.text if self.grid.text_first else 0
         coords[:, offset : offset + self.grid.video] = self.raster_coords
         return coords[:, self._virtual_permutation]
@@ -58,15 +60,21 @@ class DilatedLayout(Layout):
         return Layout(self.grid, self.tile, self.max_block_rows).permutation
 
 
-@lru_cache(maxsize=64)
+_IN_USE: WeakValueDictionary[tuple[Any, ...], DilatedLayout] = WeakValueDictionary()
+
+
 def dilated_layout(grid: Grid, tile: Triple, dilation: Triple, max_block_rows: int = MAX_BLOCK_ROWS) -> DilatedLayout:
-    """The same layout object for the same arguments."""
-    return DilatedLayout(grid, tile, max_block_rows, dilation)
+    """The same layout object for the same arguments as long as somebody holds it."""
+    key = (grid, tile, dilation, max_block_rows)
+    found = _IN_USE.get(key)
+    if found is None:
+        found = _IN_USE[key] = DilatedLayout(grid, tile, max_block_rows, dilation)
+    return found
 
 
 def axis_order(length: int, dilation: int) -> torch.Tensor:
     """(length,) int64: the real coordinate at each virtual one: class 0 first, each in order."""
-    return torch.cat([torch.arange(r, length, dilation) for r in range(min(dilation, length))])
+    return torch.cat([torch.arange(r, length, dilation, device="cpu") for r in range(min(dilation, length))])
 
 
 def axis_windows(length: int, window: int, stride: int = 1, dilation: int = 1, causal: bool = False) -> Axis:
@@ -85,7 +93,7 @@ def axis_windows(length: int, window: int, stride: int = 1, dilation: int = 1, c
     offset = 0
     for r in range(min(dilation, length)):
         size = len(range(r, length, dilation))
-        i = torch.arange(size)
+        i = torch.arange(size, device="cpu")
         if causal:
             leader = torch.clamp(i // stride * stride + stride - 1, max=size - 1)
             first, last = torch.clamp(leader - window + 1, min=0), i + 1
@@ -97,33 +105,39 @@ def axis_windows(length: int, window: int, stride: int = 1, dilation: int = 1, c
     return torch.cat(lo), torch.cat(hi)
 
 
-def axes_plan(layout: Layout, axes: Sequence[Axis], device: torch.device | str = "cpu") -> BlockPlan:
+def axes_plan(
+    layout: Layout,
+    axes: Sequence[Axis],
+    device: torch.device | str = "cpu",
+    *,
+    key_layout: Layout | None = None,
+) -> BlockPlan:
     """The plan in which a token sees those whose three coordinates lie in the intervals that its own three give.
 
     Args:
         layout: token order; its ``coords`` are what the tables are indexed by.
         axes: for t, h and w: lo and hi, (length,), neither ever falling along the axis.
+        key_layout: token order of the keys, whose ``coords`` lo and hi speak of, if it is another.
     """
+    keys = layout if key_layout is None else key_layout
     coords = layout.coords.to(device)
-    of_block = torch.arange(layout.blocks).repeat_interleave(layout.block_rows).to(device).expand(3, -1)
-    room = torch.zeros(3, layout.blocks, dtype=coords.dtype, device=device)
-    first = room.scatter_reduce(1, of_block, coords, "amin", include_self=False)
-    last = room.scatter_reduce(1, of_block, coords, "amax", include_self=False)
+    q_first, q_last = (block_reduce(coords, layout.block_rows.to(device), how) for how in ("amin", "amax"))
+    k_first, k_last = (
+        block_reduce(keys.coords.to(device), keys.block_rows.to(device), how)[:, None] for how in ("amin", "amax")
+    )
     sees_all = torch.ones(1, 1, dtype=torch.bool, device=device)
     sees_any = torch.ones(1, 1, dtype=torch.bool, device=device)
     rows = []
     for axis, tables in enumerate(axes):
         lo, hi = (table.to(device) for table in tables)
-        q_first, q_last = first[axis].clamp(min=0), last[axis].clamp(min=0)  # text blocks have −1, and are full anyway
-        k_first, k_last = first[axis][None], last[axis][None]
-        sees_any = sees_any & (k_last >= lo[q_first][:, None]) & (k_first < hi[q_last][:, None])
-        sees_all = sees_all & (k_first >= lo[q_last][:, None]) & (k_last < hi[q_first][:, None])
+        first, last = q_first[axis].clamp(min=0), q_last[axis].clamp(min=0)  # text blocks have −1, and are full anyway
+        sees_any = sees_any & (k_last[axis] >= lo[first][:, None]) & (k_first[axis] < hi[last][:, None])
+        sees_all = sees_all & (k_first[axis] >= lo[last][:, None]) & (k_last[axis] < hi[first][:, None])
         at = coords[axis].clamp(min=0)
         rows += [lo[at], hi[at]]
-    video = ~layout.is_text.to(device)
-    video_pairs = video[:, None] & video[None, :]
-    full = (sees_all & video_pairs)[None, None]
-    partial = (sees_any & ~sees_all & video_pairs)[None, None]
+    video = ~layout.is_text.to(device)[:, None] & ~keys.is_text.to(device)
+    full = (sees_all & video)[None, None]
+    partial = (sees_any & ~sees_all & video)[None, None]
     if not bool(partial.any()):
-        return plan_from_block_map(layout, full)
-    return plan_from_block_map(layout, full, partial, intervals=torch.stack(rows)[None])
+        return plan_from_block_map(layout, full, key_layout=key_layout)
+    return plan_from_block_map(layout, full, partial, key_layout=key_layout, intervals=torch.stack(rows)[None])

@@ -9,7 +9,6 @@ room for every block, are filled by a running count, and the density stays on th
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 
@@ -18,26 +17,14 @@ from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
 
 
-@lru_cache(maxsize=64)
-def block_table(layout: Layout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(start (N,) int32, rows (N,) int32, is_text (N,) bool) of a layout's blocks on a device; not to be written to."""
-    with torch.inference_mode(False):
-        start, rows = layout.block_start.to(device, torch.int32), layout.block_rows.to(device, torch.int32)
-        return start, rows, layout.is_text.to(device)
-
-
-@lru_cache(maxsize=64)
-def _block_room(layout: Layout) -> int:
-    return max(16, 1 << (int(layout.block_rows.max()) - 1).bit_length())
-
-
-def dynamic_plan(layout: Layout, kept: torch.Tensor) -> BlockPlan:
+def dynamic_plan(layout: Layout, kept: torch.Tensor, *, key_layout: Layout | None = None) -> BlockPlan:
     """The plan of a block map.
 
     Args:
-        layout: gives the block table; queries and keys share it.
-        kept: (P, G, N, N) bool on the device of the tensors to come, True where query block i sees key block j; P 1 or the
+        layout: block table of the queries, and of the keys too unless ``key_layout`` is given.
+        kept: (P, G, Nq, Nk) bool on the device of the tensors to come, True where query block i sees key block j; P 1 or the
             batch size, G 1 or the number of heads. Text blocks are full rows and columns, whatever it says.
+        key_layout: block table of the keys, for queries of another sequence.
 
     Returns:
         A plan whose ``density`` and ``work`` are nan; ``device_density``, () float32 on the device, is the fraction of token
@@ -46,44 +33,58 @@ def dynamic_plan(layout: Layout, kept: torch.Tensor) -> BlockPlan:
     Raises:
         ValueError: for a map of another shape or dtype.
     """
-    N = layout.blocks
-    if kept.ndim != 4 or kept.shape[2:] != (N, N) or kept.dtype != torch.bool:
+    keys = layout if key_layout is None else key_layout
+    if kept.ndim != 4 or kept.shape[2:] != (layout.blocks, keys.blocks) or kept.dtype != torch.bool:
         raise ValueError(
-            f"dynamic_plan: kept must be (P, G, {N}, {N}) bool for this layout, got {tuple(kept.shape)} {kept.dtype}"
+            f"dynamic_plan: kept must be (P, G, {layout.blocks}, {keys.blocks}) bool for this layout, got "
+            f"{tuple(kept.shape)} {kept.dtype}"
         )
-    start, rows, is_text = block_table(layout, kept.device)
-    block = _block_room(layout)
+    q_start, q_rows, q_text = layout.block_table(kept.device)
+    k_start, k_rows, k_text = keys.block_table(kept.device)
+    block = max(layout.room, keys.room)
     if runs_triton(kept.device):
         from tilewise.kernels.plans.triton_dynamic_plan import triton_lists
 
-        index, key_start, ends, tokens = triton_lists(kept.contiguous(), start, rows, is_text, block)
+        index, key_start, ends, tokens = triton_lists(kept.contiguous(), k_start, k_rows, k_text, q_text, block)
     else:
-        index, key_start, ends, tokens = lists_reference(kept, start, rows, is_text, block)
+        index, key_start, ends, tokens = lists_reference(kept, k_start, k_rows, k_text, q_text, block)
+    q_len, k_len = layout.grid.tokens, keys.grid.tokens
     return BlockPlan(
-        q_start=start,
-        q_rows=rows,
-        k_start=start,
-        k_rows=rows,
+        q_start=q_start,
+        q_rows=q_rows,
+        k_start=k_start,
+        k_rows=k_rows,
         index=index,
         key_start=key_start,
         ends=ends,
         block=block,
-        q_len=layout.grid.tokens,
-        k_len=layout.grid.tokens,
+        q_len=q_len,
+        k_len=k_len,
         density=math.nan,
         work=math.nan,
-        device_density=((tokens * rows).sum(-1).mean() / layout.grid.tokens**2).float(),
+        device_density=((tokens * q_rows).sum(-1).mean() / (q_len * k_len)).float(),
     )
 
 
 def lists_reference(
-    kept: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, is_text: torch.Tensor, block: int
+    kept: torch.Tensor,
+    start: torch.Tensor,
+    rows: torch.Tensor,
+    is_text: torch.Tensor,
+    query_is_text: torch.Tensor,
+    block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """index, key_start (P, G, N, N) int32, ends (P, G, N, 3) int32 and tokens (P, G, N) float32: keys that each row keeps.
+    """The lists of a map, block by block.
 
-    What follows a list in ``index`` repeats block 0.
+    Args:
+        kept: (P, G, Nq, Nk) bool.
+        start, rows, is_text: (Nk,) of the key blocks. query_is_text: (Nq,). block: rows of a complete block.
+
+    Returns:
+        index, key_start (P, G, Nq, Nk) int32; ends (P, G, Nq, 3) int32; tokens (P, G, Nq) float32, keys that each row keeps.
+        What follows a list in ``index`` repeats block 0.
     """
-    kept = kept | is_text[:, None] | is_text[None, :]
+    kept = kept | query_is_text[:, None] | is_text[None, :]
     complete, ragged = kept & (rows == block), kept & (rows != block)
     counts = complete.sum(-1, dtype=torch.int32)
     ends = torch.stack([counts, counts + ragged.sum(-1, dtype=torch.int32)], -1)[..., [0, 1, 1]]

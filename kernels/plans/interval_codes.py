@@ -55,6 +55,7 @@ def encode_intervals(intervals: torch.Tensor, shifts: list[int], guard: int) -> 
 
 
 def inside(key_codes: torch.Tensor, row_codes: torch.Tensor, guard: int) -> torch.Tensor:
-    """(rows, keys) bool: the test that kernels make. ``key_codes`` (keys,), ``row_codes`` (2, rows)."""
-    at, (lo, last) = key_codes[None], row_codes[..., None]
+    """(…, rows, keys) bool: the test that kernels make. ``key_codes`` (…, keys), ``row_codes`` (…, 2, rows)."""
+    at = key_codes[..., None, :]
+    lo, last = row_codes[..., None].unbind(-3)
     return (((at | guard) - lo) & (last - at) & guard) == guard

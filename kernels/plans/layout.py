@@ -11,12 +11,18 @@ the unit that kernels and plans speak of.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
 MAX_BLOCK_ROWS = 128
+MAX_CACHED = 64  # values that a layout keeps, and as many layouts of other text lengths
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,12 +97,31 @@ class Layout:
     def with_text(self, text: int) -> Layout:
         """The same layout for another number of text tokens: same class, same fields but for ``grid.text``.
 
-        Equal layouts get the same object back (of the last 64), so that its tables are computed once.
+        The same object each time, kept with this layout, so that its tables are computed once.
 
         Raises:
             ValueError: for a negative number.
         """
-        return self if text == self.grid.text else _with_text(self, text)
+        if text == self.grid.text:
+            return self
+        # replace() calls the constructor of the layout's own class, so that subclasses keep their order and fields.
+        return _kept(self._of_text, text, lambda: replace(self, grid=replace(self.grid, text=text)))
+
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returned for this key: tables on a device, plans and the like, derived from this layout.
+
+        They are kept with the layout, so that they are freed with it: no module holds memory of a device. The oldest of more
+        than 64 is forgotten.
+        """
+        return _kept(self._derived, key, make)
+
+    @cached_property
+    def _of_text(self) -> dict[Any, Any]:
+        return {}
+
+    @cached_property
+    def _derived(self) -> dict[Any, Any]:
+        return {}
 
     @property
     def tiles(self) -> tuple[int, int, int]:
@@ -106,12 +131,12 @@ class Layout:
     @cached_property
     def _tile_of_token(self) -> torch.Tensor:
         """(3, video) int64: tile coordinates of each video token in raster order."""
-        return self.raster_coords // torch.tensor(self.tile).view(3, 1)
+        return self.raster_coords // torch.tensor(self.tile, device="cpu").view(3, 1)
 
     @cached_property
     def raster_coords(self) -> torch.Tensor:
         """(3, video) int64: (t, h, w) of each video token in raster order."""
-        axes = [torch.arange(length) for length in self.grid.shape]
+        axes = [torch.arange(length, device="cpu") for length in self.grid.shape]
         return torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(3, -1)
 
     @cached_property
@@ -124,14 +149,14 @@ class Layout:
         if self.grid.text == 0:
             return order
         if self.grid.text_first:
-            return torch.cat([torch.arange(self.grid.text), order + self.grid.text])
-        return torch.cat([order, torch.arange(self.grid.video, self.grid.tokens)])
+            return torch.cat([torch.arange(self.grid.text, device="cpu"), order + self.grid.text])
+        return torch.cat([order, torch.arange(self.grid.video, self.grid.tokens, device="cpu")])
 
     @cached_property
     def inverse(self) -> torch.Tensor:
         """(S,) int64: layout position of each raster token; undoes ``permutation``."""
         inverse = torch.empty_like(self.permutation)
-        inverse[self.permutation] = torch.arange(self.grid.tokens)
+        inverse[self.permutation] = torch.arange(self.grid.tokens, device="cpu")
         return inverse
 
     @cached_property
@@ -140,13 +165,15 @@ class Layout:
         per_axis = []
         for length, size in zip(self.grid.shape, self.tile, strict=True):
             count = math.ceil(length / size)
-            sizes = torch.full((count,), size)
+            sizes = torch.full((count,), size, device="cpu")
             sizes[-1] = length - size * (count - 1)
             per_axis.append(sizes)
         rows = torch.einsum("t,h,w->thw", *per_axis).reshape(-1)
-        rows, tile_id = _cut(rows, torch.arange(len(rows)), self.max_block_rows)
+        rows, tile_id = _cut(rows, torch.arange(len(rows), device="cpu"), self.max_block_rows)
         if self.grid.text:
-            text_rows, text_id = _cut(torch.tensor([self.grid.text]), torch.tensor([-1]), self.max_block_rows)
+            text_rows, text_id = _cut(
+                torch.tensor([self.grid.text], device="cpu"), torch.tensor([-1], device="cpu"), self.max_block_rows
+            )
             first, last = (text_rows, rows) if self.grid.text_first else (rows, text_rows)
             first_id, last_id = (text_id, tile_id) if self.grid.text_first else (tile_id, text_id)
             rows, tile_id = torch.cat([first, last]), torch.cat([first_id, last_id])
@@ -178,7 +205,7 @@ class Layout:
     @cached_property
     def coords(self) -> torch.Tensor:
         """(3, S) int64: (t, h, w) of the token at each layout position; −1 for text tokens."""
-        coords = torch.full((3, self.grid.tokens), -1)
+        coords = torch.full((3, self.grid.tokens), -1, device="cpu")
         offset = self.grid.text if self.grid.text_first else 0
         coords[:, offset : offset + self.grid.video] = self.raster_coords
         return coords[:, self.permutation]
@@ -188,28 +215,51 @@ class Layout:
         """Number of blocks, text included."""
         return len(self.block_rows)
 
+    @cached_property
+    def room(self) -> int:
+        """Rows of room that a kernel gives each block: a power of two, at least 16."""
+        return max(16, 1 << (int(self.block_rows.max()) - 1).bit_length())
+
     @property
     def fill(self) -> float:
         """Rows held ÷ rows that the blocks have room for, in (0, 1]: what ragged blocks waste in a kernel."""
-        room = 1 << (int(self.block_rows.max()) - 1).bit_length() if self.blocks else 1
-        return self.grid.tokens / (self.blocks * max(room, 16))
+        return self.grid.tokens / (self.blocks * self.room)
+
+    def block_table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(start (N,) int32, rows (N,) int32, is_text (N,) bool) of the blocks on a device; not to be written to."""
+
+        def make() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            with torch.inference_mode(False):
+                start, rows = self.block_start.to(device, torch.int32), self.block_rows.to(device, torch.int32)
+                return start, rows, self.is_text.to(device)
+
+        return self.cached(("block table", device), make)
 
 
 def _cut(rows: torch.Tensor, ids: torch.Tensor, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut each run of ``rows`` tokens into pieces of ``limit``, the remainder last; ids are repeated along."""
     pieces = (rows + limit - 1) // limit
-    out = torch.full((int(pieces.sum()),), limit)
+    out = torch.full((int(pieces.sum()),), limit, device="cpu")
     out[torch.cumsum(pieces, 0) - 1] = rows - limit * (pieces - 1)
     return out, ids.repeat_interleave(pieces)
 
 
-@lru_cache(maxsize=64)
+def _kept(kept: dict[Any, Any], key: Hashable, make: Callable[[], T]) -> T:
+    found = kept.get(key)
+    if found is None:
+        for oldest in list(kept)[: max(0, len(kept) + 1 - MAX_CACHED)]:
+            kept.pop(oldest, None)
+        found = kept[key] = make()
+    return found
+
+
+_IN_USE: WeakValueDictionary[tuple[Any, ...], Layout] = WeakValueDictionary()
+
+
 def cached_layout(grid: Grid, tile: tuple[int, int, int], max_block_rows: int = MAX_BLOCK_ROWS) -> Layout:
-    """The same ``Layout`` object for the same arguments, so that its tables are computed once."""
-    return Layout(grid, tile, max_block_rows)
-
-
-@lru_cache(maxsize=64)
-def _with_text(layout: Layout, text: int) -> Layout:
-    # replace() calls the constructor of the layout's own class, so that subclasses keep their order and fields.
-    return replace(layout, grid=replace(layout.grid, text=text))
+    """The same ``Layout`` object for the same arguments as long as somebody holds it, so that its tables are computed once."""
+    key = (grid, tile, max_block_rows)
+    found = _IN_USE.get(key)
+    if found is None:
+        found = _IN_USE[key] = Layout(grid, tile, max_block_rows)
+    return found

@@ -12,13 +12,13 @@ import triton.language as tl
 
 @triton.jit
 def lists_kernel(
-    kept_ptr, start_ptr, rows_ptr, text_ptr, index_ptr, key_start_ptr, ends_ptr, tokens_ptr, N, BLOCK,
+    kept_ptr, start_ptr, rows_ptr, text_ptr, query_text_ptr, index_ptr, key_start_ptr, ends_ptr, tokens_ptr, N, BLOCK,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (N, P·G)."""
+    """Grid: (query blocks, P·G). N: number of key blocks."""
     i = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64) * N + i
-    whole_row = tl.load(text_ptr + i) != 0
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i
+    whole_row = tl.load(query_text_ptr + i) != 0
     # Ragged blocks come after all complete ones: count those first.
     complete_count = tl.full((), 0, tl.int32)
     tokens = tl.full((), 0, tl.int32)
@@ -61,19 +61,25 @@ def lists_kernel(
 
 
 def triton_lists(
-    kept: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, is_text: torch.Tensor, block: int
+    kept: torch.Tensor,
+    start: torch.Tensor,
+    rows: torch.Tensor,
+    is_text: torch.Tensor,
+    query_is_text: torch.Tensor,
+    block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``lists_reference``; kept must be contiguous."""
-    P, G, N, _ = kept.shape
-    index = torch.empty((P, G, N, N), dtype=torch.int32, device=kept.device)
+    P, G, Nq, Nk = kept.shape
+    index = torch.empty((P, G, Nq, Nk), dtype=torch.int32, device=kept.device)
     key_start = torch.empty_like(index)
-    ends = torch.empty((P, G, N, 3), dtype=torch.int32, device=kept.device)
-    tokens = torch.empty((P, G, N), dtype=torch.float32, device=kept.device)
-    chunk = min(1024, max(16, triton.next_power_of_2(N)))
+    ends = torch.empty((P, G, Nq, 3), dtype=torch.int32, device=kept.device)
+    tokens = torch.empty((P, G, Nq), dtype=torch.float32, device=kept.device)
+    chunk = min(1024, max(16, triton.next_power_of_2(Nk)))
     if kept.numel():
         with torch.cuda.device_of(kept):
-            lists_kernel[(N, P * G)](
-                kept.view(torch.uint8), start, rows, is_text.view(torch.uint8), index, key_start, ends, tokens, N, block,
+            lists_kernel[(Nq, P * G)](
+                kept.view(torch.uint8), start, rows, is_text.view(torch.uint8), query_is_text.view(torch.uint8),
+                index, key_start, ends, tokens, Nk, block,
                 CHUNK=chunk, num_warps=4,
             )  # fmt: skip
     return index, key_start, ends, tokens

@@ -36,7 +36,7 @@ def block_share(
     Args:
         query: (B, S, H, D) float16, bfloat16 or float32 with contiguous D ≤ 256; any other strides.
         key_mean: (B, N, Hk, D) float32, contiguous; Hk divides H. key_variance: the same, or None.
-        start, rows: (N,) first token and number of tokens (1 … 128) of each block, on query's device: see ``block_table``.
+        start, rows: (N,) first token and number of tokens (1 … 128) of each block, on query's device: see ``Layout.block_table``.
         scale: of the scores.
         queries: how many of a block are drafted: a power of two, 1 … 128. Blocks with fewer are drafted whole.
 

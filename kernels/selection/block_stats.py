@@ -28,7 +28,7 @@ def block_stats(x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, *, var
 
     Args:
         x: (B, S, H, D) float16, bfloat16 or float32 with contiguous D ≤ 256; any other strides.
-        start, rows: (N,) first token and number of tokens (1 … 128) of each block, on x's device: see ``block_table``.
+        start, rows: (N,) first token and number of tokens (1 … 128) of each block, on x's device: see ``Layout.block_table``.
         variance: whether the variance is wanted too.
 
     Raises:

@@ -27,7 +27,7 @@ import psutil
 import torch
 from torch import nn
 
-from tilewise.kernels.attention.lse_merge import SCORES
+from tilewise.kernels.attention.lse_merge import MAX_SCORES
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_space
 from tilewise.pipelines.memory.estimate import OF_WIDEST, OF_WIDTH, _LiveTensors
@@ -162,7 +162,7 @@ def plan_memory(
         each = OF_WIDTH * width_ + OF_WIDEST * widest + SECOND_PATH * width_
         guided = full_path and joint(denoiser)
         each += GUIDED * width_ if guided else 0
-        merging = MERGING * SCORES * 4 if guided else 0
+        merging = MERGING * MAX_SCORES * 4 if guided else 0
         maps = 0 if draft is None else draft_bytes(draft, max(layer.heads for layer in layers))
         activations = max(activations, int(samples * (grid.tokens * each * size + maps)) + merging)
         if refresh > 1:

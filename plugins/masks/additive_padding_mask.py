@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tilewise.kernels.attention.lse_merge import attend_few, merged
-from tilewise.kernels.plans.layout import Grid
+from tilewise.kernels.attention.lse_merge import attend_with_lse, merge_attention
+from tilewise.kernels.plans.layout import Grid, Layout
 
 
 def visible_of(mask: torch.Tensor, batch: int, grid: Grid) -> tuple[torch.Tensor, float] | None:
@@ -52,6 +52,7 @@ def add_weighed(
     lse: torch.Tensor,
     weight: float,
     scale: float | None,
+    layout: Layout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What visible queries give to padding, added to what they give to visible tokens.
 
@@ -60,12 +61,13 @@ def add_weighed(
         out: (B, n, H, D), attention of the visible tokens among themselves, by whatever plan.
         lse: (B, H, n) float32, its log-sum-exp.
         weight: c. scale: of the scores; None: 1 / √D.
+        layout: of the call; keeps what this derives from one call to the next.
 
     Returns:
         The same two, over visible tokens and padding.
     """
-    over_padding, padding_lse = attend_few(query, keys, values, scale)
-    return merged(out, lse, over_padding, padding_lse - weight)
+    over_padding, padding_lse = attend_with_lse(query, keys, values, scale, keep_with=layout)
+    return merge_attention(out, lse, over_padding, padding_lse - weight)
 
 
 def attend_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:

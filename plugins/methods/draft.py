@@ -16,7 +16,6 @@ from typing import ClassVar
 
 import torch
 
-from tilewise.kernels.plans.dynamic_plan import block_table
 from tilewise.kernels.plans.layout import Layout
 from tilewise.kernels.selection.block_scores import block_logits
 from tilewise.kernels.selection.block_share import block_share
@@ -55,7 +54,7 @@ class Draft(Guided):
             raise ConfigError(f"draft: each must be true or false, got {self.each!r}")
 
     def draft(self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float) -> DraftMap:
-        start, rows, _ = block_table(layout, query.device)
+        start, rows, _ = layout.block_table(query.device)
         wanted = self.variance or self.compensates or self.ranks_by_error
         keys = block_stats(key, start, rows, variance=wanted)
         mean = block_stats(query, start, rows).mean

@@ -12,7 +12,6 @@ A ragged block's last group is filled with the block's own first tokens and weig
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -67,9 +66,15 @@ class XAttention(Guided):
         return DraftMap(torch.cat(found, 2).clamp_min(TINY).log())  # 0 by underflow is little, not never
 
 
-@lru_cache(maxsize=32)
 def groups(layout: Layout, stride: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, A, stride) int64 tokens of each group of each block, and (N, A) float32, how much of it is the group's own."""
+    """(N, A, stride) int64 tokens of each group of each block, and (N, A) float32, how much of it is the group's own.
+
+    Kept with the layout, and not to be written to.
+    """
+    return layout.cached(("xattention groups", stride, device), lambda: _groups(layout, stride, device))
+
+
+def _groups(layout: Layout, stride: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     rows = layout.block_rows
     A = -(-int(rows.max()) // stride)
     place = torch.arange(A * stride).view(A, stride)

@@ -132,7 +132,7 @@ def attend_planned(
     out, lse = run_plan(part, planned.plan, choice, scale, return_lse=True)
     if weighed is not None:
         keys, values, weight = weighed
-        out, lse = add_weighed(part[0], keys, values, out, lse, weight, scale)
+        out, lse = add_weighed(part[0], keys, values, out, lse, weight, scale, layout)
     if planned.skipped is None:
         return out
     s = planned.skipped

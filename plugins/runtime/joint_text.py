@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from tilewise.kernels.attention.dispatch import Choice
-from tilewise.kernels.attention.lse_merge import attend_few, merged
+from tilewise.kernels.attention.lse_merge import attend_with_lse, merge_attention
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import TilewiseError
@@ -56,7 +56,8 @@ def told_by_text(layout: Layout, groups: list[Group] | str, whole: QKV, scale: f
     for group in groups:
         part = part_of(group, *whole)
         picture, text = slices(layout, group)
-        found.append((group, attend_few(part[0][:, picture], part[1][:, text], part[2][:, text], scale)))
+        qkv = part[0][:, picture], part[1][:, text], part[2][:, text]
+        found.append((group, attend_with_lse(*qkv, scale, keep_with=layout)))
     if len(found) == 1 and found[0][0].samples is None:
         return found[0][1]
     query = whole[0]
@@ -89,7 +90,7 @@ def attend_guided(
         inside, lse = run_plan(seen, plan, choice, scale, return_lse=True)
         t, tau = told if group.samples is None else (told[0][group.samples], told[1][group.samples])
         piece = out if alone else torch.empty_like(part[0], memory_format=torch.contiguous_format)
-        merged(inside, lse, t, tau, into=piece[:, picture])
+        merge_attention(inside, lse, t, tau, into=piece[:, picture])
         piece[:, text] = attend_all(part[0][:, text], part[1], part[2], scale)
         if not alone:
             put_part(out, group, piece)

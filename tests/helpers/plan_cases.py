@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 import torch
 
-from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.block_plan import BlockPlan, plan_from_block_map
 from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
 from tilewise.kernels.plans.window import window_plan
 
@@ -118,3 +119,69 @@ def layout_mask(case: Case) -> torch.Tensor:
     """``naive_mask`` with both token axes in layout order."""
     order = case.layout().permutation
     return naive_mask(case)[:, order][:, :, order]
+
+
+@dataclass(frozen=True)
+class TwoLayouts:
+    """Random block maps between the queries of one layout and the keys of another, and what they show, pair by pair."""
+
+    queries: Layout
+    keys: Layout
+    full: torch.Tensor
+    partial: torch.Tensor | None
+    intervals: torch.Tensor | None
+    head_set: torch.Tensor | None
+    heads: int
+
+    def plan(self) -> BlockPlan:
+        return plan_from_block_map(
+            self.queries,
+            self.full,
+            self.partial,
+            key_layout=self.keys,
+            intervals=self.intervals,
+            head_set=self.head_set,
+        )
+
+    def mask(self) -> torch.Tensor:
+        """(P, heads, Sq, Sk) bool."""
+        q_block = torch.arange(self.queries.blocks).repeat_interleave(self.queries.block_rows)
+        k_block = torch.arange(self.keys.blocks).repeat_interleave(self.keys.block_rows)
+        mask = self.full[:, :, q_block][..., k_block]
+        if self.partial is not None and self.intervals is not None:
+            lo, hi, at = (
+                self.intervals[:, 0::2, :, None],
+                self.intervals[:, 1::2, :, None],
+                self.keys.coords[None, :, None],
+            )
+            inside = ((at >= lo) & (at < hi)).all(1)
+            mask = mask | (self.partial[:, :, q_block][..., k_block] & inside)
+        mask = mask | self.queries.is_text[q_block][:, None] | self.keys.is_text[k_block]
+        sets = torch.arange(self.heads) if self.head_set is None else self.head_set
+        return mask[:, sets if self.full.shape[1] > 1 else torch.zeros(self.heads, dtype=torch.long)]
+
+
+def two_layouts(seed: int, block: int = 32) -> TwoLayouts:
+    """Ragged tiles, text on either side or none, lists of samples and heads; every third without partial blocks."""
+    choose = random.Random(seed)
+
+    def layout() -> Layout:
+        grid = Grid(*(choose.randint(1, n) for n in (4, 7, 7)), choose.choice([0, 0, 5, 21]), choose.random() < 0.5)
+        return Layout(
+            grid, (choose.randint(1, 3), choose.randint(1, 4), choose.randint(1, 4)), choose.choice([16, block])
+        )
+
+    queries, keys = layout(), layout()
+    samples, sets = choose.choice([1, 1, 2]), choose.choice([1, 2, 3])
+    heads = choose.choice([sets, 3]) if sets > 1 else 2
+    head_set = torch.tensor([choose.randrange(sets) for _ in range(heads)]) if sets > 1 and heads != sets else None
+    generator = torch.Generator().manual_seed(seed)
+    shown = torch.rand(samples, sets, queries.blocks, keys.blocks, generator=generator)
+    if seed % 3 == 0:
+        return TwoLayouts(queries, keys, shown < 0.4, None, None, head_set, heads)
+    sizes = torch.tensor(keys.grid.shape).view(1, 3, 1)
+    ends = torch.rand(sets, 2, 3, queries.grid.tokens, generator=generator)
+    lo, hi = (ends[:, 0] * sizes).long() - 1, (ends[:, 1] * (sizes + 3)).long()
+    intervals = torch.stack([lo, hi], 2).flatten(1, 2)
+    partial = ((shown > 0.25) & (shown < 0.7)) & ~queries.is_text[:, None] & ~keys.is_text
+    return TwoLayouts(queries, keys, shown < 0.25, partial, intervals, head_set, heads)

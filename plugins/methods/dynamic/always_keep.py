@@ -9,8 +9,6 @@ Text is no choice: every block sees it and it sees every block.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from tilewise.kernels.plans.layout import Layout
@@ -18,9 +16,12 @@ from tilewise.kernels.plans.layout import Layout
 GUARANTEES = ("self", "neighbours", "first-frame")
 
 
-@lru_cache(maxsize=64)
 def always_kept(layout: Layout, names: tuple[str, ...], device: torch.device) -> torch.Tensor:
-    """(N, N) bool on ``device``, not to be written to. names: of ``GUARANTEES``."""
+    """(N, N) bool on ``device``, kept with the layout and not to be written to. names: of ``GUARANTEES``."""
+    return layout.cached(("always kept", names, device), lambda: _always_kept(layout, names, device))
+
+
+def _always_kept(layout: Layout, names: tuple[str, ...], device: torch.device) -> torch.Tensor:
     tile, text = layout.block_tile, layout.is_text
     kept = text[:, None] | text[None, :]
     video = ~text[:, None] & ~text[None, :]

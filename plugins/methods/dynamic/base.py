@@ -13,14 +13,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from tilewise.kernels.device import capturing
-from tilewise.kernels.plans.dynamic_plan import block_table, dynamic_plan
+from tilewise.kernels.plans.dynamic_plan import dynamic_plan
 from tilewise.kernels.plans.layout import Grid, Layout, cached_layout, tile_counts
 from tilewise.kernels.selection.block_scores import error_logits, summary_bias
 from tilewise.kernels.selection.block_stats import BlockStats, block_stats
@@ -178,7 +177,7 @@ class Guided(DynamicMethod):
         tick: int,
     ) -> Planned:
         heads = query.shape[2]
-        _, rows, text = block_table(layout, query.device)
+        _, rows, text = layout.block_table(query.device)
         bounds = self._bounds(layout, heads, query.device)
         drafted = self.draft(layout, query, key, scale)
         logits = drafted.logits
@@ -251,7 +250,7 @@ class Guided(DynamicMethod):
         """What ranking by error and compensation go by; what the method's map has not, is made here. None: not needed."""
         if not (self.compensates or self.ranks_by_error):
             return None
-        start, rows, _ = block_table(layout, query.device)
+        start, rows, _ = layout.block_table(query.device)
         keys = drafted.keys or block_stats(key, start, rows, variance=True)
         s2 = drafted.s2
         if s2 is None:
@@ -278,9 +277,12 @@ def default_tile(shape: Triple) -> Triple:
     return (t, h, w)
 
 
-@lru_cache(maxsize=32)
 def _window_bounds(within: Method, layout: Layout, heads: int, device: torch.device) -> Bounds:
-    """The window over this layout: one that counts tiles counts the layout's."""
+    """The window over this layout, kept with it: one that counts tiles counts the layout's."""
+    return layout.cached(("window bounds", within, heads, device), lambda: _make_bounds(within, layout, heads, device))
+
+
+def _make_bounds(within: Method, layout: Layout, heads: int, device: torch.device) -> Bounds:
     if any(field.name == "tile" for field in dataclasses.fields(within)):
         within = dataclasses.replace(within, tile=layout.tile)  # type: ignore[call-arg]
     with torch.inference_mode(False):

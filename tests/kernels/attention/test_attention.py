@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plan_cases import CASE_IDS, CASES, Case, layout_mask
+from plan_cases import CASE_IDS, CASES, Case, layout_mask, two_layouts
 
 from tilewise.kernels.attention.backends.torch import torch_forward
 from tilewise.kernels.attention.dispatch import (
@@ -18,8 +18,9 @@ from tilewise.kernels.attention.dispatch import (
 )
 from tilewise.kernels.attention.naive import masked_attention
 from tilewise.kernels.errors import UnsupportedPlanError
-from tilewise.kernels.plans.block_plan import BlockPlan, plan_from_block_map, plan_of_all
+from tilewise.kernels.plans.block_plan import BlockPlan, dense_plan_of_lengths, plan_from_block_map
 from tilewise.kernels.plans.layout import Grid, Layout
+from tilewise.kernels.plans.window import window_plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -110,9 +111,45 @@ def test_all_keys_of_another_sequence(queries, keys):
     q, k, v = (torch.randn(2, n, 2, 16, generator=generator) for n in (queries, keys, keys))
     want, want_lse = masked_attention(q, k, v, torch.ones(1, 2, queries, keys, dtype=torch.bool), 0.3)
     poisoned = [torch.nn.functional.pad(x, (0, 0, 0, 0, 9, 140), value=torch.nan)[:, 9:-140] for x in (q, k, v)]
-    out, lse = forward(*poisoned, plan_of_all(queries, keys, q.device), 0.3)
+    out, lse = forward(*poisoned, dense_plan_of_lengths(queries, keys, q.device), 0.3)
     torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(lse.double(), want_lse, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("seed", range(6) if INTERPRETED else range(40))
+def test_queries_and_keys_of_two_layouts(seed):
+    """Ragged maps of random shapes with partial blocks, text on either side, lists of samples and heads, grouped queries."""
+    case = two_layouts(seed)
+    generator = torch.Generator().manual_seed(seed)
+    kv_heads = 1 if seed % 2 else case.heads
+    shapes = [
+        (case.queries.grid.tokens, case.heads),
+        (case.keys.grid.tokens, kv_heads),
+        (case.keys.grid.tokens, kv_heads),
+    ]
+    q, k, v = (torch.randn(case.full.shape[0], *shape, 16, generator=generator) for shape in shapes)
+    out, lse = forward(q, k, v, case.plan())
+    want, want_lse = masked_attention(q, k, v, case.mask())
+    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse.double(), want_lse, atol=2e-5, rtol=2e-5)
+    if not INTERPRETED:
+        entry = block_sparse_attention(q, k, v, case.plan(), return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(entry, (out, lse), strict=True))
+
+
+def test_a_chunk_of_frames_attends_to_a_cache_of_frames():
+    """The last 3 of 12 latent frames against all of them: the last rows of attention within the whole window."""
+    case = Case("cache", Grid(12, 5, 6, text=9), (3, 2, 3), ((5, 3, 3),), unit="token", block=32)
+    chunk = Layout(Grid(3, 5, 6, text=9), (3, 5, 2), 32)
+    keys = case.layout()
+    q, k, v = case.tensors()  # in the keys' order
+    want, want_lse = forward(q, k, v, case.plan())
+    raster = torch.arange(9 * 30, 12 * 30 + 9)  # last frames, and the text
+    at = keys.inverse[raster][chunk.permutation]
+    plan = window_plan(chunk, case.windows, unit="token", key_layout=keys, query_offset=(9, 0, 0))
+    out, lse = forward(q[:, at], k, v, plan)
+    torch.testing.assert_close(out, want[:, at], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, want_lse[:, :, at], atol=1e-5, rtol=1e-5)
 
 
 def empty_rows_plan(partial: bool) -> tuple[BlockPlan, torch.Tensor]:

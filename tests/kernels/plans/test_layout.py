@@ -1,5 +1,6 @@
 """Grids and layouts: every token exactly once, tiles contiguous, border tiles ragged."""
 
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilewise.kernels.plans.dilated import DilatedLayout, dilated_layout
-from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
+from tilewise.kernels.plans.layout import MAX_CACHED, Grid, Layout, cached_layout
 
 sizes = st.integers(1, 12)
 grids = st.builds(
@@ -120,6 +121,39 @@ def test_with_text_keeps_the_class_and_its_fields(layout):
 def test_with_text_computes_a_layout_once():
     layout = DilatedLayout(Grid(2, 4, 4, 3), (1, 2, 2), 128, (1, 2, 2))
     assert layout.with_text(9) is layout.with_text(9)
-    assert layout.with_text(9) is DilatedLayout(Grid(2, 4, 4, 3), (1, 2, 2), 128, (1, 2, 2)).with_text(9)
     with pytest.raises(ValueError, match="text at least 0"):
         layout.with_text(-1)
+
+
+def test_layouts_keep_what_is_derived_from_them_and_no_module_does():
+    layout = cached_layout(Grid(2, 4, 4, 3), (1, 2, 2))
+    table = layout.block_table(torch.device("cpu"))
+    assert layout.block_table(torch.device("cpu")) is table
+    assert cached_layout(Grid(2, 4, 4, 3), (1, 2, 2)).block_table(torch.device("cpu")) is table
+    held = [
+        weakref.ref(x)
+        for x in (layout, table[0], layout.with_text(9), dilated_layout(layout.grid, (1, 2, 2), (1, 2, 2)))
+    ]
+    del layout, table
+    assert [ref() for ref in held] == [None] * 4
+
+
+def test_a_layout_forgets_the_oldest_of_many():
+    layout = Layout(Grid(2, 4, 4), (1, 2, 2))
+    made = []
+    for n in range(100):
+        layout.with_text(n)
+        assert layout.cached(n, lambda n=n: made.append(n) or n + 1) == n + 1
+    assert layout.cached(99, list) == 100
+    assert made == list(range(100))
+    assert len(layout._derived) == len(layout._of_text) == MAX_CACHED
+    layout.cached(0, lambda: made.append("again") or 1)
+    assert made[-1] == "again"
+
+
+@pytest.mark.parametrize("make", [Layout, lambda *args: DilatedLayout(*args, dilation=(1, 2, 1))])
+def test_tables_are_on_the_cpu_whatever_the_default_device_is(make):
+    with torch.device("meta"):
+        layout = make(Grid(2, 5, 4, 3), (1, 2, 2), 16)
+        tables = layout.permutation, layout.inverse, layout.coords, layout.block_start, layout.block_tile
+    assert [x.device.type for x in tables] == ["cpu"] * 5

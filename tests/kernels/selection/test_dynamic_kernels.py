@@ -13,7 +13,7 @@ import torch
 from tilewise.kernels.attention.block_compensation import add_skipped, add_skipped_reference
 from tilewise.kernels.attention.dispatch import block_sparse_attention
 from tilewise.kernels.plans.block_plan import plan_from_block_map
-from tilewise.kernels.plans.dynamic_plan import block_table, dynamic_plan
+from tilewise.kernels.plans.dynamic_plan import dynamic_plan
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.kernels.selection.block_scores import block_logits, error_logits, summary_bias
 from tilewise.kernels.selection.block_share import block_share, torch_block_share
@@ -48,7 +48,7 @@ def test_block_stats(layout, dtype):
     room = torch.full((B, S + 2, H, D + 8), torch.nan, dtype=dtype)
     x = room[:, 1:-1, :, :D]
     x.copy_(random(B, S, H, D, dtype=dtype) + 3)
-    start, rows, _ = block_table(layout, CPU)
+    start, rows, _ = layout.block_table(CPU)
     got = block_stats(x, start, rows, variance=True)
     parts = [x[:, block].double() for block in blocks_of(layout)]
     torch.testing.assert_close(got.mean.double(), torch.stack([p.mean(1) for p in parts], 1), rtol=1e-5, atol=1e-5)
@@ -100,7 +100,7 @@ def test_block_share(layout, dtype, spread, queries):
     q = room[:, 1:-1, :, :D]
     q.copy_(2 * random(B, S, H, D, dtype=dtype))
     keys = spread * random(B, S, 2, D, dtype=dtype, seed=1)
-    start, rows, _ = block_table(layout, CPU)
+    start, rows, _ = layout.block_table(CPU)
     stats = block_stats(keys, start, rows, variance=True)
     assert stats.variance is not None
     got = block_share(q, stats.mean, stats.variance, start, rows, D**-0.5, queries)
@@ -115,7 +115,7 @@ def test_block_share(layout, dtype, spread, queries):
 
 def test_block_share_tells_of_what_is_not_finite():
     layout = LAYOUTS[-1]
-    start, rows, _ = block_table(layout, CPU)
+    start, rows, _ = layout.block_table(CPU)
     q, keys = random(1, layout.grid.tokens, 1, 16), random(1, layout.grid.tokens, 1, 16, seed=1)
     q[0, 3] = torch.nan
     share = block_share(q, block_stats(keys, start, rows).mean, None, start, rows, 0.25)
@@ -128,7 +128,7 @@ def test_block_share_tells_of_what_is_not_finite():
 def test_block_share_of_large_queries(dtype):
     """Squares that float16 does not hold leave the map finite."""
     layout = LAYOUTS[0]
-    start, rows, _ = block_table(layout, CPU)
+    start, rows, _ = layout.block_table(CPU)
     q = 400 * random(1, layout.grid.tokens, 2, 16, dtype=dtype)
     keys = block_stats(0.1 * random(1, layout.grid.tokens, 2, 16, dtype=dtype, seed=1), start, rows, variance=True)
     share = block_share(q, keys.mean, keys.variance, start, rows, 1.0)
@@ -139,7 +139,7 @@ def test_block_share_of_large_queries(dtype):
 def test_maps_of_block_pairs(layout):
     """Against the formulas in float64; s² small and large, 0, and not a number."""
     B, H, N = 2, 4, layout.blocks
-    _, rows, _ = block_table(layout, CPU)
+    _, rows, _ = layout.block_table(CPU)
     dot = random(B, H, N, N)
     s2 = random(B, H, N, N, seed=1).square() * 10.0 ** random(B, H, N, N, seed=2).clamp(-3, 1)
     s2[0, 0, 0, 0], s2[1, 1, 0, -1] = 0, torch.nan
@@ -280,7 +280,7 @@ def test_summary_rows_are_merged_exactly(layout, dtype, heads):
     kept = (random(B, H, N, N) > 0.4) | torch.eye(N, dtype=torch.bool)
     kept[0, 0, 0] = True  # nothing skipped
     plan = dynamic_plan(layout, kept)
-    start, rows, is_text = block_table(layout, CPU)
+    start, rows, is_text = layout.block_table(CPU)
     kept = kept | is_text[:, None] | is_text
     out, lse = block_sparse_attention(q, k, v, plan, return_lse=True)
     means = [block_stats(x, start, rows).mean for x in (k, v)]
@@ -420,7 +420,7 @@ class TestAheadOfTime:
         from tilewise.kernels.plans.triton_dynamic_plan import lists_kernel
 
         types = dict.fromkeys(["start_ptr", "rows_ptr", "index_ptr", "key_start_ptr", "ends_ptr"], "*i32")
-        types |= {"kept_ptr": "*u8", "text_ptr": "*u8", "tokens_ptr": "*fp32"}
+        types |= {"kept_ptr": "*u8", "text_ptr": "*u8", "query_text_ptr": "*u8", "tokens_ptr": "*fp32"}
         self.check(compiled(lists_kernel, capability, {"CHUNK": 1024}, types, 4), capability, tmp_path)
 
     @pytest.mark.parametrize("by_mass", [True, False])
@@ -464,8 +464,8 @@ def test_on_a_gpu(layout):
     device, N, B, H, D = torch.device("cuda"), layout.blocks, 2, 4, 128
     q, k, v = (random(B, layout.grid.tokens, H, D, seed=seed).to(device, torch.bfloat16) for seed in range(3))
     k[:, :, 1] *= 3
-    start, rows, is_text = block_table(
-        layout, k.device
+    start, rows, is_text = layout.block_table(
+        k.device
     )  # made once a layout: the one time that the device is waited for
     stats = block_stats(k, start, rows, variance=True)
     want = block_stats_reference(k.double(), start, rows, True)

@@ -18,7 +18,7 @@ import test_sd3
 import torch
 
 import tilewise
-from tilewise.kernels.attention.lse_merge import attend_few, merged
+from tilewise.kernels.attention.lse_merge import attend_with_lse, merge_attention
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.guidance.dual_path import two_paths
@@ -338,7 +338,7 @@ def test_large_scores_in_half_precision():
     query, key = (20 * torch.randn(1, 5, 2, 128, generator=torch.Generator().manual_seed(n)).half() for n in (0, 1))
     key[0, 0] = query[0, 0]  # a product of some 50 000, and twice that is over what float16 holds
     value = torch.randn(1, 5, 2, 128, generator=torch.Generator().manual_seed(2)).half()
-    out, lse = attend_few(2 * query, key, value, None)
+    out, lse = attend_with_lse(2 * query, key, value, None)
     exact = torch.einsum("bqhd,bkhd->bhqk", 2 * query.double(), key.double()) * 128**-0.5
     torch.testing.assert_close(lse.double(), exact.logsumexp(-1), rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(
@@ -347,19 +347,19 @@ def test_large_scores_in_half_precision():
 
 
 def test_parts_of_a_softmax_are_put_together(monkeypatch):
-    monkeypatch.setattr("tilewise.kernels.attention.lse_merge.SCORES", 100)
+    monkeypatch.setattr("tilewise.kernels.attention.lse_merge.MAX_SCORES", 100)
     query, key, value = (torch.randn(2, n, 3, 8, generator=torch.Generator().manual_seed(n)) for n in (11, 17, 17))
-    want, want_lse = attend_few(query, key, value, 0.2)
+    want, want_lse = attend_with_lse(query, key, value, 0.2)
     exact = (torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) * 0.2).softmax(-1)
     torch.testing.assert_close(
         want.double(), torch.einsum("bhqk,bkhd->bqhd", exact, value.double()), atol=1e-5, rtol=1e-5
     )
-    one, two = (attend_few(query, key[:, part], value[:, part], 0.2) for part in (slice(5), slice(5, None)))
-    got, lse = merged(*one, *two)
+    one, two = (attend_with_lse(query, key[:, part], value[:, part], 0.2) for part in (slice(5), slice(5, None)))
+    got, lse = merge_attention(*one, *two)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(lse, want_lse)
-    nothing = attend_few(query, key[:, :0], value[:, :0], 0.2)
-    torch.testing.assert_close(merged(*one, *nothing)[0], one[0])
+    nothing = attend_with_lse(query, key[:, :0], value[:, :0], 0.2)
+    torch.testing.assert_close(merge_attention(*one, *nothing)[0], one[0])
 
 
 @pytest.mark.gpu
@@ -369,9 +369,9 @@ def test_few_keys_on_a_gpu(queries, keys, width, dtype):
     """Picture and text are slices of one sequence, as in a call."""
     whole = [torch.randn(2, queries + keys, 3, width, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     q, k, v = (x.to(dtype) for x in whole)
-    want, want_lse = attend_few(q[:, :queries].float(), k[:, queries:].float(), v[:, queries:].float(), None)
+    want, want_lse = attend_with_lse(q[:, :queries].float(), k[:, queries:].float(), v[:, queries:].float(), None)
     q, k, v = (x.cuda() for x in (q, k, v))
-    out, lse = attend_few(q[:, :queries], k[:, queries:], v[:, queries:], None)
+    out, lse = attend_with_lse(q[:, :queries], k[:, queries:], v[:, queries:], None)
     assert out.dtype == dtype
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.cpu().float(), want, atol=tolerance, rtol=tolerance)

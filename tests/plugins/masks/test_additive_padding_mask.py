@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import tilewise
-from tilewise.kernels.attention import lse_merge as few_keys
+from tilewise.kernels.attention import lse_merge
 from tilewise.kernels.attention.dispatch import block_sparse_attention
 from tilewise.kernels.plans.layout import Grid, cached_layout
 from tilewise.plugins.masks.additive_padding_mask import add_weighed, attend_all, visible_of
@@ -51,7 +51,7 @@ def test_what_a_mask_shows(text_first):
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize(("weight", "scale"), [(1.0, None), (2.5, 0.3)])
 def test_it_is_dense_attention_with_the_mask_and_the_window(monkeypatch, length, text_first, weight, scale):
-    monkeypatch.setattr(few_keys, "SCORES", 2 * 2 * 6 * 11)  # several chunks of queries
+    monkeypatch.setattr(lse_merge, "MAX_SCORES", 2 * 2 * 6 * 11)  # several chunks of queries
     grid = Grid(1, 5, 6, text=TEXT, text_first=text_first)
     layout = STA.layout(grid)
     generator = torch.Generator().manual_seed(length)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import tilewise
-from tilewise.kernels.plans.dynamic_plan import block_table
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.plugins.methods.draft import Draft
 
@@ -40,7 +39,7 @@ def row_recalls(method, grid, call):
     q, k, v = (x.index_select(1, there) for x in (call.query, call.key, call.value))
     plan = method.plan_call(layout, q, k, v, q.shape[-1] ** -0.5, {}, 0).plan
     weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5).softmax(-1)
-    _, rows, _ = block_table(layout, q.device)
+    _, rows, _ = layout.block_table(q.device)
     of_token = torch.repeat_interleave(rows.long())
     kept = plan.to_mask(q.shape[2]).float()
     mass = (weights * kept).sum(-1)

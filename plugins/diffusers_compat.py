@@ -155,6 +155,13 @@ PREPARE_SEQUENCE = "_prepare_sequence"
 states, rotary tables, …). Seen in 0.42. If it changes, ``patch`` or the first forward of such a model fails."""
 
 
+def another(found: Any, known: type) -> str:
+    """How a report calls an object that is none of diffusers' ``known`` class, as in "a MyBlock, not diffusers' WanBlock"."""
+    kind = type(found)
+    where = f" of {kind.__module__}" if kind.__name__ == known.__name__ else ""
+    return f"a {kind.__name__}{where}, not diffusers' {known.__name__}"
+
+
 class WanModules(NamedTuple):
     """The classes whose code ``models/fused/wan.py`` repeats in fused kernels. Any: their attributes are looked at."""
 

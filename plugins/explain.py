@@ -154,6 +154,7 @@ def explain(
             here = [layer for layer in layers if layer.downsample == downsample]
             label = name if downsample is None else f"{name}, 1/{2**downsample}"
             rows.append(_explain_row(label, denoiser, config, here[0].grid(grid), here))
+        notes += [f"{name}: {note}" for note in family.notes(denoiser, fuse=config.fuse)]
         for layer in layers:
             module: Any = layer.module
             if why := why_not(module.processor):

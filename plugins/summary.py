@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.patching import patches_of
+from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.call_stats import FALLBACK, OTHER_REASONS, SPARSE, CallKind, CallRecord
 from tilewise.plugins.runtime.patched_denoiser import Patch
 from tilewise.plugins.text_format import ranges, render
@@ -45,6 +45,7 @@ class Summary:
     rows: list[SummaryRow]
     grids: dict[str, str]
     skipped_layers: dict[str, str]
+    notes: tuple[str, ...] = ()  # what the model's family has to say, such as where its fused kernels stay off
 
     @property
     def calls(self) -> int:
@@ -102,6 +103,7 @@ class Summary:
             "probe": _finite(self.probe),
             "broken": self.broken,
             "skipped_layers": self.skipped_layers,
+            "notes": list(self.notes),
             "rows": [{k: _finite(v) for k, v in dataclasses.asdict(row).items()} for row in self.rows],
         }
 
@@ -119,7 +121,7 @@ class Summary:
         if self.broken:
             lines.append(f"queries or keys were not finite: {self.broken} lists of key blocks kept everything")
         lines += [f"{name} stays dense: {reason}" for name, reason in self.skipped_layers.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def _finite(value: Any) -> Any:
@@ -199,4 +201,10 @@ def summary(target: Any) -> Summary:
         skipped |= {f"{name}.{layer}": reason for layer, reason in patch.step.call_stats.skipped_layers.items()}
     config = next(iter(patches.values())).config
     grids = {name: str(patch.step.grid) for name, patch in patches.items() if patch.step.grid is not None}
-    return Summary(config.to_dict(), rows, grids, skipped)
+    denoisers = denoisers_of(target)
+    notes = tuple(
+        f"{name}: {note}"
+        for name, patch in patches.items()
+        for note in patch.family.notes(denoisers[name], fuse=patch.config.fuse)
+    )
+    return Summary(config.to_dict(), rows, grids, skipped, notes)

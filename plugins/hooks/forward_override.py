@@ -74,6 +74,17 @@ def override_forward(module: nn.Module, function: Callable[..., Any], state: Any
     return None
 
 
+def can_override(module: nn.Module) -> bool:
+    """Whether ``override_forward`` would find a module's own forward, or an override that is in its place."""
+    for holder, name in _places(module):
+        found = getattr(holder, name, None)
+        if isinstance(found, types.MethodType) and found == types.MethodType(type(module).forward, module):
+            return True
+        if isinstance(found, functools.partial) and any(isinstance(arg, ForwardOverride) for arg in found.args[:1]):
+            return True
+    return False
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward and nothing else: no hook of any library, no replacement."""
     replaced = module.__dict__.get("forward")

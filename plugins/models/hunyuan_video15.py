@@ -9,6 +9,7 @@ run with a mask over keys, (B, 1, 1, S), made once a forward; in dense steps too
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.diffusers_compat import apply_rotary, dispatch_options, hunyuan_video15_processor
+from tilewise.plugins.diffusers_compat import another, apply_rotary, dispatch_options, hunyuan_video15_processor
 from tilewise.plugins.hooks.stand_in import is_stand_in, stock_processor
 from tilewise.plugins.models.common.family import AttentionLayer, Reorder, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument
@@ -42,6 +43,19 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
         module: Any = layer.module
         # diffusers' own and no subclass of it, as ``attend_with_key_mask`` repeats what it does.
         return attend_with_key_mask if type(module.processor) is hunyuan_video15_processor() else None
+
+    def notes(self, denoiser: nn.Module, *, fuse: bool) -> list[str]:
+        known, found = hunyuan_video15_processor(), Counter[str]()
+        for layer in self.layers(denoiser):
+            module: Any = layer.module
+            processor = stock_processor(module.processor)
+            if type(processor) is not known:
+                found[another(processor, known)] += 1
+        return [
+            f"{count} of {len(self.layers(denoiser))} layers attend with a mask over all pairs of tokens, which takes memory and "
+            f"fast kernels refuse: their processor is {kind}"
+            for kind, count in found.items()
+        ]
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
         model: Any = denoiser

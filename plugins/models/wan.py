@@ -97,6 +97,17 @@ class WanFamily(Family):
 
         return wan_self_attention
 
+    def notes(self, denoiser: nn.Module, *, fuse: bool) -> list[str]:
+        from tilewise.plugins.models.fused.wan import stock_reasons
+
+        if not fuse:
+            return []
+        blocks: Any = denoiser.blocks
+        return [
+            f"fused kernels are off in {count} of {len(blocks)} blocks: {reason}"
+            for reason, count in stock_reasons(denoiser).items()
+        ]
+
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         pt, ph, pw = _patch_size(denoiser)
         spatial, temporal = _vae_factors(pipe)

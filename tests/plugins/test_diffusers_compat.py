@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import accelerate.hooks
@@ -306,3 +309,24 @@ def tiny_unet() -> diffusers.UNet2DModel:
         down_block_types=("DownBlock2D",) * 2,
         up_block_types=("UpBlock2D",) * 2,
     )
+
+
+PRIVATE = re.compile(
+    r"""[."'](_diffusers_hook|_fn_refs|_old_forward|_execution_device|_name_or_path|_current_timestep|_num_timesteps|_pack_latents"""
+    r"""|_unpack_latents|_get_scale_factor|_AttentionBackendRegistry|_pack_history_states|_prepare_sequence|_orig_mod"""
+    r"""|_compiled_call_impl|_torchdynamo_orig_callable|_forward_hooks|_forward_pre_hooks)\b|compute_empirical_mu"""
+)
+
+
+def test_private_names_are_used_nowhere_else():
+    root = Path(__file__).resolve().parents[2]
+    for room in ("kernels", "plugins", "pipelines", "ui"):
+        for path in (root / room).rglob("*.py"):
+            if path.name in ("diffusers_compat.py", "torch_compat.py"):
+                continue
+            tree = ast.parse(path.read_text("utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+                    node.body = node.body[1:]  # what documentation mentions is no use of it
+            found = PRIVATE.findall(ast.unparse(tree))
+            assert not found, f"{path.relative_to(root)} uses {found}; add what it needs to plugins/diffusers_compat.py"

@@ -183,3 +183,9 @@ class Family(ABC):
         Returns the handles, each with ``remove()``.
         """
         return []
+
+    def notes(self, denoiser: nn.Module, *, fuse: bool) -> list[str]:
+        """What ``explain`` and ``summary`` say about a denoiser, patched or not: where code that this family would run in place
+        of the stock one stays off, as the model has other code than the family knows. fuse: whether fused kernels are wanted.
+        """
+        return []

@@ -14,6 +14,7 @@ the module is called. So offloaded and quantised weights are left to those who l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,9 @@ from tilewise.kernels.device import FLOATS
 from tilewise.kernels.fused.linear_gelu import linear_gelu
 from tilewise.kernels.fused.qk_norm_rope import qk_norm_rope
 from tilewise.kernels.fused.residual_norm import gated_residual, layer_norm, residual_norm
-from tilewise.plugins.diffusers_compat import dispatch_options, wan_modules
-from tilewise.plugins.hooks.forward_override import ForwardOverride, has_own_forward, override_forward
+from tilewise.plugins.diffusers_compat import another, dispatch_options, wan_modules
+from tilewise.plugins.hooks.forward_override import ForwardOverride, can_override, has_own_forward, override_forward
+from tilewise.plugins.hooks.stand_in import stock_processor
 from tilewise.plugins.models.common.family import FusedState
 
 STOCK = wan_modules()  # the classes that this file stands in for
@@ -36,6 +38,27 @@ def fuse_blocks(denoiser: nn.Module, state: FusedState) -> list[ForwardOverride]
     blocks: Any = denoiser.blocks
     own = [block for block in blocks if type(block).forward is STOCK.block.forward]
     return [handle for block in own if (handle := override_forward(block, _block_forward, state))]
+
+
+def stock_reasons(denoiser: nn.Module) -> Counter[str]:
+    """Why blocks of a denoiser run stock code and not this file's, whatever the device: reason → number of blocks."""
+    blocks: Any = denoiser.blocks
+    return Counter(reason for block in blocks if (reason := _stock_reason(block)) is not None)
+
+
+def _stock_reason(block: Any) -> str | None:
+    """The first of a block's parts that is not the one that fused code stands in for, or None."""
+    if type(block).forward is not STOCK.block.forward:
+        return f"the block is {another(block, STOCK.block)} or a subclass with its forward"
+    if not can_override(block):
+        return "the block's forward was replaced"
+    attn = block.attn1
+    processor = stock_processor(attn.processor)
+    if type(attn) is not STOCK.attention:
+        return f"self-attention is {another(attn, STOCK.attention)}"
+    if type(processor) is not STOCK.processor:
+        return f"the processor of self-attention is {another(processor, STOCK.processor)}"
+    return None
 
 
 def _block_forward(

@@ -248,4 +248,5 @@ def test_a_processor_of_the_same_name_keeps_its_own_code():
     want = family_checks.forward(model, given)
     with tilewise.patched(model, family_checks.FULL, steps=(0, 1), strict=True):
         got = family_checks.forward(model, given)
+        assert "3 of 3 layers attend with a mask over all pairs of tokens" in str(tilewise.summary(model))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

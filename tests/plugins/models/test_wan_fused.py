@@ -6,6 +6,7 @@ wiring, with a state of the test's own that lets it run on a CPU."""
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import tiny_wan
@@ -14,7 +15,13 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.hooks.first_block_cache import _FBC_BLOCK_HOOK, _FBC_LEADER_BLOCK_HOOK
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor, dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanTransformerBlock,
+    dispatch_attention_fn,
+)
+from tiny_wan import tiny_transformer
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -590,3 +597,71 @@ def test_a_patched_pipeline(options, monkeypatch):
     tilewise.unpatch(pipe)
     assert torch.equal(latents(), stock)
     assert state_of(pipe.transformer) == before
+
+
+# ── fused kernels that stay off are reported ─────────────────────────────────────────────────────────────────────────
+
+
+def another_processor(model):
+    def call(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        query, key, value = (p(hidden_states).unflatten(2, (attn.heads, -1)) for p in (attn.to_q, attn.to_k, attn.to_v))
+        return attn.to_out[0](dispatch_attention_fn(query, key, value).flatten(2))
+
+    # A class of the same name, as a release or a fork with other code would have it.
+    kind = type("WanAttnProcessor", (WanAttnProcessor,), {"__call__": rebound(call)})
+    model.blocks[1].attn1.set_processor(kind())
+    found = f"WanAttnProcessor of {__name__}, not diffusers' WanAttnProcessor"
+    return f"1 of 2 blocks: the processor of self-attention is a {found}"
+
+
+def rebound(call):
+    """With the dispatcher among its globals, where processors have it."""
+    return types.FunctionType(
+        call.__code__, {"dispatch_attention_fn": dispatch_attention_fn}, call.__name__, call.__defaults__
+    )
+
+
+def another_attention(model):
+    for block in model.blocks:
+        block.attn1.__class__ = type("MyAttention", (WanAttention,), {})
+    return "2 of 2 blocks: self-attention is a MyAttention, not diffusers' WanAttention"
+
+
+def another_forward(model):
+    class MyBlock(WanTransformerBlock):
+        def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb):
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb) + 1
+
+    model.blocks[0].__class__ = MyBlock
+    return "1 of 2 blocks: the block is a MyBlock, not diffusers' WanTransformerBlock"
+
+
+def replaced_forward(model):
+    stock = model.blocks[1].forward
+    model.blocks[1].forward = lambda *args, **kwargs: stock(*args, **kwargs)
+    return "1 of 2 blocks: the block's forward was replaced"
+
+
+@pytest.mark.parametrize("alter", [another_processor, another_attention, another_forward, replaced_forward])
+def test_fused_kernels_that_stay_off_are_reported(alter):
+    model = tiny_transformer(num_layers=2)
+    size = {"height": 64, "width": 64, "num_frames": 9}
+    assert not tilewise.explain(model, **size, method="sta").notes
+    says = f"denoiser: fused kernels are off in {alter(model)}"
+    told = tilewise.explain(model, **size, method="sta")
+    assert [note for note in told.notes if note.startswith(says)] and says in str(told)
+    assert not tilewise.explain(model, **size, method=tilewise.resolve("sta", fuse=False)).notes
+    with tilewise.patched(model, "sta"):
+        found = tilewise.summary(model)
+    assert len(found.notes) == 1 and found.notes[0].startswith(says)
+    assert says in str(found) and found.to_dict()["notes"] == list(found.notes)
+    with tilewise.patched(model, "sta", fuse=False):
+        assert tilewise.summary(model).notes == ()
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_nothing_is_reported_of_the_stock_model(fuse):
+    model = tiny_transformer(num_layers=2)
+    with tilewise.patched(model, "sta", fuse=fuse):
+        assert tilewise.summary(model).notes == ()
+        assert tilewise.explain(model, height=64, width=64, num_frames=9).notes == []

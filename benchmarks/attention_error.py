@@ -29,7 +29,7 @@ from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.plugins.methods.base import DynamicMethod, Method, Planned
 from tilewise.plugins.methods.dynamic.base import Guided
-from tilewise.plugins.runtime.attention_call import AttentionCall
+from tilewise.plugins.runtime.observers import ObservedCall
 
 SECTION = "attention error"
 STEPS, TAKEN = 8, (2, 5)  # of a short run: the clip's layout is settled; its details are
@@ -40,13 +40,13 @@ class EnoughError(Exception):
     """The last step that is wanted has run."""
 
 
-def activations(pipe: Any, size: int, frames: int, blocks: set[int] | None = None) -> tuple[Grid, list[AttentionCall]]:
+def activations(pipe: Any, size: int, frames: int, blocks: set[int] | None = None) -> tuple[Grid, list[ObservedCall]]:
     """Attention calls of a dense run, in raster order; with the grid that they are over."""
-    calls: list[AttentionCall] = []
+    calls: list[ObservedCall] = []
     tilewise.patch(pipe, "dense", fuse=False)
     step = pipe.transformer._tilewise.step
 
-    def told(call: AttentionCall) -> None:
+    def told(call: ObservedCall) -> None:
         if call.step in TAKEN and (blocks is None or call.block in blocks):
             calls.append(call)
 
@@ -67,7 +67,7 @@ def activations(pipe: Any, size: int, frames: int, blocks: set[int] | None = Non
     return grid, calls
 
 
-def answer(method: Method, grid: Grid, call: AttentionCall) -> tuple[torch.Tensor, Planned, float]:
+def answer(method: Method, grid: Grid, call: ObservedCall) -> tuple[torch.Tensor, Planned, float]:
     """(output in raster order, plan, density) of a variant for one call."""
     layout = method.layout(grid)
     assert layout is not None
@@ -87,12 +87,12 @@ def answer(method: Method, grid: Grid, call: AttentionCall) -> tuple[torch.Tenso
     return out.index_select(1, layout.inverse.to(out.device)), planned, density
 
 
-def dense(call: AttentionCall) -> torch.Tensor:
+def dense(call: ObservedCall) -> torch.Tensor:
     q, k, v = (x.float().transpose(1, 2) for x in (call.query, call.key, call.value))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def measured(name: str, method: Method, grid: Grid, calls: list[AttentionCall], exact: list[torch.Tensor]) -> dict:
+def measured(name: str, method: Method, grid: Grid, calls: list[ObservedCall], exact: list[torch.Tensor]) -> dict:
     """A variant over all calls: mean, spread and worst of its errors; density and recall."""
     begin = time.perf_counter()
     if isinstance(method, Guided):

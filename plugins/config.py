@@ -21,6 +21,9 @@ from tilewise.plugins.presets import PRESETS
 
 DEFAULT_STEPS = (0.25, 1.0)
 DEFAULT_BLOCKS = ":"
+# Tokens of a feature map below which reordering at each call and the launches cost more than sparse attention saves (SDXL at
+# 1024² has 4096 in its largest).
+MIN_MAP_TOKENS = 4096
 
 
 def select_blocks(text: str, count: int) -> list[int]:
@@ -64,6 +67,10 @@ class Config:
             128 (dispatch_8bit.py). About 2 % ("int8") and 3.6 % ("fp8") relative error of a call on unit-variance
             inputs. Calls that cannot run so run in 16 bits, and ``summary`` says why. None: the model's own 16 bits.
 
+        min_tokens: attention calls over fewer tokens stay dense, and ``summary`` counts them as "short". None: 4096 for layers
+            with a feature map of their own (UNets; with ``strict``, such a layer is an error until a number is given), no limit
+            for others. Dynamic methods have one of their own beside it.
+
     Raises:
         ConfigError: for a range that is not 0 ≤ from ≤ to ≤ 1 or a ``blocks`` text that cannot be read.
     """
@@ -74,6 +81,7 @@ class Config:
     strict: bool = False
     fuse: bool = True
     precision: str | None = None
+    min_tokens: int | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -90,6 +98,9 @@ class Config:
             raise ConfigError(f"fuse must be true or false, got {self.fuse!r}")
         if self.precision is not None and self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
+        least = self.min_tokens
+        if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
+            raise ConfigError(f"min_tokens must be a whole number of at least 0, got {least!r}")
         object.__setattr__(self, "steps", (low, high))
         select_blocks(self.blocks, 1)
 
@@ -97,6 +108,12 @@ class Config:
         """Whether the method runs at step ``step`` of ``total``, counted from 0."""
         # Rounded outward by a hair, so that 0.1 · 30 is 3 steps and not 3.0000000000000004.
         return math.ceil(self.steps[0] * total - 1e-9) <= step < math.ceil(self.steps[1] * total - 1e-9)
+
+    def too_few(self, tokens: int, own_map: bool) -> str | None:
+        """Why an attention call over so many tokens stays dense, or None. own_map: a feature map, which is reordered at each
+        call, not the denoiser's token sequence."""
+        least = self.min_tokens if self.min_tokens is not None else MIN_MAP_TOKENS if own_map else 0
+        return f"{tokens} tokens, fewer than min_tokens={least}" if tokens < least else None
 
     def prepare(self, target: Any, denoiser: nn.Module) -> Config:
         """This config, with what its method needs to know about ``denoiser`` filled in; see ``Method.prepare``."""
@@ -110,6 +127,7 @@ class Config:
             "strict": self.strict,
             "fuse": self.fuse,
             "precision": self.precision,
+            "min_tokens": self.min_tokens,
         }
 
     @classmethod
@@ -151,6 +169,7 @@ def resolve(
     strict: bool | None = None,
     fuse: bool | None = None,
     precision: str | None = None,
+    min_tokens: int | None = None,
 ) -> Config:
     """The config that a method name, preset name, method object or config stands for, with what is given on top.
 
@@ -170,7 +189,10 @@ def resolve(
             raise unknown("method or preset", method, [*methods(), *PRESETS])
     else:
         raise ConfigError(f"method must be a name, a preset, a method object or a Config, got {type(method).__name__}")
-    given: dict[str, Any] = {"steps": steps, "blocks": blocks, "strict": strict, "fuse": fuse, "precision": precision}
+    given: dict[str, Any] = {
+        "steps": steps, "blocks": blocks, "strict": strict, "fuse": fuse, "precision": precision,
+        "min_tokens": min_tokens,
+    }  # fmt: skip
     return dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
 
 

@@ -19,7 +19,6 @@ from tilewise.plugins.models.common.family import AttentionLayer, Size
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.attention_processor import why_not
-from tilewise.plugins.runtime.forward_state import MIN_OWN_TOKENS
 from tilewise.plugins.text_format import ranges, render
 
 
@@ -209,11 +208,7 @@ def _explain_row(
     blocks = sorted({layer.block for layer in layers})
     model = type(denoiser).__name__
     layout = config.method.layout(grid)
-    short = (
-        "the map is too small to pay"
-        if layers and layers[0].downsample is not None and grid.tokens < MIN_OWN_TOKENS
-        else None
-    )
+    short = config.too_few(grid.tokens, layers[0].downsample is not None)
     if layout is not None and isinstance(config.method, DynamicMethod):
         short = short or config.method.stays_dense(grid.tokens, _expected_device(denoiser))
         if why := config.method.refuses_call(layout):

@@ -80,6 +80,7 @@ def patch(
     strict: bool | None = None,
     fuse: bool | None = None,
     precision: str | None = None,
+    min_tokens: int | None = None,
 ) -> T:
     """Replace the attention of a pipeline's denoisers in one call. Weights and classes stay untouched.
 
@@ -97,6 +98,7 @@ def patch(
             can run. Default: what the preset or config says, otherwise True: ``patch(pipe, "dense")`` is exact attention in
             a faster step.
         precision: "int8" or "fp8": the method's attention calls with 8-bit products, on a Hopper GPU; see ``Config``.
+        min_tokens: attention calls over fewer tokens stay dense, counted as "short"; see ``Config``.
 
     Returns:
         ``target``. Patching a patched target replaces the earlier patch; ``unpatch`` always restores the original.
@@ -108,7 +110,9 @@ def patch(
         FallbackError: ``strict`` and a layer whose processor cannot be taken over.
         In each case nothing was changed.
     """
-    config = resolve(method, steps=steps, blocks=blocks, strict=strict, fuse=fuse, precision=precision)
+    config = resolve(
+        method, steps=steps, blocks=blocks, strict=strict, fuse=fuse, precision=precision, min_tokens=min_tokens
+    )
     denoisers = denoisers_of(target)
     for name, denoiser in denoisers.items():
         attention_layers(denoiser, name)
@@ -174,6 +178,7 @@ def patched(
     strict: bool | None = None,
     fuse: bool | None = None,
     precision: str | None = None,
+    min_tokens: int | None = None,
 ) -> Iterator[T]:
     """``with patched(pipe, "sta"): …``: patch for the length of a block, then unpatch.
 
@@ -181,7 +186,9 @@ def patched(
     """
     denoisers = denoisers_of(target)
     before = _configs(denoisers)
-    patch(target, method, steps=steps, blocks=blocks, strict=strict, fuse=fuse, precision=precision)
+    patch(
+        target, method, steps=steps, blocks=blocks, strict=strict, fuse=fuse, precision=precision, min_tokens=min_tokens
+    )
     try:
         yield target
     finally:

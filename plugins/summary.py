@@ -177,7 +177,7 @@ def _row(denoiser: str, kind: CallKind, found: list[tuple[int, CallRecord]]) -> 
 def _groups(patch: Patch) -> list[tuple[CallKind, list[tuple[int, CallRecord]]]]:
     """The (block, record) of layers that did the same: calls of one kind, and over one density where it was known before."""
     found: dict[tuple[CallKind, float | None], list[tuple[int, CallRecord]]] = defaultdict(list)
-    for (layer, kind), record in patch.step.call_stats.records.items():
+    for (layer, kind), record in patch.state.call_stats.records.items():
         density = record.kept / record.known if record.known else None
         found[kind, density].append((patch.layers[layer].block, record))
     return [(kind, records) for (kind, _), records in found.items()]
@@ -198,9 +198,9 @@ def summary(target: Any) -> Summary:
     skipped: dict[str, str] = {}
     for name, patch in patches.items():
         rows += [_row(name, kind, found) for kind, found in _groups(patch)]
-        skipped |= {f"{name}.{layer}": reason for layer, reason in patch.step.call_stats.skipped_layers.items()}
+        skipped |= {f"{name}.{layer}": reason for layer, reason in patch.state.call_stats.skipped_layers.items()}
     config = next(iter(patches.values())).config
-    grids = {name: str(patch.step.grid) for name, patch in patches.items() if patch.step.grid is not None}
+    grids = {name: str(patch.state.grid) for name, patch in patches.items() if patch.state.grid is not None}
     denoisers = denoisers_of(target)
     notes = tuple(
         f"{name}: {note}"

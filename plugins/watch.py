@@ -13,7 +13,7 @@ from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import patches_of
-from tilewise.plugins.runtime.attention_call import AttentionCall
+from tilewise.plugins.runtime.observers import ObservedCall
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def watch(
     wanted = None if steps is None else set(steps)
     calls: list[WatchedCall] = []
 
-    def told(call: AttentionCall) -> None:
+    def told(call: ObservedCall) -> None:
         if (blocks is not None and call.block not in blocks) or (wanted is not None and call.step not in wanted):
             return
         plan = None if call.plan is None else call.plan.to("cpu")
@@ -76,10 +76,10 @@ def watch(
         )
 
     for patch in patches.values():
-        patch.step.watchers.append(told)
+        patch.state.observers.append(told)
     try:
         yield calls
     finally:
         for patch in patches.values():
-            if told in patch.step.watchers:
-                patch.step.watchers.remove(told)
+            if told in patch.state.observers:
+                patch.state.observers.remove(told)

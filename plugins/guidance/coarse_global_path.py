@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
+from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.guidance.global_path import drafting
 from tilewise.plugins.guidance.pooled_attention import Patches, pooled_attention, pooling_of
+from tilewise.plugins.hooks.attention_rebinding import rebind
 from tilewise.plugins.hooks.forward_override import ForwardOverride
 from tilewise.plugins.masks.padding_mask import Group
-from tilewise.plugins.runtime.attention_call import QKV, attend_planned, choose, measured
-from tilewise.plugins.runtime.attention_processor import TilewiseProcessor, rebind
+from tilewise.plugins.runtime.attention_processor import TilewiseProcessor
 from tilewise.plugins.runtime.call_stats import GLOBAL_PATH, Call, CallKind
 from tilewise.plugins.runtime.patched_denoiser import Patch
+from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, measured, run_part
 
 
 class CoarsePath:
@@ -42,8 +44,8 @@ class CoarsePath:
         original: Any = processor.original
         dispatch = functools.partial(self._dispatch, processor.number)
         hidden = args[0] if args else kwargs["hidden_states"]
-        if processor._fused is not None and self.patch.fused_here(hidden):
-            out = processor._fused(original, dispatch, module, *args, **kwargs)
+        if processor.fused is not None and self.patch.fused_here(hidden):
+            out = processor.fused(original, dispatch, module, *args, **kwargs)
             if out is not None:
                 return out
         stock: Any = type(original).__call__
@@ -57,16 +59,15 @@ class CoarsePath:
             raise TilewiseError(
                 f"two paths: a full path that is {self.kind} cannot follow an attention mask; use global_path='dense'"
             )
-        layout = self.patch.step._layout
-        scale_of = getattr(self.patch.config.method, "scale", None)
-        scale = None if scale_of is None or layout is None else scale_of(layout, query.shape[-1])
+        layout = self.patch.state.forward.layout
+        scale = None if layout is None else self.patch.config.method.scale(layout, query.shape[-1])
         attend = self._drafted if self.kind == "draft" else self._pooled
-        with self.patch.step.call_stats.record(number, None, query, key) as call:
+        with self.patch.state.call_stats.record(number, None, query, key) as call:
             return attend(call, (query, key, value), layout, scale)
 
     def _pooled(self, call: Call, qkv: QKV, layout: Layout | None, scale: float | None) -> torch.Tensor:
         device = qkv[0].device
-        grid, order = self.patch.step.grid, self.patch.step.order(device)
+        grid, order = self.patch.state.forward.grid, self.patch.state.order(device)
         assert grid is not None
         there = None if order is None else order[0]
         known = (grid, None if there is None else there.data_ptr(), device)
@@ -83,11 +84,15 @@ class CoarsePath:
             raise TilewiseError(f"two paths: no draft of the full path: {refused}. Use global_path='pooled' or 'dense'")
         scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
         planned = self._draft.plan_call(layout, *qkv, scale, {}, 0)
-        choice, in_16_bits = choose(qkv, planned.plan, self.patch.config.precision)
+        try:
+            choice, in_16_bits = choose(qkv, planned.plan, self.patch.config.precision)
+        except UnsupportedPlanError as error:
+            raise TilewiseError(f"two paths: no kernel takes the draft of the full path: {error}") from error
         if in_16_bits and self.patch.config.strict:
             raise FallbackError(f"strict: the full path of {self.patch.name}: {in_16_bits}")
         call.density = None
         call.kind = CallKind(GLOBAL_PATH, f"{choice.backend}, draft", in_16_bits)
-        found = measured([(Group(None, None, layout.grid.text), planned)], qkv[0])
+        part = Part(Group(None, None, layout.grid.text), layout, planned, choice)
+        found = measured([part], qkv[0].shape[0])
         call.values = {name: found[name] for name in ("density", "broken") if name in found}
-        return attend_planned(qkv, planned, layout, choice, scale)
+        return run_part(qkv, part, scale)

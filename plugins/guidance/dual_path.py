@@ -91,7 +91,7 @@ class TwoPaths:
         self._handed: tuple[torch.Tensor, ...] | None = None  # from the full path's layer to the window path's
         self._at = 0  # the block that is under way
         # The last block that asks for anything of the full path.
-        self._last = max(patch.step.selected, default=-1) if streams.joint else len(self.blocks) - 1
+        self._last = max(patch.state.selected, default=-1) if streams.joint else len(self.blocks) - 1
         self._during: tuple[int, Any] = (-1, None)  # the last forward's step, and its run's timesteps
         self.coarse = None if global_path == "dense" else CoarsePath(patch, global_path, pool)
         self._handles: list[Any] = []
@@ -105,9 +105,9 @@ class TwoPaths:
         self._handles.append(denoiser.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(denoiser.register_forward_hook(self._end, always_call=True))
         if self.streams.joint:
-            if self.patch.step.guide is not None:
+            if self.patch.state.guide is not None:
                 raise UnsupportedModelError(f"two paths: {self.patch.name} has two paths already; end those first")
-            self.patch.step.guide = self
+            self.patch.state.guide = self
         for number, block in enumerate(self.blocks):
             if not self.streams.joint:
                 cross = override_forward(getattr(block, self.streams.cross), _cross_attention, self)
@@ -131,8 +131,8 @@ class TwoPaths:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self.patch.step.guide is self:
-            self.patch.step.guide = None
+        if self.patch.state.guide is self:
+            self.patch.state.guide = None
         self._reset()
         for branch in self._branches:
             self.cache.drop(branch)
@@ -152,7 +152,7 @@ class TwoPaths:
             )
         text = args[self.streams.text] if len(args) > self.streams.text else kwargs["encoder_hidden_states"]
         latents = args[0] if args else kwargs["hidden_states"]
-        at = self.patch.step.steps.of(self.patch.family.timestep(args, kwargs))
+        at = self.patch.state.steps.of(self.patch.family.timestep(args, kwargs))
         step = at.step
         # A scheduler makes its timesteps anew for each run: two clips of one step are two.
         first_in_step = step != self._during[0] or at.run is not self._during[1]
@@ -212,7 +212,7 @@ class TwoPaths:
             self._in_full = True
             try:
                 # The block's forward and not the block: its hooks reorder tokens, which has been done.
-                with self.patch.step.full_path():
+                with self.patch.state.global_path():
                     out = block.forward(*args, **kwargs)
                 out = out if isinstance(out, tuple) else (out,)
                 self._full = out[::-1] if self.streams.text_first else out

@@ -31,12 +31,13 @@ def copy_patched(patch: Patch, denoiser: nn.Module, attributes: set[str], memo: 
         attributes: what ``patch`` added to the denoiser's own attributes.
     """
     memo[id(patch)] = patch  # hooks that are its methods are copied as they are, and removed below
+    memo[id(patch.calls)] = patch.calls
     copied: Any = type(denoiser).__new__(type(denoiser))
     memo[id(denoiser)] = copied
     kept = {name: value for name, value in denoiser.__dict__.items() if name not in attributes}
     copied.__setstate__(copy.deepcopy(kept, memo))
     _clean(copied, patch.handles, memo)
-    pipe = patch.step.pipe()
+    pipe = patch.state.pipe()
     # A denoiser that is copied alone leaves its pipeline, whose scheduler will not count its steps.
     owner = memo.get(id(pipe), copied) if pipe is not None else copied
     type(patch)(patch.name, copied, owner, patch.config)

@@ -33,6 +33,40 @@ class Group:
     text: int
     weighed: tuple[torch.Tensor, float] | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole call: every sample, with every token."""
+        return self.samples is None and self.tokens is None
+
+    def take(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What of each (B, S, H, D) tensor belongs to the group: views where that is possible."""
+
+        def part(x: torch.Tensor) -> torch.Tensor:
+            if self.samples is not None:
+                x = x.index_select(0, self.samples)
+            if isinstance(self.tokens, slice):
+                return x[:, self.tokens]
+            return x if self.tokens is None else x.index_select(1, self.tokens)
+
+        return part(query), part(key), part(value)
+
+    def put(self, out: torch.Tensor, part: torch.Tensor) -> None:
+        """Write the group's outputs where ``take`` took its tokens from."""
+        if self.samples is not None and isinstance(self.tokens, torch.Tensor):
+            out[self.samples[:, None], self.tokens[None]] = part
+        elif self.samples is not None:
+            out[self.samples, slice(None) if self.tokens is None else self.tokens] = part
+        else:
+            out[:, slice(None) if self.tokens is None else self.tokens] = part
+
+
+def shares_of(groups: list[Group], batch: int) -> list[float]:
+    """What part of a batch each group is."""
+    samples = [batch if group.samples is None else len(group.samples) for group in groups]
+    return [n / sum(samples) for n in samples]
+
 
 def visible_keys(mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor | str:
     """(batch, tokens) bool on the CPU, True where a key may be seen, or why the mask is not one of keys alone.

@@ -1,174 +1,390 @@
-"""One attention call of a patched layer, once its plans are made: each group of samples by its own, and what is told of it."""
+"""Answering the attention calls of a patched denoiser: sparse or dense, and counted.
+
+    answer → why dense? ──────────────────────────────→ dense: our kernel for dense attention, or the stock function
+           → prepare: layout, groups, plans, backend → sparse: kernels/attention/dispatch.py
+
+What ``prepare`` finds depends on shapes alone where the plan is static and there is no mask. It is kept, and later layers and
+steps only run the kernel.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from tilewise.kernels.attention.block_compensation import add_skipped
-from tilewise.kernels.attention.dispatch import Choice, block_sparse_attention, choose_backend
-from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
-from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit, misfit_8bit, missing_8bit
-from tilewise.kernels.plans.block_plan import BlockPlan
-from tilewise.kernels.plans.layout import Layout, cached_layout
-from tilewise.plugins.masks.additive_padding_mask import add_weighed, attend_all
+from tilewise.kernels.attention.dispatch import Choice, block_sparse_attention
+from tilewise.kernels.device import capturing
+from tilewise.kernels.errors import UnsupportedPlanError
+from tilewise.kernels.plans.layout import Layout
+from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.masks.padding_mask import Group
-from tilewise.plugins.methods.base import Planned
+from tilewise.plugins.methods.base import DynamicMethod, Planned
+from tilewise.plugins.models.common.family import AttentionLayer
+from tilewise.plugins.runtime import dense_backend
+from tilewise.plugins.runtime.attention_request import AttentionRequest
+from tilewise.plugins.runtime.call_stats import (
+    DENSE_LAYER,
+    DENSE_STEP,
+    FALLBACK,
+    GLOBAL_PATH,
+    SHORT,
+    SPARSE,
+    Call,
+    CallKind,
+)
+from tilewise.plugins.runtime.forward_state import ForwardState
+from tilewise.plugins.runtime.joint_text import attend_guided, guided_density, pictures_of, told_by_text
+from tilewise.plugins.runtime.observers import ObservedCall
+from tilewise.plugins.runtime.plan_cache import LRU, Order
+from tilewise.plugins.runtime.sparse_call import (
+    PRECISIONS,
+    QKV,
+    Part,
+    choose,
+    mean_density,
+    measured,
+    run_parts,
+)
 
-QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+MAX_PREPARED = 64  # they hold plans
+
+Stock = Callable[..., torch.Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionCall:
-    """What ``Step.watchers`` are told of one attention call, after it ran.
+@dataclass(frozen=True)
+class Prepared:
+    """What one sparse call runs by.
+
+    layout: the token order of its queries and keys. order: (permutation, inverse) into it, where a layer reorders by itself.
+    groups: of samples, by the tokens that the mask leaves them. parts: their static plans; None: planned at each call.
+    kind, density: what the call counts as; None: known when it has run.
+    """
+
+    layout: Layout
+    order: Order | None
+    groups: list[Group]
+    scale: float | None
+    parts: list[Part] | None = None
+    kind: CallKind | None = None
+    density: float | None = None
+
+
+class AttentionCalls:
+    """Answers the attention calls of one denoiser; what its processors are given as their patch.
 
     Attributes:
-        denoiser, layer, block: where; names and the number of the transformer block.
-        step: of the denoising schedule, from 0; None while a CUDA graph is being captured.
-        branch: number of the forward within its step: 0 and 1 are conditional and unconditional where a pipeline runs both.
-        kind: "sparse", "dense step" and so on, as in ``summary``.
-        layout: the token order of a sparse call, with the text that this plan is for; None if the call was dense.
-        plan: None if the call was dense.
-        draft: (B, H, N, N) float32, the attention mass that a dynamic method expected of each pair of blocks, or None.
-        query, key, value: (B, S, H, D) of the samples that the plan is for, in the layout's order; of a dense call, as they came.
+        removed: whether the patch is off. ticket, tracing: for torch.compile, see ``custom_ops.py`` and ``TilewiseProcessor``.
+        fused_here: whether the family's fused kernels may run on hidden states like the argument.
     """
 
-    denoiser: str
-    layer: str
-    block: int
-    step: int | None
-    branch: int
-    kind: str
-    layout: Layout | None
-    plan: BlockPlan | None
-    draft: torch.Tensor | None
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    def __init__(self, state: ForwardState, ticket: torch.Tensor, fused_here: Callable[[torch.Tensor], bool]) -> None:
+        self.state = state
+        self.removed = False
+        self.ticket = ticket
+        self.tracing: Any = None
+        self.fused_here = fused_here
+        self._prepared = LRU(MAX_PREPARED)
 
+    def answer(self, number: int, request: AttentionRequest, stock: Stock) -> torch.Tensor:
+        """The output (B, Sq, H, D) of an attention call of layer ``number``. stock: what would answer it without the patch.
 
-def with_text(layout: Layout, text: int) -> Layout:
-    """The layout with another number of text tokens."""
-    if text == layout.grid.text:
-        return layout
-    return cached_layout(dataclasses.replace(layout.grid, text=text), layout.tile, layout.max_block_rows)
+        Raises:
+            FallbackError: with ``strict``, where a call cannot run the method although its step and layer should.
+        """
+        state, layer = self.state, self.state.layers[number]
+        forward = state.forward
+        if forward.global_path:
+            kind, request = self._beside_global_path(layer, request)
+        elif not forward.runs:
+            kind = CallKind(DENSE_STEP)
+        elif layer.block not in state.selected:
+            kind = CallKind(DENSE_LAYER)
+        else:
+            prepared = self._prepare(layer, request)
+            if isinstance(prepared, Prepared):
+                out = self._sparse(number, prepared, request)
+                if isinstance(out, torch.Tensor):
+                    return out
+                prepared = out
+            kind = prepared
+            if state.config.strict and self._is_fallback(layer, kind):
+                method = state.config.method.name
+                raise FallbackError(f"strict: {state.name}.{layer.name} cannot run {method}: {kind.reason}")
+        return self._dense(number, replace(kind, fused=request.fused), request, stock)
 
+    def _is_fallback(self, layer: AttentionLayer, kind: CallKind) -> bool:
+        """Whether ``strict`` forbids it: a map that is too small by our default, which nobody chose, is one too."""
+        by_default = layer.downsample is not None and self.state.config.min_tokens is None
+        return kind.kind == FALLBACK or (kind.kind == SHORT and by_default and "min_tokens" in kind.reason)
 
-def part_of(group: Group, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> QKV:
-    """What of each (B, S, H, D) tensor belongs to a group: views where that is possible."""
+    # ── what a call runs by ──────────────────────────────────────────────────────────────────────────────────────
 
-    def part(x: torch.Tensor) -> torch.Tensor:
-        if group.samples is not None:
-            x = x.index_select(0, group.samples)
-        if isinstance(group.tokens, slice):
-            return x[:, group.tokens]
-        return x if group.tokens is None else x.index_select(1, group.tokens)
+    def _prepare(self, layer: AttentionLayer, request: AttentionRequest) -> Prepared | CallKind:
+        """What a call runs by; or what it counts as, where it runs dense."""
+        forward, query, key, value = self.state.forward, request.query, request.key, request.value
+        if forward.refused is not None:
+            return CallKind(FALLBACK, reason=forward.refused)
+        if request.attn_mask is not None or self.state.guide is not None:
+            return self._find(layer, request)
+        # Strides too: some kernels take some layouts in memory alone.
+        shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
+        known = (forward.grid, forward.layout, layer.downsample, shapes, query.dtype, key.dtype, value.dtype, query.device,
+                 request.dropout_p, request.is_causal, request.scale, request.fused)  # fmt: skip
+        found = self._prepared.get(known)
+        return self._prepared.lookup(known, lambda: self._find(layer, request)) if found is None else found
 
-    return part(query), part(key), part(value)
+    def _find(self, layer: AttentionLayer, request: AttentionRequest) -> Prepared | CallKind:
+        state, method = self.state, self.state.config.method
+        layout = self._layout(layer, request)
+        if isinstance(layout, CallKind):
+            return layout
+        query = request.query
+        if isinstance(method, DynamicMethod) and (short := method.stays_dense(query.shape[1], query.device)):
+            return CallKind(SHORT, reason=short)
+        reason = _refusal(layout, request)
+        if reason is None and isinstance(method, DynamicMethod):
+            reason = method.refuses_call(layout)
+        groups = reason or state.forward.masks.groups(request.attn_mask, layout.grid, query)
+        if isinstance(groups, str):
+            return CallKind(FALLBACK, reason=groups)
+        order = state.plans.order(layout, query.device) if layer.downsample is not None else None
+        prepared = Prepared(layout, order, groups, self._scale(layout, request))
+        if isinstance(method, DynamicMethod) or (state.guide is not None and layout.grid.text):
+            return prepared
+        whole = _ordered(request, order)
+        taken: list[Any] = [group.take(*whole) for group in groups]
+        layouts = [layout.with_text(group.text) for group in groups]
+        planned = [Planned(state.plans.plan(own, query.shape[2], query.device)) for own in layouts]
+        try:
+            chosen, in_16_bits = self._chosen(taken, planned)
+        except UnsupportedPlanError as error:
+            return CallKind(FALLBACK, reason=str(error))
+        parts = [Part(*each) for each in zip(groups, layouts, planned, chosen, strict=True)]
+        kind = CallKind(SPARSE, _names(chosen), in_16_bits, request.fused)
+        return replace(prepared, parts=parts, kind=kind, density=mean_density(parts, query.shape[0]))
 
+    def _layout(self, layer: AttentionLayer, request: AttentionRequest) -> Layout | CallKind:
+        """The token order of a call; or what it counts as, where there is none."""
+        forward, config = self.state.forward, self.state.config
+        own = layer.downsample is not None  # a map of its own, which it reorders at each call
+        if own:
+            assert forward.grid is not None
+            layout = config.method.layout(layer.grid(forward.grid))
+        else:
+            layout = _with_text_of(forward.layout, request)
+        if layout is None:
+            return CallKind(DENSE_LAYER)
+        short = config.too_few(request.query.shape[1], own)
+        return layout if short is None else CallKind(SHORT, reason=short)
 
-def shares_of(groups: list[Group], query: torch.Tensor) -> list[float]:
-    """What part of the batch each group of samples is."""
-    samples = [query.shape[0] if group.samples is None else len(group.samples) for group in groups]
-    return [n / sum(samples) for n in samples]
+    def _scale(self, layout: Layout | None, request: AttentionRequest) -> float | None:
+        """The attention scale of the method, or else the call's own."""
+        chosen = None if layout is None else self.state.config.method.scale(layout, request.query.shape[-1])
+        return request.scale if chosen is None else chosen
 
+    def _chosen(self, taken: list[QKV], planned: list[Planned]) -> tuple[list[Choice], str]:
+        """What runs each plan, and why not in the 8 bits that were asked for.
 
-def mean_density(planned: list[tuple[Group, Planned]], query: torch.Tensor) -> float:
-    """Kept ÷ all token pairs, over the samples of a batch."""
-    shares = shares_of([group for group, _ in planned], query)
-    return sum(share * p.plan.density for share, (_, p) in zip(shares, planned, strict=True))
+        Raises:
+            UnsupportedPlanError: where nothing may.
+        """
+        config = self.state.config
+        found = [choose(qkv, p.plan, config.precision) for qkv, p in zip(taken, planned, strict=True)]
+        in_16_bits = next((why for _, why in found if why), "")
+        if in_16_bits and config.strict:
+            raise UnsupportedPlanError(in_16_bits)
+        return [choice for choice, _ in found], in_16_bits
 
+    # ── sparse ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-def measured(planned: list[tuple[Group, Planned]], query: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What dynamic plans know of themselves, over the samples of a batch: () tensors on the device by name."""
-    shares = shares_of([group for group, _ in planned], query)
-    found: dict[str, list[torch.Tensor]] = {}
-    for share, (_, p) in zip(shares, planned, strict=True):
-        values = {"density": p.plan.device_density, "recall": p.recall, "probe": p.probe, "broken": p.broken}
-        for name, value in values.items():
-            if value is not None:
-                found.setdefault(name, []).append(value if name == "broken" or share == 1 else share * value)
-    return {name: sum(values[1:], values[0]) for name, values in found.items() if len(values) == len(planned)}
+    def _sparse(self, number: int, prepared: Prepared, request: AttentionRequest) -> torch.Tensor | CallKind:
+        """The output; or what the call counts as, where no kernel takes it."""
+        state, order = self.state, prepared.order
+        whole = (request.query, request.key, request.value) if order is None else _ordered(request, order)
+        try:
+            with state.call_stats.record(number, prepared.kind, request.query, request.key) as call:
+                call.density = prepared.density
+                if prepared.parts is None:
+                    out = self._planned_now(call, number, prepared, whole, request.fused)
+                else:
+                    out = self._run(number, prepared.parts, whole, prepared.scale)
+        except UnsupportedPlanError as error:
+            return CallKind(FALLBACK, reason=str(error))
+        return out if order is None else out.index_select(1, order[1])
 
-
-def choose(qkv: QKV, plan: BlockPlan, precision: str | None) -> tuple[Choice, str]:
-    """What runs a plan, and why not in the 8-bit ``precision`` that was asked for; "" if it does, or if none was.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: where no kernel takes the call; see ``choose_backend``.
-    """
-    choice = choose_backend(*qkv, plan)
-    if precision is None:
-        return choice, ""
-    q, k, _ = qkv
-    why = "needs a Hopper GPU" if q.device.type == "cpu" else missing_8bit(q.device) or misfit_8bit(q, k, plan)
-    if why:
-        return choice, f"not in {precision}: {why}"
-    return Choice(precision, "asked for"), ""
-
-
-def run_plan(part: QKV, plan: BlockPlan, choice: Choice, scale: float | None, return_lse: bool = False) -> Any:
-    """The kernel that was chosen, 16 bits or 8."""
-    if choice.backend in PRECISIONS:
-        precision: Any = choice.backend
-        return block_sparse_attention_8bit(*part, plan, precision=precision, scale=scale, return_lse=return_lse)
-    kernel: Any = block_sparse_attention
-    return kernel(*part, plan, scale=scale, return_lse=return_lse, backend=choice)
-
-
-def attend_planned(
-    part: QKV,
-    planned: Planned,
-    layout: Layout,
-    choice: Choice,
-    scale: float | None,
-    weighed: tuple[torch.Tensor, torch.Tensor, float] | None = None,
-) -> torch.Tensor:
-    """Attention by one plan, what stands for the blocks that it skips, and keys that a mask weighs down by eᶜ, with values."""
-    if planned.skipped is None and weighed is None:
-        return run_plan(part, planned.plan, choice, scale)
-    out, lse = run_plan(part, planned.plan, choice, scale, return_lse=True)
-    if weighed is not None:
-        keys, values, weight = weighed
-        out, lse = add_weighed(part[0], keys, values, out, lse, weight, scale, layout)
-    if planned.skipped is None:
+    def _run(self, number: int, parts: list[Part], whole: QKV, scale: float | None) -> torch.Tensor:
+        first = parts[0]
+        if (
+            first.group.tokens is first.group.samples is first.planned.skipped is None
+        ):  # one plan, and nothing beside it
+            taken: list[Any] = [whole]
+            if first.choice.backend in PRECISIONS:
+                out = run_parts(parts, taken, whole, scale)
+            else:
+                out = block_sparse_attention(*whole, first.planned.plan, scale=scale, backend=first.choice)
+        else:
+            taken = [part.group.take(*whole) for part in parts]
+            out = run_parts(parts, taken, whole, scale)
+        if self.state.observers:
+            for part, qkv in zip(parts, taken, strict=True):
+                self._observe(number, SPARSE, qkv, layout=part.layout, plan=part.plan, draft=part.planned.draft)
         return out
-    s = planned.skipped
-    scale = part[0].shape[-1] ** -0.5 if scale is None else scale
-    return add_skipped(part[0], out, lse, s.key_mean, s.value_mean, s.bias, layout, scale)
+
+    def _planned_now(self, call: Call, number: int, prepared: Prepared, whole: QKV, fused: bool) -> torch.Tensor:
+        """A call whose plan is made from its queries and keys, or that a global path's text takes part in."""
+        state, groups, layout, scale = self.state, prepared.groups, prepared.layout, prepared.scale
+        query = whole[0]
+        taken: list[Any] = [group.take(*whole) for group in groups]
+        method = state.config.method
+        if state.guide is not None and layout.grid.text and (told := state.guide.given(query.device)) is not None:
+            return self._guided(call, number, prepared, taken, whole, told)
+        layouts = [layout.with_text(group.text) for group in groups]
+        if isinstance(method, DynamicMethod):
+            planned = [
+                self._plan_call(number, n, *each, scale) for n, each in enumerate(zip(layouts, taken, strict=True))
+            ]
+        else:
+            planned = [Planned(state.plans.plan(own, query.shape[2], query.device)) for own in layouts]
+        chosen, in_16_bits = self._chosen(taken, planned)
+        parts = [Part(*each) for each in zip(groups, layouts, planned, chosen, strict=True)]
+        out = self._run(number, parts, whole, scale)
+        if isinstance(method, DynamicMethod):
+            call.values = measured(parts, query.shape[0])
+        else:
+            call.density = mean_density(parts, query.shape[0])
+        call.kind = CallKind(SPARSE, _names(chosen), in_16_bits, fused)
+        return out
+
+    def _plan_call(self, number: int, place: int, layout: Layout, qkv: QKV, scale: float | None) -> Planned:
+        """A dynamic method's plan for the ``place``-th group of samples of a layer's call."""
+        method, query, memories = self.state.config.method, qkv[0], self.state.memories
+        assert isinstance(method, DynamicMethod)
+        memory: dict[str, Any] = {}
+        if method.keeps_memory and not capturing(query.device):
+            memory = memories.of(number, place, layout, query.shape, qkv[1].shape, query.dtype, query.device)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return method.plan_call(layout, *qkv, scale, memory, memories.tick)
+
+    # ── dense ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _dense(self, number: int, kind: CallKind, request: AttentionRequest, stock: Stock) -> torch.Tensor:
+        state = self.state
+        forward = state.forward
+        if state.config.fuse and dense_backend.takes(request):
+            groups = forward.masks.shown(request.attn_mask, forward.grid, request.query)
+            with state.call_stats.record(number, None, request.query, request.key) as call:
+                out = dense_backend.attend(groups, request, request.scale, state.plans.dense_plan) if groups else None
+                if out is not None:
+                    call.kind = replace(kind, backend=dense_backend.HOPPER.name)
+            if out is not None:
+                self._observe(number, kind.kind, request.qkv)
+                return out
+        mask, layout = request.attn_mask, _with_text_of(forward.layout, request)
+        if state.layers[number].downsample is None and layout is not None and mask is not None:
+            mask = _reorder_mask(mask, layout, state.plans.order(layout, mask.device))
+        with state.call_stats.record(number, kind, request.query, request.key):
+            out = stock(
+                *request.qkv, mask, request.dropout_p, request.is_causal, request.scale, request.enable_gqa,
+                attention_kwargs=request.attention_kwargs, backend=request.backend,
+                parallel_config=request.parallel_config,
+            )  # fmt: skip
+        self._observe(number, kind.kind, request.qkv)
+        return out
+
+    # ── beside a global path, where text is part of the sequence ─────────────────────────────────────────────────
+
+    def _beside_global_path(
+        self, layer: AttentionLayer, request: AttentionRequest
+    ) -> tuple[CallKind, AttentionRequest]:
+        """What a global path's call counts as, and the call with the method's scale. What its text gives is handed on."""
+        state = self.state
+        layout = _with_text_of(state.forward.layout, request) if layer.downsample is None else None
+        request = request.replace(scale=self._scale(layout, request))
+        guide = state.guide if layer.block in state.selected else None
+        if guide is not None and (state.forward.runs or guide.keeps) and layout is not None and layout.grid.text:
+            groups = state.forward.masks.groups(request.attn_mask, layout.grid, request.query)
+            guide.keep(told_by_text(layout, groups, request.qkv, request.scale))
+        return CallKind(GLOBAL_PATH), request
+
+    def _guided(
+        self, call: Call, number: int, prepared: Prepared, taken: list[QKV], whole: QKV, told: tuple
+    ) -> torch.Tensor:
+        """A call with what a global path's text told the picture."""
+        layout, groups, query = prepared.layout, prepared.groups, whole[0]
+        alone = layout.with_text(0)
+        plan = self.state.plans.plan(alone, query.shape[2], query.device)
+        pictures = pictures_of(layout, groups, taken)
+        (choice,), in_16_bits = self._chosen(pictures[:1], [Planned(plan)])
+        out = attend_guided(layout, groups, taken, pictures, whole, plan, choice, told, prepared.scale)
+        call.density = guided_density(layout, groups, plan, query)
+        call.kind = CallKind(SPARSE, choice.backend, in_16_bits)
+        for picture in pictures:
+            self._observe(number, SPARSE, picture, layout=alone, plan=plan)
+        return out
+
+    def _observe(self, number: int, kind: str, qkv: QKV, **sparse: Any) -> None:
+        """Tell the observers of a call that ran."""
+        state = self.state
+        if not state.observers:
+            return
+        layer = state.layers[number]
+        where = state.name, layer.name, layer.block, state.forward.step, state.memories.branch
+        observed = ObservedCall(*where, kind, *qkv, **sparse)
+        for observer in list(state.observers):
+            observer(observed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise TilewiseError(
+            f"{self.state.name} is patched: a copy of one of its modules would share its hooks. Copy the whole denoiser or "
+            "pipeline, which gives a patched copy, or call tilewise.unpatch before copying"
+        )
 
 
-def attend_groups(
-    layout: Layout,
-    planned: list[tuple[Group, Planned]],
-    parts: list[QKV],
-    chosen: list[Choice],
-    whole: QKV,
-    scale: float | None,
-) -> torch.Tensor:
-    """Each group of the ``whole`` call by its own plan; tokens that a mask hides get 0."""
-    if len(planned) == 1 and planned[0][0].tokens is None:
-        return attend_planned(parts[0], planned[0][1], layout, chosen[0], scale)
-    out = torch.zeros_like(whole[0], memory_format=torch.contiguous_format)
-    for (group, plan), qkv, choice in zip(planned, parts, chosen, strict=True):
-        weighed = None
-        if group.weighed is not None:
-            positions, weight = group.weighed
-            others = dataclasses.replace(group, tokens=positions)
-            theirs, everything = part_of(others, *whole), part_of(dataclasses.replace(group, tokens=None), *whole)
-            weighed = theirs[1], theirs[2], weight
-            put_part(out, others, attend_all(theirs[0], everything[1], everything[2], scale))
-        put_part(out, group, attend_planned(qkv, plan, with_text(layout, group.text), choice, scale, weighed))
-    return out
+def _names(chosen: list[Choice]) -> str:
+    return ", ".join(dict.fromkeys(choice.backend for choice in chosen))
 
 
-def put_part(out: torch.Tensor, group: Group, part: torch.Tensor) -> None:
-    """Write a group's outputs where ``part_of`` took its tokens from."""
-    if group.samples is not None and isinstance(group.tokens, torch.Tensor):
-        out[group.samples[:, None], group.tokens[None]] = part
-    elif group.samples is not None:
-        out[group.samples, slice(None) if group.tokens is None else group.tokens] = part
-    else:
-        out[:, slice(None) if group.tokens is None else group.tokens] = part
+def _ordered(request: AttentionRequest, order: Order | None) -> QKV:
+    """Query, key and value in a layer's own token order."""
+    if order is None:
+        return request.qkv
+    there = order[0]
+    return (
+        request.query.index_select(1, there),
+        request.key.index_select(1, there),
+        request.value.index_select(1, there),
+    )
+
+
+def _with_text_of(layout: Layout | None, request: AttentionRequest) -> Layout | None:
+    """The layout in force for a call over the video tokens and only some of the text, in the same order.
+
+    For blocks with an attention over the image alone beside the joint one, and refiners that run before the text is joined.
+    """
+    queries, keys = request.query.shape[1], request.key.shape[1]
+    if layout is None or not layout.grid.video <= queries == keys < layout.grid.tokens:
+        return layout
+    return layout.with_text(queries - layout.grid.video)
+
+
+def _refusal(layout: Layout, request: AttentionRequest) -> str | None:
+    """Why an attention call cannot run sparse although step and layer should, whatever its mask, or None."""
+    tokens, queries, keys = layout.grid.tokens, request.query.shape[1], request.key.shape[1]
+    if queries != tokens or keys != tokens:
+        return f"{queries} queries and {keys} keys are not the {tokens} tokens of the grid {layout.grid}"
+    if request.is_causal:
+        return "the call is causal"
+    if request.dropout_p:
+        return "the call has dropout"
+    return None
+
+
+def _reorder_mask(mask: torch.Tensor, layout: Layout, order: Order) -> torch.Tensor:
+    """A mask over raster tokens, brought into the order that queries and keys are in."""
+    for dim in (-2, -1):
+        if mask.ndim >= -dim and mask.shape[dim] == layout.grid.tokens:
+            mask = mask.index_select(dim, order[0])
+    return mask

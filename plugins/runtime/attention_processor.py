@@ -1,44 +1,39 @@
 """The generic attention processor: runs the stock processor unchanged and answers only its attention call.
 
-diffusers' processors compute q, k and v (projections, norms, rotary embedding) and hand them to ``dispatch_attention_fn``, or,
-in older ones, to ``F.scaled_dot_product_attention``. A copy of the processor's ``__call__`` that finds another function there
-keeps everything the stock one does, and in any order of LoRA, fused projections or offloading, without touching the class, the
-module or the library. Where the family has fused kernels for what the stock processor does, and they can run, they stand in
+The stock processor's projections, norms and rotary embedding run as they are, in any order of LoRA, fused projections or
+offloading (``hooks/attention_rebinding.py``). Where the family has fused kernels for that part, and they can run, they stand in
 for it; the attention call is the same.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-from tilewise.plugins.diffusers_compat import DISPATCH
 from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.hooks.attention_rebinding import attention_form, rebind, stock_attention
 from tilewise.plugins.hooks.stand_in import StandIn
+from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.custom_ops import attend, handle_for
 
-if TYPE_CHECKING:
-    from tilewise.plugins.runtime.patched_denoiser import Patch
 
-SDPA = "scaled_dot_product_attention"
+class Calls(Protocol):
+    """What a processor asks of the patch that it belongs to: ``attention_call.AttentionCalls``."""
 
+    removed: bool  # whether the patch is off: a processor of it that is still called runs stock
+    ticket: torch.Tensor  # see custom_ops
+    tracing: Any  # the processor whose stock code torch.compile is tracing
 
-def _form(call: Any) -> str | None:
-    """How a processor's ``__call__`` asks for attention: by the name ``DISPATCH``, by "F" (as ``F.SDPA``), or in no way that a
-    copy could find another function for."""
-    if not isinstance(call, types.FunctionType):
-        return None
-    names, module = call.__code__.co_names, call.__globals__
-    if DISPATCH in names and DISPATCH in module:
-        return DISPATCH
-    if "F" in names and SDPA in names and module.get("F") is torch.nn.functional:
-        return "F"
-    return None
+    def answer(self, number: int, request: AttentionRequest, stock: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """The output of one attention call of layer ``number``; ``stock``: what would answer it without the patch."""
+
+    @property
+    def fused_here(self) -> Callable[[torch.Tensor], bool]:
+        """Whether the family's fused kernels may run on hidden states like the argument."""
 
 
 def why_not(processor: Any) -> str | None:
@@ -47,83 +42,9 @@ def why_not(processor: Any) -> str | None:
     its own modules, and what is set on it, such as an IP-Adapter's scale, would not reach it."""
     if isinstance(processor, torch.nn.Module):
         return f"its processor, {type(processor).__name__}, has weights of its own"
-    if isinstance(processor, TilewiseProcessor) or _form(type(processor).__dict__.get("__call__")):
+    if isinstance(processor, TilewiseProcessor) or attention_form(type(processor).__dict__.get("__call__")):
         return None
     return f"its processor, {type(processor).__name__}, cannot be taken over"
-
-
-class Functional:
-    """``torch.nn.functional`` with another attention: what a rebound processor finds under the name ``F``."""
-
-    def __init__(self, dispatch: Callable[..., torch.Tensor]) -> None:
-        self.dispatch = dispatch
-
-    def scaled_dot_product_attention(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        """(B, H, S, D), as PyTorch has it, where diffusers' dispatcher has (B, S, H, D)."""
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return self.dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).transpose(1, 2)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.nn.functional, name)
-
-
-def _plain(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    attention_kwargs: dict[str, Any] | None = None,
-    *,
-    backend: Any = None,
-    parallel_config: Any = None,
-) -> torch.Tensor:
-    """The stock attention of a processor that calls PyTorch's, in the shapes of diffusers' dispatcher."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    return out.transpose(1, 2)
-
-
-def stock_attention(call: types.FunctionType) -> Callable[..., torch.Tensor]:
-    """What answers the attention calls of a stock ``__call__``."""
-    return call.__globals__[DISPATCH] if _form(call) == DISPATCH else _plain
-
-
-def rebind(call: types.FunctionType, dispatch: Callable[..., Any]) -> types.FunctionType:
-    """A copy of a stock processor's ``__call__`` that finds ``dispatch`` where the stock one finds its attention.
-
-    Two things are for torch.compile's tracer, Dynamo. It looks a function's globals up in the module that they name, and in
-    the dictionary itself only where they name none. And it keeps compiled code by code object, which the copy must not share
-    with the stock processor.
-    """
-    names = {key: value for key, value in call.__globals__.items() if key != "__name__"}
-    found: dict[str, Any] = {DISPATCH: dispatch} if _form(call) == DISPATCH else {"F": Functional(dispatch)}
-    for name in call.__code__.co_names:  # functions beside the processor that ask for attention on its behalf
-        helper: Any = names.get(name)
-        if name != DISPATCH and _form(helper) == DISPATCH and helper.__globals__ is call.__globals__:
-            found[name] = rebind(helper, dispatch)
-    rebound = types.FunctionType(
-        call.__code__.replace(), names | found, call.__name__, call.__defaults__, call.__closure__
-    )
-    rebound.__kwdefaults__ = call.__kwdefaults__
-    rebound.__annotations__ = call.__annotations__
-    rebound.__module__ = call.__module__
-    return rebound
 
 
 class ForwardOnly(torch.autograd.Function):
@@ -156,84 +77,74 @@ class TilewiseProcessor(StandIn):
     def __init__(
         self,
         original: Any,
-        patch: Patch,
+        calls: Calls,
         number: int,
         fused: Callable[..., Any] | None = None,
         replacement: Callable[..., Any] | None = None,
     ) -> None:
         self.original = original
-        self.patch = patch
+        self.calls = calls
         self.number = number
         self.handle = handle_for(self)
         call: Any = type(original).__call__
         self.stock = stock_attention(call)
-        self._fused = fused
-        self._replacement = replacement
+        self.fused = fused
+        self.replacement = replacement
         self._rebound = types.MethodType(rebind(call, self.dispatch), original)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Copied with its denoiser it becomes stock's, which is what ``copies.copy_patched`` goes on from."""
-        if id(self.patch) not in memo and not self.patch.step.removed:
-            copy.deepcopy(self.patch, memo)  # raises, and says why
+        """Copied with its denoiser it becomes stock's, which is what ``deepcopy.copy_patched`` goes on from."""
+        if id(self.calls) not in memo and not self.calls.removed:
+            copy.deepcopy(self.calls, memo)  # raises, and says why
         return copy.deepcopy(self.original, memo)
+
+    def __reduce__(self) -> Any:
+        raise TilewiseError(
+            "a patched denoiser cannot be pickled or saved with torch.save: its attention processors belong to the patch. Call "
+            "tilewise.unpatch first, or save the weights alone with save_pretrained or state_dict"
+        )
 
     def run(self, attn: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What ``__call__`` does."""
-        if self.patch.step.removed:
+        if self.calls.removed:
             return self.original(attn, hidden_states, *args, **kwargs)
-        if self._fused is not None and self.patch.fused_here(hidden_states):
-            out = self._fused(self.original, self._dispatch_fused, attn, hidden_states, *args, **kwargs)
+        if self.fused is not None and self.calls.fused_here(hidden_states):
+            out = self.fused(self.original, self._dispatch_fused, attn, hidden_states, *args, **kwargs)
             if out is not None:
                 return out
-        if self._replacement is not None:
-            return self._replacement(self.original, self.dispatch, attn, hidden_states, *args, **kwargs)
+        if self.replacement is not None:
+            return self.replacement(self.original, self.dispatch, attn, hidden_states, *args, **kwargs)
         if not torch.compiler.is_compiling():
             return self._rebound(attn, hidden_states, *args, **kwargs)
-        self.patch.tracing = self
+        self.calls.tracing = self
         out = self.traced(self.original, attn, hidden_states, *args, **kwargs)
-        self.patch.tracing = None
+        self.calls.tracing = None
         return out
 
-    def dispatch(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        attention_kwargs: dict[str, Any] | None = None,
-        *,
-        backend: Any = None,
-        parallel_config: Any = None,
-        fused: bool = False,
-    ) -> torch.Tensor:
-        """In place of diffusers' ``dispatch_attention_fn``. fused: whether fused kernels made the query and key."""
-        plain = attn_mask is None or isinstance(attn_mask, torch.Tensor)  # and not FlexAttention's block mask
-        if torch.compiler.is_compiling() and plain and not attention_kwargs and parallel_config is None:
+    def dispatch(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """In place of diffusers' ``dispatch_attention_fn``, with its arguments."""
+        request = AttentionRequest(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return self.answer(request)
+        plain = request.attn_mask is None or isinstance(request.attn_mask, torch.Tensor)  # no FlexAttention block mask
+        if plain and not request.attention_kwargs and request.parallel_config is None:
             return attend(
-                self.patch.ticket, query, key, value, attn_mask, self.handle, dropout_p, is_causal, scale, enable_gqa,
-                getattr(backend, "value", backend), fused,
+                self.calls.ticket, request.query, request.key, request.value, request.attn_mask, self.handle,
+                request.dropout_p, request.is_causal, request.scale, request.enable_gqa,
+                getattr(request.backend, "value", request.backend), request.fused,
             )  # fmt: skip
-        return self.attend(
-            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-            enable_gqa=enable_gqa, backend=backend, fused=fused, attention_kwargs=attention_kwargs,
-            parallel_config=parallel_config,
-        )  # fmt: skip
+        return self.answer_outside_graph(request)
 
     def _dispatch_fused(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.dispatch(*args, **kwargs, fused=True)
 
+    def answer(self, request: AttentionRequest) -> torch.Tensor:
+        """Answer one attention call now."""
+        out = self.calls.answer(self.number, request, self.stock)
+        return ForwardOnly.apply(out.detach(), *request.qkv) if request.needs_gradients() else out
+
     # What an operator cannot carry, a processor's own options or a device mesh, costs a graph break.
-    @torch.compiler.disable
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Answer one attention call now; options by name as for ``dispatch``."""
-        out = self.patch.step.attend(self, query, key, value, **options)
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            return ForwardOnly.apply(out.detach(), query, key, value)
-        return out
+    answer_outside_graph = torch.compiler.disable(answer)
 
     # diffusers sets these two on processors (and skips those that lack them, as it does ours where the original does): they
     # belong to the original, which reads them, and keeps them when the patch is gone.
@@ -254,20 +165,21 @@ class TilewiseProcessor(StandIn):
         self.original._parallel_config = value
 
 
-def processor_class(original: type, patch: Patch) -> type[TilewiseProcessor]:
+def processor_class(original: type, calls: Calls) -> type[TilewiseProcessor]:
     """The class of the processors that stand in for those of class ``original`` in one patch."""
     stock_call: Any = original.__call__
 
     # The rebound copy that torch.compile traces is told which layer it serves: a copy a layer would make a graph a layer.
     def dispatch(*args: Any, **kwargs: Any) -> torch.Tensor:
-        assert patch.tracing is not None
-        return patch.tracing.dispatch(*args, **kwargs)
+        assert calls.tracing is not None
+        return calls.tracing.dispatch(*args, **kwargs)
 
     def call(self: TilewiseProcessor, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
 
-    # diffusers' Attention drops every keyword argument that inspect.signature(processor.__call__) does not name.
-    call.__signature__ = inspect.signature(stock_call)  # type: ignore[attr-defined]
+    # diffusers' Attention drops every keyword argument that inspect.signature(processor.__call__) does not name; that follows
+    # __wrapped__. (torch.compile reads it too, and refuses a __signature__.)
+    call.__wrapped__ = stock_call  # type: ignore[attr-defined]
     members = {
         "__call__": call,
         "__doc__": original.__doc__,

@@ -26,6 +26,7 @@ import torch
 from tilewise.kernels.device import CUDAGRAPH_UNSAFE
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.runtime.attention_request import AttentionRequest
 
 _owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
@@ -34,7 +35,7 @@ _numbers = itertools.count(1)
 def handle_for(owner: Any) -> torch.Tensor:
     """A new handle, () int64 on the CPU, by which operators find ``owner`` for as long as something else keeps it alive.
 
-    owner: a ``Step`` for ``begin`` and ``order``, a ``TilewiseProcessor`` for ``attend``.
+    owner: a ``ForwardState`` for ``begin`` and ``order``, a ``TilewiseProcessor`` for ``attend``.
     """
     number = next(_numbers)
     _owners[number] = owner
@@ -72,7 +73,7 @@ def begin(
     text_first: bool,
     refused: str | None = None,
 ) -> torch.Tensor:
-    """Begin a forward over the grid (t, h, w, text); see ``Step.begin``. Returns its ticket, () int64 on the CPU.
+    """Begin a forward over the grid (t, h, w, text); see ``ForwardState.begin``. Returns its ticket, () int64 on the CPU.
 
     t: 0 where there is no grid, as ``refused`` says.
     """
@@ -111,15 +112,11 @@ def attend(
     backend: str | None,
     fused: bool,
 ) -> torch.Tensor:
-    """One attention call of a layer; arguments as diffusers' dispatcher takes them, (B, S, H, D). See ``Step.attend``."""
-    return (
-        _owner(handle)
-        .attend(
-            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-            enable_gqa=enable_gqa, backend=backend, fused=fused,
-        )
-        .contiguous()
-    )  # fmt: skip
+    """One attention call of a layer; as diffusers' dispatcher takes it, (B, S, H, D). See ``AttentionCalls.answer``."""
+    request = AttentionRequest(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend=backend, fused=fused
+    )
+    return _owner(handle).answer(request).contiguous()
 
 
 @attend.register_fake

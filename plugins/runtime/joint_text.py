@@ -23,14 +23,14 @@ from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.masks.additive_padding_mask import attend_all
-from tilewise.plugins.masks.padding_mask import Group
-from tilewise.plugins.runtime.attention_call import QKV, part_of, put_part, run_plan, shares_of
+from tilewise.plugins.masks.padding_mask import Group, shares_of
+from tilewise.plugins.runtime.sparse_call import QKV, run_plan
 
 Told = tuple[torch.Tensor, torch.Tensor]  # (B, V, H, D) and (B, H, V) float32: t and τ of V picture queries
 
 
 class TextGuide(Protocol):
-    """What a ``Step`` asks, at attention calls over picture and text."""
+    """What ``AttentionCalls`` asks, at attention calls over picture and text."""
 
     @property
     def keeps(self) -> bool:
@@ -54,7 +54,7 @@ def told_by_text(layout: Layout, groups: list[Group] | str, whole: QKV, scale: f
         raise TilewiseError(f"two paths: the full path cannot tell what its text says: {why}. Use global_path='none'")
     found = []
     for group in groups:
-        part = part_of(group, *whole)
+        part = group.take(*whole)
         picture, text = slices(layout, group)
         qkv = part[0][:, picture], part[1][:, text], part[2][:, text]
         found.append((group, attend_with_lse(*qkv, scale, keep_with=layout)))
@@ -93,7 +93,7 @@ def attend_guided(
         merge_attention(inside, lse, t, tau, into=piece[:, picture])
         piece[:, text] = attend_all(part[0][:, text], part[1], part[2], scale)
         if not alone:
-            put_part(out, group, piece)
+            group.put(out, piece)
     return out
 
 
@@ -101,7 +101,7 @@ def guided_density(layout: Layout, groups: list[Group], plan: BlockPlan, query: 
     """Kept ÷ all token pairs: the window's, and everything with text, whichever path's it is."""
     video = layout.grid.video
     each = [1 - (1 - plan.density) * (video / (video + group.text)) ** 2 for group in groups]
-    return sum(share * density for share, density in zip(shares_of(groups, query), each, strict=True))
+    return sum(share * density for share, density in zip(shares_of(groups, query.shape[0]), each, strict=True))
 
 
 def pictures_of(layout: Layout, groups: list[Group], parts: list[QKV]) -> list[QKV]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable
@@ -13,14 +14,16 @@ from torch import nn
 
 from tilewise.kernels.attention.dispatch import DTYPES, available_backends
 from tilewise.plugins.config import Config, select_blocks
+from tilewise.plugins.diffusers_compat import is_sharded
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.hooks.deepcopy import COPIER, STATE, copy_patched, shallow_state
 from tilewise.plugins.methods.dense import Dense
 from tilewise.plugins.models.common.family import AttentionLayer, Family, UnreadableGridError
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.runtime import custom_ops
+from tilewise.plugins.runtime.attention_call import AttentionCalls
 from tilewise.plugins.runtime.attention_processor import TilewiseProcessor, processor_class, why_not
-from tilewise.plugins.runtime.forward_state import Step
+from tilewise.plugins.runtime.forward_state import ForwardState
 from tilewise.plugins.runtime.step_index import StepIndex
 
 ATTRIBUTE = "_tilewise"  # what a patch adds to a denoiser, besides the COPIER for copy.deepcopy
@@ -42,11 +45,10 @@ class Patch:
         one_sequence = any(layer.downsample is None for layer in self.layers)
         self.reorders = bool(selected) and one_sequence and not isinstance(config.method, Dense)
         owner = _reference(pipe) if pipe is not denoiser else lambda: None
-        steps = StepIndex(owner, denoiser)
-        self.step = Step(name, config, steps, self.layers, selected, self.reorders, self._leave_alone, self._take_back)
-        self.handle = custom_ops.handle_for(self.step)
-        self.ticket = self._resting = custom_ops.new_ticket()
-        self.tracing: TilewiseProcessor | None = None  # the layer whose stock processor torch.compile is tracing
+        self.state = ForwardState(name, config, StepIndex(owner, denoiser), self.layers, selected, self.reorders)
+        self.handle = custom_ops.handle_for(self.state)
+        self._resting = custom_ops.new_ticket()
+        self.calls = AttentionCalls(self.state, self._resting, self.fused_here)
         self._classes: dict[type, type[TilewiseProcessor]] = {}  # by the class that they stand in for
         self._handles: list[Any] = []
         self._raster: dict[str, list[Any]] = {}  # of layers left alone: what gives them the model's own order
@@ -82,7 +84,7 @@ class Patch:
         """A layer with a processor of its own stays dense, is reported, and gets its tokens in the model's own order."""
         if self.config.strict:
             raise FallbackError(f"strict: {self.name}.{layer.name} would stay dense: {reason}")
-        self.step.call_stats.skipped_layers[layer.name] = reason
+        self.state.call_stats.skipped_layers[layer.name] = reason
         self._raster[layer.name] = self.family.raster_hooks(layer.module, self)
         self._handles += self._raster[layer.name]
 
@@ -90,14 +92,14 @@ class Patch:
         """A layer that had been left alone has our processor again: somebody put back what they had saved."""
         for handle in self._raster.pop(layer.name, ()):
             handle.remove()
-        self.step.call_stats.skipped_layers.pop(layer.name, None)
+        self.state.call_stats.skipped_layers.pop(layer.name, None)
 
     def _stand_in(self, original: Any, number: int, layer: AttentionLayer) -> TilewiseProcessor:
         kind = type(original)
         if kind not in self._classes:
-            self._classes[kind] = processor_class(kind, self)
+            self._classes[kind] = processor_class(kind, self.calls)
         fused = self.family.self_attention(layer) if self.config.fuse else None
-        return self._classes[kind](original, self, number, fused, self.family.replace_processor(layer))
+        return self._classes[kind](original, self.calls, number, fused, self.family.replace_processor(layer))
 
     def remove(self, denoiser: nn.Module) -> None:
         self._take_off()
@@ -106,7 +108,7 @@ class Patch:
             denoiser.__dict__.pop(name, None)
 
     def _take_off(self) -> None:
-        self.step.removed = True
+        self.calls.removed = True
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -121,11 +123,8 @@ class Patch:
         """Everything that is on the denoiser's modules now."""
         return list(self._handles)
 
-    def __deepcopy__(self, memo: dict) -> Patch:
-        raise TilewiseError(
-            f"{self.name} is patched: a copy of one of its modules would share its hooks. Copy the whole denoiser or pipeline, "
-            "which gives a patched copy, or call tilewise.unpatch before copying"
-        )
+    def __deepcopy__(self, memo: dict) -> Any:
+        return copy.deepcopy(self.calls, memo)  # raises, and says why
 
     # ── during a forward; torch.compile traces all of it, so nothing here may go by the step ─────────────────────
 
@@ -137,17 +136,12 @@ class Patch:
             )
         timestep = self.family.timestep(args, kwargs)
         grid, refused = self._grid(denoiser, args, kwargs)
+        refused = self._look_at_processors() or refused
         if not torch.compiler.is_compiling():
-            self.step.begin(grid, timestep, refused)
+            self.state.begin(grid, timestep, refused)
             return
-        for layer in self.layers:  # now, as the hooks that one would get must be there to be traced
-            module: Any = layer.module
-            if not isinstance(module.processor, TilewiseProcessor):
-                self.step.leave(layer)
-            elif layer.name in self._raster:
-                self._take_back(layer)
         shape = (0, 0, 0, 0, False) if grid is None else (grid.t, grid.h, grid.w, grid.text, grid.text_first)
-        self.ticket = custom_ops.begin(timestep, self.handle, *shape, refused)
+        self.calls.ticket = custom_ops.begin(timestep, self.handle, *shape, refused)
 
     def _grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
         """The grid of a forward; or None, and why it has none that can be read."""
@@ -161,9 +155,32 @@ class Patch:
         except UnreadableGridError as error:
             return None, str(error)
 
+    def _look_at_processors(self) -> str | None:
+        """Follow what others did to the layers' processors since the patch. Traced by torch.compile, as the hooks that a layer
+        gets or loses here must be there to be traced. Returns why this forward cannot be sparse, or None."""
+        refused = None
+        for layer in self.layers:
+            module: Any = layer.module
+            if not isinstance(module.processor, TilewiseProcessor):
+                if layer.name not in self.state.call_stats.skipped_layers:
+                    self._replaced(layer)
+                continue
+            if layer.name in self.state.call_stats.skipped_layers:
+                self._take_back(layer)
+            if is_sharded(module.processor):
+                refused = "context parallelism is enabled, and shards the tokens before they can be reordered"
+        return refused
+
+    @torch.compiler.disable
+    def _replaced(self, layer: AttentionLayer) -> None:
+        """Report a layer whose processor is not ours any more, once; what replaced it may do attention its own way."""
+        module: Any = layer.module
+        kind = type(module.processor).__name__
+        self._leave_alone(layer, f"its processor was replaced by {kind} after the patch")
+
     def _after(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
-        self.step.end()
-        self.ticket = self._resting
+        self.state.end()
+        self.calls.ticket = self._resting
 
     def into(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """``x`` with its token axis ``dim`` brought from the model's own order into the one in force."""
@@ -178,10 +195,12 @@ class Patch:
             return x
         if torch.compiler.is_compiling():
             # The indices come from an operator and the gather is the compiler's, which joins it with its neighbours.
-            return x.index_select(dim, custom_ops.order(self.ticket, self.handle, x.shape[dim], x.device, inverse))
-        if self.step.order(x.device) is None:
+            return x.index_select(
+                dim, custom_ops.order(self.calls.ticket, self.handle, x.shape[dim], x.device, inverse)
+            )
+        if self.state.order(x.device) is None:
             return x
-        return x.index_select(dim, self.step.indices(x.shape[dim], x.device, inverse))
+        return x.index_select(dim, self.state.indices(x.shape[dim], x.device, inverse))
 
     def fused_here(self, x: torch.Tensor) -> bool:
         """Whether the family's fused kernels may run on ``x``: wanted, a GPU that Triton serves, no gradients."""

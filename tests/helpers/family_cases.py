@@ -20,7 +20,7 @@ import family_checks
 import torch
 
 import tilewise
-from tilewise.plugins.runtime.attention_processor import DISPATCH
+from tilewise.plugins.hooks.attention_rebinding import DISPATCH
 from tilewise.plugins.runtime.call_stats import SPARSE
 
 

@@ -49,7 +49,7 @@ def full_window_is_dense(model: torch.nn.Module, inputs: dict[str, Any], grid: G
     ours = forward(model, inputs)
     summary = tilewise.summary(model)
     assert {row.kind for row in summary.rows} == {SPARSE}, summary
-    assert next(iter(patches_of(model).values())).step.grid == grid
+    assert next(iter(patches_of(model).values())).state.grid == grid
     assert not summary.skipped_layers
     torch.testing.assert_close(ours, stock, atol=atol, rtol=atol)
     tilewise.unpatch(model)

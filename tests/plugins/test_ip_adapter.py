@@ -78,7 +78,7 @@ def case(request: Any, monkeypatch: Any) -> tuple[Any, dict[str, Any], int]:
     """(denoiser, inputs, layers that an adapter's processors are on)"""
     if request.param == "flux":
         return test_flux.tiny(), test_flux.inputs(7, 11), 1
-    monkeypatch.setattr("tilewise.plugins.runtime.forward_state.MIN_OWN_TOKENS", 1)
+    monkeypatch.setattr("tilewise.plugins.config.MIN_MAP_TOKENS", 1)
     return test_unet.unet_2d(), test_unet.inputs_of("2d", 12, 20), 0
 
 

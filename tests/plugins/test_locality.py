@@ -164,7 +164,7 @@ def test_one_token_changes_what_sees_it(name):
     given = case.inputs(model)
     with tilewise.patched(model, METHOD, steps=(0, 1), strict=True):
         base = run(model, given)
-        grid = next(iter(patches_of(model).values())).step.grid
+        grid = next(iter(patches_of(model).values())).state.grid
         token = tuple(min(i, n - 1) for i, n in zip(TOKEN, grid.shape, strict=True))
 
         latents = given[case.latents]
@@ -190,7 +190,7 @@ def test_one_token_changes_what_sees_it(name):
 @pytest.mark.parametrize("kind", list(unet.KINDS))
 def test_one_pixel_of_a_feature_map(kind, monkeypatch):
     """UNets: convolutions and norms reach everywhere, so this looks at one self-attention layer of each resolution alone."""
-    monkeypatch.setattr("tilewise.plugins.runtime.forward_state.MIN_OWN_TOKENS", 1)
+    monkeypatch.setattr("tilewise.plugins.config.MIN_MAP_TOKENS", 1)
     model, given = unet.KINDS[kind](), unet.inputs_of(kind, 10, 14)
     with tilewise.patched(model, METHOD, steps=(0, 1), strict=True):
         for layer in {layer.downsample: layer for layer in tilewise_layers(model)}.values():

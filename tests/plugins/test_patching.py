@@ -326,7 +326,7 @@ def test_context_parallelism_is_refused_before_anything_is_reordered(tiny_pipe):
         block.attn1.processor._parallel_config = object()  # what enable_parallelism sets
     with torch.no_grad(), pytest.raises(tilewise.FallbackError, match="context parallelism"):
         model(torch.randn(1, 4, 5, 16, 16), torch.tensor([500.0]), torch.randn(1, 16, tiny_wan.TEXT_DIM))
-    assert model._tilewise.step.order(torch.device("cpu")) is None
+    assert model._tilewise.state.order(torch.device("cpu")) is None
 
 
 def test_caches_that_outlive_a_step_stay_right(tiny_pipe):

@@ -3,7 +3,7 @@
 import pytest
 
 import tilewise
-from tilewise.plugins.runtime import attention_call as sparse_call
+from tilewise.plugins.runtime import sparse_call
 
 
 def test_where_it_cannot_run_16_bits_do_and_it_is_said(tiny_pipe):
@@ -30,7 +30,7 @@ def test_where_it_runs_it_is_what_runs(tiny_pipe, monkeypatch):
 
     monkeypatch.setattr(sparse_call, "choose", lambda qkv, plan, precision: (sparse_call.Choice(precision, ""), ""))
     monkeypatch.setattr(sparse_call, "block_sparse_attention_8bit", in_8_bits)
-    monkeypatch.setattr("tilewise.plugins.runtime.forward_state.choose", sparse_call.choose)
+    monkeypatch.setattr("tilewise.plugins.runtime.attention_call.choose", sparse_call.choose)
     config = tilewise.Config(tilewise.STA(window=(1, 1, 1), tile=(1, 2, 2)), steps=(0, 1), precision="int8")
     tilewise.patch(tiny_pipe, tilewise.Config.from_dict(config.to_dict()))
     tiny_pipe("a", height=64, width=64, num_frames=9, num_inference_steps=2)

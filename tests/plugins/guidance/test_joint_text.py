@@ -257,7 +257,7 @@ def test_what_cannot_be_is_refused():
         for path in ("draft", "pooled"):
             with pytest.raises(ConfigError, match="in the same sequence"), two_paths(model, global_path=path):
                 pass
-        assert next(iter(patches_of(model).values())).step.guide is None
+        assert next(iter(patches_of(model).values())).state.guide is None
         mask = torch.rand(2, 1, TEXT + 80, TEXT + 80) > 0.1
         given = {**inputs, "joint_attention_kwargs": {"attention_mask": mask}}
         with two_paths(model), pytest.raises(TilewiseError, match="cannot tell what its text says"):

@@ -59,7 +59,7 @@ def output(model: Any, given: dict[str, Any]) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def every_level(monkeypatch):
-    monkeypatch.setattr("tilewise.plugins.runtime.forward_state.MIN_OWN_TOKENS", 1)
+    monkeypatch.setattr("tilewise.plugins.config.MIN_MAP_TOKENS", 1)
 
 
 @pytest.mark.parametrize("kind", ["unet", "flux", "z_image", "framepack"])
@@ -90,7 +90,7 @@ def test_a_copied_pipeline(tiny_pipe, fuse):
     sparse = latents(tiny_pipe)
     other = copy.deepcopy(tiny_pipe)
     assert other.transformer is not tiny_pipe.transformer and tilewise.is_patched(other)
-    assert other.transformer._tilewise.step.pipe() is other  # its own scheduler counts its steps
+    assert other.transformer._tilewise.state.pipe() is other  # its own scheduler counts its steps
     with torch.no_grad():
         other.transformer.proj_out.weight.mul_(2)
     assert torch.equal(latents(tiny_pipe), sparse)

@@ -1,7 +1,5 @@
 """Masks that hide text keys run sparse and exactly; every other mask says why it does not."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -11,8 +9,10 @@ from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.config import resolve
 from tilewise.plugins.masks.padding_mask import groups_of, visible_keys
 from tilewise.plugins.models.common.family import AttentionLayer
+from tilewise.plugins.runtime.attention_call import AttentionCalls
+from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.call_stats import FALLBACK, SPARSE
-from tilewise.plugins.runtime.forward_state import Step
+from tilewise.plugins.runtime.forward_state import ForwardState
 
 STA = tilewise.STA(window=(1, 2, 1), tile=(2, 3, 3))
 LENGTHS = {
@@ -23,22 +23,18 @@ LENGTHS = {
 }
 
 
-def step_over(grid: Grid, heads: int = 2) -> Step:
+def calls_over(grid: Grid, heads: int = 2) -> AttentionCalls:
     layer = AttentionLayer("blocks.0.attn", torch.nn.Identity(), 0, heads, 32)
-    step = Step("transformer", resolve(STA, steps=(0, 1)), lambda: None, [layer], {0}, True, lambda layer, reason: None)
-    step.grid, step._runs, step._layout = grid, True, STA.layout(grid)
-    return step
+    state = ForwardState("transformer", resolve(STA, steps=(0, 1)), lambda: None, [layer], {0}, True)
+    state.begin(grid, torch.tensor(0))
+    return AttentionCalls(state, torch.tensor(0), lambda x: False)
 
 
-def attend(step: Step, q, k, v, mask):
-    def stock(query, key, value, attn_mask, *rest, **options):
+def attend(calls: AttentionCalls, q, k, v, mask):
+    def stock(query, *rest, **options):
         return torch.zeros_like(query)
 
-    processor = SimpleNamespace(number=0, stock=stock)
-    return step.attend(
-        processor, q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, backend=None,
-        fused=False,
-    )  # fmt: skip
+    return calls.answer(0, AttentionRequest(q, k, v, mask), stock)
 
 
 def visible_of(grid: Grid, lengths: list[int], side: str) -> torch.Tensor:
@@ -57,19 +53,19 @@ def visible_of(grid: Grid, lengths: list[int], side: str) -> torch.Tensor:
 @pytest.mark.parametrize("lengths", list(LENGTHS.values()), ids=list(LENGTHS))
 def test_hidden_text_keys_change_exactly_what_they_should(text_first, side, lengths):
     grid = Grid(3, 5, 7, text=7, text_first=text_first)
-    step = step_over(grid)
+    calls = calls_over(grid)
     q, k, v = (torch.randn(2, grid.tokens, 2, 32) for _ in range(3))
     visible = visible_of(grid, lengths, side)
-    window = step.kept.plan(step._layout, 2, torch.device("cpu")).to_mask(2)
+    window = calls.state.plans.plan(STA.layout(grid), 2, torch.device("cpu")).to_mask(2)
     want, _ = masked_attention(q, k, v, window & visible[:, None, None], dtype=torch.float32)
     # What hidden tokens hold must not matter, not even as 0 × NaN.
     k[~visible], v[~visible] = torch.nan, torch.nan
     additive = torch.where(visible, 0.0, -torch.inf)
     for mask in (visible, visible[:, None, None], additive[:, None], additive[:, None, None].expand(-1, 2, -1, -1)):
-        out = attend(step, q, k, v, mask)
+        out = attend(calls, q, k, v, mask)
         torch.testing.assert_close(out[visible], want[visible])
         assert bool((out[~visible] == 0).all())
-    assert {kind.kind for _, kind in step.call_stats.records} == {SPARSE}
+    assert {kind.kind for _, kind in calls.state.call_stats.records} == {SPARSE}
 
 
 @pytest.mark.parametrize(
@@ -83,44 +79,44 @@ def test_hidden_text_keys_change_exactly_what_they_should(text_first, side, leng
 )
 def test_other_masks_stay_dense_and_say_why(mask, reason):
     grid = Grid(3, 5, 7, text=7)
-    step = step_over(grid)
+    calls = calls_over(grid)
     q, k, v = (torch.randn(2, grid.tokens, 2, 32) for _ in range(3))
     given = mask(grid)
     if given.shape[0] == 3:  # a stock dispatcher would refuse it too: only the reason is asked for
         assert reason in visible_keys(given, 2, grid.tokens)
         return
-    attend(step, q, k, v, given if given.ndim == 4 else given[:, None, None])
-    (kind,) = [kind for _, kind in step.call_stats.records]
+    attend(calls, q, k, v, given if given.ndim == 4 else given[:, None, None])
+    (kind,) = [kind for _, kind in calls.state.call_stats.records]
     assert kind.kind == FALLBACK
     assert reason in kind.reason
 
 
 def test_the_mask_is_read_once_a_forward(monkeypatch):
     grid = Grid(3, 5, 7, text=7)
-    step = step_over(grid)
+    calls = calls_over(grid)
     q, k, v = (torch.randn(2, grid.tokens, 2, 32) for _ in range(3))
     visible = visible_of(grid, [2, 6], "right")
     read = []
-    for place in ("step", "key_padding"):
+    for place in ("runtime.attention_call", "masks.padding_mask"):
         name = f"tilewise.plugins.{place}.visible_keys"
         monkeypatch.setattr(name, lambda *args: read.append(1) or visible_keys(*args), raising=False)
     for _ in range(3):
-        attend(step, q, k, v, visible.view(2, -1))
+        attend(calls, q, k, v, visible.view(2, -1))
     assert len(read) == 1
-    step.end()
-    step._layout = STA.layout(grid)
-    attend(step, q, k, v, visible)
+    calls.state.end()
+    calls.state.begin(grid, torch.tensor(0))
+    attend(calls, q, k, v, visible)
     assert len(read) == 2
 
 
 def test_plans_of_many_prompt_lengths_do_not_pile_up(monkeypatch):
     monkeypatch.setattr("tilewise.plugins.runtime.plan_cache.MAX_PLANS", 3)
     grid = Grid(3, 5, 7, text=7)
-    step = step_over(grid)
+    calls = calls_over(grid)
     q, k, v = (torch.randn(1, grid.tokens, 2, 32) for _ in range(3))
     for n in range(1, 8):
-        attend(step, q, k, v, visible_of(grid, [n], "right"))
-    assert len(step.kept.plans) <= 3
+        attend(calls, q, k, v, visible_of(grid, [n], "right"))
+    assert len(calls.state.plans.plans) <= 3
 
 
 def test_groups_are_slices_where_tokens_follow_each_other():

@@ -65,7 +65,7 @@ def test_text_and_masks(cls):
 
 
 def test_layers_with_grids_of_their_own(monkeypatch):
-    monkeypatch.setattr("tilewise.plugins.runtime.forward_state.MIN_OWN_TOKENS", 1)
+    monkeypatch.setattr("tilewise.plugins.config.MIN_MAP_TOKENS", 1)
     model, given = unet.KINDS["2d"](), unet.inputs_of("2d", 16, 12)
     stock = unet.forward(model, given)
     tilewise.patch(model, everything(), steps=(0, 1), strict=True)
@@ -126,7 +126,7 @@ def test_watch_sees_each_call_once(tiny_pipe):
     assert calls[0].plan.q_len == 320
     run(tiny_pipe, steps=1)
     assert len(calls) == 4
-    assert not tiny_pipe.transformer._tilewise.step.watchers
+    assert not tiny_pipe.transformer._tilewise.state.observers
 
 
 def choices(pipe, monkeypatch, method, runs=1, steps=4, **options):
@@ -160,7 +160,7 @@ def test_choices_are_kept_for_refresh_steps_and_not_across_runs(tiny_pipe, monke
 def test_branches_and_sizes_have_their_own_memory(tiny_pipe):
     method = Draft(density=0.4, tile=TILE, min_tokens=0, refresh=9, drift=None)
     tilewise.patch(tiny_pipe, method, steps=(0, 1), strict=True)
-    memories = tiny_pipe.transformer._tilewise.step._memories
+    memories = tiny_pipe.transformer._tilewise.state.memories
     seen = []
 
     def look(pipe, step, timestep, tensors):

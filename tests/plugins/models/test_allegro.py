@@ -116,7 +116,7 @@ def test_pipeline():
     torch.testing.assert_close(run(), stock, atol=1e-3, rtol=1e-3)
     assert {row.kind: row.calls for row in tilewise.summary(pipe).rows} == {DENSE_STEP: 1 * 2, SPARSE: 3 * 2}
     told = tilewise.explain(pipe, height=80, width=112, num_frames=10).rows[0]
-    assert (told.grid, pipe.transformer._tilewise.step.grid) == ("3×5×7", Grid(3, 5, 7))
+    assert (told.grid, pipe.transformer._tilewise.state.grid) == ("3×5×7", Grid(3, 5, 7))
     tilewise.unpatch(pipe)
     assert torch.equal(run(), stock)
 

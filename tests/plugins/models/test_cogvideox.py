@@ -287,7 +287,7 @@ def test_pipeline(version):
     torch.testing.assert_close(run(), stock, atol=1e-4, rtol=1e-4)
     summary = tilewise.summary(pipe)
     assert {row.kind for row in summary.rows} == {SPARSE}
-    ran = next(iter(tilewise.plugins.patching.patches_of(pipe).values())).step.grid
+    ran = next(iter(tilewise.plugins.patching.patches_of(pipe).values())).state.grid
     assert (grid.grid, grid.tokens) == (str(ran), ran.tokens)
     assert ran == expected((4, 5, 7) if version == "rotary" else (3, 5, 7))
     tilewise.patch(pipe, family_checks.SMALL, steps=(0.5, 1))

@@ -182,7 +182,7 @@ def test_pipeline(kind):
     torch.testing.assert_close(run(), stock, atol=1e-3, rtol=1e-3)
     assert {row.kind: row.calls for row in tilewise.summary(pipe).rows} == {DENSE_STEP: 1 * 2 * 3, SPARSE: 3 * 2 * 3}
     grid = Grid(2, 4, 6) if kind is CosmosTextToWorldPipeline else Grid(3, 8, 12)
-    assert pipe.transformer._tilewise.step.grid == grid
+    assert pipe.transformer._tilewise.state.grid == grid
     tilewise.unpatch(pipe)
     assert torch.equal(run(), stock)
 

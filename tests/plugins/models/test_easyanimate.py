@@ -108,7 +108,7 @@ def test_pipeline():
     torch.testing.assert_close(run(), stock, atol=1e-4, rtol=1e-4)
     assert {row.kind: row.calls for row in tilewise.summary(pipe).rows} == {DENSE_STEP: 1 * 2, SPARSE: 3 * 2}
     told = tilewise.explain(pipe, height=5 * side, width=7 * side, num_frames=9).rows[0]
-    grid = pipe.transformer._tilewise.step.grid
+    grid = pipe.transformer._tilewise.state.grid
     assert told.grid == f"{grid.t}×5×7 + 256 text"
     assert grid == expected(grid.t, 5, 7)
     tilewise.unpatch(pipe)

@@ -120,11 +120,11 @@ def test_no_mask_over_pairs_of_tokens(model, method, steps):
 def test_the_mask_is_one_tensor_in_all_layers(model, monkeypatch):
     """Reading a mask waits for the GPU, so it is remembered by where it lies."""
     from tilewise.plugins.masks import padding_mask as key_padding
-    from tilewise.plugins.runtime import forward_state as step
+    from tilewise.plugins.runtime import attention_call
 
     reads = []
     read = key_padding.visible_keys
-    for place in (step, key_padding):
+    for place in (attention_call, key_padding):
         monkeypatch.setattr(place, "visible_keys", lambda *args: reads.append(1) or read(*args), raising=False)
     with tilewise.patched(model, family_checks.SMALL, steps=(0, 1), strict=True):
         for prompts in ((9, 4), (3, 2), (9, 4)):

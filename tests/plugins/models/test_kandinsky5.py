@@ -168,7 +168,7 @@ def test_pipeline():
     tilewise.patch(pipe, family_checks.FULL, strict=True)
     torch.testing.assert_close(run(), stock, atol=2e-3, rtol=2e-3)
     assert {row.kind: row.calls for row in tilewise.summary(pipe).rows} == {DENSE_STEP: 1 * 2 * 2, SPARSE: 3 * 2 * 2}
-    assert pipe.transformer._tilewise.step.grid == Grid(3, 5, 7)
+    assert pipe.transformer._tilewise.state.grid == Grid(3, 5, 7)
     tilewise.unpatch(pipe)
     assert torch.equal(run(), stock)
 

@@ -171,7 +171,7 @@ def test_ltx_with_positional_arguments():
     stock = family_checks.forward(model, given)
     with tilewise.patched(model, family_checks.FULL, steps=(0, 1), strict=True), torch.no_grad():
         torch.testing.assert_close(model(*given.values(), return_dict=False)[0], stock, atol=2e-5, rtol=2e-5)
-        assert patches_of(model)["denoiser"].step.grid == Grid(*GRIDS[1])
+        assert patches_of(model)["denoiser"].state.grid == Grid(*GRIDS[1])
 
 
 @pytest.mark.parametrize("extra", [0, 2])
@@ -374,7 +374,7 @@ def test_pipeline(kind):
     assert {row.kind for row in tilewise.summary(pipe).rows} == {SPARSE}
     conditions = 16 * 24 if kind is LTXConditionPipeline else 0
     expected = Grid(3, 16, 24, text=conditions, text_first=conditions > 0)
-    assert patches_of(pipe)["transformer"].step.grid == expected
+    assert patches_of(pipe)["transformer"].state.grid == expected
     tilewise.patch(pipe, family_checks.SMALL, steps=(0.5, 1))
     assert float((run() - stock).abs().max()) > 1e-3
     summary = tilewise.summary(pipe)
@@ -537,7 +537,7 @@ def test_ltx2_pipeline(kind):
     # Three forwards a step; perturbed attention is none at all in one block of the second.
     assert {row.kind: row.calls for row in tilewise.summary(pipe).rows} == {SPARSE: 4 * 5}
     key_frame = 8 * 12 if extra else 0
-    assert patches_of(pipe)["transformer"].step.grid == Grid(3, 8, 12, text=key_frame)
+    assert patches_of(pipe)["transformer"].state.grid == Grid(3, 8, 12, text=key_frame)
     tilewise.patch(pipe, method, steps=(0.5, 1))
     assert float((run() - stock).abs().max()) > 1e-2
     assert {row.kind: row.calls for row in tilewise.summary(pipe).rows} == {SPARSE: 10, DENSE_STEP: 10}

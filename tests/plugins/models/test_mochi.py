@@ -71,7 +71,7 @@ def test_prompts_of_one_length_share_a_plan():
         for lengths in ((7, 2), (2, 7), (7, 7)):
             family_checks.forward(model, inputs(3, 5, 7, lengths))
         (patch,) = patches_of(model).values()
-        assert len(patch.step.kept.plans) == 2
+        assert len(patch.state.plans.plans) == 2
 
 
 def test_a_foreign_processor_gets_raster_order():
@@ -139,7 +139,7 @@ def test_pipeline():
     tilewise.patch(pipe, family_checks.FULL, strict=True)
     torch.testing.assert_close(run(), stock, atol=1e-4, rtol=1e-4)
     assert {row.kind: row.calls for row in tilewise.summary(pipe).rows} == {DENSE_STEP: 1 * 2 * 3, SPARSE: 3 * 2 * 3}
-    assert pipe.transformer._tilewise.step.grid == Grid(3, 5, 7, text=TEXT)
+    assert pipe.transformer._tilewise.state.grid == Grid(3, 5, 7, text=TEXT)
     tilewise.unpatch(pipe)
     assert torch.equal(run(), stock)
 

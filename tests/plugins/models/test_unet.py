@@ -14,7 +14,7 @@ from family_checks import traces
 import tilewise
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.common.registry import family_of
-from tilewise.plugins.runtime.call_stats import DENSE_LAYER, SPARSE
+from tilewise.plugins.runtime.call_stats import SHORT, SPARSE
 
 FULL = tilewise.STA(window=(99, 99, 99), tile=(1, 3, 4))
 SMALL = tilewise.STA(window=(1, 2, 1), tile=(1, 3, 4))
@@ -75,7 +75,7 @@ def forward(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
 @pytest.fixture
 def every_level(monkeypatch):
     """Tiny maps are sparse too."""
-    monkeypatch.setattr("tilewise.plugins.runtime.forward_state.MIN_OWN_TOKENS", 1)
+    monkeypatch.setattr("tilewise.plugins.config.MIN_MAP_TOKENS", 1)
 
 
 @pytest.mark.parametrize(("h", "w"), [(16, 16), (10, 14)])
@@ -122,13 +122,27 @@ def test_sparse_is_masked_stock(kind, every_level):
     torch.testing.assert_close(forward(model, inputs), want, atol=2e-5, rtol=2e-5)
 
 
-def test_levels_too_small_to_pay_stay_dense_and_are_counted(monkeypatch):
-    monkeypatch.setattr("tilewise.plugins.runtime.forward_state.MIN_OWN_TOKENS", 200)
+def test_levels_too_small_to_pay_stay_dense_and_are_counted():
+    model, inputs = unet_2d(), inputs_of("2d", 16, 16)
+    tilewise.patch(model, SMALL, steps=(0, 1), strict=True, min_tokens=200)
+    forward(model, inputs)
+    rows = tilewise.summary(model).rows
+    assert {row.kind: row.calls for row in rows} == {
+        SPARSE: 3,
+        SHORT: 8,
+    }  # 256 tokens at the first level, 64 at the second
+    assert [row.reason for row in rows if row.kind == SHORT] == ["64 tokens, fewer than min_tokens=200"]
+
+
+def test_a_level_too_small_by_default_is_an_error_with_strict():
+    """Nobody chose that limit; with a number it is a choice."""
     model, inputs = unet_2d(), inputs_of("2d", 16, 16)
     tilewise.patch(model, SMALL, steps=(0, 1), strict=True)
+    with pytest.raises(tilewise.FallbackError, match="fewer than min_tokens=4096"):
+        forward(model, inputs)
+    tilewise.patch(model, SMALL, steps=(0, 1))
     forward(model, inputs)
-    kinds = {row.kind: row.calls for row in tilewise.summary(model).rows}
-    assert kinds == {SPARSE: 3, DENSE_LAYER: 8}  # 256 tokens at the first level, 64 at the second
+    assert [(row.kind, row.calls) for row in tilewise.summary(model).rows] == [(SHORT, 11)]
 
 
 @pytest.mark.parametrize("sparse_from", [1, 200], ids=["both levels", "first level"])

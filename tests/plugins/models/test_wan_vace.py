@@ -116,7 +116,7 @@ def test_pipeline():
     torch.testing.assert_close(run(), stock, atol=1e-4, rtol=1e-4)
     rows = {row.kind: row.calls for row in tilewise.summary(pipe).rows}
     assert rows == {DENSE_STEP: 1 * 2 * 5, SPARSE: 3 * 2 * 5}  # steps × (cond, uncond) × layers
-    assert pipe.transformer._tilewise.step.grid == Grid(3, 5, 7)
+    assert pipe.transformer._tilewise.state.grid == Grid(3, 5, 7)
     tilewise.unpatch(pipe)
     assert torch.equal(run(), stock)
 

@@ -13,7 +13,9 @@ from tilewise.kernels.attention.naive import masked_attention
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.masks.padding_mask import Masks
 from tilewise.plugins.runtime import dense_backend as exact
+from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.call_stats import DENSE_LAYER, DENSE_STEP
+from tilewise.plugins.runtime.plan_cache import PlanCache
 
 PLAIN = {"dropout_p": 0.0, "is_causal": False, "backend": None, "parallel_config": None}
 
@@ -31,8 +33,8 @@ def tensors(tokens=5000, keys=None):
 
 
 def test_plain_self_attention_is_taken(on_hopper):
-    assert exact.takes(*tensors(), **PLAIN)
-    assert exact.takes(*tensors(), **{**PLAIN, "backend": "native"})
+    assert exact.takes(AttentionRequest(*tensors(), **PLAIN))
+    assert exact.takes(AttentionRequest(*tensors(), **{**PLAIN, "backend": "native"}))
 
 
 @pytest.mark.parametrize(
@@ -46,28 +48,28 @@ def test_plain_self_attention_is_taken(on_hopper):
     ids=lambda change: next(iter(change)),
 )
 def test_what_is_not_plain_stays_stock(on_hopper, change):
-    assert not exact.takes(*tensors(), **{**PLAIN, **change})
+    assert not exact.takes(AttentionRequest(*tensors(), **{**PLAIN, **change}))
 
 
 def test_lengths(on_hopper):
-    assert not exact.takes(*tensors(exact.MIN_TOKENS - 1), **PLAIN)
-    assert not exact.takes(*tensors(exact.MAX_TOKENS + 1), **PLAIN)
-    assert not exact.takes(*tensors(5000, 512), **PLAIN)
+    assert not exact.takes(AttentionRequest(*tensors(exact.MIN_TOKENS - 1), **PLAIN))
+    assert not exact.takes(AttentionRequest(*tensors(exact.MAX_TOKENS + 1), **PLAIN))
+    assert not exact.takes(AttentionRequest(*tensors(5000, 512), **PLAIN))
 
 
 def test_a_backend_chosen_for_all_of_diffusers_is_respected(on_hopper):
     with attention_backend("_native_math"):
-        assert not exact.takes(*tensors(), **PLAIN)
-    assert exact.takes(*tensors(), **PLAIN)
+        assert not exact.takes(AttentionRequest(*tensors(), **PLAIN))
+    assert exact.takes(AttentionRequest(*tensors(), **PLAIN))
 
 
 def test_not_on_a_cpu():
-    assert not exact.takes(*(torch.empty(1, 5000, 2, 64) for _ in range(3)), **PLAIN)
+    assert not exact.takes(AttentionRequest(*(torch.empty(1, 5000, 2, 64) for _ in range(3)), **PLAIN))
 
 
 def test_the_plan_is_dense():
     q, k, v = (torch.randn(1, 300, 2, 32) for _ in range(3))
-    plan = exact.exact_plan(300, torch.device("cpu"))
+    plan = PlanCache("", tilewise.Dense()).dense_plan(300, torch.device("cpu"))
     assert plan.is_dense
     torch.testing.assert_close(block_sparse_attention(q, k, v, plan), masked_attention(q, k, v)[0].float())
 
@@ -136,8 +138,8 @@ def test_hidden_text_on_a_gpu():
     ).transpose(1, 2)
     for x in (key, value):
         x[~shown] = torch.nan
-    assert exact.takes(query, key, value, **PLAIN)
-    out = exact.attend(groups, query, key, value, None, exact.exact_plan)
+    assert exact.takes(AttentionRequest(query, key, value))
+    out = exact.attend(groups, AttentionRequest(query, key, value), None, PlanCache("", tilewise.Dense()).dense_plan)
     assert out is not None
     torch.testing.assert_close(out[shown].float(), wanted[shown], atol=1e-2, rtol=1e-2)
     assert not out[~shown].any()

@@ -21,7 +21,6 @@ from tilewise.plugins.methods.base import DynamicMethod, Method
 from tilewise.plugins.models.common.family import AttentionLayer, Size
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
-from tilewise.plugins.runtime.forward_state import MIN_OWN_TOKENS
 from tilewise.plugins.watch import WatchedCall
 
 
@@ -107,8 +106,8 @@ def seen_from(
     low, high = config.steps
     if layout is None:
         return Seen(place, extent, everything, f"{method.name} sees everything")
-    if layer.downsample is not None and extent.grid.tokens < MIN_OWN_TOKENS:
-        return Seen(place, extent, everything, "dense: the feature map of this block is too small to pay")
+    if short := config.too_few(extent.grid.tokens, layer.downsample is not None):
+        return Seen(place, extent, everything, f"dense: {short}")
     if not config.runs_at(place.step - 1, settings.steps):
         return Seen(place, extent, everything, f"dense: the method runs from {low:.0%} to {high:.0%} of the steps")
     if place.block not in select_blocks(config.blocks, extent.blocks):

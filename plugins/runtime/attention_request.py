@@ -1,0 +1,47 @@
+"""One attention call of a stock processor, with everything that diffusers' attention dispatcher is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(eq=False)
+class AttentionRequest:
+    """The arguments of ``diffusers.models.attention_dispatch.dispatch_attention_fn``, by the names that it has for them.
+
+    Attributes:
+        query: (B, Sq, H, D). key, value: (B, Sk, Hk, D), Hk dividing H.
+        attn_mask: boolean (True = attend) or additive, broadcastable to (B, H, Sq, Sk); None: every query sees every key.
+        dropout_p, is_causal, scale, enable_gqa: as for ``torch.nn.functional.scaled_dot_product_attention``.
+        attention_kwargs, backend, parallel_config: of diffusers; passed on to the stock attention as they are.
+        fused: whether the family's fused kernels made the query and key, rather than the stock processor.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    attention_kwargs: dict[str, Any] | None = None
+    backend: Any = None
+    parallel_config: Any = None
+    fused: bool = False
+
+    @property
+    def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.query, self.key, self.value
+
+    def replace(self, **changes: Any) -> AttentionRequest:
+        """The same request with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def needs_gradients(self) -> bool:
+        """Whether autograd would record this call."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.qkv)

@@ -1,0 +1,121 @@
+"""Running the plans of one attention call: each group of samples by its own plan.
+
+A plan's kernel answers most calls alone. Two things are merged into its softmax by their log-sum-exp where there are any: the
+means that stand for the blocks that a dynamic method skips, and keys that a mask weighs down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tilewise.kernels.attention.block_compensation import add_skipped
+from tilewise.kernels.attention.dispatch import Choice, block_sparse_attention, choose_backend
+from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
+from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit, misfit_8bit, missing_8bit
+from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.layout import Layout
+from tilewise.plugins.masks.additive_padding_mask import add_weighed, attend_all
+from tilewise.plugins.masks.padding_mask import Group, shares_of
+from tilewise.plugins.methods.base import Planned
+
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One group of samples of a call, and what answers it.
+
+    layout: the order of its tokens, with as much text as the group keeps. choice: the backend.
+    """
+
+    group: Group
+    layout: Layout
+    planned: Planned
+    choice: Choice
+
+    @property
+    def plan(self) -> BlockPlan:
+        return self.planned.plan
+
+
+def choose(qkv: QKV, plan: BlockPlan, precision: str | None) -> tuple[Choice, str]:
+    """What runs a plan, and why not in the 8-bit ``precision`` that was asked for; "" if it does, or if none was.
+
+    Raises:
+        UnsupportedPlanError: no kernel takes the call.
+    """
+    choice = choose_backend(*qkv, plan)
+    if precision is None:
+        return choice, ""
+    q, k, _ = qkv
+    why = "needs a Hopper GPU" if q.device.type == "cpu" else missing_8bit(q.device) or misfit_8bit(q, k, plan)
+    if why:
+        return choice, f"not in {precision}: {why}"
+    return Choice(precision, "asked for"), ""
+
+
+def run_plan(qkv: QKV, plan: BlockPlan, choice: Choice, scale: float | None, return_lse: bool = False) -> Any:
+    """The kernel that was chosen, 16 bits or 8."""
+    if choice.backend in PRECISIONS:
+        precision: Any = choice.backend
+        return block_sparse_attention_8bit(*qkv, plan, precision=precision, scale=scale, return_lse=return_lse)
+    kernel: Any = block_sparse_attention
+    return kernel(*qkv, plan, scale=scale, return_lse=return_lse, backend=choice)
+
+
+def run_part(
+    qkv: QKV, part: Part, scale: float | None, weighed: tuple[torch.Tensor, torch.Tensor, float] | None = None
+) -> torch.Tensor:
+    """Attention by one plan, the means of the blocks that it skips, and keys that a mask weighs down by eᶜ, with values."""
+    skipped = part.planned.skipped
+    if skipped is None and weighed is None:
+        return run_plan(qkv, part.plan, part.choice, scale)
+    out, lse = run_plan(qkv, part.plan, part.choice, scale, return_lse=True)
+    if weighed is not None:
+        keys, values, weight = weighed
+        out, lse = add_weighed(qkv[0], keys, values, out, lse, weight, scale, part.layout)
+    if skipped is None:
+        return out
+    scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
+    return add_skipped(qkv[0], out, lse, skipped.key_mean, skipped.value_mean, skipped.bias, part.layout, scale)
+
+
+def run_parts(parts: list[Part], taken: list[QKV], whole: QKV, scale: float | None) -> torch.Tensor:
+    """Each group of the ``whole`` call, whose tensors are ``taken``, by its own plan; tokens that a mask hides get 0."""
+    if len(parts) == 1 and parts[0].group.is_whole:
+        return run_part(taken[0], parts[0], scale)
+    out = torch.zeros_like(whole[0], memory_format=torch.contiguous_format)
+    for part, qkv in zip(parts, taken, strict=True):
+        group, weighed = part.group, None
+        if group.weighed is not None:
+            positions, weight = group.weighed
+            others = dataclasses.replace(group, tokens=positions)
+            query, key, value = others.take(*whole)
+            _, keys, values = dataclasses.replace(group, tokens=None).take(*whole)
+            weighed = key, value, weight
+            others.put(out, attend_all(query, keys, values, scale))
+        group.put(out, run_part(qkv, part, scale, weighed))
+    return out
+
+
+def mean_density(parts: list[Part], batch: int) -> float:
+    """Kept ÷ all token pairs, over the samples of a batch."""
+    shares = shares_of([part.group for part in parts], batch)
+    return sum(share * part.plan.density for share, part in zip(shares, parts, strict=True))
+
+
+def measured(parts: list[Part], batch: int) -> dict[str, torch.Tensor]:
+    """What dynamic plans know of themselves, over the samples of a batch: () tensors on the device by name."""
+    shares = shares_of([part.group for part in parts], batch)
+    found: dict[str, list[torch.Tensor]] = {}
+    for share, part in zip(shares, parts, strict=True):
+        p = part.planned
+        values = {"density": p.plan.device_density, "recall": p.recall, "probe": p.probe, "broken": p.broken}
+        for name, value in values.items():
+            if value is not None:
+                found.setdefault(name, []).append(value if name == "broken" or share == 1 else share * value)
+    return {name: sum(values[1:], values[0]) for name, values in found.items() if len(values) == len(parts)}

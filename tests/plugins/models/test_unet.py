@@ -142,7 +142,7 @@ def test_a_level_too_small_by_default_is_an_error_with_strict():
         forward(model, inputs)
     tilewise.patch(model, SMALL, steps=(0, 1))
     forward(model, inputs)
-    assert [(row.kind, row.calls) for row in tilewise.summary(model).rows] == [(SHORT, 11)]
+    assert {(row.kind, row.calls) for row in tilewise.summary(model).rows} == {(SHORT, 3), (SHORT, 8)}  # two reasons
 
 
 @pytest.mark.parametrize("sparse_from", [1, 200], ids=["both levels", "first level"])

@@ -13,6 +13,7 @@ from tilewise.plugins.runtime.attention_call import AttentionCalls
 from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.call_stats import FALLBACK, SPARSE
 from tilewise.plugins.runtime.forward_state import ForwardState
+from tilewise.plugins.runtime.step_index import StepIndex
 
 STA = tilewise.STA(window=(1, 2, 1), tile=(2, 3, 3))
 LENGTHS = {
@@ -25,7 +26,8 @@ LENGTHS = {
 
 def calls_over(grid: Grid, heads: int = 2) -> AttentionCalls:
     layer = AttentionLayer("blocks.0.attn", torch.nn.Identity(), 0, heads, 32)
-    state = ForwardState("transformer", resolve(STA, steps=(0, 1)), lambda: None, [layer], {0}, True)
+    steps = StepIndex(lambda: None, layer.module)
+    state = ForwardState("transformer", resolve(STA, steps=(0, 1)), steps, [layer], {0}, True)
     state.begin(grid, torch.tensor(0))
     return AttentionCalls(state, torch.tensor(0), lambda x: False)
 

@@ -185,3 +185,47 @@ def two_layouts(seed: int, block: int = 32) -> TwoLayouts:
     intervals = torch.stack([lo, hi], 2).flatten(1, 2)
     partial = ((shown > 0.25) & (shown < 0.7)) & ~queries.is_text[:, None] & ~keys.is_text
     return TwoLayouts(queries, keys, shown < 0.25, partial, intervals, head_set, heads)
+
+
+@dataclass(frozen=True)
+class ChunkCase:
+    """The last frames of a grid against all of it, by layouts with room for 128 rows: what streaming asks for."""
+
+    name: str
+    frames: int
+    queries: Grid
+    q_tile: Triple
+    tile: Triple
+    windows: tuple[Triple, ...]
+    unit: Literal["tile", "token"] = "token"
+    key_text: int = 0
+    heads: int = 2
+    kv_heads: int = 2
+    batch: int = 1
+    head_dim: int = 64
+
+    @property
+    def keys(self) -> Layout:
+        return Layout(Grid(self.frames, self.queries.h, self.queries.w, self.key_text), self.tile)
+
+    def plan(self, device: str = "cpu") -> BlockPlan:
+        offset = (self.frames - self.queries.t, 0, 0)
+        return window_plan(
+            Layout(self.queries, self.q_tile), self.windows, unit=self.unit, key_layout=self.keys, query_offset=offset,
+            device=device,
+        )  # fmt: skip
+
+    def tensors(self, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        sizes = (self.queries.tokens, self.heads), *((self.keys.grid.tokens, self.kv_heads),) * 2
+        return [torch.randn(self.batch, *size, self.head_dim, generator=generator).to(device, dtype) for size in sizes]
+
+
+CHUNKS = [
+    ChunkCase("partial", 9, Grid(3, 10, 16), (3, 5, 8), (3, 5, 8), ((5, 7, 5),)),
+    ChunkCase("partial, text", 9, Grid(3, 10, 16, 110), (3, 5, 8), (3, 10, 4), ((4, 7, 5), (2, 3, 9)), key_text=101),
+    ChunkCase("tiles, grouped", 8, Grid(2, 10, 12), (2, 5, 12), (2, 5, 12), ((2, 1, 1),), "tile", heads=4, batch=2),
+    ChunkCase("aligned", 8, Grid(2, 16, 8), (2, 8, 8), (2, 8, 8), ((2, 1, 1),), "tile", key_text=128),
+    ChunkCase("one frame, its text", 6, Grid(1, 16, 8, 5), (1, 16, 8), (2, 8, 8), ((3, 9, 8),), batch=2),
+]
+CHUNK_IDS = [case.name for case in CHUNKS]

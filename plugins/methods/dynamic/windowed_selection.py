@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.block_plan import BlockPlan, block_reduce
 from tilewise.kernels.plans.interval_codes import inside
+
+CHUNK = 1 << 22  # pairs of a query row and a key block that are counted at a time
 
 
 @dataclass(frozen=True)
@@ -83,23 +85,25 @@ def bounds_of(plan: BlockPlan) -> Bounds:
 def _partial_pairs(plan: BlockPlan) -> torch.Tensor:
     """(G, N, M) float32: token pairs that the intervals leave, if every listed block were partial.
 
-    A key block is a box, so per query row the axes multiply: Π over axes of |[lo, hi) ∩ [first, last]|.
+    A key block is a box, so per query row the axes multiply: Π over axes of |[lo, hi) ∩ [first, last]|. Some rows at a time:
+    all of them would be S × M numbers.
     """
     assert plan.coords is not None and plan.intervals is not None
     _, G, N, M = plan.index.shape
-    of_row = torch.repeat_interleave(plan.k_rows.long(), output_size=plan.k_len)
-    room = torch.zeros(3, N, dtype=torch.long, device=plan.device)
-    at = of_row.expand(3, -1)
-    first = room.scatter_reduce(1, at, plan.coords.long(), "amin", include_self=False)
-    last = room.scatter_reduce(1, at, plan.coords.long(), "amax", include_self=False)
+    first, last = (block_reduce(plan.coords, plan.k_rows, how) for how in ("amin", "amax"))
+    block_of_row = torch.repeat_interleave(plan.q_rows.long(), output_size=plan.q_len)
     found = torch.zeros(G, N, M, device=plan.device)
     for g in range(G):
-        listed = plan.index[0, g].long()[of_row]  # (S, M)
-        count = torch.ones(plan.q_len, M, device=plan.device)
-        for axis in range(3):
-            lo, hi = plan.intervals[g, 2 * axis, :, None], plan.intervals[g, 2 * axis + 1, :, None]
-            count *= (torch.minimum(hi, last[axis][listed] + 1) - torch.maximum(lo, first[axis][listed])).clamp_min(0)
-        found[g].index_add_(0, of_row, count)
+        index, intervals = plan.index[0, g].long(), plan.intervals[g]
+        for rows in torch.arange(plan.q_len, device=plan.device).split(max(1, CHUNK // M)):
+            blocks = block_of_row[rows]
+            listed = index[blocks]  # (rows, M)
+            count = torch.ones_like(listed, dtype=torch.float32)
+            for axis in range(3):
+                lo, hi = intervals[2 * axis, rows, None], intervals[2 * axis + 1, rows, None]
+                shared = torch.minimum(hi, last[axis][listed] + 1) - torch.maximum(lo, first[axis][listed])
+                count *= shared.clamp_min(0)
+            found[g].index_add_(0, blocks, count)
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plan_cases import Case
+from plan_cases import CHUNK_IDS, CHUNKS, Case
 
 from tilewise.kernels.attention.dispatch_8bit import block_sparse_8bit_op, block_sparse_attention_8bit
 from tilewise.kernels.attention.naive import masked_attention
@@ -109,6 +109,15 @@ class TestAttention:
         want, want_lse = masked_attention(q, k, v, case.plan().to_mask(case.heads))
         assert out.dtype == q.dtype
         assert relative(out, want) < bound
+        torch.testing.assert_close(lse.double(), want_lse, atol=0.03, rtol=0)
+
+    @pytest.mark.parametrize("case", CHUNKS, ids=CHUNK_IDS)
+    def test_queries_of_another_layout(self, case):
+        q, k, v = case.tensors(torch.float16)
+        plan = case.plan()
+        out, lse = block_sparse_attention_8bit(q, k, v, plan, return_lse=True)
+        want, want_lse = masked_attention(q, k, v, plan.to_mask(case.heads))
+        assert relative(out, want) < 0.03
         torch.testing.assert_close(lse.double(), want_lse, atol=0.03, rtol=0)
 
     @pytest.mark.parametrize(("precision", "bound"), [("int8", 0.024), ("fp8", 0.04)])

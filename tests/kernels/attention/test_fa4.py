@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plan_cases import Case
+from plan_cases import CHUNK_IDS, CHUNKS, Case
 from torch.library import opcheck
 
 from tilewise.kernels.attention.backends.fa4 import _pad, fa4_forward, fa4_misfit, fa4_missing, fa4_op
@@ -108,6 +108,14 @@ def test_lists_padding_and_mask_are_the_plan(case):
     assert torch.equal(walk(plan, tables, case.heads), plan.to_mask(case.heads).int())
     assert (tables.q_source is None) == ("ragged" not in case.name)
     assert all(x.dtype == torch.int32 for x in tables[:4])
+
+
+@pytest.mark.parametrize("case", CHUNKS, ids=CHUNK_IDS)
+def test_queries_of_another_layout(case):
+    plan = case.plan()
+    tables = make_tables(plan)
+    assert isinstance(tables, Fa4Tables), tables
+    assert torch.equal(walk(plan, tables, case.heads), plan.to_mask(case.heads).int())
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from benchmarks.header import header
 from examples.train_demo_model.evaluation import held_out_prompts
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.generation.generate import generate
-from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.highres.upscale import upscale_frames
 from tilewise.pipelines.latent_spaces.base import latent_space
 from tilewise.pipelines.loading.load import load_pipeline

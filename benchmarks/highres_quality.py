@@ -61,7 +61,7 @@ ATTRIBUTES = ("count", "colour", "shape", "motion", "background")
 def worker(job: dict[str, Any]) -> None:
     """The clips of one process, a line of JSON each on standard output."""
     from tilewise.pipelines.generation.generate import check_content, generate
-    from tilewise.pipelines.generation.settings import resolve_settings
+    from tilewise.pipelines.generation.resolve import resolve_settings
     from tilewise.pipelines.highres.upscale import upscale_frames
     from tilewise.pipelines.loading.load import load_pipeline
     from tilewise.pipelines.quality.coherence import coherence

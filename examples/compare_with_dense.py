@@ -6,7 +6,7 @@ python examples/compare_with_dense.py --method sta-fast
 import argparse
 
 from tilewise.pipelines.generation.compare import compare, side_by_side
-from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.media.video import write_video

@@ -10,7 +10,7 @@ from PIL import Image
 
 import tilewise
 from tilewise.pipelines.generation.generate import generate
-from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.loading.load import load_pipeline
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -18,7 +18,7 @@ from tilewise.pipelines.batch.two_stage_clip import TwoStages
 from tilewise.pipelines.batch.two_stage_jobs import about, plan_job
 from tilewise.pipelines.generation.clip_metadata import clip_record, machine
 from tilewise.pipelines.generation.generate import Clip, generate, judged, warm_up
-from tilewise.pipelines.generation.settings import prompt_notes
+from tilewise.pipelines.generation.resolve import prompt_notes
 from tilewise.pipelines.highres.preparation import Work
 from tilewise.pipelines.media.video import write_video
 from tilewise.pipelines.memory.limits import PeakMemory, free_memory, is_out_of_memory, possible, saving

@@ -10,47 +10,23 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tilewise.pipelines.generation.settings import CLIP_OPTIONS, GenerateSettings
+from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
+from tilewise.pipelines.options import Option, options_of
 from tilewise.plugins.errors import ConfigError, unknown
 
-KINDS = {
-    "id": "text",
-    "prompt": "text",
-    "negative": "text",
-    "model": "text",
-    "method": "method",
-    "window": "window",
-    "density": "number",
-    "height": "whole",
-    "width": "whole",
-    "frames": "whole",
-    "steps": "whole",
-    "guidance": "number",
-    "seed": "whole",
-    "fps": "number",
-    "max_sequence_length": "whole",
-    "dtype": "text",
-    "highres": "flag",
-    "strength": "number",
-    "refresh": "whole",
-    "global_path": "text",
-    "guided": "text",
-    "upscale": "text",
-    "precision": "text",
-    "flow_shift": "number",
-    "rope": "text",
-    "rope_time": "text",
-    "native": "text",
-    "max_memory": "text",
+FIELDS = {
+    "id": Option("id", "text", "A name for the clip."),
+    "prompt": options_of(GenerateSettings)["prompt"],
+    **CLIP_OPTIONS,
+    HIGHRES.name: HIGHRES,
+    **TWO_STAGE_OPTIONS,
 }
-STAGES = (  # of highres
-    "strength", "refresh", "global_path", "guided", "upscale", "precision", "flow_shift", "rope", "rope_time", "native",
-    "max_memory",
-)  # fmt: skip
+"""The columns of the input."""
 WHOLE_BATCH = ("out", "device", "compare", "dry_run", "seeds", "sweep")  # words of the command that no line can have
 MAX_PROMPT = 50_000  # characters; text encoders read hundreds of tokens, so that more is a mistake
 MAX_ID = 200
@@ -119,32 +95,11 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def parse_field(name: str, value: Any, *, text: bool) -> Any:
     """A field's value in its own type; with `text`, from words as in a table's cell. Raises ConfigError."""
-    if name not in KINDS:
+    if name not in FIELDS:
         if name.replace("-", "_") in WHOLE_BATCH:
             raise ConfigError(f"{name!r} is for the whole batch: give --{name.replace('_', '-')} to the command")
-        raise unknown("field", name[:80], KINDS)
-    kind = KINDS[name]
-    said = value if isinstance(value, str) else json.dumps(value)
-    if text and kind in ("whole", "number"):
-        value = _number(value)
-    if text and kind == "flag":
-        value = {"true": True, "false": False}.get(value.lower(), value)
-    good = {
-        "text": isinstance(value, str),
-        "whole": isinstance(value, int) and not isinstance(value, bool),
-        "number": isinstance(value, int | float) and not isinstance(value, bool),
-        "flag": isinstance(value, bool),
-        "method": isinstance(value, str | Mapping),
-        "window": isinstance(value, str) or (isinstance(value, list) and all(type(n) is int for n in value)),
-    }[kind]
-    if not good:
-        wanted = {
-            "whole": "a whole number", "number": "a number", "text": "text", "flag": "true or false",
-            "window": "t,h,w or [t, h, w]",
-        }  # fmt: skip
-        raise ConfigError(f"{name} must be {wanted.get(kind, 'a name or a config object')}, not {said[:80]!r}")
-    if kind == "window" and isinstance(value, list):
-        return ",".join(map(str, value))
+        raise unknown("field", name[:80], FIELDS)
+    value = FIELDS[name].parse(value, text=text)
     if name == "prompt" and len(value) > MAX_PROMPT:
         raise ConfigError(f"the prompt has {len(value):,} characters; at most {MAX_PROMPT:,} are taken")
     if name == "prompt" and not value.strip():
@@ -187,8 +142,8 @@ def _read_csv(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Row]
         if header is None:
             header = [cell.strip() for cell in cells]
             for name in header:
-                if name not in KINDS or header.count(name) > 1:
-                    problems.add(first, f"the header names {name!r} twice" if name in KINDS else _why_not(name))
+                if name not in FIELDS or header.count(name) > 1:
+                    problems.add(first, f"the header names {name!r} twice" if name in FIELDS else _why_not(name))
             if "prompt" not in header:
                 problems.add(first, "the header (the first row) has no column 'prompt'")
             if problems.found:
@@ -215,7 +170,7 @@ def _read_jsonl(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Ro
         if isinstance(fields.get("id"), int) and not isinstance(fields["id"], bool):
             fields["id"] = str(fields["id"])
         # null is "not given", as an empty cell is
-        fields = {name: value for name, value in fields.items() if value is not None or name not in KINDS}
+        fields = {name: value for name, value in fields.items() if value is not None or name not in FIELDS}
         yield from _row(number, fields, problems, text=False)
 
 
@@ -252,16 +207,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
-
-
-def _number(text: str) -> Any:
-    """An int or float from words, or the words themselves if they are none: the caller says what was wanted."""
-    if re.fullmatch(r"[+-]?\d{1,30}", text):
-        return int(text)
-    try:
-        return float(text) if "_" not in text else text
-    except ValueError:
-        return text
 
 
 def _why_not(name: str) -> str:

@@ -19,33 +19,34 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.batch.estimate import denoising_flop
-from tilewise.pipelines.batch.input import KINDS, STAGES, Problems, Row, parse_field
+from tilewise.pipelines.batch.input import FIELDS, Problems, Row, parse_field
 from tilewise.pipelines.batch.job import Job, Stages, merge_equal
 from tilewise.pipelines.batch.two_stage_jobs import plan_fields, stages_flop, stages_of
 from tilewise.pipelines.errors import SetupError
-from tilewise.pipelines.generation.settings import MAX_SEED, GenerateSettings, explain_settings, resolve_settings
+from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
+from tilewise.pipelines.generation.settings import MAX_SEED, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.highres.preparation import Work
+from tilewise.pipelines.highres.settings import TWO_STAGE_OPTIONS
+from tilewise.pipelines.options import options_of
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError, unknown
 from tilewise.plugins.explain import Explanation
 
 MAX_JOBS = 100_000  # the file names count in five digits
 ONE_STAGE = ("window", "density")  # options that clips of two stages do not have
-SHAPING = tuple(name for name in KINDS if name not in ("id", "prompt", "negative", "seed"))
+SHAPING = tuple(name for name in FIELDS if name not in ("id", "prompt", "negative", "seed"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
     """What jobs are resolved with. config: the config of (method, window, density). skeleton, revision: of a model's name.
-    dtype: the name of the dtype that "auto" or another name stands for here. size: (height, width) of words such as "480x832".
-    device: where the clips will be made."""
+    dtype: the name of the dtype that "auto" or another name stands for here. device: where the clips will be made."""
 
     config: Callable[[Any, str | None, float | None], Config]
     skeleton: Callable[[str], Any]
     revision: Callable[[str], str]
     dtype: Callable[[str], str]
-    size: Callable[[str], tuple[int, int]]
     device: torch.device
 
 
@@ -99,7 +100,7 @@ def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
     Raises ConfigError for a text without values, an unknown field, or one that cannot be swept.
     """
     sweep: dict[str, list[Any]] = {}
-    valid = [name for name in KINDS if name not in ("id", "prompt", "seed")]
+    valid = [name for name in FIELDS if name not in ("id", "prompt", "seed")]
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip().replace("-", "_")
@@ -203,14 +204,11 @@ class _Resolver:
         config = self.tools.config(fields["method"], fields.get("window"), fields.get("density"))
         skeleton = self.tools.skeleton(fields["model"])
         if fields.get("highres"):
-            native = fields.get("native")
-            work = plan_fields(
-                skeleton, fields, method=config, native=None if native is None else self.tools.size(native),
-                dtype=self.tools.dtype(fields.get("dtype", "auto")), device=self.tools.device,
-            )  # fmt: skip
+            dtype = self.tools.dtype(fields.get("dtype", "auto"))
+            work = plan_fields(skeleton, fields, method=config, dtype=dtype, device=self.tools.device)
             return _Shape(work.target, explain_settings(skeleton, work.target), stages_flop(skeleton, work), work)
-        names = ("model", "height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")
-        settings = resolve_settings(skeleton, "?", method=config, **{n: fields[n] for n in names if n in fields})
+        shaping = {name: fields[name] for name in SHAPING if name in options_of(GenerateSettings) and name in fields}
+        settings = resolve_settings(skeleton, "?", **{**shaping, "method": config})
         call_arguments(skeleton, settings)
         explanation = explain_settings(skeleton, settings)
         return _Shape(settings, explanation, denoising_flop(skeleton, settings, explanation))
@@ -244,7 +242,7 @@ def _join(
     two = fields.get("highres", False)
     fields.setdefault("method", "dense" if two else usual_method)
     notes = []
-    for name in ONE_STAGE if two else STAGES:
+    for name in ONE_STAGE if two else TWO_STAGE_OPTIONS:
         if name in row and two:
             raise ConfigError(f"{name} cannot be used with highres, whose attention is a window of the native size")
         if name in row:

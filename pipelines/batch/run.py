@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import gc
 import hashlib
 import re
@@ -25,6 +26,7 @@ from tilewise.pipelines.batch.folder_lock import FolderLock
 from tilewise.pipelines.batch.job import CLIP_NAME, Job
 from tilewise.pipelines.batch.ranks import World, owned
 from tilewise.pipelines.errors import OutputError, SetupError
+from tilewise.pipelines.generation.clip_metadata import begin_run
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.pipelines.memory.limits import free_memory, is_out_of_memory
@@ -177,10 +179,8 @@ class _Run:
         """Makes the clips of one model; False to stop the batch."""
         if self._should_stop():
             return False
-        self.watch.loading(model)
-        start = time.perf_counter()
-        pipe = self.load(model, dtype)
-        load_seconds = time.perf_counter() - start
+        pipe, told = begin_run(model, dtype, functools.partial(self.load, model, dtype), self.watch.loading)
+        load_seconds = told["load"]
         try:
             self.maker.new_pipeline(pipe, jobs)
             for job in jobs:

@@ -15,17 +15,15 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.batch.estimate import denoising_flop
-from tilewise.pipelines.batch.input import STAGES
 from tilewise.pipelines.batch.job import Job, Stages
-from tilewise.pipelines.generation.settings import GenerateSettings, explain_settings
-from tilewise.pipelines.highres.partial_schedule import steps_to_run
-from tilewise.pipelines.highres.preparation import Work, prepare
-from tilewise.pipelines.highres.settings import HighresSettings
+from tilewise.pipelines.generation.resolve import explain_settings
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.highres.preparation import SHARED_BY_STAGES, Work, prepare
+from tilewise.pipelines.highres.settings import HighresSettings, steps_to_run
 from tilewise.pipelines.loading.load import cast_skeleton
+from tilewise.pipelines.options import field_values, parse_size
 from tilewise.plugins.config import Config, resolve
 from tilewise.plugins.errors import ConfigError
-
-SHARED = ("model", "negative", "frames", "steps", "guidance", "seed", "fps", "max_sequence_length")  # by both stages
 
 
 def plan_fields(
@@ -33,21 +31,20 @@ def plan_fields(
     fields: Mapping[str, Any],
     *,
     method: Config,
-    native: tuple[int, int] | None,
     dtype: str,
     device: torch.device,
 ) -> Work:
     """What the fields of a line ask for, of any prompt and seed.
 
-    skeleton: of the model; it is copied. method, native: of the first stage, the latter as (height, width) in pixels, None for
-    the model's own in the clip's shape. dtype: of the weights, "float32" and the like. device: where it will run. Raises as
-    `prepare` does, and ConfigError for fields without the clip's size.
+    skeleton: of the model; it is copied. method: of the first stage. dtype: of the weights, "float32" and the like. device: where
+    it will run. Raises as `prepare` does, and ConfigError for fields without the clip's size.
     """
     missing = [name for name in ("height", "width") if name not in fields]
     if missing:
         raise ConfigError(f"highres needs the size to make the clip at: {' and '.join(missing)} missing")
-    options = HighresSettings.from_dict({name: fields[name] for name in STAGES if name in fields and name != "native"})
-    shared = {name: fields[name] for name in SHARED if name in fields and name not in ("negative", "seed")}
+    native = parse_size(fields["native"]) if "native" in fields else None
+    options = HighresSettings(**field_values(HighresSettings, fields))
+    shared = {name: fields[name] for name in SHARED_BY_STAGES if name in fields and name not in ("negative", "seed")}
     cast = cast_skeleton(copy.deepcopy(skeleton), getattr(torch, dtype))
     return prepare(cast, "?", fields["height"], fields["width"], native, method, options, shared, device)
 
@@ -61,7 +58,7 @@ def plan_job(pipe: Any, job: Job) -> Work:
     """A job's plan with the loaded pipeline; raises as `prepare` does."""
     settings, stages = job.settings, job.highres
     assert stages is not None
-    shared = {name: getattr(settings, name) for name in SHARED}
+    shared = {name: getattr(settings, name) for name in SHARED_BY_STAGES}
     native = (stages.height, stages.width)
     size = (settings.height, settings.width)
     return prepare(pipe, settings.prompt, *size, native, stages.method, stages.options, shared)

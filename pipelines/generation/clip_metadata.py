@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,12 @@ class Recorded:
 
 
 def clip_record(clip: Clip, run: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a clip: JSON values only. run: what the caller knows about the run; wins over what the clip says."""
+    """The record of a clip: JSON values only. run: what the caller knows about the run; wins over what the clip says.
+    "load", the seconds that loading took, goes to the other seconds."""
     report = clip.summary
+    run = dict(run)
     told = {
-        "seconds": clip.seconds,
+        "seconds": {**({"load": run.pop("load")} if "load" in run else {}), **clip.seconds},
         "density": 1.0 if report is None else report.density,
         "fallbacks": {} if report is None else report.fallbacks,
         "summary": None if report is None else report.to_dict(),
@@ -50,6 +54,20 @@ def clip_record(clip: Clip, run: Mapping[str, Any]) -> dict[str, Any]:
 def machine(device: torch.device, dtype: str) -> dict[str, Any]:
     """What the run was on: device, its name, dtype, versions of the libraries."""
     return {"device": str(device), "device_name": device_name(device), "dtype": dtype, "versions": versions()}
+
+
+def begin_run(
+    model: str, dtype: str, load: Callable[[], Any], tell: Callable[[str], None] = lambda model: None
+) -> tuple[Any, dict[str, Any]]:
+    """Loads a model; the pipeline, and what the metadata of its clips says of that: when, how long it took, on what.
+
+    dtype: of the weights, by name. tell: called with the model's name before.
+    """
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    begin = time.perf_counter()
+    tell(model)
+    pipe = load()
+    return pipe, {**machine(pipe.device, dtype), "started": started, "load": time.perf_counter() - begin}
 
 
 @functools.cache

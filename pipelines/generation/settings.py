@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilewise import __version__
-from tilewise.pipelines.loading.model_defaults import native_size
-from tilewise.plugins.config import Config, MethodLike, resolve
-from tilewise.plugins.diffusers_compat import source_of
+from tilewise.pipelines.options import Option, option, options_of
 from tilewise.plugins.errors import ConfigError, unknown
-from tilewise.plugins.explain import Explanation, explain
+
+if TYPE_CHECKING:
+    from tilewise.plugins.config import Config
 
 MAX_SEED = 2**63 - 1
+DEFAULT_MODEL, DEFAULT_METHOD = "demo", "sta-balanced"  # of a request that names none
+MODELS_OWN = "the model's own"
+METHOD_HELP = (
+    "sta, draft, xattention, inward, neighborhood, dense, a preset (sta-quality, sta-balanced, sta-fast, draft-quality, "
+    "draft-fast), or a config .json."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +40,20 @@ class GenerateSettings:
         ConfigError: for values that can never be right. Whether a model takes the size is seen by `resolve_settings`.
     """
 
-    prompt: str
-    negative: str
-    model: str
-    method: Config
-    height: int
-    width: int
-    frames: int
-    steps: int
-    guidance: float
-    seed: int
-    fps: float
-    max_sequence_length: int | None = None
+    prompt: str = option(help="What the clip should show.")
+    negative: str = option(help="What the clip should not show.")
+    model: str = option(
+        help="demo (bundled), a diffusers folder, or a hub id such as org/name.", shown_default=DEFAULT_MODEL
+    )
+    method: Config = option(help=METHOD_HELP, kind="method", shown_default=DEFAULT_METHOD)  # noqa: RUF009
+    height: int = option(help="Pixels.", shown_default=MODELS_OWN)
+    width: int = option(help="Pixels.", shown_default=MODELS_OWN)
+    frames: int = option(help="Frames of the clip.", shown_default=MODELS_OWN)
+    steps: int = option(help="Denoising steps.", shown_default=MODELS_OWN)
+    guidance: float = option(help="Guidance scale; 1 is without.", shown_default=MODELS_OWN)
+    seed: int = option(help="Of the starting noise.", shown_default="0")
+    fps: float = option(help="Frames a second on playback.", shown_default=MODELS_OWN)
+    max_sequence_length: int | None = option(None, help="Text tokens of a prompt.", shown_default=MODELS_OWN)
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -76,6 +84,8 @@ class GenerateSettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerateSettings:
         """The settings that `to_dict` wrote. Raises ConfigError for unknown or missing keys."""
+        from tilewise.plugins.config import Config  # needs PyTorch, which the declarations above must not
+
         names = [field.name for field in dataclasses.fields(cls)]
         given = {key: value for key, value in values.items() if key not in ("tilewise", "run")}
         for key in given:
@@ -87,93 +97,23 @@ class GenerateSettings:
         return cls(**{**given, "method": Config.from_dict(given["method"])})
 
 
-def resolve_settings(
-    pipe: Any,
-    prompt: str,
-    *,
-    method: MethodLike = "sta-balanced",
-    model: str = "",
-    negative: str = "",
-    height: int | None = None,
-    width: int | None = None,
-    frames: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    seed: int = 0,
-    fps: float | None = None,
-    max_sequence_length: int | None = None,
-) -> GenerateSettings:
-    """Settings for a pipeline: what is not given comes from `native_size(pipe)`, and the size is checked.
-
-    Diffusers rounds a size that the model cannot make, with a line in the log; here it is an error, so that a clip is
-    always as large as it was asked for. `pipe` may be a skeleton: no weights are run.
-
-    Raises ConfigError for a bad value, or for a size, with the nearest one that the model takes.
-    """
-    native = native_size(pipe)
-
-    def pick(given: Any, default: Any) -> Any:
-        return default if given is None else given
-
-    settings = GenerateSettings(
-        prompt=prompt,
-        negative=negative,
-        model=model or source_of(pipe) or type(pipe).__name__,
-        method=resolve(method),
-        height=pick(height, native.height),
-        width=pick(width, native.width),
-        frames=pick(frames, native.num_frames),
-        steps=pick(steps, native.steps),
-        guidance=float(pick(guidance, native.guidance)),
-        seed=seed,
-        fps=float(pick(fps, native.fps)),
-        max_sequence_length=pick(max_sequence_length, native.max_sequence_length),
-    )
-    explain_settings(pipe, settings)
-    return settings
-
-
-def explain_settings(pipe: Any, settings: GenerateSettings) -> Explanation:
-    """`tilewise.explain` for these settings; raises ConfigError for a size that the model does not take."""
-    return explain(
-        pipe,
-        height=settings.height,
-        width=settings.width,
-        num_frames=settings.frames,
-        num_inference_steps=settings.steps,
-        method=settings.method,
-    )
-
-
-def prompt_notes(pipe: Any, settings: GenerateSettings) -> list[str]:
-    """What the text encoder will not see of the prompts: words that it does not know, and words past its limit."""
-    tokenizer = getattr(pipe, "tokenizer", None)
-    if tokenizer is None:
-        return []
-    notes = []
-    for name, text in (("prompt", settings.prompt), ("negative prompt", settings.negative)):
-        ids = tokenizer(text).input_ids
-        limit = settings.max_sequence_length
-        if limit is not None and len(ids) > limit:
-            notes.append(f"the {name} has {len(ids)} tokens, the model reads the first {limit}")
-        strange = _unknown_words(tokenizer, text)
-        if strange:
-            notes.append(f"the model does not know these words of the {name}: {', '.join(strange)}")
-    return notes
-
-
-def _unknown_words(tokenizer: Any, text: str) -> list[str]:
-    """The pieces of a text that the tokenizer turns into its unknown token, punctuation aside, each once."""
-    if tokenizer.unk_token_id is None or not tokenizer.is_fast:
-        return []
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    pieces = (
-        text[start:end]
-        for token, (start, end) in zip(coded.input_ids, coded.offset_mapping, strict=True)
-        if token == tokenizer.unk_token_id
-    )
-    return list(dict.fromkeys(piece for piece in pieces if any(c.isalnum() for c in piece)))
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _clip_options() -> dict[str, Option]:
+    options = options_of(GenerateSettings)
+    del options["prompt"]
+    of_method = [
+        Option("window", "window", "Window of method sta in tiles, t,h,w: for example 3,3,3."),
+        Option("density", "number", "Instead of a window: the fraction of token pairs to keep, in (0, 1]."),
+    ]
+    dtype = Option("dtype", "text", "auto, float32, bfloat16 or float16.", shown_default="auto")
+    first = [options.pop(name) for name in ("model", "method")]
+    negative, seed = options.pop("negative"), options.pop("seed")
+    return {one.name: one for one in (*first, *of_method, *options.values(), negative, seed, dtype)}
+
+
+CLIP_OPTIONS = _clip_options()
+"""What a request may say of a clip beside its prompt: the fields of `GenerateSettings`, what the method has of its own, and the
+dtype of the weights."""

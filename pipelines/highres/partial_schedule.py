@@ -16,25 +16,12 @@ from typing import Any
 
 import torch
 
+from tilewise.pipelines.highres.settings import check_shift, steps_to_run
 from tilewise.pipelines.latent_spaces.base import interpolated_mu
-from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
+from tilewise.plugins.errors import TilewiseError, UnsupportedModelError
 from tilewise.plugins.hooks.temporary_attribute import replaced
 
 _NOISED_TO = "_tilewise_noised_to"  # on the second stage's own copy of a scheduler
-
-
-def steps_to_run(steps: int, strength: float) -> int:
-    """How many of ``steps`` a strength in (0, 1] leaves.
-
-    Raises:
-        ConfigError: for a strength outside that, or one that leaves no step.
-    """
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
-        raise ConfigError(f"strength must be in (0, 1], not {strength!r}")
-    left = int(steps * strength + 1e-9)
-    if left < 1:
-        raise ConfigError(f"strength {strength} leaves none of {steps} steps; at least {1 / steps:.3g} is needed")
-    return left
 
 
 @contextmanager
@@ -134,12 +121,3 @@ def _shifted(scheduler: Any, flow_shift: float | None) -> Any:
     check_shift(flow_shift)
     fixed = {"use_dynamic_shifting": False} if config.get("use_dynamic_shifting") else {}  # by the size of the picture
     return type(scheduler).from_config(config, **{names[0]: float(flow_shift), **fixed})
-
-
-def check_shift(flow_shift: Any) -> None:
-    """Raises ConfigError for what is no flow shift."""
-    number = isinstance(flow_shift, int | float) and not isinstance(flow_shift, bool)
-    if not number or not 0 < flow_shift < math.inf:
-        raise ConfigError(
-            f"flow_shift must be a number above 0, None (the scheduler's own) or 'model', not {flow_shift!r}"
-        )

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.pipelines.generation.settings import GenerateSettings, resolve_settings
+from tilewise.pipelines.generation.resolve import resolve_settings
+from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.highres.partial_schedule import last_steps
 from tilewise.pipelines.highres.settings import HighresSettings, pixels
 from tilewise.pipelines.latent_spaces.base import latent_space
 from tilewise.pipelines.loading.model_defaults import least_steps, native_size
 from tilewise.pipelines.memory.plan import MemoryPlan, check_plan, plan_memory
+from tilewise.pipelines.options import options_of
 from tilewise.plugins.config import Config, MethodLike
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.guidance.global_path import check_denoisers, draft_refuses, global_paths
@@ -29,6 +31,9 @@ from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
 
+SHARED_BY_STAGES = tuple(
+    name for name in options_of(GenerateSettings) if name not in ("prompt", "method", "height", "width")
+)
 SAME_SHAPE = 1.05  # by which sides' ratios may differ: 480×832 stands for 1088×1920
 NOTED = 1.08  # times that things come out wider or taller, from which on it is said
 

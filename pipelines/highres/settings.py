@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tilewise.pipelines.highres.partial_schedule import check_shift, steps_to_run
-from tilewise.pipelines.highres.upscale import UPSCALES
-from tilewise.pipelines.loading.model_defaults import Native
-from tilewise.pipelines.memory.plan import parse_bytes
-from tilewise.plugins.config import PRECISIONS
+from tilewise.pipelines.generation.settings import MODELS_OWN
+from tilewise.pipelines.memory.units import parse_bytes
+from tilewise.pipelines.options import Option, check_choices, option, options_of
 from tilewise.plugins.errors import ConfigError, unknown
-from tilewise.plugins.guidance.rope_scaling import SPATIAL, TEMPORAL
+
+if TYPE_CHECKING:
+    from tilewise.pipelines.loading.model_defaults import Native
 
 PATHS = ("dense", "draft", "pooled", "none")
 GUIDED = ("all", "cond")
+UPSCALES = ("bicubic", "bilinear", "lanczos", "latent")
+# What `scaled_rope` and `Config` take. Named here too, since importing those needs PyTorch; a test holds them together.
+ROPE = ("ntk", "yarn")
+ROPE_TIME = ("riflex", *ROPE)
+PRECISIONS = ("int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +52,40 @@ class HighresSettings:
         ConfigError: for a value that cannot be.
     """
 
-    strength: float | None = None
-    refresh: int = 5
-    global_path: str | None = None
-    guided: str = "cond"
-    upscale: str = "bicubic"
-    flow_shift: float | str | None = "model"
-    temperature: bool = True
-    window: tuple[int, int] | None = None
-    rope: str | None = None
-    rope_time: str | None = None
-    precision: str | None = None
-    max_memory: int | None = None
+    strength: float | None = option(
+        None, help="Share of the steps that run at the target, in (0, 1].", shown_default=MODELS_OWN
+    )
+    refresh: int = option(5, help="The full path runs every so many steps.")
+    global_path: str | None = option(
+        None, help="What guides the window.", choices=PATHS, shown_default="what suits the model"
+    )
+    guided: str = option(
+        "cond", help="Which forwards the full path guides: all, or cond (the prompt's alone).", choices=GUIDED
+    )
+    upscale: str = option("bicubic", help="How the first stage's clip is made larger.", choices=UPSCALES)
+    flow_shift: float | str | None = option(
+        "model", kind="number", help="Flow shift of the target's noise schedule.", shown_default=MODELS_OWN
+    )
+    temperature: bool = option(True, help="Sharpen the window's attention by FreeSwim's scale.")
+    window: tuple[int, int] | None = option(
+        None,
+        name="highres_window",
+        help="Size in pixels that the window stands for, HxW.",
+        shown_default="the first stage's",
+    )
+    rope: str | None = option(
+        None, help="Rotary scaling of height and width (Wan).", choices=ROPE, shown_default="unchanged"
+    )
+    rope_time: str | None = option(
+        None, help="Rotary scaling of time (Wan).", choices=ROPE_TIME, shown_default="unchanged"
+    )
+    precision: str | None = option(
+        None, help="Products of the target's attention in 8 bits, on a Hopper GPU.", choices=PRECISIONS,
+        shown_default="the model's 16 bits",
+    )  # fmt: skip
+    max_memory: int | None = option(
+        None, kind="text", help="Memory to stay within, such as 24GB.", shown_default="what is free"
+    )
 
     def __post_init__(self) -> None:
         if self.strength is not None:
@@ -66,13 +94,7 @@ class HighresSettings:
             check_shift(self.flow_shift)
         if not isinstance(self.refresh, int) or isinstance(self.refresh, bool) or self.refresh < 1:
             raise ConfigError(f"refresh must be a whole number of at least 1, not {self.refresh!r}")
-        for name, valid in (("global_path", PATHS), ("guided", GUIDED), ("upscale", UPSCALES)):
-            if getattr(self, name) not in tuple(valid) and (name, getattr(self, name)) != ("global_path", None):
-                raise unknown(name.replace("_", " "), getattr(self, name), valid)
-        for name, rules in (("rope", SPATIAL), ("rope_time", TEMPORAL), ("precision", PRECISIONS)):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value in rules):
-                raise unknown(name.replace("_", " "), value, rules)
+        check_choices(self)
         if not isinstance(self.temperature, bool):
             raise ConfigError(f"temperature must be true or false, not {self.temperature!r}")
         if self.window is not None:
@@ -119,3 +141,38 @@ def pixels(name: str, value: Any) -> tuple[int, int]:
     if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value):
         raise ConfigError(f"{name} must be a height and a width in pixels, (480, 832) for instance, not {value!r}")
     return value[0], value[1]
+
+
+def steps_to_run(steps: int, strength: float) -> int:
+    """How many of ``steps`` a strength in (0, 1] leaves.
+
+    Raises:
+        ConfigError: for a strength outside that, or one that leaves no step.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+        raise ConfigError(f"strength must be in (0, 1], not {strength!r}")
+    left = int(steps * strength + 1e-9)
+    if left < 1:
+        raise ConfigError(f"strength {strength} leaves none of {steps} steps; at least {1 / steps:.3g} is needed")
+    return left
+
+
+def check_shift(flow_shift: Any) -> None:
+    """Raises ConfigError for what is no flow shift."""
+    number = isinstance(flow_shift, int | float) and not isinstance(flow_shift, bool)
+    if not number or not 0 < flow_shift < math.inf:
+        raise ConfigError(
+            f"flow_shift must be a number above 0, None (the scheduler's own) or 'model', not {flow_shift!r}"
+        )
+
+
+HIGHRES = Option(
+    "highres", "flag", "Past the model's size: a clip at its own size first, then --height and --width from that."
+)
+TWO_STAGE_OPTIONS = {
+    **options_of(HighresSettings),
+    "native": Option(
+        "native", "size", "Size of the first stage, HxW.", shown_default="the model's own, in the target's shape"
+    ),
+}
+"""What a request may say of a clip past the training size: the fields of `HighresSettings`, and the first stage's size."""

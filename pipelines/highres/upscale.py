@@ -14,7 +14,6 @@ from tilewise.plugins.errors import ConfigError, unknown
 
 Upscale: TypeAlias = Literal["bicubic", "bilinear", "lanczos", "latent"]
 FRAMES = ("bicubic", "bilinear", "lanczos")
-UPSCALES = (*FRAMES, "latent")  # latent: the latents themselves, bicubic, without decoding and encoding
 
 
 def upscale_frames(frames: NDArray[np.float32], height: int, width: int, how: str = "bicubic") -> NDArray[np.float32]:

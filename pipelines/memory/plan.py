@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +29,7 @@ from tilewise.kernels.attention.lse_merge import MAX_SCORES
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_space
 from tilewise.pipelines.memory.estimate import OF_WIDEST, OF_WIDTH, _LiveTensors
+from tilewise.pipelines.memory.units import gib
 from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.guidance.global_path import draft_bytes, joint, kept_bytes
@@ -45,7 +44,6 @@ WAITING = 4.0  # clips' worth of decoded tiles: overlapping, blended, put togeth
 TILE = 256  # pixels: diffusers' tiles
 UNTOLD = 2**44  # bytes of a frame: beyond, PyTorch's own sizes overflow
 CGROUP = Path("/sys/fs/cgroup")
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,24 +274,6 @@ def host_bytes() -> int:
     except (OSError, ValueError):  # no such group, or one without a limit
         return free
     return min(free, max(0, most - used))
-
-
-def parse_bytes(text: str | int | float) -> int:
-    """Bytes from a number, or from text such as "24GB", "24 GiB" or "500M".
-
-    Raises:
-        ConfigError: for anything else, or less than 1.
-    """
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", str(text).lower())
-    unit = UNITS.get(found[2]) if found else None
-    size = int(float(found[1]) * unit) if found and unit and math.isfinite(float(found[1])) else 0
-    if isinstance(text, bool) or size < 1:
-        raise ConfigError(f"a size of memory is a number of bytes, or text such as 24GB or 24GiB, not {text!r}")
-    return size
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def _cache_placed(plan: MemoryPlan) -> MemoryPlan:

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tilewise.pipelines.batch.estimate import Estimate, estimate
-from tilewise.pipelines.batch.input import STAGES, lines_words, read_rows
+from tilewise.pipelines.batch.input import lines_words, read_rows
 from tilewise.pipelines.batch.job import Job, Stages
 from tilewise.pipelines.batch.jobs import Plan, Tools, make_jobs, parse_seeds, parse_sweep
 from tilewise.pipelines.batch.manifest import NAME, read_manifest
 from tilewise.pipelines.batch.manifest_comparison import stages_name
 from tilewise.pipelines.batch.ranks import World, world_from_environment
 from tilewise.pipelines.batch.run import Options, Outcome, run_batch
-from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL, GenerateSettings
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.revision import model_revision
@@ -29,9 +29,9 @@ from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.media.video import ffmpeg_path
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.ui.cli.batch_progress import watching
-from tilewise.ui.cli.generate import METHOD, MODEL, quiet_libraries
 from tilewise.ui.cli.interrupts import Interrupts
-from tilewise.ui.common.options import highres_options, method_config, parse_size
+from tilewise.ui.cli.progress import quiet_libraries
+from tilewise.ui.common.options import ONE_STAGE_OPTIONS, method_config, refuse_two_stage_options
 from tilewise.ui.common.tables import console, method_words
 
 SHOWN = 10  # failures that the summary tells about; the manifest has all
@@ -43,13 +43,13 @@ class BatchError(TilewiseError):
 
 @dataclasses.dataclass(frozen=True)
 class BatchRequest:
-    """What the command line said. fields: for every line that does not give them itself, None where nobody does."""
+    """What the command line said. options: those that were given, for every line that does not say otherwise."""
 
     input: Path
     out: Path | None
     seeds: str
     sweep: Sequence[str]
-    fields: dict[str, Any]
+    options: dict[str, Any]
     device: str
     overwrite: bool = False
     fail_fast: bool = False
@@ -124,14 +124,13 @@ def _check(request: BatchRequest) -> Batch:
     rows = read_rows(request.input)
     tools = Tools(
         config=method_config,
-        size=parse_size,
         device=device,
         skeleton=functools.cache(load_skeleton),
         revision=functools.cache(model_revision),
         dtype=lambda name: str(resolve_dtype(name, device)).removeprefix("torch."),
     )
-    fields = {"model": MODEL} | {k: v for k, v in request.fields.items() if v is not None}
-    plan = make_jobs(request.input, rows, tools, command=fields, sweep=sweep, seeds=seeds, usual_method=METHOD)
+    fields = {"model": DEFAULT_MODEL, **request.options}
+    plan = make_jobs(request.input, rows, tools, command=fields, sweep=sweep, seeds=seeds, usual_method=DEFAULT_METHOD)
     _refuse_useless(plan, fields | sweep)
     ffmpeg_path()
     folder = request.out or Path("outputs") / request.input.stem
@@ -148,8 +147,8 @@ def _refuse_useless(plan: Plan, given: Mapping[str, Any]) -> None:
     """Options of clips of two stages where there is none, or of one stage where all have two, would have no effect."""
     kinds = {job.highres is not None for job in plan.jobs}
     if True not in kinds:
-        highres_options(False, {name: given[name] for name in STAGES if name in given})
-    for name in ("window", "density"):
+        refuse_two_stage_options({name: value for name, value in given.items() if name != "highres"})
+    for name in ONE_STAGE_OPTIONS:
         if name in given and False not in kinds:
             raise ConfigError(f"--{name} cannot be used with --highres")
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tilewise.pipelines.generation.generate import run
-from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.generation.resolve import resolve_settings
+from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.model_defaults import native_size
 from tilewise.plugins.config import Config
@@ -29,34 +31,23 @@ PLOT_STEPS, PLOT_STEP = 4, 2
 PROMPT = "a red circle moving right on a blue striped background"
 
 
-def explain_command(
-    model: str,
-    method: str,
-    window: str | None,
-    density: float | None,
-    height: int | None,
-    width: int | None,
-    frames: int | None,
-    steps: int | None,
-    *,
-    as_json: bool,
-    picture: Path | None = None,
-) -> None:
+def explain_command(options: Mapping[str, Any], *, as_json: bool, picture: Path | None = None) -> None:
     """Prints what a method would do with a model at a size, and draws it; a picture of a dynamic method runs the model.
 
     Raises ImportError for a picture without matplotlib, OutputPathError, and ConfigError where nothing would be sparse.
     """
     if picture is not None:
         check_plot(picture)
-    config = method_config(method, window, density)
+    model = options.get("model", DEFAULT_MODEL)
+    config = method_config(options.get("method", DEFAULT_METHOD), options.get("window"), options.get("density"))
     skeleton = load_skeleton(model)
     native = native_size(skeleton)
     explanation = explain(
         skeleton,
-        height=native.height if height is None else height,
-        width=native.width if width is None else width,
-        num_frames=native.num_frames if frames is None else frames,
-        num_inference_steps=native.steps if steps is None else steps,
+        height=options.get("height", native.height),
+        width=options.get("width", native.width),
+        num_frames=options.get("frames", native.num_frames),
+        num_inference_steps=options.get("steps", native.steps),
         method=config,
     )
     print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from tilewise.pipelines.batch.job import Stages
 from tilewise.pipelines.batch.two_stage_jobs import stages_of
-from tilewise.pipelines.generation.clip_metadata import Recorded, clip_record, machine, read_record
+from tilewise.pipelines.generation.clip_metadata import Recorded, begin_run, clip_record
 from tilewise.pipelines.generation.generate import Clip
-from tilewise.pipelines.generation.settings import GenerateSettings, explain_settings, prompt_notes
-from tilewise.pipelines.highres.preparation import Work, prepare
+from tilewise.pipelines.generation.resolve import explain_settings, prompt_notes
+from tilewise.pipelines.generation.settings import DEFAULT_MODEL, GenerateSettings
+from tilewise.pipelines.highres.preparation import SHARED_BY_STAGES, Work, prepare
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.highres.two_stages import HighresClip, judged, make
-from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
+from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import cast_skeleton, load_pipeline, load_skeleton
-from tilewise.pipelines.media.files import check_sidecar, check_writable
-from tilewise.pipelines.media.video import ffmpeg_path, write_settings, write_video
+from tilewise.pipelines.media.video import write_settings, write_video
+from tilewise.pipelines.options import field_values, parse_size
 from tilewise.plugins.errors import ConfigError
-from tilewise.ui.cli.generate import MODEL, Request, print_sameness, progress_bars, quiet_libraries
-from tilewise.ui.common.options import default_out, method_config, out_suffix, parse_size
+from tilewise.ui.cli.progress import progress_bars, quiet_libraries
+from tilewise.ui.cli.request import Request, print_sameness
+from tilewise.ui.common.options import ONE_STAGE_OPTIONS, default_out, method_config
 from tilewise.ui.common.tables import console, print_files, print_result, print_settings
 
 
@@ -57,12 +61,12 @@ def generate_highres(request: Request) -> None:
         found = _check(request, create=True)
         model = found.work.target.model
         with notes.status(f"loading {model} …"):
-            pipe = load_pipeline(model, device=request.device, dtype=found.dtype)
+            load = functools.partial(load_pipeline, model, device=request.device, dtype=found.dtype)
+            pipe, run = begin_run(model, found.dtype, load)
         work = _tiled_alike(prepare(pipe, *found.arguments), found.origin)
         target = work.target
         for note in [str(work.plan), *(f"note: {text}" for text in [*prompt_notes(pipe, target), *work.notes])]:
             notes.print(note, style="yellow", highlight=False, soft_wrap=True)
-        run = machine(pipe.device, found.dtype)
 
         def write_native(clip: Clip) -> None:
             write_video(found.files[1], clip.frames, clip.settings.fps, settings=clip_record(clip, run))
@@ -80,43 +84,38 @@ def generate_highres(request: Request) -> None:
 
 def _check(request: Request, *, create: bool) -> _Checked:
     """Everything that can be wrong is found here, before weights are read."""
-    assert request.highres is not None
-    for name, value in (("--compare", request.compare), ("--window", request.window), ("--density", request.density)):
+    given = request.options
+    for name, value in (
+        ("--compare", request.compare),
+        *((f"--{name}", given.get(name)) for name in ONE_STAGE_OPTIONS),
+    ):
         if value is not None:
             raise ConfigError(f"{name} cannot be used with --highres")
-    origin = None if request.source is None else read_record(request.source)
+    origin = request.origin()
     earlier = {} if origin is None else _earlier(origin)
-    given = {**earlier.pop("options", {}), **request.highres}
-    native = given.pop("native", None)
-    size = parse_size(native) if isinstance(native, str) else native
-    options = HighresSettings.from_dict(given)
-    wishes = {**earlier, **{name: value for name, value in request.wishes.items() if value is not None}}
-    prompt = request.prompt or wishes.pop("prompt", None)
-    height, width = wishes.pop("height", None), wishes.pop("width", None)
+    native: Any = earlier.pop("native", None)
+    if "native" in given:
+        native = parse_size(given["native"])
+    options = HighresSettings(**{**earlier.pop("options", {}), **field_values(HighresSettings, given)})
+    shared = {**earlier, **request.settings}
+    prompt = request.prompt or shared.pop("prompt", None)
+    height, width = shared.pop("height", None), shared.pop("width", None)
     if prompt is None or height is None or width is None:
         raise ConfigError(
             "--highres needs a prompt, --height and --width, or with --from a clip that was made with them"
         )
-    device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype or (origin.run.get("dtype") if origin else None) or "auto", device)
-    model = request.model or wishes.pop("model", MODEL)
-    skeleton = cast_skeleton(load_skeleton(model), dtype)
+    dtype = request.dtype(origin)
+    model = shared.get("model", DEFAULT_MODEL)
+    skeleton = cast_skeleton(load_skeleton(model), getattr(torch, dtype))
     # --method is the native stage's; the target's is the inward window.
-    method = method_config(request.method or wishes.pop("method", "dense"))
-    names = ("negative", "frames", "steps", "guidance", "seed", "fps", "max_sequence_length")
-    shared = {"model": model, **{name: wishes[name] for name in names if name in wishes}}
-    arguments = (prompt, height, width, size, method, options, shared)
-    work = prepare(skeleton, *arguments, device)
+    method = method_config(shared.get("method", "dense"))
+    both = {"model": model, **{name: shared[name] for name in SHARED_BY_STAGES if name in shared}}
+    arguments = (prompt, height, width, native, method, options, both)
+    work = prepare(skeleton, *arguments, resolve_device(request.device))
     file = request.out or default_out(prompt, work.target.seed, work.target.frames)
     files = [file, file.with_stem(f"{file.stem}-native")]
-    if request.source is not None and any(path.exists() and path.samefile(request.source) for path in files):
-        raise ConfigError(f"the clip of --from, {request.source}, would be replaced; give another --out")
-    for creating in (False, True) if create else (False,):
-        for path in files:
-            check_writable(path, suffix=out_suffix(path, work.target), create=creating)
-            check_sidecar(path, create=creating)
-    ffmpeg_path()
-    return _Checked(skeleton, work, arguments, files, str(dtype).removeprefix("torch."), origin)
+    request.check_files(files, work.target, create=create)
+    return _Checked(skeleton, work, arguments, files, dtype, origin)
 
 
 def _earlier(origin: Recorded) -> dict[str, Any]:
@@ -125,10 +124,10 @@ def _earlier(origin: Recorded) -> dict[str, Any]:
     told = origin.run.get("highres")
     if told is None:
         size = (settings.pop("height"), settings.pop("width"))
-        return {**settings, "options": {"native": size}}
+        return {**settings, "native": size}
     stages = Stages.from_dict(told)
-    options = {**stages.options.to_dict(), "native": (stages.height, stages.width)}
-    return {**settings, "method": stages.method, "options": options}
+    native = (stages.height, stages.width)
+    return {**settings, "method": stages.method, "native": native, "options": stages.options.to_dict()}
 
 
 def _tiled_alike(work: Work, origin: Recorded | None) -> Work:

@@ -46,7 +46,7 @@ def ui(
     except ImportError as error:
         hint = "pip install 'tilewise[ui]', or in a clone of it pip install '.[ui]'"
         raise ImportError(f"{error}; the page needs Gradio: {hint}") from error
-    from tilewise.ui.cli.generate import quiet_libraries
+    from tilewise.ui.cli.progress import quiet_libraries
     from tilewise.ui.web.server import serving
 
     with quiet_libraries(), serving(model or ["demo"], outputs, address, limits, device=device, dtype=dtype) as url:

@@ -9,10 +9,13 @@ from typing import Any
 
 from tilewise.pipelines.batch.job import slug
 from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.highres.settings import TWO_STAGE_OPTIONS
 from tilewise.pipelines.media.files import STILL, is_still, suffix_of
 from tilewise.plugins.config import Config, load_config, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.sta import STA
+
+ONE_STAGE_OPTIONS = ("window", "density")  # of the method, which clips of two stages do not have
 
 
 def method_config(
@@ -70,22 +73,11 @@ def _named(method: str | Mapping[str, Any]) -> Config:
         raise ConfigError(f"cannot read the config {method}: {error.strerror or error}") from error
 
 
-def highres_options(wanted: bool, given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The options of a second stage that were given; None without --highres. Raises ConfigError for options without it."""
-    options = {name: value for name, value in given.items() if value is not None}
-    if wanted:
-        return options
-    if options:
-        name = next(iter(options)).replace("_", "-")
+def refuse_two_stage_options(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError for options of clips of two stages without --highres, where they would have no effect."""
+    names = [name for name in TWO_STAGE_OPTIONS if name in given]
+    if names and not given.get("highres"):
+        name = names[0].replace("_", "-")
         raise ConfigError(
             f"--{name} is an option of --highres, which makes a clip past its model's own size: give --highres too"
         )
-    return None
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) from "480x832"."""
-    words = text.lower().split("x")
-    if len(words) != 2 or not all(word.strip().isdigit() for word in words):
-        raise ConfigError(f"--native takes a height and width such as 480x832, not {text!r}")
-    return int(words[0]), int(words[1])

@@ -23,10 +23,10 @@ from tilewise.pipelines.batch.job import CLIP_NAME, Job, slug
 from tilewise.pipelines.batch.jobs import Tools, make_jobs, parse_seeds, parse_sweep
 from tilewise.pipelines.batch.ranks import World, owned, world_from_environment
 from tilewise.pipelines.errors import ModelError
-from tilewise.pipelines.generation.settings import explain_settings, resolve_settings
+from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
 from tilewise.pipelines.loading.load import load_skeleton
 from tilewise.pipelines.loading.revision import model_revision
-from tilewise.ui.common.options import method_config, parse_size
+from tilewise.ui.common.options import method_config
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,6 @@ def tools(tiny_pipe_dir):
         skeleton=lambda model: skeletons.get(model) or load_skeleton(model),
         revision=lambda model: "folder:0",
         dtype=lambda name: "float32" if name == "auto" else name,
-        size=parse_size,
         device=torch.device("cpu"),
     )
 

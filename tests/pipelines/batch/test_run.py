@@ -26,7 +26,7 @@ from tilewise.pipelines.media.files import replacing
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.pipelines.memory import limits as memory
 from tilewise.pipelines.memory.limits import PeakMemory, possible, saving
-from tilewise.ui.common.options import method_config, parse_size
+from tilewise.ui.common.options import method_config
 
 
 class Seen(Watch):
@@ -56,9 +56,7 @@ def jobs(tiny_pipe_dir):
 
 def jobs_of(folder, rows):
     skeleton = load_skeleton(folder)
-    tools = Tools(
-        method_config, lambda _: skeleton, model_revision, lambda _: "float32", parse_size, torch.device("cpu")
-    )
+    tools = Tools(method_config, lambda _: skeleton, model_revision, lambda _: "float32", torch.device("cpu"))
     numbered = [Row(line, {"prompt": "a red circle", **fields}) for line, fields in enumerate(rows, 1)]
     base = {"model": str(folder), "method": "sta", "steps": 2, "frames": 5}
     return make_jobs(folder / "in.jsonl", numbered, tools, command=base).jobs

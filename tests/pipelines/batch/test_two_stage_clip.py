@@ -22,7 +22,7 @@ from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli import batch as batching
 from tilewise.ui.cli.app import app
-from tilewise.ui.common.options import method_config, parse_size
+from tilewise.ui.common.options import method_config
 
 SMALL = {"frames": 5, "steps": 4}
 RANGE = {"flow_shift": 4.0, "rope": "ntk", "rope_time": "riflex"}
@@ -37,9 +37,7 @@ def pipe(tiny_pipe_dir):
 def plan(tiny_pipe_dir):
     """Jobs of rows, with what the command gives beside model and size."""
     skeleton = load_skeleton(tiny_pipe_dir)
-    tools = Tools(
-        method_config, lambda _: skeleton, lambda _: "r", lambda _: "float32", parse_size, torch.device("cpu")
-    )
+    tools = Tools(method_config, lambda _: skeleton, lambda _: "r", lambda _: "float32", torch.device("cpu"))
 
     def jobs_of(*rows, sweep=None, **command):
         numbered = [Row(line, {"prompt": "a red circle", **fields}) for line, fields in enumerate(rows, 1)]

@@ -15,7 +15,8 @@ import tilewise
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.compare import compare, side_by_side
 from tilewise.pipelines.generation.generate import check_content, generate, judged
-from tilewise.pipelines.generation.settings import GenerateSettings, prompt_notes, resolve_settings
+from tilewise.pipelines.generation.resolve import prompt_notes, resolve_settings
+from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.quality.metrics import psnr
 

@@ -18,7 +18,7 @@ from tilewise.pipelines.batch.manifest import read_manifest
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.compare import compare
 from tilewise.pipelines.generation.generate import generate
-from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.loading.load import cast_skeleton, load_pipeline, load_skeleton
 from tilewise.pipelines.media.files import suffix_of

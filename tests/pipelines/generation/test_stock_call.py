@@ -9,7 +9,7 @@ import torch
 
 from tilewise.pipelines.generation.compare import compare
 from tilewise.pipelines.generation.generate import generate, warm_up
-from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.web.forms.snippets import python_program
 

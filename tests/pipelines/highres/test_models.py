@@ -36,7 +36,7 @@ from diffusers import (
 
 import tilewise
 from tilewise.pipelines.generation import generate
-from tilewise.pipelines.generation.settings import resolve_settings
+from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.highres.partial_schedule import entered_at, noised
 from tilewise.pipelines.highres.preparation import few_steps, native_in_shape, prepare
 from tilewise.pipelines.highres.settings import HighresSettings

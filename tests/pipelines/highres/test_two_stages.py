@@ -21,9 +21,9 @@ from diffusers import (
 )
 
 import tilewise
-from tilewise.pipelines.highres.partial_schedule import entered_at, noised, steps_to_run
+from tilewise.pipelines.highres.partial_schedule import entered_at, noised
 from tilewise.pipelines.highres.preparation import native_in_shape, prepare
-from tilewise.pipelines.highres.settings import HighresSettings
+from tilewise.pipelines.highres.settings import HighresSettings, steps_to_run
 from tilewise.pipelines.highres.two_stages import highres
 from tilewise.pipelines.highres.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled

@@ -11,7 +11,8 @@ import torch
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.latent_spaces.base import tiled
 from tilewise.pipelines.memory import plan as memory_plan
-from tilewise.pipelines.memory.plan import MemoryPlan, check_plan, host_bytes, parse_bytes, plan_memory, vae_bytes
+from tilewise.pipelines.memory.plan import MemoryPlan, check_plan, host_bytes, plan_memory, vae_bytes
+from tilewise.pipelines.memory.units import parse_bytes
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 
 GRID = Grid(5, 32, 48)

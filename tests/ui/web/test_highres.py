@@ -26,8 +26,7 @@ from tilewise.pipelines.memory.plan import plan_memory
 from tilewise.plugins.errors import UnsupportedModelError
 from tilewise.ui.cli import generate_highres as generating_highres
 from tilewise.ui.cli.app import app
-from tilewise.ui.cli.generate import Request
-from tilewise.ui.common.options import highres_options
+from tilewise.ui.cli.request import Request
 from tilewise.ui.web.common.safety import Address, Limits, RefusedError
 from tilewise.ui.web.forms.form_parsing import json_object, method_values, settings_from
 from tilewise.ui.web.forms.highres_form import (
@@ -68,9 +67,9 @@ def wish_for(models, shared=(), **own):
     values = {
         "model": "demo", "prompt": PROMPT, "negative": "", "method": "dense", **method_values(tilewise.resolve("dense")),
         "height": 48, "width": 48, "frames": 9, "steps": 4, "guidance": 3.0, "seed": "1", "fps": native.fps,
-        "text_tokens": native.max_sequence_length, **dict(shared),
+        "max_sequence_length": native.max_sequence_length, **dict(shared),
     }  # fmt: skip
-    return wish_of(models, LIMITS, values, list({**OWN, **own}.values()))
+    return wish_of(models, LIMITS, values, [{**OWN, **own}.get(name) for name in FIELDS])
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +144,12 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_numbers(studio, monkeypatc
         ({"negative": "-blue", "seed": str(2**63 - 1)}, {"strength": 0.75, "refresh": 1, "global_path": "pooled"}),
         ({}, {"guided": "cond", "refresh": 5}),
         ({"method": "sta-fast", **method_values(tilewise.resolve("sta-fast"))}, {"global_path": "none"}),
+        ({"fps": 12, "max_sequence_length": 16}, {}),
+        (
+            {},
+            {"upscale": "lanczos", "flow_shift": "4.5", "temperature": False, "highres_window": "32x32", "rope": "ntk"},
+        ),
+        ({}, {"rope_time": "riflex", "precision": "int8", "max_memory": "2GB"}),
     ],
 )
 def test_the_command_makes_the_same_work(studio, shared, own):
@@ -152,23 +157,15 @@ def test_the_command_makes_the_same_work(studio, shared, own):
     words = shlex.split(command_line(work, studio.models.native("demo"), studio.models.dtype))
     assert words[:2] == ["tilewise", "generate"]
     given = typer.main.get_command(app).commands["generate"].make_context("generate", words[2:]).params
-    stage = {
-        name: given[name]
-        for name in ("strength", "refresh", "global_path", "guided", "upscale", "precision", "native", "max_memory")
-    }
-    wishes = {name: given[name] for name in ("height", "width", "frames", "steps", "guidance", "negative", "seed")}
-    request = Request(
-        given["prompt"], given["model"], given["method"], given["window"], given["density"], wishes, given["out"],
-        given["compare"], "cpu", given["dtype"], given["source"], highres_options(given["highres"], stage),
-    )  # fmt: skip
+    own = ("prompt", "source", "out", "compare", "device", "dry_run")
+    options = {name: value for name, value in given.items() if name not in own and value is not None}
+    request = Request(given["prompt"], options, device="cpu")
     assert generating_highres._check(request, create=False).work == work
 
 
 @pytest.mark.parametrize(
     ("shared", "own", "words"),
     [
-        ({"fps": 12}, {}, "frames a second"),
-        ({"text_tokens": 16}, {}, "text tokens"),
         ({"method": "sta", "options": '{"window": [1, 3, 3]}'}, {}, "native stage's method"),
     ],
 )
@@ -181,8 +178,17 @@ def test_what_the_command_cannot_say_the_program_does(studio, monkeypatch, share
     _assert_program_makes(work, python_program(work, native, "float32"), studio, monkeypatch)
 
 
-def test_the_program_makes_the_same_work(studio, monkeypatch):
-    work = plan_for(studio, strength=0.75, refresh=3, global_path="pooled")
+@pytest.mark.parametrize(
+    ("shared", "own"),
+    [
+        ({}, {"strength": 0.75, "refresh": 3, "global_path": "pooled"}),
+        ({"fps": 12}, {}),
+        ({"max_sequence_length": 16}, {}),
+        ({}, {"rope_time": "riflex", "temperature": False, "highres_window": "32x48", "flow_shift": "3"}),
+    ],
+)
+def test_the_program_makes_the_same_work(studio, monkeypatch, shared, own):
+    work = plan_for(studio, shared, **own)
     _assert_program_makes(work, python_program(work, studio.models.native("demo"), "float32"), studio, monkeypatch)
 
 
@@ -280,7 +286,15 @@ def test_a_clip_that_the_detector_cannot_judge_is_kept(studio, monkeypatch):
     assert "objects found" not in stages_html(made.path, made.record)
 
 
-@pytest.mark.parametrize("own", [{}, {"strength": 0.75, "refresh": 3, "global_path": "pooled", "guided": "cond"}])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"strength": 0.75, "refresh": 3, "global_path": "pooled", "guided": "cond"},
+        {"upscale": "latent", "flow_shift": 4.5, "temperature": False, "highres_window": "32x32", "rope": "yarn"},
+        {"rope_time": "riflex", "precision": "fp8"},
+    ],
+)
 def test_settings_of_two_stages_come_back(studio, own):
     """From what the tab shows, and from a clip's record: the controls and the tab's own say the same again."""
     work = plan_for(studio, {"method": "sta-fast", **method_values(tilewise.resolve("sta-fast"))}, **own)
@@ -298,9 +312,9 @@ def test_settings_of_two_stages_come_back(studio, own):
 def test_stages_that_the_page_cannot_say_or_read(studio):
     work = plan_for(studio)
     told = json.loads(json.dumps(settings_dict(work)))
-    told["highres"] |= {"rope": "yarn", "max_memory": 10**9}
+    told["highres"] |= {"flow_shift": None, "max_memory": 10**9}  # the scheduler's own shift
     target, stages = stages_in(told)
-    with pytest.raises(tilewise.ConfigError, match=r"no control for rope 'yarn', with which"):
+    with pytest.raises(tilewise.ConfigError, match=r"no control for flow_shift None, with which"):
         own_values(settings_from(target, studio.models), stages, studio.skeleton("demo"))
     for broken in ({**told, "native": None}, {**told, "highres": {"sharpness": 1}}, {"run": {"highres": {}}}):
         with pytest.raises(tilewise.ConfigError, match=r"cannot be read|sharpness"):

@@ -31,13 +31,14 @@ from tilewise.pipelines.errors import SetupError
 from tilewise.pipelines.generation.cancellation import Cancelled, stoppable
 from tilewise.pipelines.generation.generate import generate
 from tilewise.pipelines.generation.preview import LatentPreview
-from tilewise.pipelines.generation.settings import explain_settings, resolve_settings
+from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
+from tilewise.pipelines.generation.settings import METHOD_HELP
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.media.video import read_frames, write_video
 from tilewise.pipelines.memory import estimate as memory_estimate
 from tilewise.pipelines.memory.estimate import estimate_memory
 from tilewise.plugins.methods.base import methods
-from tilewise.ui.cli.app import METHOD_HELP, app
+from tilewise.ui.cli.app import app
 from tilewise.ui.web.common import media
 from tilewise.ui.web.common.messages import sentence
 from tilewise.ui.web.common.safety import Address, Limits, RefusedError, check_outputs, parse_auth
@@ -124,7 +125,8 @@ def test_caps_cannot_be_passed_round_by_shape(models):
     changes: dict[str, Any] = {"height": 16, "width": 16}
     for field, value, words in (
         ("frames", 4001, "1,025 frames"), ("height", 8208, "pixels in height"), ("width", 1e300, "pixels in width"),
-        ("steps", 1001, "1,000 steps"), ("text_tokens", 1025, "1,024 text tokens"), ("text_tokens", 10**9, "text tokens"),
+        ("steps", 1001, "1,000 steps"), ("max_sequence_length", 1025, "1,024 text tokens"),
+        ("max_sequence_length", 10**9, "text tokens"),
     ):  # fmt: skip
         with pytest.raises(RefusedError, match=words):
             settings_of(models, limits, {**small, **changes, field: value})

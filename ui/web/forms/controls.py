@@ -1,4 +1,4 @@
-"""The controls that all tabs share: what to make, with which method, how large. Their order is that of `wishes.FIELDS`."""
+"""The controls that all tabs share: what to make, with which method, how large. Their order is that of `form_parsing.FIELDS`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tilewise.plugins.methods.base import methods
 from tilewise.ui.web.common.messages import complaint, log_unexpected
 from tilewise.ui.web.common.safety import Limits
 from tilewise.ui.web.forms import plan_panel
-from tilewise.ui.web.forms.form_parsing import FIELDS, choices, method_values, settings_of
+from tilewise.ui.web.forms.form_parsing import FIELDS, SETTINGS, choices, method_values, settings_of
+from tilewise.ui.web.forms.option_controls import control
 from tilewise.ui.web.forms.slider import Slider
 from tilewise.ui.web.jobs.models import Models
 
@@ -56,12 +57,14 @@ class Controls:
             made["blocks"] = gr.Textbox(first["blocks"], label="Sparse blocks, such as 1: or 0,3:9", elem_id="blocks")
             with gr.Row():
                 made["fps"] = gr.Number(native.fps, label="Frames a second", elem_id="fps")
-                made["text_tokens"] = gr.Number(
+                made["max_sequence_length"] = gr.Number(
                     native.max_sequence_length,
                     label="Text tokens (empty: the model's)",
                     precision=0,
-                    elem_id="text-tokens",
+                    elem_id="max-sequence-length",
                 )
+            # A setting without a control of its own above.
+            made |= {name: control(option) for name, option in SETTINGS.items() if name not in made}
         self.components = made
         self.panel = gr.HTML(label="Plan", elem_id="plan")
 
@@ -80,7 +83,7 @@ class Controls:
         own = [self.components[name] for name in ("options", "from_step", "to_step", "blocks")]
         # .input is for the user's own choice: settings that are loaded as a whole bring their options along.
         self.components["method"].input(self.method_chosen, [self.components["method"]], own, **quiet)
-        sized = ("height", "width", "frames", "steps", "guidance", "fps", "text_tokens")
+        sized = ("height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")
         sized_components = [self.components[name] for name in sized]
         self.components["model"].input(self.model_chosen, [self.components["model"]], sized_components, **quiet)
 

@@ -11,19 +11,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tilewise.pipelines.generation.settings import MAX_SEED, GenerateSettings, resolve_settings
+from tilewise.pipelines.generation.resolve import resolve_settings
+from tilewise.pipelines.generation.settings import MAX_SEED, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
+from tilewise.pipelines.options import Option, options_of
 from tilewise.plugins.config import Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import make_method, methods
 from tilewise.ui.web.common.safety import Limits
 from tilewise.ui.web.jobs.models import Models
 
-FIELDS = (
-    "model", "prompt", "negative", "method", "options", "from_step", "to_step", "blocks",
-    "height", "width", "frames", "steps", "guidance", "seed", "fps", "text_tokens",
-)  # fmt: skip
-"""The controls, in the order in which handlers get them."""
+METHOD_FIELDS = ("method", "options", "from_step", "to_step", "blocks")
+SETTINGS = options_of(GenerateSettings)
+FIELDS = tuple(field for name in SETTINGS for field in (METHOD_FIELDS if name == "method" else (name,)))
+"""The controls, in the order in which handlers get them: the method has several, each other setting one."""
 
 
 def choices() -> list[tuple[str, str]]:
@@ -41,23 +42,9 @@ def settings_of(models: Models, limits: Limits, values: Mapping[str, Any]) -> Ge
     skeleton = models.skeleton(model)
     # The caps come first: even the plan of a clip that is far too large takes long to make.
     limits.check_work(*(_whole(name, values[name]) or 0 for name in ("height", "width", "frames", "steps")))
-    text_tokens = _whole("text tokens", values["text_tokens"], optional=True)
-    limits.check_text_tokens(text_tokens)
-    settings = resolve_settings(
-        skeleton,
-        str(values["prompt"] or ""),
-        method=config_of(values),
-        model=model,
-        negative=str(values["negative"] or ""),
-        height=_whole("height", values["height"]),
-        width=_whole("width", values["width"]),
-        frames=_whole("frames", values["frames"]),
-        steps=_whole("steps", values["steps"]),
-        guidance=_number("guidance", values["guidance"]),
-        seed=_seed(values["seed"]),
-        fps=_number("fps", values["fps"]),
-        max_sequence_length=text_tokens,
-    )
+    said = {name: _value(option, values[name]) for name, option in SETTINGS.items() if name not in METHOD_FIELDS}
+    limits.check_text_tokens(said["max_sequence_length"])
+    settings = resolve_settings(skeleton, **{**said, "method": config_of(values), "model": model})
     call_arguments(skeleton, settings)
     limits.check(settings)
     return settings
@@ -85,21 +72,8 @@ def values_of(settings: GenerateSettings) -> dict[str, Any]:
     Raises ConfigError for a method with settings that no control has.
     """
     config = settings.method
-    values = {
-        "model": settings.model,
-        "prompt": settings.prompt,
-        "negative": settings.negative,
-        "method": name_of(config),
-        **method_values(config),
-        "height": settings.height,
-        "width": settings.width,
-        "frames": settings.frames,
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "seed": str(settings.seed),
-        "fps": settings.fps,
-        "text_tokens": settings.max_sequence_length,
-    }
+    values = {name: getattr(settings, name) for name in SETTINGS}
+    values |= {"method": name_of(config), **method_values(config), "seed": str(settings.seed)}
     again = config if settings.is_dense else config_of(values)  # a schedule changes nothing where all is dense
     names = [field.name for field in dataclasses.fields(Config)]
     refuse_lost({name: getattr(config, name) for name in names if getattr(again, name) != getattr(config, name)})
@@ -168,6 +142,16 @@ def _options(text: Any) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ConfigError('the options of the method are a JSON object such as {"window": [3, 3, 3]}')
     return value
+
+
+def _value(option: Option, value: Any) -> Any:
+    """A setting from its control. Raises ConfigError."""
+    words = option.name.replace("_", " ")
+    if option.name == "seed":
+        return _seed(value)
+    if option.kind == "whole":
+        return _whole(words, value, option.optional)
+    return _number(words, value) if option.kind == "number" else str(value or "")
 
 
 def _whole(name: str, value: Any, optional: bool = False) -> int | None:

@@ -14,25 +14,26 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.batch.job import Stages
-from tilewise.pipelines.generation.settings import GenerateSettings, explain_settings
-from tilewise.pipelines.highres.partial_schedule import steps_to_run
-from tilewise.pipelines.highres.preparation import Work, prepare
-from tilewise.pipelines.highres.settings import HighresSettings
+from tilewise.pipelines.generation.resolve import explain_settings
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.highres.preparation import SHARED_BY_STAGES, Work, prepare
+from tilewise.pipelines.highres.settings import HighresSettings, steps_to_run
 from tilewise.pipelines.loading.model_defaults import Native, native_size
 from tilewise.pipelines.media.files import suffix_of
-from tilewise.pipelines.memory.plan import gib
+from tilewise.pipelines.memory.units import gib
+from tilewise.pipelines.options import field_values, options_of
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.guidance.global_path import global_paths
 from tilewise.ui.web.common.media import bar, table
 from tilewise.ui.web.common.safety import Limits
-from tilewise.ui.web.forms.form_parsing import _number, _whole, refuse_lost, settings_of
-from tilewise.ui.web.forms.snippets import _method_expression, method_words
+from tilewise.ui.web.forms.form_parsing import _whole, refuse_lost, settings_of
+from tilewise.ui.web.forms.option_controls import given_values, said_values
+from tilewise.ui.web.forms.snippets import _method_expression, method_words, setting_words
 from tilewise.ui.web.jobs.models import Models
 
-FIELDS = ("height", "width", "strength", "refresh", "global_path", "guided")
+OPTIONS = options_of(HighresSettings)
+FIELDS = ("height", "width", *OPTIONS)
 """The tab's own controls, in the order in which handlers get them."""
-AUTO = "auto"  # the full path that suits the model
-SHARED = ("model", "negative", "frames", "steps", "guidance", "seed", "fps", "max_sequence_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Wish:
     def work(self, pipe: Any, device: torch.device | None = None) -> Work:
         """As `prepare`, for a loaded pipeline, or for a skeleton with the device that it would run on."""
         first = self.native
-        shared = {name: getattr(first, name) for name in SHARED}
+        shared = {name: getattr(first, name) for name in SHARED_BY_STAGES}
         size = (first.height, first.width)
         return prepare(pipe, first.prompt, self.height, self.width, size, first.method, self.options, shared, device)
 
@@ -58,13 +59,7 @@ def wish_of(models: Models, limits: Limits, values: Mapping[str, Any], own: Sequ
     native = settings_of(models, limits, values)
     height, width = (_whole(f"target {name}", said[name]) or 0 for name in ("height", "width"))
     limits.check_work(height, width, native.frames, native.steps)
-    strength = "" if said["strength"] is None else str(said["strength"]).strip()
-    options = HighresSettings(
-        strength=None if not strength else _number("strength", strength),
-        refresh=_whole("refresh", said["refresh"]) or 0,
-        global_path=None if said["global_path"] == AUTO else str(said["global_path"]),
-        guided=str(said["guided"]),
-    )
+    options = HighresSettings(**field_values(HighresSettings, given_values(OPTIONS, said)))
     return Wish(native, height, width, options)
 
 
@@ -88,11 +83,11 @@ def own_values(target: GenerateSettings, stages: Stages, skeleton: Any) -> list[
     Raises ConfigError for stages with options that no control has.
     """
     options = stages.options
-    said = {name: getattr(options, name) for name in ("strength", "refresh", "global_path", "guided")}
-    again = HighresSettings(**said).for_model(native_size(skeleton), global_paths(skeleton)).to_dict()
-    refuse_lost({k: value for k, value in options.to_dict().items() if k != "max_memory" and value != again[k]})
-    strength = "" if options.strength is None else repr(options.strength)
-    return [target.height, target.width, strength, options.refresh, options.global_path or AUTO, options.guided]
+    said = {**said_values(OPTIONS, options), "max_memory": ""}  # which says where a clip fits, and not what it shows
+    again = HighresSettings(**field_values(HighresSettings, given_values(OPTIONS, said)))
+    now = again.for_model(native_size(skeleton), global_paths(skeleton)).to_dict()
+    refuse_lost({k: value for k, value in options.to_dict().items() if k != "max_memory" and value != now[k]})
+    return [target.height, target.width, *said.values()]
 
 
 def planned(models: Models, limits: Limits, wish: Wish, skeleton: Any) -> Work:
@@ -163,41 +158,35 @@ def command_line(work: Work, native: Native, dtype: str) -> str:
     """
     first, options = work.native, work.options
     method = method_words(first.method)
-    lost = [
-        words
-        for words, is_lost in (
-            ("the options of the native stage's method", method is None or len(method) > 2),  # --window, --density
-            ("frames a second", first.fps != native.fps),
-            ("text tokens", first.max_sequence_length != native.max_sequence_length),
-        )
-        if is_lost
-    ]
-    if lost or method is None:
-        return f"# tilewise generate --highres has no option for {', '.join(lost)}: run the Python program below"
+    shared = setting_words(first, native, without=("height", "width"))
+    if method is None or len(method) > 2 or shared is None:  # --window and --density are not for two stages
+        lost = "the options of the native stage's method" if shared is not None else "text tokens"
+        return f"# tilewise generate --highres has no option for {lost}: run the Python program below"
     words = ["tilewise", "generate", "--model", first.model, *method, "--highres"]
     words += ["--height", str(work.target.height), "--width", str(work.target.width)]
-    words += ["--native", f"{first.height}x{first.width}", "--frames", str(first.frames), "--steps", str(first.steps)]
-    words += ["--guidance", repr(first.guidance), "--seed", str(first.seed), "--dtype", dtype]
-    words += [
-        "--strength",
-        repr(options.strength),
-        "--refresh",
-        str(options.refresh),
-        "--global-path",
-        str(options.global_path),
-        "--guided",
-        options.guided,
-    ]
-    if first.negative:
-        words += [f"--negative={first.negative}"]
+    words += ["--native", f"{first.height}x{first.width}", *shared, "--dtype", dtype]
+    chosen = chosen_options(options, native)
+    for name, value in said_values(OPTIONS, options).items():
+        if OPTIONS[name].field not in chosen:
+            continue
+        flag = name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return shlex.join([*words, "--", first.prompt])  # a prompt may begin with a dash
+
+
+def chosen_options(options: HighresSettings, native: Native) -> dict[str, Any]:
+    """The options that decide most, and those that are not as the model's defaults have them."""
+    path = options.global_path or "none"
+    usual = HighresSettings(global_path=path).for_model(native, (path,)).to_dict()
+    always = ("strength", "refresh", "global_path", "guided")
+    return {name: value for name, value in options.to_dict().items() if name in always or value != usual[name]}
 
 
 def python_program(work: Work, native: Native, dtype: str) -> str:
     """A program that makes both clips."""
     first, target, options = work.native, work.target, work.options
     method = _method_expression(first.method)
-    stage = {name: getattr(options, name) for name in ("strength", "refresh", "global_path", "guided")}
+    stage = chosen_options(options, native)
     shared = {name: getattr(first, name) for name in ("negative", "frames", "steps", "guidance", "seed")}
     lines = ["import tilewise"]
     load = [f"pipe = load_pipeline({first.model!r}, dtype={dtype!r})"]

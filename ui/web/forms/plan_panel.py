@@ -7,7 +7,8 @@ from html import escape
 
 import torch
 
-from tilewise.pipelines.generation.settings import GenerateSettings, explain_settings
+from tilewise.pipelines.generation.resolve import explain_settings
+from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.device import resolve_dtype
 from tilewise.pipelines.memory.estimate import MemoryEstimate, estimate_memory
 from tilewise.plugins.explain import ExplainRow, Explanation

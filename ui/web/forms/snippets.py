@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pprint
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.loading.model_defaults import Native, guider_of
 from tilewise.pipelines.media.files import suffix_of
+from tilewise.pipelines.options import options_of
 from tilewise.plugins.config import Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import methods
@@ -23,18 +25,30 @@ def command_line(settings: GenerateSettings, native: Native, dtype: str, clip: P
 
     native: the model's own settings. dtype: of the weights. clip: the file whose metadata holds these settings.
     """
-    method = method_words(settings.method)
-    own = (settings.fps, settings.max_sequence_length) == (native.fps, native.max_sequence_length)
-    if method is None or not own:
+    method, words = method_words(settings.method), setting_words(settings, native)
+    if method is None or words is None:
         return shlex.join(["tilewise", "generate", "--from", str(clip), "--out", f"again{clip.suffix}"])
-    words = ["tilewise", "generate", "--model", settings.model, *method]
-    for name in ("height", "width", "frames", "steps"):
-        words += [f"--{name}", str(getattr(settings, name))]
-    words += ["--guidance", repr(settings.guidance), "--seed", str(settings.seed), "--dtype", dtype]
-    if settings.negative:
-        words += [f"--negative={settings.negative}"]
+    words = ["tilewise", "generate", "--model", settings.model, *method, *words, "--dtype", dtype]
     # A prompt may begin with a dash.
     return shlex.join([*words, "--", settings.prompt])
+
+
+def setting_words(settings: GenerateSettings, native: Native, without: Collection[str] = ()) -> list[str] | None:
+    """The options of the command for settings beside prompt, model and method; None if no option can say one of them.
+
+    native: the model's own settings, of which some need not be said. without: settings to leave out.
+    """
+    usual = {"negative": "", "fps": native.fps, "max_sequence_length": native.max_sequence_length}
+    words: list[str] = []
+    for name in options_of(GenerateSettings):
+        value = getattr(settings, name)
+        if name in ("prompt", "model", "method", *without) or (name in usual and value == usual[name]):
+            continue
+        if value is None:
+            return None
+        flag = f"--{name.replace('_', '-')}"
+        words += [f"{flag}={value}"] if isinstance(value, str) else [flag, repr(value)]
+    return words
 
 
 def method_words(config: Config) -> list[str] | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,10 @@ import torch
 from tilewise.pipelines.batch import manifest
 from tilewise.pipelines.batch.estimate import denoising_flop
 from tilewise.pipelines.generation.cancellation import stoppable
-from tilewise.pipelines.generation.clip_metadata import machine
 from tilewise.pipelines.generation.compare import Comparison, compare
 from tilewise.pipelines.generation.generate import Clip, generate, judged, run
-from tilewise.pipelines.generation.settings import GenerateSettings, explain_settings, prompt_notes
+from tilewise.pipelines.generation.resolve import explain_settings, prompt_notes
+from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.media.video import ffmpeg_path, to_uint8
 from tilewise.pipelines.memory.limits import PeakMemory
@@ -98,12 +96,7 @@ class Studio:
         return self._write(pipe, clip, {**told, "notes": [*notes, "watched"]}), calls
 
     def _prepare(self, settings: GenerateSettings, job: Job) -> tuple[Any, dict[str, Any], list[str]]:
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        begin = time.perf_counter()
-        if not self.models.is_loaded(settings.model):
-            job.tell(f"loading {settings.model}", 0, 1)
-        pipe, _ = self.models.pipeline(settings.model)
-        run = {**machine(pipe.device, self.models.dtype), "started": started, "load": time.perf_counter() - begin}
+        pipe, run = self.models.begin_run(settings.model, job)
         return pipe, run, prompt_notes(pipe, settings)
 
     def _write(self, pipe: Any, clip: Clip, run: dict[str, Any]) -> Made:

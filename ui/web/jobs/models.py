@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from tilewise.pipelines.generation.clip_metadata import begin_run
 from tilewise.pipelines.generation.preview import LatentPreview
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
@@ -15,6 +16,7 @@ from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.memory.limits import free_memory
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.web.common.safety import RefusedError
+from tilewise.ui.web.jobs.job_queue import Job
 
 
 class Models:
@@ -71,6 +73,16 @@ class Models:
                 preview = None
             self._loaded = (name, pipe, preview)
         return self._loaded[1], self._loaded[2]
+
+    def begin_run(self, name: str, job: Job) -> tuple[Any, dict[str, Any]]:
+        """The pipeline, and what the metadata of its clips says of the start; the job tells that it is loaded, where it is."""
+        loads = not self.is_loaded(name)
+
+        def tell(model: str) -> None:
+            if loads:
+                job.tell(f"loading {model}", 0, 1)
+
+        return begin_run(name, self.dtype, lambda: self.pipeline(name)[0], tell)
 
     def unload(self) -> None:
         """Gives the memory of the loaded pipeline back."""

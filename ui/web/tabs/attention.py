@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tilewise.pipelines.generation.settings import GenerateSettings, resolve_settings
+from tilewise.pipelines.generation.resolve import resolve_settings
+from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.video import read_frames
 from tilewise.plugins.watch import WatchedCall
 from tilewise.ui.web.common import media

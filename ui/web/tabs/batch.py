@@ -20,9 +20,11 @@ from tilewise.pipelines.batch.job import slug
 from tilewise.pipelines.batch.jobs import Tools, make_jobs, parse_seeds
 from tilewise.pipelines.batch.run import Outcome, run_batch
 from tilewise.pipelines.generation.cancellation import stoppable
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.options import options_of
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError
-from tilewise.ui.common.options import config_file, method_config, parse_size
+from tilewise.ui.common.options import config_file, method_config
 from tilewise.ui.web.common import media
 from tilewise.ui.web.common.messages import complaint, log_unexpected
 from tilewise.ui.web.common.safety import Limits, RefusedError
@@ -96,9 +98,9 @@ class BatchTab:
                 path.write_text(prompts, encoding="utf-8")
             try:
                 rows = read_rows(path)
-                tools = Tools(_config, models.skeleton, models.revision, self._dtype, parse_size, models.device)
+                tools = Tools(_config, models.skeleton, models.revision, self._dtype, models.device)
                 fields: dict[str, Any] = {name: getattr(settings, name) for name in SETTINGS}
-                fields |= {"method": settings.method.to_dict(), "negative": settings.negative}
+                fields |= {"method": settings.method.to_dict()}
                 # First: even planning takes long for what is too much.
                 check_rows(rows, fields, seed_count(seeds), limits)
                 plan = make_jobs(path, rows, tools, command=fields, seeds=parse_seeds(seeds.strip() or "0"))
@@ -171,7 +173,7 @@ def check_rows(rows: Sequence[Row], fields: Mapping[str, Any], seeds: int, limit
             raise RefusedError(f"line {row.line}: {error}") from error
 
 
-SETTINGS = ("model", "height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")
+SETTINGS = tuple(name for name in options_of(GenerateSettings) if name not in ("prompt", "method", "seed"))
 
 
 class _Shown(Watch):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import json
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,8 @@ from tilewise.pipelines.batch.manifest import NAME
 from tilewise.pipelines.batch.two_stage_clip import TwoStages
 from tilewise.pipelines.batch.two_stage_jobs import stages_flop, stages_of
 from tilewise.pipelines.generation.cancellation import stoppable
-from tilewise.pipelines.generation.clip_metadata import machine
-from tilewise.pipelines.generation.settings import prompt_notes
+from tilewise.pipelines.generation.resolve import prompt_notes
 from tilewise.pipelines.highres.preparation import Work
-from tilewise.pipelines.highres.settings import GUIDED, PATHS, HighresSettings
 from tilewise.pipelines.loading.device import resolve_dtype
 from tilewise.pipelines.loading.load import cast_skeleton, load_skeleton
 from tilewise.pipelines.media.files import check_writable
@@ -30,7 +26,7 @@ from tilewise.plugins.errors import TilewiseError
 from tilewise.ui.web.common.messages import complaint, log_unexpected
 from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.highres_form import (
-    AUTO,
+    OPTIONS,
     Wish,
     command_line,
     plan_html,
@@ -39,6 +35,7 @@ from tilewise.ui.web.forms.highres_form import (
     settings_dict,
     wish_of,
 )
+from tilewise.ui.web.forms.option_controls import control
 from tilewise.ui.web.forms.slider import Slider
 from tilewise.ui.web.jobs.job_queue import Desk, Job
 from tilewise.ui.web.jobs.models import Models
@@ -46,6 +43,7 @@ from tilewise.ui.web.jobs.output_store import Shelf
 from tilewise.ui.web.tabs.highres_result import figure, stages_html
 from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
 
+MAIN = ("strength", "refresh", "global_path", "guided")  # options that are shown at once
 FOLDER = "highres"  # of the output folder
 CANCELLED = "cancelled; a native clip that was finished is kept"
 ABOUT = """The settings on the left make a clip at the model's own size, their attention method included. From that
@@ -90,19 +88,14 @@ class HighresStudio:
 
     def clip(self, wish: Wish, job: Job) -> HighresMade:
         """Both clips. On the worker's thread; raises Cancelled soon after the job is cancelled."""
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        begin = time.perf_counter()
         model = wish.native.model
-        if not self.models.is_loaded(model):
-            job.tell(f"loading {model}", 0, 1)
-        pipe, _ = self.models.pipeline(model)
-        load = time.perf_counter() - begin
+        pipe, told = self.models.begin_run(model, job)
         work = wish.work(pipe)
         flop = stages_flop(self.skeleton(model), work)
         with self.shelf.alone():
             place = self.shelf.place(work.target, flop, stages_of(work))
         notes = [*prompt_notes(pipe, work.target), *work.notes]
-        run = {**machine(pipe.device, self.models.dtype), "started": started}
+        run = {name: value for name, value in told.items() if name != "load"}  # of both clips
 
         def show(native: Mapping[str, Any]) -> None:
             words = f"native stage, {native['height']}×{native['width']}; the target follows"
@@ -116,7 +109,7 @@ class HighresStudio:
         peak.start()
         with stoppable(pipe, job.cancelled):
             clip = stages.make(pipe, job.tell)
-        run |= {"load": load, "peak_memory": peak.read(), "notes": notes}
+        run |= {"load": told["load"], "peak_memory": peak.read(), "notes": notes}
         try:
             clip = stages.judge(pipe)
         except Exception as error:  # a finished clip is worth more than its verdict
@@ -138,16 +131,11 @@ class HighresTab:
             height = Slider(16, 4320, high, step=16, label="Target height, pixels", elem_id="highres-height")
             width = Slider(16, 7680, wide, step=16, label="Target width, pixels", elem_id="highres-width")
         with gr.Row():
-            # Text, because a number field that is empty from the start sends 0.
-            strength = gr.Textbox("", label="Strength (empty: the model's own)", elem_id="highres-strength")
-            refresh = gr.Number(
-                HighresSettings.refresh, label="Full path every so many steps", elem_id="highres-refresh"
-            )
+            first = [control(OPTIONS[name], "highres-") for name in MAIN[:2]]
         with gr.Row():
-            path = gr.Radio([AUTO, *PATHS], value=AUTO, label="Full path", elem_id="highres-path")
-            guided = gr.Radio(
-                list(GUIDED), value=HighresSettings.guided, label="Forwards that it guides", elem_id="highres-guided"
-            )
+            first += [control(OPTIONS[name], "highres-") for name in MAIN[2:]]
+        with gr.Accordion("More of the second stage", open=False, elem_id="highres-more"):
+            more = [control(option, "highres-") for name, option in OPTIONS.items() if name not in MAIN]
         plan = gr.HTML(elem_id="highres-plan")
         with gr.Row():
             go = gr.Button("Make it", variant="primary", elem_id="highres")
@@ -161,7 +149,8 @@ class HighresTab:
             settings = gr.Code(language="json", label="Settings", interactive=False, elem_id="highres-settings")
             command = gr.Code(language="shell", label="Command", interactive=False, elem_id="highres-command")
             program = gr.Code(language="python", label="Python", interactive=False, elem_id="highres-program")
-        self.own = own = [height, width, strength, refresh, path, guided]  # in the order of FIELDS
+        made = dict(zip((*MAIN, *(name for name in OPTIONS if name not in MAIN)), [*first, *more], strict=True))
+        self.own = own = [height, width, *(made[name] for name in OPTIONS)]  # in the order of FIELDS
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         inputs = [*own, *controls.inputs]
         moved = [tab.select, *(component.change for component in inputs)]

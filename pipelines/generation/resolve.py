@@ -1,0 +1,99 @@
+"""Settings for a pipeline: what is not given comes from the model's defaults, and what the model cannot do is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.loading.model_defaults import native_size
+from tilewise.plugins.config import MethodLike, resolve
+from tilewise.plugins.diffusers_compat import source_of
+from tilewise.plugins.explain import Explanation, explain
+
+
+def resolve_settings(
+    pipe: Any,
+    prompt: str,
+    *,
+    method: MethodLike = "sta-balanced",
+    model: str = "",
+    negative: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    fps: float | None = None,
+    max_sequence_length: int | None = None,
+) -> GenerateSettings:
+    """Settings for a pipeline: what is not given comes from `native_size(pipe)`, and the size is checked.
+
+    Diffusers rounds a size that the model cannot make, with a line in the log; here it is an error, so that a clip is
+    always as large as it was asked for. `pipe` may be a skeleton: no weights are run.
+
+    Raises ConfigError for a bad value, or for a size, with the nearest one that the model takes.
+    """
+    native = native_size(pipe)
+
+    def pick(given: Any, default: Any) -> Any:
+        return default if given is None else given
+
+    settings = GenerateSettings(
+        prompt=prompt,
+        negative=negative,
+        model=model or source_of(pipe) or type(pipe).__name__,
+        method=resolve(method),
+        height=pick(height, native.height),
+        width=pick(width, native.width),
+        frames=pick(frames, native.num_frames),
+        steps=pick(steps, native.steps),
+        guidance=float(pick(guidance, native.guidance)),
+        seed=seed,
+        fps=float(pick(fps, native.fps)),
+        max_sequence_length=pick(max_sequence_length, native.max_sequence_length),
+    )
+    explain_settings(pipe, settings)
+    return settings
+
+
+def explain_settings(pipe: Any, settings: GenerateSettings) -> Explanation:
+    """`tilewise.explain` for these settings; raises ConfigError for a size that the model does not take."""
+    return explain(
+        pipe,
+        height=settings.height,
+        width=settings.width,
+        num_frames=settings.frames,
+        num_inference_steps=settings.steps,
+        method=settings.method,
+    )
+
+
+def prompt_notes(pipe: Any, settings: GenerateSettings) -> list[str]:
+    """What the text encoder will not see of the prompts: words that it does not know, and words past its limit."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if tokenizer is None:
+        return []
+    notes = []
+    for name, text in (("prompt", settings.prompt), ("negative prompt", settings.negative)):
+        ids = tokenizer(text).input_ids
+        limit = settings.max_sequence_length
+        if limit is not None and len(ids) > limit:
+            notes.append(f"the {name} has {len(ids)} tokens, the model reads the first {limit}")
+        strange = _unknown_words(tokenizer, text)
+        if strange:
+            notes.append(f"the model does not know these words of the {name}: {', '.join(strange)}")
+    return notes
+
+
+def _unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """The pieces of a text that the tokenizer turns into its unknown token, punctuation aside, each once."""
+    if tokenizer.unk_token_id is None or not tokenizer.is_fast:
+        return []
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    pieces = (
+        text[start:end]
+        for token, (start, end) in zip(coded.input_ids, coded.offset_mapping, strict=True)
+        if token == tokenizer.unk_token_id
+    )
+    return list(dict.fromkeys(piece for piece in pieces if any(c.isalnum() for c in piece)))

@@ -1,0 +1,60 @@
+"""Parameters of a command from declared options (`tilewise.pipelines.options`). Nothing here imports PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
+from tilewise.pipelines.options import Option
+
+TYPES = {"whole": int, "number": float, "flag": bool}  # all others are text
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
+PANEL = "Options of --highres"
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def declared_options(options: Iterable[Option]) -> Callable[[F], F]:
+    """Decorates a command with a parameter `options`: the command line gets one parameter for each option in its place, and the
+    command a dict of the values that were given, by name."""
+    declared = list(options)
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def with_options(**given: Any) -> None:
+            values = {option.name: given.pop(option.name) for option in declared}
+            command(**given, options={name: value for name, value in values.items() if value is not None})
+
+        parameters: list[inspect.Parameter] = []
+        for own in inspect.signature(command, eval_str=True).parameters.values():
+            parameters += (
+                [_parameter(option) for option in declared] if own.name == "options" else [own.replace(kind=KEYWORD)]
+            )
+        # Typer reads the signature and the annotations.
+        signature: Any = with_options
+        signature.__signature__ = inspect.Signature(parameters)
+        signature.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options  # type: ignore[return-value]
+
+    return decorate
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """None stands for what is not given: a clip made again, or a line of a batch, has its own."""
+    kind: Any = TYPES.get(option.kind, str) | None
+    names = [f"--{option.name}"] if option == HIGHRES else []  # without --no-highres
+    help_text = option.help
+    if option.choices and not all(choice in help_text for choice in option.choices):
+        help_text = f"{help_text} One of {', '.join(option.choices)}."
+    info = typer.Option(
+        *names,
+        help=help_text,
+        show_default=option.default_text or False,
+        rich_help_panel=PANEL if option == HIGHRES or option.name in TWO_STAGE_OPTIONS else None,
+    )
+    return inspect.Parameter(option.name, KEYWORD, default=None, annotation=Annotated[kind, info])

@@ -1,0 +1,72 @@
+"""What `tilewise generate` was asked for, and what clips of one stage and of two have in common in being checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tilewise.pipelines.generation.clip_metadata import Recorded, frames_sha256, read_record
+from tilewise.pipelines.generation.generate import Clip
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
+from tilewise.pipelines.media.files import check_sidecar, check_writable
+from tilewise.pipelines.media.video import ffmpeg_path
+from tilewise.pipelines.options import options_of
+from tilewise.plugins.errors import ConfigError
+from tilewise.ui.common.options import config_file, out_suffix
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command line said.
+
+    options: those that were given, by name, as `CLIP_OPTIONS` and `TWO_STAGE_OPTIONS` declare them. source: a clip whose settings
+    stand for what is not given, in place of the usual defaults.
+    """
+
+    prompt: str | None
+    options: dict[str, Any]
+    source: Path | None = None
+    out: Path | None = None
+    compare: str | None = None
+    device: str = "auto"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was given of `GenerateSettings`."""
+        return {name: self.options[name] for name in options_of(GenerateSettings) if name in self.options}
+
+    def origin(self) -> Recorded | None:
+        """What the clip of --from says."""
+        return None if self.source is None else read_record(self.source)
+
+    def dtype(self, origin: Recorded | None) -> str:
+        """The dtype of the weights by its full name: as given, else as for the clip of --from."""
+        name = self.options.get("dtype") or (origin.run.get("dtype") if origin else None) or "auto"
+        return str(resolve_dtype(name, resolve_device(self.device))).removeprefix("torch.")
+
+    def check_files(self, files: Sequence[Path], settings: GenerateSettings, *, create: bool) -> None:
+        """Raises ConfigError for files that cannot be written or must not be replaced, SetupError without ffmpeg.
+
+        create: make their folders, but none while another file may be refused.
+        """
+        if self.source is not None and any(file.exists() and file.samefile(self.source) for file in files):
+            raise ConfigError(f"the clip of --from, {self.source}, would be replaced; give another --out")
+        method = self.options.get("method")
+        for creating in (False, True) if create else (False,):
+            for file in files:
+                check_writable(file, suffix=out_suffix(file, settings), create=creating)
+                check_sidecar(file, keep=None if method is None else config_file(method), create=creating)
+        ffmpeg_path()
+
+
+def print_sameness(clip: Clip, origin: Recorded | None, source: Path | None) -> None:
+    """Whether a clip that was made again from another's settings came out as that one."""
+    before = None if origin is None else origin.run.get("frames_sha256")
+    if origin is None or before is None or clip.settings != origin.settings:
+        return
+    same = frames_sha256(clip.frames) == before
+    made = f"it was made on {origin.run.get('device_name')}, {origin.run.get('dtype')}"
+    print(f"frames of {source}: {'the same, bit for bit' if same else f'not the same; {made}'}")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import tiny_wan
 import torch
+from diffusers import DiffusionPipeline, WanPipeline
 
 from tilewise.pipelines.errors import DeviceError, ModelError
-from tilewise.pipelines.loading import load as loading
+from tilewise.pipelines.loading import device as devices
 from tilewise.pipelines.loading import model_folder
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
@@ -173,6 +174,29 @@ def test_weights_of_another_shape(folder):
         load_pipeline(folder, device="cpu")
 
 
+@LOADERS
+@pytest.mark.parametrize("part", ["vae", "scheduler"])
+def test_a_part_that_this_diffusers_does_not_have(load, folder, part):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, part: ["diffusers", "AutoencoderOf2031"]}))
+    with pytest.raises(ModelError, match=r"could not load .*diffusers .* has no class AutoencoderOf2031"):
+        load(folder)
+
+
+@LOADERS
+@pytest.mark.parametrize("where", ["load_config", "from_pretrained"])
+def test_a_bug_is_not_called_a_model_that_cannot_be_loaded(load, where, tiny_pipe_dir, monkeypatch):
+    def fail(*_, **__):
+        raise AttributeError("'NoneType' object has no attribute 'shape'")
+
+    if (load, where) != (load_skeleton, "from_pretrained"):
+        monkeypatch.setattr(DiffusionPipeline, where, fail)
+    else:
+        monkeypatch.setattr(WanPipeline, "__init__", fail)
+    with pytest.raises(AttributeError, match="has no attribute 'shape'"):
+        load(tiny_pipe_dir)
+
+
 class Offline:
     def model_info(self, *args, **kwargs):
         raise ConnectionError("Name or service not known")
@@ -222,4 +246,4 @@ def test_dtypes():
     assert resolve_dtype("fp16", torch.device("cpu")) == torch.float16
     with pytest.raises(ConfigError, match="unknown dtype 'int8'"):
         resolve_dtype("int8", torch.device("cpu"))
-    assert set(loading.DTYPES.values()) == {torch.float32, torch.bfloat16, torch.float16}
+    assert set(devices.DTYPES.values()) == {torch.float32, torch.bfloat16, torch.float16}

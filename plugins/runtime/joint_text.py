@@ -100,8 +100,9 @@ def attend_guided(
 def guided_density(layout: Layout, groups: list[Group], plan: BlockPlan, query: torch.Tensor) -> float:
     """Kept ÷ all token pairs: the window's, and everything with text, whichever path's it is."""
     video = layout.grid.video
-    each = [1 - (1 - plan.density) * (video / (video + group.text)) ** 2 for group in groups]
-    return sum(share * density for share, density in zip(shares_of(groups, query.shape[0]), each, strict=True))
+    shares = shares_of(groups, query.shape[0])
+    whole = sum(share * (video + group.text) ** 2 for share, group in zip(shares, groups, strict=True))
+    return 1 - (1 - plan.density) * video**2 / whole
 
 
 def pictures_of(layout: Layout, groups: list[Group], parts: list[QKV]) -> list[QKV]:

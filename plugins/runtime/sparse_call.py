@@ -103,19 +103,34 @@ def run_parts(parts: list[Part], taken: list[QKV], whole: QKV, scale: float | No
 
 
 def mean_density(parts: list[Part], batch: int) -> float:
-    """Kept ÷ all token pairs, over the samples of a batch."""
+    """Kept ÷ all token pairs, over the samples of a batch, of which groups may have different numbers of tokens."""
     shares = shares_of([part.group for part in parts], batch)
-    return sum(share * part.plan.density for share, part in zip(shares, parts, strict=True))
+    pairs = [share * part.plan.q_len * part.plan.k_len for share, part in zip(shares, parts, strict=True)]
+    return sum(n * part.plan.density for n, part in zip(pairs, parts, strict=True)) / sum(pairs)
 
 
 def measured(parts: list[Part], batch: int) -> dict[str, torch.Tensor]:
-    """What dynamic plans know of themselves, over the samples of a batch: () tensors on the device by name."""
+    """What dynamic plans know of themselves, over the samples of a batch: () tensors on the device by name.
+
+    A mean over groups: of the density by token pairs, of recall and probe by query rows. ``broken`` is a sum.
+    """
+    each = [_known(part.planned) for part in parts]
+    if len(each) == 1:
+        return each[0]
     shares = shares_of([part.group for part in parts], batch)
-    found: dict[str, list[torch.Tensor]] = {}
-    for share, part in zip(shares, parts, strict=True):
-        p = part.planned
-        values = {"density": p.plan.device_density, "recall": p.recall, "probe": p.probe, "broken": p.broken}
-        for name, value in values.items():
-            if value is not None:
-                found.setdefault(name, []).append(value if name == "broken" or share == 1 else share * value)
-    return {name: sum(values[1:], values[0]) for name, values in found.items() if len(values) == len(parts)}
+    rows = [share * part.plan.q_len for share, part in zip(shares, parts, strict=True)]
+    pairs = [n * part.plan.k_len for n, part in zip(rows, parts, strict=True)]
+    by_rows = [n / sum(rows) for n in rows]
+    weights = {"density": [n / sum(pairs) for n in pairs], "broken": [1.0] * len(parts)}
+    return {
+        name: torch.stack([w * values[name] for w, values in zip(weights.get(name, by_rows), each, strict=True)]).sum()
+        for name in each[0]
+        if all(name in values for values in each)
+    }
+
+
+def _known(planned: Planned) -> dict[str, torch.Tensor]:
+    values = {
+        "density": planned.plan.device_density, "recall": planned.recall, "probe": planned.probe, "broken": planned.broken,
+    }  # fmt: skip
+    return {name: value for name, value in values.items() if value is not None}

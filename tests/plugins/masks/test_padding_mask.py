@@ -1,5 +1,7 @@
 """Masks that hide text keys run sparse and exactly; every other mask says why it does not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,12 +9,13 @@ import tilewise
 from tilewise.kernels.attention.naive import masked_attention
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.config import resolve
-from tilewise.plugins.masks.padding_mask import groups_of, visible_keys
+from tilewise.plugins.masks.padding_mask import Group, groups_of, visible_keys
 from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime.attention_call import AttentionCalls
 from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.call_stats import FALLBACK, SPARSE
 from tilewise.plugins.runtime.forward_state import ForwardState
+from tilewise.plugins.runtime.sparse_call import measured
 from tilewise.plugins.runtime.step_index import StepIndex
 
 STA = tilewise.STA(window=(1, 2, 1), tile=(2, 3, 3))
@@ -68,6 +71,41 @@ def test_hidden_text_keys_change_exactly_what_they_should(text_first, side, leng
         torch.testing.assert_close(out[visible], want[visible])
         assert bool((out[~visible] == 0).all())
     assert {kind.kind for _, kind in calls.state.call_stats.records} == {SPARSE}
+
+
+@pytest.mark.parametrize("lengths", list(LENGTHS.values()), ids=list(LENGTHS))
+def test_the_density_is_that_of_the_pairs_of_visible_tokens(lengths):
+    grid = Grid(3, 5, 7, text=7)
+    calls = calls_over(grid)
+    q, k, v = (torch.randn(2, grid.tokens, 2, 32) for _ in range(3))
+    visible = visible_of(grid, lengths, "right")
+    window = calls.state.plans.plan(STA.layout(grid), 2, torch.device("cpu")).to_mask(2)
+    pairs = visible[:, None, :, None] & visible[:, None, None]
+    attend(calls, q, k, v, visible)
+    (record,) = calls.state.call_stats.records.values()
+    kept = float((window & pairs).double().mean(1).sum()) / float(pairs.sum())
+    assert record.kept / record.known == pytest.approx(kept, rel=1e-9)
+
+
+def test_what_groups_of_samples_measure_is_weighed_by_their_pairs_and_rows():
+    """Two samples of 10 tokens and one of 20; a value that one of them lacks says nothing of the call."""
+
+    def part(samples, tokens, density, recall, broken, probe=None):
+        plan = SimpleNamespace(q_len=tokens, k_len=tokens, device_density=torch.tensor(density))
+        values = {"recall": torch.tensor(recall), "broken": torch.tensor(broken), "probe": probe}
+        planned = SimpleNamespace(plan=plan, **values)
+        return SimpleNamespace(group=Group(torch.tensor(samples), None, 0), plan=plan, planned=planned)
+
+    two, one = part([0, 2], 10, 0.5, 0.25, 1.0), part([1], 20, 0.125, 0.75, 2.0, torch.tensor(1.0))
+    assert {name: float(value) for name, value in measured([two, one], 3).items()} == {
+        "density": pytest.approx((200 * 0.5 + 400 * 0.125) / 600),
+        "recall": pytest.approx((20 * 0.25 + 20 * 0.75) / 40),
+        "broken": 3.0,
+    }
+    assert measured([one], 1) == {
+        "density": one.plan.device_density, "recall": one.planned.recall, "probe": one.planned.probe,
+        "broken": one.planned.broken,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -146,12 +146,10 @@ def test_a_level_too_small_by_default_is_an_error_with_strict():
 
 
 @pytest.mark.parametrize("sparse_from", [1, 200], ids=["both levels", "first level"])
-def test_density_is_a_share_of_token_pairs(monkeypatch, sparse_from):
+def test_density_is_a_share_of_token_pairs(sparse_from):
     """Not a mean over calls, by which the small maps would weigh as much as the large ones."""
-    for user in ("runtime.forward_state", "explain"):
-        monkeypatch.setattr(f"tilewise.plugins.{user}.MIN_OWN_TOKENS", sparse_from)
     model, method = unet_2d(), tilewise.STA(window=(1, 2, 2), tile=(1, 4, 4))
-    tilewise.patch(model, method, steps=(0, 1), strict=True)
+    tilewise.patch(model, method, steps=(0, 1), strict=True, min_tokens=sparse_from)
     forward(model, inputs_of("2d", 16, 16))
     # 3 calls over 16×16 tokens: 2×2 of 4×4 tiles, a quarter. 8 calls over 8×8: 2×2 tiles are all. Two samples each.
     large, small = 2 * 3 * 256**2, 2 * 8 * 64**2

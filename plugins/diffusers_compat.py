@@ -7,12 +7,45 @@ pyproject.toml is raised when the tests pass with a new release. Nothing here im
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from tilewise.plugins.torch_compat import uncompiled
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside what ``torch.compile(model)`` and ``peft.get_peft_model(model, …)`` returned, in any order.
+
+    ``PeftModel.forward`` calls the model as a module, so that its hooks run. Seen in PEFT 0.21. If it calls the model's
+    ``forward`` instead, a patch inside a PeftModel is not told of forwards.
+    """
+    peft = sys.modules.get("peft")  # where it was never imported, nothing is its
+    while True:
+        inner = uncompiled(module)
+        if peft is not None and isinstance(inner, peft.PeftModel):
+            inner = inner.get_base_model()
+        if inner is module:
+            return module
+        module = inner
+
+
+def unsplit(module: Any) -> Any:
+    """The module inside a ``SplitInferenceModule``, which runs it on a part of the batch at a time (FreeNoise).
+
+    Not exported by diffusers; seen in ``pipelines.free_noise_utils`` in 0.42, with the inner one as ``module``. If it moves, the
+    layers inside are not found after ``enable_free_noise_split_inference``.
+    """
+    from diffusers.pipelines.free_noise_utils import SplitInferenceModule
+
+    while isinstance(module, SplitInferenceModule):
+        module = module.module
+    return module
+
 
 # ── attention processors ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -20,25 +20,24 @@ import torch
 from torch import nn
 
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
+from tilewise.plugins.diffusers_compat import unwrapped
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.common.registry import attention_layers, family_of, supported_models
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
-from tilewise.plugins.torch_compat import is_compiled_module, runs_compiled, uncompiled
+from tilewise.plugins.torch_compat import is_compiled_module, runs_compiled
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 T = TypeVar("T")
 
 
 def denoisers_of(target: Any) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline by attribute name, or the module itself as "denoiser".
+    """The denoisers of a pipeline by attribute name, or the module itself as "denoiser"; inside what wraps them (torch.compile,
+    PEFT).
 
     Raises:
         UnsupportedModelError: if there is none, or one that no family serves.
     """
-    found = {name: getattr(target, name, None) for name in DENOISERS}
-    denoisers = {name: uncompiled(module) for name, module in found.items() if isinstance(module, nn.Module)}
-    if isinstance(target, nn.Module) and (not denoisers or family_of(uncompiled(target)) is not None):
-        denoisers = {"denoiser": uncompiled(target)}
+    denoisers = _find_denoisers(target)
     if not denoisers:
         raise UnsupportedModelError(
             f"{type(target).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a module. Give a diffusers pipeline, "
@@ -51,6 +50,15 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
                 f"{name} is a {type(module).__name__}, which no family adapter serves (served: {served}). Nothing was "
                 "patched. To add it, write a Family (see tilewise.plugins.models.wan) and call tilewise.register_family"
             )
+    return denoisers
+
+
+def _find_denoisers(target: Any) -> dict[str, nn.Module]:
+    """``denoisers_of`` a target that may have none, or some that no family serves."""
+    found = {name: getattr(target, name, None) for name in DENOISERS}
+    denoisers = {name: unwrapped(module) for name, module in found.items() if isinstance(module, nn.Module)}
+    if isinstance(target, nn.Module) and (not denoisers or family_of(unwrapped(target)) is not None):
+        denoisers = {"denoiser": unwrapped(target)}
     return denoisers
 
 
@@ -149,7 +157,7 @@ def _configs(denoisers: dict[str, nn.Module]) -> dict[str, Config]:
 
 def unpatch(target: T) -> T:
     """Take the patch off: processors are put back by identity, hooks and state are removed. Harmless if there is none."""
-    denoisers = denoisers_of(target)
+    denoisers = _find_denoisers(target)
     on = [denoiser for denoiser in denoisers.values() if ATTRIBUTE in denoiser.__dict__]
     for denoiser in on:
         denoiser.__dict__[ATTRIBUTE].remove(denoiser)
@@ -160,7 +168,7 @@ def unpatch(target: T) -> T:
 
 def is_patched(target: Any) -> bool:
     """Whether any denoiser of ``target`` is patched."""
-    return any(ATTRIBUTE in denoiser.__dict__ for denoiser in denoisers_of(target).values())
+    return any(ATTRIBUTE in denoiser.__dict__ for denoiser in _find_denoisers(target).values())
 
 
 def patches_of(target: Any) -> dict[str, Patch]:

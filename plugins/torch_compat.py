@@ -1,6 +1,6 @@
 """What the plugins use of PyTorch that is no public API, one function or constant each; see ``diffusers_compat.py``.
 
-Seen in PyTorch 2.6 to 2.13, the range that pyproject.toml allows and the tests run in. The kernels' own are in
+Seen in PyTorch 2.13; pyproject.toml has no upper bound, as these have been the same for years. The kernels' own are in
 ``kernels/device.py``.
 """
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import unsplit
+from tilewise.plugins.errors import UnsupportedModelError
 from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
@@ -39,14 +41,22 @@ class UNetFamily(Family):
             levels.append(("mid_block", model.mid_block, deepest))
         levels += [(f"up_blocks.{i}", block, deepest - i) for i, block in enumerate(model.up_blocks)]
         found: list[AttentionLayer] = []
+        with_text = False
         for prefix, block, downsample in levels:
-            for i, transformer in enumerate(getattr(block, "attentions", None) or ()):
+            for i, wrapped in enumerate(getattr(block, "attentions", None) or ()):
+                transformer = unsplit(wrapped)
+                with_text |= getattr(transformer, "added_kv_proj_dim", None) is not None
                 for j, inner in enumerate(getattr(transformer, "transformer_blocks", ())):
                     if getattr(inner, "only_cross_attention", False):  # its attn1 looks at the text
                         continue
                     name = f"{prefix}.attentions.{i}.transformer_blocks.{j}.attn1"
                     heads, width = inner.attn1.heads, inner.attn1.inner_dim
                     found.append(AttentionLayer(name, inner.attn1, len(found), heads, width // heads, downsample))
+        if with_text and not found:
+            raise UnsupportedModelError(
+                f"this {type(denoiser).__name__} attends to the keys of its text beside the picture's own, in blocks of the "
+                "SimpleCrossAttn types (DeepFloyd IF, Kandinsky 2): no family adapter serves that. Nothing was changed"
+            )
         return found
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import accelerate.hooks
 import diffusers
+import peft
 import pytest
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin, SplitInferenceModule
 from torch import nn
 
 import tilewise
@@ -33,6 +35,27 @@ def parameters(function: Any) -> list[str]:
 
 def module_of(name: str) -> Any:
     return sys.modules[getattr(diffusers, name).__module__]
+
+
+def test_models_inside_what_wraps_them():
+    lora = peft.LoraConfig(target_modules=["conv1"])
+    model, other = tiny_unet(), tiny_unet()
+    assert compat.unwrapped(model) is model
+    wrapped = peft.get_peft_model(model, lora)
+    assert compat.unwrapped(wrapped) is compat.unwrapped(torch.compile(wrapped)) is model
+    assert compat.unwrapped(peft.get_peft_model(torch.compile(other), lora)) is other
+    calls = []
+    model.register_forward_pre_hook(lambda *args: calls.append(1))
+    wrapped(torch.zeros(1, 3, 8, 8), 1)
+    assert calls == [1]
+
+
+def test_modules_that_are_run_in_parts():
+    module = nn.Linear(2, 2)
+    assert compat.unsplit(SplitInferenceModule(SplitInferenceModule(module))) is compat.unsplit(module) is module
+    assert f"{SplitInferenceModule.__name__}(" in inspect.getsource(
+        AnimateDiffFreeNoiseMixin._enable_split_inference_attentions_
+    )
 
 
 # ── attention processors ──────────────────────────────────────────────────────────────────────────────────────────────

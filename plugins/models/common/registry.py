@@ -17,7 +17,7 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register_family(family: Family) -> Family:
-    """Make a family known. A denoiser is recognised by the name of its class or of a base class.
+    """Make a family known. A denoiser is recognised by the name of its class or, for a class that is not diffusers', of a base.
 
     A family registered later for the same class name replaces the earlier one.
 
@@ -42,11 +42,16 @@ def _import_all() -> None:
 
 
 def family_of(denoiser: nn.Module) -> Family | None:
-    """The family that serves a denoiser, or None."""
+    """The family that serves a denoiser, or None.
+
+    Your subclass of a served class is served as that class is. One of diffusers' own is another model, and has to be listed.
+    """
     _import_all()
     for cls in type(denoiser).__mro__:
         if cls.__name__ in _FAMILIES:
             return _FAMILIES[cls.__name__]
+        if cls.__module__.startswith("diffusers."):
+            return None
     return None
 
 

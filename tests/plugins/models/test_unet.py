@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 from unittest import mock
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel, UNetSpatioTemporalConditionModel
+from diffusers import (
+    DreamLiteUNetModel,
+    MotionAdapter,
+    UNet2DConditionModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+)
+from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin
 from family_checks import traces
 
 import tilewise
@@ -185,3 +194,67 @@ def test_compiles_without_graph_breaks(every_level):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs, return_dict=False)[0], eager)
+
+
+def test_blocks_in_split_inference_are_found_inside(every_level):
+    """FreeNoise's memory option, before the patch: every module that it splits runs on a part of the frames at a time."""
+    model, inputs = unet_motion(), inputs_of("motion", 8, 12)
+    plain = [layer.block for layer in family_of(model).layers(model)]
+    pipe: Any = types.SimpleNamespace(unet=model)
+    want = forward(model, inputs)
+    for block in [*model.down_blocks, *model.up_blocks, model.mid_block]:
+        AnimateDiffFreeNoiseMixin._enable_split_inference_attentions_(pipe, block.attentions, 2)
+    assert [layer.block for layer in family_of(model).layers(model)] == plain
+    tilewise.patch(pipe, FULL, steps=(0, 1))
+    torch.testing.assert_close(forward(model, inputs), want, atol=1e-4, rtol=1e-4)
+    rows = tilewise.summary(pipe).rows
+    assert {row.kind for row in rows} == {SPARSE}
+    assert sum(row.calls for row in rows) == 2 * len(plain)  # the 3 frames in parts of 2 and 1
+    tilewise.unpatch(pipe)
+
+
+def test_the_model_inside_a_peft_model_is_patched(every_level):
+    model, inputs = unet_2d(), inputs_of("2d", 8, 12)
+    lora = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe: Any = types.SimpleNamespace(unet=peft.get_peft_model(model, lora))
+    want, before = forward(pipe.unet, inputs), traces(model)
+    for target in (pipe, pipe.unet):
+        tilewise.patch(target, FULL, steps=(0, 1))
+        assert tilewise.is_patched(pipe) and tilewise.is_patched(pipe.unet)
+        torch.testing.assert_close(forward(pipe.unet, inputs), want, atol=1e-4, rtol=1e-4)
+        assert {row.kind for row in tilewise.summary(target).rows} == {SPARSE}
+        tilewise.unpatch(target)
+        assert traces(model) == before and not tilewise.is_patched(pipe)
+
+
+def test_text_keys_beside_the_pictures_are_refused_as_such():
+    """DeepFloyd IF's blocks: attention is there, over the text's keys and the picture's in one softmax."""
+    model = unet_2d(
+        down_block_types=("SimpleCrossAttnDownBlock2D",) * 2, up_block_types=("SimpleCrossAttnUpBlock2D",) * 2,
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", attention_head_dim=16, transformer_layers_per_block=1,
+    )  # fmt: skip
+    with pytest.raises(
+        tilewise.UnsupportedModelError, match=r"keys of its text beside the picture's own.*DeepFloyd IF"
+    ):
+        tilewise.patch(model, "sta")
+    assert not tilewise.is_patched(model)
+
+
+def test_another_model_of_diffusers_is_not_served_as_its_base_class():
+    assert issubclass(DreamLiteUNetModel, UNet2DConditionModel)
+    model = DreamLiteUNetModel.__new__(DreamLiteUNetModel)
+    torch.nn.Module.__init__(model)
+    with pytest.raises(tilewise.UnsupportedModelError, match="DreamLiteUNetModel, which no family adapter serves"):
+        tilewise.patch(model, "sta")
+
+
+def test_your_own_subclass_is_served_as_its_base_class():
+    model = unet_2d()
+    model.__class__ = type("MyUNet", (UNet2DConditionModel,), {})
+    assert family_of(model) is not None
+
+
+@pytest.mark.parametrize("target", [torch.nn.Linear(1, 1), types.SimpleNamespace(unet=torch.nn.Linear(1, 1)), object()])
+def test_what_is_not_served_is_not_patched_and_unpatched_as_it_is(target):
+    assert not tilewise.is_patched(target)
+    assert tilewise.unpatch(target) is target

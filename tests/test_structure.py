@@ -17,7 +17,8 @@ LOOSE_FILES = 10  # at most, in a room: more belong in folders
 ORDER: dict[str, list[tuple[str, ...]]] = {
     "kernels": [("device", "errors"), ("plans",), ("selection",), ("attention",), ("fused",)],
     "plugins": [
-        ("errors", "text_format", "diffusers_compat", "torch_compat"),
+        ("errors", "text_format", "torch_compat"),
+        ("diffusers_compat",),
         ("hooks",),
         ("masks",),
         ("models",),

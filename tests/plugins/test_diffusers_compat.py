@@ -26,7 +26,7 @@ from tilewise.pipelines.loading import load, model_defaults
 from tilewise.plugins import diffusers_compat as compat
 from tilewise.plugins import torch_compat
 from tilewise.plugins.models.common.native_size import IN_THE_CODE
-from tilewise.plugins.runtime.attention_processor import TilewiseProcessor
+from tilewise.plugins.runtime.attention_request import AttentionRequest
 
 
 def parameters(function: Any) -> list[str]:
@@ -87,7 +87,7 @@ def test_processors_look_the_dispatcher_up_by_its_name(model, name):
 
 
 def test_our_dispatcher_takes_what_the_stock_one_does():
-    ours = [name for name in parameters(TilewiseProcessor.dispatch) if name not in ("self", "fused")]
+    ours = [name for name in parameters(AttentionRequest) if name != "fused"]
     assert ours == parameters(dispatch_attention_fn)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.config
-import torch._inductor.config
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
@@ -106,7 +105,6 @@ SETTINGS = [
     Setting("math attention", torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
     Setting("cuDNN attention", torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
     config(torch._dynamo.config, "torch._dynamo.config"),
-    config(torch._inductor.config, "torch._inductor.config"),
     registry(tilewise.plugins.methods.base._REGISTRY, "registered methods"),
     registry(tilewise.plugins.models.common.registry._FAMILIES, "registered families"),
     Setting("environment variables", environment, set_environment),

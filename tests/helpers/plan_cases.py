@@ -98,21 +98,21 @@ def naive_mask(case: Case) -> torch.Tensor:
         start = min(max(leader - window // 2, 0), length - window)
         return start <= j < start + window
 
-    mask = torch.zeros(case.heads, len(tokens), len(tokens), dtype=torch.bool)
-    for head in range(case.heads):
-        window = case.window_of_head(head)
-        visible = {
-            axis: [[sees(i, j, n, window[axis], case.stride[axis]) for j in range(n)] for i in range(n)]
+    def mask(window: Triple) -> torch.Tensor:
+        visible = [
+            [[sees(i, j, n, window[axis], case.stride[axis]) for j in range(n)] for i in range(n)]
             for axis, n in enumerate(lengths)
-        }
-        for a, query in enumerate(tokens):
-            for b, key in enumerate(tokens):
-                if query is None or key is None:
-                    mask[head, a, b] = True
-                else:
-                    q, k = unit(query), unit(key)
-                    mask[head, a, b] = all(visible[axis][q[axis]][k[axis]] for axis in range(3))
-    return mask
+        ]
+
+        def pair(q: Triple | None, k: Triple | None) -> bool:
+            return q is None or k is None or all(visible[axis][q[axis]][k[axis]] for axis in range(3))
+
+        units = [None if token is None else unit(token) for token in tokens]
+        return torch.tensor([[pair(query, key) for key in units] for query in units])
+
+    windows = [case.window_of_head(head) for head in range(case.heads)]
+    masks = {window: mask(window) for window in set(windows)}
+    return torch.stack([masks[window] for window in windows])
 
 
 def layout_mask(case: Case) -> torch.Tensor:

@@ -16,6 +16,8 @@ from benchmarks import quality
 from benchmarks.attention_error import answer, dense
 from benchmarks.variants import OURS, PAPER, variants
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo():

@@ -297,6 +297,7 @@ def test_a_modules_forward_hooks():
         assert not torch_compat.has_forward_hooks(module)
 
 
+@pytest.mark.compile
 def test_compiled_modules():
     module = nn.Linear(2, 2)
     wrapped = torch.compile(module)

@@ -120,6 +120,7 @@ CHANGES = {"first block cache", "pyramid attention broadcast", "LoRA", "fused Lo
 
 @pytest.mark.parametrize("first", ["patch", "feature"])
 @pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.slow
 def test_in_both_orders(tiny_pipe, name, first):
     feature = CASES[name]
     plain = latents(tiny_pipe, steps=6)

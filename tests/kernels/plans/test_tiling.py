@@ -28,6 +28,7 @@ tiles = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))
     max_rows=st.sampled_from([16, 32, 128]),
 )
 @settings(max_examples=150, deadline=None)
+@pytest.mark.slow
 def test_counts_are_those_of_the_plan(shape, tile, window, stride, unit, text, max_rows):
     grid = Grid(*shape, text=text)
     layout = Layout(grid, tile, max_rows)
@@ -46,6 +47,7 @@ def test_counts_are_those_of_the_plan(shape, tile, window, stride, unit, text, m
 
 @given(shape=small, window=windows, stride=strides, text=st.sampled_from([0, 20]))
 @settings(max_examples=25, deadline=None)
+@pytest.mark.slow
 def test_chosen_tile_is_the_cheapest_of_all(shape, window, stride, text):
     grid, max_rows = Grid(*shape, text=text), 16
 

@@ -100,6 +100,7 @@ def naive_rows(logits, layout, density=None, recall=None):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=IDS)
 @pytest.mark.parametrize("options", [{"density": 0.3}, {"recall": 0.83}, {"recall": 0.83, "variance": False}])
+@pytest.mark.slow
 def test_plan_is_the_naive_one(grid, options):
     """Ragged border blocks, text, two samples, grouped queries, portrait."""
     method = Draft(tile=TILE, compensate=False, safety=1.0, each=False, **options)

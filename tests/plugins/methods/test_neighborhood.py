@@ -85,6 +85,7 @@ def test_attention(name):
 
 
 @pytest.mark.parametrize("name", ["plain", "strides", "dilated and strided", "causal, strided, dilated"])
+@pytest.mark.slow
 def test_flex_attention_agrees(name):
     """The rule written as FlexAttention's mask_mod, by arithmetic on raster positions."""
     grid, method = CASES[name]

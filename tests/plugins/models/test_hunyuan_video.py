@@ -223,6 +223,7 @@ def generate(pipe: HunyuanVideoPipeline, **options: Any) -> Any:
     ).frames  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_guidance_in_two_calls():
     pipe = pipeline()
     stock = generate(pipe, output_type="np")

@@ -208,6 +208,7 @@ def generate(pipe: HunyuanVideo15Pipeline) -> Any:
     ).frames
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_guidance():
     """Text to video: 729 image tokens, all masked."""
     pipe = pipeline()

@@ -350,6 +350,7 @@ def pipeline(kind):
 
 
 @pytest.mark.parametrize("kind", [LTXPipeline, LTXImageToVideoPipeline, LTXConditionPipeline])
+@pytest.mark.slow
 def test_pipeline(kind):
     """With guidance in one batch. An image makes timesteps per token; one for a later frame comes before the video's tokens."""
     pipe = pipeline(kind)
@@ -512,6 +513,7 @@ def pipeline2(kind):
 
 
 @pytest.mark.parametrize("kind", [LTX2Pipeline, LTX2ConditionPipeline])
+@pytest.mark.slow
 def test_ltx2_pipeline(kind):
     """With all its guidances: prompt, perturbed attention, isolated streams. A later key frame comes after the video's tokens."""
     pipe = pipeline2(kind)

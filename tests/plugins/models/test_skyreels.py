@@ -131,6 +131,7 @@ def test_pipeline():
 
 
 @pytest.mark.parametrize("long", [False, True], ids=["one clip", "clip after clip"])
+@pytest.mark.slow
 def test_diffusion_forcing_pipeline(long):
     """Its own scheduler never moves: each frame has a copy. The step is where the noisiest frame is."""
     pipe = pipeline(

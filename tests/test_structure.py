@@ -31,7 +31,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("explain", "summary", "watch"),
     ],
     "pipelines": [
-        ("errors",),
+        ("errors", "options"),
         ("media",),
         ("latent_spaces",),
         ("loading",),

@@ -10,11 +10,15 @@ import torch
 
 from tilewise.plugins.runtime import call_stats
 from tilewise.plugins.runtime.call_stats import (
+    DENSE_LAYER,
+    DENSE_STEP,
     FALLBACK,
+    GLOBAL_PATH,
     MAX_EVENTS,
     MAX_REASONS,
     MAX_SHAPES,
     OTHER_REASONS,
+    SHORT,
     SPARSE,
     CallKind,
     CallRecord,
@@ -44,6 +48,12 @@ def size_of(stats: CallStats) -> int:
 
 
 # ── counts and sums ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_kinds_are_called_what_summaries_and_metadata_of_clips_call_them():
+    kinds = (SPARSE, DENSE_STEP, DENSE_LAYER, FALLBACK, GLOBAL_PATH, SHORT)
+    assert kinds == ("sparse", "dense step", "dense layer", "fallback", "global path", "short")
+    assert OTHER_REASONS == "other reasons"
 
 
 def test_pairs_are_batch_times_queries_times_keys_once_for_all_heads():

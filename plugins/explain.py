@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,7 +47,11 @@ class ExplainRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would do: nothing has run."""
+    """What a call would do: nothing has run.
+
+    ``sparse_steps`` and ``dense_steps`` count the timesteps at which the denoiser is called. Solvers of higher order have more of
+    them than ``num_inference_steps``, and a ``strength`` leaves fewer.
+    """
 
     config: dict[str, Any]
     size: dict[str, int]
@@ -116,6 +123,7 @@ def explain(
     method: MethodLike | None = None,
     steps: tuple[float, float] | None = None,
     blocks: str | None = None,
+    strength: float = 1.0,
 ) -> Explanation:
     """What a pipeline call of this size would do with a method: grid, tiles, density, what stays dense and why.
 
@@ -126,9 +134,11 @@ def explain(
         height, width: pixels. num_frames: frames.
         num_inference_steps: denoising steps.
         method, steps, blocks: as for ``patch``; default: what the target is patched with.
+        strength: as the pipeline takes it, for image- and video-to-video, which enters the schedule part-way.
 
     Raises:
-        ConfigError: for an option that cannot be, or a size that the model does not take (with the nearest one).
+        ConfigError: for an option that cannot be, a strength of a pipeline that takes none, or a size that the model does not
+            take (with the nearest one).
         UnsupportedModelError: for a target that no family serves.
     """
     if num_inference_steps < 1:
@@ -158,11 +168,50 @@ def explain(
             module: Any = layer.module
             if why := why_not(module.processor):
                 notes.append(f"{name}.{layer.name} stays dense: {why}")
-    sparse = sum(config.runs_at(step, num_inference_steps) for step in range(num_inference_steps))
+    first, total = _schedule(target, num_inference_steps, strength, notes)
+    sparse = sum(config.runs_at(step, total) for step in range(first, total))
     if all(row.tile is None for row in rows):
         sparse = 0
     shape = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps}
-    return Explanation(config.to_dict(), shape, sparse, num_inference_steps - sparse, rows, notes)
+    return Explanation(config.to_dict(), shape, sparse, total - first - sparse, rows, notes)
+
+
+def _schedule(pipe: Any, steps: int, strength: float, notes: list[str]) -> tuple[int, int]:
+    """(first, total): a run of ``steps`` steps calls the denoiser at timesteps first … total − 1. Adds to ``notes``."""
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+        raise ConfigError(f"strength must be in (0, 1], got {strength!r}")
+    enter: Any = getattr(type(pipe), "get_timesteps", None)
+    own: Any = getattr(pipe, "scheduler", None)
+    make: Any = getattr(type(own), "set_timesteps", None)
+    if strength < 1 and (enter is None or make is None):
+        raise ConfigError(
+            f"{type(pipe).__name__} has no get_timesteps, so it takes no strength: it runs its whole schedule"
+        )
+    if make is None:
+        return 0, steps
+    scheduler = copy.deepcopy(own)  # by a copy and its class's method: the pipeline's own stays where it is
+    names = inspect.signature(make).parameters
+    # The shift of the noise levels by the size of the picture; how many there are does not depend on it.
+    shift = {"mu": 1.0} if "mu" in names and scheduler.config.get("use_dynamic_shifting") else {}
+    try:
+        make(scheduler, steps, **shift)
+    except Exception as error:  # whatever a scheduler may raise; the run itself may pass it more than is known here
+        notes.append(f"steps are counted as {steps}: {type(own).__name__}.set_timesteps({steps}) failed with {error!r}")
+        return 0, steps
+    total = len(scheduler.timesteps)
+    if total != steps:
+        notes.append(f"{type(own).__name__} calls the denoiser at {total} timesteps in {steps} steps")
+    if strength == 1:
+        return 0, total
+    known = {
+        "num_inference_steps": steps, "strength": strength, "device": torch.device("cpu"), "timesteps": scheduler.timesteps,
+        "sigmas": getattr(scheduler, "sigmas", scheduler.timesteps),
+    }  # fmt: skip
+    given = {name: known[name] for name in inspect.signature(enter).parameters if name in known}
+    # (timesteps, count), or (sigmas, timesteps, count)
+    left = [part for part in enter(SimpleNamespace(scheduler=scheduler), **given) if isinstance(part, torch.Tensor)][-1]
+    notes.append(f"strength {strength} leaves {len(left)} of {total} timesteps")
+    return total - len(left), total
 
 
 def _expected_device(denoiser: torch.nn.Module) -> torch.device:

@@ -97,9 +97,9 @@ def patch(
         method: a method name ("sta", "dense"), a preset ("sta-quality", "sta-balanced", "sta-fast"), a method object such as
             ``STA(window=(3, 3, 3))``, or a ``Config``, for instance from ``load_config``.
         steps: (from, to), the fraction of the denoising schedule that runs the method; dense outside. Default: what the
-            preset or config says, otherwise (0.25, 1.0). The step is read from the pipeline's scheduler; for a bare
-            denoiser, from the timestep's value (one host synchronisation a forward on a GPU). An attention mask is read once a
-            forward, which waits for the GPU too.
+            preset or config says, otherwise (0.25, 1.0). The step is that of the diffusers pipeline which runs the denoiser,
+            the patched one or another, by its scheduler's timesteps; for a bare denoiser it is read from the timestep's value
+            (one host synchronisation a forward on a GPU). An attention mask is read once a forward, which waits for the GPU too.
         blocks: which transformer blocks run it, such as "2:". Default: what the preset or config says, otherwise ":".
         strict: raise ``FallbackError`` instead of falling back to dense where a call cannot run the method.
         fuse: run norms, rotary embedding, modulation and gates in exact fused kernels where the model's family has them and they

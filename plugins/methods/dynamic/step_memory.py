@@ -6,11 +6,13 @@
 
 Branches are told apart by their order, which every pipeline keeps; where their number changes, guidance came or went, and what
 had been kept is forgotten as soon as that shows, at the step after. The two denoisers of a pipeline each have a state of their
-own. After the last forward of a run nothing is kept: maps are large, and the VAE comes next.
+own; one that has had its part of the run is forgotten while the other runs. After the last forward of a run nothing is kept: maps
+are large, and the VAE comes next.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 MAX_KEPT = 4096  # dictionaries; ever new shapes within one run would pile up
@@ -42,17 +44,33 @@ class Memories:
             self._step = step
             self.tick += 1
             self.branch = 0
+        self._forget_others(behind=2)  # by one step they may be: two denoisers that take turns within a step
 
     def end(self, last: bool) -> None:
         """A forward is over; last: of a run's last step."""
-        if last and self.branch + 1 == self._branches:
+        if not last:
+            return
+        self._forget_others(behind=1)
+        if self.branch + 1 == self._branches:
             self.forget()
+        else:  # in a run of one step, nobody knows whether another branch follows; this one is read no more
+            for key in [key for key in self._kept if key[0] == self.branch]:
+                del self._kept[key]
+
+    def _forget_others(self, behind: int) -> None:
+        """Forget what other denoisers keep whose last forward was ``behind`` steps ago or earlier in this run."""
+        if self._run is None or self._step is None:
+            return
+        for other in list(_keeping):
+            if other is not self and other._run is self._run and (other._step or 0) + behind <= self._step:
+                other.forget()
 
     def forget(self) -> None:
         """Begin anew."""
         self.tick = self.branch = 0
         self._step = self._run = self._branches = None
         self._kept.clear()
+        _keeping.discard(self)
 
     def of(self, *call: Any) -> dict[str, Any]:
         """The memory of a call in the branch under way. call: the layer, and all that the shape of its memory depends on."""
@@ -63,7 +81,11 @@ class Memories:
             if len(self._kept) >= MAX_KEPT:
                 del self._kept[next(iter(self._kept))]
             self._kept[key] = {}
+            _keeping.add(self)
         return self._kept[key]
 
     def __len__(self) -> int:
         return len(self._kept)
+
+
+_keeping: weakref.WeakSet[Memories] = weakref.WeakSet()  # those that may hold anything

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -52,6 +53,15 @@ class Position(NamedTuple):
     run: Any = None  # the run's timesteps: another run has another object. None: unknown
 
 
+class _Run(threading.local):
+    """The run that a thread's last forward was in: its timesteps, the first step of it, and its timesteps on the host."""
+
+    def __init__(self) -> None:
+        self.timesteps: Any = None
+        self.first = 0
+        self.values: list[float] | None = None
+
+
 class StepIndex:
     """Tells where a denoiser's forwards are.
 
@@ -63,9 +73,7 @@ class StepIndex:
     def __init__(self, pipe: Callable[[], Any], denoiser: nn.Module) -> None:
         self.pipe = pipe
         self._denoiser = weakref.ref(denoiser)
-        self._run: Any = None
-        self._first = 0  # the first step of that run
-        self._values: list[float] | None = None  # its timesteps on the host, where a value had to be searched
+        self._run = _Run()
         self._told = False  # whether it has been said that a step could not be found
 
     def of(self, timestep: torch.Tensor) -> Position:
@@ -77,12 +85,13 @@ class StepIndex:
         timesteps = getattr(scheduler, "timesteps", None)
         if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1:
             return by_noise_level(timestep)
-        new = timesteps is not self._run
+        run = self._run
+        new = timesteps is not run.timesteps
         if new:
-            self._run, self._values = timesteps, None
+            run.timesteps, run.values = timesteps, None
         step = self._step(timestep, timesteps, scheduler, running)
         if step is None:
-            self._run = None
+            run.timesteps = None
             if running is not None and not self._told:
                 self._told = True
                 warnings.warn(
@@ -92,10 +101,10 @@ class StepIndex:
                 )
             return by_noise_level(timestep)
         if new:
-            self._first = step
+            run.first = step
         # How many of the timesteps the pipeline runs, where it says so: denoising may end before they do (SDXL's denoising_end).
         count = timesteps_to_run(running) or len(timesteps)
-        return Position(step, len(timesteps), step + 1 in (len(timesteps), self._first + count), timesteps)
+        return Position(step, len(timesteps), step + 1 in (len(timesteps), run.first + count), timesteps)
 
     def _step(self, timestep: torch.Tensor, timesteps: torch.Tensor, scheduler: Any, running: Any) -> int | None:
         current = current_timestep(running)
@@ -128,9 +137,9 @@ class StepIndex:
         return step
 
     def _on_host(self, timesteps: torch.Tensor) -> list[float]:
-        if self._values is None:
-            self._values = [float(value) for value in timesteps.tolist()]
-        return self._values
+        if self._run.values is None:
+            self._run.values = [float(value) for value in timesteps.tolist()]
+        return self._run.values
 
     def _search(self, timestep: torch.Tensor, timesteps: torch.Tensor) -> int | None:
         """The step with the timestep nearest to this one, or None if none is near. Of equal ones the last."""

@@ -6,6 +6,7 @@
 import functools
 import gc
 import inspect
+import threading
 import weakref
 from typing import Any
 
@@ -299,7 +300,7 @@ def test_timesteps_that_are_copied(model, places, name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_nothing_is_kept_after_a_run(model, name, guided):
     pipe = tilewise.patch(Loop(model, scheduler_of(name)), KEEPS, steps=(0, 1), strict=True)
-    memories, most = model._tilewise.step._memories, []
+    memories, most = model._tilewise.state.memories, []
     handle = model.register_forward_hook(lambda *args: most.append(len(memories)))
     try:
         for steps, strength in (
@@ -317,14 +318,14 @@ def test_nothing_is_kept_after_a_run(model, name, guided):
 def test_nothing_is_kept_where_denoising_ends_early(model):
     pipe = tilewise.patch(Loop(model, DDIMScheduler()), KEEPS, steps=(0, 1), strict=True)
     pipe(8, end=0.75)
-    assert len(model._tilewise.step._memories) == 0
+    assert len(model._tilewise.state.memories) == 0
 
 
 def test_a_denoiser_that_has_had_its_part_keeps_nothing():
     """Wan 2.2's two denoisers share one run."""
     pipe = tiny_wan.tiny_pipeline(boundary_ratio=0.9, num_layers=1)
     tilewise.patch(pipe, KEEPS, steps=(0, 1), strict=True)
-    first, second = (m._tilewise.step._memories for m in (pipe.transformer, pipe.transformer_2))
+    first, second = (m._tilewise.state.memories for m in (pipe.transformer, pipe.transformer_2))
     seen = []
 
     def look(pipe, step, timestep, tensors):
@@ -446,12 +447,10 @@ def stable_diffusion(kind, scheduler):
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("kind", [DDIMScheduler, PNDMScheduler, HeunDiscreteScheduler])
-def test_stable_diffusion(kind, strength, places, monkeypatch):
-    monkeypatch.setattr("tilewise.plugins.runtime.forward_state.MIN_OWN_TOKENS", 1)
-    monkeypatch.setattr("tilewise.plugins.explain.MIN_OWN_TOKENS", 1)
+def test_stable_diffusion(kind, strength, places):
     cls = StableDiffusionPipeline if strength == 1 else StableDiffusionImg2ImgPipeline
     options = {"skip_prk_steps": True} if kind is PNDMScheduler else {}
-    pipe = tilewise.patch(stable_diffusion(cls, kind(**options)), SMALL)
+    pipe = tilewise.patch(stable_diffusion(cls, kind(**options)), SMALL, min_tokens=0)
     call = {"height": 16, "width": 16} if strength == 1 else {"image": torch.zeros(1, 3, 16, 16), "strength": strength}
     told = tilewise.explain(pipe, height=16, width=16, num_frames=1, num_inference_steps=8, strength=strength)
     embeds = torch.zeros(1, 5, 32)
@@ -520,6 +519,30 @@ def test_the_innermost_pipeline_counts(model, places):
 
     wan(outer, 2, callback_on_step_end=call)
     assert places == [(0, 2)] * 2 + [(0, 3), (1, 3), (2, 3)] + [(1, 2)] * 2
+
+
+def test_two_threads_run_one_denoiser(model, monkeypatch):
+    """Each has a pipeline of its own; both search for a timestep at the same moment."""
+    at, seen, barrier = step_index.StepIndex(lambda: None, model), {}, threading.Barrier(2)
+    search = step_index.StepIndex._search
+
+    def together(self, *args):
+        barrier.wait(20)
+        return search(self, *args)
+
+    def place(module, args):
+        seen.setdefault(threading.get_ident(), []).append(at.of(args[1])[:2])
+
+    monkeypatch.setattr(step_index.StepIndex, "_search", together)
+    handle = model.register_forward_pre_hook(place)
+    pipes = [Loop(model, DDIMScheduler(num_train_timesteps=n), copies=True) for n in (1000, 600)]
+    threads = [threading.Thread(target=pipe, args=(6,), kwargs={"guided": False}) for pipe in pipes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    assert list(seen.values()) == [[(step, 6) for step in range(6)]] * 2
 
 
 @pytest.mark.parametrize("wrapped", ["compiled", "in another module"])

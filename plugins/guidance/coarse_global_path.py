@@ -44,7 +44,7 @@ class CoarsePath:
         original: Any = processor.original
         dispatch = functools.partial(self._dispatch, processor.number)
         hidden = args[0] if args else kwargs["hidden_states"]
-        if processor.fused is not None and self.patch.fused_here(hidden):
+        if processor.fused is not None and self.patch.calls.fused_here(hidden):
             out = processor.fused(original, dispatch, module, *args, **kwargs)
             if out is not None:
                 return out

@@ -10,21 +10,22 @@ steps only run the kernel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
-from tilewise.kernels.attention.dispatch import Choice, block_sparse_attention
+from tilewise.kernels.attention.dispatch import DTYPES, available_backends, block_sparse_attention
 from tilewise.kernels.device import capturing
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import FallbackError, TilewiseError
-from tilewise.plugins.masks.padding_mask import Group
 from tilewise.plugins.methods.base import DynamicMethod, Planned
 from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime import dense_backend
 from tilewise.plugins.runtime.attention_request import AttentionRequest
+from tilewise.plugins.runtime.call_planner import CallPlanner, Prepared, backend_names, ordered, with_text_of
 from tilewise.plugins.runtime.call_stats import (
     DENSE_LAYER,
     DENSE_STEP,
@@ -43,7 +44,6 @@ from tilewise.plugins.runtime.sparse_call import (
     PRECISIONS,
     QKV,
     Part,
-    choose,
     mean_density,
     measured,
     run_parts,
@@ -54,38 +54,19 @@ MAX_PREPARED = 64  # they hold plans
 Stock = Callable[..., torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What one sparse call runs by.
-
-    layout: the token order of its queries and keys. order: (permutation, inverse) into it, where a layer reorders by itself.
-    groups: of samples, by the tokens that the mask leaves them. parts: their static plans; None: planned at each call.
-    kind, density: what the call counts as; None: known when it has run.
-    """
-
-    layout: Layout
-    order: Order | None
-    groups: list[Group]
-    scale: float | None
-    parts: list[Part] | None = None
-    kind: CallKind | None = None
-    density: float | None = None
-
-
 class AttentionCalls:
     """Answers the attention calls of one denoiser; what its processors are given as their patch.
 
     Attributes:
         removed: whether the patch is off. ticket, tracing: for torch.compile, see ``custom_ops.py`` and ``TilewiseProcessor``.
-        fused_here: whether the family's fused kernels may run on hidden states like the argument.
     """
 
-    def __init__(self, state: ForwardState, ticket: torch.Tensor, fused_here: Callable[[torch.Tensor], bool]) -> None:
+    def __init__(self, state: ForwardState, ticket: torch.Tensor) -> None:
         self.state = state
+        self.planner = CallPlanner(state)
         self.removed = False
         self.ticket = ticket
         self.tracing: Any = None
-        self.fused_here = fused_here
         self._prepared = LRU(MAX_PREPARED)
 
     def answer(self, number: int, request: AttentionRequest, stock: Stock) -> torch.Tensor:
@@ -128,82 +109,20 @@ class AttentionCalls:
         if forward.refused is not None:
             return CallKind(FALLBACK, reason=forward.refused)
         if request.attn_mask is not None or self.state.guide is not None:
-            return self._find(layer, request)
+            return self.planner.prepare(layer, request)
         # Strides too: some kernels take some layouts in memory alone.
         shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
         known = (forward.grid, forward.layout, layer.downsample, shapes, query.dtype, key.dtype, value.dtype, query.device,
                  request.dropout_p, request.is_causal, request.scale, request.fused)  # fmt: skip
         found = self._prepared.get(known)
-        return self._prepared.lookup(known, lambda: self._find(layer, request)) if found is None else found
-
-    def _find(self, layer: AttentionLayer, request: AttentionRequest) -> Prepared | CallKind:
-        state, method = self.state, self.state.config.method
-        layout = self._layout(layer, request)
-        if isinstance(layout, CallKind):
-            return layout
-        query = request.query
-        if isinstance(method, DynamicMethod) and (short := method.stays_dense(query.shape[1], query.device)):
-            return CallKind(SHORT, reason=short)
-        reason = _refusal(layout, request)
-        if reason is None and isinstance(method, DynamicMethod):
-            reason = method.refuses_call(layout)
-        groups = reason or state.forward.masks.groups(request.attn_mask, layout.grid, query)
-        if isinstance(groups, str):
-            return CallKind(FALLBACK, reason=groups)
-        order = state.plans.order(layout, query.device) if layer.downsample is not None else None
-        prepared = Prepared(layout, order, groups, self._scale(layout, request))
-        if isinstance(method, DynamicMethod) or (state.guide is not None and layout.grid.text):
-            return prepared
-        whole = _ordered(request, order)
-        taken: list[Any] = [group.take(*whole) for group in groups]
-        layouts = [layout.with_text(group.text) for group in groups]
-        planned = [Planned(state.plans.plan(own, query.shape[2], query.device)) for own in layouts]
-        try:
-            chosen, in_16_bits = self._chosen(taken, planned)
-        except UnsupportedPlanError as error:
-            return CallKind(FALLBACK, reason=str(error))
-        parts = [Part(*each) for each in zip(groups, layouts, planned, chosen, strict=True)]
-        kind = CallKind(SPARSE, _names(chosen), in_16_bits, request.fused)
-        return replace(prepared, parts=parts, kind=kind, density=mean_density(parts, query.shape[0]))
-
-    def _layout(self, layer: AttentionLayer, request: AttentionRequest) -> Layout | CallKind:
-        """The token order of a call; or what it counts as, where there is none."""
-        forward, config = self.state.forward, self.state.config
-        own = layer.downsample is not None  # a map of its own, which it reorders at each call
-        if own:
-            assert forward.grid is not None
-            layout = config.method.layout(layer.grid(forward.grid))
-        else:
-            layout = _with_text_of(forward.layout, request)
-        if layout is None:
-            return CallKind(DENSE_LAYER)
-        short = config.too_few(request.query.shape[1], own)
-        return layout if short is None else CallKind(SHORT, reason=short)
-
-    def _scale(self, layout: Layout | None, request: AttentionRequest) -> float | None:
-        """The attention scale of the method, or else the call's own."""
-        chosen = None if layout is None else self.state.config.method.scale(layout, request.query.shape[-1])
-        return request.scale if chosen is None else chosen
-
-    def _chosen(self, taken: list[QKV], planned: list[Planned]) -> tuple[list[Choice], str]:
-        """What runs each plan, and why not in the 8 bits that were asked for.
-
-        Raises:
-            UnsupportedPlanError: where nothing may.
-        """
-        config = self.state.config
-        found = [choose(qkv, p.plan, config.precision) for qkv, p in zip(taken, planned, strict=True)]
-        in_16_bits = next((why for _, why in found if why), "")
-        if in_16_bits and config.strict:
-            raise UnsupportedPlanError(in_16_bits)
-        return [choice for choice, _ in found], in_16_bits
+        return self._prepared.lookup(known, lambda: self.planner.prepare(layer, request)) if found is None else found
 
     # ── sparse ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _sparse(self, number: int, prepared: Prepared, request: AttentionRequest) -> torch.Tensor | CallKind:
         """The output; or what the call counts as, where no kernel takes it."""
         state, order = self.state, prepared.order
-        whole = (request.query, request.key, request.value) if order is None else _ordered(request, order)
+        whole = (request.query, request.key, request.value) if order is None else ordered(request, order)
         try:
             with state.call_stats.record(number, prepared.kind, request.query, request.key) as call:
                 call.density = prepared.density
@@ -248,14 +167,14 @@ class AttentionCalls:
             ]
         else:
             planned = [Planned(state.plans.plan(own, query.shape[2], query.device)) for own in layouts]
-        chosen, in_16_bits = self._chosen(taken, planned)
+        chosen, in_16_bits = self.planner.choose_backends(taken, planned)
         parts = [Part(*each) for each in zip(groups, layouts, planned, chosen, strict=True)]
         out = self._run(number, parts, whole, scale)
         if isinstance(method, DynamicMethod):
             call.values = measured(parts, query.shape[0])
         else:
             call.density = mean_density(parts, query.shape[0])
-        call.kind = CallKind(SPARSE, _names(chosen), in_16_bits, fused)
+        call.kind = CallKind(SPARSE, backend_names(chosen), in_16_bits, fused)
         return out
 
     def _plan_call(self, number: int, place: int, layout: Layout, qkv: QKV, scale: float | None) -> Planned:
@@ -282,7 +201,7 @@ class AttentionCalls:
             if out is not None:
                 self._observe(number, kind.kind, request.qkv)
                 return out
-        mask, layout = request.attn_mask, _with_text_of(forward.layout, request)
+        mask, layout = request.attn_mask, with_text_of(forward.layout, request)
         if state.layers[number].downsample is None and layout is not None and mask is not None:
             mask = _reorder_mask(mask, layout, state.plans.order(layout, mask.device))
         with state.call_stats.record(number, kind, request.query, request.key):
@@ -301,8 +220,8 @@ class AttentionCalls:
     ) -> tuple[CallKind, AttentionRequest]:
         """What a global path's call counts as, and the call with the method's scale. What its text gives is handed on."""
         state = self.state
-        layout = _with_text_of(state.forward.layout, request) if layer.downsample is None else None
-        request = request.replace(scale=self._scale(layout, request))
+        layout = with_text_of(state.forward.layout, request) if layer.downsample is None else None
+        request = request.replace(scale=self.planner.scale(layout, request))
         guide = state.guide if layer.block in state.selected else None
         if guide is not None and (state.forward.runs or guide.keeps) and layout is not None and layout.grid.text:
             groups = state.forward.masks.groups(request.attn_mask, layout.grid, request.query)
@@ -317,7 +236,7 @@ class AttentionCalls:
         alone = layout.with_text(0)
         plan = self.state.plans.plan(alone, query.shape[2], query.device)
         pictures = pictures_of(layout, groups, taken)
-        (choice,), in_16_bits = self._chosen(pictures[:1], [Planned(plan)])
+        (choice,), in_16_bits = self.planner.choose_backends(pictures[:1], [Planned(plan)])
         out = attend_guided(layout, groups, taken, pictures, whole, plan, choice, told, prepared.scale)
         call.density = guided_density(layout, groups, plan, query)
         call.kind = CallKind(SPARSE, choice.backend, in_16_bits)
@@ -336,50 +255,17 @@ class AttentionCalls:
         for observer in list(state.observers):
             observer(observed)
 
+    def fused_here(self, x: torch.Tensor) -> bool:
+        """Whether the family's fused kernels may run on ``x``: wanted, a GPU that Triton serves, no gradients."""
+        if not x.is_cuda or not self.state.config.fuse or torch.is_grad_enabled() or x.dtype not in DTYPES:
+            return False
+        return _triton_runs(x.device)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise TilewiseError(
             f"{self.state.name} is patched: a copy of one of its modules would share its hooks. Copy the whole denoiser or "
             "pipeline, which gives a patched copy, or call tilewise.unpatch before copying"
         )
-
-
-def _names(chosen: list[Choice]) -> str:
-    return ", ".join(dict.fromkeys(choice.backend for choice in chosen))
-
-
-def _ordered(request: AttentionRequest, order: Order | None) -> QKV:
-    """Query, key and value in a layer's own token order."""
-    if order is None:
-        return request.qkv
-    there = order[0]
-    return (
-        request.query.index_select(1, there),
-        request.key.index_select(1, there),
-        request.value.index_select(1, there),
-    )
-
-
-def _with_text_of(layout: Layout | None, request: AttentionRequest) -> Layout | None:
-    """The layout in force for a call over the video tokens and only some of the text, in the same order.
-
-    For blocks with an attention over the image alone beside the joint one, and refiners that run before the text is joined.
-    """
-    queries, keys = request.query.shape[1], request.key.shape[1]
-    if layout is None or not layout.grid.video <= queries == keys < layout.grid.tokens:
-        return layout
-    return layout.with_text(queries - layout.grid.video)
-
-
-def _refusal(layout: Layout, request: AttentionRequest) -> str | None:
-    """Why an attention call cannot run sparse although step and layer should, whatever its mask, or None."""
-    tokens, queries, keys = layout.grid.tokens, request.query.shape[1], request.key.shape[1]
-    if queries != tokens or keys != tokens:
-        return f"{queries} queries and {keys} keys are not the {tokens} tokens of the grid {layout.grid}"
-    if request.is_causal:
-        return "the call is causal"
-    if request.dropout_p:
-        return "the call has dropout"
-    return None
 
 
 def _reorder_mask(mask: torch.Tensor, layout: Layout, order: Order) -> torch.Tensor:
@@ -388,3 +274,14 @@ def _reorder_mask(mask: torch.Tensor, layout: Layout, order: Order) -> torch.Ten
         if mask.ndim >= -dim and mask.shape[dim] == layout.grid.tokens:
             mask = mask.index_select(dim, order[0])
     return mask
+
+
+@torch.compiler.assume_constant_result
+def _triton_runs(device: torch.device) -> bool:
+    """Whether Triton kernels run on a device: they are what families fuse with."""
+    return _find_triton(device)
+
+
+@cache
+def _find_triton(device: torch.device) -> bool:
+    return any(name == "triton" and usable for name, usable, _ in available_backends(device))

@@ -31,9 +31,8 @@ class Calls(Protocol):
     def answer(self, number: int, request: AttentionRequest, stock: Callable[..., torch.Tensor]) -> torch.Tensor:
         """The output of one attention call of layer ``number``; ``stock``: what would answer it without the patch."""
 
-    @property
-    def fused_here(self) -> Callable[[torch.Tensor], bool]:
-        """Whether the family's fused kernels may run on hidden states like the argument."""
+    def fused_here(self, x: torch.Tensor) -> bool:
+        """Whether the family's fused kernels may run on hidden states like ``x``."""
 
 
 def why_not(processor: Any) -> str | None:
@@ -141,7 +140,10 @@ class TilewiseProcessor(StandIn):
     def answer(self, request: AttentionRequest) -> torch.Tensor:
         """Answer one attention call now."""
         out = self.calls.answer(self.number, request, self.stock)
-        return ForwardOnly.apply(out.detach(), *request.qkv) if request.needs_gradients() else out
+        qkv = request.query, request.key, request.value
+        if torch.is_grad_enabled() and (qkv[0].requires_grad or qkv[1].requires_grad or qkv[2].requires_grad):
+            return ForwardOnly.apply(out.detach(), *qkv)
+        return out
 
     # What an operator cannot carry, a processor's own options or a device mesh, costs a graph break.
     answer_outside_graph = torch.compiler.disable(answer)

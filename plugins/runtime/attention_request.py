@@ -41,7 +41,3 @@ class AttentionRequest:
     def replace(self, **changes: Any) -> AttentionRequest:
         """The same request with some fields changed."""
         return dataclasses.replace(self, **changes)
-
-    def needs_gradients(self) -> bool:
-        """Whether autograd would record this call."""
-        return torch.is_grad_enabled() and any(x.requires_grad for x in self.qkv)

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tilewise.kernels.device import capturing
-
 SPARSE, DENSE_STEP, DENSE_LAYER, FALLBACK = "sparse", "dense step", "dense layer", "fallback"
 GLOBAL_PATH = "global path"  # beside a sparse path through the same layer
 SHORT = "short"  # dense on purpose, as the method would not be faster over so few tokens
@@ -184,7 +182,8 @@ class CallStats:
         """
         call = Call(kind)
         device = query.device
-        on_gpu, captured = device.type == "cuda", capturing(device)
+        on_gpu = device.type == "cuda"
+        captured = on_gpu and torch.cuda.is_current_stream_capturing()
         begin = time.perf_counter()
         start = end = None
         if on_gpu and not captured:

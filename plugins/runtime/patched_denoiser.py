@@ -6,13 +6,11 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from tilewise.kernels.attention.dispatch import DTYPES, available_backends
 from tilewise.plugins.config import Config, select_blocks
 from tilewise.plugins.diffusers_compat import is_sharded
 from tilewise.plugins.errors import FallbackError, TilewiseError
@@ -48,7 +46,7 @@ class Patch:
         self.state = ForwardState(name, config, StepIndex(owner, denoiser), self.layers, selected, self.reorders)
         self.handle = custom_ops.handle_for(self.state)
         self._resting = custom_ops.new_ticket()
-        self.calls = AttentionCalls(self.state, self._resting, self.fused_here)
+        self.calls = AttentionCalls(self.state, self._resting)
         self._classes: dict[type, type[TilewiseProcessor]] = {}  # by the class that they stand in for
         self._handles: list[Any] = []
         self._raster: dict[str, list[Any]] = {}  # of layers left alone: what gives them the model's own order
@@ -72,7 +70,7 @@ class Patch:
             self._handles.append(denoiser.register_forward_hook(self._after, always_call=True))
             self._handles += self.family.reorder_hooks(denoiser, self)
             if self.config.fuse:
-                self._handles += self.family.fuse(denoiser, self)
+                self._handles += self.family.fuse(denoiser, self.calls)
         except BaseException:
             self._take_off()
             raise
@@ -202,12 +200,6 @@ class Patch:
             return x
         return x.index_select(dim, self.state.indices(x.shape[dim], x.device, inverse))
 
-    def fused_here(self, x: torch.Tensor) -> bool:
-        """Whether the family's fused kernels may run on ``x``: wanted, a GPU that Triton serves, no gradients."""
-        if not self.config.fuse or torch.is_grad_enabled() or x.dtype not in DTYPES:
-            return False
-        return x.is_cuda and _triton_runs(x.device)
-
 
 def _reference(pipe: Any) -> Callable[[], Any]:
     """Gives ``pipe`` for as long as there is one. A patch must not keep a pipeline alive, if that can be helped."""
@@ -222,14 +214,3 @@ def _set_processor(module: Any, processor: Any) -> None:
         module.set_processor(processor)
     else:  # Mochi's attention has a processor, but no such method
         module.processor = processor
-
-
-@torch.compiler.assume_constant_result
-def _triton_runs(device: torch.device) -> bool:
-    """Whether Triton kernels run on a device: they are what families fuse with."""
-    return _find_triton(device)
-
-
-@cache
-def _find_triton(device: torch.device) -> bool:
-    return any(name == "triton" and usable for name, usable, _ in available_backends(device))

@@ -32,7 +32,7 @@ def calls_over(grid: Grid, heads: int = 2) -> AttentionCalls:
     steps = StepIndex(lambda: None, layer.module)
     state = ForwardState("transformer", resolve(STA, steps=(0, 1)), steps, [layer], {0}, True)
     state.begin(grid, torch.tensor(0))
-    return AttentionCalls(state, torch.tensor(0), lambda x: False)
+    return AttentionCalls(state, torch.tensor(0))
 
 
 def attend(calls: AttentionCalls, q, k, v, mask):

@@ -30,7 +30,7 @@ import tilewise
 from tilewise.plugins.hooks.forward_override import override_forward
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.models.fused.wan import fuse_blocks, wan_self_attention
-from tilewise.plugins.runtime.patched_denoiser import Patch
+from tilewise.plugins.runtime.attention_call import AttentionCalls
 
 GRID = (5, 8, 8)
 SEQUENCE = 5 * 8 * 8
@@ -576,7 +576,7 @@ def test_blocks_share_one_compiled_graph():
 @pytest.mark.parametrize("options", [{}, {"expand_timesteps": True}, {"boundary_ratio": 0.8}], ids=str)
 def test_a_patched_pipeline(options, monkeypatch):
     """The whole pipeline, reordered into tiles with a full window, with fused kernels throughout."""
-    monkeypatch.setattr(Patch, "fused_here", lambda self, x: self.config.fuse)
+    monkeypatch.setattr(AttentionCalls, "fused_here", lambda self, x: self.state.config.fuse)
     pipe = tiny_wan.tiny_pipeline(**options)
 
     def latents():

@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 
 import tilewise
 from tilewise.plugins.runtime import custom_ops as operators
+from tilewise.plugins.runtime.attention_call import AttentionCalls, _triton_runs
 from tilewise.plugins.runtime.call_stats import DENSE_LAYER, DENSE_STEP, FALLBACK, SPARSE
-from tilewise.plugins.runtime.patched_denoiser import Patch, _triton_runs
 
 pytestmark = pytest.mark.compile
 
@@ -237,7 +237,7 @@ def test_the_familys_fused_code_stands_in_and_is_counted(model, how, monkeypatch
     tilewise.patch(model, "dense")
     assert torch.equal(model(*STEPS[2]).sample, stock)  # not on a CPU by itself
     assert tilewise.summary(model).fused_calls == 0
-    monkeypatch.setattr(Patch, "fused_here", lambda self, x: self.config.fuse)
+    monkeypatch.setattr(AttentionCalls, "fused_here", lambda self, x: self.state.config.fuse)
     call = model if how is None else compiled(model, how, "eager")
     torch.testing.assert_close(call(*STEPS[2]).sample, stock, atol=1e-4, rtol=1e-4)
     tilewise.patch(model, "dense", steps=(0.25, 1))
@@ -267,7 +267,7 @@ def test_a_processor_of_another_kind_keeps_its_own_code(model, how, monkeypatch)
     """The fused code stands for exactly the stock processor."""
     model.blocks[1].attn1.set_processor(Doubling())
     stock = model(*STEPS[2]).sample
-    monkeypatch.setattr(Patch, "fused_here", lambda self, x: True)
+    monkeypatch.setattr(AttentionCalls, "fused_here", lambda self, x: True)
     tilewise.patch(model, "dense", steps=(0, 1))
     call = model if how is None else compiled(model, how, "eager")
     torch.testing.assert_close(call(*STEPS[2]).sample, stock, atol=1e-4, rtol=1e-4)

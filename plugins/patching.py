@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
@@ -24,7 +23,7 @@ from tilewise.plugins.diffusers_compat import unwrapped
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.common.registry import attention_layers, family_of, supported_models
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
-from tilewise.plugins.torch_compat import is_compiled_module, runs_compiled
+from tilewise.plugins.torch_compat import forget_compiled, is_compiled_module, runs_compiled
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 T = TypeVar("T")
@@ -60,17 +59,6 @@ def _find_denoisers(target: Any) -> dict[str, nn.Module]:
     if isinstance(target, nn.Module) and (not denoisers or family_of(unwrapped(target)) is not None):
         denoisers = {"denoiser": unwrapped(target)}
     return denoisers
-
-
-def _forget_compiled(target: Any, denoisers: dict[str, nn.Module]) -> None:
-    """Drop compiled code of the denoisers where there may be some: it does not look for hooks that come or go later.
-
-    Found are ``torch.compile(module)`` on the target, ``module.compile()`` and a compiled ``forward`` of any submodule, blocks
-    compiled one by one among them. What cannot be seen from here, such as a compiled function that calls a denoiser, is made
-    anew by itself: compiled code goes by the class of the attention processors, which is another one in each patch.
-    """
-    if any(is_compiled(target, name, denoiser) for name, denoiser in denoisers.items()):
-        torch.compiler.reset()
 
 
 def is_compiled(target: Any, name: str, denoiser: nn.Module) -> bool:
@@ -137,7 +125,8 @@ def patch(
         for name, old in previous.items():
             Patch(name, denoisers[name], target, old)
         raise
-    _forget_compiled(target, denoisers)
+    for denoiser in denoisers.values():  # compiled code does not look for hooks that come or go
+        forget_compiled(denoiser)
     return target
 
 
@@ -160,9 +149,8 @@ def unpatch(target: T) -> T:
     denoisers = _find_denoisers(target)
     on = [denoiser for denoiser in denoisers.values() if ATTRIBUTE in denoiser.__dict__]
     for denoiser in on:
+        forget_compiled(denoiser)  # before, as the patch's own hooks may be compiled too
         denoiser.__dict__[ATTRIBUTE].remove(denoiser)
-    if on:
-        _forget_compiled(target, denoisers)
     return target
 
 

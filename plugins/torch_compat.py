@@ -6,6 +6,11 @@ Seen in PyTorch 2.13; pyproject.toml has no upper bound, as these have been the 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -42,6 +47,37 @@ def runs_compiled(module: nn.Module) -> bool:
     an earlier patch may go on running after ``patch`` and ``unpatch``."""
     forward = module.__dict__.get("forward")
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
+
+
+def forget_compiled(denoiser: nn.Module) -> None:
+    """Drop compiled code of a module and everything in it, but of nothing else in the process.
+
+    torch.compile keeps compiled code by the code object that it was made from, and drops it for one of these with
+    ``torch._C._dynamo.eval_frame.reset_code``. Code objects belong to classes, so other models of the same class compile again
+    too. Without that function ``torch.compiler.reset()`` drops everything.
+    """
+    reset = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    reset_code = getattr(reset, "reset_code", None)
+    if reset_code is None:
+        torch.compiler.reset()
+        return
+    for code in set(_code_of(denoiser)):
+        reset_code(code)
+
+
+def _code_of(denoiser: nn.Module) -> Iterator[CodeType]:
+    """The code objects that a call of a module may enter first: forwards, and hooks around them."""
+    for module in denoiser.modules():
+        functions: list[Any] = [type(module).forward, module.__dict__.get("forward")]
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            functions += getattr(module, name).values()
+        for function in functions:
+            while isinstance(function, functools.partial):
+                function = function.func
+            function = getattr(function, "_torchdynamo_orig_callable", function)
+            code = getattr(getattr(function, "__func__", function), "__code__", None)
+            if isinstance(code, CodeType):
+                yield code
 
 
 def version_of(x: torch.Tensor) -> int | None:

@@ -132,9 +132,13 @@ def groups_of(visible: torch.Tensor, grid: Grid, device: torch.device) -> list[G
 
 
 class Masks:
-    """The masks of one forward: models hand one to all layers, and each is read once."""
+    """The masks of one forward: models hand one to all layers, and each is read once.
 
-    def __init__(self) -> None:
+    made_per_layer: each layer makes its own mask from what the forward was given, so that all masks of a shape are equal.
+    """
+
+    def __init__(self, made_per_layer: bool = False) -> None:
+        self.made_per_layer = made_per_layer
         self._read: dict[tuple, tuple[torch.Tensor, list[Group] | str]] = {}
 
     def clear(self) -> None:
@@ -146,7 +150,7 @@ class Masks:
             return [Group(None, None, grid.text)]
         # By where it lies, not by its identity: a compiled model's operators get a new object at each call. The mask is kept with
         # its entry, so that the allocator puts nothing else there before the forward ends.
-        where = (mask.data_ptr(), mask.dtype, tuple(mask.shape), mask.stride())
+        where = (0 if self.made_per_layer else mask.data_ptr(), mask.dtype, tuple(mask.shape), mask.stride())
         if where not in self._read:
             if capturing(mask.device):
                 return "the call has an attention mask, which cannot be read while a CUDA graph is being captured"

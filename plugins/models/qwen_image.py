@@ -28,6 +28,7 @@ MAX_TEXT = 512  # the pipelines' max_sequence_length; they pad prompts to the lo
 class QwenImageFamily(Family):
     name = "qwen_image"
     classes: tuple[str, ...] = ("QwenImageTransformer2DModel",)
+    masks_per_layer = True
     streams: ClassVar = {
         "QwenImageTransformer2DModel": Streams(("transformer_blocks",), text=1, joint=True, text_first=True)
     }

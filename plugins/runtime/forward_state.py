@@ -42,13 +42,13 @@ class Forward(threading.local):
         step: of the denoising schedule, if anybody wants to know it. is_last: whether it is the last of its run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, masks_per_layer: bool) -> None:
         self.grid: Grid | None = None
         self.layout: Layout | None = None
         self.runs = False
         self.refused: str | None = None
         self.global_path = False
-        self.masks = Masks()
+        self.masks = Masks(masks_per_layer)
         self.step: int | None = None
         self.is_last = False
 
@@ -61,6 +61,7 @@ class ForwardState:
         steps: tells which step a forward is.
         layers, selected: the self-attention layers, and the numbers of the blocks that run the method.
         reorders: whether any forward may reorder tokens.
+        masks_per_layer: see ``Family.masks_per_layer``.
 
     Attributes:
         grid: of the last forward. forward: what the one under way goes by. call_stats: what every attention call did.
@@ -76,6 +77,7 @@ class ForwardState:
         layers: list[AttentionLayer],
         selected: set[int],
         reorders: bool,
+        masks_per_layer: bool = False,
     ) -> None:
         self.name = name
         self.config = config
@@ -85,7 +87,7 @@ class ForwardState:
         self.selected = selected
         self.reorders = reorders
         self.grid: Grid | None = None
-        self.forward = Forward()
+        self.forward = Forward(masks_per_layer)
         self.call_stats = CallStats()
         self.plans = PlanCache(name, config.method)
         self.observers: list[Observer] = []

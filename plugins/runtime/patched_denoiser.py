@@ -43,7 +43,9 @@ class Patch:
         one_sequence = any(layer.downsample is None for layer in self.layers)
         self.reorders = bool(selected) and one_sequence and not isinstance(config.method, Dense)
         owner = _reference(pipe) if pipe is not denoiser else lambda: None
-        self.state = ForwardState(name, config, StepIndex(owner, denoiser), self.layers, selected, self.reorders)
+        self.state = ForwardState(
+            name, config, StepIndex(owner, denoiser), self.layers, selected, self.reorders, family.masks_per_layer
+        )
         self.handle = custom_ops.handle_for(self.state)
         self._resting = custom_ops.new_ticket()
         self.calls = AttentionCalls(self.state, self._resting)

@@ -109,6 +109,9 @@ class Family(ABC):
     name: str
     classes: tuple[str, ...]  # class names of the denoisers
     streams: ClassVar[Mapping[str, Streams]] = {}  # by class name: the denoisers that ``two_paths`` can run
+    # Whether each layer makes its attention mask anew from what the forward was given: masks of one shape are then equal within a
+    # forward, and one of them is read, not one a layer.
+    masks_per_layer: ClassVar[bool] = False
 
     @abstractmethod
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:

@@ -126,3 +126,16 @@ def test_explain():
     assert row.grid == "1×9×11 + 512 text"
     with pytest.raises(ConfigError, match="width=100 must be a multiple of 16, the nearest is 96"):
         tilewise.explain(pipe, height=144, width=100, num_frames=1, method="sta")
+
+
+def test_one_mask_is_read_a_forward_although_each_layer_makes_its_own(model, monkeypatch):
+    """Reading a mask waits for the GPU."""
+    from tilewise.plugins.masks import padding_mask
+
+    reads, read = [], padding_mask.visible_keys
+    monkeypatch.setattr(padding_mask, "visible_keys", lambda *args: reads.append(1) or read(*args))
+    with tilewise.patched(model, family_checks.SMALL, steps=(0, 1), strict=True):
+        for mask in (PADDED, PADDED.flip(0), PADDED):
+            family_checks.forward(model, inputs((1, 11, 7), mask=mask))
+    assert len(tilewise.plugins.models.common.registry.family_of(model).layers(model)) == 2
+    assert len(reads) == 3

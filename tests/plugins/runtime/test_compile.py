@@ -459,3 +459,40 @@ class TestGPU:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert {kind for _, kind, *_ in calls_of(pipe)} == {DENSE_STEP, SPARSE}
+
+
+@pytest.mark.parametrize("how", ["wrapped", "method", "blocks"])
+def test_patching_forgets_compiled_code_of_the_denoiser_alone(model, how):
+    """Something else that is compiled in the process stays so; and code of patches that are gone does not pile up until
+    Dynamo's recompile limit, 8, where it would give up without an error."""
+    from torch._dynamo.testing import CompileCounter
+
+    stock, others = CompileCounter(), CompileCounter()
+    given = inputs()
+
+    def forward(module):
+        with torch.no_grad():
+            return module(**given, return_dict=False)[0]
+
+    want = forward(model)
+    tilewise.patch(model, SMALL, steps=(0, 1))
+    sparse = forward(model)
+    tilewise.unpatch(model)
+    other = torch.compile(lambda x: x * 2 + 1, backend=others)
+    other(torch.ones(3))
+    run = model
+    if how == "wrapped":
+        run = torch.compile(model, backend=stock)
+    elif how == "method":
+        model.compile(backend=stock)
+    else:
+        for block in model.blocks:
+            block.compile(backend=stock)
+    for _ in range(10):
+        before = stock.frame_count
+        with tilewise.patched(model, SMALL, steps=(0, 1)):
+            torch.testing.assert_close(forward(run), sparse, atol=1e-5, rtol=1e-5)
+        assert stock.frame_count > before  # compiled again, not given up
+        torch.testing.assert_close(forward(run), want, atol=1e-5, rtol=1e-5)
+        other(torch.ones(3))
+    assert others.frame_count == 1

@@ -472,7 +472,7 @@ def test_patching_forgets_compiled_code_of_the_denoiser_alone(model, how):
 
     def forward(module):
         with torch.no_grad():
-            return module(**given, return_dict=False)[0]
+            return module(*given, return_dict=False)[0]
 
     want = forward(model)
     tilewise.patch(model, SMALL, steps=(0, 1))

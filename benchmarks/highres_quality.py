@@ -60,12 +60,12 @@ ATTRIBUTES = ("count", "colour", "shape", "motion", "background")
 
 def worker(job: dict[str, Any]) -> None:
     """The clips of one process, a line of JSON each on standard output."""
-    from tilewise.pipelines.generation.generate import check_content, generate
+    from tilewise.pipelines.generation.generate import content_score, generate
     from tilewise.pipelines.generation.resolve import resolve_settings
     from tilewise.pipelines.highres.upscale import upscale_frames
     from tilewise.pipelines.loading.load import load_pipeline
     from tilewise.pipelines.quality.coherence import coherence
-    from tilewise.pipelines.quality.content_score import analyse
+    from tilewise.pipelines.quality.content_detection import analyse
 
     torch.set_num_threads(job["threads"])
     pipe = load_pipeline("demo", device=job["device"], dtype=job["dtype"])
@@ -95,7 +95,7 @@ def worker(job: dict[str, Any]) -> None:
                 scaled = upscale_frames(native / np.float32(255), side, side)
                 frames = (scaled * 255).round().astype(np.uint8)
             assert native is not None, "the native stage comes first"
-            content = check_content(pipe, settings, frames) or {}
+            content = content_score(pipe, settings, frames) or {}
             told = {
                 "side": side, "number": number, "prompt": prompt, "variant": name, "seconds": seconds,
                 "objects": analyse(frames).count, "content": {key: content.get(key) for key in ATTRIBUTES},

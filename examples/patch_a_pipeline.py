@@ -10,7 +10,7 @@ import torch
 
 import tilewise
 from tilewise.pipelines.loading.load import load_pipeline
-from tilewise.pipelines.loading.model_defaults import native_size
+from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.media.video import write_video
 
@@ -22,7 +22,7 @@ parser.add_argument("--out", default="outputs/patched.mp4")
 options = parser.parse_args()
 
 pipe = load_pipeline(options.model)  # any diffusers pipeline will do: WanPipeline.from_pretrained(…) as well
-native = native_size(pipe)
+native = model_defaults(pipe)
 size = {"height": native.height, "width": native.width, "num_frames": native.num_frames}
 steps = options.steps or native.steps
 

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tilewise.pipelines.quality.content_score import COLOURS, MOTIONS, PATTERNS, SHAPES
+from tilewise.pipelines.quality.demo_world import COLOURS, MOTIONS, PATTERNS, SHAPES
 
 from .scenes import Scenes
 

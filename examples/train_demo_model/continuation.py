@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tilewise.pipelines.quality.content_score import analyse, parse_prompt, score
+from tilewise.pipelines.quality.content_detection import analyse
+from tilewise.pipelines.quality.content_score import parse_prompt, score
 
 from .captions import caption
 from .config import Config

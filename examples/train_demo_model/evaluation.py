@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tilewise.pipelines.quality.content_score import MOTIONS, ClipContent, analyse, parse_prompt, score
+from tilewise.pipelines.quality.content_detection import ClipContent, analyse
+from tilewise.pipelines.quality.content_score import parse_prompt, score
+from tilewise.pipelines.quality.demo_world import MOTIONS
 
 from . import checkpoints
 from .captions import caption

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from tilewise.pipelines.quality.content_score import COLOURS, MOTIONS, PATTERNS, SHAPES
+from tilewise.pipelines.quality.demo_world import COLOURS, MOTIONS, PATTERNS, SHAPES
 
 from .scenes import HELD_OUT
 
@@ -102,7 +102,7 @@ Data, code and seeds: `examples/train_demo_model/`. Scheduler: {scheduler["_clas
 - The prompts are plain full sentences about one object. Two objects, other wordings, sizes and lengths were trained
   on little or not at all and are not scored here.
 - One clip per prompt: {_uncertainty(report)}
-- The judge is an automatic detector (`tilewise.pipelines.quality.content_score`), which makes mistakes of its own.
+- The judge is an automatic detector (`tilewise.pipelines.quality.content_detection`), which makes mistakes of its own.
 - Scores on this toy say whether a method breaks a model, not how it does on a large one.
 """
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from tilewise.pipelines.quality.content_score import COLOURS, second_colour
+from tilewise.pipelines.quality.demo_world import COLOURS, second_colour
 
 from .scenes import Scenes
 

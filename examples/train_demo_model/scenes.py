@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tilewise.pipelines.quality.content_score import COLOURS, MOTIONS, PATTERNS, SHAPES
+from tilewise.pipelines.quality.demo_world import COLOURS, MOTIONS, PATTERNS, SHAPES
 
 Scenes = Mapping[str, np.ndarray]
 

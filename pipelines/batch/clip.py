@@ -1,4 +1,4 @@
-"""One clip of a batch: generated within the memory that there is, judged, written whole with its record inside."""
+"""One clip of a batch: generated within the free memory, scored, and written whole with its metadata inside."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tilewise.pipelines.batch.manifest import Line
 from tilewise.pipelines.batch.ranks import World
 from tilewise.pipelines.batch.two_stage_clip import TwoStages
 from tilewise.pipelines.batch.two_stage_jobs import about, plan_job
-from tilewise.pipelines.generation.clip_metadata import clip_record, machine
-from tilewise.pipelines.generation.generate import Clip, generate, judged, warm_up
+from tilewise.pipelines.generation.clip_metadata import clip_metadata, machine
+from tilewise.pipelines.generation.generate import Clip, add_content_score, generate, warm_up
 from tilewise.pipelines.generation.resolve import prompt_notes
 from tilewise.pipelines.highres.preparation import Work
 from tilewise.pipelines.media.video import write_video
@@ -95,7 +95,7 @@ class ClipMaker:
             )
 
     def make(self, pipe: Any, job: Job, load_seconds: float) -> dict[str, Any]:
-        """Generates and writes a clip; returns its record, which the clip's own metadata holds as well."""
+        """Generates and writes a clip; returns its metadata, as the file holds it."""
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         notes = prompt_notes(pipe, job.settings)
         place = {"rank": self.world.rank, "world_size": self.world.size}
@@ -106,18 +106,18 @@ class ClipMaker:
             stages = TwoStages(self.folder / job.file, about(self.works[job.shape], job.settings), shared)
         clip, run = self._within_memory(pipe, job, stages)
         try:
-            clip = judged(pipe, clip) if stages is None else stages.judge(pipe)
+            clip = add_content_score(pipe, clip) if stages is None else stages.score_content(pipe)
         except Exception as error:  # a finished clip is worth more than its verdict
-            notes.append(f"the clip could not be judged: {str(error) or type(error).__name__}")
+            notes.append(f"the clip could not be scored: {str(error) or type(error).__name__}")
         for note in notes:
             self.watch.note(f"{job.file}: {note}")
         seconds = {"load": load_seconds, "warm_up": run.pop("warm_up"), **clip.seconds}
         told = {**shared, "seconds": seconds, **run, "notes": notes}
         if stages is not None:
             told["highres"] = stages.to_dict()
-        record = clip_record(clip, {**told, "batch": job.to_dict()})
-        write_video(self.folder / job.file, clip.frames, clip.settings.fps, settings=record, beside=False)
-        return record
+        metadata = clip_metadata(clip, {**told, "batch": job.to_dict()})
+        write_video(self.folder / job.file, clip.frames, clip.settings.fps, settings=metadata, beside=False)
+        return metadata
 
     def _within_memory(self, pipe: Any, job: Job, stages: TwoStages | None) -> tuple[Clip, dict[str, Any]]:
         """Generates; where memory does not suffice and it was asked for, again with one more measure, until none is left.

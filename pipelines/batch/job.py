@@ -110,7 +110,7 @@ class Job:
         return f"{self.index:05d}-{words}-{self.settings.seed}-{self.key[:8]}{suffix_of(self.settings.frames)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """What the clip's record says about its place in the batch."""
+        """What the clip's metadata says about its place in the batch."""
         return {
             "key": self.key,
             "index": self.index,

@@ -1,6 +1,6 @@
 """The manifest of a batch: one JSON line for every clip that was made or that failed, in the folder of the clips.
 
-    {"manifest": 1, "status": "done", "file": …, "bytes": …, "sha256": …, <the record that the clip's own metadata holds>}
+    {"manifest": 1, "status": "done", "file": …, "bytes": …, "sha256": …, <the clip's metadata>}
     {"manifest": 1, "status": "failed", "error": …, <the same, without how the run went>}
 
 A line is written only after its clip is whole on disk, and is on disk itself before the next clip begins. With several
@@ -142,16 +142,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def done_line(path: Path, record: Mapping[str, Any]) -> Line:
+def done_line(path: Path, metadata: Mapping[str, Any]) -> Line:
     """The line for a clip that is whole on disk."""
     file = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
-    return {"manifest": FORMAT, "status": "done", **file, **record}
+    return {"manifest": FORMAT, "status": "done", **file, **metadata}
 
 
-def failed_line(record: Mapping[str, Any], error: BaseException) -> Line:
+def failed_line(metadata: Mapping[str, Any], error: BaseException) -> Line:
     """The line for a job that failed."""
     message = f"{type(error).__name__}: {error}"[:2000]
-    return {"manifest": FORMAT, "status": "failed", "error": message, **record}
+    return {"manifest": FORMAT, "status": "failed", "error": message, **metadata}
 
 
 def _checked(line: Any) -> Line:

@@ -26,7 +26,7 @@ class ComparedClip:
     dense seconds / own; None where device or dtype differ. shown: the share of what the prompt says that the clip shows, for
     models that the detector can judge. damaged: the file is not as the manifest says; it is then not measured.
     counted: whether the detector found as many objects as the prompt says, None where it cannot say. stages: of a clip past the
-    training size, what its record says of both stages (``HighresClip.to_dict``).
+    training size, what its metadata says of both stages (``HighresClip.to_dict``).
     """
 
     path: Path

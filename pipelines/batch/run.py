@@ -156,22 +156,22 @@ class _Run:
             if not whole:
                 self.watch.note(f"{line['file']} is missing or not as it was written: it is made again")
             return whole
-        if (record := self._whole_without_line(job)) is not None:
-            manifest.append(self.shard, manifest.done_line(self.folder / job.file, record))
+        if (metadata := self._whole_without_line(job)) is not None:
+            manifest.append(self.shard, manifest.done_line(self.folder / job.file, metadata))
             self.outcome.taken_over += 1
             return True
         return False
 
     def _whole_without_line(self, job: Job) -> dict[str, Any] | None:
-        """The record of a clip that was renamed into place just before the machine stopped."""
+        """The metadata of a clip that was renamed into place just before the machine stopped."""
         path = self.folder / job.file
         if not path.is_file():
             return None
         try:
-            record = read_settings(path)
-            if record is None or manifest.key_of(record) != job.key:
+            metadata = read_settings(path)
+            if metadata is None or manifest.key_of(metadata) != job.key:
                 return None
-            return record if len(read_frames(path)) == job.settings.frames else None
+            return metadata if len(read_frames(path)) == job.settings.frames else None
         except (OutputError, KeyError, TypeError, ValueError):
             return None
 
@@ -206,8 +206,8 @@ class _Run:
         self.watch.started(job)
         path = self.folder / job.file
         try:
-            record = self.maker.make(pipe, job, load_seconds)
-            line = manifest.done_line(path, record)
+            metadata = self.maker.make(pipe, job, load_seconds)
+            line = manifest.done_line(path, metadata)
             manifest.append(self.shard, line)
         except SetupError:
             raise
@@ -222,9 +222,9 @@ class _Run:
             self.watch.finished(job, line)
 
     def _fail(self, job: Job, error: Exception) -> None:
-        record = {**job.settings.to_dict(), "run": {"batch": job.to_dict()}}
+        metadata = {**job.settings.to_dict(), "run": {"batch": job.to_dict()}}
         try:
-            manifest.append(self.shard, manifest.failed_line(record, error))
+            manifest.append(self.shard, manifest.failed_line(metadata, error))
         except OSError as full:
             raise self._disk_full() if _is_disk_full(full) else full from error
         self.outcome.failed.append((job, error))

@@ -6,25 +6,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tilewise.pipelines.generation.clip_metadata import clip_record
+from tilewise.pipelines.generation.clip_metadata import clip_metadata
 from tilewise.pipelines.generation.generate import Clip, Progress
 from tilewise.pipelines.highres.preparation import Work, few_steps
-from tilewise.pipelines.highres.two_stages import HighresClip, judged, make, warm_up
-from tilewise.pipelines.loading.model_defaults import native_size
+from tilewise.pipelines.highres.two_stages import HighresClip, add_content_score, make, warm_up
+from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.pipelines.media.video import write_video
-from tilewise.pipelines.quality.content_score import analyse, parse_prompt
+from tilewise.pipelines.quality.content_detection import analyse
+from tilewise.pipelines.quality.content_score import parse_prompt
 
 
 class TwoStages:
-    """Makes one clip. path: where it will go. work: what was decided. run: what the records of both clips say of the run.
-    on_native: called with the native clip's record as soon as that is on disk."""
+    """Makes one clip. path: where it will go. work: what was decided. run: what the metadata of both clips says of the run.
+    on_native: called with the native clip's metadata as soon as that is on disk."""
 
     def __init__(
         self,
         path: Path,
         work: Work,
         run: Mapping[str, Any],
-        on_native: Callable[[Mapping[str, Any]], None] = lambda record: None,
+        on_native: Callable[[Mapping[str, Any]], None] = lambda metadata: None,
     ) -> None:
         self.work, self.run, self.on_native = work, run, on_native
         self.native_path = path.with_stem(f"{path.stem}-native")
@@ -50,10 +51,10 @@ class TwoStages:
         self.made = make(pipe, self.work, progress, lambda clip: self.on_native(self._write_native(clip)))
         return self.made.clip
 
-    def judge(self, pipe: Any) -> Clip:
-        """The clip with what it shows of the prompt; also the native one's record says it then, and objects are counted."""
+    def score_content(self, pipe: Any) -> Clip:
+        """The clip with what it shows of the prompt; also the native one's metadata says it then, and objects are counted."""
         assert self.made is not None
-        self.made = judged(pipe, self.made)
+        self.made = add_content_score(pipe, self.made)
         if self.made.native.content is not None:
             self._write_native(self.made.native)
         self.objects = count_objects(pipe, self.made)
@@ -68,15 +69,15 @@ class TwoStages:
         return {**told, "native": native, "objects": self.objects}
 
     def _write_native(self, clip: Clip) -> dict[str, Any]:
-        record = clip_record(clip, self.run)
-        write_video(self.native_path, clip.frames, clip.settings.fps, settings=record, beside=False)
-        return record
+        metadata = clip_metadata(clip, self.run)
+        write_video(self.native_path, clip.frames, clip.settings.fps, settings=metadata, beside=False)
+        return metadata
 
 
 def count_objects(pipe: Any, made: HighresClip) -> dict[str, int] | None:
     """Objects that the detector finds in the "clip" and in the "native" stage, and those that the prompt "asked" for; None for
     models whose world it does not know."""
-    if native_size(pipe).world != "shapes":
+    if model_defaults(pipe).world != "shapes":
         return None
     asked = len(parse_prompt(made.clip.settings.prompt).objects)
     return {"asked": asked, "clip": analyse(made.frames).count, "native": analyse(made.native.frames).count}

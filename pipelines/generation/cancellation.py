@@ -17,7 +17,7 @@ class Cancelled(BaseException):
 
 
 @contextlib.contextmanager
-def stoppable(pipe: Any, stop: Callable[[], bool]) -> Iterator[None]:
+def cancellable(pipe: Any, stop: Callable[[], bool]) -> Iterator[None]:
     """Whatever runs on `pipe` in this block raises Cancelled soon after `stop` begins to return True.
 
     With guidance a step has two forwards, and a video decoder has one for each latent frame or so: the longest wait is one

@@ -27,7 +27,7 @@ LIBRARIES = ("tilewise", "torch", "triton", "diffusers", "transformers", "accele
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorded:
+class ClipMetadata:
     """The settings that made a clip and its "run" part, which is empty if there is none."""
 
     settings: GenerateSettings
@@ -35,8 +35,8 @@ class Recorded:
     version: str
 
 
-def clip_record(clip: Clip, run: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a clip: JSON values only. run: what the caller knows about the run; wins over what the clip says.
+def clip_metadata(clip: Clip, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a clip: JSON values only. run: what the caller knows about the run; wins over what the clip says.
     "load", the seconds that loading took, goes to the other seconds."""
     report = clip.summary
     run = dict(run)
@@ -87,17 +87,17 @@ def frames_sha256(frames: NDArray[np.uint8]) -> str:
     return hashlib.sha256(np.ascontiguousarray(frames).data).hexdigest()
 
 
-def read_record(path: str | Path) -> Recorded:
+def read_clip_metadata(path: str | Path) -> ClipMetadata:
     """What a clip's metadata says. Raises ConfigError if there is no such file or it holds no settings of ours, OutputError if
     it is no clip."""
     if not Path(path).is_file():
         raise ConfigError(f"there is no clip {path}")
-    record = read_settings(path)
-    if record is None or "tilewise" not in record:
+    metadata = read_settings(path)
+    if metadata is None or "tilewise" not in metadata:
         raise ConfigError(f"{path} holds no settings of tilewise: only clips that it wrote can be made again")
-    run = record.get("run")
+    run = metadata.get("run")
     try:
-        settings = GenerateSettings.from_dict(record)
+        settings = GenerateSettings.from_dict(metadata)
     except ConfigError as error:
-        raise ConfigError(f"{path}, written by tilewise {record['tilewise']}: {error}") from error
-    return Recorded(settings, run if isinstance(run, dict) else {}, str(record["tilewise"]))
+        raise ConfigError(f"{path}, written by tilewise {metadata['tilewise']}: {error}") from error
+    return ClipMetadata(settings, run if isinstance(run, dict) else {}, str(metadata["tilewise"]))

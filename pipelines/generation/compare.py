@@ -38,7 +38,7 @@ class Comparison:
     repetition: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values only, without the frames; psnr is null for identical clips, content for clips not `judged`."""
+        """JSON values only, without the frames; psnr is null for identical clips, content for clips that were not scored."""
         return {
             "speedup": self.speedup,
             "psnr": self.psnr if math.isfinite(self.psnr) else None,

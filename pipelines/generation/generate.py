@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import stock_call
-from tilewise.pipelines.loading.model_defaults import least_steps, native_size
+from tilewise.pipelines.loading.model_defaults import least_steps, model_defaults
 from tilewise.pipelines.media.video import to_uint8
-from tilewise.pipelines.quality.content_score import analyse, parse_prompt, score
+from tilewise.pipelines.quality.content_detection import analyse
+from tilewise.pipelines.quality.content_score import parse_prompt, score
 from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import DENOISERS, is_patched, patched
@@ -41,7 +42,7 @@ class Clip:
     frames: uint8 (T, H, W, 3). settings: what made it. summary: what the attention calls did; None for dense.
     seconds: "encode" (text, noise), "denoise", "decode" (VAE to pixels) and "total", wall-clock.
     content: what of the prompt the clip shows, attribute by attribute, None where the prompt says nothing; as a whole
-    None until `judged` has looked, and for models whose world the clip-content detector does not know.
+    None until `add_content_score` has looked, and for models whose world the clip-content detector does not know.
     """
 
     frames: NDArray[np.uint8]
@@ -57,7 +58,7 @@ def generate(
     """Runs a text-to-video or text-to-image pipeline with the method of `settings`, and takes the method out again.
 
     Method "dense" runs the stock pipeline without any patch. Whatever happens, KeyboardInterrupt included, the pipeline
-    is usable and unpatched afterwards; `stopping.stoppable` stops it from another thread.
+    is usable and unpatched afterwards; `cancellation.cancellable` stops it from another thread.
 
     Raises ConfigError if the pipeline is already patched (which method was meant?), UnsupportedModelError for a
     pipeline that needs more than text, OutputError if the model's output is not a picture (NaN).
@@ -151,14 +152,14 @@ def warm_up(pipe: Any, settings: GenerateSettings, progress: Progress | None = N
     return time.perf_counter() - start
 
 
-def judged(pipe: Any, clip: Clip) -> Clip:
+def add_content_score(pipe: Any, clip: Clip) -> Clip:
     """The clip with its `content` filled in. A step of its own: a clip that took long to make can be written first."""
-    return dataclasses.replace(clip, content=check_content(pipe, clip.settings, clip.frames))
+    return dataclasses.replace(clip, content=content_score(pipe, clip.settings, clip.frames))
 
 
-def check_content(pipe: Any, settings: GenerateSettings, frames: NDArray[np.uint8]) -> dict[str, bool | None] | None:
+def content_score(pipe: Any, settings: GenerateSettings, frames: NDArray[np.uint8]) -> dict[str, bool | None] | None:
     """What of the prompt a clip (T, H, W, 3) shows, by the detector; None if it cannot judge this model or prompt."""
-    if native_size(pipe).world != "shapes":
+    if model_defaults(pipe).world != "shapes":
         return None
     expected = parse_prompt(settings.prompt)
     return score(analyse(frames), expected) if expected.objects else None

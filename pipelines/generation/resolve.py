@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tilewise.pipelines.generation.settings import GenerateSettings
-from tilewise.pipelines.loading.model_defaults import native_size
+from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.plugins.config import MethodLike, resolve
 from tilewise.plugins.diffusers_compat import source_of
 from tilewise.plugins.explain import Explanation, explain
@@ -27,14 +27,14 @@ def resolve_settings(
     fps: float | None = None,
     max_sequence_length: int | None = None,
 ) -> GenerateSettings:
-    """Settings for a pipeline: what is not given comes from `native_size(pipe)`, and the size is checked.
+    """Settings for a pipeline: what is not given comes from `model_defaults(pipe)`, and the size is checked.
 
     Diffusers rounds a size that the model cannot make, with a line in the log; here it is an error, so that a clip is
     always as large as it was asked for. `pipe` may be a skeleton: no weights are run.
 
     Raises ConfigError for a bad value, or for a size, with the nearest one that the model takes.
     """
-    native = native_size(pipe)
+    native = model_defaults(pipe)
 
     def pick(given: Any, default: Any) -> Any:
         return default if given is None else given

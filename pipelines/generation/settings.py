@@ -29,7 +29,7 @@ class GenerateSettings:
 
     Args:
         prompt: what to show. negative: what to avoid; only used with guidance above 1.
-        model: where the pipeline came from ("demo", a folder, a hub id); kept for the record.
+        model: where the pipeline came from ("demo", a folder, a hub id); kept in the metadata.
         method: the attention method with its schedule.
         height, width: pixels. frames: length of the clip. fps: frames a second on playback.
         steps: denoising steps. guidance: classifier-free guidance scale; 1 or less runs without.

@@ -12,7 +12,7 @@ import torch
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.model_defaults import guider_of, takes_guidance
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
-from tilewise.plugins.hooks.temporary_attribute import replaced
+from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
 from tilewise.plugins.models.common.native_size import call_parameters
 from tilewise.plugins.patching import denoisers_of
 
@@ -108,7 +108,11 @@ def _steps(pipe: Any) -> int:
 def _guided(pipe: Any, guidance: float) -> contextlib.AbstractContextManager[None]:
     """For a block with this guidance where it is no argument of the call."""
     guider = guider_of(pipe)
-    return contextlib.nullcontext() if guider is None else replaced(pipe, "guider", guider.new(guidance_scale=guidance))
+    return (
+        contextlib.nullcontext()
+        if guider is None
+        else temporary_attribute(pipe, "guider", guider.new(guidance_scale=guidance))
+    )
 
 
 @contextlib.contextmanager
@@ -124,5 +128,5 @@ def _told_by_scheduler(pipe: Any, done: StepDone) -> Iterator[None]:
         done(count, _steps(pipe), out[0])
         return out
 
-    with replaced(pipe.scheduler, "step", step):
+    with temporary_attribute(pipe.scheduler, "step", step):
         yield

@@ -19,7 +19,7 @@ import torch
 from tilewise.pipelines.highres.settings import check_shift, steps_to_run
 from tilewise.pipelines.latent_spaces.base import interpolated_mu
 from tilewise.plugins.errors import TilewiseError, UnsupportedModelError
-from tilewise.plugins.hooks.temporary_attribute import replaced
+from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
 
 _NOISED_TO = "_tilewise_noised_to"  # on the second stage's own copy of a scheduler
 
@@ -36,7 +36,7 @@ def schedule_calls(pipe: Any) -> Iterator[list[dict[str, Any]]]:
         calls.append(dict(names.bind(*args, **kwargs).arguments))
         whole(*args, **kwargs)
 
-    with replaced(scheduler, "set_timesteps", set_timesteps):
+    with temporary_attribute(scheduler, "set_timesteps", set_timesteps):
         yield calls
 
 
@@ -82,7 +82,7 @@ def entered_at(pipe: Any, steps: int, strength: float, flow_shift: float | None)
     Raises as ``last_steps``.
     """
     scheduler = last_steps(pipe, steps, strength, flow_shift)
-    with replaced(pipe, "scheduler", scheduler):
+    with temporary_attribute(pipe, "scheduler", scheduler):
         yield scheduler
 
 

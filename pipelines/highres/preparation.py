@@ -19,7 +19,7 @@ from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.highres.partial_schedule import last_steps
 from tilewise.pipelines.highres.settings import HighresSettings, pixels
 from tilewise.pipelines.latent_spaces.base import latent_space
-from tilewise.pipelines.loading.model_defaults import least_steps, native_size
+from tilewise.pipelines.loading.model_defaults import least_steps, model_defaults
 from tilewise.pipelines.memory.plan import MemoryPlan, check_plan, plan_memory
 from tilewise.pipelines.options import options_of
 from tilewise.plugins.config import Config, MethodLike
@@ -79,7 +79,7 @@ def prepare(
     `pipe` may be a skeleton: `device` is then where it would run. shared: settings that both stages have.
     """
     space = latent_space(pipe)
-    options = options.for_model(native_size(pipe), global_paths(pipe))
+    options = options.for_model(model_defaults(pipe), global_paths(pipe))
     assert options.strength is not None
     for name, wanted in (("height", height), ("width", width)):
         if not isinstance(wanted, int) or isinstance(wanted, bool):
@@ -132,7 +132,7 @@ def native_in_shape(pipe: Any, height: int, width: int) -> tuple[int, int]:
 
     A model that takes no size of that shape, or draws well at its own alone, keeps that.
     """
-    native, space = native_size(pipe), latent_space(pipe)
+    native, space = model_defaults(pipe), latent_space(pipe)
     own = native.height, native.width
     area, shape = own[0] * own[1], height / width
     sides = math.sqrt(area * shape), math.sqrt(area / shape)
@@ -179,7 +179,7 @@ def _check_second_stage(pipe: Any, target: GenerateSettings, options: HighresSet
 
 def trained_grid(pipe: Any) -> Grid:
     """What rotary scaling goes by: the grid of the model's own size, whatever the native stage's."""
-    own = native_size(pipe)
+    own = model_defaults(pipe)
     return _grid(pipe, Size(own.height, own.width, own.num_frames))
 
 

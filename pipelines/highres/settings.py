@@ -13,7 +13,7 @@ from tilewise.pipelines.options import Option, check_choices, option, options_of
 from tilewise.plugins.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
-    from tilewise.pipelines.loading.model_defaults import Native
+    from tilewise.pipelines.loading.model_defaults import ModelDefaults
 
 PATHS = ("dense", "draft", "pooled", "none")
 GUIDED = ("all", "cond")
@@ -32,7 +32,7 @@ class HighresSettings:
 
     Args:
         strength: share of the steps that run at the target, from the upscaled clip noised accordingly, in (0, 1]; None: what the
-            model says (`Native`), 0.7 where it says nothing.
+            model says (`ModelDefaults`), 0.7 where it says nothing.
         refresh: the full path runs every so many steps; 1: at each.
         global_path: how the full path attends to itself: "dense"; "draft": to the quarter of all tokens that a draft of its
             attention map asks for; "pooled": to the means of 2×2 tokens. "none": the window path alone. None: "dense" where the
@@ -102,7 +102,7 @@ class HighresSettings:
         if self.max_memory is not None:
             object.__setattr__(self, "max_memory", parse_bytes(self.max_memory))
 
-    def for_model(self, native: Native, paths: tuple[str, ...]) -> HighresSettings:
+    def for_model(self, native: ModelDefaults, paths: tuple[str, ...]) -> HighresSettings:
         """With the model's strength, shift and full path where none were given; paths: those that it can have, the usual first.
 
         Raises:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from tilewise.pipelines.errors import OutputError
-from tilewise.pipelines.generation.generate import Clip, Progress, check_content, refuse_patched
+from tilewise.pipelines.generation.generate import Clip, Progress, content_score, refuse_patched
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import nothing_left, stock_call
 from tilewise.pipelines.highres.partial_schedule import entered_at, noised, schedule_calls
@@ -64,7 +64,7 @@ class HighresClip:
         return self.clip.frames
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values only, without frames: what a clip's record says of its making."""
+        """JSON values only, without frames: what a clip's metadata says of its making."""
         return {
             "options": self.options.to_dict(),
             "native": {"height": self.native.settings.height, "width": self.native.settings.width,
@@ -187,10 +187,10 @@ def warm_up(pipe: Any, work: Work, progress: Progress | None = None) -> float:
     return time.perf_counter() - start
 
 
-def judged(pipe: Any, made: HighresClip) -> HighresClip:
+def add_content_score(pipe: Any, made: HighresClip) -> HighresClip:
     """With what of the prompt both stages show, for models whose world the detector knows."""
     clip, native = (
-        dataclasses.replace(clip, content=check_content(pipe, clip.settings, clip.frames))
+        dataclasses.replace(clip, content=content_score(pipe, clip.settings, clip.frames))
         for clip in (made.clip, made.native)
     )
     return dataclasses.replace(made, clip=clip, native=native)

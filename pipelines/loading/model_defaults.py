@@ -25,7 +25,7 @@ FLOATS = ("guidance", "fps", "highres_strength", "highres_flow_shift")
 
 
 @dataclasses.dataclass(frozen=True)
-class Native:
+class ModelDefaults:
     """Defaults for generating with a model.
 
     height, width: pixels. num_frames: frames of the clip. steps: denoising steps. guidance: classifier-free guidance
@@ -49,10 +49,10 @@ class Native:
     one_shape: bool = False
 
 
-def native_size(pipe: Any) -> Native:
+def model_defaults(pipe: Any) -> ModelDefaults:
     """The defaults of a loaded pipeline: from tilewise.json in its folder if there is one, else its own signature's.
 
-    tilewise.json lies beside model_index.json; any of Native's fields may be given there, the rest come from the
+    tilewise.json lies beside model_index.json; any of ModelDefaults's fields may be given there, the rest come from the
     signature. Raises ModelError, naming the file, for fields that are unknown or not positive numbers.
     """
     fields = _signature_defaults(pipe)
@@ -74,7 +74,7 @@ def native_size(pipe: Any) -> Native:
             if not is_number or value <= 0 or number(value) != value:
                 raise ModelError(f"{file}: {name} must be a positive {number.__name__}, not {value!r}")
             fields[name] = number(value)
-    return Native(**fields)
+    return ModelDefaults(**fields)
 
 
 def _signature_defaults(pipe: Any) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
         "max_sequence_length": default("max_sequence_length", None),
         "world": None,
         "one_shape": False,
-        "highres_strength": STRENGTHS.get(type(pipe).__name__, Native.highres_strength),
+        "highres_strength": STRENGTHS.get(type(pipe).__name__, ModelDefaults.highres_strength),
         "highres_flow_shift": WAN_FLOW_SHIFT if type(pipe).__name__.startswith("Wan") else None,
     }
 
@@ -126,7 +126,7 @@ def takes_guidance(pipe: Any) -> bool:
 
 def size_notes(pipe: Any, height: int, width: int) -> list[str]:
     """What a size past the model's own will look like, for models that `highres` serves."""
-    native = native_size(pipe)
+    native = model_defaults(pipe)
     past = max(height / native.height, width / native.width)
     if past < PAST or type(pipe).__name__ not in latent_spaces():
         return []

@@ -1,4 +1,4 @@
-"""An attribute of one object replaced for a while."""
+"""Set an attribute of one object for a block of code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _ABSENT = object()
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Run a block with ``owner.name`` replaced. Afterwards the object has what it had of its own, or its class's is seen."""
+def temporary_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Run a block with ``owner.name`` set to ``value``; then restore what was there, its own attribute or its class's."""
     own = vars(owner).get(name, _ABSENT)
     setattr(owner, name, value)
     try:

@@ -8,15 +8,16 @@ import sys
 
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.load import load_skeleton
-from tilewise.pipelines.loading.model_defaults import native_size
+from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.pipelines.media.video import read_frames, read_settings
-from tilewise.pipelines.quality.content_score import analyse, parse_prompt, score
+from tilewise.pipelines.quality.content_detection import analyse
+from tilewise.pipelines.quality.content_score import parse_prompt, score
 
 PROMPT = "a red circle moving right on a blue background"
 
 
 def test_the_demo_model_says_what_it_is_for():
-    native = native_size(load_skeleton("demo"))
+    native = model_defaults(load_skeleton("demo"))
     assert (native.height, native.width, native.num_frames) == (128, 128, 17)
     assert native.world == "shapes"
 

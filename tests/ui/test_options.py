@@ -38,12 +38,12 @@ def parameters(command: str) -> dict[str, typer.core.TyperOption]:
 def page_ids(tmp_path_factory) -> set[str]:
     """Ids of what stands on the page."""
     from tilewise.ui.web.common.safety import Limits
-    from tilewise.ui.web.jobs.job_queue import Desk
+    from tilewise.ui.web.jobs.job_queue import JobQueue
     from tilewise.ui.web.jobs.models import Models
     from tilewise.ui.web.page import build_page
 
     with global_state.restored():  # Gradio sets environment variables
-        page = build_page(Models(["demo"], device="cpu"), Limits(), Desk(1), tmp_path_factory.mktemp("outputs"))
+        page = build_page(Models(["demo"], device="cpu"), Limits(), JobQueue(1), tmp_path_factory.mktemp("outputs"))
     return {block.elem_id for block in page.blocks.values() if getattr(block, "elem_id", None)}
 
 

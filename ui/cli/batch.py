@@ -165,7 +165,7 @@ def _report(batch: Batch, outcome: Outcome) -> None:
     )
     if not batch.world.rank:
         print(
-            f"{total - outcome.missing} of {total} clips are in {batch.folder}; their records in {batch.folder / NAME}"
+            f"{total - outcome.missing} of {total} clips are in {batch.folder}; their metadata is in {batch.folder / NAME}"
         )
     if outcome.stopped == "interrupted":
         raise KeyboardInterrupt

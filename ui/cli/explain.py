@@ -14,7 +14,7 @@ from tilewise.pipelines.generation.generate import run
 from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
-from tilewise.pipelines.loading.model_defaults import native_size
+from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.explain import Explanation, explain
@@ -41,7 +41,7 @@ def explain_command(options: Mapping[str, Any], *, as_json: bool, picture: Path 
     model = options.get("model", DEFAULT_MODEL)
     config = method_config(options.get("method", DEFAULT_METHOD), options.get("window"), options.get("density"))
     skeleton = load_skeleton(model)
-    native = native_size(skeleton)
+    native = model_defaults(skeleton)
     explanation = explain(
         skeleton,
         height=options.get("height", native.height),

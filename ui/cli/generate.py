@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from tilewise import __version__
-from tilewise.pipelines.generation.clip_metadata import Recorded, begin_run, clip_record
+from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run, clip_metadata
 from tilewise.pipelines.generation.compare import Comparison, compare, side_by_side
-from tilewise.pipelines.generation.generate import Clip, generate, judged
+from tilewise.pipelines.generation.generate import Clip, add_content_score, generate
 from tilewise.pipelines.generation.resolve import explain_settings, prompt_notes, resolve_settings
 from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
@@ -38,7 +38,7 @@ class Work:
     settings: GenerateSettings
     files: list[Path]
     dtype: str
-    origin: Recorded | None
+    origin: ClipMetadata | None
 
 
 def dry_run_request(request: Request) -> None:
@@ -77,7 +77,7 @@ def generate_request(request: Request) -> None:
         with progress_bars(notes) as progress, saving(pipe, measures):
             result = compare(pipe, settings, progress) if request.compare else generate(pipe, settings, progress)
     _write(result, work.files, run)
-    print_result(_judge(pipe, result, work.files, run, notes))
+    print_result(_score_content(pipe, result, work.files, run, notes))
     print_files(work.files)
     print_sameness(_clips(result)[0], work.origin, request.source)
 
@@ -126,11 +126,11 @@ def _write(result: Clip | Comparison, files: list[Path], run: dict[str, Any]) ->
     frames = [clip.frames for clip in _clips(result)]
     if isinstance(result, Comparison):
         frames[2] = side_by_side(frames[1], frames[0], ("dense", result.sparse.settings.method.method.name))
-    for file, clip, pictures, record in zip(files, _clips(result), frames, _records(result, run), strict=True):
-        write_video(file, pictures, clip.settings.fps, settings=record)
+    for file, clip, pictures, metadata in zip(files, _clips(result), frames, _file_metadata(result, run), strict=True):
+        write_video(file, pictures, clip.settings.fps, settings=metadata)
 
 
-def _judge(
+def _score_content(
     pipe: Any, result: Clip | Comparison, files: list[Path], run: dict[str, Any], notes: Console
 ) -> Clip | Comparison:
     """The result with what the clips show, which is also added to the files.
@@ -139,15 +139,15 @@ def _judge(
     """
     try:
         if isinstance(result, Comparison):
-            sparse, dense = judged(pipe, result.sparse), judged(pipe, result.dense)
+            sparse, dense = add_content_score(pipe, result.sparse), add_content_score(pipe, result.dense)
             seen: Clip | Comparison = dataclasses.replace(result, sparse=sparse, dense=dense)
         else:
-            seen = judged(pipe, result)
+            seen = add_content_score(pipe, result)
         if _clips(seen)[0].content is not None:
-            for file, record in zip(files, _records(seen, run), strict=True):
-                write_settings(file, record)
+            for file, metadata in zip(files, _file_metadata(seen, run), strict=True):
+                write_settings(file, metadata)
     except Exception as error:
-        text = f"note: the clip is written, but could not be judged: {str(error) or type(error).__name__}"
+        text = f"note: the clip is written, but could not be scored: {str(error) or type(error).__name__}"
         notes.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         return result
     return seen
@@ -158,7 +158,7 @@ def _clips(result: Clip | Comparison) -> list[Clip]:
     return [result.sparse, result.dense, result.sparse] if isinstance(result, Comparison) else [result]
 
 
-def _records(result: Clip | Comparison, run: dict[str, Any]) -> list[dict[str, Any]]:
+def _file_metadata(result: Clip | Comparison, run: dict[str, Any]) -> list[dict[str, Any]]:
     """The settings of each file, with how the run went."""
     told = {"comparison": result.to_dict()} if isinstance(result, Comparison) else {}
-    return [clip_record(clip, run if number == 1 else {**run, **told}) for number, clip in enumerate(_clips(result))]
+    return [clip_metadata(clip, run if number == 1 else {**run, **told}) for number, clip in enumerate(_clips(result))]

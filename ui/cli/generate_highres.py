@@ -12,13 +12,13 @@ from rich.console import Console
 
 from tilewise.pipelines.batch.job import Stages
 from tilewise.pipelines.batch.two_stage_jobs import stages_of
-from tilewise.pipelines.generation.clip_metadata import Recorded, begin_run, clip_record
+from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run, clip_metadata
 from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.resolve import explain_settings, prompt_notes
 from tilewise.pipelines.generation.settings import DEFAULT_MODEL, GenerateSettings
 from tilewise.pipelines.highres.preparation import SHARED_BY_STAGES, Work, prepare
 from tilewise.pipelines.highres.settings import HighresSettings
-from tilewise.pipelines.highres.two_stages import HighresClip, judged, make
+from tilewise.pipelines.highres.two_stages import HighresClip, add_content_score, make
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import cast_skeleton, load_pipeline, load_skeleton
 from tilewise.pipelines.media.video import write_settings, write_video
@@ -39,7 +39,7 @@ class _Checked:
     arguments: tuple
     files: list[Path]
     dtype: str
-    origin: Recorded | None
+    origin: ClipMetadata | None
 
 
 def dry_run_highres(request: Request) -> None:
@@ -69,12 +69,12 @@ def generate_highres(request: Request) -> None:
             notes.print(note, style="yellow", highlight=False, soft_wrap=True)
 
         def write_native(clip: Clip) -> None:
-            write_video(found.files[1], clip.frames, clip.settings.fps, settings=clip_record(clip, run))
+            write_video(found.files[1], clip.frames, clip.settings.fps, settings=clip_metadata(clip, run))
 
         with progress_bars(notes) as progress:
             made = make(pipe, work, progress, write_native)
-    write_video(found.files[0], made.frames, target.fps, settings=_record(made, run))
-    made = _judged(pipe, made, found.files, run, notes)
+    write_video(found.files[0], made.frames, target.fps, settings=_metadata(made, run))
+    made = _score_content(pipe, made, found.files, run, notes)
     print_result(made.clip)
     _print_stages(made)
     print_files(found.files)
@@ -118,7 +118,7 @@ def _check(request: Request, *, create: bool) -> _Checked:
     return _Checked(skeleton, work, arguments, files, dtype, origin)
 
 
-def _earlier(origin: Recorded) -> dict[str, Any]:
+def _earlier(origin: ClipMetadata) -> dict[str, Any]:
     """What the clip of --from was made with: of two stages both, of one stage what becomes the native stage here."""
     settings = dict(vars(origin.settings))
     told = origin.run.get("highres")
@@ -130,7 +130,7 @@ def _earlier(origin: Recorded) -> dict[str, Any]:
     return {**settings, "method": stages.method, "native": native, "options": stages.options.to_dict()}
 
 
-def _tiled_alike(work: Work, origin: Recorded | None) -> Work:
+def _tiled_alike(work: Work, origin: ClipMetadata | None) -> Work:
     """With the VAE in tiles where it was for the clip of --from: they show in the pixels."""
     told = None if origin is None else origin.run.get("highres")
     if origin is None or told is None or _size(origin.settings) != _size(work.target):
@@ -143,26 +143,26 @@ def _size(settings: GenerateSettings) -> tuple[int, int, int]:
     return settings.height, settings.width, settings.frames
 
 
-def _is_the_same(work: Work, origin: Recorded) -> bool:
+def _is_the_same(work: Work, origin: ClipMetadata) -> bool:
     """Whether a clip is made by the same two stages as the one of --from."""
     told = origin.run.get("highres")
     return told is not None and Stages.from_dict(told).to_dict() == stages_of(work).to_dict()
 
 
-def _record(made: HighresClip, run: dict[str, Any]) -> dict[str, Any]:
-    return clip_record(made.clip, {**run, "highres": made.to_dict()})
+def _metadata(made: HighresClip, run: dict[str, Any]) -> dict[str, Any]:
+    return clip_metadata(made.clip, {**run, "highres": made.to_dict()})
 
 
-def _judged(pipe: Any, made: HighresClip, files: list[Path], run: dict[str, Any], notes: Console) -> HighresClip:
+def _score_content(pipe: Any, made: HighresClip, files: list[Path], run: dict[str, Any], notes: Console) -> HighresClip:
     """With what the clips show, which is also added to their files; what goes wrong here is only noted."""
     try:
-        seen = judged(pipe, made)
+        seen = add_content_score(pipe, made)
         if seen.clip.content is not None:
-            write_settings(files[0], _record(seen, run))
-            write_settings(files[1], clip_record(seen.native, run))
+            write_settings(files[0], _metadata(seen, run))
+            write_settings(files[1], clip_metadata(seen.native, run))
         return seen
     except Exception as error:
-        text = f"note: the clips are written, but could not be judged: {str(error) or type(error).__name__}"
+        text = f"note: the clips are written, but could not be scored: {str(error) or type(error).__name__}"
         notes.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         return made
 

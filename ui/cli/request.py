@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tilewise.pipelines.generation.clip_metadata import Recorded, frames_sha256, read_record
+from tilewise.pipelines.generation.clip_metadata import ClipMetadata, frames_sha256, read_clip_metadata
 from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
@@ -38,11 +38,11 @@ class Request:
         """What was given of `GenerateSettings`."""
         return {name: self.options[name] for name in options_of(GenerateSettings) if name in self.options}
 
-    def origin(self) -> Recorded | None:
+    def origin(self) -> ClipMetadata | None:
         """What the clip of --from says."""
-        return None if self.source is None else read_record(self.source)
+        return None if self.source is None else read_clip_metadata(self.source)
 
-    def dtype(self, origin: Recorded | None) -> str:
+    def dtype(self, origin: ClipMetadata | None) -> str:
         """The dtype of the weights by its full name: as given, else as for the clip of --from."""
         name = self.options.get("dtype") or (origin.run.get("dtype") if origin else None) or "auto"
         return str(resolve_dtype(name, resolve_device(self.device))).removeprefix("torch.")
@@ -62,7 +62,7 @@ class Request:
         ffmpeg_path()
 
 
-def print_sameness(clip: Clip, origin: Recorded | None, source: Path | None) -> None:
+def print_sameness(clip: Clip, origin: ClipMetadata | None, source: Path | None) -> None:
     """Whether a clip that was made again from another's settings came out as that one."""
     before = None if origin is None else origin.run.get("frames_sha256")
     if origin is None or before is None or clip.settings != origin.settings:

@@ -9,7 +9,7 @@ import gradio as gr
 from tilewise.ui.web.common.safety import Limits
 from tilewise.ui.web.forms.controls import Controls, method_help
 from tilewise.ui.web.jobs.clips import Studio
-from tilewise.ui.web.jobs.job_queue import Desk
+from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.tabs.attention import AttentionTab
 from tilewise.ui.web.tabs.batch import BatchTab
@@ -91,7 +91,7 @@ def theme() -> gr.themes.Base:
     return gr.themes.Default(primary_hue="blue", secondary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO)
 
 
-def build_page(models: Models, limits: Limits, desk: Desk, outputs: Path) -> gr.Blocks:
+def build_page(models: Models, limits: Limits, job_queue: JobQueue, outputs: Path) -> gr.Blocks:
     """The whole page. outputs: absolute; where clips and manifests go."""
     studio = Studio(models, outputs)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=SWEPT) as page:
@@ -107,22 +107,22 @@ def build_page(models: Models, limits: Limits, desk: Desk, outputs: Path) -> gr.
                     gr.Markdown(method_help())
             with gr.Column(scale=3, min_width=380), gr.Tabs():
                 with gr.Tab("Generate"):
-                    GenerateTab(controls, desk, studio, clip)
+                    GenerateTab(controls, job_queue, studio, clip)
                 with gr.Tab("Compare"):
-                    CompareTab(controls, desk, studio, clip)
+                    CompareTab(controls, job_queue, studio, clip)
                 with gr.Tab("See the attention") as tab:
-                    AttentionTab(controls, desk, studio, clip, tab)
+                    AttentionTab(controls, job_queue, studio, clip, tab)
                 with gr.Tab("High resolution") as tab:
-                    highres = HighresTab(controls, desk, models, outputs, tab)
+                    highres = HighresTab(controls, job_queue, models, outputs, tab)
                 with gr.Tab("Batch"):
-                    BatchTab(controls, desk, outputs)
+                    BatchTab(controls, job_queue, outputs)
                 with gr.Tab("History") as tab:
                     HistoryTab(controls, highres, outputs, tab)
         controls.wire(page)
 
         def gone(request: gr.Request) -> None:
             """A tab was closed: nobody waits for its work any more."""
-            desk.cancel(str(request.session_hash))
+            job_queue.cancel(str(request.session_hash))
 
         page.unload(gone)
     return page

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from tilewise.pipelines.errors import SetupError
 from tilewise.ui.web.common.safety import Address, Limits, check_outputs
-from tilewise.ui.web.jobs.job_queue import Desk
+from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.jobs.models import Models
 
 # Nothing is fetched from elsewhere, nothing is sent elsewhere, and no other site may show the page in a frame.
@@ -115,8 +115,8 @@ def serving(
         models = Models(model_names, device, dtype)
         from tilewise.ui.web.page import CSS, SCRIPT, build_page, theme
 
-        desk = Desk(limits.waiting)
-        page = build_page(models, limits, desk, folder)
+        job_queue = JobQueue(limits.waiting)
+        page = build_page(models, limits, job_queue, folder)
         page.queue(max_size=None, default_concurrency_limit=None, api_open=False)
         from starlette.middleware import Middleware
 
@@ -145,7 +145,7 @@ def serving(
             )
             yield url
         finally:
-            desk.close()
+            job_queue.close()
             page.close(verbose=False)
             models.unload()
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tilewise.pipelines.highres.two_stages import highres
 from tilewise.pipelines.loading.load import load_pipeline
-from tilewise.pipelines.quality.content_score import analyse
+from tilewise.pipelines.quality.content_detection import analyse
 from tilewise.ui.cli.app import app
 
 PROMPTS = {0: "a red circle on a blue background", 2: "a yellow star on a purple background"}  # by seed

@@ -18,7 +18,7 @@ from tilewise.pipelines.batch.jobs import Tools, make_jobs
 from tilewise.pipelines.batch.ranks import World
 from tilewise.pipelines.batch.run import DiskFullError, Options, Watch, run_batch
 from tilewise.pipelines.errors import ModelError, OutputError
-from tilewise.pipelines.generation.clip_metadata import frames_sha256, read_record
+from tilewise.pipelines.generation.clip_metadata import frames_sha256, read_clip_metadata
 from tilewise.pipelines.generation.generate import generate
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.revision import model_revision
@@ -101,7 +101,7 @@ def test_every_clip_and_what_is_written_about_it(go, jobs, pipe):
         assert read_settings(path) == told
         clip = generate(pipe, job.settings)
         run = line["run"]
-        assert read_record(path).settings == job.settings
+        assert read_clip_metadata(path).settings == job.settings
         assert run["frames_sha256"] == frames_sha256(clip.frames)
         assert run["density"] == (1.0 if clip.summary is None else clip.summary.density)
         assert set(run["seconds"]) == {"load", "warm_up", "encode", "denoise", "decode", "total"}
@@ -299,10 +299,10 @@ def test_clips_of_another_version_are_told_and_kept(go, jobs):
 
 
 def test_a_prompt_that_cannot_be_judged_is_a_note(go, jobs, monkeypatch):
-    monkeypatch.setattr(batch_clip, "judged", lambda *_: (_ for _ in ()).throw(RuntimeError("no verdict")))
+    monkeypatch.setattr(batch_clip, "add_content_score", lambda *_: (_ for _ in ()).throw(RuntimeError("no verdict")))
     outcome, seen = go(jobs[:1])
     assert outcome.made == 1
-    assert lines(go.folder)[0]["run"]["notes"] == ["the clip could not be judged: no verdict"]
+    assert lines(go.folder)[0]["run"]["notes"] == ["the clip could not be scored: no verdict"]
     assert "no verdict" in seen.notes[0]
 
 

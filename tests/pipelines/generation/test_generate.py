@@ -14,7 +14,7 @@ import torch
 import tilewise
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.compare import compare, side_by_side
-from tilewise.pipelines.generation.generate import check_content, generate, judged
+from tilewise.pipelines.generation.generate import add_content_score, content_score, generate
 from tilewise.pipelines.generation.resolve import prompt_notes, resolve_settings
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
@@ -240,11 +240,11 @@ def test_prompt_notes(tiny_pipe):
 
 def test_content_is_judged_only_in_the_world_of_shapes(tmp_path, tiny_pipe):
     frames = np.zeros((9, 64, 64, 3), np.uint8)
-    assert check_content(tiny_pipe, settings_for(tiny_pipe), frames) is None
+    assert content_score(tiny_pipe, settings_for(tiny_pipe), frames) is None
     shapes = load_skeleton(tiny_wan.save_tiny_pipeline(tmp_path / "m", native={"world": "shapes"}))
-    found = check_content(shapes, settings_for(shapes), frames)
+    found = content_score(shapes, settings_for(shapes), frames)
     assert found["colour"] is False
-    assert check_content(shapes, dataclasses.replace(settings_for(shapes), prompt="something else"), frames) is None
+    assert content_score(shapes, dataclasses.replace(settings_for(shapes), prompt="something else"), frames) is None
 
 
 def test_judging_is_a_step_of_its_own(tmp_path):
@@ -252,6 +252,6 @@ def test_judging_is_a_step_of_its_own(tmp_path):
     pipe = load_pipeline(tiny_wan.save_tiny_pipeline(tmp_path / "m", native=native), device="cpu")
     clip = generate(pipe, settings_for(pipe, steps=1))
     assert clip.content is None
-    seen = judged(pipe, clip)
-    assert seen.content == check_content(pipe, clip.settings, clip.frames)
+    seen = add_content_score(pipe, clip)
+    assert seen.content == content_score(pipe, clip.settings, clip.frames)
     assert (seen.content["colour"], seen.content["background"]) == (False, None)

@@ -42,7 +42,7 @@ from tilewise.pipelines.highres.preparation import few_steps, native_in_shape, p
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.highres.two_stages import highres, make, warm_up
 from tilewise.pipelines.latent_spaces.base import latent_space, latent_spaces
-from tilewise.pipelines.loading.model_defaults import native_size
+from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.plugins.config import resolve
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.guidance.cross_attention_cache import CrossAttentionCache
@@ -370,14 +370,14 @@ def test_guidance_in_one_batch_is_planned_for(held):
 
 def test_native_sizes():
     pipe, _ = sd3()
-    native = native_size(pipe)
+    native = model_defaults(pipe)
     assert (native.height, native.width, native.num_frames) == (pipe.default_sample_size * 8,) * 2 + (1,)
     assert native.highres_flow_shift is None
-    native = native_size(ltx()[0])
+    native = model_defaults(ltx()[0])
     assert (native.height, native.width, native.num_frames, native.fps) == (512, 704, 161, 25)
-    assert native_size(mochi()[0]).highres_strength == 0.45
+    assert model_defaults(mochi()[0]).highres_strength == 0.45
     for kind, size in ((mochi, (480, 848, 19)), (hunyuan_video15, (480, 848, 121)), (z_image, (1024, 1024, 1))):
-        native = native_size(kind()[0])
+        native = model_defaults(kind()[0])
         assert (native.height, native.width, native.num_frames) == size
 
 
@@ -391,7 +391,7 @@ def test_native_sizes():
     ],
 )
 def test_sizes_that_a_pipeline_says_in_part(call, wanted):
-    native = native_size(type("Pipe", (), {"__call__": call})())
+    native = model_defaults(type("Pipe", (), {"__call__": call})())
     assert (native.height, native.width, native.num_frames) == wanted
 
 
@@ -439,7 +439,7 @@ def test_guidance_that_is_the_guiders():
     """HunyuanVideo 1.5: its call takes none, and tells no step. The guider is there again afterwards, as it was."""
     pipe, size = hunyuan_video15()
     guider, told = pipe.guider, []
-    assert native_size(pipe).guidance == guider.guidance_scale == 3.0
+    assert model_defaults(pipe).guidance == guider.guidance_scale == 3.0
 
     def frames(**options):
         return highres(pipe, "a star", **size, steps=4, strength=0.5, **options).frames

@@ -27,11 +27,11 @@ from tilewise.pipelines.highres.settings import HighresSettings, steps_to_run
 from tilewise.pipelines.highres.two_stages import highres
 from tilewise.pipelines.highres.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
-from tilewise.pipelines.loading.model_defaults import native_size
+from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.guidance.global_path import draft_bytes
-from tilewise.plugins.hooks.temporary_attribute import replaced
+from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
 from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.runtime.call_stats import GLOBAL_PATH, SPARSE
@@ -163,8 +163,8 @@ def test_the_native_stage_has_the_clips_shape(pipe, size, native):
 
 
 def test_a_native_stage_turned_upright(pipe, monkeypatch):
-    own = dataclasses.replace(native_size(pipe), height=480, width=832)
-    monkeypatch.setattr("tilewise.pipelines.highres.preparation.native_size", lambda pipe: own)
+    own = dataclasses.replace(model_defaults(pipe), height=480, width=832)
+    monkeypatch.setattr("tilewise.pipelines.highres.preparation.model_defaults", lambda pipe: own)
     assert native_in_shape(pipe, 1088, 1920) == (480, 832)
     assert native_in_shape(pipe, 1920, 1088) == (832, 480)
     height, width = native_in_shape(pipe, 1280, 1280)
@@ -172,15 +172,15 @@ def test_a_native_stage_turned_upright(pipe, monkeypatch):
 
 
 def test_a_model_of_one_shape_keeps_it(pipe, monkeypatch):
-    own = dataclasses.replace(native_size(pipe), one_shape=True)
-    monkeypatch.setattr("tilewise.pipelines.highres.preparation.native_size", lambda pipe: own)
+    own = dataclasses.replace(model_defaults(pipe), one_shape=True)
+    monkeypatch.setattr("tilewise.pipelines.highres.preparation.model_defaults", lambda pipe: own)
     assert native_in_shape(pipe, 128, 96) == (64, 64)
 
 
 def test_a_native_stage_is_within_the_clip(pipe, monkeypatch):
     """Also where the model's own size is of nearly the clip's shape and a little larger on one side."""
-    own = dataclasses.replace(native_size(pipe), height=720, width=1280)
-    monkeypatch.setattr("tilewise.pipelines.highres.preparation.native_size", lambda pipe: own)
+    own = dataclasses.replace(model_defaults(pipe), height=720, width=1280)
+    monkeypatch.setattr("tilewise.pipelines.highres.preparation.model_defaults", lambda pipe: own)
     height, width = native_in_shape(pipe, 704, 1312)
     assert height <= 704 and width <= 1312 and height / width == pytest.approx(704 / 1312, rel=0.02)
 
@@ -197,7 +197,7 @@ def test_stretching_is_said(pipe):
 def test_a_compiled_denoiser_has_no_full_path(pipe):
     """It would run as one of windows, unnoticed: refused before the native stage runs, and the window alone runs compiled."""
     plain = make(pipe, global_path="none")
-    with replaced(pipe, "transformer", torch.compile(pipe.transformer, backend="eager")):
+    with temporary_attribute(pipe, "transformer", torch.compile(pipe.transformer, backend="eager")):
         with pytest.raises(UnsupportedModelError, match="transformer is compiled"):
             make(pipe, progress=lambda *_: pytest.fail("it ran"))
         assert np.array_equal(make(pipe, global_path="none").frames, plain.frames)

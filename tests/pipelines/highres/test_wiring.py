@@ -23,7 +23,7 @@ from tilewise.pipelines.highres.preparation import prepare
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.highres.two_stages import highres
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
-from tilewise.pipelines.loading.model_defaults import native_size
+from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.plugins.guidance.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.guidance.dual_path import two_paths
 from tilewise.plugins.guidance.global_path import global_paths
@@ -199,7 +199,7 @@ def test_the_docs_say_the_defaults():
     rows = [re.split(r" \| ", line.strip("| ")) for line in PAGE.read_text("utf-8").splitlines() if "| `" in line]
     told = {name: default for names, _, default in rows for name in re.findall(r"`(\w+)`", names)}
     pipe = tiny_wan.tiny_pipeline()  # without a tilewise.json: as any Wan
-    options = HighresSettings().for_model(native_size(pipe), global_paths(pipe))
+    options = HighresSettings().for_model(model_defaults(pipe), global_paths(pipe))
     assert told["strength"] == f"the model's, or {options.strength}"
     assert told["refresh"] == str(options.refresh)
     assert told["global_path"] == f"{options.global_path}; none where text is part of the sequence"

@@ -16,7 +16,7 @@ from tilewise.pipelines.loading import device as devices
 from tilewise.pipelines.loading import model_folder
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
-from tilewise.pipelines.loading.model_defaults import Native, native_size
+from tilewise.pipelines.loading.model_defaults import ModelDefaults, model_defaults
 from tilewise.plugins.errors import ConfigError
 
 
@@ -51,13 +51,13 @@ def test_a_second_denoiser_is_loaded(tmp_path):
 
 
 def test_native_size_from_the_folder(tiny_pipe_dir):
-    expected = Native(64, 64, 9, 4, 3.0, 8.0, 16, highres_flow_shift=9.0)
-    assert native_size(load_pipeline(tiny_pipe_dir, device="cpu")) == expected
-    assert native_size(load_skeleton(tiny_pipe_dir)) == expected
+    expected = ModelDefaults(64, 64, 9, 4, 3.0, 8.0, 16, highres_flow_shift=9.0)
+    assert model_defaults(load_pipeline(tiny_pipe_dir, device="cpu")) == expected
+    assert model_defaults(load_skeleton(tiny_pipe_dir)) == expected
 
 
 def test_native_size_from_the_signature(tiny_pipe):
-    assert native_size(tiny_pipe) == Native(480, 832, 81, 50, 5.0, 16.0, 512, highres_flow_shift=9.0)
+    assert model_defaults(tiny_pipe) == ModelDefaults(480, 832, 81, 50, 5.0, 16.0, 512, highres_flow_shift=9.0)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_native_size_from_the_signature(tiny_pipe):
 def test_bad_native_files_are_named(folder, content, message):
     (folder / "tilewise.json").write_text(content)
     with pytest.raises(ModelError, match=message) as caught:
-        native_size(load_skeleton(folder))
+        model_defaults(load_skeleton(folder))
     assert "tilewise.json" in str(caught.value)
 
 

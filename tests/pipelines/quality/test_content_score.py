@@ -8,16 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from tilewise.pipelines.quality.content_score import (
-    COLOURS,
-    ClipContent,
-    DetectedObject,
-    ExpectedContent,
-    ExpectedObject,
-    analyse,
-    parse_prompt,
-    score,
-)
+from tilewise.pipelines.quality.content_detection import ClipContent, DetectedObject, analyse
+from tilewise.pipelines.quality.content_score import ExpectedContent, ExpectedObject, parse_prompt, score
+from tilewise.pipelines.quality.demo_world import COLOURS
 
 ROOT = str(Path(__file__).parents[3])
 if ROOT not in sys.path:
@@ -140,7 +133,7 @@ def test_parse_prompt(text, objects, colour, pattern):
 
 def test_every_training_caption_is_understood():
     from examples.train_demo_model.captions import ATTRIBUTES, NOT_SAID
-    from tilewise.pipelines.quality.content_score import MOTIONS, PATTERNS, SHAPES
+    from tilewise.pipelines.quality.demo_world import MOTIONS, PATTERNS, SHAPES
 
     scenes = sample_scenes(800, 106, two_objects=0.3, held_out="any")
     texts, labels = captions_and_labels(scenes, 107)

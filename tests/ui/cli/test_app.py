@@ -23,7 +23,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from typer.testing import CliRunner
 
 import tilewise
-from tilewise.pipelines.generation.generate import judged
+from tilewise.pipelines.generation.generate import add_content_score
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.ui.cli import generate as generating
@@ -163,9 +163,9 @@ def test_what_the_clip_shows_is_added_once_it_is_written(shapes_dir, tmp_path, m
 
     def look(pipe, clip):
         before.append([read_settings(tmp_path / f"{stem}.mp4")["run"]["content"] for stem in stems])
-        return judged(pipe, clip)
+        return add_content_score(pipe, clip)
 
-    monkeypatch.setattr(generating, "judged", look)
+    monkeypatch.setattr(generating, "add_content_score", look)
     result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "clip.mp4")])
     assert result.exit_code == 0, result.stderr
     assert before == [[None, None, None]] * 2
@@ -181,12 +181,12 @@ def test_a_failing_judge_is_a_note(shapes_dir, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("[no] verdict")
 
-    monkeypatch.setattr(generating, "judged", fail)
+    monkeypatch.setattr(generating, "add_content_score", fail)
     path = tmp_path / "clip.mp4"
     words = ["generate", PROMPT, "--model", str(shapes_dir), "--steps", "1", "--out", str(path)]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.stderr
-    assert "note: the clip is written, but could not be judged: [no] verdict" in result.stderr
+    assert "note: the clip is written, but could not be scored: [no] verdict" in result.stderr
     assert f"wrote {path}" in result.stdout
     assert len(read_frames(path)) == 9
     assert read_settings(path)["run"]["content"] is None

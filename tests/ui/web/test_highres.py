@@ -20,7 +20,7 @@ import tilewise
 from tilewise.pipelines.batch.manifest import append, is_whole, read_manifest
 from tilewise.pipelines.batch.two_stage_jobs import stages_of
 from tilewise.pipelines.generation.cancellation import Cancelled
-from tilewise.pipelines.generation.clip_metadata import read_record
+from tilewise.pipelines.generation.clip_metadata import read_clip_metadata
 from tilewise.pipelines.media.video import read_frames
 from tilewise.pipelines.memory.plan import plan_memory
 from tilewise.plugins.errors import UnsupportedModelError
@@ -32,13 +32,13 @@ from tilewise.ui.web.forms.form_parsing import json_object, method_values, setti
 from tilewise.ui.web.forms.highres_form import (
     FIELDS,
     command_line,
+    highres_request,
     own_values,
     plan_html,
     planned,
     python_program,
     settings_dict,
     stages_in,
-    wish_of,
 )
 from tilewise.ui.web.jobs.job_queue import Job
 from tilewise.ui.web.jobs.models import Models
@@ -62,14 +62,14 @@ def studio(models, tmp_path_factory) -> HighresStudio:
     return HighresStudio(models, tmp_path_factory.mktemp("highres") / "outputs")
 
 
-def wish_for(models, shared=(), **own):
+def request_for(models, shared=(), **own):
     native = models.native("demo")
     values = {
         "model": "demo", "prompt": PROMPT, "negative": "", "method": "dense", **method_values(tilewise.resolve("dense")),
         "height": 48, "width": 48, "frames": 9, "steps": 4, "guidance": 3.0, "seed": "1", "fps": native.fps,
         "max_sequence_length": native.max_sequence_length, **dict(shared),
     }  # fmt: skip
-    return wish_of(models, LIMITS, values, [{**OWN, **own}.get(name) for name in FIELDS])
+    return highres_request(models, LIMITS, values, [{**OWN, **own}.get(name) for name in FIELDS])
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def as_much_memory_all_along(monkeypatch):
 
 
 def plan_for(studio, shared=(), **own):
-    return planned(studio.models, LIMITS, wish_for(studio.models, shared, **own), studio.skeleton("demo"))
+    return planned(studio.models, LIMITS, request_for(studio.models, shared, **own), studio.skeleton("demo"))
 
 
 def test_the_plan_in_words(studio):
@@ -125,7 +125,7 @@ def test_refusals(studio, shared, own, error, words):
 def test_a_pipeline_that_is_not_served_is_refused_with_the_reason(studio):
     other = type("CogVideoXPipeline", (), {})()
     with pytest.raises(UnsupportedModelError, match=r"highres serves .*WanPipeline, .*not CogVideoXPipeline: it needs"):
-        planned(studio.models, LIMITS, wish_for(studio.models), other)
+        planned(studio.models, LIMITS, request_for(studio.models), other)
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_its_numbers(studio, monkeypatch):
@@ -231,28 +231,28 @@ def test_clips_and_their_records(studio):
     shown = []
     job = Job("one")
     job.show = shown.append
-    wish = wish_for(studio.models, {"frames": 5, "steps": 2}, height=64, width=64)
-    made = studio.clip(wish, job)
+    clip_request = request_for(studio.models, {"frames": 5, "steps": 2}, height=64, width=64)
+    made = studio.clip(clip_request, job)
     native = made.path.with_stem(f"{made.path.stem}-native")
     assert read_frames(made.path).shape == (5, 64, 64, 3)
     assert read_frames(native).shape == (5, 48, 48, 3)
     assert [native.name in each.html for each in shown] == [True]
-    assert read_record(native).settings == wish.native
-    folder = studio.shelf.folder
+    assert read_clip_metadata(native).settings == clip_request.native
+    folder = studio.store.folder
     [(key, line)] = read_manifest(folder).items()
     assert made.path == folder / line["file"] and is_whole(folder, line)
-    assert line["run"] == json.loads(json.dumps(made.record["run"]))
+    assert line["run"] == json.loads(json.dumps(made.metadata["run"]))
     assert line["run"]["highres"]["options"]["strength"] == 0.5
     assert line["run"]["highres"]["native"]["file"] == native.name
-    html = stages_html(made.path, made.record)
+    html = stages_html(made.path, made.metadata)
     for words in ("repetition", "sharpness", "objects found", "native stage", "with its cached cross-attention"):
         assert words in html
-    again = studio.clip(wish, job)  # the same settings: the same file, and its line anew
+    again = studio.clip(clip_request, job)  # the same settings: the same file, and its line anew
     assert again.path == made.path
     assert list(read_manifest(folder)) == [key]
     job.cancel()
     with pytest.raises(Cancelled):
-        studio.clip(wish_for(studio.models, {"seed": "7"}), job)
+        studio.clip(request_for(studio.models, {"seed": "7"}), job)
     assert not list(folder.glob("*-7-*"))
 
     [past], problems = past_clips(folder.parent)
@@ -279,11 +279,13 @@ def test_clips_and_their_records(studio):
 
 
 def test_a_clip_that_the_detector_cannot_judge_is_kept(studio, monkeypatch):
-    monkeypatch.setattr("tilewise.pipelines.batch.two_stage_clip.judged", lambda *_: 1 / 0)
-    made = studio.clip(wish_for(studio.models, {"frames": 5, "steps": 2, "seed": "3"}, height=64, width=64), Job("one"))
+    monkeypatch.setattr("tilewise.pipelines.batch.two_stage_clip.add_content_score", lambda *_: 1 / 0)
+    made = studio.clip(
+        request_for(studio.models, {"frames": 5, "steps": 2, "seed": "3"}, height=64, width=64), Job("one")
+    )
     assert made.path.is_file()
-    assert "could not be judged: division by zero" in str(made.record["run"]["notes"])
-    assert "objects found" not in stages_html(made.path, made.record)
+    assert "could not be scored: division by zero" in str(made.metadata["run"]["notes"])
+    assert "objects found" not in stages_html(made.path, made.metadata)
 
 
 @pytest.mark.parametrize(
@@ -296,11 +298,11 @@ def test_a_clip_that_the_detector_cannot_judge_is_kept(studio, monkeypatch):
     ],
 )
 def test_settings_of_two_stages_come_back(studio, own):
-    """From what the tab shows, and from a clip's record: the controls and the tab's own say the same again."""
+    """From what the tab shows, and from a clip's metadata: the controls and the tab's own say the same again."""
     work = plan_for(studio, {"method": "sta-fast", **method_values(tilewise.resolve("sta-fast"))}, **own)
     told = stages_of(work)
-    record = {**work.target.to_dict(), "run": {"highres": {**told.to_dict(), "options": work.options.to_dict()}}}
-    for text in (json.dumps(settings_dict(work)), json.dumps(record)):
+    metadata = {**work.target.to_dict(), "run": {"highres": {**told.to_dict(), "options": work.options.to_dict()}}}
+    for text in (json.dumps(settings_dict(work)), json.dumps(metadata)):
         target, stages = stages_in(json_object(text))
         values = own_values(settings_from(target, studio.models), stages, studio.skeleton("demo"))
         shared = {"method": "sta-fast", **method_values(stages.method), "height": stages.height, "width": stages.width}

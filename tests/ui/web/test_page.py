@@ -28,7 +28,7 @@ from tilewise.kernels.plans.query_visibility import region_of_query
 from tilewise.pipelines.batch.input import Row
 from tilewise.pipelines.batch.jobs import parse_seeds
 from tilewise.pipelines.errors import SetupError
-from tilewise.pipelines.generation.cancellation import Cancelled, stoppable
+from tilewise.pipelines.generation.cancellation import Cancelled, cancellable
 from tilewise.pipelines.generation.generate import generate
 from tilewise.pipelines.generation.preview import LatentPreview
 from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
@@ -40,12 +40,12 @@ from tilewise.pipelines.memory.estimate import estimate_memory
 from tilewise.plugins.methods.base import methods
 from tilewise.ui.cli.app import app
 from tilewise.ui.web.common import media
-from tilewise.ui.web.common.messages import sentence
+from tilewise.ui.web.common.messages import error_message
 from tilewise.ui.web.common.safety import Address, Limits, RefusedError, check_outputs, parse_auth
 from tilewise.ui.web.forms.form_parsing import choices, json_object, settings_from, settings_of, values_of
 from tilewise.ui.web.forms.snippets import command_line, python_program
 from tilewise.ui.web.jobs.clips import Studio
-from tilewise.ui.web.jobs.job_queue import Desk, Job
+from tilewise.ui.web.jobs.job_queue import Job, JobQueue
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.server import Headers, serving
 from tilewise.ui.web.tabs.attention_picture import cell, frame_size, one_frame, strip, strip_places, token_at
@@ -236,16 +236,16 @@ def test_a_port_that_is_taken_is_a_sentence(tmp_path):
 
 
 def test_sentences():
-    assert sentence(RefusedError("no more")) == "no more"
-    assert "fewer frames" in sentence(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
-    assert "/secret/path" not in sentence(RuntimeError("/secret/path"))
+    assert error_message(RefusedError("no more")) == "no more"
+    assert "fewer frames" in error_message(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert "/secret/path" not in error_message(RuntimeError("/secret/path"))
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
 
 def test_jobs_run_one_at_a_time_and_in_order():
-    desk, running, order = Desk(waiting=5), [], []
+    job_queue, running, order = JobQueue(waiting=5), [], []
 
     def work(name):
         def run(job: Job) -> str:
@@ -259,17 +259,17 @@ def test_jobs_run_one_at_a_time_and_in_order():
 
         return run
 
-    jobs = [desk.submit(f"owner {n}", work(n)) for n in range(4)]
+    jobs = [job_queue.submit(f"owner {n}", work(n)) for n in range(4)]
     with pytest.raises(RefusedError, match="already"):
-        desk.submit("owner 3", work(9))
-    states = list(desk.watch(jobs[3]))
+        job_queue.submit("owner 3", work(9))
+    states = list(job_queue.watch(jobs[3]))
     assert [job.future.result() for job in jobs] == order == [0, 1, 2, 3]
     assert any(state.ahead for state in states)
-    desk.close()
+    job_queue.close()
 
 
 def test_cancelling_frees_the_desk_whether_at_work_or_waiting():
-    desk, begun = Desk(waiting=1), threading.Event()
+    job_queue, begun = JobQueue(waiting=1), threading.Event()
 
     def endless(job: Job) -> None:
         begun.set()
@@ -277,54 +277,54 @@ def test_cancelling_frees_the_desk_whether_at_work_or_waiting():
             job.tell("denoise", 1, 100)
             time.sleep(0.005)
 
-    first = desk.submit("a", endless)
+    first = job_queue.submit("a", endless)
     begun.wait(5)
-    second = desk.submit("b", endless)
+    second = job_queue.submit("b", endless)
     with pytest.raises(RefusedError, match="waiting"):
-        desk.submit("c", endless)
-    assert desk.cancel("b")
-    assert list(desk.watch(second))[-1].ahead != 0  # the watcher of a job that waits is told at once
+        job_queue.submit("c", endless)
+    assert job_queue.cancel("b")
+    assert list(job_queue.watch(second))[-1].ahead != 0  # the watcher of a job that waits is told at once
     assert not first.future.done()
-    assert desk.cancel("a")
-    third = desk.submit("a", lambda job: "next")
+    assert job_queue.cancel("a")
+    third = job_queue.submit("a", lambda job: "next")
     assert third.future.result(5) == "next"
     for job in (first, second):
         assert isinstance(job.future.exception(5), Cancelled)
-    assert not desk.cancel("nobody")
-    desk.close()
+    assert not job_queue.cancel("nobody")
+    job_queue.close()
 
 
 def test_who_stops_watching_cancels():
-    desk = Desk(waiting=1)
+    job_queue = JobQueue(waiting=1)
 
     def endless(job: Job) -> None:
         while True:
             job.tell("denoise", 1, 100)
             time.sleep(0.005)
 
-    job = desk.submit("a", endless)
-    watcher = desk.watch(job)
+    job = job_queue.submit("a", endless)
+    watcher = job_queue.watch(job)
     next(watcher)
     watcher.close()
     assert isinstance(job.future.exception(5), Cancelled)
-    desk.close()
+    job_queue.close()
 
 
 def test_a_failure_is_the_jobs_alone():
-    desk = Desk(waiting=1)
+    job_queue = JobQueue(waiting=1)
 
     def broken(job: Job) -> None:
         raise RuntimeError("broken")
 
-    job = desk.submit("a", broken)
-    list(desk.watch(job))
+    job = job_queue.submit("a", broken)
+    list(job_queue.watch(job))
     assert str(job.future.exception()) == "broken"
-    assert desk.submit("a", lambda job: 1).future.result(5) == 1
-    desk.close()
+    assert job_queue.submit("a", lambda job: 1).future.result(5) == 1
+    job_queue.close()
 
 
 def test_a_job_that_was_done_before_it_heard_of_the_cancelling_has_its_result():
-    desk = Desk(waiting=1)
+    job_queue = JobQueue(waiting=1)
 
     def deaf(job: Job) -> str:
         while not job.cancelled():
@@ -337,13 +337,13 @@ def test_a_job_that_was_done_before_it_heard_of_the_cancelling_has_its_result():
             time.sleep(0.005)
 
     for work, status, result in ((deaf, "", "written"), (endless, "kept", None)):
-        told = stream(desk, "a", work, "cancelled; kept")
+        told = stream(job_queue, "a", work, "cancelled; kept")
         for _ in range(3):
             next(told)
-        desk.cancel("a")
+        job_queue.cancel("a")
         last = list(told)[-1]
         assert status in last[0] and last[2] == result
-    desk.close()
+    job_queue.close()
 
 
 def test_a_preview_that_fails_does_not_fail_the_clip(models, pipe, tmp_path, monkeypatch):
@@ -357,7 +357,7 @@ def test_a_preview_that_fails_does_not_fail_the_clip(models, pipe, tmp_path, mon
     monkeypatch.setattr(LatentPreview, "frames", broken)
     made = Studio(models, tmp_path).clip(settings_for(models, steps=3), Job("a"))
     assert asked == [1] and made.path.is_file()
-    assert [note for note in made.record["run"]["notes"] if "no live preview from step 1 on: no picture" in note]
+    assert [note for note in made.metadata["run"]["notes"] if "no live preview from step 1 on: no picture" in note]
 
     # a line that was written by something else hides no other
     manifest = tmp_path / "ui" / "manifest.jsonl"
@@ -381,7 +381,7 @@ def test_a_pipeline_stops_within_a_step_and_is_as_before(tiny_pipe, where):
         if phase == where:
             stop.set()
 
-    with pytest.raises(Cancelled), stoppable(tiny_pipe, stop.is_set):
+    with pytest.raises(Cancelled), cancellable(tiny_pipe, stop.is_set):
         generate(tiny_pipe, settings, progress)
     assert seen[-1] == (where, 0)
     assert not tilewise.is_patched(tiny_pipe)

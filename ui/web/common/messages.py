@@ -1,4 +1,4 @@
-"""What went wrong, as a sentence for the page; the traceback goes to the terminal of whoever runs it."""
+"""What went wrong, as a message for the page; the traceback goes to the terminal of whoever runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tilewise.plugins.errors import TilewiseError
 LOG = logging.getLogger("tilewise.ui")
 
 
-def sentence(error: BaseException) -> str:
+def error_message(error: BaseException) -> str:
     """One or two sentences, plain text. Errors that nobody expected are only named."""
     if isinstance(error, TilewiseError):
         return str(error).strip() or type(error).__name__
@@ -25,12 +25,12 @@ def sentence(error: BaseException) -> str:
 
 
 def log_unexpected(error: BaseException) -> None:
-    """Writes the traceback of an error that has no sentence of its own to the log."""
+    """Writes the traceback of an error that has no message of its own to the log."""
     known = isinstance(error, TilewiseError | MemoryError | Cancelled) or is_out_of_memory(error)
     if not known:
         LOG.error("%s: %s", type(error).__name__, error, exc_info=error)
 
 
-def complaint(error: BaseException) -> str:
-    """The sentence as HTML that screen readers announce."""
-    return f'<div class="tw-error" role="alert">{escape(sentence(error))}</div>'
+def error_html(error: BaseException) -> str:
+    """The message as HTML that screen readers announce."""
+    return f'<div class="tw-error" role="alert">{escape(error_message(error))}</div>'

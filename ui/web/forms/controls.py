@@ -10,7 +10,7 @@ import gradio as gr
 from tilewise.plugins.config import resolve
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.methods.base import methods
-from tilewise.ui.web.common.messages import complaint, log_unexpected
+from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.common.safety import Limits
 from tilewise.ui.web.forms import plan_panel
 from tilewise.ui.web.forms.form_parsing import FIELDS, SETTINGS, choices, method_values, settings_of
@@ -94,7 +94,7 @@ class Controls:
             return plan_panel.plan_html(self.models, settings_of(self.models, self.limits, values))
         except Exception as error:
             log_unexpected(error)
-            return complaint(error)
+            return error_html(error)
 
     def method_chosen(self, name: str) -> list[Any]:
         try:

@@ -119,7 +119,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def settings_from(values: Mapping[str, Any], models: Models) -> GenerateSettings:
-    """Settings as `to_dict` writes them, or a whole record of a clip. Raises ConfigError, RefusedError."""
+    """Settings as `to_dict` writes them, or the whole metadata of a clip. Raises ConfigError, RefusedError."""
     names = {field.name for field in dataclasses.fields(GenerateSettings)}
     try:
         settings = GenerateSettings.from_dict({k: v for k, v in values.items() if k in names})

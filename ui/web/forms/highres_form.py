@@ -18,7 +18,7 @@ from tilewise.pipelines.generation.resolve import explain_settings
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.highres.preparation import SHARED_BY_STAGES, Work, prepare
 from tilewise.pipelines.highres.settings import HighresSettings, steps_to_run
-from tilewise.pipelines.loading.model_defaults import Native, native_size
+from tilewise.pipelines.loading.model_defaults import ModelDefaults, model_defaults
 from tilewise.pipelines.media.files import suffix_of
 from tilewise.pipelines.memory.units import gib
 from tilewise.pipelines.options import field_values, options_of
@@ -37,7 +37,7 @@ FIELDS = ("height", "width", *OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Wish:
+class HighresRequest:
     """native: the first stage, checked. height, width: of the clip, pixels. options: of the second stage."""
 
     native: GenerateSettings
@@ -53,19 +53,21 @@ class Wish:
         return prepare(pipe, first.prompt, self.height, self.width, size, first.method, self.options, shared, device)
 
 
-def wish_of(models: Models, limits: Limits, values: Mapping[str, Any], own: Sequence[Any]) -> Wish:
+def highres_request(models: Models, limits: Limits, values: Mapping[str, Any], own: Sequence[Any]) -> HighresRequest:
     """values: of the shared controls. own: of FIELDS. Raises ConfigError for what cannot be, RefusedError beyond the caps."""
     said = dict(zip(FIELDS, own, strict=True))
     native = settings_of(models, limits, values)
     height, width = (_whole(f"target {name}", said[name]) or 0 for name in ("height", "width"))
     limits.check_work(height, width, native.frames, native.steps)
     options = HighresSettings(**field_values(HighresSettings, given_values(OPTIONS, said)))
-    return Wish(native, height, width, options)
+    return HighresRequest(native, height, width, options)
 
 
 def stages_in(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Stages] | None:
-    """The target's settings and both stages, of a record of a clip or of what the tab shows as settings; None for a clip of one
-    stage. Raises ConfigError for what cannot be read."""
+    """The target's settings and both stages, from a clip's metadata or from the settings that the tab shows.
+
+    None for a clip of one stage. Raises ConfigError for what cannot be read.
+    """
     run = values.get("run")
     try:
         if isinstance(run, Mapping) and run.get("highres") is not None:
@@ -78,21 +80,21 @@ def stages_in(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Stages] | N
 
 
 def own_values(target: GenerateSettings, stages: Stages, skeleton: Any) -> list[Any]:
-    """What each of FIELDS should say for `wish_of` to give these stages again.
+    """What each of FIELDS should say for `highres_request` to give these stages again.
 
     Raises ConfigError for stages with options that no control has.
     """
     options = stages.options
     said = {**said_values(OPTIONS, options), "max_memory": ""}  # which says where a clip fits, and not what it shows
     again = HighresSettings(**field_values(HighresSettings, given_values(OPTIONS, said)))
-    now = again.for_model(native_size(skeleton), global_paths(skeleton)).to_dict()
+    now = again.for_model(model_defaults(skeleton), global_paths(skeleton)).to_dict()
     refuse_lost({k: value for k, value in options.to_dict().items() if k != "max_memory" and value != now[k]})
     return [target.height, target.width, *said.values()]
 
 
-def planned(models: Models, limits: Limits, wish: Wish, skeleton: Any) -> Work:
+def planned(models: Models, limits: Limits, clip_request: HighresRequest, skeleton: Any) -> Work:
     """Both stages, checked on a skeleton whose denoisers have the page's dtype. Raises as `prepare`, and RefusedError."""
-    work = wish.work(skeleton, models.device)
+    work = clip_request.work(skeleton, models.device)
     limits.check(work.target)
     return work
 
@@ -151,7 +153,7 @@ def settings_dict(work: Work) -> dict[str, Any]:
     return {"native": work.native.to_dict(), "target": work.target.to_dict(), "highres": work.options.to_dict()}
 
 
-def command_line(work: Work, native: Native, dtype: str) -> str:
+def command_line(work: Work, native: ModelDefaults, dtype: str) -> str:
     """`tilewise generate … --highres …`; for what its options cannot say, a comment that says so.
 
     native: the model's own settings. dtype: of the weights.
@@ -174,7 +176,7 @@ def command_line(work: Work, native: Native, dtype: str) -> str:
     return shlex.join([*words, "--", first.prompt])  # a prompt may begin with a dash
 
 
-def chosen_options(options: HighresSettings, native: Native) -> dict[str, Any]:
+def chosen_options(options: HighresSettings, native: ModelDefaults) -> dict[str, Any]:
     """The options that decide most, and those that are not as the model's defaults have them."""
     path = options.global_path or "none"
     usual = HighresSettings(global_path=path).for_model(native, (path,)).to_dict()
@@ -182,7 +184,7 @@ def chosen_options(options: HighresSettings, native: Native) -> dict[str, Any]:
     return {name: value for name, value in options.to_dict().items() if name in always or value != usual[name]}
 
 
-def python_program(work: Work, native: Native, dtype: str) -> str:
+def python_program(work: Work, native: ModelDefaults, dtype: str) -> str:
     """A program that makes both clips."""
     first, target, options = work.native, work.target, work.options
     method = _method_expression(first.method)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
-from tilewise.pipelines.loading.model_defaults import Native, guider_of
+from tilewise.pipelines.loading.model_defaults import ModelDefaults, guider_of
 from tilewise.pipelines.media.files import suffix_of
 from tilewise.pipelines.options import options_of
 from tilewise.plugins.config import Config, presets, resolve
@@ -20,7 +20,7 @@ from tilewise.plugins.models.common.native_size import call_parameters
 from tilewise.ui.common.options import method_config
 
 
-def command_line(settings: GenerateSettings, native: Native, dtype: str, clip: Path) -> str:
+def command_line(settings: GenerateSettings, native: ModelDefaults, dtype: str, clip: Path) -> str:
     """`tilewise generate …`. What the command's options cannot say, the clip can: `--from`.
 
     native: the model's own settings. dtype: of the weights. clip: the file whose metadata holds these settings.
@@ -33,7 +33,7 @@ def command_line(settings: GenerateSettings, native: Native, dtype: str, clip: P
     return shlex.join([*words, "--", settings.prompt])
 
 
-def setting_words(settings: GenerateSettings, native: Native, without: Collection[str] = ()) -> list[str] | None:
+def setting_words(settings: GenerateSettings, native: ModelDefaults, without: Collection[str] = ()) -> list[str] | None:
     """The options of the command for settings beside prompt, model and method; None if no option can say one of them.
 
     native: the model's own settings, of which some need not be said. without: settings to leave out.

@@ -1,4 +1,4 @@
-"""The work behind the buttons: clips made on the device, written whole with their records, and told in a manifest."""
+"""The work behind the buttons: clips made on the device, written whole with their metadata, and listed in a manifest."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from tilewise.pipelines.batch import manifest
 from tilewise.pipelines.batch.estimate import denoising_flop
-from tilewise.pipelines.generation.cancellation import stoppable
+from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.compare import Comparison, compare
-from tilewise.pipelines.generation.generate import Clip, generate, judged, run
+from tilewise.pipelines.generation.generate import Clip, add_content_score, generate, run
 from tilewise.pipelines.generation.resolve import explain_settings, prompt_notes
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.files import check_writable
@@ -24,7 +24,7 @@ from tilewise.plugins.watch import WatchedCall, watch
 from tilewise.ui.web.common.media import Preview
 from tilewise.ui.web.jobs.job_queue import Job
 from tilewise.ui.web.jobs.models import Models
-from tilewise.ui.web.jobs.output_store import Shelf
+from tilewise.ui.web.jobs.output_store import OutputStore
 
 FOLDER = "ui"  # of the output folder
 
@@ -34,7 +34,7 @@ class Made:
     """A clip on disk. summary: what its attention calls did, as text; None for dense."""
 
     path: Path
-    record: dict[str, Any]
+    metadata: dict[str, Any]
     settings: GenerateSettings
     summary: str | None
 
@@ -53,9 +53,9 @@ class Studio:
 
     def __init__(self, models: Models, outputs: Path) -> None:
         self.models = models
-        self.shelf = Shelf(models, outputs / FOLDER)
+        self.store = OutputStore(models, outputs / FOLDER)
         ffmpeg_path()
-        check_writable(self.shelf.folder / manifest.NAME, suffix=".jsonl")
+        check_writable(self.store.folder / manifest.NAME, suffix=".jsonl")
 
     def clip(self, settings: GenerateSettings, job: Job) -> Made:
         """One clip. On the worker's thread; raises Cancelled soon after the job is cancelled."""
@@ -74,14 +74,14 @@ class Studio:
 
         peak = PeakMemory(pipe.device)
         peak.start()
-        with stoppable(pipe, job.cancelled):
+        with cancellable(pipe, job.cancelled):
             clip = generate(pipe, settings, job.tell, preview=show)
         return self._write(pipe, clip, {**told, "peak_memory": peak.read(), "notes": notes})
 
     def pair(self, settings: GenerateSettings, job: Job) -> Pair:
         """The clip of the method and the dense one, from the same noise, timed fairly (see `compare`)."""
         pipe, told, notes = self._prepare(settings, job)
-        with stoppable(pipe, job.cancelled):
+        with cancellable(pipe, job.cancelled):
             result = compare(pipe, settings, job.tell)
         told = {**told, "notes": notes}
         sparse = self._write(pipe, result.sparse, {**told, "comparison": result.to_dict()})
@@ -90,7 +90,7 @@ class Studio:
     def watched(self, settings: GenerateSettings, block: int, job: Job) -> tuple[Made, list[WatchedCall]]:
         """A clip, and what each attention call of one transformer block did at each step."""
         pipe, told, notes = self._prepare(settings, job)
-        with stoppable(pipe, job.cancelled), patched(pipe, settings.method), watch(pipe, layers=[block]) as calls:
+        with cancellable(pipe, job.cancelled), patched(pipe, settings.method), watch(pipe, layers=[block]) as calls:
             output, seconds = run(pipe, settings, job.tell)
             clip = Clip(to_uint8(output), seconds, summary(pipe), settings)
         return self._write(pipe, clip, {**told, "notes": [*notes, "watched"]}), calls
@@ -102,11 +102,11 @@ class Studio:
     def _write(self, pipe: Any, clip: Clip, run: dict[str, Any]) -> Made:
         settings = clip.settings
         try:
-            clip = judged(pipe, clip)
+            clip = add_content_score(pipe, clip)
         except Exception as error:  # a finished clip is worth more than its verdict
-            run = {**run, "notes": [*run["notes"], f"the clip could not be judged: {error or type(error).__name__}"]}
+            run = {**run, "notes": [*run["notes"], f"the clip could not be scored: {error or type(error).__name__}"]}
         skeleton = self.models.skeleton(settings.model)
         flop = denoising_flop(skeleton, settings, explain_settings(skeleton, settings))
-        with self.shelf.alone():
-            path, record = self.shelf.put(self.shelf.place(settings, flop), clip, run)
-        return Made(path, record, settings, None if clip.summary is None else str(clip.summary))
+        with self.store.alone():
+            path, metadata = self.store.put(self.store.place(settings, flop), clip, run)
+        return Made(path, metadata, settings, None if clip.summary is None else str(clip.summary))

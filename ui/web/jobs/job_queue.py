@@ -94,7 +94,7 @@ class Job:
             self._changed.notify_all()
 
 
-class Desk:
+class JobQueue:
     """Takes jobs. waiting: how many may wait at a time; one more is refused."""
 
     def __init__(self, waiting: int) -> None:

@@ -11,7 +11,7 @@ from tilewise.pipelines.generation.clip_metadata import begin_run
 from tilewise.pipelines.generation.preview import LatentPreview
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
-from tilewise.pipelines.loading.model_defaults import Native, native_size
+from tilewise.pipelines.loading.model_defaults import ModelDefaults, model_defaults
 from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.memory.limits import free_memory
 from tilewise.plugins.errors import ConfigError
@@ -43,9 +43,9 @@ class Models:
             raise RefusedError(f"this page was not started with the model {name!r}; it has {', '.join(self.names)}")
         return self._skeletons[name]
 
-    def native(self, name: str) -> Native:
+    def native(self, name: str) -> ModelDefaults:
         """The model's own size and settings."""
-        return native_size(self.skeleton(name))
+        return model_defaults(self.skeleton(name))
 
     def revision(self, name: str) -> str:
         """As `model_revision`, which reads the weights' checksums, asked once."""

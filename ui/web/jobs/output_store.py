@@ -14,17 +14,17 @@ from typing import Any
 
 from tilewise.pipelines.batch import manifest
 from tilewise.pipelines.batch.job import Job, Stages
-from tilewise.pipelines.generation.clip_metadata import clip_record
+from tilewise.pipelines.generation.clip_metadata import clip_metadata
 from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.video import write_video
 from tilewise.ui.web.jobs.models import Models
 
 LOCK = ".ui.lock"
-DEFAULTS = {"memory_saving": [], "oom_retries": 0, "rank": 0, "world_size": 1}  # of a clip's record, as a batch's say
+DEFAULTS = {"memory_saving": [], "oom_retries": 0, "rank": 0, "world_size": 1}  # of a clip's metadata, as a batch's say
 
 
-class Shelf:
+class OutputStore:
     """One folder of clips. folder: absolute."""
 
     def __init__(self, models: Models, folder: Path) -> None:
@@ -42,14 +42,14 @@ class Shelf:
         return job
 
     def put(self, job: Job, clip: Clip, run: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-        """Writes a clip to its place and its line into the manifest. run: as for `clip_record`. Returns file and record."""
+        """Writes a clip to its place and its line into the manifest. run: as for `clip_metadata`. Returns file and metadata."""
         told = {name: value for name, value in run.items() if name != "load"}
         seconds = {"load": run.get("load", 0.0), "warm_up": 0.0, **clip.seconds}
-        record = clip_record(clip, {**DEFAULTS, **told, "seconds": seconds, "batch": job.to_dict()})
+        metadata = clip_metadata(clip, {**DEFAULTS, **told, "seconds": seconds, "batch": job.to_dict()})
         path = self.folder / job.file
-        write_video(path, clip.frames, clip.settings.fps, settings=record, beside=False)
-        manifest.append(self.folder / manifest.NAME, manifest.done_line(path, record))
-        return path, record
+        write_video(path, clip.frames, clip.settings.fps, settings=metadata, beside=False)
+        manifest.append(self.folder / manifest.NAME, manifest.done_line(path, metadata))
+        return path, metadata
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

@@ -20,13 +20,13 @@ from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.video import read_frames
 from tilewise.plugins.watch import WatchedCall
 from tilewise.ui.web.common import media
-from tilewise.ui.web.common.messages import complaint, log_unexpected
+from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.common.safety import RefusedError
 from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.form_parsing import settings_of
 from tilewise.ui.web.forms.slider import Slider
 from tilewise.ui.web.jobs.clips import Studio
-from tilewise.ui.web.jobs.job_queue import Desk
+from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.tabs import attention_picture as picture
 from tilewise.ui.web.tabs.attention_query import Place, Seen, layer_at, seen_from
 from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
@@ -42,8 +42,8 @@ MAX_KEPT = 4  # visitors whose watched run is kept
 class AttentionTab:
     """Built inside a gr.Tab. `clip`: the gr.State of the visitor's last clip, which the region is drawn over."""
 
-    def __init__(self, controls: Controls, desk: Desk, studio: Studio, clip: gr.State, tab: gr.Tab) -> None:
-        self.controls, self.desk, self.studio = controls, desk, studio
+    def __init__(self, controls: Controls, job_queue: JobQueue, studio: Studio, clip: gr.State, tab: gr.Tab) -> None:
+        self.controls, self.job_queue, self.studio = controls, job_queue, studio
         self._watched: dict[str, tuple[GenerateSettings, list[WatchedCall]]] = {}  # by owner, the last run of each
         gr.Markdown(ABOUT)
         with gr.Row():
@@ -124,7 +124,7 @@ class AttentionTab:
                 raise RefusedError("dense sees everything: there is nothing to watch")
             owner = owner_of(request)
             work = functools.partial(self.studio.watched, settings, seen.place.block)
-            for status, _, made in stream(self.desk, owner, work):
+            for status, _, made in stream(self.job_queue, owner, work):
                 if made is not None:
                     self._watched.pop(owner, None)
                     while len(self._watched) >= MAX_KEPT:
@@ -135,10 +135,10 @@ class AttentionTab:
                     yield [status, gr.skip()]
         except Exception as error:
             log_unexpected(error)
-            yield [complaint(error), gr.skip()]
+            yield [error_html(error), gr.skip()]
 
     def cancel(self, request: gr.Request) -> Any:
-        return cancel(self.desk, request)
+        return cancel(self.job_queue, request)
 
     def draw(self, request: gr.Request, begun: bool, clip: str | None, place: Sequence[Any], *given: Any) -> list[Any]:
         if not begun:  # nobody has looked yet
@@ -158,7 +158,7 @@ class AttentionTab:
             ]
         except Exception as error:
             log_unexpected(error)
-            return [gr.skip(), gr.skip(), gr.skip(), complaint(error), *[gr.skip()] * len(PLACE)]
+            return [gr.skip(), gr.skip(), gr.skip(), error_html(error), *[gr.skip()] * len(PLACE)]
 
     def _kept(self, image: Image.Image | None) -> str | None:
         """As a file of Gradio's cache, written once: two drawings of the same picture must not write what a browser reads."""

@@ -19,19 +19,19 @@ from tilewise.pipelines.batch.job import Job as Entry
 from tilewise.pipelines.batch.job import slug
 from tilewise.pipelines.batch.jobs import Tools, make_jobs, parse_seeds
 from tilewise.pipelines.batch.run import Outcome, run_batch
-from tilewise.pipelines.generation.cancellation import stoppable
+from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.options import options_of
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.ui.common.options import config_file, method_config
 from tilewise.ui.web.common import media
-from tilewise.ui.web.common.messages import complaint, log_unexpected
+from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.common.safety import Limits, RefusedError
 from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.form_parsing import settings_of
-from tilewise.ui.web.jobs.job_queue import Desk, Job
-from tilewise.ui.web.tabs.job_stream import cancel, given_up, owner_of, stream
+from tilewise.ui.web.jobs.job_queue import Job, JobQueue
+from tilewise.ui.web.tabs.job_stream import cancel, owner_of, status_html, stream
 
 MAX_CLIPS = 200  # of one batch: it holds the device for as long
 MAX_INPUT = 10**6  # characters
@@ -44,8 +44,8 @@ itself). The settings on the left hold for what a line does not say. Clips that 
 class BatchTab:
     """Built inside a gr.Tab."""
 
-    def __init__(self, controls: Controls, desk: Desk, outputs: Path) -> None:
-        self.controls, self.desk, self.outputs = controls, desk, outputs
+    def __init__(self, controls: Controls, job_queue: JobQueue, outputs: Path) -> None:
+        self.controls, self.job_queue, self.outputs = controls, job_queue, outputs
         gr.Markdown(ABOUT)
         prompts = gr.Textbox(label="Prompts, one a line", lines=5, max_lines=20, elem_id="batch-prompts")
         file = gr.File(
@@ -67,19 +67,19 @@ class BatchTab:
             jobs, folder = self._plan(prompts, file, seeds, given)
             work = functools.partial(self._work, jobs, folder)
             ended = False
-            for status, _, outcome in stream(self.desk, owner_of(request), work, CANCELLED):
+            for status, _, outcome in stream(self.job_queue, owner_of(request), work, CANCELLED):
                 ended = ended or outcome is not None
                 if outcome is not None:  # between two clips a cancelled batch ends by itself
-                    status = given_up(CANCELLED) if outcome.stopped else ""
+                    status = status_html(CANCELLED) if outcome.stopped else ""
                 yield [status, self._result(jobs, folder, outcome) if outcome else gr.skip()]
             if not ended:
                 yield [gr.skip(), self._result(jobs, folder, None)]
         except Exception as error:
             log_unexpected(error)
-            yield [complaint(error), gr.skip()]
+            yield [error_html(error), gr.skip()]
 
     def cancel(self, request: gr.Request) -> Any:
-        return cancel(self.desk, request)
+        return cancel(self.job_queue, request)
 
     def _plan(self, prompts: str, file: str | None, seeds: str, given: Any) -> tuple[list[Entry], Path]:
         """The jobs, all checked, and the folder that belongs to this list of prompts."""
@@ -124,7 +124,7 @@ class BatchTab:
             def load(model: str, _: str) -> Any:
                 stack.close()
                 pipe = models.pipeline(model)[0]
-                stack.enter_context(stoppable(pipe, job.cancelled))
+                stack.enter_context(cancellable(pipe, job.cancelled))
                 return pipe
 
             return run_batch(jobs, folder, load, watch=_Shown(job), stop=job.cancelled)

@@ -13,11 +13,11 @@ import gradio as gr
 
 from tilewise.ui.common.tables import method_words
 from tilewise.ui.web.common import media
-from tilewise.ui.web.common.messages import complaint, log_unexpected
+from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.form_parsing import settings_of
 from tilewise.ui.web.jobs.clips import Made, Pair, Studio
-from tilewise.ui.web.jobs.job_queue import Desk
+from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
 
 ABOUT = """The clip of the settings on the left, and the dense one from the same noise. Both are warmed up first, so that neither
@@ -27,8 +27,8 @@ pays for being first. PSNR and SSIM say how far the one is from the other, not w
 class CompareTab:
     """Built inside a gr.Tab. `clip`: the gr.State of the visitor's last clip."""
 
-    def __init__(self, controls: Controls, desk: Desk, studio: Studio, clip: gr.State) -> None:
-        self.controls, self.desk, self.studio = controls, desk, studio
+    def __init__(self, controls: Controls, job_queue: JobQueue, studio: Studio, clip: gr.State) -> None:
+        self.controls, self.job_queue, self.studio = controls, job_queue, studio
         gr.Markdown(ABOUT)
         with gr.Row():
             go = gr.Button("Compare with dense", variant="primary", elem_id="compare")
@@ -50,7 +50,9 @@ class CompareTab:
             settings = settings_of(controls.models, controls.limits, controls.values(given))
             controls.limits.check(settings, clips=2)
             yield ["", "", "", gr.skip()]  # what is shown must not be taken for what comes
-            for status, _, pair in stream(self.desk, owner_of(request), functools.partial(self.studio.pair, settings)):
+            for status, _, pair in stream(
+                self.job_queue, owner_of(request), functools.partial(self.studio.pair, settings)
+            ):
                 if pair is None:
                     yield [status, *nothing]
                 else:
@@ -58,10 +60,10 @@ class CompareTab:
                     yield ["", pair_html(pair), numbers, str(pair.sparse.path)]
         except Exception as error:
             log_unexpected(error)
-            yield [complaint(error), *nothing]
+            yield [error_html(error), *nothing]
 
     def cancel(self, request: gr.Request) -> Any:
-        return cancel(self.desk, request)
+        return cancel(self.job_queue, request)
 
 
 def pair_html(pair: Pair) -> str:
@@ -75,7 +77,7 @@ def pair_html(pair: Pair) -> str:
         ("SSIM", "–" if found.ssim is None else f"{found.ssim:.3f}"),
         ("seconds, dense", _seconds(pair.dense)),
         ("seconds, method", _seconds(pair.sparse)),
-        ("density where sparse", media.bar(pair.sparse.record["run"]["density"], f"{_density(pair.sparse):.3f}")),
+        ("density where sparse", media.bar(pair.sparse.metadata["run"]["density"], f"{_density(pair.sparse):.3f}")),
     ]
     return (
         '<div class="tw-pair" data-sync>'
@@ -86,7 +88,7 @@ def pair_html(pair: Pair) -> str:
 
 
 def _figure(made: Made, words: str) -> str:
-    version = made.record["run"]["frames_sha256"][:12]
+    version = made.metadata["run"]["frames_sha256"][:12]
     player = media.video(made.path, f"{words}: {made.settings.prompt}", version=version, autoplay=False)
     return (
         f"<figure>{player}<figcaption>{escape(words)}<br>{media.download(made.path, 'Download')}</figcaption></figure>"
@@ -94,9 +96,9 @@ def _figure(made: Made, words: str) -> str:
 
 
 def _seconds(made: Made) -> str:
-    seconds = made.record["run"]["seconds"]
+    seconds = made.metadata["run"]["seconds"]
     return escape(f"{seconds['total']:.2f} ({seconds['denoise']:.2f} denoising)")
 
 
 def _density(made: Made) -> float:
-    return float(made.record["run"]["density"])
+    return float(made.metadata["run"]["density"])

@@ -12,20 +12,20 @@ import gradio as gr
 
 from tilewise.ui.common.tables import method_words
 from tilewise.ui.web.common import media
-from tilewise.ui.web.common.messages import complaint, log_unexpected
+from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.form_parsing import settings_of
 from tilewise.ui.web.forms.snippets import command_line, python_program
 from tilewise.ui.web.jobs.clips import Made, Studio
-from tilewise.ui.web.jobs.job_queue import Desk
+from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
 
 
 class GenerateTab:
     """Built inside a gr.Tab. `clip`: a gr.State with the path of the visitor's last clip, as text."""
 
-    def __init__(self, controls: Controls, desk: Desk, studio: Studio, clip: gr.State) -> None:
-        self.controls, self.desk, self.studio = controls, desk, studio
+    def __init__(self, controls: Controls, job_queue: JobQueue, studio: Studio, clip: gr.State) -> None:
+        self.controls, self.job_queue, self.studio = controls, job_queue, studio
         with gr.Row():
             go = gr.Button("Generate", variant="primary", elem_id="generate")
             stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
@@ -39,7 +39,7 @@ class GenerateTab:
             command = gr.Code(language="shell", label="Command", interactive=False, elem_id="command")
             program = gr.Code(language="python", label="Python", interactive=False, elem_id="program")
         outputs = [status, preview, result, summary, settings, command, program, clip]
-        # Jobs queue at the desk, which knows who waits for what; here nothing holds them up.
+        # Jobs wait in the job queue, which knows who waits for what; here nothing holds them up.
         go.click(
             self.run, controls.inputs, outputs, concurrency_limit=None, show_progress="hidden", api_visibility="private"
         )
@@ -52,17 +52,17 @@ class GenerateTab:
             settings = settings_of(controls.models, controls.limits, controls.values(given))
             work = functools.partial(self.studio.clip, settings)
             yield ["", "", "", "", "", "", "", gr.skip()]  # what is shown must not be taken for what comes
-            for status, preview, made in stream(self.desk, owner_of(request), work):
+            for status, preview, made in stream(self.job_queue, owner_of(request), work):
                 if made is None:
                     yield [status, preview, *nothing]
                 else:
                     yield ["", "", *self.shown(made), str(made.path)]
         except Exception as error:
             log_unexpected(error)
-            yield [complaint(error), gr.skip(), *nothing]
+            yield [error_html(error), gr.skip(), *nothing]
 
     def cancel(self, request: gr.Request) -> Any:
-        return cancel(self.desk, request)
+        return cancel(self.job_queue, request)
 
     def shown(self, made: Made) -> list[Any]:
         """Result, summary, settings, command, program."""
@@ -76,7 +76,7 @@ class GenerateTab:
 
 def result_html(made: Made) -> str:
     """The clip with what is worth knowing about it."""
-    run = made.record["run"]
+    run = made.metadata["run"]
     seconds = run["seconds"]
     settings = made.settings
     version = run["frames_sha256"][:12]

@@ -15,7 +15,7 @@ import gradio as gr
 from tilewise.pipelines.batch.manifest import NAME
 from tilewise.pipelines.batch.two_stage_clip import TwoStages
 from tilewise.pipelines.batch.two_stage_jobs import stages_flop, stages_of
-from tilewise.pipelines.generation.cancellation import stoppable
+from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.resolve import prompt_notes
 from tilewise.pipelines.highres.preparation import Work
 from tilewise.pipelines.loading.device import resolve_dtype
@@ -23,23 +23,23 @@ from tilewise.pipelines.loading.load import cast_skeleton, load_skeleton
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.memory.limits import PeakMemory
 from tilewise.plugins.errors import TilewiseError
-from tilewise.ui.web.common.messages import complaint, log_unexpected
+from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.highres_form import (
     OPTIONS,
-    Wish,
+    HighresRequest,
     command_line,
+    highres_request,
     plan_html,
     planned,
     python_program,
     settings_dict,
-    wish_of,
 )
 from tilewise.ui.web.forms.option_controls import control
 from tilewise.ui.web.forms.slider import Slider
-from tilewise.ui.web.jobs.job_queue import Desk, Job
+from tilewise.ui.web.jobs.job_queue import Job, JobQueue
 from tilewise.ui.web.jobs.models import Models
-from tilewise.ui.web.jobs.output_store import Shelf
+from tilewise.ui.web.jobs.output_store import OutputStore
 from tilewise.ui.web.tabs.highres_result import figure, stages_html
 from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
 
@@ -53,11 +53,11 @@ frame. Both clips go to the folder `highres` of the outputs."""
 
 @dataclasses.dataclass(frozen=True)
 class HighresMade:
-    """Both clips on disk. path: of the clip at the target, whose record names the native one's file."""
+    """Both clips on disk. path: of the clip at the target, whose metadata names the native one's file."""
 
     work: Work
     path: Path
-    record: dict[str, Any]
+    metadata: dict[str, Any]
     summary: str
 
 
@@ -72,7 +72,7 @@ class HighresStudio:
     """Makes clips of two stages into a folder of `outputs`."""
 
     def __init__(self, models: Models, outputs: Path) -> None:
-        self.models, self.shelf = models, Shelf(models, outputs / FOLDER)
+        self.models, self.store = models, OutputStore(models, outputs / FOLDER)
         self._lock = threading.Lock()
         self._skeletons: dict[str, Any] = {}
 
@@ -86,14 +86,14 @@ class HighresStudio:
                 self._skeletons[model] = cast_skeleton(skeleton, dtype)
             return self._skeletons[model]
 
-    def clip(self, wish: Wish, job: Job) -> HighresMade:
+    def clip(self, clip_request: HighresRequest, job: Job) -> HighresMade:
         """Both clips. On the worker's thread; raises Cancelled soon after the job is cancelled."""
-        model = wish.native.model
+        model = clip_request.native.model
         pipe, told = self.models.begin_run(model, job)
-        work = wish.work(pipe)
+        work = clip_request.work(pipe)
         flop = stages_flop(self.skeleton(model), work)
-        with self.shelf.alone():
-            place = self.shelf.place(work.target, flop, stages_of(work))
+        with self.store.alone():
+            place = self.store.place(work.target, flop, stages_of(work))
         notes = [*prompt_notes(pipe, work.target), *work.notes]
         run = {name: value for name, value in told.items() if name != "load"}  # of both clips
 
@@ -102,28 +102,28 @@ class HighresStudio:
             version = native["run"]["frames_sha256"][:12]
             job.show(NativeShown(figure(stages.native_path, words, native["prompt"], version)))
 
-        stages = TwoStages(self.shelf.folder / place.file, work, run, show)
-        for file in (stages.native_path, self.shelf.folder / place.file, self.shelf.folder / NAME):
+        stages = TwoStages(self.store.folder / place.file, work, run, show)
+        for file in (stages.native_path, self.store.folder / place.file, self.store.folder / NAME):
             check_writable(file, suffix=file.suffix)
         peak = PeakMemory(pipe.device)
         peak.start()
-        with stoppable(pipe, job.cancelled):
+        with cancellable(pipe, job.cancelled):
             clip = stages.make(pipe, job.tell)
         run |= {"load": told["load"], "peak_memory": peak.read(), "notes": notes}
         try:
-            clip = stages.judge(pipe)
+            clip = stages.score_content(pipe)
         except Exception as error:  # a finished clip is worth more than its verdict
-            notes.append(f"the clips could not be judged: {error or type(error).__name__}")
-        with self.shelf.alone():
-            path, record = self.shelf.put(place, clip, {**run, "highres": stages.to_dict()})
-        return HighresMade(work, path, record, str(clip.summary))
+            notes.append(f"the clips could not be scored: {error or type(error).__name__}")
+        with self.store.alone():
+            path, metadata = self.store.put(place, clip, {**run, "highres": stages.to_dict()})
+        return HighresMade(work, path, metadata, str(clip.summary))
 
 
 class HighresTab:
     """Built inside a gr.Tab, which is `tab`."""
 
-    def __init__(self, controls: Controls, desk: Desk, models: Models, outputs: Path, tab: gr.Tab) -> None:
-        self.controls, self.desk, self.models = controls, desk, models
+    def __init__(self, controls: Controls, job_queue: JobQueue, models: Models, outputs: Path, tab: gr.Tab) -> None:
+        self.controls, self.job_queue, self.models = controls, job_queue, models
         self.studio = HighresStudio(models, outputs)
         gr.Markdown(ABOUT)
         high, wide = self.target(models.names[0])
@@ -176,39 +176,39 @@ class HighresTab:
             )
         except Exception as error:
             log_unexpected(error)
-            return complaint(error)
+            return error_html(error)
 
     def run(self, request: gr.Request, *given: Any) -> Iterator[list[Any]]:
         nothing = [gr.skip()] * 5
         try:
-            wish, _ = self._planned(given)
-            work = functools.partial(self.studio.clip, wish)
+            clip_request, _ = self._planned(given)
+            work = functools.partial(self.studio.clip, clip_request)
             yield [""] * 7  # what is shown must not be taken for what comes
-            for status, native, made in stream(self.desk, owner_of(request), work, CANCELLED):
+            for status, native, made in stream(self.job_queue, owner_of(request), work, CANCELLED):
                 if made is None:  # the native clip stays, whatever becomes of the other
                     yield [status, native or gr.skip(), *nothing]
                 else:
                     yield ["", "", *self.shown(made)]
         except Exception as error:
             log_unexpected(error)
-            yield [complaint(error), gr.skip(), *nothing]
+            yield [error_html(error), gr.skip(), *nothing]
 
     def cancel(self, request: gr.Request) -> Any:
-        return cancel(self.desk, request)
+        return cancel(self.job_queue, request)
 
     def shown(self, made: HighresMade) -> list[Any]:
         """Result, summary, settings, command, program."""
         native, dtype = self.models.native(made.work.native.model), self.models.dtype
         told = json.dumps(settings_dict(made.work), indent=2)
         again = [command_line(made.work, native, dtype), python_program(made.work, native, dtype)]
-        return [stages_html(made.path, made.record), made.summary, told, *again]
+        return [stages_html(made.path, made.metadata), made.summary, told, *again]
 
     def _values(self, given: Any) -> dict[str, Any]:
         return self.controls.values(given[len(self.own) :])
 
-    def _planned(self, given: Any, prompt: str = "") -> tuple[Wish, Work]:
+    def _planned(self, given: Any, prompt: str = "") -> tuple[HighresRequest, Work]:
         """prompt: where there is none."""
         values, limits = self._values(given), self.controls.limits
         values["prompt"] = values["prompt"] or prompt
-        wish = wish_of(self.models, limits, values, given[: len(self.own)])
-        return wish, planned(self.models, limits, wish, self.studio.skeleton(wish.native.model))
+        clip_request = highres_request(self.models, limits, values, given[: len(self.own)])
+        return clip_request, planned(self.models, limits, clip_request, self.studio.skeleton(clip_request.native.model))

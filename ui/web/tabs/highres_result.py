@@ -1,4 +1,4 @@
-"""A clip of two stages on the page: its native stage beside it, and what is worth knowing, all from the clip's record."""
+"""A clip of two stages on the page: its native stage beside it, and what is worth knowing, all from the clip's metadata."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tilewise.ui.web.common import media
 from tilewise.ui.web.forms.highres_form import path_words
 
 
-def stages_html(path: Path, record: Mapping[str, Any]) -> str:
+def stages_html(path: Path, metadata: Mapping[str, Any]) -> str:
     """Two players that page.js keeps in step, or one where the native clip is no longer there."""
-    run, told = record["run"], record["run"]["highres"]
+    run, told = metadata["run"], metadata["run"]["highres"]
     stages, forwards = Stages.from_dict(told), told["forwards"]
     seconds = ", ".join(f"{name} {value:.2f}" for name, value in run["seconds"].items() if value)
     found = {name: value for name, value in told["coherence"].items() if name != "excess"}
     guided = f"{forwards['refreshed']} with it, {forwards['reused']} with its cached cross-attention, "
-    clip = f"{record['frames']} frames of {record['height']}×{record['width']}, {record['fps']:g} a second"
+    clip = f"{metadata['frames']} frames of {metadata['height']}×{metadata['width']}, {metadata['fps']:g} a second"
     native = (
         f"{stages.height}×{stages.width}, {method_words(stages.method)}, {told['native']['seconds']['total']:.2f} s"
     )
     rows = [
-        ("prompt", str(record["prompt"])[:500]),
-        ("clip", f"{clip}, seed {record['seed']}"),
+        ("prompt", str(metadata["prompt"])[:500]),
+        ("clip", f"{clip}, seed {metadata['seed']}"),
         ("native stage", native),
         ("seconds of the second stage", seconds),
         ("coherence", str(Coherence(**found))),
@@ -46,8 +46,8 @@ def stages_html(path: Path, record: Mapping[str, Any]) -> str:
     cells.append(("density of the window", media.bar(run["density"], f"{run['density']:.3f}")))
     notes = "".join(f"<p>{escape(note)}</p>" for note in run["notes"])
     version, first = run["frames_sha256"][:12], path.with_name(told["native"]["file"])
-    prompt = str(record["prompt"])
-    figures = figure(path, f"at the target, {record['height']}×{record['width']}", prompt, version)
+    prompt = str(metadata["prompt"])
+    figures = figure(path, f"at the target, {metadata['height']}×{metadata['width']}", prompt, version)
     if first.is_file():
         figures = figure(first, f"native stage, {stages.height}×{stages.width}", prompt, version) + figures
     button = '<p class="tw-pair-buttons"><button type="button" class="tw-play">Play or pause both</button></p>'

@@ -14,13 +14,13 @@ from tilewise.pipelines.batch.manifest import NAME, Line, ManifestError, clip_pa
 from tilewise.pipelines.batch.manifest_comparison import method_name
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.web.common import media
-from tilewise.ui.web.common.messages import complaint, log_unexpected
+from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.form_parsing import FIELDS, json_object, settings_from, values_of
 from tilewise.ui.web.forms.highres_form import own_values, stages_in
 from tilewise.ui.web.tabs.highres import HighresTab
 from tilewise.ui.web.tabs.highres_result import stages_html
-from tilewise.ui.web.tabs.job_stream import given_up
+from tilewise.ui.web.tabs.job_stream import status_html
 
 MOST = 60  # clips that the list shows, the latest first
 
@@ -131,14 +131,14 @@ class HistoryTab:
             return self._filled(self._find(name).line)
         except Exception as error:
             log_unexpected(error)
-            return [complaint(error), *[gr.skip()] * self.count]
+            return [error_html(error), *[gr.skip()] * self.count]
 
     def use_pasted(self, text: str) -> list[Any]:
         try:
             return self._filled(json_object(text or ""))
         except Exception as error:
             log_unexpected(error)
-            return [complaint(error), *[gr.skip()] * self.count]
+            return [error_html(error), *[gr.skip()] * self.count]
 
     def _filled(self, told: Mapping[str, Any]) -> list[Any]:
         """Of a clip of two stages the controls get the native stage, and High resolution's own the rest."""
@@ -152,7 +152,7 @@ class HistoryTab:
             settings = dataclasses.replace(target, height=stages.height, width=stages.width, method=stages.method)
         values = values_of(settings)
         shared = [values[name] for name in FIELDS]
-        return [given_up(words), *shared, *(own or [gr.skip()] * (self.count - len(shared)))]
+        return [status_html(words), *shared, *(own or [gr.skip()] * (self.count - len(shared)))]
 
     def _find(self, name: str | None) -> Past:
         for past in past_clips(self.outputs)[0]:

@@ -10,8 +10,8 @@ import gradio as gr
 
 from tilewise.pipelines.generation.cancellation import Cancelled
 from tilewise.ui.web.common import media
-from tilewise.ui.web.common.messages import complaint, log_unexpected
-from tilewise.ui.web.jobs.job_queue import Desk, Job, State
+from tilewise.ui.web.common.messages import error_html, log_unexpected
+from tilewise.ui.web.jobs.job_queue import Job, JobQueue, State
 
 CANCELLED = "cancelled; nothing was written"
 
@@ -22,40 +22,40 @@ def owner_of(request: gr.Request) -> str:
 
 
 def stream(
-    desk: Desk, owner: str, work: Callable[[Job], Any], cancelled: str = CANCELLED
+    job_queue: JobQueue, owner: str, work: Callable[[Job], Any], cancelled: str = CANCELLED
 ) -> Iterator[tuple[str, Any, Any]]:
     """(status as HTML, preview as HTML where there is a new one, result or None) while a job runs.
 
     The last one has the result, unless the job failed or was cancelled; `cancelled` says so. A job that was done before it
     heard of the cancelling has a result all the same.
     """
-    job = desk.submit(owner, work)
+    job = job_queue.submit(owner, work)
     shown = None
     yield progress(job.state(0)), "", None
-    for state in desk.watch(job):
+    for state in job_queue.watch(job):
         new = state.picture is not shown  # an image that is sent again would begin anew
         shown = state.picture
         # Said here and not by the button, whose answer might come last and stay.
-        status = given_up("cancelling …") if job.cancelled() else progress(state)
+        status = status_html("cancelling …") if job.cancelled() else progress(state)
         yield status, _html(shown) if new and shown else gr.skip(), None
     if not job.future.done():
-        yield given_up(cancelled), "", None
+        yield status_html(cancelled), "", None
         return
     error = job.future.exception()
     if isinstance(error, Cancelled):
-        yield given_up(cancelled), "", None
+        yield status_html(cancelled), "", None
     elif error is not None:
-        yield complaint(error), "", None
+        yield error_html(error), "", None
     else:
         yield "", "", job.future.result()
 
 
-def cancel(desk: Desk, request: gr.Request) -> Any:
+def cancel(job_queue: JobQueue, request: gr.Request) -> Any:
     """Cancels what a visitor has queued or at work; the status, unless the work's own stream tells it."""
-    return gr.skip() if desk.cancel(owner_of(request)) else given_up("nothing is running for you")
+    return gr.skip() if job_queue.cancel(owner_of(request)) else status_html("nothing is running for you")
 
 
-def given_up(words: str) -> str:
+def status_html(words: str) -> str:
     """A status in words, as HTML that screen readers announce."""
     return f'<div class="tw-status" role="status">{escape(words)}</div>'
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,14 @@ def load_pipeline(model: str | Path = "demo", *, device: str = "auto", dtype: st
     source = _check_source(model)
     from diffusers import DiffusionPipeline
 
-    try:
-        # Explicit for all parts: a file in float16 would otherwise stay so on a CPU, and parts would disagree.
-        _, vae = DiffusionPipeline.load_config(str(source)).get("vae") or (None, None)
-        dtypes = {"default": kind, **({"vae": torch.float32} if vae in FLOAT32_VAES else {})}
+    with _loading(f"could not load the model {model}"):
+        index = DiffusionPipeline.load_config(str(source))
+    _check_classes(model, index)
+    # Explicit for all parts: a file in float16 would otherwise stay so on a CPU, and parts would disagree.
+    _, vae = index.get("vae") or (None, None)
+    dtypes = {"default": kind, **({"vae": torch.float32} if vae in FLOAT32_VAES else {})}
+    with _loading(f"could not load the model {model}"):
         pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtypes)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ModelError(f"could not load the model {model}: {_first_line(error)}") from error
     pipe.to(where)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -53,26 +56,25 @@ def load_skeleton(model: str | Path = "demo") -> Any:
     import diffusers
 
     source = str(_check_source(model))
-    try:
+    refused = f"could not read the configs of {model}"
+    with _loading(refused):
         index = diffusers.DiffusionPipeline.load_config(source)
-        pipeline_class = getattr(diffusers, index["_class_name"])
-        parts: dict[str, Any] = {}
-        for name, value in index.items():
-            if name.startswith("_"):
-                continue
-            if not isinstance(value, list | tuple):
-                parts[name] = value
-            elif value[0] != "diffusers":
-                parts[name] = None
-            else:
-                part_class = getattr(diffusers, value[1])
-                config = part_class.load_config(source, subfolder=name)
-                is_module = issubclass(part_class, torch.nn.Module)
-                with torch.device("meta" if is_module else "cpu"):
-                    parts[name] = part_class.from_config(config)
-        pipe = pipeline_class(**parts)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ModelError(f"could not read the configs of {model}: {_first_line(error)}") from error
+    _check_classes(model, index)
+    parts: dict[str, Any] = {}
+    for name, value in index.items():
+        if name.startswith("_"):
+            continue
+        if not isinstance(value, list | tuple):
+            parts[name] = value
+        elif value[0] != "diffusers":
+            parts[name] = None
+        else:
+            part_class = getattr(diffusers, value[1])
+            is_module = issubclass(part_class, torch.nn.Module)
+            with _loading(refused), torch.device("meta" if is_module else "cpu"):
+                parts[name] = part_class.from_config(part_class.load_config(source, subfolder=name))
+    with _loading(refused):
+        pipe = getattr(diffusers, index["_class_name"])(**parts)
     pipe.register_to_config(_name_or_path=source)
     return pipe
 
@@ -118,6 +120,28 @@ def _check_hub(model_id: str) -> str:
         raise ModelError(
             f"{missing} the hub cannot be reached, nor is {model_id} in the local cache: {reason}"
         ) from error
+
+
+@contextlib.contextmanager
+def _loading(refused: str) -> Iterator[None]:
+    """Around one call of a library with a model's files: what it raises about those becomes a ModelError.
+
+    An AttributeError is none of that. Names of classes are checked before, so it is a bug, here or there.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
+        raise ModelError(f"{refused}: {_first_line(error)}") from error
+
+
+def _check_classes(model: str | Path, index: Mapping[str, Any]) -> None:
+    """Raises ModelError for a class of a model_index.json that the installed diffusers does not have."""
+    import diffusers
+
+    parts = [value[1] for value in index.values() if isinstance(value, list | tuple) and value[:1] == ["diffusers"]]
+    for name in (index["_class_name"], *parts):
+        if isinstance(name, str) and not hasattr(diffusers, name):
+            raise ModelError(f"could not load the model {model}: diffusers {diffusers.__version__} has no class {name}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,7 +27,7 @@ MIN_MAP_TOKENS = 4096
 
 
 def select_blocks(text: str, count: int) -> list[int]:
-    """The block numbers that a ``blocks`` text selects among ``count``, in order. Out of range is just not selected.
+    """The block numbers that a ``blocks`` text selects among ``count``, in order. Numbers out of range select nothing.
 
     Raises:
         ConfigError: if the text cannot be read.
@@ -62,7 +62,7 @@ class Config:
         strict: raise ``FallbackError`` where an attention call cannot run the method, instead of running it dense and saying so.
         fuse: run norms, rotary embedding, modulation and gates in exact fused kernels, where the model's family has them, on a
             GPU that Triton serves and under ``torch.no_grad()``; and, on a Hopper GPU, the attention that stays dense in our
-            kernel where nobody chose another diffusers backend. False: the stock code.
+            kernel if no other diffusers backend was chosen. False: the stock code.
         precision: "int8" or "fp8": the method's attention calls with 8-bit products, on a Hopper GPU, for head dimensions 64 and
             128 (dispatch_8bit.py). About 2 % ("int8") and 3.6 % ("fp8") relative error of a call on unit-variance
             inputs. Calls that cannot run so run in 16 bits, and ``summary`` says why. None: the model's own 16 bits.
@@ -106,7 +106,7 @@ class Config:
 
     def runs_at(self, step: int, total: int) -> bool:
         """Whether the method runs at step ``step`` of ``total``, counted from 0."""
-        # Rounded outward by a hair, so that 0.1 · 30 is 3 steps and not 3.0000000000000004.
+        # The 1e-9 absorbs rounding: 0.1 · 30 is 3.0000000000000004, and must count as 3 steps.
         return math.ceil(self.steps[0] * total - 1e-9) <= step < math.ceil(self.steps[1] * total - 1e-9)
 
     def too_few(self, tokens: int, own_map: bool) -> str | None:
@@ -171,7 +171,7 @@ def resolve(
     precision: str | None = None,
     min_tokens: int | None = None,
 ) -> Config:
-    """The config that a method name, preset name, method object or config stands for, with what is given on top.
+    """The config for a method name, preset name, method object or config, with the given options on top.
 
     Raises:
         ConfigError: unknown name, or an option that cannot be.
@@ -197,7 +197,7 @@ def resolve(
 
 
 def save_config(config: MethodLike, path: str | os.PathLike[str]) -> None:
-    """Write a config as JSON, complete or not at all."""
+    """Write a config as JSON, atomically: the file is complete or unchanged."""
     path = Path(path)
     text = json.dumps(resolve(config).to_dict(), indent=2) + "\n"
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -209,7 +209,7 @@ def save_config(config: MethodLike, path: str | os.PathLike[str]) -> None:
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """Read a config that ``save_config`` wrote, or that a person did.
+    """Read a config file, written by ``save_config`` or by hand.
 
     Raises:
         ConfigError: not JSON, or keys or values that cannot be, with the file's name.

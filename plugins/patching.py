@@ -47,7 +47,7 @@ def denoisers_of(target: Any) -> dict[str, nn.Module]:
             served = "; ".join(f"{family}: {', '.join(classes)}" for family, classes in supported_models().items())
             raise UnsupportedModelError(
                 f"{name} is a {type(module).__name__}, which no family adapter serves (served: {served}). Nothing was "
-                "patched. To add it, write a Family (see tilewise.plugins.models.wan) and call tilewise.register_family"
+                "patched. To add it, subclass tilewise.Family (see tilewise.plugins.models.wan) and call tilewise.register_family"
             )
     return denoisers
 

@@ -1,9 +1,10 @@
 """Chroma: Flux.1 without guidance or pooled text, and with an attention mask for the padding of the prompt.
 
-Its blocks make an (S, S) mask of the (B, S) one that they are given, each anew. Here the attention modules are given one. Where
-the mask is of booleans, that is the keys' alone, which says as much: what a padding token gets is never seen by an image token.
-diffusers' own pipelines give floating-point ones, 1 for a visible token and 0 for padding, which PyTorch adds to the scores:
-padding is weighed down by e and not hidden. There it is stock's (S, S) mask, made once: see ``weighed_text``.
+The stock blocks each expand the (B, S) mask they receive to (B, 1, S, S). Here the mask is made once a forward and handed to the
+attention modules. A boolean mask becomes one over keys, (B, 1, 1, S): the difference is in the outputs of padding tokens, which
+no image token reads. diffusers' own pipelines pass floating-point masks, 1 for a visible token and 0 for padding, which PyTorch
+adds to the scores: padding is not hidden, its weight is divided by e. Then the mask is the stock (B, 1, S, S) one; see
+``plugins/masks/additive_padding_mask.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class ChromaFamily(FluxFamily):
     )  # fmt: skip
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        masks: list[torch.Tensor] = []  # of the forward that is under way, where the blocks do not get it
+        masks: list[torch.Tensor] = []  # of the current forward, kept from the blocks
 
         def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             call = by_name(self.parameters, args, kwargs)

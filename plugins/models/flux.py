@@ -40,9 +40,6 @@ class FluxFamily(Family):
         rows, columns, others = image_shape(call["img_ids"])
         return Grid(1, rows, columns, text=call["encoder_hidden_states"].shape[1] + others, text_first=True)
 
-    def refuses(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
-        return None
-
     def _others(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int:
         """Tokens of reference images; 0 where no order can be in force, and nothing needs to be read."""
         if self.refuses(denoiser, args, kwargs) is not None:
@@ -52,7 +49,7 @@ class FluxFamily(Family):
             return image_shape(ids)[2]
         try:
             return image_shape(ids)[2]
-        except UnreadableGridError:  # said already, by ``grid``
+        except UnreadableGridError:  # ``grid`` has reported it
             return 0
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -69,9 +66,9 @@ class FluxFamily(Family):
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
         model: Any = denoiser
-        orders: list[StreamOrder] = []  # of the forward that is under way
+        orders: list[StreamOrder] = []  # of the current forward
 
-        # The arguments are reordered and not what the embedders make of them: a LoRA may put itself in an embedder's place.
+        # The arguments are reordered, not the embedders' outputs: a LoRA added later wraps an embedder, and a hook on it.
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             call = by_name(self.parameters, args, kwargs)
             others = self._others(module, args, kwargs)

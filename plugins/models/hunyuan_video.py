@@ -6,10 +6,9 @@
 Video tokens are in raster order (t slowest) and text is always last. Every call brings a mask over keys alone, which hides the
 padding of the prompt. Rotary tables, one row a video token, come from ``rope``.
 
-Video tokens take the layout's order as they leave the patch embedding and give it up before the output norm. Image-conditioned
-models of the kind ``token_replace`` are another matter: their blocks take the first frame by its position, in two dozen places,
-so there the order is taken and given up around each attention module. That moves two tensors a layer, which beside an attention
-over the same tokens is little.
+Video tokens are reordered after the patch embedding and put back before the output norm. Image-conditioned models of the kind
+``token_replace`` find the first frame by its position, in two dozen places of their blocks, so there tokens are reordered around
+each attention module instead. That moves two tensors a layer, which costs little next to attention over the same tokens.
 """
 
 from __future__ import annotations
@@ -87,14 +86,14 @@ class HunyuanVideoFamily(Family):
 
 
 def patches(denoiser: nn.Module, latent: Any) -> tuple[int, int, int]:
-    """Tokens along (t, h, w) of a latent video of that many frames, rows and columns."""
+    """Tokens along (t, h, w) of a latent video with ``latent`` = (frames, rows, columns)."""
     config: Any = denoiser.config
     t, h, w = latent
     return t // config.patch_size_t, h // config.patch_size, w // config.patch_size
 
 
 def around_blocks(denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-    """Hooks that keep the video tokens in the order in force from the patch embedding to the output norm."""
+    """Hooks that reorder the video tokens after the patch embedding, and put them back before the output norm."""
     model: Any = denoiser
 
     def enter(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
@@ -107,7 +106,7 @@ def around_blocks(denoiser: nn.Module, reorder: Reorder) -> list[Any]:
 
 
 def around_attention(module: nn.Module, reorder: Reorder) -> list[Any]:
-    """Hooks that bring the video tokens into the order in force for one attention module alone."""
+    """Hooks that reorder the video tokens for one attention module, and put its output back."""
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "hidden_states": reorder.into(kwargs["hidden_states"])}

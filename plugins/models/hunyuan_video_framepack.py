@@ -3,8 +3,9 @@
     the model's order          [history ÷ 4 | history ÷ 2 | clean frames | video | image | text]
     the blocks' order, here    [video | history ÷ 4 | history ÷ 2 | clean frames | image | text]
 
-History, image and text tokens are all seen by every query and see everything: to a plan they are text. Attention does not mind
-where a token stands, so the history moves behind the video once, as the model joins them, and back before the model cuts it off.
+Every query sees the history, image and text tokens, and they see everything: in a plan they count as text. Attention gives the
+same result in any token order, so the history moves behind the video once, where the model joins the two, and back before the
+model cuts it off.
 
 A batch of one comes without padding and without a mask, more come with a mask over keys alone. Its blocks are HunyuanVideo's.
 """
@@ -60,7 +61,7 @@ class HunyuanVideoFramepackFamily(HunyuanVideoFamily):
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
         if not reorder.reorders:
-            return []  # where no order is ever taken, the history need not move either
+            return []  # if tokens are never reordered, the history can stay where it is
         model: Any = denoiser
         pack = _Packing(model, reorder)
         handles: list[Any] = [pack.handle, *around_blocks(denoiser, reorder)]
@@ -70,7 +71,7 @@ class HunyuanVideoFramepackFamily(HunyuanVideoFamily):
         return [*handles, *(block.register_forward_hook(pack.leave) for block in blocks[-1:])]
 
     def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        return []  # those of ``_Packing.as_stock_has_it`` are there for every layer, and see by themselves whose processor it has
+        return []  # ``_Packing.as_stock_has_it`` has put hooks on every layer, which act where the processor is not ours
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         spatial, temporal = vae_factors(pipe, 8)
@@ -93,12 +94,12 @@ def _history_tokens(latent: Any, scale: int) -> int:
 
 
 class _Packing:
-    """The history's way behind the video and back; ``handle`` takes it off."""
+    """Moves the history behind the video and back. ``handle.remove()`` takes the override off."""
 
     def __init__(self, denoiser: Any, reorder: Reorder) -> None:
         self.reorder = reorder
         self.stock: Callable[..., Any] = getattr(denoiser, PACK_HISTORY)
-        self.video = 0  # video tokens of the forward under way
+        self.video = 0  # video tokens of the current forward
 
         def pack(video: torch.Tensor, *rest: Any, **options: Any) -> Any:
             return self.pack(video, *rest, **options)
@@ -119,7 +120,7 @@ class _Packing:
         return (self._video_last(output[0], 1), *output[1:])
 
     def as_stock_has_it(self, attn: nn.Module) -> list[Any]:
-        """Hooks that give an attention module the model's own order wherever its processor is not ours."""
+        """Hooks that give an attention module the model's own order if its processor is not ours."""
 
         def enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             if is_stand_in(module.processor):

@@ -3,8 +3,8 @@
     sequence = [condition frames,] video [, condition frames]        the video in raster order, t slowest
 
 Latents come packed, (B, S, C), so the grid is in the forward's ``num_frames``, ``height`` and ``width``. Pipelines that give
-``video_coords`` instead have it there: the position of every token, in pixels and seconds. Condition frames that some of them
-put before or after the video are no part of its grid: they count as the grid's text tokens, which all see and are seen by all.
+``video_coords`` instead have it there: the position of every token, in pixels and seconds. Condition frames that some of them put
+before or after the video are not part of its grid: they count as text tokens, which see every token and which every token sees.
 
 Self-attention is ``attn1`` of each block; the prompt enters through ``attn2``, which stays as it is. Rotary tables come from
 ``rope``, one row a token. A timestep per token (image-to-video, conditions) is embedded by ``time_embed``.
@@ -150,8 +150,8 @@ def follow_rotary(rope: nn.Module, reorder: Reorder) -> list[Any]:
 def follow_timesteps(embed: nn.Module, reorder: Reorder) -> list[Any]:
     """Hooks for a module that embeds timesteps: (B,) or, one a token, (B·S,), to (modulation, embedding).
 
-    Reordering the timesteps themselves is cheapest: their modulation is some 10⁴ times as large. Blocks read the modulation;
-    the embedding is read after the last of them, where tokens are back in the model's own order.
+    The timesteps themselves are reordered, as their modulation is some 10⁴ times as large. Blocks read the modulation; the
+    embedding is read after the last block, where tokens are back in the model's own order.
     """
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -3,9 +3,9 @@
     video tokens = video [, condition frames or references]         the video in raster order, t slowest
 
 Self-attention over the video, ``attn1``, runs the method. The audio stream, cross-attention with the prompt and between the two
-streams stay as they are: each gives a video token the same wherever it stands, as its rotary tables and modulation follow it.
-The sizes that the forward is given are those of the latents before patchify. A mask over video tokens, which the IC-LoRA pipeline
-makes to weaken its references, is S × S: such calls fall back to dense, and are counted.
+streams stay as they are: they give a video token the same result at any place, as its rotary tables and modulation move with it.
+The sizes that the forward is given are those of the latents before patchify. The IC-LoRA pipeline weakens its references with a
+mask over video tokens, (S, S): such calls fall back to dense, and are counted.
 """
 
 from __future__ import annotations

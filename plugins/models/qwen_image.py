@@ -51,9 +51,9 @@ class QwenImageFamily(Family):
 
     def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
         model: Any = denoiser
-        orders: list[StreamOrder] = []  # of the forward that is under way
+        orders: list[StreamOrder] = []  # of the current forward
 
-        # The arguments are reordered and not what the embedder makes of them: a LoRA may put itself in its place.
+        # The arguments are reordered, not the embedder's output: a LoRA added later wraps the embedder, and a hook on it.
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             call = by_name(PARAMETERS, args, kwargs)
             x, text = call["hidden_states"], call["encoder_hidden_states"].shape[1]
@@ -117,7 +117,7 @@ def _shape(denoiser: Any, call: dict[str, Any]) -> tuple[int, int, int, int]:
         images = [images]
     t, h, w = images[0]
     others = images[1:]
-    if denoiser.config.use_layer3d_rope:  # layers, and last the image that is taken apart
+    if denoiser.config.use_layer3d_rope:  # the layers, and last the image that is split into them
         while len(others) > 1 and tuple(others[0]) == (t, h, w):
             others = others[1:]
         t = t * (len(images) - len(others))

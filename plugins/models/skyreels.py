@@ -1,8 +1,8 @@
 """SkyReels-V2, Wan's architecture with its own weights: text- and image-to-video, and diffusion forcing (a timestep per frame).
 
 With diffusion forcing, the blocks are given modulation of shape (B, 6, S, C), which the forward makes for all of them. Its
-asynchronous mode sets ``num_frame_per_block`` > 1 in the config: frames then see no later group of frames, by a mask over all
-pairs of tokens, which no method's plan holds.
+asynchronous mode sets ``num_frame_per_block`` > 1 in the config: a mask over all pairs of tokens then hides later groups of
+frames, which no method's plan can express.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Z-Image: refiner blocks for image and text, then blocks over [image | padding | text | padding].
 
-The image's tokens are padded to a multiple of 32 with tokens that take part in attention; they count as text. So are the
-prompts, and again to the longest of the batch, with a mask of keys. Refiners of the image run on the image and its padding; those
-of the text are left alone. Rotary tables are made inside ``forward`` and are reached through ``_prepare_sequence``, which both
-streams pass.
+The image's tokens are padded to a multiple of 32 with tokens that take part in attention; they count as text. Prompts are padded
+in the same way, and then to the longest of the batch, with a mask over keys. The image's refiners run on the image and its
+padding; the text's stay as they are. Rotary tables are made inside ``forward``; ``_prepare_sequence``, which both streams pass
+through, returns them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class ZImageFamily(Family):
             return (), {**call, "controlnet_block_samples": {i: reorder.into(sample) for i, sample in samples.items()}}
 
         def prepare(feats: Any, pos_ids: Any, inner_pad_mask: Any, pad_token: Any, *args: Any, **kwargs: Any) -> Any:
-            # The hidden states (B, n, C) and rotary tables (B, n, D) of one stream, which the blocks' are put together from.
+            # The hidden states (B, n, C) and rotary tables (B, n, D) of one stream; the blocks get both streams joined.
             x, tables, *rest = stock(model, feats, pos_ids, inner_pad_mask, pad_token, *args, **kwargs)
             if pad_token is model.x_pad_token:
                 order = StreamOrder(reorder, x.shape[1], lengths[1], x.device, text_first=False)
@@ -120,7 +120,7 @@ class ZImageFamily(Family):
         return within_positions(denoiser, grid, model.config.axes_lens)
 
 
-# By patch: the lengths (image and its padding, text) of the forward that is under way, which its hooks share.
+# By patch: the lengths (image and its padding, text) of the current forward, which its hooks share.
 _LENGTHS: WeakKeyDictionary[Reorder, list[int]] = WeakKeyDictionary()
 
 

@@ -20,7 +20,7 @@ def argument(args: tuple, kwargs: dict[str, Any], at: int, name: str) -> Any:
 
 
 def changed(args: tuple, kwargs: dict[str, Any], at: int, name: str, change: Callable[[Any], Any]) -> Call:
-    """The arguments of a call with ``change`` done to one of them, where it was given and is not None."""
+    """The arguments of a call with ``change`` applied to one of them, if it was given and is not None."""
     value = argument(args, kwargs, at, name)
     if value is None:
         return args, kwargs
@@ -32,9 +32,9 @@ def changed(args: tuple, kwargs: dict[str, Any], at: int, name: str, change: Cal
 def reorder_in_place(x: torch.Tensor, reorder: Reorder, dim: int) -> None:
     """Bring ``x`` itself into the order in force.
 
-    For what a model's forward makes and hands to each of its blocks in turn: a hook of the first block can give that block
-    another tensor, but not the rest, and gathering it in each of them would cost several hidden states a block. ``x`` must
-    have its own memory; a token axis of stride 0, where one value stands for all tokens, is in every order.
+    For a tensor that a model's forward makes once and passes to every block: a hook on the first block can replace it for that
+    block only, and a gather in every block would cost as much as several hidden states. ``x`` must have its own memory. A token
+    axis of stride 0 (one value for all tokens) needs no reordering.
     """
     if x.stride(dim) != 0:
         x.copy_(reorder.into(x, dim))

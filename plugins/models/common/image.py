@@ -2,7 +2,7 @@
 
 Tokens of one attention call stand as [text | others | image] or [image | others | text]. "Others" are tokens that belong to the
 image stream of the model but not to the grid: reference images of an edit, padding. They count as text: every token sees
-them, they see every token, and they keep their place.
+them, they see every token, and they are not reordered.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def image_tokens(denoiser: nn.Module, size: Size, pixels: int) -> tuple[int, int
 class StreamOrder:
     """The order in force of an image stream of n tokens, the last ``others`` of which are not of the grid, beside one of text.
 
-    The model has the others after the image. With text after the image too, they stay there; with text first they come before
-    it, so that the image's tokens are together at one end of the sequence either way.
+    In the model, the others follow the image. With text last, they stay there; with text first, they move before the image. So
+    the image's tokens are always at one end of the sequence.
 
     Args:
         reorder: the patch's, which knows the order of the whole sequence.
-        tokens: n. text: number of text tokens. others: how many of the n, at the end of the stream; only text_first minds.
+        tokens: n. text: number of text tokens. others: how many of the n, at the end of the stream; used only with text_first.
         text_first: whether the sequence is [text | stream] or [stream | text].
     """
 
@@ -80,7 +80,7 @@ class StreamOrder:
     def others_first(self, mask: torch.Tensor) -> torch.Tensor:
         """An attention mask over [text | image | others] as one over [text | others | image], wherever an axis is that long.
 
-        The order in force is counted from that one: attention calls bring their masks from it.
+        Attention calls reorder their masks from that order.
         """
         if self.into is None or not self.text_first:
             return mask

@@ -1,6 +1,6 @@
-"""The size that a model was trained at, in tokens: what methods that extrapolate from it need to know.
+"""The size that a model was trained at, in tokens, for methods that extrapolate from it.
 
-Found where the model or its pipeline says it, first hit wins: ``tilewise.json`` beside the model's ``model_index.json``, the
+Looked up in this order: ``tilewise.json`` beside the model's ``model_index.json``, the
 defaults of the pipeline's call, the pipeline's ``default_sample_size``, or the attributes that it has in place of one.
 """
 
@@ -22,7 +22,8 @@ from tilewise.plugins.models.common.registry import family_of
 
 NATIVE_FILE = "tilewise.json"
 VIDEO_FRAMES = 81
-IN_THE_CODE = {"ZImagePipeline": (1024, 1024)}  # (height, width) of those that say it in the code of their call alone
+# (height, width) of pipelines that have their default in the code of their call alone.
+IN_THE_CODE = {"ZImagePipeline": (1024, 1024)}
 
 
 def native_file(pipe: Any) -> Path:
@@ -36,35 +37,35 @@ def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def native_pixels(pipe: Any) -> Size:
-    """Height, width and frames that a pipeline makes where nobody says otherwise; one frame for images.
+    """Height, width and frames that a pipeline makes by default; one frame for images.
 
     Raises:
         ConfigError: if neither the model nor its pipeline says a height and width.
     """
     defaults = {name: p.default for name, p in call_parameters(pipe).items() if isinstance(p.default, int)}
-    told = {name: defaults.get(name) for name in ("height", "width", "num_frames")}
+    found = {name: defaults.get(name) for name in ("height", "width", "num_frames")}
     sample = getattr(pipe, "default_sample_size", None)
-    if isinstance(sample, int) and told["height"] is None:
+    if isinstance(sample, int) and found["height"] is None:
         side = sample * getattr(pipe, "vae_scale_factor", 8)
-        told.update(height=side, width=side)
-    if told["height"] is None and told["width"] is None:
-        told.update(zip(("height", "width"), _usual_size(pipe), strict=True))
+        found.update(height=side, width=side)
+    if found["height"] is None and found["width"] is None:
+        found.update(zip(("height", "width"), _usual_size(pipe), strict=True))
     file = native_file(pipe)
     if file.is_file():
         try:
-            told.update({name: v for name, v in json.loads(file.read_text("utf-8")).items() if name in told})
+            found.update({name: v for name, v in json.loads(file.read_text("utf-8")).items() if name in found})
         except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"{file}: cannot be read for the model's native size: {error}") from error
-    if told["height"] is None or told["width"] is None:
+    if found["height"] is None or found["width"] is None:
         raise ConfigError(
             f"{type(pipe).__name__} does not say at which size its model was trained; give it, for instance "
             "tilewise.patch(pipe, tilewise.Inward(native=(h, w))), in tokens of the denoiser's grid"
         )
-    return Size(told["height"], told["width"], told["num_frames"] or usual_frames(pipe))
+    return Size(found["height"], found["width"], found["num_frames"] or usual_frames(pipe))
 
 
 def _usual_size(pipe: Any) -> tuple[int | None, int | None]:
-    """(height, width) of a pipeline whose call goes by attributes of its own; None where it does not."""
+    """(height, width) by attributes of a pipeline's own; None where it has none."""
     if hasattr(pipe, "default_aspect_ratio"):  # HunyuanVideo 1.5: of the side that its transformer was trained at
         w, h = pipe.default_aspect_ratio
         height, width = pipe.video_processor.calculate_default_height_width(h, w, pipe.target_size)
@@ -91,5 +92,5 @@ def native_grid(pipe: Any, denoiser: nn.Module) -> Grid:
         )
     family = family_of(denoiser)
     if family is None:
-        raise ConfigError(f"{type(denoiser).__name__}: no family adapter serves it, so that its token grid is unknown")
+        raise ConfigError(f"{type(denoiser).__name__}: no family adapter serves it, so its token grid is unknown")
     return family.grid_of_size(denoiser, pipe, native_pixels(pipe))

@@ -1,8 +1,8 @@
 """The grid of an image whose tokens come packed, (B, S, C), with a position each: Flux, Flux.2, Chroma.
 
 Positions are rows of (image number, row, column, …). The image being made comes first, in raster order; other image numbers
-after it are reference images. Only the values say where a row ends, so they are read: once for a tensor, which pipelines hand
-to every step. For torch.compile the reading is an operator, whose answer a graph does not depend on.
+after it are reference images. Where a row ends is in the values alone, so they are read on the host: once for each tensor, as
+pipelines pass the same one at every step. For torch.compile this is a custom operator with unbacked sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.models.common.family import UnreadableGridError
 from tilewise.plugins.torch_compat import version_of
 
-_read: WeakIdKeyDictionary = WeakIdKeyDictionary()  # positions → (their version, what image_shape says or raises)
+_read: WeakIdKeyDictionary = WeakIdKeyDictionary()  # positions → (their version, the shape or the error message)
 
 
 def image_shape(ids: torch.Tensor) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Sizes in pixels that a model takes as they are: one check, and one wording of what is wrong, for every family."""
+"""Sizes in pixels that a model takes unchanged: one check and one error message for all families."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def within_positions(denoiser: nn.Module, grid: Grid, most: Sequence[int]) -> Gr
     """
     axes = list(zip((grid.t, grid.h, grid.w), most, strict=True))
     if any(tokens > limit for tokens, limit in axes):
-        told = axes[1:] if grid.t == most[0] == 1 else axes
-        tokens, limits = ("×".join(str(axis[i]) for axis in told) for i in (0, 1))
+        shown = axes[1:] if grid.t == most[0] == 1 else axes
+        tokens, limits = ("×".join(str(axis[i]) for axis in shown) for i in (0, 1))
         raise ConfigError(
             f"{type(denoiser).__name__} does not take this size: {tokens} tokens, it has positions for {limits}"
         )

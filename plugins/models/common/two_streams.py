@@ -1,4 +1,4 @@
-"""What families share whose blocks return (video, text) and whose rotary tables, (video, D) each, come from one module."""
+"""Families whose blocks return (video, text) and whose rotary tables, (video, D) each, come from one module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tilewise.plugins.models.common.forward_arguments import changed
 
 
 class TwoStreams(Family):
-    """``layers`` and hooks of a family; a subclass names the module that makes the tables."""
+    """Defines the layers and hooks; a subclass sets ``rope``, the name of the module that makes the tables."""
 
     rope: str
 

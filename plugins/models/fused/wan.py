@@ -6,10 +6,10 @@
     h = h + a;        n = LayerNorm(h)·(1 + scale) + shift;    f = ffn(n)      one launch, the GELU inside the first product
     h = h + gate·f                                                             one launch
 
-The same float32 islands as in diffusers' ``WanTransformerBlock`` and ``WanAttnProcessor``, and the same roundings of hidden
-states; queries and keys are rounded once and not twice. Attention, projections and feed-forward are called as modules, with
-whatever LoRA or hooks they have. A weight is read directly only where calling its module would do no more than that; elsewhere
-the module is called. So offloaded and quantised weights are left to those who look after them.
+What diffusers' ``WanTransformerBlock`` and ``WanAttnProcessor`` compute in float32 is computed in float32 here, and hidden states
+are rounded at the same places; queries and keys are rounded once instead of twice. Attention, projections and feed-forward are
+called as modules, with any LoRA or hooks on them. A weight is read directly only if calling its module would do no more than
+that; otherwise the module is called. So offloaded and quantised weights work as they do in the stock block.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def _block_forward(
 class _Modulation:
     """Shift, scale and gate, for attention and for the feed-forward: table + temb in float32, six of them.
 
-    A timestep per token makes that sum as large as six hidden states in float32. There the kernels add the two parts, which
-    are kept apart: ``values[i]`` (B, S, C), a view of temb, and ``base[i]`` (C,), with 1 + scale for the scales.
+    With a timestep per token, that sum is as large as six hidden states in float32. Then the two parts are kept apart and the
+    kernels add them: ``values[i]`` (B, S, C), a view of temb, and ``base[i]`` (C,), which is 1 + scale for the scales.
     """
 
     def __init__(self, table: torch.Tensor, temb: torch.Tensor) -> None:
@@ -133,7 +133,7 @@ def _modulated(
 
 
 def _affine(norm: nn.Module, h: torch.Tensor, y: torch.Tensor, m: _Modulation) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h + gate·y, its norm): the second norm, which has weights of its own or is no norm at all."""
+    """(h + gate·y, its norm): the second norm, which has weights of its own or is ``nn.Identity``."""
     gate, base = m.values[2], m.base[2]
     if _plain_layer_norm(norm, h):
         eps: Any = norm.eps

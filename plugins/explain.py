@@ -163,11 +163,13 @@ def explain(
             here = [layer for layer in layers if layer.downsample == downsample]
             label = name if downsample is None else f"{name}, 1/{2**downsample}"
             rows.append(_explain_row(label, denoiser, config, here[0].grid(grid), here))
-        notes += [f"{name}: {note}" for note in family.notes(denoiser, fuse=config.fuse)]
+        dense: dict[str, str] = {}
         for layer in layers:
             module: Any = layer.module
             if why := why_not(module.processor):
-                notes.append(f"{name}.{layer.name} stays dense: {why}")
+                dense[layer.name] = why
+        notes += [f"{name}.{layer} stays dense: {why}" for layer, why in dense.items()]
+        notes += [f"{name}: {note}" for note in family.notes(denoiser, fuse=config.fuse, dense=dense)]
     first, total = _schedule(target, num_inference_steps, strength, notes)
     sparse = sum(config.runs_at(step, total) for step in range(first, total))
     if all(row.tile is None for row in rows):

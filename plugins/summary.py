@@ -205,6 +205,8 @@ def summary(target: Any) -> Summary:
     notes = tuple(
         f"{name}: {note}"
         for name, patch in patches.items()
-        for note in patch.family.notes(denoisers[name], fuse=patch.config.fuse)
+        for note in patch.family.notes(
+            denoisers[name], fuse=patch.config.fuse, dense=patch.state.call_stats.skipped_layers
+        )
     )
     return Summary(config.to_dict(), rows, grids, skipped, notes)

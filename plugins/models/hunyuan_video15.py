@@ -10,7 +10,7 @@ run with a mask over keys, (B, 1, 1, S), made once a forward; in dense steps too
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
@@ -44,12 +44,12 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
         # diffusers' own and no subclass of it, as ``attend_with_key_mask`` repeats what it does.
         return attend_with_key_mask if type(module.processor) is hunyuan_video15_processor() else None
 
-    def notes(self, denoiser: nn.Module, *, fuse: bool) -> list[str]:
+    def notes(self, denoiser: nn.Module, *, fuse: bool, dense: Collection[str]) -> list[str]:
         known, found = hunyuan_video15_processor(), Counter[str]()
         for layer in self.layers(denoiser):
             module: Any = layer.module
             processor = stock_processor(module.processor)
-            if type(processor) is not known:
+            if type(processor) is not known and layer.name not in dense:
                 found[another(processor, known)] += 1
         return [
             f"{count} of {len(self.layers(denoiser))} layers attend with a mask over all pairs of tokens, which takes memory and "

@@ -8,7 +8,7 @@ enter through cross-attention (``attn2``), which stays as it is. Rotary tables c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
@@ -97,15 +97,16 @@ class WanFamily(Family):
 
         return wan_self_attention
 
-    def notes(self, denoiser: nn.Module, *, fuse: bool) -> list[str]:
+    def notes(self, denoiser: nn.Module, *, fuse: bool, dense: Collection[str]) -> list[str]:
         from tilewise.plugins.models.fused.wan import stock_reasons
 
         if not fuse:
             return []
         blocks: Any = denoiser.blocks
+        known_dense = {number for number in range(len(blocks)) if f"blocks.{number}.attn1" in dense}
         return [
             f"fused kernels are off in {count} of {len(blocks)} blocks: {reason}"
-            for reason, count in stock_reasons(denoiser).items()
+            for reason, count in stock_reasons(denoiser, known_dense).items()
         ]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -187,8 +187,10 @@ class Family(ABC):
         """
         return []
 
-    def notes(self, denoiser: nn.Module, *, fuse: bool) -> list[str]:
+    def notes(self, denoiser: nn.Module, *, fuse: bool, dense: Collection[str]) -> list[str]:
         """What ``explain`` and ``summary`` say about a denoiser, patched or not: where code that this family would run in place
-        of the stock one stays off, as the model has other code than the family knows. fuse: whether fused kernels are wanted.
+        of the stock one stays off, as the model has other code than the family knows.
+
+        fuse: whether fused kernels are wanted. dense: names of layers that keep their own processor, which is reported already.
         """
         return []

@@ -15,7 +15,7 @@ that; otherwise the module is called. So offloaded and quantised weights work as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -40,18 +40,24 @@ def fuse_blocks(denoiser: nn.Module, state: FusedState) -> list[ForwardOverride]
     return [handle for block in own if (handle := override_forward(block, _block_forward, state))]
 
 
-def stock_reasons(denoiser: nn.Module) -> Counter[str]:
-    """Why blocks of a denoiser run stock code and not this file's, whatever the device: reason → number of blocks."""
+def stock_reasons(denoiser: nn.Module, dense: Collection[int]) -> Counter[str]:
+    """Why blocks of a denoiser run stock code and not this file's, whatever the device: reason → number of blocks.
+
+    dense: numbers of blocks whose self-attention keeps a processor of its own.
+    """
     blocks: Any = denoiser.blocks
-    return Counter(reason for block in blocks if (reason := _stock_reason(block)) is not None)
+    reasons = (_stock_reason(block, number not in dense) for number, block in enumerate(blocks))
+    return Counter(reason for reason in reasons if reason is not None)
 
 
-def _stock_reason(block: Any) -> str | None:
-    """The first of a block's parts that is not the one that fused code stands in for, or None."""
+def _stock_reason(block: Any, attention: bool) -> str | None:
+    """The first of a block's parts that is not the one that fused code stands in for, or None; attention: look at that too."""
     if type(block).forward is not STOCK.block.forward:
         return f"the block is {another(block, STOCK.block)} or a subclass with its forward"
     if not can_override(block):
         return "the block's forward was replaced"
+    if not attention:
+        return None
     attn = block.attn1
     processor = stock_processor(attn.processor)
     if type(attn) is not STOCK.attention:

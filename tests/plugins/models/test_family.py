@@ -62,7 +62,7 @@ def test_what_is_optional_defaults_to_nothing():
     assert family.refuses(Mine(), (), {}) is None
     assert family.self_attention(layer) is None
     assert family.replace_processor(layer) is None
-    assert family.fuse(Mine(), None) == []
+    assert family.fuse(Mine(), None) == family.notes(Mine(), fuse=True, dense=()) == []
     assert streams_of(Mine()) is None
     assert "Mine" not in served_streams()
 

@@ -150,6 +150,21 @@ def test_reasons_are_shown_with_a_word_on_others_like_it(model):
     assert sum(found.values()) == 4 + MAX_REASONS
 
 
+def test_the_table_has_a_line_for_each_row_with_its_reason(model):
+    count(model, 0, CallKind(SPARSE, "torch"), 4, 0.25)
+    count(model, 1, CallKind(FALLBACK, reason="why"), 4)
+    stats_of(model).skipped_layers["blocks.0.attn1"] = "it is another's"
+    lines = [
+        " ".join(word for word in line.split() if word not in "│|┃")
+        for line in str(tilewise.summary(model)).splitlines()
+    ]
+    assert "attention calls" in lines[0]
+    assert "denoiser blocks kind calls density backend seconds" in lines
+    assert "denoiser 0 sparse 1 0.250 torch 0.00" in lines
+    assert "denoiser 1 fallback: why 1 1.000 stock 0.00" in lines
+    assert lines[-1] == "denoiser.blocks.0.attn1 stays dense: it is another's"
+
+
 # ── a run with fallbacks ─────────────────────────────────────────────────────────────────────────────────────────────
 
 

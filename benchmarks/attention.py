@@ -104,7 +104,7 @@ def run_row(
             )
         elif device.type == "cuda" and name != "torch":
             missing[name] = why
-    # Quantisation is part of the call.
+    # Quantization is part of the call.
     for precision in VALUES if device.type == "cuda" else ():
         attempt(
             precision,

@@ -23,7 +23,7 @@ from benchmarks import results
 from benchmarks.quality import write_result
 from benchmarks.variants import DENSITIES, variants
 from examples.train_demo_model.evaluation import held_out_prompts
-from tilewise.kernels.attention.block_compensation import add_skipped
+from tilewise.kernels.attention.block_compensation import add_block_compensation
 from tilewise.kernels.attention.dispatch import block_sparse_attention
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.loading.load import load_pipeline
@@ -82,8 +82,8 @@ def answer(method: Method, grid: Grid, call: ObservedCall) -> tuple[torch.Tensor
         planned = Planned(method.plan(layout, q.shape[2], q.device))
         density = planned.plan.density
     out, lse = block_sparse_attention(q, k, v, planned.plan, return_lse=True)
-    if (s := planned.skipped) is not None:
-        out = add_skipped(q, out, lse, s.key_mean, s.value_mean, s.bias, layout, scale)
+    if (s := planned.compensation) is not None:
+        out = add_block_compensation(q, out, lse, s.key_mean, s.value_mean, s.bias, layout, scale)
     return out.index_select(1, layout.inverse.to(out.device)), planned, density
 
 

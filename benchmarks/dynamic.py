@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.timing import measure
-from tilewise.kernels.attention.block_compensation import add_skipped
+from tilewise.kernels.attention.block_compensation import add_block_compensation
 from tilewise.kernels.attention.dispatch import block_sparse_attention, choose_backend
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.methods.base import DynamicMethod, make_method
@@ -93,24 +93,24 @@ def run_row(row: Row, device: torch.device, seconds: float, dense: dict[str, dic
     backend = choose_backend(q, k, v, planned.plan)
 
     def attend() -> Any:
-        merged = planned.skipped is not None
+        merged = planned.compensation is not None
         return block_sparse_attention(q, k, v, planned.plan, scale=scale, backend=backend, return_lse=merged)
 
     def merge(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        skipped = planned.skipped
-        return add_skipped(q, out, lse, skipped.key_mean, skipped.value_mean, skipped.bias, layout, scale)
+        skipped = planned.compensation
+        return add_block_compensation(q, out, lse, skipped.key_mean, skipped.value_mean, skipped.bias, layout, scale)
 
     def everything() -> torch.Tensor:
         nonlocal planned
         planned = plan()
         out = attend()
-        return out if planned.skipped is None else merge(*out)
+        return out if planned.compensation is None else merge(*out)
 
     ms = {
         "planning": measure(plan, device, seconds=seconds).median,
         "attention": measure(attend, device, seconds=seconds).median,
     }
-    if planned.skipped is not None:
+    if planned.compensation is not None:
         out, lse = attend()
         ms["summaries"] = measure(lambda: merge(out, lse), device, seconds=seconds).median
     timing = measure(everything, device, seconds=seconds)

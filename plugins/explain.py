@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from tilewise.kernels.attention.dispatch import available_backends, misfit
+from tilewise.kernels.attention.dispatch import available_backends, unsupported
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError
@@ -229,7 +229,7 @@ def _expected_backend(denoiser: torch.nn.Module, layer: AttentionLayer) -> tuple
     device = _expected_device(denoiser)
     if weight.device.type == "meta":
         pass
-    elif unfit := misfit(layer.head_dim, weight.dtype):
+    elif unfit := unsupported(layer.head_dim, weight.dtype):
         return "stock", f"every call would fall back: {unfit}"
     for backend, usable, reason in available_backends(device):
         if usable:

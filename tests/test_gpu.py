@@ -48,9 +48,9 @@ REAL = [
 def usable(backend: str, case: Real, dtype: torch.dtype) -> None:
     """Skip what this machine or the kernel does not take, by the reason that a user would get."""
     found = {b.name: b for b in BACKENDS}[backend]
-    if reason := found.missing(torch.device("cuda")):
+    if reason := found.unavailable(torch.device("cuda")):
         pytest.skip(reason)
-    if reason := found.misfit(*tensors(case, dtype), plan_of(case)[1]):
+    if reason := found.unsupported(*tensors(case, dtype), plan_of(case)[1]):
         pytest.skip(reason)
 
 
@@ -185,7 +185,7 @@ def test_offsets_pass_two_to_the_31(backend):
     plan = window_plan(layout, [(1, 1, 1)], unit="tile", device="cuda")
     case = Real("large", layout.grid, layout.tile, (1, 1, 1), heads=heads, kv_heads=heads)
     found = {b.name: b for b in BACKENDS}[backend]
-    if reason := found.missing(torch.device("cuda")):
+    if reason := found.unavailable(torch.device("cuda")):
         pytest.skip(reason)
     q, k, v = (torch.randn(1, case.grid.tokens, heads, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     out = block_sparse_attention(q, k, v, plan, backend=backend)
@@ -239,14 +239,14 @@ def test_operator_passes_opcheck(backend):
         p.key_start,
         p.ends,
         p.head_set,
-        p.key_codes,
-        p.row_codes,
+        p.key_encoding,
+        p.row_encoding,
     )
     torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.guard, p.block, 0.1, backend))
 
 
 def test_hopper_gets_the_hopper_kernel_and_says_why_where_not():
-    if {b.name: b for b in BACKENDS}["gluon"].missing(torch.device("cuda")):
+    if {b.name: b for b in BACKENDS}["gluon"].unavailable(torch.device("cuda")):
         pytest.skip("not a Hopper GPU")
     for case, backend in ((REAL[0], "gluon"), (REAL[5], "triton")):
         q, k, v = tensors(case, torch.bfloat16)
@@ -305,7 +305,7 @@ class TestExact:
 
     @pytest.fixture
     def model(self):
-        if {b.name: b for b in BACKENDS}["gluon"].missing(torch.device("cuda")):
+        if {b.name: b for b in BACKENDS}["gluon"].unavailable(torch.device("cuda")):
             pytest.skip("not a Hopper GPU")
         return tiny_wan.tiny_transformer(attention_head_dim=64).to("cuda", torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""What was skipped, in short: one summary row for each key block stands for its tokens in the same softmax.
+"""Block-mean compensation: one summary row for each skipped key block stands for its tokens in the same softmax.
 
 For query s of block i, with out and lse over the keys that it did see, key block j gets the logit
 
@@ -20,7 +20,7 @@ from tilewise.kernels.device import FLOATS, runs_triton
 from tilewise.kernels.plans.layout import Layout
 
 
-def add_skipped(
+def add_block_compensation(
     q: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -54,24 +54,24 @@ def add_skipped(
     fits = layout.grid.tokens == S and out.shape == q.shape and lse.shape == (B, H, S) and bias.shape == (B, H, N, N)
     if not fits or key_mean.shape != (B, N, Hk, D) or value_mean.shape != key_mean.shape or not Hk or H % Hk or D > 256:
         raise ValueError(
-            f"add_skipped: q {tuple(q.shape)}, out {tuple(out.shape)}, lse {tuple(lse.shape)}, key_mean "
+            f"add_block_compensation: q {tuple(q.shape)}, out {tuple(out.shape)}, lse {tuple(lse.shape)}, key_mean "
             f"{tuple(key_mean.shape)}, value_mean {tuple(value_mean.shape)} and bias {tuple(bias.shape)} do not fit each other "
             f"and the {N} blocks of {layout.grid.tokens} tokens"
         )
     if q.dtype not in FLOATS or out.dtype != q.dtype or q.stride(3) != 1:
         raise TypeError(
-            f"add_skipped: q and out must be of one dtype of float16, bfloat16 and float32, q with a contiguous last axis; got "
-            f"{q.dtype} and {out.dtype}, strides {q.stride()}"
+            "add_block_compensation: q and out must be of one dtype of float16, bfloat16 and float32, q with a contiguous last "
+            f"axis; got {q.dtype} and {out.dtype}, strides {q.stride()}"
         )
     if runs_triton(q.device):
-        from tilewise.kernels.attention.triton_block_compensation import triton_add_skipped
+        from tilewise.kernels.attention.triton_block_compensation import triton_add_block_compensation
 
         start, rows, _ = layout.block_table(q.device)
-        return triton_add_skipped(q, out, lse, key_mean, value_mean, bias, start, rows, scale)
-    return add_skipped_reference(q, out, lse, key_mean, value_mean, bias, layout, scale)
+        return triton_add_block_compensation(q, out, lse, key_mean, value_mean, bias, start, rows, scale)
+    return add_block_compensation_reference(q, out, lse, key_mean, value_mean, bias, layout, scale)
 
 
-def add_skipped_reference(
+def add_block_compensation_reference(
     q: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,

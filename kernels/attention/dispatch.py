@@ -12,7 +12,7 @@ from typing import Literal, overload
 
 import torch
 
-from tilewise.kernels.attention.backends.fa4 import fa4_forward, fa4_misfit, fa4_missing
+from tilewise.kernels.attention.backends.fa4 import fa4_forward, fa4_unavailable, fa4_unsupported
 from tilewise.kernels.attention.backends.torch import torch_forward
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan
@@ -29,7 +29,7 @@ class Choice:
     reason: str
 
 
-def _triton_missing(device: torch.device) -> str | None:
+def _triton_unavailable(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on a device, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
@@ -45,9 +45,9 @@ def _triton_missing(device: torch.device) -> str | None:
     return None
 
 
-def _gluon_missing(device: torch.device) -> str | None:
+def _gluon_unavailable(device: torch.device) -> str | None:
     """Why the Hopper kernel cannot run on a device, or None if it can."""
-    if reason := _triton_missing(device):
+    if reason := _triton_unavailable(device):
         return reason
     if torch.cuda.get_device_capability(device) != (9, 0):
         return f"needs a Hopper GPU (compute capability 9.0), not {torch.cuda.get_device_name(device)}"
@@ -63,24 +63,26 @@ class Backend:
 
     name: str
     about: str
-    missing: Callable[[torch.device], str | None]
-    misfit: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, BlockPlan], str | None] = lambda q, k, v, plan: None
-
-
-def _gluon_misfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> str | None:
-    from tilewise.kernels.attention.backends.hopper import (
-        hopper_misfit,  # imports Triton's Gluon: only where it is there
+    unavailable: Callable[[torch.device], str | None]
+    unsupported: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, BlockPlan], str | None] = lambda q, k, v, plan: (
+        None
     )
 
-    return hopper_misfit(q, k, v, plan)
+
+def _gluon_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> str | None:
+    from tilewise.kernels.attention.backends.hopper import (
+        hopper_unsupported,  # imports Triton's Gluon: only where it is there
+    )
+
+    return hopper_unsupported(q, k, v, plan)
 
 
 # In order of preference. On aligned plans FlashAttention-4 is up to 8 % faster than ours, on ragged and partial ones slower
 # (benchmarks/results), and its first call costs seconds: ours comes first where it runs.
 BACKENDS = (
-    Backend("gluon", "Hopper kernel in Triton's Gluon dialect", _gluon_missing, _gluon_misfit),
-    Backend("fa4", "FlashAttention-4's block-sparse kernel, Hopper and Blackwell", fa4_missing, fa4_misfit),
-    Backend("triton", "portable Triton kernel, compute capability 8.0 and later", _triton_missing),
+    Backend("gluon", "Hopper kernel in Triton's Gluon dialect", _gluon_unavailable, _gluon_unsupported),
+    Backend("fa4", "FlashAttention-4's block-sparse kernel, Hopper and Blackwell", fa4_unavailable, fa4_unsupported),
+    Backend("triton", "portable Triton kernel, compute capability 8.0 and later", _triton_unavailable),
     Backend(
         "torch",
         "gathered blocks through PyTorch's CPU flash attention",
@@ -92,10 +94,10 @@ BACKENDS = (
 def available_backends(device: torch.device | str) -> list[tuple[str, bool, str]]:
     """(name, whether it can run on ``device``, why or why not) for each backend, the preferred one first."""
     device = torch.device(device)
-    return [(b.name, reason is None, reason or b.about) for b in BACKENDS for reason in [b.missing(device)]]
+    return [(b.name, reason is None, reason or b.about) for b in BACKENDS for reason in [b.unavailable(device)]]
 
 
-def misfit(head_dim: int, dtype: torch.dtype) -> str | None:
+def unsupported(head_dim: int, dtype: torch.dtype) -> str | None:
     """Why no kernel takes a head dimension or dtype, or None if they do."""
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"head dimension must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
@@ -162,9 +164,9 @@ def _wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -
 
 
 @cache
-def _absent(candidate: Backend, device: torch.device) -> str | None:
-    """``candidate.missing``, asked once: what a machine has does not change, and asking takes longer than a launch."""
-    return candidate.missing(device)
+def _unavailable(candidate: Backend, device: torch.device) -> str | None:
+    """``candidate.unavailable``, asked once: what a machine has does not change, and asking takes longer than a launch."""
+    return candidate.unavailable(device)
 
 
 def _choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, backend: str | None) -> Choice:
@@ -172,15 +174,15 @@ def _choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, 
     if backend is not None:
         if backend not in known:
             raise ValueError(f"{_where(q, k, v)}: unknown backend {backend!r}; there are {', '.join(known)}")
-        if reason := _absent(known[backend], q.device) or known[backend].misfit(q, k, v, plan):
+        if reason := _unavailable(known[backend], q.device) or known[backend].unsupported(q, k, v, plan):
             raise UnsupportedPlanError(f"{_where(q, k, v)}: backend {backend!r} cannot run this: {reason}")
         return Choice(backend, "asked for")
     passed: list[str] = []  # what would have been preferred here, but does not take this call
     absent: list[str] = []
     for candidate in BACKENDS:
-        if reason := _absent(candidate, q.device):
+        if reason := _unavailable(candidate, q.device):
             absent.append(f"{candidate.name}: {reason}")
-        elif reason := candidate.misfit(q, k, v, plan):
+        elif reason := candidate.unsupported(q, k, v, plan):
             passed.append(f"{candidate.name} does not take this: {reason}")
         else:
             return Choice(candidate.name, "; ".join([candidate.about, *passed]))
@@ -252,7 +254,7 @@ def block_sparse_attention(
     else:
         out, lse = block_sparse_op(
             q, k, v, plan.q_start, plan.q_rows, plan.k_start, plan.k_rows, plan.index, plan.key_start, plan.ends,
-            plan.head_set, plan.key_codes, plan.row_codes, plan.guard, plan.block, scale, choice.backend,
+            plan.head_set, plan.key_encoding, plan.row_encoding, plan.guard_bits, plan.block, scale, choice.backend,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -278,9 +280,9 @@ def block_sparse_op(
     key_start: torch.Tensor,
     ends: torch.Tensor,
     head_set: torch.Tensor | None,
-    key_codes: torch.Tensor | None,
-    row_codes: torch.Tensor | None,
-    guard: int,
+    key_encoding: torch.Tensor | None,
+    row_encoding: torch.Tensor | None,
+    guard_bits: int,
     block: int,
     scale: float,
     backend: str,
@@ -289,7 +291,7 @@ def block_sparse_op(
     plan = BlockPlan(
         q_start=q_start, q_rows=q_rows, k_start=k_start, k_rows=k_rows, index=index, key_start=key_start, ends=ends,
         block=block, q_len=q.shape[1], k_len=k.shape[1], density=math.nan, work=math.nan,
-        head_set=head_set, key_codes=key_codes, row_codes=row_codes, guard=guard,
+        head_set=head_set, key_encoding=key_encoding, row_encoding=row_encoding, guard_bits=guard_bits,
     )  # fmt: skip
     return _run_own(q, k, v, plan, scale, backend)
 

@@ -20,8 +20,8 @@ import math
 
 import torch
 
-from tilewise.kernels.attention.dispatch import _gluon_missing, choose_backend
-from tilewise.kernels.attention.quantize import VALUES, Precision, Quantised, key_order, quantise
+from tilewise.kernels.attention.dispatch import _gluon_unavailable, choose_backend
+from tilewise.kernels.attention.quantize import VALUES, Precision, Quantized, key_order, quantize
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan
 
@@ -30,12 +30,12 @@ HEAD_DIMS = (64, 128)
 TOP = {"int8": 127.0, "fp8": 256.0}  # what a block's largest weight becomes
 
 
-def missing_8bit(device: torch.device) -> str | None:
+def unavailable_8bit(device: torch.device) -> str | None:
     """Why 8-bit attention cannot run on a device, or None if it can. A CPU computes it naively: for tests, not for speed."""
-    return None if device.type == "cpu" else _gluon_missing(device)
+    return None if device.type == "cpu" else _gluon_unavailable(device)
 
 
-def misfit_8bit(q: torch.Tensor, k: torch.Tensor, plan: BlockPlan) -> str | None:
+def unsupported_8bit(q: torch.Tensor, k: torch.Tensor, plan: BlockPlan) -> str | None:
     """Why these tensors or this plan cannot run in 8 bits, or None if they can. Shapes were validated before."""
     if q.shape[3] not in HEAD_DIMS:
         return f"head dimension {q.shape[3]} is not 64 or 128"
@@ -59,7 +59,7 @@ def block_sparse_attention_8bit(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale · q kᵀ) v over the key blocks that ``plan`` lists, quantised to 8 bits on the way.
+    """softmax(scale · q kᵀ) v over the key blocks that ``plan`` lists, quantized to 8 bits on the way.
 
     Args:
         q: (B, Sq, H, D) float16 or bfloat16, any strides with a contiguous D, D 64 or 128.
@@ -81,12 +81,12 @@ def block_sparse_attention_8bit(
     if precision not in VALUES:
         raise ValueError(f"{where}: precision must be one of {', '.join(VALUES)}, got {precision!r}")
     choose_backend(q, k, v, plan)  # whatever it chooses: the shapes, dtypes, devices and strides are checked
-    if reason := missing_8bit(q.device) or misfit_8bit(q, k, plan):
+    if reason := unavailable_8bit(q.device) or unsupported_8bit(q, k, plan):
         raise UnsupportedPlanError(f"{where}: cannot run in 8 bits: {reason}; use block_sparse_attention")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     out, lse = block_sparse_8bit_op(
         q, k, v, plan.q_start, plan.q_rows, plan.k_start, plan.k_rows, plan.index, plan.key_start, plan.ends,
-        plan.head_set, plan.key_codes, plan.row_codes, plan.guard, plan.block, scale, precision,
+        plan.head_set, plan.key_encoding, plan.row_encoding, plan.guard_bits, plan.block, scale, precision,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -104,20 +104,20 @@ def block_sparse_8bit_op(
     key_start: torch.Tensor,
     ends: torch.Tensor,
     head_set: torch.Tensor | None,
-    key_codes: torch.Tensor | None,
-    row_codes: torch.Tensor | None,
-    guard: int,
+    key_encoding: torch.Tensor | None,
+    row_encoding: torch.Tensor | None,
+    guard_bits: int,
     block: int,
     scale: float,
     precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantisation and kernel as one PyTorch operator (a BlockPlan's tensors one by one), whole under torch.compile."""
+    """Quantization and kernel as one PyTorch operator (a BlockPlan's tensors one by one), whole under torch.compile."""
     plan = BlockPlan(
         q_start=q_start, q_rows=q_rows, k_start=k_start, k_rows=k_rows, index=index, key_start=key_start, ends=ends,
         block=block, q_len=q.shape[1], k_len=k.shape[1], density=math.nan, work=math.nan,
-        head_set=head_set, key_codes=key_codes, row_codes=row_codes, guard=guard,
+        head_set=head_set, key_encoding=key_encoding, row_encoding=row_encoding, guard_bits=guard_bits,
     )  # fmt: skip
-    small = quantise(q, k, v, plan, scale, precision)  # type: ignore[arg-type]
+    small = quantize(q, k, v, plan, scale, precision)  # type: ignore[arg-type]
     if q.device.type == "cpu":
         return forward_8bit_naive(small, plan, scale, q.shape[1], q.dtype)
     from tilewise.kernels.attention.backends.hopper_8bit import (
@@ -134,7 +134,7 @@ def _(q, k, v, *tables_and_options):
 
 
 def forward_8bit_naive(
-    x: Quantised, plan: BlockPlan, scale: float, q_len: int, dtype: torch.dtype
+    x: Quantized, plan: BlockPlan, scale: float, q_len: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel computes, one list at a time in double precision, with the weights rounded as it rounds them."""
     B, H, _, R, D = x.q.shape

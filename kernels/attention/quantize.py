@@ -28,7 +28,7 @@ SAMPLE = 2048  # tokens that means and spreads are taken from
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """8-bit operands and what turns them back. R is ``plan.block``; Nq, Nk the plan's query and key blocks.
 
     Attributes:
@@ -69,19 +69,19 @@ def sample_statistics(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, t
     return keys.mean(1), torch.stack([spread, mean], dim=2)
 
 
-def quantise(
+def quantize(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, precision: Precision
-) -> Quantised:
+) -> Quantized:
     """Shapes as in ``block_sparse_attention``, 16 ≤ D a power of two. ``scale``: of the scores."""
     k_mean, v_facts = sample_statistics(k, v)
     if runs_triton(q.device):
-        from tilewise.kernels.attention.triton_quantize import triton_quantise
+        from tilewise.kernels.attention.triton_quantize import triton_quantize
 
-        return triton_quantise(q, k, v, plan, scale, precision, k_mean, v_facts)
-    return quantise_naive(q, k, v, plan, scale, precision, k_mean, v_facts)
+        return triton_quantize(q, k, v, plan, scale, precision, k_mean, v_facts)
+    return quantize_naive(q, k, v, plan, scale, precision, k_mean, v_facts)
 
 
-def quantise_naive(
+def quantize_naive(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -90,7 +90,7 @@ def quantise_naive(
     precision: Precision,
     k_mean: torch.Tensor,
     v_facts: torch.Tensor,
-) -> Quantised:
+) -> Quantized:
     """The formulas above, as they are written."""
     R = plan.block
     group = q.shape[2] // k.shape[2]
@@ -102,7 +102,7 @@ def quantise_naive(
     spread, mean = v_facts[:, None].unbind(3)
     values = _blocks((v - mean) / spread, plan.k_start, plan.k_rows, R)
     v8, v_scale = _to_8bit(values[..., key_order(R, v.device), :].transpose(-1, -2), (-1, -2), *VALUES[precision])
-    return Quantised(
+    return Quantized(
         q=q8,
         q_facts=torch.stack([q_scale[..., 0], shift], dim=3),
         k=k8,

@@ -1,4 +1,4 @@
-"""Triton kernel of ``add_skipped``: attention of one query block over all summary rows, merged with what it saw at the end.
+"""Triton kernel of ``add_block_compensation``: attention of a query block over all summary rows, merged with what it saw.
 
     z = scale · q·key_mean + bias,   out' = (out + Σ exp(z − lse)·value_mean) / (1 + Σ exp(z − lse))
 
@@ -21,7 +21,7 @@ MOST = tl.constexpr(2.0**14)  # of all weights: what float16 holds, twice over
 
 
 @triton.jit
-def add_skipped_kernel(
+def add_block_compensation_kernel(
     q_ptr, seen_ptr, lse_ptr, key_ptr, value_ptr, bias_ptr, start_ptr, rows_ptr, out_ptr, heavy_ptr,
     stride_qb, stride_qs, stride_qh, stride_ob, stride_os, stride_oh, S, H, N, padded, group, scale_log2, log2e,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -72,7 +72,7 @@ def add_skipped_kernel(
     tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def triton_add_skipped(
+def triton_add_block_compensation(
     q: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -83,7 +83,7 @@ def triton_add_skipped(
     rows: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """As ``add_skipped``. The means are rounded to q's dtype, as keys and values are."""
+    """As ``add_block_compensation``. The means are rounded to q's dtype, as keys and values are."""
     B, S, H, D = q.shape
     N, Hk = key_mean.shape[1:3]
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
@@ -96,7 +96,7 @@ def triton_add_skipped(
     if merged.numel():
         with torch.cuda.device_of(q):
             for online in (False, True):
-                add_skipped_kernel[(N, B * H)](
+                add_block_compensation_kernel[(N, B * H)](
                     q, out, lse.contiguous(), keys, values, bias.contiguous(), start, rows, merged, heavy,
                     q.stride(0), q.stride(1), q.stride(2), out.stride(0), out.stride(1), out.stride(2),
                     S, H, N, keys.shape[2], H // Hk, scale * LOG2E, LOG2E,

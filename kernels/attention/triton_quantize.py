@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tilewise.kernels.attention.quantize import VALUES, Precision, Quantised
+from tilewise.kernels.attention.quantize import VALUES, Precision, Quantized
 from tilewise.kernels.plans.block_plan import BlockPlan
 
 
@@ -28,7 +28,7 @@ def _nearest(x):
 
 
 @triton.jit
-def quantise_queries_kernel(
+def quantize_queries_kernel(
     q_ptr, stride_b, stride_s, stride_h, starts, rows, k_mean, out, facts, heads, group, scale,
     D: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def quantise_queries_kernel(
 
 
 @triton.jit
-def quantise_keys_kernel(
+def quantize_keys_kernel(
     k_ptr, stride_b, stride_s, stride_h, starts, rows, k_mean, out, scales, heads, D: tl.constexpr, R: tl.constexpr
 ):
     """Grid: (key blocks, batch × key heads)."""
@@ -65,7 +65,7 @@ def quantise_keys_kernel(
 
 
 @triton.jit
-def quantise_values_kernel(
+def quantize_values_kernel(
     v_ptr, stride_b, stride_s, stride_h, starts, rows, v_facts, out, scales, heads,
     D: tl.constexpr, R: tl.constexpr, INTEGER: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,7 @@ def quantise_values_kernel(
     tl.store(scales + 2 * block + 1, unit)
 
 
-def triton_quantise(
+def triton_quantize(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -99,8 +99,8 @@ def triton_quantise(
     precision: Precision,
     k_mean: torch.Tensor,
     v_facts: torch.Tensor,
-) -> Quantised:
-    """Launch the kernels. Shapes as in ``quantise``."""
+) -> Quantized:
+    """Launch the kernels. Shapes as in ``quantize``."""
     B, _, H, D = q.shape
     Hk, Nq, Nk, R = k.shape[2], len(plan.q_start), len(plan.k_start), plan.block
     dtype, largest = VALUES[precision]
@@ -112,16 +112,16 @@ def triton_quantise(
     kv_scales = torch.empty((B, Hk, Nk, 2), device=device)
     k_mean, v_facts = k_mean.contiguous(), v_facts.contiguous()
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        quantise_queries_kernel[(Nq, B * H)](
+        quantize_queries_kernel[(Nq, B * H)](
             q, q.stride(0), q.stride(1), q.stride(2), plan.q_start, plan.q_rows, k_mean, q8, q_facts, H, H // Hk, scale,
             D=D, R=R, num_warps=4,
         )  # fmt: skip
-        quantise_keys_kernel[(Nk, B * Hk)](
+        quantize_keys_kernel[(Nk, B * Hk)](
             k, k.stride(0), k.stride(1), k.stride(2), plan.k_start, plan.k_rows, k_mean, k8, kv_scales, Hk,
             D=D, R=R, num_warps=4,
         )  # fmt: skip
-        quantise_values_kernel[(Nk, B * Hk)](
+        quantize_values_kernel[(Nk, B * Hk)](
             v, v.stride(0), v.stride(1), v.stride(2), plan.k_start, plan.k_rows, v_facts, v8, kv_scales, Hk,
             D=D, R=R, INTEGER=precision == "int8", LARGEST=largest, num_warps=4,
         )  # fmt: skip
-    return Quantised(q=q8, q_facts=q_facts, k=k8, v=v8, kv_scales=kv_scales, v_facts=v_facts)
+    return Quantized(q=q8, q_facts=q_facts, k=k8, v=v8, kv_scales=kv_scales, v_facts=v_facts)

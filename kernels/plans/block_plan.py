@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tilewise.kernels.plans.interval_codes import encode, encode_intervals, fields, inside
+from tilewise.kernels.plans.interval_encoding import encode_coords, encode_intervals, encoding_fields, inside
 from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Layout
 
 TESTED_PAIRS = 1 << 24  # token pairs whose interval test is counted at a time
@@ -45,9 +45,9 @@ class BlockPlan:
         coords: (3, Sk) key coordinates, −1 for text; None if no block is partial.
         intervals: (G, 6, Sq) lo and hi (exclusive) of the key coordinates that each query row sees, per axis:
             (lo0, hi0, lo1, hi1, lo2, hi2); or None.
-        key_codes: (Sk,) ``coords`` with three axes in one integer (kernels/plans/interval_codes.py): the form that kernels read.
-        row_codes: (G, 2, Sq) ``intervals`` in the same form.
-        guard: the guard bits of both.
+        key_encoding: (Sk,) ``coords`` with three axes in one integer (interval_encoding.py), which kernels read.
+        row_encoding: (G, 2, Sq) ``intervals`` in the same form.
+        guard_bits: the guard bits of both.
         density: token pairs that the mask keeps ÷ all pairs, in (0, 1]; mean over heads. nan where only the device knows it.
         work: token pairs in listed blocks, at full block size, ÷ all pairs: what a kernel computes. ≥ density, or nan as it is.
         device_density: () float32, the density of a plan made at a call (dynamic_plan.py), not yet waited for; or None.
@@ -68,9 +68,9 @@ class BlockPlan:
     head_set: torch.Tensor | None = None
     coords: torch.Tensor | None = None
     intervals: torch.Tensor | None = None
-    key_codes: torch.Tensor | None = None
-    row_codes: torch.Tensor | None = None
-    guard: int = 0
+    key_encoding: torch.Tensor | None = None
+    row_encoding: torch.Tensor | None = None
+    guard_bits: int = 0
     device_density: torch.Tensor | None = None
     _cache: dict = field(default_factory=dict, repr=False)  # what a backend derives from a plan, kept with it
 
@@ -121,8 +121,8 @@ class BlockPlan:
 
     def visible(self, g: int, q: slice | torch.Tensor, k: slice | torch.Tensor) -> torch.Tensor:
         """(rows of q, rows of k) bool: the interval test of head set ``g``."""
-        assert self.key_codes is not None and self.row_codes is not None
-        return inside(self.key_codes[k], self.row_codes[g][:, q], self.guard)
+        assert self.key_encoding is not None and self.row_encoding is not None
+        return inside(self.key_encoding[k], self.row_encoding[g][:, q], self.guard_bits)
 
 
 def plan_from_block_map(
@@ -192,13 +192,13 @@ def plan_from_block_map(
 
     packed: dict[str, Any] = {}
     if partial is not None and intervals is not None:
-        shifts, guard = fields(keys.grid.shape)
+        shifts, guard_bits = encoding_fields(keys.grid.shape)
         packed = {
             "coords": int32(keys.coords),
             "intervals": int32(intervals),
-            "key_codes": encode(keys.coords.to(device), shifts),
-            "row_codes": encode_intervals(intervals.to(device), shifts, guard),
-            "guard": guard,
+            "key_encoding": encode_coords(keys.coords.to(device), shifts),
+            "row_encoding": encode_intervals(intervals.to(device), shifts, guard_bits),
+            "guard_bits": guard_bits,
         }
     q_len, k_len = layout.grid.tokens, keys.grid.tokens
     weights = torch.ones(sets, dtype=torch.float64) / sets
@@ -302,15 +302,15 @@ def block_reduce(x: torch.Tensor, rows: torch.Tensor, how: str) -> torch.Tensor:
 
 def _pairs_in_partial_blocks(plan: BlockPlan, partial: torch.Tensor) -> torch.Tensor:
     """(G,) float64: token pairs of partial blocks that pass the interval test, summed over P: tested one by one."""
-    assert plan.key_codes is not None and plan.row_codes is not None
+    assert plan.key_encoding is not None and plan.row_encoding is not None
     kept = torch.zeros(partial.shape[1], dtype=torch.float64, device=plan.device)
     row = torch.arange(plan.block, device=plan.device)
     for of_pairs in partial.nonzero()[:, 1:].split(max(1, TESTED_PAIRS // plan.block**2)):
         g, i, j = of_pairs.unbind(1)
         at_q, there_q = plan.q_start[i, None] + row, row < plan.q_rows[i, None]
         at_k, there_k = plan.k_start[j, None] + row, row < plan.k_rows[j, None]
-        codes = plan.row_codes[g[:, None], :, at_q.clamp(max=plan.q_len - 1)].transpose(1, 2)  # (pairs, 2, rows)
-        seen = inside(plan.key_codes[at_k.clamp(max=plan.k_len - 1)], codes, plan.guard)
+        of_rows = plan.row_encoding[g[:, None], :, at_q.clamp(max=plan.q_len - 1)].transpose(1, 2)  # (pairs, 2, rows)
+        seen = inside(plan.key_encoding[at_k.clamp(max=plan.k_len - 1)], of_rows, plan.guard_bits)
         seen &= there_q[:, :, None] & there_k[:, None]
         kept.index_add_(0, g, seen.sum((1, 2)).double())
     return kept

@@ -73,8 +73,8 @@ class Method:
 
 
 @dataclasses.dataclass(frozen=True)
-class Skipped:
-    """What stands for the key blocks that a plan skips; see ``tilewise.kernels.attention.block_compensation.add_skipped``.
+class BlockCompensation:
+    """Block-mean compensation for the key blocks that a plan skips: see kernels/attention/block_compensation.py.
 
     key_mean, value_mean: (B, N, Hk, D) float32. bias: (B, H, N, N) float32, −inf where the block is seen.
     """
@@ -90,7 +90,7 @@ class Planned:
 
     Attributes:
         plan: the key blocks that each query block sees.
-        skipped: summary rows of those that it does not, to be merged into the output; None: they are left out.
+        compensation: summary rows of those that it does not, to be merged into the output; None: they are left out.
         draft: (B, H, N, N) float32, the expected share of attention mass of each pair of blocks; for pictures, None if there
             is none.
         recall: () float32, attention mass that the plan keeps by the method's own estimate, mean over queries and heads.
@@ -99,7 +99,7 @@ class Planned:
     """
 
     plan: BlockPlan
-    skipped: Skipped | None = None
+    compensation: BlockCompensation | None = None
     draft: torch.Tensor | None = None
     recall: torch.Tensor | None = None
     probe: torch.Tensor | None = None

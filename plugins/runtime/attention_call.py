@@ -137,7 +137,7 @@ class AttentionCalls:
     def _run(self, number: int, parts: list[Part], whole: QKV, scale: float | None) -> torch.Tensor:
         first = parts[0]
         if (
-            first.group.tokens is first.group.samples is first.planned.skipped is None
+            first.group.tokens is first.group.samples is first.planned.compensation is None
         ):  # one plan, and nothing beside it
             taken: list[Any] = [whole]
             if first.choice.backend in PRECISIONS:

@@ -33,7 +33,7 @@ def takes(request: AttentionRequest) -> bool:
         return False
     same = query.dtype == key.dtype == value.dtype and query.shape[0] == key.shape[0]
     same = same and query.shape[2] % key.shape[2] == 0 and all(x.stride(3) == 1 for x in (query, key, value))
-    return same and HOPPER.missing(query.device) is None and is_default_backend(request.backend)
+    return same and HOPPER.unavailable(query.device) is None and is_default_backend(request.backend)
 
 
 def attend(
@@ -47,7 +47,7 @@ def attend(
     query = request.query
     taken = [group.take(query, request.key, request.value) for group in groups]
     plans = [plan_of(part[0].shape[1], query.device) for part in taken]
-    if any(HOPPER.misfit(*part, plan) is not None for part, plan in zip(taken, plans, strict=True)):
+    if any(HOPPER.unsupported(*part, plan) is not None for part, plan in zip(taken, plans, strict=True)):
         return None
     found = (
         block_sparse_attention(*part, plan, scale=scale, backend=HOPPER.name)

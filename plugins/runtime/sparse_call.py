@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from tilewise.kernels.attention.block_compensation import add_skipped
+from tilewise.kernels.attention.block_compensation import add_block_compensation
 from tilewise.kernels.attention.dispatch import Choice, block_sparse_attention, choose_backend
 from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
-from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit, misfit_8bit, missing_8bit
+from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit, unavailable_8bit, unsupported_8bit
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.masks.additive_padding_mask import add_weighed, attend_all
@@ -52,7 +52,7 @@ def choose(qkv: QKV, plan: BlockPlan, precision: str | None) -> tuple[Choice, st
     if precision is None:
         return choice, ""
     q, k, _ = qkv
-    why = "needs a Hopper GPU" if q.device.type == "cpu" else missing_8bit(q.device) or misfit_8bit(q, k, plan)
+    why = "needs a Hopper GPU" if q.device.type == "cpu" else unavailable_8bit(q.device) or unsupported_8bit(q, k, plan)
     if why:
         return choice, f"not in {precision}: {why}"
     return Choice(precision, "asked for"), ""
@@ -71,7 +71,7 @@ def run_part(
     qkv: QKV, part: Part, scale: float | None, weighed: tuple[torch.Tensor, torch.Tensor, float] | None = None
 ) -> torch.Tensor:
     """Attention by one plan, the means of the blocks that it skips, and keys that a mask weighs down by eᶜ, with values."""
-    skipped = part.planned.skipped
+    skipped = part.planned.compensation
     if skipped is None and weighed is None:
         return run_plan(qkv, part.plan, part.choice, scale)
     out, lse = run_plan(qkv, part.plan, part.choice, scale, return_lse=True)
@@ -81,7 +81,9 @@ def run_part(
     if skipped is None:
         return out
     scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
-    return add_skipped(qkv[0], out, lse, skipped.key_mean, skipped.value_mean, skipped.bias, part.layout, scale)
+    return add_block_compensation(
+        qkv[0], out, lse, skipped.key_mean, skipped.value_mean, skipped.bias, part.layout, scale
+    )
 
 
 def run_parts(parts: list[Part], taken: list[QKV], whole: QKV, scale: float | None) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A plan goes to it in the form of fa4_tables.py. Where all blocks are 128 rows it runs on the tensors as they are.
 Otherwise they are gathered into a copy with every block padded with zeros, and the output is gathered back. The mask reads its
-codes from tables, so a new grid compiles nothing.
+encodings from tables, so a new grid compiles nothing.
 
 On Blackwell FA4 computes 256 query rows with one list: plans in which blocks 2 i and 2 i + 1 list the same keys (tiles of an even
 number of blocks) run there, others do not. Its kernels have been compiled for it, but not run on one.
@@ -29,7 +29,7 @@ PACKAGE = "flash-attn-4"
 
 
 @lru_cache(maxsize=16)
-def fa4_missing(device: torch.device) -> str | None:
+def fa4_unavailable(device: torch.device) -> str | None:
     """Why FA4 cannot run on a device, or None if it can. The first call that finds it installed imports it (seconds)."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return f"FlashAttention-4 needs an NVIDIA GPU, not {device.type if device.type != 'cuda' else 'this one'}"
@@ -48,7 +48,7 @@ def fa4_missing(device: torch.device) -> str | None:
     return None
 
 
-def fa4_misfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> str | None:
+def fa4_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> str | None:
     """Why FA4 does not take these tensors or this plan, or None if it does. Shapes were validated before.
 
     The first call for a plan makes its tables (some milliseconds, and it waits for the device); later ones look them up."""
@@ -79,7 +79,7 @@ def fa4_forward(
         out (B, Sq, H, D) and lse (B, H, Sq) float32, natural; a row that sees no key has 0 and −inf.
 
     Raises:
-        UnsupportedPlanError: for a plan that ``fa4_misfit`` refuses.
+        UnsupportedPlanError: for a plan that ``fa4_unsupported`` refuses.
     """
     tables = tables_of(plan, _blackwell(q.device))
     if isinstance(tables, str):
@@ -103,8 +103,8 @@ def fa4_op(
     q_place: torch.Tensor | None,
     k_source: torch.Tensor | None,
     k_padding: torch.Tensor | None,
-    key_codes: torch.Tensor | None,
-    row_codes: torch.Tensor | None,
+    key_encoding: torch.Tensor | None,
+    row_encoding: torch.Tensor | None,
     head_set: torch.Tensor | None,
     has_text: bool,
     q_rows: int,
@@ -114,8 +114,8 @@ def fa4_op(
     forward, lists, _ = _library()
     q, k, v = _pad(q, q_source, q_padding), _pad(k, k_source, k_padding), _pad(v, k_source, k_padding)
     options: dict[str, Any] = {}
-    if key_codes is not None:
-        tensors = [x for x in (key_codes, row_codes, head_set) if x is not None]
+    if key_encoding is not None:
+        tensors = [x for x in (key_encoding, row_encoding, head_set) if x is not None]
         options = {"mask_mod": mask_function(len(tensors), has_text), "aux_tensors": tensors}
     with torch.cuda.device(q.device):
         out, lse, *_ = forward(
@@ -149,7 +149,7 @@ def _library() -> tuple[Any, Any, Any]:
 
 @cache
 def mask_function(tables: int, has_text: bool) -> Any:
-    """FA4's ``mask_mod``. tables: 1 key codes; 2 and row codes of all heads; 3 and which row codes each head uses."""
+    """FA4's ``mask_mod``. tables: 1 key encoding; 2 and row encoding of all heads; 3 and which row encoding each head uses."""
     import cutlass
     import cutlass.cute as cute
 

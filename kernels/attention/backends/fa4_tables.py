@@ -1,4 +1,4 @@
-"""A BlockPlan in the form that FlashAttention-4's kernel takes: two lists of blocks, padding, and the codes of its mask.
+"""A BlockPlan in the form that FlashAttention-4's kernel takes: two lists of blocks, padding, and the encoding of its mask.
 
 Every block there is exactly 128 rows. The kernel walks two lists for each query block:
 
@@ -19,23 +19,23 @@ from typing import Any, NamedTuple
 import torch
 
 from tilewise.kernels.plans.block_plan import BlockPlan
-from tilewise.kernels.plans.interval_codes import encode, encode_intervals
+from tilewise.kernels.plans.interval_encoding import encode_coords, encode_intervals
 
 ROWS = 128  # of a block, for queries and for keys
 MAX_PADDING = 1.25  # padded rows ÷ rows
 MAX_TABLE_BYTES = 1 << 30  # of lists repeated for every head
 
-# Coordinates of a token in one integer (kernels/plans/interval_codes.py), with fields of the same width for every grid.
+# Coordinates of a token in one integer (kernels/plans/interval_encoding.py), with fields of the same width for every grid.
 SHIFTS = [20, 10, 0]
 GUARD = 1 << 29 | 1 << 19 | 1 << 9
 LARGEST = 510  # coordinate; 511 on every axis marks padding, beyond every interval
 PADDING = 511 << 20 | 511 << 10 | 511
-ANYWHERE = -1  # code of a text key: every query sees it
+ANYWHERE = -1  # encoding of a text key: every query sees it
 
 
 def seen(key: Any, first: Any, last: Any) -> Any:
-    """Whether a key's code lies in an interval given by the codes of its first and last coordinates (the latter with guard
-    bits). Written once for the kernel and for what tests it: the arguments may be anything that has int32's operators."""
+    """Whether a key's encoding lies in an interval given by the encodings of its first and last coordinates, the latter with
+    guard bits. Written once for the kernel and for what tests it: the arguments may be anything that has int32's operators."""
     return (((key | GUARD) - first) & (last - key) & GUARD) == GUARD
 
 
@@ -47,10 +47,10 @@ class Fa4Tables(NamedTuple):
     q_source, k_source: (padded rows,) int64 row of the sequence that each padded row is gathered from. None: no padding.
     q_padding, k_padding: int64 padded rows to be set to 0.
     q_place: (Sq,) int64 padded row of each row.
-    key_codes: (padded Sk,) code of each key; None if there is nothing to mask.
-    row_codes: (G, 2, padded Sq) codes of the first and last key that a query sees; None if no block is partial.
+    key_encoding: (padded Sk,) encoding of each key; None if there is nothing to mask.
+    row_encoding: (G, 2, padded Sq) encodings of the first and last key that a query sees; None if no block is partial.
     head_set: (heads,) which of the G a head uses.
-    has_text: whether any key has the code ``ANYWHERE``.
+    has_text: whether any key has the encoding ``ANYWHERE``.
     q_rows: rows of a query block: 128, or 256 on Blackwell, where FA4 computes two tiles of queries with one list.
     """
 
@@ -63,8 +63,8 @@ class Fa4Tables(NamedTuple):
     q_place: torch.Tensor | None
     k_source: torch.Tensor | None
     k_padding: torch.Tensor | None
-    key_codes: torch.Tensor | None
-    row_codes: torch.Tensor | None
+    key_encoding: torch.Tensor | None
+    row_encoding: torch.Tensor | None
     head_set: torch.Tensor | None
     has_text: bool
     q_rows: int
@@ -104,10 +104,10 @@ def make_tables(plan: BlockPlan, pairs: bool = False) -> Fa4Tables | str:
     if padded:
         q_source, q_padding, q_place = _padded_rows(plan.q_start, plan.q_rows)
         k_source, k_padding, _ = _padded_rows(plan.k_start, plan.k_rows)
-    key_codes = row_codes = None
+    key_encoding = row_encoding = None
     has_text = False
     if bool((mask_count > 0).any()):
-        key_codes, row_codes, has_text = _codes(plan, k_source, k_padding, q_source)
+        key_encoding, row_encoding, has_text = _encodings(plan, k_source, k_padding, q_source)
     full_count, full_index, mask_count, mask_index = (x.to(torch.int32).contiguous() for x in lists)
     return Fa4Tables(
         full_count=full_count,
@@ -119,9 +119,9 @@ def make_tables(plan: BlockPlan, pairs: bool = False) -> Fa4Tables | str:
         q_place=q_place,
         k_source=k_source,
         k_padding=k_padding,
-        key_codes=key_codes,
-        row_codes=row_codes,
-        head_set=None if row_codes is None or plan.sets == 1 else _head_set(plan),
+        key_encoding=key_encoding,
+        row_encoding=row_encoding,
+        head_set=None if row_encoding is None or plan.sets == 1 else _head_set(plan),
         has_text=has_text,
         q_rows=2 * ROWS if pairs else ROWS,
     )
@@ -142,7 +142,7 @@ def _refusal(plan: BlockPlan) -> str | None:
     if plan.intervals is None or plan.coords is None:
         return None
     if int(plan.coords.max()) > LARGEST:
-        return f"coordinates beyond {LARGEST} do not fit its mask's codes"
+        return f"coordinates beyond {LARGEST} do not fit its mask's encoding"
     if not _ragged_inside(plan):
         return "a short block is listed as visible outside of the intervals that its mask tests"
     return None
@@ -185,25 +185,25 @@ def _partial_rows(plan: BlockPlan) -> torch.Tensor:
     return has.repeat_interleave(plan.q_rows.long(), dim=-1)
 
 
-def _codes(
+def _encodings(
     plan: BlockPlan, k_source: torch.Tensor | None, k_padding: torch.Tensor | None, q_source: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """(key codes, row codes or None, whether there is text), with room for whole blocks."""
+    """(key encoding, row encoding or None, whether there is text), with room for whole blocks."""
     partial = plan.intervals is not None and plan.coords is not None
     keys = torch.zeros(plan.k_len, dtype=torch.int32, device=plan.device)
-    has_text, row_codes = False, None
+    has_text, row_encoding = False, None
     if partial:
         assert plan.intervals is not None and plan.coords is not None
         text = plan.coords[0] < 0
         has_text = bool(text.any())
-        keys = encode(plan.coords, SHIFTS).masked_fill(text, ANYWHERE)
+        keys = encode_coords(plan.coords, SHIFTS).masked_fill(text, ANYWHERE)
         everything = torch.tensor([0, LARGEST + 1] * 3, device=plan.device, dtype=plan.intervals.dtype)
         intervals = torch.where(_partial_rows(plan)[:, None], plan.intervals, everything[:, None])
-        row_codes = encode_intervals(intervals, SHIFTS, GUARD)
-        row_codes = _room(row_codes) if q_source is None else row_codes[..., q_source]
+        row_encoding = encode_intervals(intervals, SHIFTS, GUARD)
+        row_encoding = _room(row_encoding) if q_source is None else row_encoding[..., q_source]
     if k_source is None or k_padding is None:
-        return _room(keys), row_codes, has_text
-    return keys[k_source].index_fill(0, k_padding, PADDING), row_codes, has_text
+        return _room(keys), row_encoding, has_text
+    return keys[k_source].index_fill(0, k_padding, PADDING), row_encoding, has_text
 
 
 def _room(x: torch.Tensor) -> torch.Tensor:

@@ -65,10 +65,10 @@ def _produce(
 
 
 @gluon.jit
-def _codes_of(key_codes, keys, rows, guard, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    """Codes of a block's keys; the rows that it lacks get one that no interval holds."""
+def _encoded_keys(key_encoding, keys, rows, guard_bits, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Encoded coordinates of a block's keys; the rows that it lacks get an encoding that no interval holds."""
     column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-    return gl.load(key_codes + keys + column, mask=column < rows, other=guard)
+    return gl.load(key_encoding + keys + column, mask=column < rows, other=guard_bits)
 
 
 @gluon.jit
@@ -79,11 +79,11 @@ def _mask_rows(s, rows, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _mask_intervals(s, codes, row_lo, row_hi, guard):
-    """Scores of keys outside the rows' intervals become −inf: two subtractions test six inequalities (interval_codes.py)."""
-    above = (codes | guard)[None, :] - row_lo[:, None]
-    below = row_hi[:, None] - codes[None, :]
-    return gl.where((guard & ~(above & below)) == 0, s, float("-inf"))
+def _mask_intervals(s, encoded, row_lo, row_hi, guard_bits):
+    """Scores of keys outside the rows' intervals become −inf: two subtractions test six inequalities (interval_encoding.py)."""
+    above = (encoded | guard_bits)[None, :] - row_lo[:, None]
+    below = row_hi[:, None] - encoded[None, :]
+    return gl.where((guard_bits & ~(above & below)) == 0, s, float("-inf"))
 
 
 @gluon.jit
@@ -117,7 +117,7 @@ def _narrow(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 def _steps(
     acc, p, row_max, row_sum, begin, end, k_stage, k_phase, v_stage, v_phase,
     q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-    index, key_start, k_rows, key_codes, row_lo, row_hi, guard, scale,
+    index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale,
     MASK_ROWS: gl.constexpr, MASK_INTERVALS: gl.constexpr, STAGES: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -129,7 +129,7 @@ def _steps(
         if MASK_ROWS:
             rows = gl.load(k_rows + gl.load(index + j))
         if MASK_INTERVALS:
-            codes = _codes_of(key_codes, gl.load(key_start + j), rows, guard, BLOCK_N, S_LAYOUT)
+            encoded = _encoded_keys(key_encoding, gl.load(key_start + j), rows, guard_bits, BLOCK_N, S_LAYOUT)
         mbarrier.wait(k_full.index(k_stage), k_phase)
         s = warpgroup_mma(q, k_ring.index(k_stage).permute([1, 0]), empty, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(v_stage), v_phase)
@@ -137,7 +137,7 @@ def _steps(
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(k_stage))
         if MASK_INTERVALS:
-            s = _mask_intervals(s, codes, row_lo, row_hi, guard)
+            s = _mask_intervals(s, encoded, row_lo, row_hi, guard_bits)
         elif MASK_ROWS:
             s = _mask_rows(s, rows, S_LAYOUT)
         weights, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, scale, MASK_ROWS)
@@ -153,7 +153,7 @@ def _steps(
 @gluon.jit
 def _consume(
     q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-    out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_codes, row_lo_ptr, row_hi_ptr, guard,
+    out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_encoding, row_lo_ptr, row_hi_ptr, guard_bits,
     complete_end, ragged_end, partial_end, query, rows, scale,
     WHO: gl.constexpr, HAS_INTERVALS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -193,8 +193,8 @@ def _consume(
         s = _mask_rows(s, first_rows, S_LAYOUT)
         if HAS_INTERVALS:  # noqa: SIM102 (decided when compiling, the next at run time)
             if ragged_end == 0:
-                codes = _codes_of(key_codes, gl.load(key_start), first_rows, guard, BLOCK_N, S_LAYOUT)
-                s = _mask_intervals(s, codes, row_lo, row_hi, guard)
+                encoded = _encoded_keys(key_encoding, gl.load(key_start), first_rows, guard_bits, BLOCK_N, S_LAYOUT)
+                s = _mask_intervals(s, encoded, row_lo, row_hi, guard_bits)
     weights, row_max, row_sum, _ = _softmax(s, row_max, row_sum, scale, True)
     p = _narrow(weights, v_ring.dtype, P_LAYOUT)
 
@@ -204,20 +204,20 @@ def _consume(
     acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase = _steps(
         acc, p, row_max, row_sum, 1, complete_end, k_stage, k_phase, v_stage, v_phase,
         q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-        index, key_start, k_rows, key_codes, row_lo, row_hi, guard, scale,
+        index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale,
         False, False, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
     )  # fmt: skip
     acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase = _steps(
         acc, p, row_max, row_sum, gl.maximum(complete_end, 1), ragged_end, k_stage, k_phase, v_stage, v_phase,
         q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-        index, key_start, k_rows, key_codes, row_lo, row_hi, guard, scale,
+        index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale,
         True, False, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
     )  # fmt: skip
     if HAS_INTERVALS:
         acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase = _steps(
             acc, p, row_max, row_sum, gl.maximum(ragged_end, 1), partial_end, k_stage, k_phase, v_stage, v_phase,
             q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-            index, key_start, k_rows, key_codes, row_lo, row_hi, guard, scale,
+            index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale,
             True, True, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
         )  # fmt: skip
     mbarrier.wait(v_full.index(v_stage), v_phase)
@@ -242,7 +242,7 @@ def _consume(
 @gluon.jit
 def hopper_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, stride_ob, stride_os, stride_oh,
-    q_start, q_rows, k_rows, index, key_start, ends, head_set, key_codes, row_codes, guard,
+    q_start, q_rows, k_rows, index, key_start, ends, head_set, key_encoding, row_encoding, guard_bits,
     stride_plan, q_blocks, longest, heads, group, q_len, k_len, scale,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED_SET: gl.constexpr, HAS_HEAD_SET: gl.constexpr,
     HAS_INTERVALS: gl.constexpr,
@@ -268,7 +268,7 @@ def hopper_kernel(
     key_start += listing * longest
     out_ptr += batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
     lse_ptr += (batch.to(gl.int64) * heads + head) * q_len
-    row_lo = row_codes + set_of_head.to(gl.int64) * 2 * q_len
+    row_lo = row_encoding + set_of_head.to(gl.int64) * 2 * q_len
     row_hi = row_lo + q_len
 
     dtype: gl.constexpr = q_desc.dtype
@@ -304,13 +304,13 @@ def hopper_kernel(
         [
             (_consume, (
                 q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-                out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_codes, row_lo, row_hi, guard,
+                out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits,
                 complete_end, ragged_end, partial_end, query, rows, scale,
                 0, HAS_INTERVALS, STAGES,
             )),
             (_consume, (
                 q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-                out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_codes, row_lo, row_hi, guard,
+                out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits,
                 complete_end, ragged_end, partial_end, query, rows, scale,
                 1, HAS_INTERVALS, STAGES,
             )),
@@ -324,7 +324,7 @@ def hopper_kernel(
     )  # fmt: skip
 
 
-def hopper_misfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> str | None:
+def hopper_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> str | None:
     """Why this kernel does not take these tensors or this plan, or None if it does. Shapes were validated before."""
     if q.shape[3] not in (64, 128):
         return f"head dimension {q.shape[3]} is not 64 or 128"
@@ -364,7 +364,7 @@ def launch_config(head_dim: int) -> dict[str, int]:
 def hopper_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel. Shapes as in ``block_sparse_attention``, which validates them; see ``hopper_misfit``."""
+    """Launch the kernel. Shapes as in ``block_sparse_attention``, which validates them; see ``hopper_unsupported``."""
     B, Sq, H, D = q.shape
     q, k, v = as_rows(q), as_rows(k), as_rows(v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -378,13 +378,13 @@ def hopper_forward(
             plan.q_start, plan.q_rows, plan.k_rows,
             plan.index, plan.key_start, plan.ends,
             unused if plan.head_set is None else plan.head_set,
-            unused if plan.key_codes is None else plan.key_codes,
-            unused if plan.row_codes is None else plan.row_codes,
-            plan.guard,
+            unused if plan.key_encoding is None else plan.key_encoding,
+            unused if plan.row_encoding is None else plan.row_encoding,
+            plan.guard_bits,
             0 if plan.index.shape[0] == 1 else per_set * q_blocks,
             q_blocks, longest, H, H // k.shape[2], Sq, k.shape[1], scale * LOG2E,
             D=D, BLOCK_N=BLOCK,
-            SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_codes is not None,
+            SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_encoding is not None,
             num_warps=4, **launch_config(D),
         )  # fmt: skip
     return out, lse

@@ -1,6 +1,6 @@
 """Hopper forward kernel in 8 bits (Gluon, sm_90): the warp-specialised kernel of hopper.py with 8-bit operands.
 
-What is multiplied was quantised by kernels/attention/quantize.py, block by block of the plan (scale c per query row, s and u per
+What is multiplied was quantized by kernels/attention/quantize.py, block by block of the plan (scale c per query row, s and u per
 key block):
 
     scores     x = c·s · (int8 q · int8 k)                 exact products, summed in 32-bit integers
@@ -34,8 +34,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tilewise.kernels.attention.backends.hopper import BLOCK, HALF, LN2, LOG2E, _codes_of, _next
-from tilewise.kernels.attention.quantize import Quantised
+from tilewise.kernels.attention.backends.hopper import BLOCK, HALF, LN2, LOG2E, _encoded_keys, _next
+from tilewise.kernels.attention.quantize import Quantized
 from tilewise.kernels.plans.block_plan import BlockPlan
 
 NOTHING = gl.constexpr(-(2**31))  # the score of a key that a row does not see
@@ -78,11 +78,11 @@ def _hide_rows(s, rows, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _hide_intervals(s, codes, row_lo, row_hi, guard):
-    """Scores of keys outside the rows' intervals become NOTHING: two subtractions test six inequalities (interval_codes.py)."""
-    above = (codes | guard)[None, :] - row_lo[:, None]
-    below = row_hi[:, None] - codes[None, :]
-    return gl.where((guard & ~(above & below)) == 0, s, NOTHING)
+def _hide_intervals(s, encoded, row_lo, row_hi, guard_bits):
+    """Scores of keys outside the rows' intervals become NOTHING: two subtractions test six inequalities."""
+    above = (encoded | guard_bits)[None, :] - row_lo[:, None]
+    below = row_hi[:, None] - encoded[None, :]
+    return gl.where((guard_bits & ~(above & below)) == 0, s, NOTHING)
 
 
 @gluon.jit
@@ -168,7 +168,7 @@ def _fade(acc, factor, o, LAYOUT: gl.constexpr):
 def _steps(
     acc, s, row_max, base, row_sum, begin, end, k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit,
     q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-    index, last, key_start, k_rows, kv_scales, key_codes, row_lo, row_hi, guard, scale,
+    index, last, key_start, k_rows, kv_scales, key_encoding, row_lo, row_hi, guard_bits, scale,
     MASK_ROWS: gl.constexpr, MASK_INTERVALS: gl.constexpr, STAGES: gl.constexpr, TOP: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -206,11 +206,11 @@ def _steps(
         if MASK_ROWS:
             rows = gl.load(k_rows + block)
         if MASK_INTERVALS:
-            codes = _codes_of(key_codes, gl.load(key_start + j), rows, guard, BLOCK_N, S_LAYOUT)
+            encoded = _encoded_keys(key_encoding, gl.load(key_start + j), rows, guard_bits, BLOCK_N, S_LAYOUT)
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(k_stage))
         if MASK_INTERVALS:
-            s = _hide_intervals(s, codes, row_lo, row_hi, guard)
+            s = _hide_intervals(s, encoded, row_lo, row_hi, guard_bits)
         elif MASK_ROWS:
             s = _hide_rows(s, rows, S_LAYOUT)
         block = following
@@ -226,7 +226,7 @@ def _steps(
 def _consume(
     q_smem, o_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
     out_ptr, lse_ptr, stride_os, index, key_start, k_rows, q_facts, kv_scales, v_facts,
-    key_codes, row_lo_ptr, row_hi_ptr, guard, complete_end, ragged_end, partial_end, query, rows, scale,
+    key_encoding, row_lo_ptr, row_hi_ptr, guard_bits, complete_end, ragged_end, partial_end, query, rows, scale,
     WHO: gl.constexpr, HAS_INTERVALS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = k_ring.shape[1]
@@ -275,8 +275,8 @@ def _consume(
         s = _hide_rows(s, first_rows, S_LAYOUT)
         if HAS_INTERVALS:  # noqa: SIM102 (decided when compiling, the next at run time)
             if ragged_end == 0:
-                codes = _codes_of(key_codes, gl.load(key_start), first_rows, guard, BLOCK_N, S_LAYOUT)
-                s = _hide_intervals(s, codes, row_lo, row_hi, guard)
+                encoded = _encoded_keys(key_encoding, gl.load(key_start), first_rows, guard_bits, BLOCK_N, S_LAYOUT)
+                s = _hide_intervals(s, encoded, row_lo, row_hi, guard_bits)
 
     k_stage, k_phase = _next(0, 0, STAGES)
     v_stage = 0
@@ -286,14 +286,14 @@ def _consume(
         acc, s, row_max, base, row_sum, 1, complete_end,
         k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit,
         q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-        index, last, key_start, k_rows, kv_scales, key_codes, row_lo, row_hi, guard, row_scale,
+        index, last, key_start, k_rows, kv_scales, key_encoding, row_lo, row_hi, guard_bits, row_scale,
         False, False, STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
     )  # fmt: skip
     acc, s, row_max, base, row_sum, k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit = _steps(
         acc, s, row_max, base, row_sum, gl.maximum(complete_end, 1), ragged_end,
         k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit,
         q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-        index, last, key_start, k_rows, kv_scales, key_codes, row_lo, row_hi, guard, row_scale,
+        index, last, key_start, k_rows, kv_scales, key_encoding, row_lo, row_hi, guard_bits, row_scale,
         True, False, STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
     )  # fmt: skip
     if HAS_INTERVALS:
@@ -301,7 +301,7 @@ def _consume(
             acc, s, row_max, base, row_sum, gl.maximum(ragged_end, 1), partial_end,
             k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit,
             q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-            index, last, key_start, k_rows, kv_scales, key_codes, row_lo, row_hi, guard, row_scale,
+            index, last, key_start, k_rows, kv_scales, key_encoding, row_lo, row_hi, guard_bits, row_scale,
             True, True, STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
         )  # fmt: skip
     weights, row_max, base, fade = _weigh(s, row_scale * k_scale, row_max, base, True, TOP)
@@ -341,7 +341,7 @@ def _consume(
 def hopper_8bit_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, stride_ob, stride_os, stride_oh,
     q_facts, kv_scales, v_facts,
-    q_start, q_rows, k_rows, index, key_start, ends, head_set, key_codes, row_codes, guard,
+    q_start, q_rows, k_rows, index, key_start, ends, head_set, key_encoding, row_encoding, guard_bits,
     stride_plan, q_blocks, k_blocks, longest, heads, group, q_len, scale,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED_SET: gl.constexpr, HAS_HEAD_SET: gl.constexpr,
     HAS_INTERVALS: gl.constexpr, O_SHARED: gl.constexpr,
@@ -367,7 +367,7 @@ def hopper_8bit_kernel(
     key_start += listing * longest
     out_ptr += batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
     lse_ptr += (batch.to(gl.int64) * heads + head) * q_len
-    row_lo = row_codes + set_of_head.to(gl.int64) * 2 * q_len
+    row_lo = row_encoding + set_of_head.to(gl.int64) * 2 * q_len
     row_hi = row_lo + q_len
     # Blocks of all samples and heads one after another, each with room for BLOCK_N rows.
     first_query = (gl.program_id(1) * q_blocks + block) * BLOCK_N
@@ -409,13 +409,13 @@ def hopper_8bit_kernel(
             (_consume, (
                 q_smem, o_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, stride_os,
                 index, key_start, k_rows, q_facts, kv_scales, v_facts,
-                key_codes, row_lo, row_hi, guard, complete_end, ragged_end, partial_end, query, rows, scale,
+                key_encoding, row_lo, row_hi, guard_bits, complete_end, ragged_end, partial_end, query, rows, scale,
                 0, HAS_INTERVALS, STAGES,
             )),
             (_consume, (
                 q_smem, o_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, stride_os,
                 index, key_start, k_rows, q_facts, kv_scales, v_facts,
-                key_codes, row_lo, row_hi, guard, complete_end, ragged_end, partial_end, query, rows, scale,
+                key_encoding, row_lo, row_hi, guard_bits, complete_end, ragged_end, partial_end, query, rows, scale,
                 1, HAS_INTERVALS, STAGES,
             )),
             (_produce, (
@@ -428,9 +428,9 @@ def hopper_8bit_kernel(
 
 
 def hopper_8bit_forward(
-    x: Quantised, plan: BlockPlan, scale: float, q_len: int, dtype: torch.dtype
+    x: Quantized, plan: BlockPlan, scale: float, q_len: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel on what ``quantise`` made of q, k and v: (B, q_len, H, D) in ``dtype``, log-sum-exp (B, H, q_len)."""
+    """Launch the kernel on what ``quantize`` made of q, k and v: (B, q_len, H, D) in ``dtype``, log-sum-exp (B, H, q_len)."""
     B, H, Nq, _, D = x.q.shape
     Hk, Nk = x.k.shape[1:3]
     device = x.q.device
@@ -445,13 +445,13 @@ def hopper_8bit_forward(
             x.q_facts, x.kv_scales, x.v_facts,
             plan.q_start, plan.q_rows, plan.k_rows, plan.index, plan.key_start, plan.ends,
             unused if plan.head_set is None else plan.head_set,
-            unused if plan.key_codes is None else plan.key_codes,
-            unused if plan.row_codes is None else plan.row_codes,
-            plan.guard,
+            unused if plan.key_encoding is None else plan.key_encoding,
+            unused if plan.row_encoding is None else plan.row_encoding,
+            plan.guard_bits,
             0 if plan.index.shape[0] == 1 else per_set * Nq,
             Nq, Nk, longest, H, H // Hk, q_len, scale * LOG2E,
             D=D, BLOCK_N=BLOCK,
-            SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_codes is not None,
+            SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_encoding is not None,
             O_SHARED=gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2),
             num_warps=4, **launch_config(D),
         )  # fmt: skip

@@ -125,7 +125,7 @@ def _attend_group(
 
     bias = None
     unseen = None
-    if plan.row_codes is not None and group.full < group.keys.shape[1]:
+    if plan.row_encoding is not None and group.full < group.keys.shape[1]:
         seen = torch.ones(R, len(keys), dtype=torch.bool)
         seen[:, group.full :] = plan.visible(g, rows, keys[group.full :])
         unseen = ~seen.any(1)

@@ -28,7 +28,7 @@ def _attend(
     acc, row_max, row_sum, q,
     k_base, v_base, stride_ks, stride_vs,
     index, key_start, k_rows,
-    key_codes, row_lo, row_hi, guard,
+    key_encoding, row_lo, row_hi, guard_bits,
     begin, end, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
     MASK_ROWS: tl.constexpr, MASK_INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,11 +55,11 @@ def _attend(
             v = tl.load(v_at, mask=(depth < D)[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION)
         if MASK_INTERVALS:
-            # Two subtractions test six inequalities, and the block's missing rows too: see kernels/plans/interval_codes.py.
-            at = tl.load(key_codes + keys, mask=inside, other=guard)
-            above = (at | guard)[None, :] - row_lo[:, None]
+            # Two subtractions test six inequalities, and the block's missing rows too: see kernels/plans/interval_encoding.py.
+            at = tl.load(key_encoding + keys, mask=inside, other=guard_bits)
+            above = (at | guard_bits)[None, :] - row_lo[:, None]
             below = row_hi[:, None] - at[None, :]
-            scores = tl.where((guard & ~(above & below)) == 0, scores, float("-inf"))
+            scores = tl.where((guard_bits & ~(above & below)) == 0, scores, float("-inf"))
         elif MASK_ROWS:
             scores = tl.where(inside[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
@@ -85,7 +85,7 @@ def forward_kernel(
     stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh,
     q_start, q_rows, k_rows,
-    index, key_start, ends, head_set, key_codes, row_codes, guard,
+    index, key_start, ends, head_set, key_encoding, row_encoding, guard_bits,
     stride_plan, sets, q_blocks, longest,
     heads, group, q_len, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
@@ -130,21 +130,21 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, k_base, v_base, stride_ks, stride_vs, index, key_start, k_rows,
-        key_codes, row, row, guard, 0, complete_end, scale,
+        key_encoding, row, row, guard_bits, 0, complete_end, scale,
         D, BLOCK_D, BLOCK_N, PARTS, False, False, PRECISION,
     )  # fmt: skip
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, k_base, v_base, stride_ks, stride_vs, index, key_start, k_rows,
-        key_codes, row, row, guard, complete_end, ragged_end, scale,
+        key_encoding, row, row, guard_bits, complete_end, ragged_end, scale,
         D, BLOCK_D, BLOCK_N, PARTS, True, False, PRECISION,
     )  # fmt: skip
     if HAS_INTERVALS:
-        row_code = row_codes + set_of_head * 2 * q_len + queries
-        row_lo = tl.load(row_code, mask=in_block, other=0)
-        row_hi = tl.load(row_code + q_len, mask=in_block, other=0)
+        row_encoding_at = row_encoding + set_of_head * 2 * q_len + queries
+        row_lo = tl.load(row_encoding_at, mask=in_block, other=0)
+        row_hi = tl.load(row_encoding_at + q_len, mask=in_block, other=0)
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, k_base, v_base, stride_ks, stride_vs, index, key_start, k_rows,
-            key_codes, row_lo, row_hi, guard, ragged_end, partial_end, scale,
+            key_encoding, row_lo, row_hi, guard_bits, ragged_end, partial_end, scale,
             D, BLOCK_D, BLOCK_N, PARTS, True, True, PRECISION,
         )  # fmt: skip
 
@@ -198,7 +198,7 @@ def triton_forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((B, H, Sq), dtype=torch.float32, device=q.device)
     large_memory = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    config = launch_config(D, plan.block, q.element_size(), plan.row_codes is not None, large_memory)
+    config = launch_config(D, plan.block, q.element_size(), plan.row_encoding is not None, large_memory)
     per_set, q_blocks, longest = plan.sets, plan.index.shape[2], plan.index.shape[3]
     unused = plan.index  # a pointer that a specialised kernel never reads
     grid = (q_blocks * (plan.block // config["BLOCK_M"]), B * H)
@@ -212,14 +212,14 @@ def triton_forward(
             plan.q_start, plan.q_rows, plan.k_rows,
             plan.index, plan.key_start, plan.ends,
             unused if plan.head_set is None else plan.head_set,
-            unused if plan.key_codes is None else plan.key_codes,
-            unused if plan.row_codes is None else plan.row_codes,
-            plan.guard,
+            unused if plan.key_encoding is None else plan.key_encoding,
+            unused if plan.row_encoding is None else plan.row_encoding,
+            plan.guard_bits,
             0 if plan.index.shape[0] == 1 else per_set * q_blocks,
             per_set, q_blocks, longest,
             H, H // k.shape[2], Sq, scale * LOG2E.value,
             D=D, BLOCK=plan.block,
-            SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_codes is not None,
+            SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_encoding is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             **config,
         )  # fmt: skip

@@ -23,7 +23,7 @@ from tilewise.kernels.plans.dynamic_plan import dynamic_plan
 from tilewise.kernels.plans.layout import Grid, Layout, cached_layout, tile_counts
 from tilewise.kernels.selection.block_scores import error_logits, summary_bias
 from tilewise.kernels.selection.block_stats import BlockStats, block_stats
-from tilewise.plugins.methods.base import DynamicMethod, Method, Planned, Skipped
+from tilewise.plugins.methods.base import BlockCompensation, DynamicMethod, Method, Planned
 from tilewise.plugins.methods.dynamic.always_keep import always_kept
 from tilewise.plugins.methods.dynamic.block_logits import score_variance
 from tilewise.plugins.methods.dynamic.options import DEFAULT_TILE, Triple, checked
@@ -223,7 +223,7 @@ class Guided(DynamicMethod):
         if blocks is not None and self.compensates:
             # What is outside the window is not skipped but invisible, and the means of a block partly outside would show it.
             seen = kept if bounds is None else kept | ~bounds.whole_by_head(heads)
-            skipped = Skipped(blocks.keys.mean, blocks.values.mean, summary_bias(blocks.s2, rows, seen))
+            skipped = BlockCompensation(blocks.keys.mean, blocks.values.mean, summary_bias(blocks.s2, rows, seen))
         probe = None
         if self.probe:
             at = probe_rows(query.shape[1], self.probe, query.device)

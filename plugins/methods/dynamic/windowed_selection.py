@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from tilewise.kernels.plans.block_plan import BlockPlan, block_reduce
-from tilewise.kernels.plans.interval_codes import inside
+from tilewise.kernels.plans.interval_encoding import inside
 
 CHUNK = 1 << 22  # pairs of a query row and a key block that are counted at a time
 
@@ -52,10 +52,10 @@ class Bounds:
         """(1, H, P, S) bool: the keys within the window of queries ``at``; of_token: (S,) block of each token."""
         whole = self.whole_by_head(heads).expand(1, heads, -1, -1)[:, :, of_token[at]][..., of_token]
         plan = self.plan
-        if plan.row_codes is None or plan.key_codes is None:
+        if plan.row_encoding is None or plan.key_encoding is None:
             return whole
         some = self.seen_by_head(heads).expand(1, heads, -1, -1)[:, :, of_token[at]][..., of_token]
-        agree = torch.stack([inside(plan.key_codes, codes[:, at], plan.guard) for codes in plan.row_codes])
+        agree = torch.stack([inside(plan.key_encoding, codes[:, at], plan.guard_bits) for codes in plan.row_encoding])
         return whole | (some & self._by_head(agree, heads))
 
     def seen_by_all(self) -> torch.Tensor:
@@ -76,7 +76,7 @@ def bounds_of(plan: BlockPlan) -> Bounds:
 
     rows = plan.q_rows[None, :, None] * plan.k_rows[index]
     pairs = torch.where(listed, rows, 0).float()
-    if plan.row_codes is not None:
+    if plan.row_encoding is not None:
         partial = listed & (place >= plan.ends[0, :, :, 1:2])
         pairs = torch.where(partial, _partial_pairs(plan), pairs)
     return Bounds(plan, pairs_of(listed), pairs_of(place < plan.ends[0, :, :, 1:2]), pairs)
@@ -131,12 +131,12 @@ def plan_within(bounds: Bounds, kept: torch.Tensor) -> BlockPlan:
     found.scatter_(-1, position, index.expand(B, H, N, M))
     found = found[..., :M].contiguous()
     runs = torch.stack([(chosen & (place < ends[..., run, None])).sum(-1, dtype=torch.int32) for run in range(3)], -1)
-    row_codes, intervals = plan.row_codes, plan.intervals
-    if row_codes is not None and plan.sets > 1:  # lists are per head now, and so must be the intervals
-        row_codes = row_codes[sets].contiguous()
+    row_encoding, intervals = plan.row_encoding, plan.intervals
+    if row_encoding is not None and plan.sets > 1:  # lists are per head now, and so must be the intervals
+        row_encoding = row_encoding[sets].contiguous()
         intervals = None if intervals is None else intervals[sets].contiguous()
-    elif row_codes is not None:
-        row_codes = row_codes.expand(H, -1, -1).contiguous()
+    elif row_encoding is not None:
+        row_encoding = row_encoding.expand(H, -1, -1).contiguous()
         intervals = None if intervals is None else intervals.expand(H, -1, -1).contiguous()
     return dataclasses.replace(
         plan,
@@ -144,7 +144,7 @@ def plan_within(bounds: Bounds, kept: torch.Tensor) -> BlockPlan:
         key_start=plan.k_start[found.long()],
         ends=runs,
         head_set=None,
-        row_codes=row_codes,
+        row_encoding=row_encoding,
         intervals=intervals,
         density=math.nan,
         work=math.nan,

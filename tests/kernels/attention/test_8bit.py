@@ -1,4 +1,4 @@
-"""8-bit attention: quantisation by its formulas, the arithmetic that the Hopper kernel performs, errors, and the operator."""
+"""8-bit attention: quantization by its formulas, the arithmetic that the Hopper kernel performs, errors, and the operator."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ from plan_cases import CHUNK_IDS, CHUNKS, Case
 
 from tilewise.kernels.attention.dispatch_8bit import block_sparse_8bit_op, block_sparse_attention_8bit
 from tilewise.kernels.attention.naive import masked_attention
-from tilewise.kernels.attention.quantize import key_order, quantise, quantise_naive, sample_statistics
+from tilewise.kernels.attention.quantize import key_order, quantize, quantize_naive, sample_statistics
 from tilewise.kernels.plans.block_plan import dense_plan
 from tilewise.kernels.plans.layout import Grid
 
@@ -25,14 +25,14 @@ SMALL = [
     Case("grouped, text", Grid(4, 10, 12, text=40), (4, 5, 6), ((1, 1, 2),), heads=4, head_dim=64, block=128),
     Case("partial", Grid(4, 10, 12, text=9), (4, 5, 6), ((3, 7, 5),), unit="token", head_dim=64, block=128),
 ]
-QUANTISED = [SMALL[1], SMALL[2]]
+QUANTIZED = [SMALL[1], SMALL[2]]
 
 
 def relative(out, want):
     return float((out.double() - want).norm() / want.norm())
 
 
-def dequantised(x, plan, k_mean):
+def dequantized(x, plan, k_mean):
     """q, k and v (B, S, H, D) float32, as the 8-bit operands stand for them."""
     q = x.q.float() * x.q_facts[:, :, :, 0, :, None]
     k = x.k.float() * x.kv_scales[..., 0, None, None] + k_mean[:, :, None, None]
@@ -49,30 +49,30 @@ def dequantised(x, plan, k_mean):
 @pytest.mark.skipif(INTERPRETED, reason="the naive path")
 @pytest.mark.parametrize(("precision", "v_error"), [("int8", 0.012), ("fp8", 0.03)])
 @pytest.mark.parametrize("case", SMALL, ids=[c.name for c in SMALL])
-def test_quantised_tensors_stand_for_the_originals(case, precision, v_error):
+def test_quantized_tensors_stand_for_the_originals(case, precision, v_error):
     plan = case.plan()
     q, k, v = case.tensors()
     k, v = k + 3 * torch.randn(k.shape[-1]), v * torch.randn(v.shape[-1]).exp() + 5
     k_mean, v_facts = sample_statistics(k, v)
-    x = quantise_naive(q, k, v, plan, 0.1, precision, k_mean, v_facts)
-    for y, z, bound in zip(dequantised(x, plan, k_mean), (q, k, v), (0.012, 0.012, v_error), strict=True):
+    x = quantize_naive(q, k, v, plan, 0.1, precision, k_mean, v_facts)
+    for y, z, bound in zip(dequantized(x, plan, k_mean), (q, k, v), (0.012, 0.012, v_error), strict=True):
         assert y.shape == z.shape
         spread = z - z.mean(1, keepdim=True)
         assert float((y - z).norm() / spread.norm()) < bound
     # What rounding may cost at most: half a step of the row's or block's own scale.
     assert (
-        float(((dequantised(x, plan, k_mean)[0] - q).abs() / q.abs().amax(-1, keepdim=True)).max()) <= 0.5 / 127 + 1e-6
+        float(((dequantized(x, plan, k_mean)[0] - q).abs() / q.abs().amax(-1, keepdim=True)).max()) <= 0.5 / 127 + 1e-6
     )
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter, started below")
-@pytest.mark.parametrize(("case", "dtype"), zip(QUANTISED, (torch.float32, torch.float16), strict=True))
-def test_triton_quantises_like_the_formulas(case, dtype):
+@pytest.mark.parametrize(("case", "dtype"), zip(QUANTIZED, (torch.float32, torch.float16), strict=True))
+def test_triton_quantizes_like_the_formulas(case, dtype):
     plan = case.plan()
     q, k, v = (x + 1 for x in case.tensors(dtype))
     k_mean, v_facts = sample_statistics(k, v)
-    got = quantise(q, k, v, plan, 0.1, "int8")
-    want = quantise_naive(q, k, v, plan, 0.1, "int8", k_mean, v_facts)
+    got = quantize(q, k, v, plan, 0.1, "int8")
+    want = quantize_naive(q, k, v, plan, 0.1, "int8", k_mean, v_facts)
     for name in ("q_facts", "kv_scales", "v_facts"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), atol=1e-5, rtol=1e-5)
     for name in ("q", "k", "v"):
@@ -169,10 +169,10 @@ class TestAttention:
             p.key_start,
             p.ends,
             p.head_set,
-            p.key_codes,
-            p.row_codes,
+            p.key_encoding,
+            p.row_encoding,
         )
-        torch.library.opcheck(block_sparse_8bit_op, (q, k, v, *tables, p.guard, p.block, 0.1, precision))
+        torch.library.opcheck(block_sparse_8bit_op, (q, k, v, *tables, p.guard_bits, p.block, 0.1, precision))
 
     def test_errors_say_what_to_do(self):
         case = SMALL[0]

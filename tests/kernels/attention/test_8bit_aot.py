@@ -14,7 +14,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from tilewise.kernels.attention import triton_quantize as triton_quantise  # noqa: E402
+from tilewise.kernels.attention import triton_quantize  # noqa: E402
 from tilewise.kernels.attention.backends.hopper_8bit import _descriptor, hopper_8bit_kernel, launch_config  # noqa: E402
 from tilewise.kernels.attention.dispatch_8bit import BLOCK  # noqa: E402
 from tilewise.kernels.attention.quantize import VALUES  # noqa: E402
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.compile
 
 TYPES = {"int8": "i8", "fp8": "fp8e4nv"}
 FLOATS = ["lse_ptr", "q_facts", "kv_scales", "v_facts"]
-PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_codes", "row_codes"]
+PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_encoding", "row_encoding"]
 
 
 def compiled(precision: str, head_dim: int, intervals: bool, heads: bool):
@@ -83,8 +83,8 @@ def test_compiles(precision, head_dim, intervals, heads, tmp_path):
 @pytest.mark.parametrize(
     ("name", "precision"), [("queries", "int8"), ("keys", "int8"), ("values", "int8"), ("values", "fp8")]
 )
-def test_quantisation_compiles(name, precision, tmp_path):
-    kernel = getattr(triton_quantise, f"quantise_{name}_kernel")
+def test_quantization_compiles(name, precision, tmp_path):
+    kernel = getattr(triton_quantize, f"quantize_{name}_kernel")
     dtype, largest = VALUES[precision]
     constants = {"D": 128, "R": BLOCK, "INTEGER": dtype == torch.int8, "LARGEST": largest}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}

@@ -7,9 +7,9 @@ import torch
 from plan_cases import Case
 
 import tilewise
-from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit, forward_8bit_naive, missing_8bit
+from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit, forward_8bit_naive, unavailable_8bit
 from tilewise.kernels.attention.naive import masked_attention
-from tilewise.kernels.attention.quantize import quantise
+from tilewise.kernels.attention.quantize import quantize
 from tilewise.kernels.plans.layout import Grid
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +27,7 @@ BOUND = {"int8": 0.03, "fp8": 0.05}
 
 @pytest.fixture(autouse=True)
 def hopper():
-    if reason := missing_8bit(torch.device("cuda")):
+    if reason := unavailable_8bit(torch.device("cuda")):
         pytest.skip(reason)
 
 
@@ -43,7 +43,7 @@ def test_close_to_the_oracle_and_to_its_own_arithmetic(case, precision):
     assert float((out.float() - want).norm() / want.norm()) < BOUND[precision]
     torch.testing.assert_close(lse, want_lse, atol=0.03, rtol=0)
 
-    small = quantise(q, k, v, plan, scale, precision)
+    small = quantize(q, k, v, plan, scale, precision)
     same, same_lse = forward_8bit_naive(small, plan, scale, q.shape[1], torch.float32)
     assert float((out.float() - same).norm() / same.norm()) < 6e-3  # bfloat16 of the output, and weights at a tie
     torch.testing.assert_close(lse, same_lse, atol=5e-3, rtol=0)

@@ -236,11 +236,11 @@ class TestEntryPoint:
             p.key_start,
             p.ends,
             p.head_set,
-            p.key_codes,
-            p.row_codes,
+            p.key_encoding,
+            p.row_encoding,
         )
-        torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.guard, p.block, 0.25, "torch"))
-        out, lse = block_sparse_op(q, k, v, *tables, p.guard, p.block, 0.25, "torch")
+        torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.guard_bits, p.block, 0.25, "torch"))
+        out, lse = block_sparse_op(q, k, v, *tables, p.guard_bits, p.block, 0.25, "torch")
         want, want_lse = block_sparse_attention(q, k, v, p, scale=0.25, return_lse=True)
         assert torch.equal(out, want)
         assert torch.equal(lse, want_lse)

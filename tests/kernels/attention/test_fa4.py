@@ -11,7 +11,7 @@ import torch
 from plan_cases import CHUNK_IDS, CHUNKS, Case
 from torch.library import opcheck
 
-from tilewise.kernels.attention.backends.fa4 import _pad, fa4_forward, fa4_misfit, fa4_missing, fa4_op
+from tilewise.kernels.attention.backends.fa4 import _pad, fa4_forward, fa4_op, fa4_unavailable, fa4_unsupported
 from tilewise.kernels.attention.backends.fa4_tables import PADDING, ROWS, Fa4Tables, make_tables, seen
 from tilewise.kernels.attention.naive import masked_attention
 from tilewise.kernels.plans.block_plan import BlockPlan, dense_plan, plan_from_block_map
@@ -90,12 +90,12 @@ def walk(plan: BlockPlan, tables: Fa4Tables, heads: int) -> torch.Tensor:
 
 def mask(tables: Fa4Tables, head: int, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """What ``mask_function`` compiles to."""
-    assert tables.key_codes is not None
-    key = tables.key_codes[keys][None]
-    if tables.row_codes is None:
+    assert tables.key_encoding is not None
+    key = tables.key_encoding[keys][None]
+    if tables.row_encoding is None:
         return (key != PADDING).expand(len(rows), -1)
     g = 0 if tables.head_set is None else int(tables.head_set[head])
-    first, last = tables.row_codes[g][:, rows][..., None]
+    first, last = tables.row_encoding[g][:, rows][..., None]
     inside = seen(key, first, last)
     return inside | (key < 0) if tables.has_text else inside
 
@@ -176,7 +176,7 @@ def test_query_blocks_in_pairs():
 def test_a_dense_plan_needs_no_mask():
     plan = dense_plan(Layout(Grid(4, 16, 16), (2, 8, 8)))
     tables = make_tables(plan)
-    assert tables.key_codes is None
+    assert tables.key_encoding is None
     assert not tables.mask_count.any()
     assert torch.equal(walk(plan, tables, 1), torch.ones(1, 1, 1024, 1024, dtype=torch.int32))
 
@@ -191,7 +191,7 @@ def test_the_mask_is_the_intervals_for_every_coordinate():
     expected = plan.visible(0, rows, keys)
     assert bool((plan.ends[0, 0, :, 2] > plan.ends[0, 0, :, 1]).all()), "every row must be tested"
     assert torch.equal(mask(tables, 0, rows, keys), expected)
-    only_padding = tables._replace(key_codes=torch.full((1,), PADDING, dtype=torch.int32))
+    only_padding = tables._replace(key_encoding=torch.full((1,), PADDING, dtype=torch.int32))
     assert not mask(only_padding, 0, rows, torch.zeros(1, dtype=torch.long)).any()
 
 
@@ -213,7 +213,7 @@ def test_a_short_block_outside_of_the_intervals_is_refused():
     case = next(c for c in CASES if c.name == "ragged, token window")
     plan = case.plan()
     position = int(plan.ends[0, 0, 0, 1])
-    assert make_tables(plan).key_codes is not None
+    assert make_tables(plan).key_encoding is not None
     ends = plan.ends.clone()
     ends[0, 0, 0, 1] = position + 1  # its first partial block, now said to be wholly visible
     assert "outside of the intervals" in make_tables(replace(plan, ends=ends, _cache={}))
@@ -222,22 +222,22 @@ def test_a_short_block_outside_of_the_intervals_is_refused():
 def test_tables_are_made_once_and_misfits_are_cheap():
     plan = CASES[0].plan()
     q = torch.zeros(1, plan.q_len, 2, 64, dtype=torch.bfloat16)
-    assert fa4_misfit(q, q, q, plan) is None
+    assert fa4_unsupported(q, q, q, plan) is None
     (tables,) = plan._cache.values()
-    assert fa4_misfit(q, q, q, plan) is None
+    assert fa4_unsupported(q, q, q, plan) is None
     assert next(iter(plan._cache.values())) is tables
-    assert "16-bit" in fa4_misfit(q.float(), q.float(), q.float(), plan)
+    assert "16-bit" in fa4_unsupported(q.float(), q.float(), q.float(), plan)
     wide = torch.zeros(1, plan.q_len, 2, 136, dtype=torch.bfloat16)
-    assert "136" in fa4_misfit(wide, wide, wide, plan)
+    assert "136" in fa4_unsupported(wide, wide, wide, plan)
     ragged = Case("small blocks", Grid(4, 12, 12), (2, 6, 6), ((1, 1, 1),), block=128).plan()
     small = torch.zeros(1, ragged.q_len, 2, 64, dtype=torch.bfloat16)
-    assert "1.78" in fa4_misfit(small, small, small, ragged)
+    assert "1.78" in fa4_unsupported(small, small, small, ragged)
     with pytest.raises(ValueError, match=r"fa4_forward.*1\.78"):
         fa4_forward(small, small, small, ragged, 0.1)
 
 
 def test_missing_on_a_cpu():
-    assert "NVIDIA GPU" in fa4_missing(torch.device("cpu"))
+    assert "NVIDIA GPU" in fa4_unavailable(torch.device("cpu"))
 
 
 def test_the_operators_shapes_without_a_gpu():
@@ -254,7 +254,7 @@ def test_the_operators_shapes_without_a_gpu():
 
 @pytest.mark.gpu
 def test_opcheck():
-    if why := fa4_missing(torch.device("cuda")):
+    if why := fa4_unavailable(torch.device("cuda")):
         pytest.skip(why)
     plan = next(c for c in CASES if c.name == "ragged, token window").plan("cuda")
     q = torch.randn(1, plan.q_len, 2, 64, dtype=torch.bfloat16, device="cuda")
@@ -266,14 +266,14 @@ def test_opcheck():
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_against_the_reference(case, dtype):
     """On a Hopper GPU: no worse than twice the error of PyTorch's arithmetic in the same type."""
-    if why := fa4_missing(torch.device("cuda")):
+    if why := fa4_unavailable(torch.device("cuda")):
         pytest.skip(why)
     case = replace(case, head_dim=64)
     plan = case.plan("cuda")
     q, k, v = case.tensors(dtype, "cuda")
     if case.heads != case.kv_heads:
         k, v = k[:, :, :1], v[:, :, :1]
-    if why := fa4_misfit(q, k, v, plan):
+    if why := fa4_unsupported(q, k, v, plan):
         pytest.skip(why)
     out, lse = fa4_forward(q, k, v, plan, 0.125)
     seen_by = plan.to_mask(case.heads).cuda()

@@ -13,7 +13,7 @@ from tilewise.kernels.attention.backends.hopper import BLOCK, as_rows, hopper_ke
 
 pytestmark = pytest.mark.compile
 
-PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_codes", "row_codes"]
+PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_encoding", "row_encoding"]
 
 
 def compiled(dtype: str, head_dim: int, intervals: bool, heads: bool):

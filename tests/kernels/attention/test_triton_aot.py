@@ -15,7 +15,7 @@ from tilewise.kernels.attention.backends.triton import forward_kernel, launch_co
 pytestmark = pytest.mark.compile
 
 POINTERS = {"q_ptr": "io", "k_ptr": "io", "v_ptr": "io", "out_ptr": "io", "lse_ptr": "*fp32"}
-PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_codes", "row_codes"]
+PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_encoding", "row_encoding"]
 
 
 # What a block may take: on Hopper all of it; the other rules also serve consumer GPUs (sm_86, sm_89, sm_120).

@@ -5,7 +5,7 @@ import torch
 from plan_cases import CHUNK_IDS, CHUNKS
 
 from tilewise.kernels.attention.dispatch import block_sparse_attention, choose_backend
-from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit, missing_8bit
+from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit, unavailable_8bit
 from tilewise.kernels.attention.naive import masked_attention
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.dynamic_plan import dynamic_plan
@@ -31,7 +31,7 @@ def test_every_backend(case, backend):
 
 @pytest.mark.parametrize("case", CHUNKS, ids=CHUNK_IDS)
 def test_8_bits(case):
-    if why := missing_8bit(torch.device("cuda")):
+    if why := unavailable_8bit(torch.device("cuda")):
         pytest.skip(why)
     q, k, v = case.tensors(torch.bfloat16, "cuda")
     plan = case.plan("cuda")

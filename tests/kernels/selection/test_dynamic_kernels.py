@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from tilewise.kernels.attention.block_compensation import add_skipped, add_skipped_reference
+from tilewise.kernels.attention.block_compensation import add_block_compensation, add_block_compensation_reference
 from tilewise.kernels.attention.dispatch import block_sparse_attention
 from tilewise.kernels.plans.block_plan import plan_from_block_map
 from tilewise.kernels.plans.dynamic_plan import dynamic_plan
@@ -285,7 +285,7 @@ def test_summary_rows_are_merged_exactly(layout, dtype, heads):
     out, lse = block_sparse_attention(q, k, v, plan, return_lse=True)
     means = [block_stats(x, start, rows).mean for x in (k, v)]
     bias = torch.where(kept, -torch.inf, rows.log().expand(B, H, N, N))
-    got = add_skipped(q, out, lse, *means, bias, layout, D**-0.5)
+    got = add_block_compensation(q, out, lse, *means, bias, layout, D**-0.5)
     # By hand: one softmax over the keys that are seen and a row for each block that is not.
     of_block = torch.repeat_interleave(rows)
     keys, values = (x.double().repeat_interleave(H // Hk, 2).transpose(1, 2) for x in (k, v))
@@ -298,7 +298,7 @@ def test_summary_rows_are_merged_exactly(layout, dtype, heads):
     want = (weights @ torch.cat([values, short_values], 2)).transpose(1, 2)
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
-    reference = add_skipped_reference(
+    reference = add_block_compensation_reference(
         q.double(), out.double(), lse.double(), *(x.to(dtype).double() for x in means), bias, layout, D**-0.5
     )
     torch.testing.assert_close(reference, want, rtol=tolerance, atol=tolerance)
@@ -309,7 +309,7 @@ def test_what_saw_nothing_is_its_summaries_alone():
     q = random(1, 8, 1, 16)
     out, lse = torch.zeros_like(q), torch.full((1, 1, 8), -torch.inf)
     means = random(1, 2, 1, 16, seed=4), random(1, 2, 1, 16, seed=5)
-    got = add_skipped(q, out, lse, *means, torch.tensor([[0.0, -torch.inf]] * 2)[None, None], layout, 0.25)
+    got = add_block_compensation(q, out, lse, *means, torch.tensor([[0.0, -torch.inf]] * 2)[None, None], layout, 0.25)
     torch.testing.assert_close(got, means[1][:, :1].expand_as(got).contiguous())
 
 
@@ -322,9 +322,9 @@ def test_summaries_far_heavier_than_what_was_seen(dtype):
     lse[0, 1, 20] = -300.0
     means = random(1, 3, 2, 16, seed=3), random(1, 3, 2, 16, seed=4)
     bias = random(1, 2, 3, 3, seed=5)
-    got = add_skipped(q, out, lse, *means, bias, layout, 0.25)
+    got = add_block_compensation(q, out, lse, *means, bias, layout, 0.25)
     exact = (x.to(dtype).double() for x in means)
-    want = add_skipped_reference(q.double(), out.double(), lse.double(), *exact, bias, layout, 0.25)
+    want = add_block_compensation_reference(q.double(), out.double(), lse.double(), *exact, bias, layout, 0.25)
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
@@ -333,7 +333,7 @@ def test_add_skipped_refuses_other_shapes():
     layout = LAYOUTS[0]
     q = random(1, 8, 1, 16)
     with pytest.raises(ValueError, match="do not fit"):
-        add_skipped(q, q, torch.zeros(1, 1, 8), q, q, torch.zeros(1, 1, 8, 8), layout, 1.0)
+        add_block_compensation(q, q, torch.zeros(1, 1, 8), q, q, torch.zeros(1, 1, 8, 8), layout, 1.0)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
@@ -440,8 +440,8 @@ class TestAheadOfTime:
         self.check(compiled(select_rows_kernel, capability, constants, types, warps_of(width)), capability, tmp_path)
 
     @pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 96)])
-    def test_add_skipped(self, dtype, head_dim, capability, tmp_path):
-        from tilewise.kernels.attention.triton_block_compensation import add_skipped_kernel, launch_config
+    def test_add_block_compensation(self, dtype, head_dim, capability, tmp_path):
+        from tilewise.kernels.attention.triton_block_compensation import add_block_compensation_kernel, launch_config
 
         types = dict.fromkeys(["q_ptr", "seen_ptr", "key_ptr", "value_ptr", "out_ptr"], f"*{dtype}")
         types |= {"lse_ptr": "*fp32", "bias_ptr": "*fp32", "start_ptr": "*i32", "rows_ptr": "*i32", "heavy_ptr": "*i8"}
@@ -451,7 +451,7 @@ class TestAheadOfTime:
         constants = {"D": head_dim, "BLOCK_D": width, "BLOCK_M": 128, "BLOCK_N": config["BLOCK_N"], "PRECISION": "tf32"}
         for online in (False, True):
             constants["ONLINE"] = online
-            kernel = compiled(add_skipped_kernel, capability, constants, types, config["num_warps"])
+            kernel = compiled(add_block_compensation_kernel, capability, constants, types, config["num_warps"])
             self.check(kernel, capability, tmp_path)
 
 
@@ -488,7 +488,9 @@ def test_on_a_gpu(layout):
         plan = dynamic_plan(layout, kept)
         out, lse = block_sparse_attention(q, k, v, plan, return_lse=True)
         bias = torch.where(kept | is_text[:, None] | is_text, -torch.inf, rows.log())
-        merged = add_skipped(q, out, lse, stats.mean, block_stats(v, start, rows).mean, bias, layout, D**-0.5)
+        merged = add_block_compensation(
+            q, out, lse, stats.mean, block_stats(v, start, rows).mean, bias, layout, D**-0.5
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     fixed = plan_from_block_map(layout, kept)
@@ -497,7 +499,7 @@ def test_on_a_gpu(layout):
     assert torch.equal(plan.ends, fixed.ends)
     assert torch.equal(out, block_sparse_attention(q, k, v, fixed))
     value_mean = block_stats(v, start, rows).mean
-    want = add_skipped_reference(q, out, lse, stats.mean, value_mean, bias, layout, D**-0.5)
+    want = add_block_compensation_reference(q, out, lse, stats.mean, value_mean, bias, layout, D**-0.5)
     torch.testing.assert_close(merged.float(), want.float(), rtol=2e-2, atol=2e-2)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tilewise
-from tilewise.kernels.attention.block_compensation import add_skipped
+from tilewise.kernels.attention.block_compensation import add_block_compensation
 from tilewise.kernels.attention.dispatch import block_sparse_attention
 from tilewise.kernels.attention.naive import masked_attention
 from tilewise.kernels.plans.layout import Grid
@@ -171,8 +171,8 @@ def test_what_runs_is_the_mask_and_the_summary_rows(name):
     mask = found.plan.to_mask(4)
     naive, naive_lse = masked_attention(q, k, v, mask)
     torch.testing.assert_close(out, naive.float(), rtol=1e-4, atol=1e-5)
-    s = found.skipped
-    merged = add_skipped(q, out, lse, s.key_mean, s.value_mean, s.bias, layout, scale)
+    s = found.compensation
+    merged = add_block_compensation(q, out, lse, s.key_mean, s.value_mean, s.bias, layout, scale)
     of_block = torch.repeat_interleave(layout.block_rows)
     keys, values = (x.repeat_interleave(2, 2).transpose(1, 2).double() for x in (s.key_mean, s.value_mean))
     z = scale * q.double().transpose(1, 2) @ keys.transpose(2, 3) + s.bias.double()[:, :, of_block]
@@ -192,8 +192,8 @@ def test_compensation_is_exact_where_blocks_are_flat():
     k, v = k[:, of_block * 16], v[:, of_block * 16]
     found = planned(method, layout, q, k, v)
     out, lse = block_sparse_attention(q, k, v, found.plan, return_lse=True)
-    s = found.skipped
-    merged = add_skipped(q, out, lse, s.key_mean, s.value_mean, s.bias, layout, 0.25)
+    s = found.compensation
+    merged = add_block_compensation(q, out, lse, s.key_mean, s.value_mean, s.bias, layout, 0.25)
     dense, _ = masked_attention(q, k, v)
     torch.testing.assert_close(merged, dense.float(), rtol=1e-4, atol=1e-5)
     assert (out - dense).abs().max() > 0.05
@@ -319,8 +319,8 @@ def test_summary_rows_show_nothing_from_outside_a_token_window():
     def output(values):
         planned = method.plan_call(layout, q, k, values, 0.25, {}, 0)
         out, lse = block_sparse_attention(q, k, values, planned.plan, scale=0.25, return_lse=True)
-        s = planned.skipped
-        return add_skipped(q, out, lse, s.key_mean, s.value_mean, s.bias, layout, 0.25)
+        s = planned.compensation
+        return add_block_compensation(q, out, lse, s.key_mean, s.value_mean, s.bias, layout, 0.25)
 
     at = 100
     outside = (~seen[at]).nonzero()[:, 0]

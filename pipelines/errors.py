@@ -1,4 +1,4 @@
-"""What can go wrong around a pipeline, beyond what `tilewise.plugins.errors` knows."""
+"""Errors of loading models and of reading and writing files; those of methods and options are in `tilewise.plugins.errors`."""
 
 from __future__ import annotations
 

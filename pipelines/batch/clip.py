@@ -1,4 +1,4 @@
-"""One clip of a batch: generated within the free memory, scored, and written whole with its metadata inside."""
+"""Make one clip of a batch: generate it within the available memory, score it, and write it with its metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do clips past the training size hold together? What manifests say of it, method by method.
+"""Compare how coherent clips past the training size are, method by method, from manifests.
 
 Nothing is read but the manifests: repetition and sharpness against the native stage were measured when a clip was made, on its
 own pixels, and so was the number of objects, for models whose world the detector knows.

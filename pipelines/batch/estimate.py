@@ -1,4 +1,4 @@
-"""How long a batch will take and how much disk it needs: estimated before anything runs, from what was measured before.
+"""Estimate the time and disk space of a batch before it runs, from earlier measurements.
 
     floating-point operations of one denoiser forward = 2 P S + sum over layers of 4 S^2 D w
 

@@ -1,4 +1,4 @@
-"""One batch in a folder at a time, made of one or more processes, on one machine or several that share the folder.
+"""Lock a batch's folder: one batch at a time, of one or more processes, on one machine or several that share the folder.
 
 Two kinds of advisory locks (flock), which the system drops when their process ends, however it ends:
 

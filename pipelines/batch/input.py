@@ -1,4 +1,4 @@
-"""The input of a batch: a file with a clip a line, read strictly, with every mistake reported by its line.
+"""Read the input of a batch, one clip per line. Parsing is strict, and all mistakes are reported with their line numbers.
 
 .txt: a prompt a line; empty lines and lines that begin with # are skipped.
 .csv: a header with the names of fields, then a clip a row; an empty cell is a field that is not given.

@@ -1,4 +1,4 @@
-"""One clip of a batch: what identifies it, and what its file is called.
+"""One job of a batch: its key and its file name.
 
     key  = SHA-256 of {settings without the model's name, dtype, model revision, package version} as canonical JSON
     file = {index:05d}-{slug}-{seed}-{first 8 hex digits of the key}.mp4      (or .png, for one frame)

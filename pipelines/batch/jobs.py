@@ -1,4 +1,4 @@
-"""From input lines to jobs: lines × sweep × seeds, resolved against the model and validated before weights are read.
+"""Turn input lines into jobs (lines × sweep × seeds), resolved against the model and validated before any weights are loaded.
 
 A field may be given by the command, by the sweep and by the line. The line wins over the sweep, the sweep over the command;
 window and density are one field in this: whoever gives one of them replaces both. Clips of one stage and of two (highres) may be

@@ -1,4 +1,4 @@
-"""The manifest of a batch: one JSON line for every clip that was made or that failed, in the folder of the clips.
+"""The manifest of a batch: one JSON line per clip that was made or failed, in the folder of the clips.
 
     {"manifest": 1, "status": "done", "file": …, "bytes": …, "sha256": …, <the clip's metadata>}
     {"manifest": 1, "status": "failed", "error": …, <the same, without how the run went>}

@@ -1,4 +1,4 @@
-"""The clips of one or more manifests side by side: those that differ in their attention method only, measured against dense."""
+"""Compare clips of one or more manifests that differ in their attention method only, with the dense clip as reference."""
 
 from __future__ import annotations
 

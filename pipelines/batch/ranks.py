@@ -1,4 +1,4 @@
-"""Which process does which jobs, when several are started by torchrun, `accelerate launch` or anything alike.
+"""Distribute jobs over the processes that torchrun, `accelerate launch` or a similar launcher starts.
 
 Each of them sets RANK, WORLD_SIZE and LOCAL_RANK in the environment, and nothing else is needed: a clip is made by one
 process, so that the processes never talk to each other and none waits for one that has died.

@@ -1,4 +1,4 @@
-"""Running the jobs of a batch: each clip whole or absent, each written down once, whatever happens in between.
+"""Run the jobs of a batch. Each clip is complete or absent, and recorded once, wherever the run is interrupted.
 
 A clip is written under another name, synchronised to disk and renamed; then its line is appended to the manifest, and
 synchronised. A stop at any point therefore costs the clip at work and no other: one that is whole but has no line yet is found

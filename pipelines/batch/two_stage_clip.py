@@ -1,4 +1,4 @@
-"""One clip of a batch that is made by two stages: the native one is written beside it as soon as it is there, and stays."""
+"""Make one two-stage clip of a batch. The native clip is written beside it as soon as it is finished, and is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips of two stages in a batch, before any of them is made: `highres.prepare` for lines of the input and for jobs.
+"""Plan the two-stage clips of a batch: `highres.prepare` for input lines and for jobs.
 
 line → prepare(skeleton) → Work → Job           while the input is read: sizes, options, memory as far as it is known
 job  → prepare(pipeline) → Work                 once the model is loaded, and before its first clip: memory with all of it

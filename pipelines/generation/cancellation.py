@@ -1,4 +1,4 @@
-"""Stopping a pipeline from another thread, within a step: asked before each forward of a denoiser and of a VAE's decoder."""
+"""Cancel a pipeline run from another thread, within a step: checked before each forward of a denoiser or of the VAE decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a clip's metadata says: its settings, and under "run" how the run went and on what. Read back, it makes the clip again."""
+"""Metadata of a clip: its settings, and under "run" timings, device and versions. Read back, the settings reproduce the clip."""
 
 from __future__ import annotations
 

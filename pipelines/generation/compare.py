@@ -1,4 +1,4 @@
-"""The same clip twice, with the method and dense, and what the difference is in time and picture."""
+"""Generate a clip with a method and with dense attention, and compare their speed and frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One clip from a pipeline, timed by phase; the pipeline is left as it was found."""
+"""Generate one clip with a pipeline and time each phase. The pipeline is left unchanged."""
 
 from __future__ import annotations
 

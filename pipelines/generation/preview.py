@@ -1,4 +1,4 @@
-"""What a clip will look like, from the latents of a run that is under way: a matrix product instead of the VAE.
+"""Preview a clip from the latents of a running generation, with a matrix product instead of the VAE.
 
     RGB of a latent cell ≈ A · latent + b          x̂0 = x + (x − x_before) · σ / (σ_before − σ)
 

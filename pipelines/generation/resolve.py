@@ -1,4 +1,4 @@
-"""Settings for a pipeline: what is not given comes from the model's defaults, and what the model cannot do is refused."""
+"""Resolve settings for a pipeline: fill in the model's defaults and reject what the model does not support."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that decides what a clip looks like, in one place that can be saved and read back."""
+"""The settings that determine a clip. They can be saved and loaded."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class GenerateSettings:
     width: int = option(help="Pixels.", shown_default=MODELS_OWN)
     frames: int = option(help="Frames of the clip.", shown_default=MODELS_OWN)
     steps: int = option(help="Denoising steps.", shown_default=MODELS_OWN)
-    guidance: float = option(help="Guidance scale; 1 is without.", shown_default=MODELS_OWN)
-    seed: int = option(help="Of the starting noise.", shown_default="0")
-    fps: float = option(help="Frames a second on playback.", shown_default=MODELS_OWN)
+    guidance: float = option(help="Guidance scale; 1 turns guidance off.", shown_default=MODELS_OWN)
+    seed: int = option(help="Seed of the starting noise.", shown_default="0")
+    fps: float = option(help="Frames per second on playback.", shown_default=MODELS_OWN)
     max_sequence_length: int | None = option(None, help="Text tokens of a prompt.", shown_default=MODELS_OWN)
 
     def __post_init__(self) -> None:
@@ -105,8 +105,8 @@ def _clip_options() -> dict[str, Option]:
     options = options_of(GenerateSettings)
     del options["prompt"]
     of_method = [
-        Option("window", "window", "Window of method sta in tiles, t,h,w: for example 3,3,3."),
-        Option("density", "number", "Instead of a window: the fraction of token pairs to keep, in (0, 1]."),
+        Option("window", "window", "Window of method sta in tiles, t,h,w, such as 3,3,3."),
+        Option("density", "number", "Fraction of token pairs to keep, in (0, 1], instead of a window."),
     ]
     dtype = Option("dtype", "text", "auto, float32, bfloat16 or float16.", shown_default="auto")
     first = [options.pop(name) for name in ("model", "method")]

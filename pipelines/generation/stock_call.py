@@ -1,4 +1,4 @@
-"""Calling a stock text-to-video or text-to-image pipeline with our settings, whatever its call names them."""
+"""Call a stock text-to-video or text-to-image pipeline with `GenerateSettings`, mapped to the arguments that it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entering a denoising schedule part-way, with any stock pipeline: for a stage that begins from a noised clip.
+"""Start a denoising schedule part-way, with any stock pipeline: for a stage that begins from a noised clip.
 
 n steps, strength r:  the last ⌊n·r⌋ of them run;  x = (1 − σ) x₀ + σ ε  at the first one's noise level σ     (flow matching)
 flow shift m:         σ ← m σ / (1 + (m − 1) σ): more of the steps at high noise        (arXiv 2403.03206, §5.3.2)

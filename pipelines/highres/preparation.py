@@ -1,4 +1,4 @@
-"""What is decided before a clip past the training size is made: sizes, both stages' settings, the window, what fits into memory.
+"""Plan a clip past the training size: sizes, both stages' settings, the window, and memory.
 
 Nothing here runs weights, so that it also holds for a skeleton, on a machine without the GPU.
 """

@@ -1,4 +1,4 @@
-"""What a high-resolution clip is made with, beyond the settings of its native stage."""
+"""Settings of the second stage of a high-resolution clip."""
 
 from __future__ import annotations
 
@@ -53,24 +53,24 @@ class HighresSettings:
     """
 
     strength: float | None = option(
-        None, help="Share of the steps that run at the target, in (0, 1].", shown_default=MODELS_OWN
+        None, help="Fraction of the steps that run at the target size, in (0, 1].", shown_default=MODELS_OWN
     )
-    refresh: int = option(5, help="The full path runs every so many steps.")
+    refresh: int = option(5, help="Run the full path every N steps.")
     global_path: str | None = option(
-        None, help="What guides the window.", choices=PATHS, shown_default="what suits the model"
+        None, help="What guides the window attention.", choices=PATHS, shown_default="what suits the model"
     )
     guided: str = option(
-        "cond", help="Which forwards the full path guides: all, or cond (the prompt's alone).", choices=GUIDED
+        "cond", help="Which forwards the full path guides: all, or cond (only those of the prompt).", choices=GUIDED
     )
-    upscale: str = option("bicubic", help="How the first stage's clip is made larger.", choices=UPSCALES)
+    upscale: str = option("bicubic", help="How the clip of the first stage is upscaled.", choices=UPSCALES)
     flow_shift: float | str | None = option(
-        "model", kind="number", help="Flow shift of the target's noise schedule.", shown_default=MODELS_OWN
+        "model", kind="number", help="Flow shift of the second stage's noise schedule.", shown_default=MODELS_OWN
     )
     temperature: bool = option(True, help="Sharpen the window's attention by FreeSwim's scale.")
     window: tuple[int, int] | None = option(
         None,
         name="highres_window",
-        help="Size in pixels that the window stands for, HxW.",
+        help="Size that the window covers, HxW in pixels.",
         shown_default="the first stage's",
     )
     rope: str | None = option(
@@ -80,12 +80,10 @@ class HighresSettings:
         None, help="Rotary scaling of time (Wan).", choices=ROPE_TIME, shown_default="unchanged"
     )
     precision: str | None = option(
-        None, help="Products of the target's attention in 8 bits, on a Hopper GPU.", choices=PRECISIONS,
+        None, help="8-bit attention in the second stage, on a Hopper GPU.", choices=PRECISIONS,
         shown_default="the model's 16 bits",
     )  # fmt: skip
-    max_memory: int | None = option(
-        None, kind="text", help="Memory to stay within, such as 24GB.", shown_default="what is free"
-    )
+    max_memory: int | None = option(None, kind="text", help="Memory limit, such as 24GB.", shown_default="what is free")
 
     def __post_init__(self) -> None:
         if self.strength is not None:
@@ -167,12 +165,17 @@ def check_shift(flow_shift: Any) -> None:
 
 
 HIGHRES = Option(
-    "highres", "flag", "Past the model's size: a clip at its own size first, then --height and --width from that."
+    "highres",
+    "flag",
+    "Past the model's size: generate at its own size first, then at --height and --width from that clip.",
 )
 TWO_STAGE_OPTIONS = {
     **options_of(HighresSettings),
     "native": Option(
-        "native", "size", "Size of the first stage, HxW.", shown_default="the model's own, in the target's shape"
+        "native",
+        "size",
+        "Size of the first stage, HxW in pixels.",
+        shown_default="the model's own, in the target's shape",
     ),
 }
 """What a request may say of a clip past the training size: the fields of `HighresSettings`, and the first stage's size."""

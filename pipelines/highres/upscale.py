@@ -1,4 +1,4 @@
-"""Making a clip's frames, or its latents, larger: the start of a high-resolution stage."""
+"""Upscale a clip's frames or latents: the start of the second stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a pipeline's latents become frames and back, and in which shape its call takes them: what a second stage has to know.
+"""Convert a pipeline's latents to frames and back, and to the shape that its call takes. The second stage needs both.
 
     frames (T, H, W, 3) in 0 … 1  ⇄  latents (1, C, t, h, w), z = (x − mean) / std  ⇄  packed: what the call takes and gives
 

@@ -1,4 +1,4 @@
-"""Pipelines from the bundled demo model, a folder or the hub, with clear errors before long work."""
+"""Load pipelines: the bundled demo model, a folder, or the hub. Errors are found before weights are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What size and settings a model is meant for."""
+"""Default size and settings of a model."""
 
 from __future__ import annotations
 

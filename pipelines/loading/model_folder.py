@@ -1,4 +1,4 @@
-"""Where a model is, and whether its folder is whole: found out in milliseconds, before gigabytes are read."""
+"""Find a model and check that its folder is complete, in milliseconds, before its weights are read."""
 
 from __future__ import annotations
 

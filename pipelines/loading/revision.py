@@ -1,4 +1,4 @@
-"""Which weights a model's name stands for: the hub's commit, or a fingerprint of a folder's files.
+"""Revision of a model: the hub's commit, or a fingerprint of a folder's files.
 
 A fingerprint covers the configuration files of the parts whole, and of weight files the header and samples: each tensor's
 first, middle and last 256 bytes, or evenly spaced blocks where there are no tensors to be seen. Training or merging anything

@@ -1,4 +1,4 @@
-"""Output files that are either whole or absent: written under another name, then renamed."""
+"""Write output files atomically: under a temporary name, then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a clip will take, before anything is loaded.
+"""Estimate the memory of a clip before anything is loaded.
 
     peak = weights + max(one denoiser forward, one decode)
 

@@ -1,4 +1,4 @@
-"""Memory: the peak of a run, and what can be given up when a clip does not fit."""
+"""Measure peak memory, and reduce it when a clip does not fit (VAE tiling, offload)."""
 
 from __future__ import annotations
 

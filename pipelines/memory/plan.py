@@ -1,4 +1,4 @@
-"""Will a high-resolution clip fit, and what has to give so that it does? Decided before anything runs.
+"""Plan the memory of a high-resolution clip before it runs: whether it fits, and which measures make it fit.
 
     denoise = weights + activations + cache on the device          decode = weights + VAE
 

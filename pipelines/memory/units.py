@@ -1,4 +1,4 @@
-"""Sizes of memory in words, and words as sizes."""
+"""Parse and format memory sizes."""
 
 from __future__ import annotations
 

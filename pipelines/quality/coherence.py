@@ -1,4 +1,4 @@
-"""Does a picture show the same thing several times? A score for what goes wrong past a model's training size.
+"""Score how often a frame repeats the same content, which is what fails past a model's training size.
 
     patch p of a frame (zero mean, unit norm)        best(p) = max of its normalised cross-correlation with the frame,
                                                                over all places at least a patch away from its own

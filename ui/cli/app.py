@@ -26,17 +26,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-INPUT_HELP = "A .txt (a prompt a line, # comments), .csv or .jsonl file; fields of a line override the options."
-SWEEP_HELP = "Make every clip with each value: method=dense,sta or window=3,3,3;1,5,5. May be given several times."
-RETRY_HELP = "Out of GPU memory: try again with VAE tiling, then with offloading too."
-WARM_UP_HELP = "Run the fewest steps and throw them away before a method and size is timed."
+INPUT_HELP = "A .txt (one prompt per line, # comments), .csv or .jsonl file. Fields of a line override the options."
+SWEEP_HELP = "Make every clip with each value: method=dense,sta or window=3,3,3;1,5,5. Repeatable."
+RETRY_HELP = "When out of GPU memory, retry with VAE tiling, then with offloading as well."
+WARM_UP_HELP = "Run a few discarded steps before each method and size is timed."
 DEVICE_HELP = "auto, cpu, cuda or cuda:N."
-DRY_RUN_HELP = "Say what would be done; write nothing."
-SOURCE_HELP = "A clip to make again: its settings, but for those given here."
+DRY_RUN_HELP = "Print what would be done and write nothing."
+SOURCE_HELP = "Reproduce a clip: its settings, except for those given here."
 OUT_HELP = "The .mp4 to write, or .png for one frame. Default: outputs/<prompt>-<seed>.…"
-COMPARE_HELP = "'dense': also make the dense clip, measure both, and put them side by side."
+COMPARE_HELP = "'dense': also generate the dense clip, compare both, and write them side by side."
 EXPLAINED = ("model", "method", "window", "density", "height", "width", "frames", "steps")  # options of `explain`
-PLOT_HELP = "Also draw it: a .png, .svg or .pdf. A method that chooses by the content runs the model for four steps."
+PLOT_HELP = "Also plot it, to a .png, .svg or .pdf. Dynamic methods run the model for four steps."
 
 
 def _version(wanted: bool) -> None:
@@ -66,7 +66,7 @@ def generate(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
 ) -> None:
-    """Make a clip (mp4) from a prompt, or again from a clip."""
+    """Generate a clip (mp4) from a prompt, or reproduce one from its file."""
     from tilewise.ui.cli.generate import Request, dry_run_request, generate_request
 
     request = Request(prompt, options, source, out, compare, device)
@@ -81,18 +81,20 @@ def generate(
 def batch(
     options: dict[str, Any],
     input: Annotated[Path, typer.Argument(help=INPUT_HELP, show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Folder. Default: outputs/<name of the input>")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: outputs/<name of the input>")] = None,
     seeds: Annotated[str, typer.Option(help="For every line without a seed: 7, 0-9 or 0-3,7.")] = "0",
     sweep: Annotated[list[str] | None, typer.Option(help=SWEEP_HELP, metavar="FIELD=A,B")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make clips again that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Regenerate existing clips.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first clip that fails.")] = False,
-    max_failures: Annotated[int | None, typer.Option(help="Stop after so many (each process counts its own).")] = None,
+    max_failures: Annotated[
+        int | None, typer.Option(help="Stop after this many failures (counted per process).")
+    ] = None,
     retry_oom: Annotated[bool, typer.Option("--retry-oom", help=RETRY_HELP)] = False,
     warm_up: Annotated[bool | None, typer.Option(help=WARM_UP_HELP, show_default="on a GPU")] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
 ) -> None:
-    """Make many clips from a file of prompts. Run again, it goes on where it was stopped.
+    """Make many clips from a file of prompts. Run it again to resume.
 
     For several GPUs: torchrun --nproc-per-node 8 -m tilewise batch …, or accelerate launch -m tilewise batch …
     """
@@ -126,9 +128,9 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help=PLOT_HELP, show_default=False)] = None,
 ) -> None:
-    """Say what a method would do: grid, tiles, window, density, what stays dense and why.
+    """Show what a method would do: grid, tiles, window, density, and what stays dense and why.
 
-    Runs no weights, but for a --plot of a method that chooses by the content.
+    Runs no weights, except for a --plot of a dynamic method.
     """
     from tilewise.ui.cli.explain import explain_command
 

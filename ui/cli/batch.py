@@ -1,4 +1,4 @@
-"""The work behind `tilewise batch`: read and check everything, then run the jobs and report."""
+"""`tilewise batch`: read and check the input, run the jobs, report."""
 
 from __future__ import annotations
 

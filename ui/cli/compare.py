@@ -1,4 +1,4 @@
-"""The work behind `tilewise compare`: measure what manifests tell of, print the table, write the report."""
+"""`tilewise compare`: measure the clips of manifests, print a table, write a report."""
 
 from __future__ import annotations
 

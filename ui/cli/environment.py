@@ -1,4 +1,4 @@
-"""The work behind `tilewise env`: what is installed, and what attention will run on."""
+"""`tilewise env`: installed versions, devices, and their attention backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work behind `tilewise explain`."""
+"""`tilewise explain`: what a method would do with a model at a size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work behind `tilewise generate`: check everything, load, run, write, report."""
+"""`tilewise generate`: check the request, load the model, generate, write, report."""
 
 from __future__ import annotations
 

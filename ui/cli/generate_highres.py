@@ -1,4 +1,4 @@
-"""The work behind `tilewise generate --highres`: a clip at the model's own size, then one past it. Both are written."""
+"""`tilewise generate --highres`: a clip at the model's own size, then one at the target size. Both are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C in a batch: the first lets the clip at work be finished, the second leaves at once."""
+"""Ctrl-C in a batch: the first press finishes the current clip, the second stops at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command shows while it works, on stderr."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 

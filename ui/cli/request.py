@@ -1,4 +1,4 @@
-"""What `tilewise generate` was asked for, and what clips of one stage and of two have in common in being checked."""
+"""The request of `tilewise generate`, and the checks that one-stage and two-stage clips share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the words of the command line mean: methods, windows, file names."""
+"""Parse options: methods, windows, file names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: the controls and the plan on the left, what can be done with them in tabs on the right."""
+"""The page: controls and plan on the left, tabs on the right."""
 
 from __future__ import annotations
 

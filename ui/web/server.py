@@ -1,4 +1,4 @@
-"""Serving the page: what is reachable, what is not, and what browsers are told about it."""
+"""Serve the page, with the headers and checks that restrict what is reachable."""
 
 from __future__ import annotations
 

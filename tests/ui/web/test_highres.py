@@ -63,7 +63,7 @@ def studio(models, tmp_path_factory) -> HighresStudio:
 
 
 def request_for(models, shared=(), **own):
-    native = models.native("demo")
+    native = models.defaults("demo")
     values = {
         "model": "demo", "prompt": PROMPT, "negative": "", "method": "dense", **method_values(tilewise.resolve("dense")),
         "height": 48, "width": 48, "frames": 9, "steps": 4, "guidance": 3.0, "seed": "1", "fps": native.fps,
@@ -154,7 +154,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_numbers(studio, monkeypatc
 )
 def test_the_command_makes_the_same_work(studio, shared, own):
     work = plan_for(studio, shared, **own)
-    words = shlex.split(command_line(work, studio.models.native("demo"), studio.models.dtype))
+    words = shlex.split(command_line(work, studio.models.defaults("demo"), studio.models.dtype))
     assert words[:2] == ["tilewise", "generate"]
     given = typer.main.get_command(app).commands["generate"].make_context("generate", words[2:]).params
     own = ("prompt", "source", "out", "compare", "device", "dry_run")
@@ -171,7 +171,7 @@ def test_the_command_makes_the_same_work(studio, shared, own):
 )
 def test_what_the_command_cannot_say_the_program_does(studio, monkeypatch, shared, own, words):
     work = plan_for(studio, shared, **own)
-    native = studio.models.native("demo")
+    native = studio.models.defaults("demo")
     command = command_line(work, native, "float32")
     assert command.startswith("#")
     assert words in command
@@ -189,7 +189,7 @@ def test_what_the_command_cannot_say_the_program_does(studio, monkeypatch, share
 )
 def test_the_program_makes_the_same_work(studio, monkeypatch, shared, own):
     work = plan_for(studio, shared, **own)
-    _assert_program_makes(work, python_program(work, studio.models.native("demo"), "float32"), studio, monkeypatch)
+    _assert_program_makes(work, python_program(work, studio.models.defaults("demo"), "float32"), studio, monkeypatch)
 
 
 def _assert_program_makes(work, program, studio, monkeypatch):

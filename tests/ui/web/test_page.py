@@ -452,7 +452,7 @@ def test_the_snippets_make_the_same_clip(models, pipe, tmp_path, capsys):
     exec(compile(program, "snippet", "exec"), {})
     program_frames = read_frames(tmp_path / "p.mp4")
     plain = settings_for(models, tilewise.resolve("sta-balanced"), seed=4)
-    words = command_line(plain, models.native("demo"), "float32", Path("clip.mp4"))
+    words = command_line(plain, models.defaults("demo"), "float32", Path("clip.mp4"))
     assert words.startswith("tilewise generate --model demo --method sta-balanced --height 64")
     ran = CliRunner().invoke(app, shlex.split(words.replace(" -- ", f" --out {tmp_path}/c.mp4 -- "))[1:])
     assert ran.exit_code == 0, ran.output
@@ -460,7 +460,7 @@ def test_the_snippets_make_the_same_clip(models, pipe, tmp_path, capsys):
         write_video(tmp_path / "expected.mp4", expected, 8)
         assert (read_frames(tmp_path / "expected.mp4") == got).all()
     # what the options cannot say, the clip can
-    assert command_line(settings, models.native("demo"), "float32", Path("a b.mp4")).endswith(
+    assert command_line(settings, models.defaults("demo"), "float32", Path("a b.mp4")).endswith(
         "--from 'a b.mp4' --out again.mp4"
     )
 

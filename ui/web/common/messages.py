@@ -1,4 +1,4 @@
-"""What went wrong, as a message for the page; the traceback goes to the terminal of whoever runs it."""
+"""Error messages for the page. Tracebacks go to the terminal of the server."""
 
 from __future__ import annotations
 

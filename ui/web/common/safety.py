@@ -1,4 +1,4 @@
-"""What the page refuses: interfaces that others can reach without a password, work that is too large, waits that are too long."""
+"""Limits of the page: no public interface without a password, no work that is too large, no queue that is too long."""
 
 from __future__ import annotations
 

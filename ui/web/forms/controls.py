@@ -1,4 +1,4 @@
-"""The controls that all tabs share: what to make, with which method, how large. Their order is that of `form_parsing.FIELDS`."""
+"""The controls that all tabs share: prompt, method, size. Their order is that of `form_parsing.FIELDS`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Controls:
 
     def __init__(self, models: Models, limits: Limits) -> None:
         self.models, self.limits = models, limits
-        native = models.native(models.names[0])
+        native = models.defaults(models.names[0])
         first = method_values(resolve(METHOD))
         made: dict[str, Any] = {}
         made["model"] = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="model")
@@ -56,7 +56,7 @@ class Controls:
                 )
             made["blocks"] = gr.Textbox(first["blocks"], label="Sparse blocks, such as 1: or 0,3:9", elem_id="blocks")
             with gr.Row():
-                made["fps"] = gr.Number(native.fps, label="Frames a second", elem_id="fps")
+                made["fps"] = gr.Number(native.fps, label="Frames per second", elem_id="fps")
                 made["max_sequence_length"] = gr.Number(
                     native.max_sequence_length,
                     label="Text tokens (empty: the model's)",
@@ -105,7 +105,7 @@ class Controls:
 
     def model_chosen(self, name: str) -> list[Any]:
         try:
-            native = self.models.native(str(name))
+            native = self.models.defaults(str(name))
         except TilewiseError:
             return [gr.skip()] * 7
         shape = [native.height, native.width, native.num_frames, native.steps]

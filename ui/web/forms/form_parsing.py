@@ -1,4 +1,4 @@
-"""What the controls say, as settings, and settings as what the controls should say: the two are each other's inverse.
+"""Convert the values of the controls to settings, and settings to values of the controls.
 
 Values come from a browser, or from whoever talks to the server without one: nothing is taken for granted.
 """

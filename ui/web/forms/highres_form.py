@@ -1,4 +1,4 @@
-"""A clip past the model's size, as the tab's controls say it: both stages' settings, the plan, the same clip without the page.
+"""The form of the high-resolution tab: its values as settings of both stages, the plan, and snippets that make the same clip.
 
 The controls on the left are the native stage's. All is decided on the skeleton, before weights are read.
 """

@@ -1,4 +1,4 @@
-"""Controls for declared options (`tilewise.pipelines.options`), what they say as values, and values as what they should say."""
+"""Controls for declared options (`tilewise.pipelines.options`), and conversion of their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would run, shown while the controls move: grid, tiles, density, what stays dense, memory. Runs no weights."""
+"""The plan, updated while the controls change: grid, tiles, density, dense layers and steps, memory. Runs no weights."""
 
 from __future__ import annotations
 

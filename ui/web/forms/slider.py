@@ -1,4 +1,4 @@
-"""A slider whose numbers are checked where they are used, with a message, and not by Gradio, with a failed request.
+"""A slider whose value is validated by our handlers, which answer with a message, instead of by Gradio, which fails the request.
 
 Gradio refuses a value outside of a slider's range before any handler sees it. Ranges here follow the other controls, so that a
 value may be outside for the moment between two answers; and a number typed by hand deserves an explanation.

@@ -1,4 +1,4 @@
-"""The same clip without the page: as a command line and as a Python program. Both can be run as they stand."""
+"""Reproduce a clip without the page: a command line and a Python program, both ready to run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work behind the buttons: clips made on the device, written whole with their metadata, and listed in a manifest."""
+"""Jobs that make clips: generate on the device, write with metadata, add to the manifest."""
 
 from __future__ import annotations
 

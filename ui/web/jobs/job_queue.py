@@ -1,4 +1,4 @@
-"""One job at a time on the device, in the order of arrival, each with an owner who can watch and cancel it.
+"""A queue of jobs. One runs on the device at a time, in order of arrival; its owner can watch and cancel it.
 
 All visitors share one worker thread. Their handlers only watch: what a visitor sees is a stream of `State`, ended by the job's
 result or by what it raised.

@@ -1,4 +1,4 @@
-"""The models that a page was started with, and no other: skeletons for plans, one loaded pipeline for work."""
+"""The models that the page was started with: skeletons for plans, and one loaded pipeline."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Models:
             raise RefusedError(f"this page was not started with the model {name!r}; it has {', '.join(self.names)}")
         return self._skeletons[name]
 
-    def native(self, name: str) -> ModelDefaults:
+    def defaults(self, name: str) -> ModelDefaults:
         """The model's own size and settings."""
         return model_defaults(self.skeleton(name))
 

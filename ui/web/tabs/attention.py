@@ -1,4 +1,4 @@
-"""See the attention: pick a place in a frame, and what the query there attends to is drawn over the clip."""
+"""The attention tab: select a position in a frame, and see which tokens its query attends to."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tilewise.ui.web.tabs import attention_picture as picture
 from tilewise.ui.web.tabs.attention_query import Place, Seen, layer_at, seen_from
 from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
 
-ABOUT = """Click a place in the picture. Inside the bright line is **what the query there attends to**, in every latent frame of
-the clip; all else it never looks at, which is where the time is saved. The sliders do the same from the keyboard."""
+ABOUT = """Click a position in the picture. The bright outline marks **what the query there attends to**, in every latent frame of
+the clip. Everything outside it is skipped, which saves the time. The sliders do the same from the keyboard."""
 PLACE = ("t", "h", "w", "head", "step", "block")
 LEAST = (0, 0, 0, 0, 1, 0)
 MAX_WATCHED = 2_000_000  # tokens x steps: what a watched block decided is kept in memory
@@ -48,7 +48,7 @@ class AttentionTab:
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
-                gr.Markdown("**The query's frame** (click a place)")
+                gr.Markdown("**The query's frame** (click a position)")
                 large = gr.Image(
                     label="The query's frame", show_label=False, type="pil", interactive=False, format="webp",
                     buttons=["fullscreen"], elem_id="attention", alt_text="what the query sees in its own frame",
@@ -70,7 +70,7 @@ class AttentionTab:
             buttons=["fullscreen"], elem_id="attention-strip", alt_text="what the query sees in every latent frame",
         )  # fmt: skip
         gr.Markdown(
-            "**What the method expected** of each place before it chose, for methods that decide while the model runs"
+            "**Attention that the method expected** at each position, for methods that select blocks while the model runs"
         )
         with gr.Row():
             go = gr.Button("Watch a run of this block", elem_id="watch")

@@ -1,4 +1,4 @@
-"""Many clips from a list of prompts: `tilewise batch` on the page, in a folder that a second start goes on with."""
+"""The batch tab: `tilewise batch` on the page. Started again, it resumes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ MAX_CLIPS = 200  # of one batch: it holds the device for as long
 MAX_INPUT = 10**6  # characters
 CANCELLED = "cancelled; finished clips are kept"
 SHOWN = 24  # clips that the page plays; all are in the folder
-ABOUT = """A prompt a line, or a file as `tilewise batch` takes it (.txt, .csv, .jsonl, where a line may say any setting
-itself). The settings on the left hold for what a line does not say. Clips that are there are kept: start again to go on."""
+ABOUT = """One prompt per line, or an input file of `tilewise batch` (.txt, .csv, .jsonl), where a line may have settings of its
+own. The settings on the left apply to everything else. Finished clips are kept: start again to resume."""
 
 
 class BatchTab:
@@ -47,13 +47,13 @@ class BatchTab:
     def __init__(self, controls: Controls, job_queue: JobQueue, outputs: Path) -> None:
         self.controls, self.job_queue, self.outputs = controls, job_queue, outputs
         gr.Markdown(ABOUT)
-        prompts = gr.Textbox(label="Prompts, one a line", lines=5, max_lines=20, elem_id="batch-prompts")
+        prompts = gr.Textbox(label="Prompts, one per line", lines=5, max_lines=20, elem_id="batch-prompts")
         file = gr.File(
             label="Or a file of prompts", file_types=[".txt", ".csv", ".jsonl"], type="filepath", elem_id="batch-file"
         )
-        seeds = gr.Textbox("0", label="Seeds of each line, such as 0-3 or 1,7", elem_id="batch-seeds")
+        seeds = gr.Textbox("0", label="Seeds for each line, such as 0-3 or 1,7", elem_id="batch-seeds")
         with gr.Row():
-            go = gr.Button("Make them all", variant="primary", elem_id="batch")
+            go = gr.Button("Generate all", variant="primary", elem_id="batch")
             stop = gr.Button("Cancel", variant="stop", elem_id="batch-cancel")
         status = gr.HTML(elem_id="batch-status")
         result = gr.HTML(elem_id="batch-result")

@@ -1,4 +1,4 @@
-"""The same seed twice: dense on the left, the chosen method on the right, played in step, with what the difference is."""
+"""The comparison tab: dense and a method at the same seed, played in sync, with speed-up, PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tilewise.ui.web.jobs.clips import Made, Pair, Studio
 from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
 
-ABOUT = """The clip of the settings on the left, and the dense one from the same noise. Both are warmed up first, so that neither
-pays for being first. PSNR and SSIM say how far the one is from the other, not which of them is better."""
+ABOUT = """Generates the clip of the settings on the left with its method and with dense attention, from the same noise. Both are
+warmed up first, so the timing is fair. PSNR and SSIM measure how close the two clips are, not which one is better."""
 
 
 class CompareTab:

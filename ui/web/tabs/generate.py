@@ -1,4 +1,4 @@
-"""Make one clip: watch it come into being, cancel it, take it away as a file, as settings, as a command, as a program."""
+"""The generation tab: make one clip with a live preview; download it, or copy its settings, command or program."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class GenerateTab:
     def shown(self, made: Made) -> list[Any]:
         """Result, summary, settings, command, program."""
         models = self.controls.models
-        native = models.native(made.settings.model)
+        native = models.defaults(made.settings.model)
         command = command_line(made.settings, native, models.dtype, made.path)
         program = python_program(models.skeleton(made.settings.model), made.settings, models.dtype)
         summary = made.summary or "dense: the stock pipeline, not patched, so that nothing was counted"

@@ -1,4 +1,4 @@
-"""A clip past the model's own size: the native clip as soon as it is there, then the one at the target beside it."""
+"""The high-resolution tab: shows the native clip as soon as it is finished, then the clip at the target size."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
 MAIN = ("strength", "refresh", "global_path", "guided")  # options that are shown at once
 FOLDER = "highres"  # of the output folder
 CANCELLED = "cancelled; a native clip that was finished is kept"
-ABOUT = """The settings on the left make a clip at the model's own size, their attention method included. From that
-the clip at the target is made: each query attends to a window of the native size, guided by a path that sees the whole
-frame. Both clips go to the folder `highres` of the outputs."""
+ABOUT = """The settings on the left, attention method included, make a clip at the model's own size. The clip at the target size
+starts from it: each query attends to a window of the native size, guided by a path that sees the whole frame. Both clips are
+written to the folder `highres` of the outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ class HighresTab:
             more = [control(option, "highres-") for name, option in OPTIONS.items() if name not in MAIN]
         plan = gr.HTML(elem_id="highres-plan")
         with gr.Row():
-            go = gr.Button("Make it", variant="primary", elem_id="highres")
+            go = gr.Button("Generate", variant="primary", elem_id="highres")
             stop = gr.Button("Cancel", variant="stop", elem_id="highres-cancel")
         status = gr.HTML(elem_id="highres-status")
         native = gr.HTML(elem_id="highres-native")
@@ -164,7 +164,7 @@ class HighresTab:
     def target(self, model: str) -> list[Any]:
         """Twice the model's own size."""
         try:
-            native = self.models.native(str(model))
+            native = self.models.defaults(str(model))
         except TilewiseError:
             return [gr.skip()] * 2
         return [2 * native.height, 2 * native.width]
@@ -198,7 +198,7 @@ class HighresTab:
 
     def shown(self, made: HighresMade) -> list[Any]:
         """Result, summary, settings, command, program."""
-        native, dtype = self.models.native(made.work.native.model), self.models.dtype
+        native, dtype = self.models.defaults(made.work.native.model), self.models.dtype
         told = json.dumps(settings_dict(made.work), indent=2)
         again = [command_line(made.work, native, dtype), python_program(made.work, native, dtype)]
         return [stages_html(made.path, made.metadata), made.summary, told, *again]

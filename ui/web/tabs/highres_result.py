@@ -1,4 +1,4 @@
-"""A clip of two stages on the page: its native stage beside it, and what is worth knowing, all from the clip's metadata."""
+"""The result of a two-stage clip as HTML: both clips and their measurements, from the clip's metadata."""
 
 from __future__ import annotations
 

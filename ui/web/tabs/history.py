@@ -1,4 +1,4 @@
-"""The clips of this machine, from the manifests in the output folder, and their settings for the controls again."""
+"""The history tab: clips from the manifests in the output folder. Their settings can be loaded into the controls."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ class HistoryTab:
         self.count = len(controls.inputs) + len(highres.own)
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
-                clips = gr.Radio([], label="Clips made on this machine, the latest first", elem_id="history")
-                fresh = gr.Button("Look again", elem_id="history-fresh")
+                clips = gr.Radio([], label="Clips made on this machine, latest first", elem_id="history")
+                fresh = gr.Button("Refresh", elem_id="history-fresh")
             with gr.Column(scale=2, min_width=260):
                 shown = gr.HTML(elem_id="history-clip")
                 again = gr.Button("Use these settings again", variant="primary", elem_id="use-again")

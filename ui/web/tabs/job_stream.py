@@ -1,4 +1,4 @@
-"""A job of the queue as a tab shows it: progress, preview, result, and how it is cancelled."""
+"""Show a job in a tab: progress, preview, result, cancellation."""
 
 from __future__ import annotations
 

@@ -496,13 +496,15 @@ def test_unknown_targets_are_refused_untouched():
     class Pipe:
         transformer = Other()
 
-    for call in (lambda x: tilewise.patch(x, "sta"), tilewise.unpatch, tilewise.is_patched):
+    for call in (lambda x: tilewise.patch(x, "sta"), lambda x: tilewise.explain(x, height=64, width=64, num_frames=9)):
         with pytest.raises(
             tilewise.UnsupportedModelError, match=r"Other, which no family adapter serves .*WanTransformer3D"
         ):
             call(Pipe())
         with pytest.raises(tilewise.UnsupportedModelError, match="has no denoiser"):
             call(object())
+    for target in (Pipe(), object()):  # as documented: harmless where there is no patch
+        assert tilewise.unpatch(target) is target and not tilewise.is_patched(target)
     assert "_tilewise" not in Pipe.transformer.__dict__
 
 

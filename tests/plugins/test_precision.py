@@ -30,7 +30,7 @@ def test_where_it_runs_it_is_what_runs(tiny_pipe, monkeypatch):
 
     monkeypatch.setattr(sparse_call, "choose", lambda qkv, plan, precision: (sparse_call.Choice(precision, ""), ""))
     monkeypatch.setattr(sparse_call, "block_sparse_attention_8bit", in_8_bits)
-    monkeypatch.setattr("tilewise.plugins.runtime.attention_call.choose", sparse_call.choose)
+    monkeypatch.setattr("tilewise.plugins.runtime.call_planner.choose", sparse_call.choose)
     config = tilewise.Config(tilewise.STA(window=(1, 1, 1), tile=(1, 2, 2)), steps=(0, 1), precision="int8")
     tilewise.patch(tiny_pipe, tilewise.Config.from_dict(config.to_dict()))
     tiny_pipe("a", height=64, width=64, num_frames=9, num_inference_steps=2)

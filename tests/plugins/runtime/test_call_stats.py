@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tilewise.plugins.runtime import call_stats
 from tilewise.plugins.runtime.call_stats import (
     DENSE_LAYER,
     DENSE_STEP,
@@ -97,9 +96,10 @@ def test_a_kind_may_be_given_first_and_a_call_is_dense_unless_it_says_so():
 
 
 def test_a_captured_call_is_counted_without_time_or_measurements(monkeypatch):
-    monkeypatch.setattr(call_stats, "capturing", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     stats = CallStats()
-    record(stats, 0, CallKind(SPARSE), tensors(4), density=None, values={"density": 0.5})
+    on_gpu = [SimpleNamespace(shape=x.shape, device=torch.device("cuda")) for x in tensors(4)]
+    record(stats, 0, CallKind(SPARSE), on_gpu, density=None, values={"density": 0.5})
     (found,) = stats.records.values()
     assert (found.calls, found.pairs, found.known, found.wall) == (1, 16, 0, 0.0)
     assert found.kept_pairs() == (0.0, 0)
@@ -246,7 +246,7 @@ def test_on_a_gpu_the_stream_of_the_queries_device_is_timed(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Recorded)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda given: streams[given])
-    monkeypatch.setattr(call_stats, "capturing", lambda given: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     qk = [SimpleNamespace(shape=(1, 3, 2, 4), device=device) for _ in range(2)]
     stats = CallStats()
     for _ in range(3):
@@ -256,7 +256,7 @@ def test_on_a_gpu_the_stream_of_the_queries_device_is_timed(monkeypatch):
     assert (found.calls, found.pairs, found.wall) == (3, 27, 0.0)
     assert [(start.at, end.at) for start, end in found.events] == [(0, 10), (20, 30), (40, 50)]
     assert found.seconds() == 0.03
-    monkeypatch.setattr(call_stats, "capturing", lambda given: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with stats.record(0, CallKind(SPARSE), *qk):
         pass
     assert (found.calls, found.events, found.wall) == (4, [], 0.03)

@@ -277,6 +277,7 @@ WAYS = (plain, cancelled, from_pipe, shared, part_way, replaced)
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.slow
 def test_explain_says_what_runs(model, places, name, way):
     way(model, functools.partial(scheduler_of, name), places)
 
@@ -287,6 +288,7 @@ REPEATED = ("PNDMScheduler",)
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in REPEATED])
+@pytest.mark.slow
 def test_timesteps_that_are_copied(model, places, name):
     pipe = tilewise.patch(Loop(model, scheduler_of(name), copies=True), SMALL)
     other = Loop(model, scheduler_of(name), copies=True)
@@ -298,6 +300,7 @@ def test_timesteps_that_are_copied(model, places, name):
 
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.slow
 def test_nothing_is_kept_after_a_run(model, name, guided):
     pipe = tilewise.patch(Loop(model, scheduler_of(name)), KEEPS, steps=(0, 1), strict=True)
     memories, most = model._tilewise.state.memories, []
@@ -545,7 +548,7 @@ def test_two_threads_run_one_denoiser(model, monkeypatch):
     assert list(seen.values()) == [[(step, 6) for step in range(6)]] * 2
 
 
-@pytest.mark.parametrize("wrapped", ["compiled", "in another module"])
+@pytest.mark.parametrize("wrapped", [pytest.param("compiled", marks=pytest.mark.compile), "in another module"])
 def test_a_denoiser_that_is_wrapped(places, wrapped):
     """torch.compile's module, and one that holds the denoiser: the pipeline that runs is found all the same."""
 

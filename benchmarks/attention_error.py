@@ -44,7 +44,7 @@ def activations(pipe: Any, size: int, frames: int, blocks: set[int] | None = Non
     """Attention calls of a dense run, in raster order; with the grid that they are over."""
     calls: list[ObservedCall] = []
     tilewise.patch(pipe, "dense", fuse=False)
-    step = pipe.transformer._tilewise.step
+    step = pipe.transformer._tilewise.state
 
     def told(call: ObservedCall) -> None:
         if call.step in TAKEN and (blocks is None or call.block in blocks):
@@ -55,7 +55,7 @@ def activations(pipe: Any, size: int, frames: int, blocks: set[int] | None = Non
             raise EnoughError
         return tensors
 
-    step.watchers.append(told)
+    step.observers.append(told)
     texts, _ = held_out_prompts(1, 0)
     with contextlib.suppress(EnoughError):
         pipe(

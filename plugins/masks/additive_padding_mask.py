@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from tilewise.kernels.attention.lse_merge import attend_with_lse, merge_attention
 from tilewise.kernels.plans.layout import Grid, Layout
 
+PAIRS = 1 << 24  # token pairs of a mask that are compared at once
+
 
 def visible_of(mask: torch.Tensor, batch: int, grid: Grid) -> tuple[torch.Tensor, float] | None:
     """What a mask of this kind shows: (B, S) bool on the CPU, and c > 0; None if it is another kind of mask.
@@ -35,13 +37,23 @@ def visible_of(mask: torch.Tensor, batch: int, grid: Grid) -> tuple[torch.Tensor
     diagonal = mask.detach().diagonal(dim1=-2, dim2=-1)[:, 0]
     weight = float(diagonal.max())
     visible = diagonal == weight
-    pairs = visible[:, :, None] & visible[:, None, :]
-    if weight <= 0 or not torch.equal(mask[:, 0], pairs.to(mask.dtype) * weight):
+    if weight <= 0 or not _is_outer_product(mask[:, 0], visible, weight):
         return None
     first = grid.text if grid.text_first else 0
     if not bool(visible[:, first : first + grid.video].all()):
         return None
     return visible.expand(batch, tokens).cpu(), weight
+
+
+def _is_outer_product(mask: torch.Tensor, visible: torch.Tensor, weight: float) -> bool:
+    """Whether (B, S, S) ``mask`` is c · mᵢ · mⱼ for (B, S) ``visible``: some rows at a time, as a mask may take gigabytes."""
+    rows = max(1, PAIRS // visible.numel())
+    same = torch.ones((), dtype=torch.bool, device=mask.device)
+    for first in range(0, mask.shape[1], rows):
+        part = slice(first, first + rows)
+        pairs = visible[:, part, None] & visible[:, None, :]
+        same &= (mask[:, part] == pairs.to(mask.dtype) * weight).all()
+    return bool(same)
 
 
 def add_weighed(

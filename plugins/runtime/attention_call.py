@@ -114,8 +114,7 @@ class AttentionCalls:
         shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
         known = (forward.grid, forward.layout, layer.downsample, shapes, query.dtype, key.dtype, value.dtype, query.device,
                  request.dropout_p, request.is_causal, request.scale, request.fused)  # fmt: skip
-        found = self._prepared.get(known)
-        return self._prepared.lookup(known, lambda: self.planner.prepare(layer, request)) if found is None else found
+        return self._prepared.lookup(known, lambda: self.planner.prepare(layer, request))
 
     # ── sparse ───────────────────────────────────────────────────────────────────────────────────────────────────
 

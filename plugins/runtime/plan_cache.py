@@ -27,11 +27,19 @@ class LRU(OrderedDict[Any, Any]):
         super().__init__()
         self.most = most
 
-    def lookup(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The entry of ``key``, made by ``make`` if there is none."""
-        if key in self:
+    def used(self, key: Hashable) -> Any:
+        """The entry of ``key``, which counts as used now; None if there is none."""
+        try:
             self.move_to_end(key)
             return self[key]
+        except KeyError:  # another thread may have dropped it in between
+            return None
+
+    def lookup(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The entry of ``key``, made by ``make`` if there is none."""
+        found = self.used(key)
+        if found is not None:
+            return found
         value = make()
         while len(self) >= self.most:
             self.popitem(last=False)

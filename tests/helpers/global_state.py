@@ -24,7 +24,16 @@ import tilewise.plugins.methods.base
 import tilewise.plugins.models.common.registry
 
 # Set by pytest for each phase of a test, and by libraries when they are first used.
-ENVIRONMENT_OF_OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_CACHE", "KMP_", "MPL", "GRADIO_")
+ENVIRONMENT_OF_OTHERS = (
+    "PYTEST_",
+    "TORCHINDUCTOR_",
+    "_TORCHINDUCTOR_",
+    "TRITON_CACHE",
+    "TRITON_PTXAS",
+    "KMP_",
+    "MPL",
+    "GRADIO_",
+)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import global_state
-import gradio as gr
 import pytest
 import typer
+
+pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[ui]'")
+
+import gradio as gr
 
 from tilewise.pipelines.batch.input import FIELDS
 from tilewise.pipelines.generation.settings import CLIP_OPTIONS, GenerateSettings

@@ -31,7 +31,9 @@ def visible(grid: Grid, *lengths: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("text_first", [True, False])
-def test_what_a_mask_shows(text_first):
+@pytest.mark.parametrize("pairs", [1 << 24, 1, 200])  # token pairs at once: all, less than a row, some rows
+def test_what_a_mask_shows(monkeypatch, text_first, pairs):
+    monkeypatch.setattr("tilewise.plugins.masks.additive_padding_mask.PAIRS", pairs)
     grid = Grid(1, 5, 6, text=TEXT, text_first=text_first)
     shown = visible(grid, 7, 3)
     for weight in (1.0, 4.0):

@@ -24,8 +24,8 @@ def demo():
     """(grid, attention calls of all eight blocks) of the third step of three."""
     pipe = load_pipeline("demo", device="cpu")
     tilewise.patch(pipe, "dense", fuse=False)
-    step, calls = pipe.transformer._tilewise.step, []
-    step.watchers.append(lambda call: calls.append(call) if call.step == 2 else None)
+    step, calls = pipe.transformer._tilewise.state, []
+    step.observers.append(lambda call: calls.append(call) if call.step == 2 else None)
     pipe(
         "a red circle moving right on a blue striped background", height=128, width=128, num_frames=17,
         num_inference_steps=3, guidance_scale=1.0, max_sequence_length=32, output_type="latent",

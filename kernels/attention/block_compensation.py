@@ -36,9 +36,9 @@ def add_block_compensation(
         q: (B, S, H, D) float16, bfloat16 or float32, contiguous D ≤ 256; any other strides.
         out: (B, S, H, D) of q's dtype: what ``block_sparse_attention(..., return_lse=True)`` gave.
         lse: (B, H, S) float32, natural, from there as well.
-        key_mean, value_mean: (B, N, Hk, D) float32, Hk dividing H: see ``block_stats``.
-        bias: (B, H, N, N) float32 for query block i and key block j; −inf where j was seen.
-        layout: whose blocks these are.
+        key_mean, value_mean: (B, Nk, Hk, D) float32, Hk dividing H: see ``block_stats``.
+        bias: (B, H, Nq, Nk) float32 for query block i and key block j; −inf where j was seen.
+        layout: of the queries. The keys' blocks may be another layout's.
         scale: of the attention call.
 
     Returns:
@@ -49,14 +49,19 @@ def add_block_compensation(
         TypeError: another dtype.
     """
     B, S, H, D = q.shape
-    N = layout.blocks
+    N = key_mean.shape[1] if key_mean.ndim == 4 else 0
     Hk = key_mean.shape[2] if key_mean.ndim == 4 else 0
-    fits = layout.grid.tokens == S and out.shape == q.shape and lse.shape == (B, H, S) and bias.shape == (B, H, N, N)
+    fits = (
+        layout.grid.tokens == S
+        and out.shape == q.shape
+        and lse.shape == (B, H, S)
+        and bias.shape == (B, H, layout.blocks, N)
+    )
     if not fits or key_mean.shape != (B, N, Hk, D) or value_mean.shape != key_mean.shape or not Hk or H % Hk or D > 256:
         raise ValueError(
             f"add_block_compensation: q {tuple(q.shape)}, out {tuple(out.shape)}, lse {tuple(lse.shape)}, key_mean "
             f"{tuple(key_mean.shape)}, value_mean {tuple(value_mean.shape)} and bias {tuple(bias.shape)} do not fit each other "
-            f"and the {N} blocks of {layout.grid.tokens} tokens"
+            f"and the {layout.blocks} query blocks of {layout.grid.tokens} tokens"
         )
     if q.dtype not in FLOATS or out.dtype != q.dtype or q.stride(3) != 1:
         raise TypeError(

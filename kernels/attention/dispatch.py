@@ -177,16 +177,18 @@ def _choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, 
         if reason := _unavailable(known[backend], q.device) or known[backend].unsupported(q, k, v, plan):
             raise UnsupportedPlanError(f"{_where(q, k, v)}: backend {backend!r} cannot run this: {reason}")
         return Choice(backend, "asked for")
-    passed: list[str] = []  # what would have been preferred here, but does not take this call
-    absent: list[str] = []
+    unsupported: list[str] = []  # what runs here and would have been preferred, but does not take this call
+    unavailable: list[str] = []
     for candidate in BACKENDS:
         if reason := _unavailable(candidate, q.device):
-            absent.append(f"{candidate.name}: {reason}")
+            unavailable.append(f"{candidate.name}: {reason}")
         elif reason := candidate.unsupported(q, k, v, plan):
-            passed.append(f"{candidate.name} does not take this: {reason}")
+            unsupported.append(f"{candidate.name} does not take this: {reason}")
         else:
-            return Choice(candidate.name, "; ".join([candidate.about, *passed]))
-    raise UnsupportedPlanError(f"{_where(q, k, v)}: no backend runs here. " + "; ".join(absent))
+            return Choice(candidate.name, "; ".join([candidate.about, *unsupported]))
+    raise UnsupportedPlanError(
+        f"{_where(q, k, v)}: no backend takes this here. " + "; ".join([*unavailable, *unsupported])
+    )
 
 
 @overload

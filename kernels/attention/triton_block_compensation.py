@@ -27,11 +27,12 @@ def add_block_compensation_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     ONLINE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (N, B·H). key and value: (B, Hk, padded, D) in q's dtype, padded ≥ N a multiple of BLOCK_N. group: query heads a key
-    head. heavy: (B, H, N) int8, what blocks have to be done again: written, or with ONLINE read."""
+    """Grid: (query blocks, B·H). N: key blocks. key and value: (B, Hk, padded, D) in q's dtype, padded ≥ N a multiple of BLOCK_N.
+    group: query heads a key head. heavy: (B, H, query blocks) int8, what has to be done again: written, or with ONLINE read."""
     i = tl.program_id(0)
+    block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i  # of all heads and samples
     if ONLINE:  # noqa: SIM102 - for the compiler, the other when it runs
-        if tl.load(heavy_ptr + tl.program_id(1).to(tl.int64) * N + i) == 0:
+        if tl.load(heavy_ptr + block) == 0:
             return
     batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     first = tl.load(start_ptr + i).to(tl.int64)
@@ -47,7 +48,7 @@ def add_block_compensation_kernel(
     m = tl.maximum(m, -1e30)  # a query that saw nothing: its weight of 1 falls away as soon as there is a summary row
     total = tl.full((BLOCK_M,), 1.0, tl.float32)
     means_at = (batch * (H // group) + head // group) * padded * D + column[None, :]
-    bias_at = bias_ptr + ((batch * H + head) * N + i) * N
+    bias_at = bias_ptr + block * N
     for j0 in range(0, N, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         bias = tl.load(bias_at + j, mask=j < N, other=float("-inf")) * log2e
@@ -65,8 +66,7 @@ def add_block_compensation_kernel(
         values = tl.load(value_ptr + means, mask=width[None, :], other=0.0)
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
     if not ONLINE:
-        heavy_at = heavy_ptr + tl.program_id(1).to(tl.int64) * N + i
-        tl.store(heavy_at, (tl.max(tl.where(there, total, 0.0), 0) >= MOST).to(tl.int8))
+        tl.store(heavy_ptr + block, (tl.max(tl.where(there, total, 0.0), 0) >= MOST).to(tl.int8))
     acc = acc / total[:, None]
     out_at = ((batch * S + first + row)[:, None] * H + head) * D + column[None, :]
     tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -92,11 +92,11 @@ def triton_add_block_compensation(
     merged = torch.empty((B, S, H, D), dtype=out.dtype, device=out.device)
     if out.stride(3) != 1:
         out = out.contiguous()
-    heavy = torch.empty((B, H, N), dtype=torch.int8, device=out.device)
+    heavy = torch.empty((B, H, len(start)), dtype=torch.int8, device=out.device)
     if merged.numel():
         with torch.cuda.device_of(q):
             for online in (False, True):
-                add_block_compensation_kernel[(N, B * H)](
+                add_block_compensation_kernel[(len(start), B * H)](
                     q, out, lse.contiguous(), keys, values, bias.contiguous(), start, rows, merged, heavy,
                     q.stride(0), q.stride(1), q.stride(2), out.stride(0), out.stride(1), out.stride(2),
                     S, H, N, keys.shape[2], H // Hk, scale * LOG2E, LOG2E,

@@ -143,3 +143,11 @@ def test_maps_and_intervals_of_another_shape_are_refused():
     for head_set in ([0, 2], [-1, 0], [[0, 1]]):
         with pytest.raises(ValueError, match="below G = 2"):
             plan_from_block_map(queries, maps, key_layout=keys, head_set=torch.tensor(head_set))
+
+
+def test_all_heads_may_share_one_of_two_sets():
+    layout = Layout(Grid(1, 4, 4), (1, 2, 2))
+    maps = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    plan = plan_from_block_map(layout, maps, head_set=torch.tensor([1, 1, 1]))
+    assert torch.equal(plan.to_mask(3), plan_from_block_map(layout, maps[:, 1:]).to_mask(3))
+    assert plan.density == plan.to_mask(3).double().mean()

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from plan_cases import two_layouts
 
 from tilewise.kernels.attention.block_compensation import add_block_compensation, add_block_compensation_reference
 from tilewise.kernels.attention.dispatch import block_sparse_attention
@@ -229,7 +230,8 @@ def test_equal_rows_come_out_at_the_density_asked_for():
 
 def test_a_row_is_never_empty():
     N = 9
-    logits = random(1, 1, N, N)
+    whole = random(1, 1, N, N)
+    logits = whole.clone()
     logits[..., 0, :] = -torch.inf
     logits[..., 1, 4] = torch.nan
     logits[..., 2, 0] = torch.inf
@@ -239,6 +241,10 @@ def test_a_row_is_never_empty():
     assert kept[0, 0, :3].all()
     assert kept.any(-1).all()
     assert not kept[0, 0, 3:].all(-1).any()
+    others = select_rows(
+        whole, torch.zeros(N, N, dtype=torch.bool), torch.ones(N, dtype=torch.int32), recall=0.3, floor=0
+    )
+    assert torch.equal(kept[0, 0, 3:], others[0, 0, 3:])
 
 
 @pytest.mark.parametrize(
@@ -256,6 +262,76 @@ def test_select_rows_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         select_rows(
             torch.zeros(1, 1, N, N), torch.eye(N, dtype=torch.bool), torch.ones(N, dtype=torch.int32), **arguments
+        )
+
+
+def test_select_rows_takes_the_ends_of_its_ranges():
+    logits, always, rows = random(1, 1, 4, 4), torch.zeros(4, 4, dtype=torch.bool), torch.ones(4, dtype=torch.int32)
+    assert select_rows(logits, always, rows, recall=1.0).all()
+    assert (select_rows(logits, always, rows, density=1e-9, floor=2, cap=2).sum(-1) == 2).all()
+    assert (select_rows(logits, always, rows, density=1.0, floor=0, cap=1).sum(-1) == 1).all()
+    for bad in (
+        (logits[0], always, rows),
+        (logits[..., :3], always, rows),
+        (logits, always[:3], rows),
+        (logits, always, rows[:3]),
+    ):
+        with pytest.raises(ValueError, match="needs logits"):
+            select_rows(*bad, recall=0.5)
+    with pytest.raises(ValueError, match="float32"):
+        select_rows(logits.double(), always, rows, recall=0.5)
+    with pytest.raises(ValueError, match="cap of at least 1"):
+        select_rows(logits, always, rows, recall=0.5, floor=0, cap=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda x, start, rows: (x[0], start, rows), ValueError),
+        (lambda x, start, rows: (x.expand(-1, -1, -1, 2).repeat(1, 1, 1, 257), start, rows), ValueError),
+        (lambda x, start, rows: (x.repeat(1, 1, 1, 32)[..., ::2], start, rows), ValueError),
+        (lambda x, start, rows: (x.long(), start, rows), TypeError),
+        (lambda x, start, rows: (x, start[:1], rows), ValueError),
+        (lambda x, start, rows: (x, start[None], rows[None]), ValueError),
+        (lambda x, start, rows: (x, start.to("meta"), rows), ValueError),
+        (lambda x, start, rows: (x, start, rows.to("meta")), ValueError),
+    ],
+)
+def test_block_stats_and_shares_refuse(change, error):
+    start, rows = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([4, 4], dtype=torch.int32)
+    x, start, rows = change(random(1, 8, 1, 1), start, rows)
+    with pytest.raises(error, match="block_stats: "):
+        block_stats(x, start, rows)
+    means = torch.zeros(1, 2, 1, x.shape[-1])
+    with pytest.raises(error, match="block_share: "):
+        block_share(x, means, None, start, rows, 1.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mean: mean[0],
+        lambda mean: mean[:, :1],
+        lambda mean: mean[..., :8],
+        lambda mean: mean.repeat(1, 1, 3, 1),
+        lambda mean: mean.double(),
+        lambda mean: mean.repeat(1, 1, 1, 2)[..., ::2],
+    ],
+)
+def test_shares_refuse_means_that_do_not_fit(change):
+    x = random(1, 8, 2, 16)
+    start, rows = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([4, 4], dtype=torch.int32)
+    mean = block_stats(x, start, rows).mean
+    for means in ((change(mean), None), (mean, change(mean))):
+        with pytest.raises(ValueError, match=r"block_share: key_(mean|variance) must be"):
+            block_share(x, *means, start, rows, 1.0)
+    for queries in (0, 256, 3):
+        with pytest.raises(ValueError, match="power of two"):
+            block_share(x, mean, None, start, rows, 1.0, queries=queries)
+    for queries in (1, 128):
+        torch.testing.assert_close(
+            block_share(x, mean, None, start, rows, 1.0, queries=queries),
+            torch_block_share(x.double(), mean, None, start, rows, 1.0, queries).float(),
         )
 
 
@@ -302,6 +378,48 @@ def test_summary_rows_are_merged_exactly(layout, dtype, heads):
         q.double(), out.double(), lse.double(), *(x.to(dtype).double() for x in means), bias, layout, D**-0.5
     )
     torch.testing.assert_close(reference, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lists_of_queries_and_keys_of_two_layouts(seed):
+    case = two_layouts(seed)
+    plan = dynamic_plan(case.queries, case.full, key_layout=case.keys)
+    want = plan_from_block_map(case.queries, case.full, key_layout=case.keys)
+    assert torch.equal(plan.ends, want.ends)
+    assert torch.equal(plan.to_mask(case.full.shape[1]), want.to_mask(case.full.shape[1]))
+    assert float(plan.device_density) == pytest.approx(
+        want.to_mask(case.full.shape[1]).double().mean().item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_summary_rows_of_keys_of_another_layout(dtype):
+    queries, keys = Layout(Grid(1, 5, 7, text=3), (1, 4, 4), 16), Layout(Grid(3, 5, 7, text=20), (2, 3, 4), 32)
+    B, H, Hk, D = 2, 4, 2, 16
+    q, k, v = (random(B, n.grid.tokens, h, D, dtype=dtype, seed=h) for n, h in ((queries, H), (keys, Hk), (keys, Hk)))
+    kept = random(B, H, queries.blocks, keys.blocks) > 0.4
+    out, lse = block_sparse_attention(q, k, v, dynamic_plan(queries, kept, key_layout=keys), return_lse=True)
+    start, rows, is_text = keys.block_table(CPU)
+    kept = kept | queries.is_text[:, None] | is_text
+    means = [block_stats(x, start, rows).mean for x in (k, v)]
+    bias = torch.where(kept, -torch.inf, rows.log().expand_as(kept))
+    got = add_block_compensation(q, out, lse, *means, bias, queries, D**-0.5)
+    want = add_block_compensation_reference(
+        q.double(), out.double(), lse.double(), *(x.to(dtype).double() for x in means), bias, queries, D**-0.5
+    )
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+    # One row by hand: one softmax over the keys that it sees and a row for each block that it does not.
+    head, row = 3, 17
+    block = int(torch.repeat_interleave(queries.block_rows)[row])
+    seen = kept[0, head, block][torch.repeat_interleave(rows)]
+    all_keys = torch.cat([k[0, seen, head // 2], means[0][0, :, head // 2].to(dtype)]).double()
+    all_values = torch.cat([v[0, seen, head // 2], means[1][0, :, head // 2].to(dtype)]).double()
+    logits = all_keys @ q[0, row, head].double() * D**-0.5
+    logits[int(seen.sum()) :] += bias[0, head, block].double()
+    torch.testing.assert_close(
+        got[0, row, head].double(), logits.softmax(0) @ all_values, rtol=tolerance, atol=tolerance
+    )
 
 
 def test_what_saw_nothing_is_its_summaries_alone():

@@ -1,5 +1,7 @@
 """Plans list exactly the pairs that the window formula keeps, and count them rightly."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,18 @@ def test_plan_is_the_naive_mask(case):
     assert torch.equal(plan.to_mask(case.heads)[0], mask)
     assert plan.density == pytest.approx(mask.double().mean().item(), abs=1e-9)
     assert plan.work >= plan.density - 1e-9
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if math.prod(c.tile) <= c.block], ids=lambda c: c.name)
+def test_only_blocks_with_a_visible_pair_are_listed(case):
+    """Where tiles are boxes of one block; what nobody sees costs a kernel as much as what everybody does."""
+    plan, mask = case.plan(), layout_mask(case)
+    of_row = torch.repeat_interleave(plan.q_rows.long())
+    by_block = torch.zeros(case.heads, len(plan.q_rows), len(plan.q_rows)).index_put(
+        (torch.arange(case.heads)[:, None, None], of_row[:, None], of_row), mask.float(), accumulate=True
+    )
+    listed = plan.ends[0, plan.sets_of_heads(case.heads).long(), :, 2]
+    assert torch.equal(listed, (by_block > 0).sum(-1, dtype=torch.int32))
 
 
 @given(

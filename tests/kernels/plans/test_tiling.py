@@ -45,6 +45,14 @@ def test_counts_are_those_of_the_plan(shape, tile, window, stride, unit, text, m
     assert counted.density == pytest.approx(plan.density, rel=1e-9)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 17, 32, 33, 64, 65, 128])
+def test_the_room_of_a_block_is_the_plans(rows):
+    grid = Grid(1, 2, 2 * rows)
+    plan = window_plan(Layout(grid, (1, 1, rows)), [(1, 1, 1)], unit="tile")
+    assert window_work(grid, (1, 1, rows), (1, 1, 1), unit="tile").block == plan.block
+    assert window_work(grid, (1, 1, rows), (1, 1, 1), unit="token").block == plan.block
+
+
 @given(shape=small, window=windows, stride=strides, text=st.sampled_from([0, 20]))
 @settings(max_examples=25, deadline=None)
 @pytest.mark.slow

@@ -269,6 +269,8 @@ def test_select_rows_takes_the_ends_of_its_ranges():
     logits, always, rows = random(1, 1, 4, 4), torch.zeros(4, 4, dtype=torch.bool), torch.ones(4, dtype=torch.int32)
     assert select_rows(logits, always, rows, recall=1.0).all()
     assert (select_rows(logits, always, rows, density=1e-9, floor=2, cap=2).sum(-1) == 2).all()
+    kept = select_rows(logits, always, rows, density=0.5)
+    assert kept[0, 0, 0].sum() == 2  # the first row aims at exactly the density, and two blocks of four reach it
     assert (select_rows(logits, always, rows, density=1.0, floor=0, cap=1).sum(-1) == 1).all()
     for bad in (
         (logits[0], always, rows),

@@ -28,7 +28,7 @@ from tilewise.kernels.attention.dispatch import block_sparse_attention
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.plugins.methods.base import DynamicMethod, Method, Planned
-from tilewise.plugins.methods.dynamic.base import Guided
+from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod
 from tilewise.plugins.runtime.observers import ObservedCall
 
 SECTION = "attention error"
@@ -95,7 +95,7 @@ def dense(call: ObservedCall) -> torch.Tensor:
 def measured(name: str, method: Method, grid: Grid, calls: list[ObservedCall], exact: list[torch.Tensor]) -> dict:
     """A variant over all calls: mean, spread and worst of its errors; density and recall."""
     begin = time.perf_counter()
-    if isinstance(method, Guided):
+    if isinstance(method, BlockSelectionMethod):
         method = dataclasses.replace(method, probe=PROBES)
     errors, densities, probes, recalls = [], [], [], []
     for call, wanted in zip(calls, exact, strict=True):

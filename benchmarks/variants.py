@@ -15,7 +15,7 @@ import torch
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.methods.base import Method
 from tilewise.plugins.methods.draft import Draft
-from tilewise.plugins.methods.dynamic.base import DraftMap, Guided
+from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod, DraftMap
 from tilewise.plugins.methods.sta import STA
 from tilewise.plugins.methods.xattention import XAttention
 
@@ -24,7 +24,7 @@ OURS, PAPER = "draft (ours)", "draft, paper's selection"
 
 
 @dataclass(frozen=True)
-class RandomBlocks(Guided):
+class RandomBlocks(BlockSelectionMethod):
     """Any blocks, beside each block's own: what choosing is worth. Other ones at each call, the same in each run."""
 
     name: ClassVar[str] = "random"

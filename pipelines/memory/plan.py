@@ -39,7 +39,9 @@ from tilewise.plugins.torch_compat import uncompiled
 
 # Where text is part of the sequence, attention's two parts and what text told are there at once, and float32 numbers on the way.
 GUIDED, MERGING = 2.0, 4
-SECOND_PATH = 2.0  # hidden states more: the full path's, and the cross-attention on its way from one path to the other
+SECOND_PATH = (
+    2.0  # hidden states more: the global path's, and the cross-attention on its way from one path to the other
+)
 WAITING = 4.0  # clips' worth of decoded tiles: overlapping, blended, put together by rows, and whole
 TILE = 256  # pixels: diffusers' tiles
 UNTOLD = 2**44  # bytes of a frame: beyond, PyTorch's own sizes overflow
@@ -129,10 +131,10 @@ def plan_memory(
     Args:
         pipe: a loaded pipeline of a kind in ``latent_spaces``, or its skeleton.
         grid: of the target size. height, width: pixels. frames: of the clip.
-        refresh: as for ``two_paths``; 1 keeps no cache. branches: texts that the full path guides, 1 or 2.
+        refresh: as for ``two_paths``; 1 keeps no cache. branches: texts that the global path guides, 1 or 2.
         samples: of one denoiser forward: 2 where guidance runs as one batch.
         limit: bytes; None: what the device has. device: default: the pipeline's.
-        draft: the layout that a full path by draft is over, if there is one. full_path: whether there is a full path at all.
+        draft: the layout that a global path by draft is over, if there is one. full_path: whether there is a global path at all.
         native: height and width of the stage before, which is decoded too.
     """
     # Where it runs: parts of an offloaded pipeline lie on the CPU until they are at work, or on "meta" where modules are brought

@@ -1,4 +1,4 @@
-"""A full path that looks less closely: what its self-attention does in place of dense attention. Each call is counted."""
+"""A global path that looks less closely: what its self-attention does in place of dense attention. Each call is counted."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tilewise.plugins.runtime.patched_denoiser import Patch
 from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, measured, run_part
 
 
-class CoarsePath:
-    """The self-attention of one denoiser's full path.
+class CoarseGlobalPath:
+    """The self-attention of one denoiser's global path.
 
     Args:
         kind: "draft", by the draft method over the blocks of the window's layout, with summary rows; or "pooled", over the means
@@ -57,7 +57,7 @@ class CoarsePath:
         """In place of diffusers' attention dispatcher."""
         if attn_mask is not None:
             raise TilewiseError(
-                f"two paths: a full path that is {self.kind} cannot follow an attention mask; use global_path='dense'"
+                f"two paths: a global path that is {self.kind} cannot follow an attention mask; use global_path='dense'"
             )
         layout = self.patch.state.forward.layout
         scale = None if layout is None else self.patch.config.method.scale(layout, query.shape[-1])
@@ -81,15 +81,17 @@ class CoarsePath:
     def _drafted(self, call: Call, qkv: QKV, layout: Layout | None, scale: float | None) -> torch.Tensor:
         refused = "the tokens are in the model's own order" if layout is None else self._draft.refuses_call(layout)
         if layout is None or refused is not None:
-            raise TilewiseError(f"two paths: no draft of the full path: {refused}. Use global_path='pooled' or 'dense'")
+            raise TilewiseError(
+                f"two paths: no draft of the global path: {refused}. Use global_path='pooled' or 'dense'"
+            )
         scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
         planned = self._draft.plan_call(layout, *qkv, scale, {}, 0)
         try:
             choice, in_16_bits = choose(qkv, planned.plan, self.patch.config.precision)
         except UnsupportedPlanError as error:
-            raise TilewiseError(f"two paths: no kernel takes the draft of the full path: {error}") from error
+            raise TilewiseError(f"two paths: no kernel takes the draft of the global path: {error}") from error
         if in_16_bits and self.patch.config.strict:
-            raise FallbackError(f"strict: the full path of {self.patch.name}: {in_16_bits}")
+            raise FallbackError(f"strict: the global path of {self.patch.name}: {in_16_bits}")
         call.density = None
         call.kind = CallKind(GLOBAL_PATH, f"{choice.backend}, draft", in_16_bits)
         part = Part(Group(None, None, layout.grid.text), layout, planned, choice)

@@ -1,4 +1,4 @@
-"""What the full path's cross-attention gave, kept for the steps between two refreshes: on the device up to a budget, the rest in
+"""What the global path's cross-attention gave, kept between two refreshes: on the device up to a budget, the rest in
 pinned host memory, copied while other work runs.
 
 At 1088×1920×81 one branch of Wan 1.3B is 30 layers of 171 360 × 1536 bfloat16: 15.8 GB. Tensors are kept as they are, to the bit.

@@ -1,9 +1,9 @@
-"""Two paths through a patched denoiser: the window path makes the picture, the full path tells it what the rest shows.
+"""Two paths through a patched denoiser: the window path makes the picture, the global path tells it what the rest shows.
 
 FreeSwim (arXiv 2511.14712, §3.3). Past its training size, a model under window attention draws well but each window by itself:
-objects come up twice. So in every block both paths' cross-attention uses the output of the full path's query:
+objects come up twice. So in every block both paths' cross-attention uses the output of the global path's query:
 
-    full path     f ← f + SelfAttention_all(f);     c = CrossAttention(f, text);   f ← f + c;   f ← f + FFN(f)
+    global path     f ← f + SelfAttention_all(f);     c = CrossAttention(f, text);   f ← f + c;   f ← f + FFN(f)
     window path   h ← h + SelfAttention_window(h);                                 h ← h + c;   h ← h + FFN(h)
 
 Both start from the same latents; only h reaches the output, and f is dropped. At a *refresh* each block runs f before h. In the
@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
-from tilewise.plugins.guidance.coarse_global_path import CoarsePath
+from tilewise.plugins.guidance.coarse_global_path import CoarseGlobalPath
 from tilewise.plugins.guidance.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.guidance.global_path import GlobalPath, check_denoisers
 from tilewise.plugins.hooks.forward_override import ForwardOverride, override_forward
@@ -65,7 +65,7 @@ class _Branch:
 
 
 class _Enough(Exception):  # noqa: N818 - no error: the way out of a block that has done its part
-    """The full path has given its last cross-attention; nothing after it is used."""
+    """The global path has given its last cross-attention; nothing after it is used."""
 
 
 class TwoPaths:
@@ -86,14 +86,14 @@ class TwoPaths:
         self._branch: _Branch | None = None  # of the forward under way; None: its cross-attention is its own
         self._refreshing = False
         self._in_full = False
-        # The full path's streams: picture, and text where that is one too.
+        # The global path's streams: picture, and text where that is one too.
         self._full: tuple[torch.Tensor, ...] | None = None
-        self._handed: tuple[torch.Tensor, ...] | None = None  # from the full path's layer to the window path's
+        self._handed: tuple[torch.Tensor, ...] | None = None  # from the global path's layer to the window path's
         self._at = 0  # the block that is under way
-        # The last block that asks for anything of the full path.
+        # The last block that asks for anything of the global path.
         self._last = max(patch.state.selected, default=-1) if streams.joint else len(self.blocks) - 1
         self._during: tuple[int, Any] = (-1, None)  # the last forward's step, and its run's timesteps
-        self.coarse = None if global_path == "dense" else CoarsePath(patch, global_path, pool)
+        self.coarse = None if global_path == "dense" else CoarseGlobalPath(patch, global_path, pool)
         self._handles: list[Any] = []
         try:
             self._install(denoiser)
@@ -143,12 +143,12 @@ class TwoPaths:
     def _begin(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if getattr(denoiser, ATTRIBUTE, None) is not self.patch:
             raise TilewiseError(
-                f"two paths: {self.patch.name} was patched anew within them; patch first, and then add the full path"
+                f"two paths: {self.patch.name} was patched anew within them; patch first, and then add the global path"
             )
         if self.streams.joint and (between := _between_blocks(denoiser, args, kwargs)):
             raise UnsupportedModelError(
                 f"two paths: the forward of {self.patch.name} was given {between}, which changes the picture between blocks, "
-                "where the full path would not see it"
+                "where the global path would not see it"
             )
         text = args[self.streams.text] if len(args) > self.streams.text else kwargs["encoder_hidden_states"]
         latents = args[0] if args else kwargs["hidden_states"]
@@ -239,11 +239,11 @@ class TwoPaths:
 
     @property
     def _values(self) -> int:
-        """Tensors that a layer of the full path gives: the cross-attention's output, or what text told and its log-sum-exp."""
+        """Tensors that a global path's layer gives: the cross-attention's output, or the text partial and its log-sum-exp."""
         return 2 if self.streams.joint else 1
 
     def _hand(self, values: tuple[torch.Tensor, ...]) -> None:
-        """From the full path's layer to the window path's, and into the cache."""
+        """From the global path's layer to the window path's, and into the cache."""
         self._handed = values
         if self.keeps:
             for place, value in enumerate(values):
@@ -252,7 +252,7 @@ class TwoPaths:
             raise _Enough
 
     def _handed_over(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """What the full path's layer gave, just now or at the last refresh."""
+        """What the global path's layer gave, just now or at the last refresh."""
         if self._refreshing:
             given, self._handed = self._handed, None
         else:
@@ -262,8 +262,8 @@ class TwoPaths:
             self._prefetch(self._branch, self._at + 1, device)
         if given is None or len(given) < self._values:
             raise TilewiseError(
-                f"two paths: block {self._at} of {self.patch.name} has nothing from the full path; its blocks did not all run at "
-                "the last refresh. Step caches that skip blocks cannot be used together with two paths"
+                f"two paths: block {self._at} of {self.patch.name} has no output of the global path; its blocks did not all run "
+                "at the last refresh. Step caches that skip blocks cannot be used together with two paths"
             )
         return given
 
@@ -273,9 +273,9 @@ class TwoPaths:
 
     # ── text in the sequence: what a ``joint_text.TextGuide`` does ───────────────────────────────────────────────
 
-    def keep(self, told: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def keep(self, partial: tuple[torch.Tensor, torch.Tensor]) -> None:
         if self._in_full:
-            self._hand(told)
+            self._hand(partial)
 
     def given(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self._branch is None or self._in_full:
@@ -316,15 +316,15 @@ def two_paths(
     cache_bytes: int | None = None,
     host_bytes: int | None = None,
 ) -> Iterator[dict[str, TwoPaths]]:
-    """``with two_paths(pipe): …``: add the full path to a pipeline that is patched with a window method.
+    """``with two_paths(pipe): …``: add the global path to a pipeline that is patched with a window method.
 
     Args:
         target: a pipeline or denoiser, patched with a method that reorders tokens, "inward" for instance.
-        refresh: the full path runs at every so many forwards of a branch; in between its cross-attention is reused. 1: always.
-        global_path: how the full path attends to itself. "dense": to every token; the only way where text is part of the
+        refresh: the global path runs at every so many forwards of a branch; in between its cross-attention is reused. 1: always.
+        global_path: how the global path attends to itself. "dense": to every token; the only way where text is part of the
             sequence. "draft": to the quarter of the token pairs that a draft of its own attention map asks for, and one row for
             each block that it leaves out (the method "draft"). "pooled": to the means of small patches.
-        guided: which forwards the full path guides. "all", or "cond": the first of each step alone, which in diffusers'
+        guided: which forwards the global path guides. "all", or "cond": the first of each step alone, which in diffusers'
             pipelines is the prompt's, and not the negative prompt's (as the paper's cached code does). Where guidance runs as
             one batch, both are in that first forward.
         pool: patch (h, w) in tokens for "pooled".

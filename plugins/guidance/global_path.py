@@ -1,4 +1,4 @@
-"""What a full path can be beside a denoiser (dual_path.py), and what it takes: known before anything runs."""
+"""What a global path can be beside a denoiser (dual_path.py), and what it takes: known before anything runs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MAPS = 6  # of block pairs, float32, that a draft holds at once: scores, their v
 
 
 def drafting() -> Draft:
-    """The method of a full path that drafts itself: a choice anew at each call, with summary rows."""
+    """The method of a global path that drafts itself: a choice anew at each call, with summary rows."""
     return Draft(density=DRAFT_DENSITY, min_tokens=0)
 
 
 def draft_refuses(layout: Layout) -> str | None:
-    """Why a full path by draft cannot be over a layout of the window's, or None."""
+    """Why a global path by draft cannot be over a layout of the window's, or None."""
     return drafting().refuses_call(layout)
 
 
@@ -37,7 +37,7 @@ def draft_bytes(layout: Layout, heads: int) -> int:
 
 
 def global_paths(target: Any) -> tuple[str, ...]:
-    """How a full path may attend beside the denoisers of a pipeline, the usual way first; "none": not at all.
+    """How a global path may attend beside the denoisers of a pipeline, the usual way first; "none": not at all.
 
     Where text is part of the sequence it sees the whole picture in every layer, and tells each window of it: there the window
     alone is usual.
@@ -51,13 +51,13 @@ def global_paths(target: Any) -> tuple[str, ...]:
 
 
 def joint(denoiser: nn.Module) -> bool:
-    """Whether a full path beside a denoiser guides within the attention that text and picture share."""
+    """Whether a global path beside a denoiser guides within the attention that text and picture share."""
     streams = streams_of(denoiser)
     return streams is not None and streams.joint
 
 
 def kept_bytes(denoiser: nn.Module, video: int, itemsize: int) -> int:
-    """What one text's full path keeps from one refresh to the next: of each block a tensor like its attention's output over
+    """What one text's global path keeps from one refresh to the next: of each block a tensor like its attention's output over
     ``video`` tokens, and where text is part of the sequence a float32 a head and token beside it."""
     family = family_of(denoiser)
     assert family is not None
@@ -83,7 +83,7 @@ def _check(name: str, denoiser: nn.Module, config: Config, global_path: str) -> 
     streams = streams_of(denoiser)
     if streams is None:
         raise UnsupportedModelError(
-            f"two paths: {name} is a {type(denoiser).__name__}; served are {', '.join(served_streams())}. The full path guides "
+            f"two paths: {name} is a {type(denoiser).__name__}; served are {', '.join(served_streams())}. The global path guides "
             "the window path through what each block's attention gives to the text, and how its blocks are called has to be known"
         )
     if getattr(denoiser, "is_cache_enabled", False):
@@ -93,7 +93,7 @@ def _check(name: str, denoiser: nn.Module, config: Config, global_path: str) -> 
     if streams.joint and global_path != "dense":
         raise ConfigError(
             f"two paths: global_path={global_path!r} is for denoisers with cross-attention to the text; {name} has its text in "
-            "the same sequence as the picture, where the full path is dense"
+            "the same sequence as the picture, where the global path is dense"
         )
     if streams.joint and isinstance(config.method, DynamicMethod):
         raise ConfigError(

@@ -43,7 +43,7 @@ class Method:
         raise NotImplementedError
 
     def scale(self, layout: Layout, head_dim: int) -> float | None:
-        """What queries times keys are multiplied with, in the method's calls and in a full path beside them; None: as the model
+        """What queries times keys are multiplied with, in the method's calls and in a global path beside them; None: as the model
         has it."""
         return None
 

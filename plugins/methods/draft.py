@@ -22,14 +22,14 @@ from tilewise.kernels.selection.block_share import block_share
 from tilewise.kernels.selection.block_stats import block_stats
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import register
-from tilewise.plugins.methods.dynamic.base import DraftMap, Guided
+from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod, DraftMap
 from tilewise.plugins.methods.dynamic.block_logits import mean_products, score_variance
 
 
 @register
 @dataclass(frozen=True)
-class Draft(Guided):
-    """Draft-guided sparse attention; the other options are ``Guided``'s.
+class Draft(BlockSelectionMethod):
+    """Draft-guided sparse attention; the other options are ``BlockSelectionMethod``'s.
 
     Args:
         variance: correct the map for the variance of keys within a block. False: means alone, as in the paper.

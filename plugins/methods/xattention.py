@@ -19,7 +19,7 @@ import torch
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import register
-from tilewise.plugins.methods.dynamic.base import DraftMap, Guided
+from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod, DraftMap
 from tilewise.plugins.methods.dynamic.block_logits import per_query_head
 
 TINY = torch.finfo(torch.float32).tiny
@@ -28,8 +28,8 @@ CHUNK_BYTES = 1 << 28  # of scores between groups that are made at once
 
 @register
 @dataclass(frozen=True)
-class XAttention(Guided):
-    """Antidiagonal block scoring; the other options are ``Guided``'s.
+class XAttention(BlockSelectionMethod):
+    """Antidiagonal block scoring; the other options are ``BlockSelectionMethod``'s.
 
     Args:
         stride: tokens of a group, 1 … 64. The paper uses 8 and 16; at 8 the scores alone take half as long as dense attention.

@@ -37,7 +37,12 @@ from tilewise.plugins.runtime.call_stats import (
     CallKind,
 )
 from tilewise.plugins.runtime.forward_state import ForwardState
-from tilewise.plugins.runtime.joint_text import attend_guided, guided_density, pictures_of, told_by_text
+from tilewise.plugins.runtime.joint_text import (
+    attend_with_text_partial,
+    density_with_text_partial,
+    pictures_of,
+    text_partial,
+)
 from tilewise.plugins.runtime.observers import ObservedCall
 from tilewise.plugins.runtime.plan_cache import LRU, Order
 from tilewise.plugins.runtime.sparse_call import (
@@ -114,7 +119,11 @@ class AttentionCalls:
         shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
         known = (forward.grid, forward.layout, layer.downsample, shapes, query.dtype, key.dtype, value.dtype, query.device,
                  request.dropout_p, request.is_causal, request.scale, request.fused)  # fmt: skip
-        return self._prepared.lookup(known, lambda: self.planner.prepare(layer, request))
+        try:
+            self._prepared.move_to_end(known)
+            return self._prepared[known]
+        except KeyError:
+            return self._prepared.lookup(known, lambda: self.planner.prepare(layer, request))
 
     # ── sparse ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -157,8 +166,8 @@ class AttentionCalls:
         query = whole[0]
         taken: list[Any] = [group.take(*whole) for group in groups]
         method = state.config.method
-        if state.guide is not None and layout.grid.text and (told := state.guide.given(query.device)) is not None:
-            return self._guided(call, number, prepared, taken, whole, told)
+        if state.guide is not None and layout.grid.text and (partial := state.guide.given(query.device)) is not None:
+            return self._guided(call, number, prepared, taken, whole, partial)
         layouts = [layout.with_text(group.text) for group in groups]
         if isinstance(method, DynamicMethod):
             planned = [
@@ -224,20 +233,20 @@ class AttentionCalls:
         guide = state.guide if layer.block in state.selected else None
         if guide is not None and (state.forward.runs or guide.keeps) and layout is not None and layout.grid.text:
             groups = state.forward.masks.groups(request.attn_mask, layout.grid, request.query)
-            guide.keep(told_by_text(layout, groups, request.qkv, request.scale))
+            guide.keep(text_partial(layout, groups, request.qkv, request.scale))
         return CallKind(GLOBAL_PATH), request
 
     def _guided(
-        self, call: Call, number: int, prepared: Prepared, taken: list[QKV], whole: QKV, told: tuple
+        self, call: Call, number: int, prepared: Prepared, taken: list[QKV], whole: QKV, partial: tuple
     ) -> torch.Tensor:
-        """A call with what a global path's text told the picture."""
+        """A call of the window path, with the global path's text partial."""
         layout, groups, query = prepared.layout, prepared.groups, whole[0]
         alone = layout.with_text(0)
         plan = self.state.plans.plan(alone, query.shape[2], query.device)
         pictures = pictures_of(layout, groups, taken)
         (choice,), in_16_bits = self.planner.choose_backends(pictures[:1], [Planned(plan)])
-        out = attend_guided(layout, groups, taken, pictures, whole, plan, choice, told, prepared.scale)
-        call.density = guided_density(layout, groups, plan, query)
+        out = attend_with_text_partial(layout, groups, taken, pictures, whole, plan, choice, partial, prepared.scale)
+        call.density = density_with_text_partial(layout, groups, plan, query)
         call.kind = CallKind(SPARSE, choice.backend, in_16_bits)
         for picture in pictures:
             self._observe(number, SPARSE, picture, layout=alone, plan=plan)

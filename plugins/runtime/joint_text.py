@@ -1,14 +1,15 @@
-"""Two paths where text and picture share one attention (HunyuanVideo, Flux, …): what the text tells a window, by the full path.
+"""Two paths where text and picture share one attention (HunyuanVideo, Flux, …): the text part of the softmax, by the global path.
 
-Such models have no cross-attention that a full path could guide through. But the softmax of a picture's query falls into two
-parts, its picture keys and its text keys, each with a log-sum-exp; and the second part is what cross-attention is elsewhere. So
+Such models have no cross-attention that a global path could guide through. But the softmax of a picture's query has two parts,
+one over its picture keys and one over its text keys, each with a log-sum-exp. The second part, the *text partial*, stands in
+for cross-attention:
 
-    full path f     (t, τ) = attention of f's picture queries over f's text keys
+    global path f   (t, τ) = attention of f's picture queries over f's text keys
     window path h   (o, λ) = attention of h's picture queries over the picture keys in their window
                     out    = (e^λ o + e^τ t) / (e^λ + e^τ)
 
 Text queries attend to everything, each in its own path. FreeSwim (arXiv 2511.14712) describes models with cross-attention only;
-this is our carrying over of its rule. Between two refreshes (t, τ) come from the cache.
+this extends its rule to joint attention. Between two refreshes (t, τ) come from the cache.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tilewise.plugins.masks.additive_padding_mask import attend_all
 from tilewise.plugins.masks.padding_mask import Group, shares_of
 from tilewise.plugins.runtime.sparse_call import QKV, run_plan
 
-Told = tuple[torch.Tensor, torch.Tensor]  # (B, V, H, D) and (B, H, V) float32: t and τ of V picture queries
+TextPartial = tuple[torch.Tensor, torch.Tensor]  # (B, V, H, D) and (B, H, V) float32: t and τ of V picture queries
 
 
 class TextGuide(Protocol):
@@ -34,24 +35,24 @@ class TextGuide(Protocol):
 
     @property
     def keeps(self) -> bool:
-        """Whether what text told is wanted at a later step too."""
+        """Whether the text partial is needed at a later step too."""
 
-    def keep(self, told: Told) -> None:
-        """What text tells the picture in the full path's call."""
+    def keep(self, partial: TextPartial) -> None:
+        """Take the text partial of a call of the global path."""
 
-    def given(self, device: torch.device) -> Told | None:
-        """What it told, for the window path's call; None: this forward is not guided."""
+    def given(self, device: torch.device) -> TextPartial | None:
+        """The text partial for a call of the window path; None: this forward is not guided."""
 
 
-def told_by_text(layout: Layout, groups: list[Group] | str, whole: QKV, scale: float | None) -> Told:
-    """(t, τ) of a full path's call; a mask may hide text from some samples.
+def text_partial(layout: Layout, groups: list[Group] | str, whole: QKV, scale: float | None) -> TextPartial:
+    """(t, τ) of a call of the global path; a mask may hide text from some samples.
 
     Raises:
         TilewiseError: for a mask that does more than hiding text.
     """
     if isinstance(groups, str) or any(group.weighed is not None for group in groups):
         why = groups if isinstance(groups, str) else "the call has an attention mask that weighs text"
-        raise TilewiseError(f"two paths: the full path cannot tell what its text says: {why}. Use global_path='none'")
+        raise TilewiseError(f"two paths: the global path cannot separate its text keys: {why}. Use global_path='none'")
     found = []
     for group in groups:
         part = group.take(*whole)
@@ -77,18 +78,18 @@ def slices(layout: Layout, group: Group) -> tuple[slice, slice]:
     return slice(0, layout.grid.video), slice(layout.grid.video, None)
 
 
-def attend_guided(
+def attend_with_text_partial(
     layout: Layout, groups: list[Group], parts: list[QKV], pictures: list[QKV], whole: QKV, plan: BlockPlan, choice: Choice,
-    told: Told, scale: float | None,
+    partial: TextPartial, scale: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    """A window path's call: ``pictures`` (see ``pictures_of``) by ``plan``, over picture tokens alone, and by what the text told;
-    hidden tokens get 0."""
+    """A window path's call: ``pictures`` (see ``pictures_of``) by ``plan``, over picture tokens alone, and the text partial of
+    the global path; hidden tokens get 0."""
     alone = len(groups) == 1 and groups[0].tokens is None
     out = (torch.empty_like if alone else torch.zeros_like)(whole[0], memory_format=torch.contiguous_format)
     for group, part, seen in zip(groups, parts, pictures, strict=True):
         picture, text = slices(layout, group)
         inside, lse = run_plan(seen, plan, choice, scale, return_lse=True)
-        t, tau = told if group.samples is None else (told[0][group.samples], told[1][group.samples])
+        t, tau = partial if group.samples is None else (partial[0][group.samples], partial[1][group.samples])
         piece = out if alone else torch.empty_like(part[0], memory_format=torch.contiguous_format)
         merge_attention(inside, lse, t, tau, into=piece[:, picture])
         piece[:, text] = attend_all(part[0][:, text], part[1], part[2], scale)
@@ -97,7 +98,7 @@ def attend_guided(
     return out
 
 
-def guided_density(layout: Layout, groups: list[Group], plan: BlockPlan, query: torch.Tensor) -> float:
+def density_with_text_partial(layout: Layout, groups: list[Group], plan: BlockPlan, query: torch.Tensor) -> float:
     """Kept ÷ all token pairs: the window's, and everything with text, whichever path's it is."""
     video = layout.grid.video
     shares = shares_of(groups, query.shape[0])

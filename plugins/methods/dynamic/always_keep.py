@@ -13,11 +13,11 @@ import torch
 
 from tilewise.kernels.plans.layout import Layout
 
-GUARANTEES = ("self", "neighbours", "first-frame")
+ALWAYS_KEEP = ("self", "neighbours", "first-frame")
 
 
 def always_kept(layout: Layout, names: tuple[str, ...], device: torch.device) -> torch.Tensor:
-    """(N, N) bool on ``device``, kept with the layout and not to be written to. names: of ``GUARANTEES``."""
+    """(N, N) bool on ``device``, kept with the layout and not to be written to. names: of ``ALWAYS_KEEP``."""
     return layout.cached(("always kept", names, device), lambda: _always_kept(layout, names, device))
 
 

@@ -57,7 +57,7 @@ class DraftMap:
 
 
 @dataclass(frozen=True)
-class Guided(DynamicMethod):
+class BlockSelectionMethod(DynamicMethod):
     """Options that such methods share.
 
     Args:

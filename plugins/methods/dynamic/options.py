@@ -9,7 +9,7 @@ from typing import Any
 from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Method, make_method
-from tilewise.plugins.methods.dynamic.always_keep import GUARANTEES
+from tilewise.plugins.methods.dynamic.always_keep import ALWAYS_KEEP
 from tilewise.plugins.methods.dynamic.selection import RULES
 
 Triple = tuple[int, int, int]
@@ -18,7 +18,7 @@ DEFAULT_DENSITY = 0.25
 
 
 def checked(g: Any) -> dict[str, Any]:
-    """The options of a ``Guided`` g that have another form than they were given in.
+    """The options of a ``BlockSelectionMethod`` g that have another form than they were given in.
 
     Raises:
         ConfigError: for values that cannot be.
@@ -54,9 +54,9 @@ def checked(g: Any) -> dict[str, Any]:
     if g.cap is not None and (g.cap < g.floor or g.select != "rows"):
         raise ConfigError(f"{g.name}: cap={g.cap} is for select='rows', and at least floor={g.floor}")
     if isinstance(g.always, str) or not isinstance(g.always, Sequence):
-        raise ConfigError(f"{g.name}: always must be a list of {', '.join(GUARANTEES)}, got {g.always!r}")
+        raise ConfigError(f"{g.name}: always must be a list of {', '.join(ALWAYS_KEEP)}, got {g.always!r}")
     for name in g.always:
-        _one_of(g.name, "always", name, GUARANTEES)
+        _one_of(g.name, "always", name, ALWAYS_KEEP)
     found["always"] = tuple(g.always)
     if g.drift is not None and not (_is_number(g.drift) and 0 <= g.drift <= 1):
         raise ConfigError(f"{g.name}: drift must be a fall of recall in [0, 1], or null, got {g.drift!r}")
@@ -72,6 +72,12 @@ def _window_method(method: str, within: Any, tile: Triple | None) -> Method | No
         return None
     if not isinstance(within, Method) or isinstance(within, DynamicMethod) or within.name == "dense":
         raise ConfigError(f"{method}: within must be a method with windows, such as STA, got {within!r}")
+    dilation = tuple(getattr(within, "dilation", None) or (1, 1, 1))
+    if dilation != (1, 1, 1):
+        raise ConfigError(
+            f"{method}: within={within.name} with dilation {dilation} orders the tokens by residue classes, and the blocks of "
+            f"{method} are boxes of the grid; use {within.name} with dilation (1, 1, 1), or by itself"
+        )
     counted = getattr(within, "tile", None)
     if counted is not None and tuple(counted) != tile:
         raise ConfigError(

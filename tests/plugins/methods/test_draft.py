@@ -349,3 +349,12 @@ def test_values_that_are_not_finite_are_reported():
     q, k, v = (torch.randn(1, 128, 1, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
     v[0, 3] = torch.nan
     assert float(Draft(density=0.2, min_tokens=0).plan_call(layout, q, k, v, 0.25, {}, 0).broken) > 0
+
+
+def test_a_dilated_window_around_a_choice_is_refused():
+    """Its token order is another than the blocks of the choice have: it would see tokens outside the window."""
+    within = tilewise.Neighborhood(window=(1, 5, 5), dilation=(1, 2, 2))
+    for method in (tilewise.Draft, tilewise.XAttention):
+        with pytest.raises(ConfigError, match="dilation"):
+            method(density=1.0, within=within)
+        method(density=1.0, within=tilewise.Neighborhood(window=(1, 5, 5)))

@@ -68,7 +68,10 @@ class CoarseGlobalPath:
     def _pooled(self, call: Call, qkv: QKV, layout: Layout | None, scale: float | None) -> torch.Tensor:
         device = qkv[0].device
         grid, order = self.patch.state.forward.grid, self.patch.state.order(device)
-        assert grid is not None
+        if grid is None:
+            raise TilewiseError(
+                f"two paths: no pooled attention of the global path: {self.patch.state.forward.refused}. Use global_path='dense'"
+            )
         there = None if order is None else order[0]
         known = (grid, None if there is None else there.data_ptr(), device)
         if self._patches is None or self._patches[0] != known:

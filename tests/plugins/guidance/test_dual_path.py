@@ -21,6 +21,7 @@ from tilewise.plugins.guidance.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.guidance.dual_path import two_paths
 from tilewise.plugins.guidance.pooled_attention import pooled_attention, pooling_of
 from tilewise.plugins.methods.inward import Inward
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.runtime.call_stats import GLOBAL_PATH, SPARSE
 
 METHOD = Inward(native=(4, 4), temperature=False)
@@ -534,3 +535,14 @@ def test_other_denoisers_are_refused():
     tilewise.patch(model, METHOD)
     with pytest.raises(UnsupportedModelError, match="how its blocks are called has to be known"), two_paths(model):
         pass
+
+
+def test_a_forward_without_a_grid_cannot_be_pooled(monkeypatch):
+    """What a family refuses has no grid to pool over; the error says why the family refused."""
+    model = tiny_wan.tiny_transformer(num_layers=2)
+    monkeypatch.setattr(type(family_of(model)), "refuses", lambda *args: "for this test")
+    tilewise.patch(model, METHOD, steps=(0, 1))
+    latents, text = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 16, tiny_wan.TEXT_DIM)
+    refused = pytest.raises(TilewiseError, match=r"for this test\. Use global_path='dense'")
+    with two_paths(model, global_path="pooled"), torch.no_grad(), refused:
+        model(latents, torch.tensor([500.0]), text, return_dict=False)

@@ -260,7 +260,7 @@ def test_what_cannot_be_is_refused():
         assert next(iter(patches_of(model).values())).state.guide is None
         mask = torch.rand(2, 1, TEXT + 80, TEXT + 80) > 0.1
         given = {**inputs, "joint_attention_kwargs": {"attention_mask": mask}}
-        with two_paths(model), pytest.raises(TilewiseError, match="cannot tell what its text says"):
+        with two_paths(model), pytest.raises(TilewiseError, match="cannot separate its text keys"):
             family_checks.forward(model, given)
     with (
         tilewise.patched(model, tilewise.Draft(density=0.5, min_tokens=0), steps=(0, 1)),

@@ -38,5 +38,7 @@ def test_the_guard_bit_may_be_the_sign_bit():
 
 
 def test_a_grid_beyond_32_bits_is_refused():
+    with pytest.raises(ValueError, match="needs 33 bits"):
+        encoding_fields((1024, 1024, 1024))
     with pytest.raises(ValueError, match="needs 36 bits"):
         encoding_fields((2048, 2048, 2048))

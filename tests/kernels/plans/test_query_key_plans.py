@@ -151,3 +151,48 @@ def test_all_heads_may_share_one_of_two_sets():
     plan = plan_from_block_map(layout, maps, head_set=torch.tensor([1, 1, 1]))
     assert torch.equal(plan.to_mask(3), plan_from_block_map(layout, maps[:, 1:]).to_mask(3))
     assert plan.density == plan.to_mask(3).double().mean()
+
+
+@pytest.mark.parametrize("row", [0, 5, 13])
+@pytest.mark.parametrize(("end", "value"), [(0, 3), (1, 1), (2, 2), (3, 2), (4, 1), (5, 9), (4, 0), (2, 0), (3, 9)])
+def test_density_where_one_row_is_an_exception(row, end, value):
+    """One row's interval cuts through its full blocks, or holds keys of blocks that are not listed."""
+    layout = Layout(Grid(4, 6, 8), (2, 2, 4), 16)
+    plan = window_plan(layout, [(3, 3, 5)], unit="token")
+    full, partial = (torch.zeros(1, 1, layout.blocks, layout.blocks, dtype=torch.bool) for _ in range(2))
+    for i in range(layout.blocks):
+        _, ragged, listed = plan.ends[0, 0, i].tolist()
+        full[0, 0, i, plan.index[0, 0, i, :ragged].long()] = True
+        partial[0, 0, i, plan.index[0, 0, i, ragged:listed].long()] = True
+    intervals = plan.intervals.clone()
+    for block in range(layout.blocks):
+        intervals[0, end, int(layout.block_start[block]) + row] = value
+    changed = plan_from_block_map(layout, full, partial, intervals=intervals)
+    assert changed.density == pytest.approx(changed.to_mask(1).double().mean().item(), abs=1e-9)
+
+
+def test_plans_move_with_all_their_tensors():
+    plan = two_layouts(4).plan()
+    moved = plan.to("meta")
+    tensors = [name for name, value in vars(plan).items() if isinstance(value, torch.Tensor)]
+    assert len(tensors) >= 10
+    assert all(getattr(moved, name).device.type == "meta" for name in tensors)
+    assert (moved.q_len, moved.k_len, moved.block, moved.guard_bits) == (
+        plan.q_len,
+        plan.k_len,
+        plan.block,
+        plan.guard_bits,
+    )
+    assert moved._cache is not plan._cache
+
+
+def test_windows_and_strides_below_one_are_refused():
+    layout = Layout(Grid(3, 4, 4), (1, 2, 2))
+    for windows, stride in (
+        ([(1, 0, 3)], (1, 1, 1)),
+        ([(1, 1, 1), (0, 1, 1)], (1, 1, 1)),
+        ([], (1, 1, 1)),
+        ([(1, 1, 1)], (1, 0, 2)),
+    ):
+        with pytest.raises(ValueError, match="must be triples of at least 1"):
+            window_plan(layout, windows, unit="tile", stride=stride)

@@ -153,10 +153,31 @@ def test_all_heads_may_share_one_of_two_sets():
     assert plan.density == plan.to_mask(3).double().mean()
 
 
-@pytest.mark.parametrize("row", [0, 5, 13])
-@pytest.mark.parametrize(("end", "value"), [(0, 3), (1, 1), (2, 2), (3, 2), (4, 1), (5, 9), (4, 0), (2, 0), (3, 9)])
-def test_density_where_one_row_is_an_exception(row, end, value):
-    """One row's interval cuts through its full blocks, or holds keys of blocks that are not listed."""
+@pytest.mark.parametrize("row", [0, 5, 13, slice(None)])
+@pytest.mark.parametrize(
+    ("end", "value"),
+    [
+        (1, 4),
+        (3, 4),
+        (3, 5),
+        (5, 6),
+        (5, 7),
+        (2, 1),
+        (4, 3),
+        (0, 1),
+        (0, 3),
+        (1, 1),
+        (2, 2),
+        (3, 2),
+        (4, 1),
+        (5, 9),
+        (4, 0),
+        (2, 0),
+        (3, 9),
+    ],
+)
+def test_density_where_intervals_are_not_the_maps(row, end, value):
+    """A row's interval, or all of a block's, cut through full blocks, or hold keys of blocks that are not listed."""
     layout = Layout(Grid(4, 6, 8), (2, 2, 4), 16)
     plan = window_plan(layout, [(3, 3, 5)], unit="token")
     full, partial = (torch.zeros(1, 1, layout.blocks, layout.blocks, dtype=torch.bool) for _ in range(2))
@@ -166,7 +187,8 @@ def test_density_where_one_row_is_an_exception(row, end, value):
         partial[0, 0, i, plan.index[0, 0, i, ragged:listed].long()] = True
     intervals = plan.intervals.clone()
     for block in range(layout.blocks):
-        intervals[0, end, int(layout.block_start[block]) + row] = value
+        start, rows = int(layout.block_start[block]), int(layout.block_rows[block])
+        intervals[0, end, start : start + rows][row] = value
     changed = plan_from_block_map(layout, full, partial, intervals=intervals)
     assert changed.density == pytest.approx(changed.to_mask(1).double().mean().item(), abs=1e-9)
 

@@ -242,7 +242,7 @@ def test_operator_passes_opcheck(backend):
         p.key_encoding,
         p.row_encoding,
     )
-    torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.guard, p.block, 0.1, backend))
+    torch.library.opcheck(block_sparse_op, (q, k, v, *tables, p.guard_bits, p.block, 0.1, backend))
 
 
 def test_hopper_gets_the_hopper_kernel_and_says_why_where_not():

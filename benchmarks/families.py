@@ -21,6 +21,8 @@ from benchmarks.family_inputs import TINY, WORKS, Call, Work
 from benchmarks.layers import shortened
 from benchmarks.peers import reason
 from benchmarks.timing import measure
+from tilewise.plugins.config import MIN_MAP_TOKENS
+from tilewise.plugins.models.common.registry import family_of
 
 __all__ = ["TINY", "WORKS", "run"]
 
@@ -109,7 +111,7 @@ class Bench:
         name = "tilewise, full window"
         try:
             method = tilewise.STA(window=EVERYTHING, tile=self.work.method.tile)
-            with tilewise.patched(self.model, method, steps=(0, 1), strict=True):
+            with strictly_patched(self.model, method):
                 out = self.forward()
                 density = tilewise.summary(self.model).density
         except Exception as error:
@@ -150,12 +152,21 @@ class Bench:
         }
 
 
+def strictly_patched(model: Any, method: Any) -> contextlib.AbstractContextManager[Any]:
+    """Every call sparse, or an error. UNets have layers too small to pay, which are left dense as users would leave them."""
+    family = family_of(model)
+    assert family is not None
+    own_maps = any(layer.downsample is not None for layer in family.layers(model))
+    least = MIN_MAP_TOKENS if own_maps else None
+    return tilewise.patched(model, method, steps=(0, 1), strict=True, min_tokens=least)
+
+
 def run_work(work: Work, model: Any, device: torch.device, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     """All variants of one row."""
     bench = Bench(work, model, device, dtype, seconds)
 
     def ours(method: Any) -> Callable[[], Any]:
-        return lambda: tilewise.patched(model, method, steps=(0, 1), strict=True)
+        return lambda: strictly_patched(model, method)
 
     bench.variant(NATIVE, contextlib.nullcontext, "stock")
     # Around the call and not as a diffusers backend: some processors call PyTorch's attention without asking for one.

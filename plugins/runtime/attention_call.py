@@ -25,7 +25,7 @@ from tilewise.plugins.methods.base import DynamicMethod, Planned
 from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime import dense_backend
 from tilewise.plugins.runtime.attention_request import AttentionRequest
-from tilewise.plugins.runtime.call_planner import CallPlanner, Prepared, backend_names, ordered, with_text_of
+from tilewise.plugins.runtime.call_planner import CallPlanner, Prepared, ordered, with_text_of
 from tilewise.plugins.runtime.call_stats import (
     DENSE_LAYER,
     DENSE_STEP,
@@ -96,15 +96,16 @@ class AttentionCalls:
                     return out
                 prepared = out
             kind = prepared
-            if state.config.strict and self._is_fallback(layer, kind):
+            if state.config.strict and self._is_fallback(layer, request, kind):
                 method = state.config.method.name
                 raise FallbackError(f"strict: {state.name}.{layer.name} cannot run {method}: {kind.reason}")
         return self._dense(number, replace(kind, fused=request.fused), request, stock)
 
-    def _is_fallback(self, layer: AttentionLayer, kind: CallKind) -> bool:
+    def _is_fallback(self, layer: AttentionLayer, request: AttentionRequest, kind: CallKind) -> bool:
         """Whether ``strict`` forbids it: a map that is too small by our default, which nobody chose, is one too."""
-        by_default = layer.downsample is not None and self.state.config.min_tokens is None
-        return kind.kind == FALLBACK or (kind.kind == SHORT and by_default and "min_tokens" in kind.reason)
+        config, own_map = self.state.config, layer.downsample is not None
+        by_default = own_map and config.min_tokens is None and config.too_few(request.query.shape[1], own_map)
+        return kind.kind == FALLBACK or (kind.kind == SHORT and bool(by_default))
 
     # ── what a call runs by ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -175,14 +176,13 @@ class AttentionCalls:
             ]
         else:
             planned = [Planned(state.plans.plan(own, query.shape[2], query.device)) for own in layouts]
-        chosen, in_16_bits = self.planner.choose_backends(taken, planned)
-        parts = [Part(*each) for each in zip(groups, layouts, planned, chosen, strict=True)]
+        parts, kind = self.planner.parts_of(groups, layouts, planned, taken, fused)
         out = self._run(number, parts, whole, scale)
         if isinstance(method, DynamicMethod):
             call.values = measured(parts, query.shape[0])
         else:
             call.density = mean_density(parts, query.shape[0])
-        call.kind = CallKind(SPARSE, backend_names(chosen), in_16_bits, fused)
+        call.kind = kind
         return out
 
     def _plan_call(self, number: int, place: int, layout: Layout, qkv: QKV, scale: float | None) -> Planned:

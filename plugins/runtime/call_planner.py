@@ -66,12 +66,23 @@ class CallPlanner:
         layouts = [layout.with_text(group.text) for group in groups]
         planned = [Planned(state.plans.plan(own, query.shape[2], query.device)) for own in layouts]
         try:
-            chosen, in_16_bits = self.choose_backends(taken, planned)
+            parts, kind = self.parts_of(groups, layouts, planned, taken, request.fused)
         except UnsupportedPlanError as error:
             return CallKind(FALLBACK, reason=str(error))
-        parts = [Part(*each) for each in zip(groups, layouts, planned, chosen, strict=True)]
-        kind = CallKind(SPARSE, backend_names(chosen), in_16_bits, request.fused)
         return replace(prepared, parts=parts, kind=kind, density=mean_density(parts, query.shape[0]))
+
+    def parts_of(
+        self, groups: list[Group], layouts: list[Layout], planned: list[Planned], taken: list[QKV], fused: bool
+    ) -> tuple[list[Part], CallKind]:
+        """Each group with its plan and what runs it, and what such a call counts as. taken: the groups' tensors.
+
+        Raises:
+            UnsupportedPlanError: where no kernel takes one of them.
+        """
+        chosen, in_16_bits = self.choose_backends(taken, planned)
+        parts = [Part(*each) for each in zip(groups, layouts, planned, chosen, strict=True)]
+        backends = ", ".join(dict.fromkeys(choice.backend for choice in chosen))
+        return parts, CallKind(SPARSE, backends, in_16_bits, fused)
 
     def _layout(self, layer: AttentionLayer, request: AttentionRequest) -> Layout | CallKind:
         """The token order of a call; or what it counts as, where there is none."""
@@ -104,10 +115,6 @@ class CallPlanner:
         if in_16_bits and config.strict:
             raise UnsupportedPlanError(in_16_bits)
         return [choice for choice, _ in found], in_16_bits
-
-
-def backend_names(chosen: list[Choice]) -> str:
-    return ", ".join(dict.fromkeys(choice.backend for choice in chosen))
 
 
 def ordered(request: AttentionRequest, order: Order | None) -> QKV:

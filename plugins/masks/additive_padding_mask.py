@@ -69,7 +69,7 @@ def add_weighed(
     """What visible queries give to padding, added to what they give to visible tokens.
 
     Args:
-        query: (B, n, H, D), of the visible tokens. keys, values: (B, P, H, D), of the padding; P ≥ 1.
+        query: (B, n, H, D), of the visible tokens. keys, values: (B, P, Hk, D), of the padding, Hk dividing H; P ≥ 1.
         out: (B, n, H, D), attention of the visible tokens among themselves, by whatever plan.
         lse: (B, H, n) float32, its log-sum-exp.
         weight: c. scale: of the scores; None: 1 / √D.
@@ -83,6 +83,10 @@ def add_weighed(
 
 
 def attend_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Padding queries, (B, P, H, D), over all keys, (B, S, H, D): to them all keys weigh alike."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+    """Padding queries, (B, P, H, D), over all keys, (B, S, Hk, D), Hk dividing H: to them all keys weigh alike."""
+    heads = key.shape[2]
+    # Without a mask, the queries of the heads that share a key head are more queries of that head: no key is copied.
+    grouped = query.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)  # (B, Hk, H / Hk, P, D)
+    queries, key, value = grouped.flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2)
+    out = F.scaled_dot_product_attention(queries, key, value, scale=scale)
+    return out.unflatten(2, grouped.shape[2:4]).permute(0, 3, 1, 2, 4).flatten(2, 3)

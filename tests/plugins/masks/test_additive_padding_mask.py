@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import tilewise
 from tilewise.kernels.attention import lse_merge
@@ -51,28 +50,33 @@ def test_what_a_mask_shows(monkeypatch, text_first, pairs):
 
 @pytest.mark.parametrize("length", [0, 1, 4, TEXT])
 @pytest.mark.parametrize("text_first", [True, False])
-@pytest.mark.parametrize(("weight", "scale"), [(1.0, None), (2.5, 0.3)])
-def test_it_is_dense_attention_with_the_mask_and_the_window(monkeypatch, length, text_first, weight, scale):
-    monkeypatch.setattr(lse_merge, "MAX_SCORES", 2 * 2 * 6 * 11)  # several chunks of queries
+@pytest.mark.parametrize(
+    ("weight", "scale", "heads"), [(1.0, None, (2, 2)), (2.5, 0.3, (2, 1)), (1.0, None, (6, 2)), (2.5, 0.3, (6, 3))]
+)
+def test_it_is_dense_attention_with_the_mask_and_the_window(monkeypatch, length, text_first, weight, scale, heads):
+    """heads: of queries, and of keys and values."""
+    H, Hk = heads
+    monkeypatch.setattr(lse_merge, "MAX_SCORES", 2 * H * 6 * 11)  # several chunks of queries
     grid = Grid(1, 5, 6, text=TEXT, text_first=text_first)
     layout = STA.layout(grid)
     generator = torch.Generator().manual_seed(length)
-    q, k, v = (torch.randn(2, grid.tokens, 2, 16, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(2, grid.tokens, n, 16, generator=generator) for n in (H, Hk, Hk))
     shown = visible(grid, length)[0]
-    window = STA.plan(layout, 2, torch.device("cpu")).to_mask(2)[0].clone()
+    window = STA.plan(layout, H, torch.device("cpu")).to_mask(H)[0].clone()
     window[:, ~shown] = True  # padding sees everything
-    bias = torch.where(window, weight * (shown[:, None] & shown), -torch.inf)
-    want = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), bias, scale=scale).transpose(1, 2)
+    bias = torch.where(window, weight * (shown[:, None] & shown).double(), -torch.inf)
+    wide = [x.double().repeat_interleave(H // x.shape[2], 2) for x in (q, k, v)]
+    scores = torch.einsum("bihd,bjhd->bhij", *wide[:2]) * (16**-0.5 if scale is None else scale) + bias
+    want = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), wide[2]).float()
 
     without = cached_layout(Grid(1, 5, 6, text=length, text_first=text_first), layout.tile)
-    plan = STA.plan(without, 2, torch.device("cpu"))
+    plan = STA.plan(without, H, torch.device("cpu"))
     mine, others = (tuple(x[:, at] for x in (q, k, v)) for at in (shown, ~shown))
     out, lse = block_sparse_attention(*mine, plan, scale=scale, return_lse=True)
     if length < TEXT:
         out, lse = add_weighed(mine[0], *others[1:], out, lse, weight, scale)
     theirs = attend_all(others[0], k, v, scale)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (16**-0.5 if scale is None else scale) + bias
     # A softmax does not mind c, and so it is left out of what all visible keys share.
-    torch.testing.assert_close(lse, scores.logsumexp(-1)[:, :, shown] - weight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, scores.logsumexp(-1)[:, :, shown].float() - weight, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out, want[:, shown], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(theirs, want[:, ~shown], atol=1e-5, rtol=1e-5)

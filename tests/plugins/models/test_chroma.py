@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import family_checks
 import image_checks
 import pytest
@@ -10,7 +12,8 @@ from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDi
 
 import tilewise
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.runtime.call_stats import FALLBACK
+from tilewise.plugins.methods.base import make_method
+from tilewise.plugins.runtime.call_stats import FALLBACK, SPARSE
 
 CHANNELS, TEXT_DIM, TEXT = 8, 12, 7
 PADDED = torch.arange(TEXT) < torch.tensor([[TEXT], [4]])
@@ -80,6 +83,48 @@ def test_a_mask_that_weighs_padding_runs_sparse_and_exactly(model, lengths):
     grid = Grid(1, 8, 10, text=TEXT, text_first=True)
     family_checks.full_window_is_dense(model, x, grid)
     image_checks.masked_stock(model, x, grid)
+
+
+def grouped(heads, key_heads):
+    """A model with fewer key heads than query heads, and the same model with each key head written out for its queries."""
+    model = tiny(num_attention_heads=heads)
+    found = model, copy.deepcopy(model)
+    for layers in zip(*(family_checks.tilewise_layers(model) for model in found), strict=True):
+        few, many = (layer.module for layer in layers)
+        for name in ("to_k", "to_v", "add_k_proj", "add_v_proj"):
+            if getattr(few, name, None) is None:
+                continue
+            for parameter in ("weight", "bias"):
+                rows = getattr(getattr(few, name), parameter).data.unflatten(0, (heads, -1))[:key_heads]
+                getattr(few, name)._parameters[parameter] = torch.nn.Parameter(rows.flatten(0, 1))
+                wide = rows.repeat_interleave(heads // key_heads, 0).flatten(0, 1)
+                getattr(many, name)._parameters[parameter] = torch.nn.Parameter(wide)
+    return found
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 2), (3, 1)])
+def test_fewer_key_heads_than_query_heads(heads, key_heads):
+    """Masks that weigh padding and masks that hide it; static windows, and a choice with all that ranks and compensates."""
+    few, many = grouped(heads, key_heads)
+    grid = Grid(1, 8, 10, text=TEXT, text_first=True)
+    draft = {"tile": (1, 3, 3), "always": (), "min_tokens": 0, "probe": 5}
+    methods = [
+        family_checks.SMALL,
+        make_method("draft", draft | {"density": 0.4}),
+        make_method("draft", draft | {"recall": 0.5, "within": {"name": "neighborhood", "window": (1, 5, 5)}}),
+        make_method("xattention", draft | {"density": 0.4, "select": "shared", "rank": "error"}),
+    ]
+    for padded in (PADDED.float(), PADDED):
+        x = inputs(8, 10, padded)
+        image_checks.masked_stock(many, x, grid)
+        for method in methods:
+            outputs = []
+            for model in (few, many):
+                with tilewise.patched(model, method, steps=(0, 1), strict=True):
+                    outputs.append(image_checks.output(model, x))
+                    (row,) = tilewise.summary(model).rows
+                    assert row.kind == SPARSE
+            torch.testing.assert_close(*outputs, atol=2e-5, rtol=2e-5)
 
 
 def test_a_mask_of_another_kind_falls_back(model):

@@ -110,6 +110,20 @@ def test_hidden_text_is_left_out(case, method, kind, anywhere):
     torch.testing.assert_close(out, stock, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
+def test_fewer_key_heads_than_query_heads(heads, anywhere):
+    grid, (H, Hk) = Grid(1, 5, 7, text=5), heads
+    query, key, value = (torch.randn(2, grid.tokens, n, 24) for n in (H, Hk, Hk))
+    shown = torch.arange(grid.tokens) < torch.tensor([[40], [37]])
+    request = AttentionRequest(query, key, value, shown[:, None, None], enable_gqa=True)
+    assert exact.takes(request)
+    groups = Masks().shown(request.attn_mask, grid, query)
+    plan_of = PlanCache("", tilewise.Dense()).dense_plan
+    out = exact.attend(groups, request, 0.3, plan_of)
+    want = masked_attention(query, key, value, shown[:, None, None], 0.3)[0].float()
+    torch.testing.assert_close(out, want.masked_fill(~shown[..., None, None], 0), atol=1e-5, rtol=1e-5)
+
+
 def test_masks_that_do_more_stay_stock(anywhere):
     """One that weighs keys; and none is read where fusing is off."""
     model, inputs = hunyuan(9)

@@ -17,7 +17,7 @@ import torch
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.hooks.attention_rebinding import attention_form, rebind, stock_attention
 from tilewise.plugins.hooks.stand_in import StandIn
-from tilewise.plugins.runtime.attention_request import AttentionRequest
+from tilewise.plugins.runtime.attention_request import AttentionRequest, is_autocast
 from tilewise.plugins.runtime.custom_ops import attend, handle_for
 
 
@@ -122,7 +122,7 @@ class TilewiseProcessor(StandIn):
 
     def dispatch(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """In place of diffusers' ``dispatch_attention_fn``, with its arguments."""
-        request = AttentionRequest(*args, **kwargs)
+        request = AttentionRequest(*args, **kwargs).autocast()
         if not torch.compiler.is_compiling():
             return self.answer(request)
         plain = request.attn_mask is None or isinstance(request.attn_mask, torch.Tensor)  # no FlexAttention block mask
@@ -139,6 +139,10 @@ class TilewiseProcessor(StandIn):
 
     def answer(self, request: AttentionRequest) -> torch.Tensor:
         """Answer one attention call now."""
+        device = request.query.device.type
+        if is_autocast(device):  # the request has its dtype: scores and sums in here are in float32 on purpose
+            with torch.autocast(device, enabled=False):
+                return self.answer(request)
         out = self.calls.answer(self.number, request, self.stock)
         qkv = request.query, request.key, request.value
         if torch.is_grad_enabled() and (qkv[0].requires_grad or qkv[1].requires_grad or qkv[2].requires_grad):

@@ -38,6 +38,26 @@ class AttentionRequest:
     def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.query, self.key, self.value
 
+    def autocast(self) -> AttentionRequest:
+        """The request as PyTorch's attention would see it: where autocast is on, in its dtype, whatever norms and projections left.
+
+        Autocast leaves float64 as it is, and boolean masks.
+        """
+        device = self.query.device.type
+        if not is_autocast(device):
+            return self
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value, mask = (
+            x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in (*self.qkv, self.attn_mask)
+        )
+        return self.replace(query=query, key=key, value=value, attn_mask=mask)
+
     def replace(self, **changes: Any) -> AttentionRequest:
         """The same request with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

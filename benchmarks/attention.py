@@ -19,6 +19,7 @@ from benchmarks.timing import measure
 from tilewise.kernels.attention.dispatch import available_backends, block_sparse_attention, choose_backend
 from tilewise.kernels.attention.dispatch_8bit import VALUES, block_sparse_attention_8bit
 from tilewise.kernels.attention.naive import masked_attention
+from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
 
@@ -186,8 +187,8 @@ def _with_permutes(
     order, inverse = layout.permutation.to(q.device), layout.inverse.to(q.device)
 
     def call() -> torch.Tensor:
-        q_, k_, v_ = (x.index_select(1, order) for x in (q, k, v))
-        return block_sparse_attention(q_, k_, v_, plan, backend=backend).index_select(1, inverse)
+        out = block_sparse_attention(*reorder_tokens((q, k, v), order), plan, backend=backend)
+        return reorder_tokens((out,), inverse)[0]
 
     return measure(call, q.device, seconds=seconds).to_dict()
 

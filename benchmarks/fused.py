@@ -1,7 +1,7 @@
 """The memory-bound steps around attention: fused kernels against what PyTorch does eagerly and compiled.
 
 GB/s counts every input once and every output once: what a kernel that wastes nothing moves. The eager version is the
-arithmetic of diffusers' Wan block, with its float32 islands.
+arithmetic of diffusers' Wan block, with its float32 islands; of tokens that are reordered, ``index_select``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from benchmarks.peers import reason
 from benchmarks.timing import measure
 from tilewise.kernels.fused.linear_gelu import linear_gelu
 from tilewise.kernels.fused.qk_norm_rope import qk_norm_rope
+from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.fused.residual_norm import gated_residual, layer_norm, residual_norm
+from tilewise.kernels.plans.layout import Grid, cached_layout
 
 EPS = 1e-6
 Tensors = tuple[torch.Tensor, ...]
@@ -27,10 +29,14 @@ Make = Callable[..., torch.Tensor]  # sizes, dtype → random tensor
 @dataclass(frozen=True)
 class Size:
     name: str
-    tokens: int
+    grid: Grid
     heads: int
     head_dim: int
     hidden: int  # width of the feed-forward layer
+
+    @property
+    def tokens(self) -> int:
+        return self.grid.tokens
 
     @property
     def channels(self) -> int:
@@ -38,10 +44,11 @@ class Size:
 
 
 SIZES = [
-    Size("Wan2.1-1.3B 480×832×81", 32760, 12, 128, 8960),
-    Size("Wan2.1-14B 720×1280×81", 75600, 40, 128, 13824),
+    Size("Wan2.1-1.3B 480×832×81", Grid(21, 30, 52), 12, 128, 8960),
+    Size("Wan2.1-14B 720×1280×81", Grid(21, 45, 80), 40, 128, 13824),
+    Size("Flux 1024²", Grid(1, 64, 64, text=512, text_first=True), 24, 128, 12288),
 ]
-TINY = [Size("tiny", 96, 2, 32, 128)]
+TINY = [Size("tiny", Grid(4, 5, 4, text=16), 2, 32, 128)]
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,28 @@ def _residual_norm(hidden: Any, y: Any, gate: Any, scale: Any, shift: Any) -> An
     return hidden, _norm(hidden, scale, shift)
 
 
+def _tokens(count: int, heads_first: bool = False) -> Callable[[Size, Make], Tensors]:
+    """``count`` tensors (1, S, H, D), then the order of the tokens in tiles; ``heads_first``: in memory (1, H, S, D)."""
+
+    def inputs(size: Size, make: Make) -> Tensors:
+        S, H, D = size.tokens, size.heads, size.head_dim
+        tensors = [make(1, H, S, D).transpose(1, 2) if heads_first else make(1, S, H, D) for _ in range(count)]
+        order = cached_layout(size.grid, (6, 8, 8)).permutation
+        return *tensors, order.to(tensors[0].device)
+
+    return inputs
+
+
+def _reorder_ours(*inputs: Any) -> Any:
+    *tensors, order = inputs
+    return tuple(reorder_tokens(tensors, order))
+
+
+def _reorder_eager(*inputs: Any) -> Any:
+    *tensors, order = inputs
+    return tuple(x.index_select(1, order) for x in tensors)
+
+
 def _stream(count: int, rows: int) -> Callable[[Size, Make], Tensors]:
     """``count`` tensors over tokens, then ``rows`` modulations, in float32 as the model has them."""
 
@@ -132,6 +161,9 @@ OPERATIONS = [
         linear_gelu,
         lambda x, weight, bias: F.gelu(F.linear(x, weight, bias), approximate="tanh"),
     ),
+    Operation("reorder q, k, v", _tokens(3), _reorder_ours, _reorder_eager),
+    Operation("reorder q, k, v, heads first", _tokens(3, heads_first=True), _reorder_ours, _reorder_eager),
+    Operation("reorder output", _tokens(1), _reorder_ours, _reorder_eager),
 ]
 
 
@@ -154,7 +186,7 @@ def run_operation(
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
     inputs = operation.inputs(size, make)
-    want = _tuple(operation.eager(*(x.float() for x in inputs)))
+    want = _tuple(operation.eager(*(x.float() if x.is_floating_point() else x for x in inputs)))
     moved = _bytes(inputs) + _bytes(_tuple(operation.eager(*inputs)))
     result: dict[str, Any] = {
         "name": f"{size.name}: {operation.name}",

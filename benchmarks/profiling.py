@@ -21,7 +21,7 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     (r"^triton_tem_.*(flex|attention)", ATTENTION),
     (r"^triton_(tem_|mm)", MATMUL),
     (r"conv(olve|olution|_|\d|$)|nchw|nhwc|dgrad|wgrad", OTHER),
-    (r"qk_norm_rope|residual_norm|layer_?norm|rms_?norm|rotary|modulat", ELEMENTWISE),
+    (r"qk_norm_rope|residual_norm|reorder_kernel|layer_?norm|rms_?norm|rotary|modulat", ELEMENTWISE),
     (r"sdpa|flash|fmha|attention|attend|forward_kernel|hopper_kernel", ATTENTION),
     (r"gemm|nvjet|cublas|addmm|linear|(^|[^a-z])b?mm([^a-z]|$)|matmul|splitk", MATMUL),
     (r"memcpy|memset", OTHER),

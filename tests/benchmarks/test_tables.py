@@ -321,6 +321,7 @@ def test_full_size_rows_are_published_configs():
         ("triton_red_fused__to_copy_add_native_layer_norm_0", "elementwise"),
         ("qk_norm_rope_kernel", "elementwise"),
         ("residual_norm_kernel", "elementwise"),
+        ("reorder_kernel", "elementwise"),
         ("Memcpy DtoD (Device -> Device)", "other"),
         ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16>", "other"),
         ("sm80_xmma_fprop_implicit_gemm_bf16_conv3d_nhwc_tn_n", "other"),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from tilewise.kernels.fused.linear_gelu import linear_gelu, linear_gelu_op
 from tilewise.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_op
+from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.fused.residual_norm import gated_residual, layer_norm, residual_norm, residual_norm_op
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -190,6 +191,93 @@ def test_no_tokens():
     assert qk_norm_rope(*(torch.ones(0, 3, 16),) * 2, *(None,) * 4, heads=1, eps=1.0)[1].shape == (0, 3, 1, 16)
 
 
+# ── token order ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# A copy is exact in any dtype, in the interpreter too.
+COPIED = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.float8_e4m3fn]
+
+
+def numbered(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 20
+    return x.to(dtype)
+
+
+def check_reordered(tensors: list[torch.Tensor], order: torch.Tensor) -> None:
+    for x, out in zip(tensors, reorder_tokens(tensors, order), strict=True):
+        assert out.dtype == x.dtype and out.is_contiguous()
+        assert out.shape == (x.shape[0], len(order), *x.shape[2:])
+        # Compared as float64: not every dtype can be compared, or indexed, on a CPU.
+        assert torch.equal(out.double(), x.double()[:, order])
+
+
+@pytest.mark.parametrize("dtype", COPIED, ids=str)
+@pytest.mark.parametrize(
+    ("S", "heads", "depth"), [(37, 3, 64), (5, 2, 24), (9, 5, 6), (1, 1, 128), (70, 3, 5), (3, 12, 128), (6, 1, 1)]
+)
+def test_reorder(S, heads, depth, dtype):
+    tensors = [numbered(2, S, heads, depth, dtype=dtype, seed=seed) for seed in range(3)]
+    check_reordered(tensors, torch.randperm(S, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 5])
+def test_reorder_any_number_of_tensors(count):
+    check_reordered([numbered(1, 11, 2, 16, seed=i) for i in range(count)], torch.arange(10, -1, -1))
+
+
+@pytest.mark.parametrize("order", [[3, 3, 0], [6, 1], [0] * 20, [2], []], ids=str)
+def test_reorder_with_repeated_and_missing_rows(order):
+    check_reordered([numbered(2, 7, 2, 16)], torch.tensor(order, dtype=torch.int64))
+
+
+def test_reorder_undone():
+    x = numbered(2, 50, 3, 32)
+    order = torch.randperm(50)
+    assert torch.equal(reorder_tokens(reorder_tokens([x], order), order.argsort())[0], x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int8], ids=str)
+class TestReorderedInPlace:
+    """Layouts that come up around attention calls, with NaN (100 in int8) around what may be read."""
+
+    order = torch.tensor([4, 0, 3, 1, 5, 2, 6])
+
+    def room(self, dtype, *shape):
+        return torch.full(shape, torch.nan if dtype.is_floating_point else 100).to(dtype)
+
+    def test_packed_projection(self, dtype):
+        packed = self.room(dtype, 2, 9, 3 * 2 * 16)
+        packed[:, 1:-1] = numbered(2, 7, 3 * 2 * 16, dtype=dtype)
+        check_reordered([x.unflatten(2, (2, 16)) for x in packed[:, 1:-1].chunk(3, -1)], self.order)
+
+    def test_heads_first(self, dtype):
+        x = self.room(dtype, 2, 5, 8, 16)
+        x[:, 1:-1, :7] = numbered(2, 3, 7, 16, dtype=dtype)
+        apart = x[:, 1:-1, :7].transpose(1, 2)
+        check_reordered([apart, apart], self.order)
+        check_reordered([apart, numbered(2, 7, 3, 16, dtype=dtype)], self.order)  # beside one whose heads are together
+
+    def test_grouped_queries_and_values_of_another_size(self, dtype):
+        shapes = ((6, 16), (2, 16), (2, 24))
+        check_reordered([numbered(2, 7, *shape, dtype=dtype) for shape in shapes], self.order)
+
+    def test_strides_and_starts_that_are_odd(self, dtype):
+        x = self.room(dtype, 2, 8, 2, 17)
+        x[:, 1:, :, 1:] = numbered(2, 7, 2, 16, dtype=dtype)
+        check_reordered([x[:, 1:, :, 1:], x[:, 1:, :, 1:15]], self.order)
+
+    def test_channels_apart_and_shared_rows(self, dtype):
+        x = numbered(1, 7, 2, 32, dtype=dtype)
+        check_reordered(
+            [x[..., ::2], x[..., :1].expand(1, 7, 2, 16), x.expand(3, -1, -1, -1)[:1, ..., 16:]], self.order
+        )
+        check_reordered([x.expand(3, -1, -1, -1), x[:, :1].expand(3, 7, 2, 32)], self.order)
+
+
+def test_reorder_on_leaves_no_gradients():
+    x = numbered(1, 7, 2, 16).requires_grad_()
+    assert not reorder_tokens([x], torch.arange(7))[0].requires_grad
+
+
 # ── the rest is the same in both processes ───────────────────────────────────────────────────────────────────────────
 
 
@@ -281,6 +369,22 @@ class TestEntryPoints:
             residual_norm(**given)
         assert "residual_norm(hidden (" in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("tensors", "order", "error", "message"),
+        [
+            ([torch.ones(1, 5, 32)], torch.arange(5), ValueError, r"must be \(B, S, H, D\)"),
+            ([torch.ones(1, 5, 2, 8), torch.ones(1, 4, 2, 8)], torch.arange(5), ValueError, "the same B and S"),
+            ([torch.ones(1, 5, 2, 8)], torch.zeros(1, 5).long(), ValueError, r"shape \(S_out,\)"),
+            ([torch.ones(1, 5, 2, 8)], torch.arange(5).int(), TypeError, "must be int64, got torch.int32"),
+            ([torch.ones(1, 5, 2, 8, device="meta")], torch.arange(5), ValueError, "on the device of order"),
+            ([torch.ones(1, 5, 2, 8)], torch.tensor([5]), (IndexError, RuntimeError), "out of"),
+        ],
+    )
+    def test_bad_reorder(self, tensors, order, error, message):
+        with pytest.raises(error, match=message) as caught:
+            reorder_tokens(tensors, order)
+        assert isinstance(error, tuple) or "reorder_tokens((1, 5," in str(caught.value)
+
     def test_linear_gelu(self):
         x, weight, bias = torch.randn(2, 3, 16), torch.randn(8, 16), torch.randn(8)
         z = F.linear(x.double(), weight.double(), bias.double())
@@ -309,7 +413,7 @@ class TestEntryPoints:
 # ── compiled ahead of time ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def compiled(kernel, constants: dict, dtype: str, capability: int, warps: int, single: tuple[str, ...]):
+def compiled(kernel, constants: dict, dtype: str, capability: int, warps: int, single: tuple[str, ...] = ()):
     """A kernel compiled for a GPU that need not be there; ``single``: which of its pointers are to float32."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -319,7 +423,7 @@ def compiled(kernel, constants: dict, dtype: str, capability: int, warps: int, s
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in single else f"*{dtype}"
+            signature[name] = "*fp32" if name in single else "*i64" if name == "order_ptr" else f"*{dtype}"
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
         if name.endswith("_ptr") or name.startswith("stride_"):  # as at run time
@@ -379,3 +483,27 @@ class TestAheadOfTime:
         }  # fmt: skip
         single = ("gate_ptr", "gate_base_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr")
         check_code(compiled(residual_norm_kernel, constants, "bf16", capability, warps, single), capability, tmp_path)
+
+    @pytest.mark.parametrize("tensors", [1, 3, 4])
+    @pytest.mark.parametrize(
+        ("words", "head"), [(768, 768), (2560, 2560), (1536, 64), (160, 20)], ids=lambda x: f"{4 * x} bytes"
+    )
+    def test_reorder(self, words, head, tensors, capability, tmp_path):
+        pytest.importorskip("triton")
+        from tilewise.kernels.fused.triton_reorder import TENSORS, launch_config, reorder_kernel
+
+        config = launch_config(words, tensors)
+        warps = config.pop("num_warps")
+        absent = {f"{name}{i}_ptr": None for name in ("x", "out") for i in range(tensors, TENSORS)}
+        constants = {"W": words, "HEAD": head, **config, **absent}
+        kernel = compiled(reorder_kernel, constants, "i32", capability, warps)
+        check_code(kernel, capability, tmp_path)
+        assert kernel.metadata.shared == 0  # nothing is exchanged: the order is loaded where it is needed
+        # Each thread loads the order once a row, and nothing but the order in less than 16 bytes.
+        loads = re.findall(r"ld\.global\S*", kernel.asm["ptx"])
+        assert len([load for load in loads if ".v4" in load]) == tensors * config["ROWS"] * config["BLOCK_W"] // 512
+        assert len([load for load in loads if ".v4" not in load]) == config["ROWS"] * config["BLOCK_W"] // 512
+        # All loads stand before the first store.
+        assert re.findall(r"(ld|st)\.global", kernel.asm["ptx"]) == ["ld"] * len(loads) + ["st"] * (
+            tensors * config["ROWS"] * config["BLOCK_W"] // 512
+        )

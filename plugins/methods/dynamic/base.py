@@ -77,7 +77,8 @@ class BlockSelectionMethod(DynamicMethod):
         cap: most blocks of a row, for "rows"; None: no limit.
         always: pairs kept in any case: names of "self", "neighbours", "first-frame".
         within: a static method (or its dictionary) whose windows bound where a block may look: ``STA``, ``Inward``, …. A window
-            in tiles counts this method's.
+            in tiles counts this method's. Where the chosen blocks would show a query nothing of its window, the blocks nearest
+            to it are kept too, beyond the target.
         refresh: denoising steps that a choice is kept for; 1: chosen anew at each call.
         drift: with ``refresh`` > 1: how much estimated recall may fall before the choice is made anew at the next step, in
             [0, 1]; None: not tested.
@@ -203,7 +204,8 @@ class BlockSelectionMethod(DynamicMethod):
             )
             if bounds is not None:  # those within the window of some heads alone
                 kept = kept | (wanted & bounds.seen_by_head(heads))
-            return kept | text[:, None] | text[None, :]
+            kept = kept | text[:, None] | text[None, :]
+            return kept if bounds is None else bounds.with_a_key(kept)
 
         def recall_of(kept: torch.Tensor) -> torch.Tensor:
             """() estimated recall, queries counted by token; a broken row keeps everything."""

@@ -5,6 +5,9 @@
 
 What a partial block shows is still decided by the window's own intervals, so that nothing outside the window is ever seen:
 exact by construction. Nothing waits for the device.
+
+A partial block may show some rows of a query block nothing. Where a choice consists of such blocks, those that hold the visible
+key nearest to each row are added to it (``with_a_key``), so that no row is left without a key.
 """
 
 from __future__ import annotations
@@ -30,12 +33,16 @@ class Bounds:
         seen: (G, N, N) bool, pairs of blocks of which any tokens see each other.
         whole: (G, N, N) bool, those of which all do.
         pairs: (G, N, M) float32, token pairs that see each other in each place of the plan's lists.
+        enough: (G, N, N) bool, pairs of blocks in which every query sees a key; None: all that any tokens see each other in.
+        nearest: (G, N, N) bool, key blocks that together show every query of a block a key; None with ``enough``.
     """
 
     plan: BlockPlan
     seen: torch.Tensor
     whole: torch.Tensor
     pairs: torch.Tensor
+    enough: torch.Tensor | None = None
+    nearest: torch.Tensor | None = None
 
     def whole_by_head(self, heads: int) -> torch.Tensor:
         """(1, H or 1, N, N) bool."""
@@ -47,6 +54,15 @@ class Bounds:
 
     def _by_head(self, pairs: torch.Tensor, heads: int) -> torch.Tensor:
         return pairs[None] if self.plan.sets == 1 else pairs[self.plan.sets_of_heads(heads).long()][None]
+
+    def with_a_key(self, kept: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, N) bool: pairs that are kept, with those that every query of the block needs to see a key. A query block
+        that keeps nothing is left as it is."""
+        if self.enough is None or self.nearest is None:
+            return kept
+        heads = kept.shape[1]
+        sure = (kept & self._by_head(self.enough, heads)).any(-1, keepdim=True)
+        return kept | (self._by_head(self.nearest, heads) & kept.any(-1, keepdim=True) & ~sure)
 
     def visible(self, at: torch.Tensor, of_token: torch.Tensor, heads: int) -> torch.Tensor:
         """(1, H, P, S) bool: the keys within the window of queries ``at``; of_token: (S,) block of each token."""
@@ -76,14 +92,17 @@ def bounds_of(plan: BlockPlan) -> Bounds:
 
     rows = plan.q_rows[None, :, None] * plan.k_rows[index]
     pairs = torch.where(listed, rows, 0).float()
-    if plan.row_encoding is not None:
-        partial = listed & (place >= plan.ends[0, :, :, 1:2])
-        pairs = torch.where(partial, _partial_pairs(plan), pairs)
-    return Bounds(plan, pairs_of(listed), pairs_of(place < plan.ends[0, :, :, 1:2]), pairs)
+    seen, whole = pairs_of(listed), pairs_of(place < plan.ends[0, :, :, 1:2])
+    if plan.row_encoding is None:
+        return Bounds(plan, seen, whole, pairs)
+    partial = listed & (place >= plan.ends[0, :, :, 1:2])
+    tested, queries = _partial_pairs(plan)
+    enough = whole | pairs_of(partial & (queries == plan.q_rows[:, None]))
+    return Bounds(plan, seen, whole, torch.where(partial, tested, pairs), enough, _nearest_blocks(plan, seen))
 
 
-def _partial_pairs(plan: BlockPlan) -> torch.Tensor:
-    """(G, N, M) float32: token pairs that the intervals leave, if every listed block were partial.
+def _partial_pairs(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """(G, N, M) float32: token pairs that the intervals leave, and queries that see a key, if every listed block were partial.
 
     A key block is a box, so per query row the axes multiply: Π over axes of |[lo, hi) ∩ [first, last]|. Some rows at a time:
     all of them would be S × M numbers.
@@ -92,7 +111,7 @@ def _partial_pairs(plan: BlockPlan) -> torch.Tensor:
     _, G, N, M = plan.index.shape
     first, last = (block_reduce(plan.coords, plan.k_rows, how) for how in ("amin", "amax"))
     block_of_row = torch.repeat_interleave(plan.q_rows.long(), output_size=plan.q_len)
-    found = torch.zeros(G, N, M, device=plan.device)
+    pairs, queries = (torch.zeros(G, N, M, device=plan.device) for _ in range(2))
     for g in range(G):
         index, intervals = plan.index[0, g].long(), plan.intervals[g]
         for rows in torch.arange(plan.q_len, device=plan.device).split(max(1, CHUNK // M)):
@@ -103,8 +122,38 @@ def _partial_pairs(plan: BlockPlan) -> torch.Tensor:
                 lo, hi = intervals[2 * axis, rows, None], intervals[2 * axis + 1, rows, None]
                 shared = torch.minimum(hi, last[axis][listed] + 1) - torch.maximum(lo, first[axis][listed])
                 count *= shared.clamp_min(0)
-            found[g].index_add_(0, blocks, count)
-    return found
+            pairs[g].index_add_(0, blocks, count)
+            queries[g].index_add_(0, blocks, (count > 0).float())
+    return pairs, queries
+
+
+def _nearest_blocks(plan: BlockPlan, seen: torch.Tensor) -> torch.Tensor:
+    """(G, N, N) bool: the blocks of the visible keys that are nearest to each query, which is itself where it is visible.
+
+    seen: (G, N, N) bool, pairs that the plan lists. A query block of which a nearest key lies in a block that is not listed, as
+    where the intervals are those of other blocks alone, gets all that it lists.
+    """
+    assert plan.coords is not None and plan.intervals is not None
+    G, N, _ = seen.shape
+    video = plan.coords[0] >= 0
+    shape = plan.coords.amax(1).long() + 1
+    block_of_row = torch.repeat_interleave(plan.q_rows.long(), output_size=plan.q_len)
+
+    def raster(coords: torch.Tensor) -> torch.Tensor:
+        t, h, w = coords.clamp_min(0).long().unbind(-2)
+        return (t * shape[1] + h) * shape[2] + w
+
+    # Queries and keys are the same tokens: what holds a key is what holds the query at its place.
+    block_at = torch.zeros(plan.q_len, dtype=torch.long, device=plan.device)
+    block_at.scatter_(0, torch.where(video, raster(plan.coords), plan.q_len - 1), block_of_row)
+    lo = plan.intervals[:, 0::2].clamp_min(0)
+    last = torch.minimum(plan.intervals[:, 1::2], shape[:, None]) - 1
+    nearest = torch.maximum(torch.minimum(plan.coords, last), lo)
+    some = (lo <= last).all(1) & video  # (G, S)
+    key_block = torch.where(some, block_at[raster(nearest).clamp_max(plan.q_len - 1)], N)
+    found = torch.zeros(G, N * (N + 1), dtype=torch.bool, device=plan.device)
+    found = found.scatter_(1, block_of_row * (N + 1) + key_block, True).view(G, N, N + 1)[..., :N]
+    return torch.where((found & ~seen).any(-1, keepdim=True), seen, found)
 
 
 def plan_within(bounds: Bounds, kept: torch.Tensor) -> BlockPlan:
@@ -114,10 +163,12 @@ def plan_within(bounds: Bounds, kept: torch.Tensor) -> BlockPlan:
         kept: (B, H, N, N) bool on the plan's device.
 
     Returns:
-        A plan of B × H lists; ``density`` and ``work`` nan, ``device_density`` on the device, as of ``dynamic_plan``. A row
-        that would keep nothing keeps all that its window lets it see.
+        A plan of B × H lists; ``density`` and ``work`` nan, ``device_density`` on the device, as of ``dynamic_plan``. A query
+        block that would keep nothing keeps all that its window lets it see; in the others every query sees a key too, see
+        ``with_a_key``.
     """
     plan = bounds.plan
+    kept = bounds.with_a_key(kept)
     B, H, N, _ = kept.shape
     sets = plan.sets_of_heads(H).long()
     index, ends, pairs = plan.index[0][sets], plan.ends[0][sets], bounds.pairs[sets]  # (H, N, M or 3)

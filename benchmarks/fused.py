@@ -83,9 +83,9 @@ def _pairs(table: torch.Tensor) -> torch.Tensor:
     return table.repeat_interleave(2, -1)
 
 
-def _qk_ours(q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any) -> Any:
+def _qk_ours(q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any, order: Any = None) -> Any:
     heads = q.shape[2] // cos.shape[-1]
-    return qk_norm_rope(q, k, q_weight, k_weight, cos, sin, heads=heads, eps=EPS)
+    return qk_norm_rope(q, k, q_weight, k_weight, cos, sin, heads=heads, eps=EPS, order=order)
 
 
 def _qk_eager(q: Any, k: Any, q_weight: Any, k_weight: Any, cos: Any, sin: Any) -> Any:
@@ -115,10 +115,23 @@ def _tokens(count: int, heads_first: bool = False) -> Callable[[Size, Make], Ten
     def inputs(size: Size, make: Make) -> Tensors:
         S, H, D = size.tokens, size.heads, size.head_dim
         tensors = [make(1, H, S, D).transpose(1, 2) if heads_first else make(1, S, H, D) for _ in range(count)]
-        order = cached_layout(size.grid, (6, 8, 8)).permutation
-        return *tensors, order.to(tensors[0].device)
+        return *tensors, _order(size, tensors[0].device)
 
     return inputs
+
+
+def _order(size: Size, device: torch.device) -> torch.Tensor:
+    return cached_layout(size.grid, (6, 8, 8)).permutation.to(device)
+
+
+def _ordered_qk_inputs(size: Size, make: Make) -> Tensors:
+    inputs = _qk_inputs(size, make)
+    return *inputs, _order(size, inputs[0].device)
+
+
+def _ordered_qk_eager(*inputs: Any) -> Any:
+    *qk, order = inputs
+    return tuple(x.index_select(1, order) for x in _qk_eager(*qk))
 
 
 def _reorder_ours(*inputs: Any) -> Any:
@@ -161,6 +174,7 @@ OPERATIONS = [
         linear_gelu,
         lambda x, weight, bias: F.gelu(F.linear(x, weight, bias), approximate="tanh"),
     ),
+    Operation("QK-RMSNorm + RoPE into tile order", _ordered_qk_inputs, _qk_ours, _ordered_qk_eager),
     Operation("reorder q, k, v", _tokens(3), _reorder_ours, _reorder_eager),
     Operation("reorder q, k, v, heads first", _tokens(3, heads_first=True), _reorder_ours, _reorder_eager),
     Operation("reorder output", _tokens(1), _reorder_ours, _reorder_eager),

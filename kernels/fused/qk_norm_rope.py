@@ -6,7 +6,8 @@ For each token, with x its H·D channels (``across_heads``: one mean over all of
     (a, b) → (a·cos θ − b·sin θ,  a·sin θ + b·cos θ)                    RoPE (arXiv 2104.09864)
 
 for each pair (a, b) of a head's channels: (2i, 2i + 1), or (i, i + D/2) with ``interleaved=False``. All of it in float32, rounded
-once at the end; the separate operators round after the norm too. One launch serves q and k.
+once at the end; the separate operators round after the norm too. One launch serves q and k. With ``order``, row i of the results
+comes from row order[i] of all that has a token axis, so that queries and keys are in tile order at no extra memory traffic.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def qk_norm_rope(
     eps: float,
     across_heads: bool = True,
     interleaved: bool = True,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm of q and k, then rotary embedding, split into heads.
 
@@ -42,6 +44,8 @@ def qk_norm_rope(
         eps: added to the mean square.
         across_heads: one mean over all channels of a token (Wan, LTX), or one a head (most other families).
         interleaved: pairs of neighbours, or of the first and second half of a head.
+        order: (S,) int64, entries in [0, S) (a GPU does not check them): row i of the results is row ``order[i]`` of q and k,
+            turned by row ``order[i]`` of the tables. None: the order of q and k.
 
     Returns:
         (B, S, H, D) and (B, S, Hk, D), contiguous, in the dtypes of q and k.
@@ -49,6 +53,7 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes, strides or devices that do not fit.
         TypeError: another dtype.
+        IndexError or RuntimeError: on a CPU, an entry of ``order`` outside [0, S).
     """
     where = f"qk_norm_rope(q {tuple(q.shape)}, k {tuple(k.shape)}, heads={heads})"
     if q.ndim != 3 or k.ndim != 3 or q.shape[:2] != k.shape[:2]:
@@ -78,7 +83,14 @@ def qk_norm_rope(
             raise TypeError(f"{where}: takes float16, bfloat16 and float32, got {x.dtype}")
         if x is not None and x.device != q.device:
             raise ValueError(f"{where}: all tensors must be on one device, got {q.device} and {x.device}")
-    return qk_norm_rope_op(q, k, q_weight, k_weight, cos, sin, heads, eps, across_heads, interleaved)
+    if order is not None:
+        if order.shape != q.shape[1:2]:
+            raise ValueError(f"{where}: order must have shape ({q.shape[1]},), got {tuple(order.shape)}")
+        if order.dtype != torch.int64:
+            raise TypeError(f"{where}: order must be int64, got {order.dtype}; convert it once, where it is made")
+        if order.device != q.device:
+            raise ValueError(f"{where}: all tensors must be on one device, got {q.device} and {order.device}")
+    return qk_norm_rope_op(q, k, q_weight, k_weight, cos, sin, heads, eps, across_heads, interleaved, order)
 
 
 def _table(x: torch.Tensor, q: torch.Tensor, depth: int, where: str) -> torch.Tensor:
@@ -108,10 +120,14 @@ def qk_norm_rope_reference(
     eps: float,
     across_heads: bool = True,
     interleaved: bool = True,
+    order: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula, computed in ``dtype``, which is also what it returns; tables as (1 or B, S, N)."""
     depth = q.shape[2] // heads
+    if order is not None:
+        q, k = q.index_select(1, order), k.index_select(1, order)
+        cos, sin = (None if table is None else table.index_select(1, order) for table in (cos, sin))
 
     def one(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         x = x.to(dtype)
@@ -146,18 +162,19 @@ def qk_norm_rope_op(
     eps: float,
     across_heads: bool,
     interleaved: bool,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel as a PyTorch operator, so that torch.compile keeps it whole. Validated by ``qk_norm_rope``."""
     if runs_triton(q.device):
         from tilewise.kernels.fused.triton_qk_norm_rope import triton_qk_norm_rope
 
-        return triton_qk_norm_rope(q, k, q_weight, k_weight, cos, sin, heads, eps, across_heads, interleaved)
-    out = qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, heads, eps, across_heads, interleaved)
+        return triton_qk_norm_rope(q, k, q_weight, k_weight, cos, sin, heads, eps, across_heads, interleaved, order)
+    out = qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, heads, eps, across_heads, interleaved, order)
     return out[0].to(q.dtype, copy=True).contiguous(), out[1].to(k.dtype, copy=True).contiguous()
 
 
 @qk_norm_rope_op.register_fake
-def _(q, k, q_weight, k_weight, cos, sin, heads, eps, across_heads, interleaved):
+def _(q, k, q_weight, k_weight, cos, sin, heads, eps, across_heads, interleaved, order=None):
     depth = q.shape[2] // heads
     q_out = q.new_empty((q.shape[0], q.shape[1], heads, depth))
     return q_out, k.new_empty((k.shape[0], k.shape[1], k.shape[2] // depth, depth))

@@ -3,7 +3,8 @@
     n = x / √(mean(x²) + eps) · weight,   then   (a, b) → (a·cos − b·sin, a·sin + b·cos) for each pair of channels
 
 A row is a tile of heads × channels, so that a table row of D channels is read once for all heads. It is read and written once,
-16 bytes a thread where alignment allows; pairs of neighbours are taken apart in registers.
+16 bytes a thread where alignment allows; pairs of neighbours are taken apart in registers. With an order, a program reads token
+order[i] and writes row i, so the writes stay in sequence.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _row(
 
 @triton.jit
 def qk_norm_rope_kernel(
-    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
+    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, order_ptr, q_out_ptr, k_out_ptr,
     stride_qb, stride_qs, stride_kb, stride_ks, stride_cb, stride_cs, stride_sb, stride_ss,
     S, eps,
     HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr,
@@ -94,15 +95,18 @@ def qk_norm_rope_kernel(
     ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr, FULL_TABLES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (2·S, B). Neighbouring programs do q and k of one token and share its table rows in the cache."""
-    token = (tl.program_id(0) // 2).to(tl.int64)
+    position = (tl.program_id(0) // 2).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
+    token = position
+    if order_ptr is not None:
+        token = tl.load(order_ptr + position)
     ROTARY: tl.constexpr = cos_ptr is not None
     cos_at = None
     sin_at = None
     if ROTARY:
         cos_at = cos_ptr + batch * stride_cb + token * stride_cs
         sin_at = sin_ptr + batch * stride_sb + token * stride_ss
-    row = batch * S + token
+    row = batch * S + position
     if tl.program_id(0) % 2 == 0:
         _row(
             q_ptr + batch * stride_qb + token * stride_qs, q_weight_ptr, cos_at, sin_at,
@@ -141,6 +145,7 @@ def triton_qk_norm_rope(
     eps: float,
     across_heads: bool,
     interleaved: bool,
+    order: torch.Tensor | None = None,
     num_warps: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel. Arguments as in ``qk_norm_rope``, which validates them; tables as (1 or B, S, N)."""
@@ -158,9 +163,11 @@ def triton_qk_norm_rope(
         for i, table in enumerate((cos, sin)):
             strides[2 * i] = 0 if table.shape[0] == 1 else table.stride(0)
             strides[2 * i + 1] = table.stride(1)
+    if order is not None:
+        order = order.contiguous()
     with torch.cuda.device_of(q):
         qk_norm_rope_kernel[(2 * S, B)](
-            q, k, q_weight, k_weight, cos, sin, q_out, k_out,
+            q, k, q_weight, k_weight, cos, sin, order, q_out, k_out,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), *strides,
             S, eps,
             HEADS=heads, K_HEADS=k_heads, D=D,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tilewise.kernels.fused.qk_norm_rope import qk_norm_rope
 from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.layout import Grid, Layout
 
@@ -60,6 +61,26 @@ class TestReorder:
         grid, H, D = SIZES[name]
         order = torch.arange(grid.tokens, device="cuda")[::3].repeat(2)
         self.check([random(1, grid.tokens, H, D, dtype=dtype)] * 4, order)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("name", SIZES)
+def test_queries_and_keys_in_tile_order(name, across, dtype):
+    """Equal to the last bit to the same kernel in the order of the input, reordered then."""
+    grid, H, D = SIZES[name]
+    if D % 2:
+        pytest.skip("a head has pairs of channels")
+    S = grid.tokens
+    q, k, _ = torch.randn(2, S, 3 * H * D, device="cuda").to(dtype).chunk(3, -1)
+    weight = torch.randn(H * D if across else D, device="cuda").to(dtype)
+    angle = torch.rand(2, S, D // 2, device="cuda") * 6
+    options = {"heads": H, "eps": 1e-6, "across_heads": across}
+    order = Layout(grid, (6, 8, 8)).permutation.cuda()
+    for tables in ((angle.cos(), angle.sin()), (angle[0].cos(), angle[0].sin()), (None, None)):
+        want = qk_norm_rope(q, k, weight, weight, *tables, **options)
+        got = qk_norm_rope(q, k, weight, weight, *tables, order=order, **options)
+        assert all(torch.equal(x, y[:, order]) for x, y in zip(got, want, strict=True))
 
 
 def test_offsets_pass_two_to_the_31():

@@ -37,6 +37,11 @@ def poisoned(x: torch.Tensor) -> torch.Tensor:
     return view
 
 
+def numbered(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 20
+    return x.to(dtype)
+
+
 # ── q and k ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -112,6 +117,29 @@ def test_tables_of_each_sample_and_in_any_shape():
         for tables in ((cos[0], sin[0]), (cos[:1, :, None], sin[:1, :, None]))
     ]
     assert torch.equal(*shared)
+
+
+@pytest.mark.parametrize(
+    ("tables", "across", "heads", "k_heads", "depth", "full"),
+    [("shared", False, 4, 1, 24, False), ("a sample", True, 3, 3, 16, True), ("none", True, 2, 1, 8, False)],
+)
+def test_qk_norm_rope_into_another_order(tables, across, heads, k_heads, depth, full):
+    """Equal to the last bit to what is computed in the order of the input and reordered then."""
+    S = 5
+    packed = torch.full((2, S + 1, (heads + 2 * k_heads) * depth), torch.nan)
+    packed[:, :S] = numbered(2, S, packed.shape[2])
+    q, k, _ = packed[:, :S].split([heads * depth, k_heads * depth, k_heads * depth], -1)
+    weights = [numbered(width, seed=1) for width in ((heads * depth, k_heads * depth) if across else (depth, depth))]
+    cos, sin = rotary(S, depth, full, True)
+    if tables == "a sample":
+        cos, sin = (torch.stack([t, t.flip(0)]) for t in (cos, sin))
+    given = (q, k, *weights, *((None, None) if tables == "none" else (cos, sin)))
+    options = {"heads": heads, "eps": 1e-6, "across_heads": across}
+    order = torch.tensor([4, 9, 1, 9, 0, 9, 1, 9, 2])[::2]  # one token twice, one not at all, strided
+    got = qk_norm_rope(*given, order=order, **options)
+    for x, plain in zip(got, qk_norm_rope(*given, **options), strict=True):
+        assert x.is_contiguous()
+        assert torch.equal(x, plain[:, order])
 
 
 # ── the residual stream ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -197,11 +225,6 @@ def test_no_tokens():
 COPIED = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.float8_e4m3fn]
 
 
-def numbered(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 20
-    return x.to(dtype)
-
-
 def check_reordered(tensors: list[torch.Tensor], order: torch.Tensor) -> None:
     for x, out in zip(tensors, reorder_tokens(tensors, order), strict=True):
         assert out.dtype == x.dtype and out.is_contiguous()
@@ -227,6 +250,10 @@ def test_reorder_any_number_of_tensors(count):
 @pytest.mark.parametrize("order", [[3, 3, 0], [6, 1], [0] * 20, [2], []], ids=str)
 def test_reorder_with_repeated_and_missing_rows(order):
     check_reordered([numbered(2, 7, 2, 16)], torch.tensor(order, dtype=torch.int64))
+
+
+def test_reorder_by_an_order_with_a_stride():
+    check_reordered([numbered(1, 5, 2, 16)], torch.tensor([[4, 9], [2, 9], [0, 9], [3, 9]])[:, 0])
 
 
 def test_reorder_undone():
@@ -291,6 +318,7 @@ def qk_arguments():
 class TestEntryPoints:
     def test_operators_pass_opcheck(self):
         torch.library.opcheck(qk_norm_rope_op, qk_arguments())
+        torch.library.opcheck(qk_norm_rope_op, (*qk_arguments(), torch.tensor([4, 1, 0, 2, 3])))
         h, y = torch.randn(2, 2, 5, 32).unbind()
         shift, scale, gate, *_ = modulations("(B, 1, C)", 2, 5, 32)
         row = torch.randn(32)
@@ -342,6 +370,9 @@ class TestEntryPoints:
             ({"cos": torch.ones(4, 16), "sin": torch.ones(4, 16)}, ValueError, "S = 5, N = 16 or 8"),
             ({"q": torch.ones(2, 5, 32).double()}, TypeError, "float64"),
             ({"k": torch.ones(2, 5, 32, device="meta")}, ValueError, "one device"),
+            ({"order": torch.arange(4)}, ValueError, r"order must have shape \(5,\), got \(4,\)"),
+            ({"order": torch.arange(5).int()}, TypeError, "must be int64, got torch.int32"),
+            ({"order": torch.arange(5, device="meta")}, ValueError, "one device"),
         ],
     )
     def test_bad_qk(self, change, error, message):
@@ -453,8 +484,11 @@ def check_code(kernel, capability: int, folder: Path) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 class TestAheadOfTime:
     @pytest.mark.parametrize("across", [True, False])
-    @pytest.mark.parametrize(("heads", "depth"), [(12, 128), (40, 128), (24, 64), (32, 96)])
-    def test_qk_norm_rope(self, heads, depth, across, capability, tmp_path):
+    @pytest.mark.parametrize(
+        ("heads", "depth", "order"),
+        [(12, 128, False), (12, 128, True), (40, 128, True), (24, 64, False), (32, 96, True)],
+    )
+    def test_qk_norm_rope(self, heads, depth, across, order, capability, tmp_path):
         pytest.importorskip("triton")
         from tilewise.kernels.fused.triton_qk_norm_rope import launch_config, qk_norm_rope_kernel
 
@@ -462,7 +496,7 @@ class TestAheadOfTime:
         warps = config.pop("num_warps")
         constants = {
             "HEADS": heads, "K_HEADS": heads, "D": depth, "ACROSS": across, "INTERLEAVED": True, "FULL_TABLES": True,
-            **config,
+            **config, **({} if order else {"order_ptr": None}),
         }  # fmt: skip
         kernel = compiled(qk_norm_rope_kernel, constants, "bf16", capability, warps, ("cos_ptr", "sin_ptr"))
         check_code(kernel, capability, tmp_path)

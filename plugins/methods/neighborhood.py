@@ -2,7 +2,7 @@
 
 Each query sees a window of tokens around it, which shifts inward at borders and keeps its size. stride: queries of a run share
 the window of the one in its middle, which makes fewer blocks partial. dilation: every d-th token of an axis, so that the window
-reaches d times as far. causal: over time, only the present and the past.
+reaches d times as far. causal: on an axis, nothing behind the query; over time, only the present and the past.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tilewise.plugins.methods.base import Method, register
 from tilewise.plugins.methods.inward import MAX_BLOCKS
 
 Triple = tuple[int, int, int]
+AXES = ("t", "h", "w")
 
 
 @register
@@ -33,17 +34,19 @@ class Neighborhood(Method):
         window: tokens (t, h, w), each ≥ 1; larger than the axis (or than its residue class) means all of it.
         stride: tokens (t, h, w) that share a window; 1 is plain neighborhood attention.
         dilation: (t, h, w), each ≥ 1.
-        causal: whether a query sees no later frame. The window over t then ends at the query.
+        causal: (t, h, w), whether a query sees nothing behind itself on an axis, whose window then ends at the query. True: on
+            t alone, so that it sees no later frame. (NATTEN's ``is_causal=True`` is ``(True, True, True)`` here; its tuples mean
+            the same.)
 
     Raises:
-        ConfigError: for values below 1, a causal window over t shorter than its stride; on a grid with text tokens in the same
-            sequence, for a dilation.
+        ConfigError: for values below 1, a causal axis with a window shorter than its stride; on a grid with text tokens in the
+            same sequence, for a dilation.
     """
 
     window: Triple = (9, 15, 15)
     stride: Triple = (1, 1, 1)
     dilation: Triple = (1, 1, 1)
-    causal: bool = False
+    causal: bool | tuple[bool, bool, bool] = False
 
     name: ClassVar[str] = "neighborhood"
 
@@ -57,12 +60,24 @@ class Neighborhood(Method):
                 )
             object.__setattr__(self, what, tuple(value))
         if not isinstance(self.causal, bool):
-            raise ConfigError(f"neighborhood: causal must be true or false, got {self.causal!r}")
-        if self.causal and self.stride[0] > self.window[0]:
-            raise ConfigError(
-                f"neighborhood: a causal window of {self.window[0]} frames cannot have a stride of {self.stride[0]}; some "
-                "queries would see nothing. Give a stride of at most the window"
-            )
+            given = self.causal
+            good = isinstance(given, Sequence) and len(given) == 3 and all(isinstance(on, bool) for on in given)
+            if not good:
+                raise ConfigError(
+                    f"neighborhood: causal must be true or false (true: on t), or three of them for (t, h, w), got {given!r}"
+                )
+            object.__setattr__(self, "causal", tuple(given))
+        for axis, causal, window, stride in zip(AXES, self.causal_axes, self.window, self.stride, strict=True):
+            if causal and stride > window:
+                raise ConfigError(
+                    f"neighborhood: a causal window of {window} on {axis} cannot have a stride of {stride}; some queries would "
+                    "see nothing. Give a stride of at most the window"
+                )
+
+    @property
+    def causal_axes(self) -> tuple[bool, bool, bool]:
+        """Whether t, h and w are causal."""
+        return (self.causal, False, False) if isinstance(self.causal, bool) else self.causal
 
     def layout(self, grid: Grid) -> Layout:
         if self.dilation == (1, 1, 1):
@@ -81,10 +96,9 @@ class Neighborhood(Method):
             raise ConfigError(
                 f"neighborhood: the grid {layout.grid} has {layout.blocks} blocks, more than {MAX_BLOCKS}: the size is too large"
             )
-        sizes = zip(layout.grid.shape, self.window, self.stride, self.dilation, strict=True)
+        sizes = zip(layout.grid.shape, self.window, self.stride, self.dilation, self.causal_axes, strict=True)
         axes = []
-        for axis, (length, window, stride, dilation) in enumerate(sizes):
-            causal = self.causal and axis == 0
+        for length, window, stride, dilation, causal in sizes:
             # A stride longer than a (short) causal axis would be refused there: one group is all that is left of it.
             stride = min(stride, length) if causal else stride
             axes.append(axis_windows(length, window, stride, dilation, causal))

@@ -19,6 +19,7 @@ from tilewise.kernels.attention.dispatch import (
 from tilewise.kernels.attention.naive import masked_attention
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan, dense_plan_of_lengths, plan_from_block_map
+from tilewise.kernels.plans.dilated import DilatedLayout, axes_plan, axis_windows
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.kernels.plans.window import window_plan
 
@@ -150,6 +151,29 @@ def test_a_chunk_of_frames_attends_to_a_cache_of_frames():
     out, lse = forward(q[:, at], k, v, plan)
     torch.testing.assert_close(out, want[:, at], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse, want_lse[:, :, at], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dilation", [(1, 1, 1), (1, 2, 3)])
+def test_windows_that_are_causal_on_any_axis(dilation):
+    """Against each axis written out: the keys at or behind the leader of the query's stride, up to the query."""
+    shape, window, stride, causal = (2, 6, 7), (2, 3, 3), (1, 2, 1), (False, True, True)
+    layout = DilatedLayout(Grid(*shape), (1, 3, 4), 16, dilation)
+    sizes = list(zip(shape, window, stride, dilation, causal, strict=True))
+    plan = axes_plan(layout, [axis_windows(*size) for size in sizes])
+    seen = []
+    for n, w, s, d, ends in sizes:
+        i, j = torch.arange(n)[:, None], torch.arange(n)
+        size = (n - 1 - i % d) // d + 1  # of the query's residue class
+        leader = torch.minimum(i // d // s * s + s - 1, size - 1)
+        inside = (j // d > leader - w) & (j <= i) if ends else torch.ones(n, n, dtype=torch.bool)
+        seen.append((inside & (i % d == j % d)).double())
+    mask = torch.einsum("ab,cd,ef->acebdf", *seen).reshape(84, 84) > 0
+    q, k, v = (torch.randn(1, 84, heads, 16) for heads in (2, 1, 1))
+    order = layout.permutation
+    out, lse = forward(q[:, order], k[:, order], v[:, order], plan)
+    want, want_lse = masked_attention(q, k, v, mask)
+    torch.testing.assert_close(out[:, layout.inverse].double(), want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse[:, :, layout.inverse].double(), want_lse, atol=2e-5, rtol=2e-5)
 
 
 def empty_rows_plan(partial: bool) -> tuple[BlockPlan, torch.Tensor]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+from random import Random
+
 import pytest
 import tiny_wan
 import torch
@@ -28,10 +32,32 @@ CASES = {
         Grid(9, 4, 4),
         Neighborhood(window=(3, 2, 2), stride=(2, 1, 1), dilation=(2, 1, 2), causal=True),
     ),
+    "causal on h": (Grid(3, 8, 7), Neighborhood(window=(2, 4, 3), causal=(False, True, False))),
+    "causal on every axis": (Grid(5, 7, 6), Neighborhood(window=(3, 4, 2), causal=(True, True, True))),
+    "causal on h and w, strided": (
+        Grid(3, 9, 11),
+        Neighborhood(window=(3, 4, 5), stride=(2, 3, 5), causal=(False, True, True)),
+    ),
+    "causal on every axis, strided, dilated": (
+        Grid(5, 11, 13),
+        Neighborhood(window=(2, 3, 4), stride=(1, 2, 3), dilation=(2, 3, 2), causal=(True, True, True)),
+    ),
+    "causal on w, dilation larger than the axis": (
+        Grid(3, 6, 4),
+        Neighborhood(window=(2, 3, 3), stride=(1, 1, 3), dilation=(1, 2, 5), causal=(False, False, True)),
+    ),
+    "causal on h, text": (
+        Grid(2, 7, 5, text=4, text_first=True),
+        Neighborhood(window=(2, 3, 2), causal=(False, True, False)),
+    ),
     "causal, one frame": (Grid(1, 6, 6), Neighborhood(window=(4, 3, 3), stride=(3, 1, 1), causal=True)),
     "larger than the grid": (Grid(2, 3, 4), Neighborhood(window=(9, 9, 9), stride=(4, 4, 4))),
     "text": (Grid(3, 6, 5, text=4), Neighborhood(window=(1, 3, 3), causal=True)),
 }
+
+
+def causal_axes(method):
+    return (method.causal, False, False) if isinstance(method.causal, bool) else method.causal
 
 
 def sees(q, k, length, window, stride, dilation, causal):
@@ -52,7 +78,7 @@ def sees(q, k, length, window, stride, dilation, causal):
 def naive_mask(grid, method):
     axes = []
     for axis, length in enumerate(grid.shape):
-        rule = (length, method.window[axis], method.stride[axis], method.dilation[axis], method.causal and axis == 0)
+        rule = (length, method.window[axis], method.stride[axis], method.dilation[axis], causal_axes(method)[axis])
         axes.append(torch.tensor([[sees(q, k, *rule) for k in range(length)] for q in range(length)]))
     video = torch.einsum("ab,cd,ef->acebdf", *(a.float() for a in axes)).reshape(grid.video, grid.video) > 0
     mask = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
@@ -72,7 +98,48 @@ def test_mask_is_the_naive_one(grid, method):
     assert plan.density == pytest.approx(float(mask.float().mean()))
 
 
-@pytest.mark.parametrize("name", ["dilated and strided", "causal, strided, dilated", "text"])
+def natten_sees(q, k, length, window, stride, dilation, causal):
+    """NATTEN's rule for one axis (its reference kernels: window start and end of a query within its dilation group)."""
+    group = q % dilation
+    if k % dilation != group:
+        return False
+    size = length // dilation + 1 - (group + dilation - length % dilation) // dilation
+    i, j, left, right = q // dilation, k // dilation, window // 2, window // 2 + window % 2 - 1
+    if causal:
+        leader = min(i // stride * stride + stride - 1, size - 1)
+        return max(leader - left - right, 0) <= j < min(i + 1, size)
+    leader = min(i // stride * stride + stride // 2, size - 1)
+    start = max(leader - left, 0) + (leader + right >= size) * (size - right - leader - 1)
+    return start <= j < start + window
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_it_is_what_natten_defines(seed):
+    """Random windows, strides, dilations and causal axes of sizes for NATTEN: stride ≤ window, window · dilation ≤ axis."""
+    random = Random(seed)
+    shape, rules = [], []
+    for _ in range(3):
+        dilation, window = random.randint(1, 3), random.randint(2, 4)
+        length = window * dilation + random.randint(0, 3)
+        rules.append((length, window, random.randint(1, window), dilation, random.random() < 0.6))
+        shape.append(length)
+    axes = [torch.tensor([[natten_sees(q, k, *r) for k in range(r[0])] for q in range(r[0])]).float() for r in rules]
+    tokens = math.prod(shape)
+    want = torch.einsum("ab,cd,ef->acebdf", *axes).reshape(tokens, tokens) > 0
+    _, window, stride, dilation, causal = zip(*rules, strict=True)
+    method = Neighborhood(window=window, stride=stride, dilation=dilation, causal=causal)
+    layout = method.layout(Grid(*shape))
+    mask = method.plan(layout, 1, torch.device("cpu")).to_mask(1)[0, 0]
+    assert torch.equal(mask[layout.inverse][:, layout.inverse], want)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dilated and strided", "causal, strided, dilated", "text", "causal on every axis, strided, dilated",
+        "causal on h, text",
+    ],
+)  # fmt: skip
 def test_attention(name):
     grid, method = CASES[name]
     layout = method.layout(grid)
@@ -84,7 +151,7 @@ def test_attention(name):
     torch.testing.assert_close(found, wanted.float(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["plain", "strides", "dilated and strided", "causal, strided, dilated"])
+@pytest.mark.parametrize("name", ["plain", "strides", "dilated and strided", "causal on every axis, strided, dilated"])
 @pytest.mark.slow
 def test_flex_attention_agrees(name):
     """The rule written as FlexAttention's mask_mod, by arithmetic on raster positions."""
@@ -92,7 +159,7 @@ def test_flex_attention_agrees(name):
     _, h, w = grid.shape
 
     def axis(q, k, number):
-        length, causal = grid.shape[number], method.causal and number == 0
+        length, causal = grid.shape[number], causal_axes(method)[number]
         window, stride, dilation = method.window[number], method.stride[number], method.dilation[number]
         i, j = q // dilation, k // dilation
         size = (length - 1 - q % dilation) // dilation + 1  # of the residue class of q
@@ -150,8 +217,11 @@ def test_bad_options():
         Neighborhood(dilation=(1, 0, 1))
     with pytest.raises(ConfigError, match="cannot have a stride of 4"):
         Neighborhood(window=(3, 3, 3), stride=(4, 1, 1), causal=True)
-    with pytest.raises(ConfigError, match="causal must be"):
-        Neighborhood(causal=1)
+    with pytest.raises(ConfigError, match="causal window of 3 on w cannot have a stride of 4"):
+        Neighborhood(window=(3, 3, 3), stride=(1, 4, 4), causal=(True, False, True))
+    for causal in (1, "ttt", (True, False), (1, 0, 0), None, [True, True, "w"]):
+        with pytest.raises(ConfigError, match="causal must be"):
+            Neighborhood(causal=causal)
     with pytest.raises(ConfigError, match="text tokens"):
         Neighborhood(dilation=(1, 2, 2)).layout(Grid(2, 4, 4, text=3))
     with pytest.raises(ValueError, match="at least as long as its stride"):
@@ -159,5 +229,28 @@ def test_bad_options():
 
 
 def test_round_trip():
-    config = Config(Neighborhood(window=[3, 4, 5], causal=True))
-    assert Config.from_dict(config.to_dict()) == config
+    for causal in (True, [False, True, True]):
+        config = Config(Neighborhood(window=[3, 4, 5], causal=causal))
+        assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.method.causal == (False, True, True)
+
+
+@pytest.mark.parametrize("causal", [True, (False, True, True)])
+def test_nothing_behind_a_query_moves_it(causal):
+    """Through a patched model, one layer: a token moves what lies at or behind it on every causal axis, and nothing else."""
+    model = tiny_wan.tiny_transformer(num_layers=1)
+    x = torch.randn(1, 4, 3, 12, 14, generator=torch.Generator().manual_seed(0))  # grid 3×6×7
+    text = torch.randn(1, 16, tiny_wan.TEXT_DIM, generator=torch.Generator().manual_seed(1))
+    other = x.clone()
+    other[:, :, 1, 4:6, 6:8] += 2.0  # the token at (1, 2, 3)
+    with (
+        tilewise.patched(model, Neighborhood(window=(9, 99, 99), causal=causal), steps=(0, 1), strict=True),
+        torch.no_grad(),
+    ):
+        a, b = (model(y, torch.tensor([400.0]), text).sample for y in (x, other))
+    moved = (a != b)[0].any(0).unflatten(1, (6, 2)).unflatten(3, (7, 2)).any(4).any(2)
+    at = torch.meshgrid(*(torch.arange(n) for n in (3, 6, 7)), indexing="ij")
+    want = torch.ones(3, 6, 7, dtype=torch.bool)
+    for axis, on in enumerate((True, False, False) if causal is True else causal):
+        want &= (at[axis] >= (1, 2, 3)[axis]) | (not on)
+    assert torch.equal(moved, want)

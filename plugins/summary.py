@@ -197,7 +197,8 @@ def summary(target: Any) -> Summary:
     rows: list[SummaryRow] = []
     skipped: dict[str, str] = {}
     for name, patch in patches.items():
-        rows += [_row(name, kind, found) for kind, found in _groups(patch)]
+        with patch.state.call_stats.lock:  # another thread may be in a forward
+            rows += [_row(name, kind, found) for kind, found in _groups(patch)]
         skipped |= {f"{name}.{layer}": reason for layer, reason in patch.state.call_stats.skipped_layers.items()}
     config = next(iter(patches.values())).config
     grids = {name: str(patch.state.grid) for name, patch in patches.items() if patch.state.grid is not None}

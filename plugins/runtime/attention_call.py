@@ -120,11 +120,7 @@ class AttentionCalls:
         shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
         known = (forward.grid, forward.layout, layer.downsample, shapes, query.dtype, key.dtype, value.dtype, query.device,
                  request.dropout_p, request.is_causal, request.scale, request.fused)  # fmt: skip
-        try:
-            self._prepared.move_to_end(known)
-            return self._prepared[known]
-        except KeyError:
-            return self._prepared.lookup(known, lambda: self.planner.prepare(layer, request))
+        return self._prepared.lookup(known, lambda: self.planner.prepare(layer, request))
 
     # ── sparse ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -187,7 +183,7 @@ class AttentionCalls:
 
     def _plan_call(self, number: int, place: int, layout: Layout, qkv: QKV, scale: float | None) -> Planned:
         """A dynamic method's plan for the ``place``-th group of samples of a layer's call."""
-        method, query, memories = self.state.config.method, qkv[0], self.state.memories
+        method, query, memories = self.state.config.method, qkv[0], self.state.memories.now
         assert isinstance(method, DynamicMethod)
         memory: dict[str, Any] = {}
         if method.keeps_memory and not capturing(query.device):
@@ -258,7 +254,7 @@ class AttentionCalls:
         if not state.observers:
             return
         layer = state.layers[number]
-        where = state.name, layer.name, layer.block, state.forward.step, state.memories.branch
+        where = state.name, layer.name, layer.block, state.forward.step, state.memories.now.branch
         observed = ObservedCall(*where, kind, *qkv, **sparse)
         for observer in list(state.observers):
             observer(observed)

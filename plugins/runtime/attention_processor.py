@@ -113,7 +113,7 @@ class TilewiseProcessor(StandIn):
                 return out
         if self.replacement is not None:
             return self.replacement(self.original, self.dispatch, attn, hidden_states, *args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             return self._rebound(attn, hidden_states, *args, **kwargs)
         self.calls.tracing = self
         out = self.traced(self.original, attn, hidden_states, *args, **kwargs)
@@ -123,7 +123,7 @@ class TilewiseProcessor(StandIn):
     def dispatch(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """In place of diffusers' ``dispatch_attention_fn``, with its arguments."""
         request = AttentionRequest(*args, **kwargs).autocast()
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             return self.answer(request)
         plain = request.attn_mask is None or isinstance(request.attn_mask, torch.Tensor)  # no FlexAttention block mask
         if plain and not request.attention_kwargs and request.parallel_config is None:

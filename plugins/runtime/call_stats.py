@@ -6,6 +6,7 @@ Counts and sums only, by layer and kind of call: their size depends on the model
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -131,13 +132,17 @@ class CallRecord:
         """Keep a pair of device events; fold those that are long done, so that a long session does not pile them up."""
         self.events.append((start, end))
         half = MAX_EVENTS // 2
-        if len(self.events) >= MAX_EVENTS and self.events[half - 1][1].query():  # asks, does not wait
+        # Asks, does not wait; the latest first. Threads may have streams of their own, which end in no order.
+        if len(self.events) >= MAX_EVENTS and all(end.query() for _, end in reversed(self.events[:half])):
             self._fold(half)
 
     def seconds(self) -> float:
         """Seconds spent; waits for the GPU if it is still at work on them."""
         if self.events:
             self.events[-1][1].synchronize()
+            for _, end in self.events[:-1]:
+                if not end.query():  # on another thread's stream
+                    end.synchronize()
             self._fold(len(self.events))
         return self.wall
 
@@ -161,9 +166,13 @@ class Call:
 
 
 class CallStats:
-    """Records by (layer number, kind of call)."""
+    """Records by (layer number, kind of call). Threads add to the same records.
+
+    lock: held while a record is changed, and by who reads several.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.records: dict[tuple[int, CallKind], CallRecord] = defaultdict(CallRecord)
         self.skipped_layers: dict[str, str] = {}  # layers never taken over, with the reason
         self._reasons: dict[int, dict[str, str]] = defaultdict(
@@ -193,18 +202,21 @@ class CallStats:
         yield call
         if call.kind is None:
             return
-        record = self._record_of(layer, call.kind)
+        if end is not None:
+            end.record(stream)
+        seconds = time.perf_counter() - begin
         queries = query.shape[0] * query.shape[1]
         pairs = queries * key.shape[1]
-        record.count(queries, pairs, call.density)
-        if captured:
-            return
-        record.measurements.add(call.values, pairs, queries)
-        if start is not None and end is not None:
-            end.record(stream)
-            record.add_time(start, end)
-        else:
-            record.wall += time.perf_counter() - begin
+        with self.lock:
+            record = self._record_of(layer, call.kind)
+            record.count(queries, pairs, call.density)
+            if captured:
+                return
+            record.measurements.add(call.values, pairs, queries)
+            if start is not None and end is not None:
+                record.add_time(start, end)
+            else:
+                record.wall += seconds
 
     def _record_of(self, layer: int, kind: CallKind) -> CallRecord:
         """Reasons hold sizes and token counts: those that differ in numbers alone count together, under the first one."""

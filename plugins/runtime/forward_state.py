@@ -39,7 +39,7 @@ class Forward(threading.local):
         refused: why the method cannot run in this forward although it should; None: it can.
         global_path: whether calls are dense just now, on purpose; see ``ForwardState.global_path``.
         masks: the attention masks that were read.
-        step: of the denoising schedule, if anybody wants to know it. is_last: whether it is the last of its run.
+        step: of the denoising schedule, if anybody wants to know it.
     """
 
     def __init__(self, masks_per_layer: bool) -> None:
@@ -50,7 +50,6 @@ class Forward(threading.local):
         self.global_path = False
         self.masks = Masks(masks_per_layer)
         self.step: int | None = None
-        self.is_last = False
 
 
 class ForwardState:
@@ -111,7 +110,6 @@ class ForwardState:
 
     def end(self) -> None:
         """The forward is over: outside one, tokens are in the model's own order."""
-        self.memories.end(self.forward.is_last)
         self.forward.layout = None
         self.forward.masks.clear()
 
@@ -147,12 +145,14 @@ class ForwardState:
         forward, method = self.forward, self.config.method
         wanted = self.observers or (isinstance(method, DynamicMethod) and method.keeps_memory)
         if not wanted or capturing(timestep.device):  # a captured call plans for itself at every replay
-            forward.step, forward.is_last = None, False
+            forward.step = None
             self.memories.begin(None)
             return
         at = self.steps.of(timestep)
-        forward.step, forward.is_last = at.step, at.is_last
-        self.memories.begin(at.step, at.run)
+        forward.step = at.step
+        self.memories.begin(at.step, at.run, at.is_last)
+        if not forward.runs:  # not yet, or not again in this run
+            self.memories.now.free()
 
     # ── which order ──────────────────────────────────────────────────────────────────────────────────────────────
 

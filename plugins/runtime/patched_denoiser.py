@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,7 @@ class Patch:
         self.calls = AttentionCalls(self.state, self._resting)
         self._classes: dict[type, type[TilewiseProcessor]] = {}  # by the class that they stand in for
         self._handles: list[Any] = []
+        self._replacing = threading.Lock()
         self._raster: dict[str, list[Any]] = {}  # of layers left alone: what gives them the model's own order
         self._install(denoiser)
 
@@ -137,7 +139,7 @@ class Patch:
         timestep = self.family.timestep(args, kwargs)
         grid, refused = self._grid(denoiser, args, kwargs)
         refused = self._look_at_processors() or refused
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             self.state.begin(grid, timestep, refused)
             return
         shape = (0, 0, 0, 0, False) if grid is None else (grid.t, grid.h, grid.w, grid.text, grid.text_first)
@@ -148,7 +150,7 @@ class Patch:
         refused = self.family.refuses(denoiser, args, kwargs)
         if refused is not None:
             return None, refused
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self.family.grid(denoiser, args, kwargs), None
         try:
             return self.family.grid(denoiser, args, kwargs), None
@@ -176,7 +178,9 @@ class Patch:
         """Report a layer whose processor is not ours any more, once; what replaced it may do attention its own way."""
         module: Any = layer.module
         kind = type(module.processor).__name__
-        self._leave_alone(layer, f"its processor was replaced by {kind} after the patch")
+        with self._replacing:
+            if layer.name not in self.state.call_stats.skipped_layers:  # another thread may have been first
+                self._leave_alone(layer, f"its processor was replaced by {kind} after the patch")
 
     def _after(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
         self.state.end()
@@ -193,7 +197,7 @@ class Patch:
     def _reordered(self, x: torch.Tensor, dim: int, inverse: bool) -> torch.Tensor:
         if not self.reorders:
             return x
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             # The indices come from an operator and the gather is the compiler's, which joins it with its neighbours.
             return x.index_select(
                 dim, custom_ops.order(self.calls.ticket, self.handle, x.shape[dim], x.device, inverse)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -20,30 +21,40 @@ MAX_DENSE_PLANS = 8  # up to 32 MiB each
 T = TypeVar("T")
 
 
-class LRU(OrderedDict[Any, Any]):
-    """A dictionary of at most ``most`` entries that forgets the one that was used longest ago."""
+class LRU:
+    """At most ``most`` entries by key; the one that was used longest ago is forgotten. Threads may share it."""
 
     def __init__(self, most: int) -> None:
-        super().__init__()
         self.most = most
+        self._entries: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Any]:
+        """The keys; the one that was used longest ago comes first."""
+        with self._lock:
+            return iter(list(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def used(self, key: Hashable) -> Any:
         """The entry of ``key``, which counts as used now; None if there is none."""
-        try:
-            self.move_to_end(key)
-            return self[key]
-        except KeyError:  # another thread may have dropped it in between
-            return None
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._entries.move_to_end(key)
+            return found
 
     def lookup(self, key: Hashable, make: Callable[[], T]) -> T:
         """The entry of ``key``, made by ``make`` if there is none."""
         found = self.used(key)
         if found is not None:
             return found
-        value = make()
-        while len(self) >= self.most:
-            self.popitem(last=False)
-        self[key] = value
+        value = make()  # without the lock: another thread may make it too, and the first to come is kept
+        with self._lock:
+            value = self._entries.setdefault(key, value)
+            while len(self._entries) > self.most:
+                self._entries.popitem(last=False)
         return value
 
 

@@ -54,10 +54,13 @@ class Position(NamedTuple):
 
 
 class _Run(threading.local):
-    """The run that a thread's last forward was in: its timesteps, the first step of it, and its timesteps on the host."""
+    """The run that a thread's last forward was in: its timesteps, the first step of it, and its timesteps on the host.
+
+    timesteps: a weak reference, as what dynamic methods keep of a run is freed with the run's timesteps (``step_memory.py``).
+    """
 
     def __init__(self) -> None:
-        self.timesteps: Any = None
+        self.timesteps: Callable[[], Any] = lambda: None
         self.first = 0
         self.values: list[float] | None = None
 
@@ -86,12 +89,12 @@ class StepIndex:
         if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1:
             return by_noise_level(timestep)
         run = self._run
-        new = timesteps is not run.timesteps
+        new = timesteps is not run.timesteps()
         if new:
-            run.timesteps, run.values = timesteps, None
+            run.timesteps, run.values = weakref.ref(timesteps), None
         step = self._step(timestep, timesteps, scheduler, running)
         if step is None:
-            run.timesteps = None
+            run.timesteps = lambda: None
             if running is not None and not self._told:
                 self._told = True
                 warnings.warn(

@@ -164,7 +164,9 @@ def test_branches_and_sizes_have_their_own_memory(tiny_pipe):
     seen = []
 
     def look(pipe, step, timestep, tensors):
-        seen.append((len(memories), {key[0] for key in memories._kept}, {key[3].grid for key in memories._kept}))
+        seen.append(
+            (len(memories), {key[0] for key in memories.now._kept}, {key[3].grid for key in memories.now._kept})
+        )
         return tensors
 
     run(tiny_pipe, callback_on_step_end=look)
@@ -178,18 +180,18 @@ def test_a_denoiser_called_again_and_again_at_one_timestep_does_not_pile_up_memo
     memories = Memories()
     for _ in range(100):
         memories.begin(3)
-        memories.of("layer")["map"] = object()
+        memories.now.of("layer")["map"] = object()
     assert len(memories) <= 8
 
 
 def test_memories_begin_anew():
-    memories, first, second = Memories(), object(), object()
+    memories, first, second = Memories(), torch.zeros(7), torch.zeros(7)
 
     def forward(step, run=first):
         memories.begin(step, run)
-        memory = memories.of("layer")
+        memory = memories.now.of("layer")
         memory["seen"] = memory.get("seen", 0) + 1
-        return memories.branch, memory["seen"]
+        return memories.now.branch, memory["seen"]
 
     assert [forward(step) for step in (0, 0, 1, 1, 2, 2)] == [(0, 1), (1, 1), (0, 2), (1, 2), (0, 3), (1, 3)]
     assert [forward(3), forward(4)] == [(0, 4), (0, 1)], "guidance ended at step 3: nothing older may be mixed up"

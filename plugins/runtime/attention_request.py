@@ -39,7 +39,7 @@ class AttentionRequest:
         return self.query, self.key, self.value
 
     def autocast(self) -> AttentionRequest:
-        """The request as PyTorch's attention would see it: where autocast is on, in its dtype, whatever norms and projections left.
+        """The request as PyTorch's attention would see it: in the dtype of autocast where that is on, whatever norms left.
 
         Autocast leaves float64 as it is, and boolean masks.
         """

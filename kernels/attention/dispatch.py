@@ -18,7 +18,7 @@ from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+MAX_HEAD_DIM = 256  # any from 1 on: a kernel's products are wider where they must be, over zeros that are in no memory
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def available_backends(device: torch.device | str) -> list[tuple[str, bool, str]
 
 def unsupported(head_dim: int, dtype: torch.dtype) -> str | None:
     """Why no kernel takes a head dimension or dtype, or None if they do."""
-    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
-        return f"head dimension must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"head dimension must be 1 to {MAX_HEAD_DIM}, got {head_dim}"
     if dtype not in DTYPES:
         return f"dtype must be float16, bfloat16 or float32, got {dtype}"
     return None
@@ -135,10 +135,8 @@ def _wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -
         return ValueError("batch size and head dimension of q, k and v must be equal")
     if k.shape[2] == 0 or H % k.shape[2]:
         return ValueError(f"the {H} query heads must be a multiple of the {k.shape[2]} key heads")
-    if not MIN_HEAD_DIM <= D <= MAX_HEAD_DIM:
-        return UnsupportedPlanError(
-            f"head dimension must be {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {D}; use dense attention"
-        )
+    if not 1 <= D <= MAX_HEAD_DIM:
+        return UnsupportedPlanError(f"head dimension must be 1 to {MAX_HEAD_DIM}, got {D}; use dense attention")
     if (q.dtype, q.dtype) != (k.dtype, v.dtype) or q.dtype not in DTYPES:
         return UnsupportedPlanError(
             f"needs one dtype of float16, bfloat16, float32, got {q.dtype}, {k.dtype}, {v.dtype}; cast them to one"
@@ -230,7 +228,7 @@ def block_sparse_attention(
     """softmax(scale · q kᵀ) v over the key blocks that ``plan`` lists for each query block.
 
     Args:
-        q: (B, Sq, H, D) float16, bfloat16 or float32, any strides with a contiguous D, 16 ≤ D ≤ 256.
+        q: (B, Sq, H, D) float16, bfloat16 or float32, any strides with a contiguous D, 1 ≤ D ≤ 256.
         k, v: (B, Sk, Hk, D), Hk dividing H (grouped-query attention).
         plan: on the same device; see ``BlockPlan``.
         scale: default 1/√D.

@@ -44,7 +44,7 @@ def triton_block_stats(
         with torch.cuda.device_of(x):
             block_stats_kernel[(N, B * H)](
                 x, start, rows, mean, spread, x.stride(0), x.stride(1), x.stride(2), H, N,
-                D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=128, num_warps=4,
+                D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK=128, num_warps=4,
             )  # fmt: skip
     return mean, spread
 

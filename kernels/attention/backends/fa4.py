@@ -55,8 +55,8 @@ def fa4_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Blo
     D = q.shape[3]
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"{q.dtype} is not a 16-bit type"
-    if D > 128 or D % 8:
-        return f"head dimension {D} is not a multiple of 8 up to 128"
+    if not 16 <= D <= 128 or D % 8:
+        return f"head dimension {D} is not a multiple of 8 from 16 to 128"
     if plan.device_density is not None:
         return "the plan is of this call alone: FA4's tables would wait for the device at every call"
     tables = tables_of(plan, _blackwell(q.device))

@@ -57,10 +57,24 @@ def test_half_precision(name, dtype):
     check(case, *case.tensors(dtype), dtype=dtype)
 
 
-@pytest.mark.parametrize("head_dim", [16, 40, 64, 96, 128, 256])
+HEAD_DIMS = [1, 5, 8, 12, 16, 40, 64, 80, 96, 128, 256] if INTERPRETED else [*range(1, 18), 20, 40, 80, 99, 160, 256]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims(head_dim):
     case = Case("dims", Grid(2, 5, 6), (2, 3, 3), ((1, 1, 1),), head_dim=head_dim)
     check(case, *case.tensors(seed=head_dim))
+
+
+@pytest.mark.parametrize("head_dim", [5, 12] if INTERPRETED else HEAD_DIMS)
+def test_head_dims_of_grouped_queries_in_half_precision(head_dim):
+    """Partial blocks and text; NaN behind each head, where a wider kernel could read."""
+    case = Case(
+        "dims", Grid(2, 5, 6, text=3), (2, 3, 3), ((1, 3, 4),), unit="token", head_dim=head_dim, heads=4, kv_heads=2
+    )
+    tensors = [torch.nn.functional.pad(x, (0, 9), value=torch.nan) for x in case.tensors(torch.float16)]
+    for scale in (None, 0.3):
+        check(case, *(x[..., :head_dim] for x in tensors), dtype=torch.float16, scale=scale)
 
 
 def test_strides_as_they_come():
@@ -247,6 +261,18 @@ class TestEntryPoint:
         names = [name for name, _, _ in available_backends("cpu")]
         assert names == ["gluon", "fa4", "triton", "torch"]
 
+    @pytest.mark.parametrize("head_dim", [*range(1, 18), 20, 40, 80, 160])
+    def test_any_head_dim_is_taken(self, head_dim):
+        """The scale is that of the head dimension, whatever a kernel makes of it."""
+        case = Case("dims", Grid(2, 5, 6), (2, 3, 3), ((1, 1, 1),), head_dim=head_dim, heads=4, kv_heads=1)
+        q, k, v = case.tensors()
+        for scale in (None, 0.5):
+            out, lse = block_sparse_attention(q, k, v, case.plan(), scale=scale, return_lse=True)
+            want, want_lse = masked_attention(q, k, v, layout_mask(case)[None], scale)
+            torch.testing.assert_close(out, want.float(), atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(lse, want_lse.float(), atol=2e-5, rtol=2e-5)
+            assert torch.equal(block_sparse_attention(q, k, v, case.plan(), scale=scale), out)
+
     def test_operator_passes_opcheck(self):
         case = CASES[CASE_IDS.index("token window, text")]
         q, k, v = case.tensors()
@@ -276,7 +302,12 @@ class TestEntryPoint:
             (lambda q, k, v: (q, k[:, :-1], v[:, :-1]), ValueError, "the plan is for"),
             (lambda q, k, v: (q, k.half(), v.half()), TypeError, "one dtype"),
             (lambda q, k, v: (q.double(), k.double(), v.double()), TypeError, "float16, bfloat16, float32"),
-            (lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]), ValueError, "head dimension must be 16 to 256"),
+            (
+                lambda q, k, v: (q[..., :0], k[..., :0], v[..., :0]),
+                ValueError,
+                "head dimension must be 1 to 256, got 0",
+            ),
+            (lambda *x: [y.repeat(1, 1, 1, 9) for y in x], ValueError, "head dimension must be 1 to 256, got 288"),
             (lambda q, k, v: (q[..., ::2], k[..., ::2], v[..., ::2]), ValueError, "contiguous"),
             (
                 lambda q, k, v: (q, torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)),
@@ -297,7 +328,7 @@ class TestEntryPoint:
         [
             lambda q, k, v: (q, k.half(), v.half()),
             lambda q, k, v: (q.double(), k.double(), v.double()),
-            lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]),
+            lambda *x: [y.repeat(1, 1, 1, 9) for y in x],
             lambda q, k, v: (q[..., ::2], k[..., ::2], v[..., ::2]),
         ],
     )

@@ -229,6 +229,8 @@ def test_tables_are_made_once_and_misfits_are_cheap():
     assert "16-bit" in fa4_unsupported(q.float(), q.float(), q.float(), plan)
     wide = torch.zeros(1, plan.q_len, 2, 136, dtype=torch.bfloat16)
     assert "136" in fa4_unsupported(wide, wide, wide, plan)
+    narrow = wide[..., :8]
+    assert "8 is not a multiple of 8 from 16" in fa4_unsupported(narrow, narrow, narrow, plan)
     ragged = Case("small blocks", Grid(4, 12, 12), (2, 6, 6), ((1, 1, 1),), block=128).plan()
     small = torch.zeros(1, ragged.q_len, 2, 64, dtype=torch.bfloat16)
     assert "1.78" in fa4_unsupported(small, small, small, ragged)

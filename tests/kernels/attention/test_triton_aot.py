@@ -62,6 +62,14 @@ def test_compiles_without_spills(capability, dtype, head_dim, intervals, tmp_pat
     assert usage["spill stores"] == usage["spill loads"] == 0, usage
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_head_dims_below_the_narrowest_product_compile(capability, tmp_path):
+    """tl.dot takes no less than 16 channels, which only a compiler minds: the interpreter takes any number."""
+    kernel = compiled(capability, "bf16", 8, intervals=True)
+    usage = ptxas_usage(kernel.asm["ptx"], capability, tmp_path)
+    assert usage["spill stores"] == usage["spill loads"] == 0, usage
+
+
 @pytest.mark.parametrize(("head_dim", "capability"), [(64, 80), (128, 80), (256, 80), (256, 90)])
 def test_single_precision_compiles_and_fits(capability, head_dim):
     """Exact fp32 products run without matrix units and may spill; they must fit all the same."""

@@ -383,6 +383,33 @@ def test_summary_rows_are_merged_exactly(layout, dtype, heads):
     torch.testing.assert_close(reference, want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("head_dim", [1, 8, 12] if INTERPRETED else [*range(1, 18), 33, 80])
+def test_head_dims(head_dim):
+    """Means, shares and summary rows of any number of channels; NaN behind each head."""
+    layout, (H, Hk) = LAYOUTS[-1], (4, 2)
+    start, rows, _ = layout.block_table(CPU)
+    x = [random(1, layout.grid.tokens, n, head_dim + 3, seed=seed) for seed, n in enumerate((H, H, Hk, Hk))]
+    for each in x:
+        each[..., head_dim:] = torch.nan
+    q, out, k, v = (each[..., :head_dim] for each in x)
+    keys = block_stats(k, start, rows, variance=True)
+    parts = [k[0, block].double() for block in blocks_of(layout)]
+    assert keys.variance is not None
+    torch.testing.assert_close(keys.mean[0].double(), torch.stack([p.mean(0) for p in parts]), rtol=1e-5, atol=1e-5)
+    spread = torch.stack([p.var(0, unbiased=False) for p in parts])
+    torch.testing.assert_close(keys.variance[0].double(), spread, rtol=1e-4, atol=1e-5)
+    share = block_share(q, keys.mean, keys.variance, start, rows, 0.3)
+    torch.testing.assert_close(
+        share.double(), naive_share(q, keys.mean, keys.variance, layout, 0.3), rtol=1e-5, atol=1e-6
+    )
+    lse, bias = random(1, H, layout.grid.tokens), random(1, H, layout.blocks, layout.blocks)
+    means = keys.mean, block_stats(v, start, rows).mean
+    got = add_block_compensation(q, out.contiguous(), lse, *means, bias, layout, 0.3)
+    exact = (y.double() for y in (q, out, lse, *means))
+    want = add_block_compensation_reference(*exact, bias, layout, 0.3)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_lists_of_queries_and_keys_of_two_layouts(seed):
     case = two_layouts(seed)

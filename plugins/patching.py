@@ -22,6 +22,7 @@ from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.diffusers_compat import unwrapped
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.common.registry import attention_layers, family_of, supported_models
+from tilewise.plugins.runtime.other_threads import refuse_while_running
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
 from tilewise.plugins.torch_compat import forget_compiled, is_compiled_module, runs_compiled
 
@@ -104,6 +105,8 @@ def patch(
         UnsupportedModelError: a target without a denoiser, or with one that no family serves, without self-attention, or
             whose attention another library has fused or replaced.
         FallbackError: ``strict`` and a layer whose processor cannot be taken over.
+        TilewiseError: another thread is in a forward of a denoiser. Threads may run a patched denoiser, each in a pipeline
+            with a scheduler of its own, but not patch it.
         In each case nothing was changed.
     """
     config = resolve(
@@ -115,6 +118,7 @@ def patch(
     configs = {name: config.prepare(target, denoiser) for name, denoiser in denoisers.items()}
     for name, denoiser in denoisers.items():
         _check(name, denoiser, configs[name])
+    refuse_while_running("patch", denoisers)
     previous = _configs(denoisers)
     unpatch(target)
     try:
@@ -145,10 +149,14 @@ def _configs(denoisers: dict[str, nn.Module]) -> dict[str, Config]:
 
 
 def unpatch(target: T) -> T:
-    """Take the patch off: processors are put back by identity, hooks and state are removed. Harmless if there is none."""
-    denoisers = _find_denoisers(target)
-    on = [denoiser for denoiser in denoisers.values() if ATTRIBUTE in denoiser.__dict__]
-    for denoiser in on:
+    """Take the patch off: processors are put back by identity, hooks and state are removed. Harmless if there is none.
+
+    Raises:
+        TilewiseError: another thread is in a forward of a patched denoiser. Nothing was changed.
+    """
+    on = {name: denoiser for name, denoiser in _find_denoisers(target).items() if ATTRIBUTE in denoiser.__dict__}
+    refuse_while_running("unpatch", on)
+    for denoiser in on.values():
         forget_compiled(denoiser)  # before, as the patch's own hooks may be compiled too
         denoiser.__dict__[ATTRIBUTE].remove(denoiser)
     return target

@@ -74,9 +74,10 @@ class CoarseGlobalPath:
             )
         there = None if order is None else order[0]
         known = (grid, None if there is None else there.data_ptr(), device)
-        if self._patches is None or self._patches[0] != known:
-            self._patches = known, pooling_of(grid, there, self.pool, device)
-        patches = self._patches[1]
+        kept = self._patches  # another thread may put others there
+        if kept is None or kept[0] != known:
+            kept = self._patches = known, pooling_of(grid, there, self.pool, device)
+        patches = kept[1]
         call.density = len(patches.count) / grid.tokens
         call.kind = CallKind(GLOBAL_PATH, "pooled")
         return pooled_attention(*qkv, patches, scale)

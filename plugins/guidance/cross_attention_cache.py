@@ -8,18 +8,33 @@ use (``prefetch``), which at this size takes a fraction of that layer's attentio
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+import functools
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from tilewise.plugins.errors import TilewiseError
 
 Key = tuple[Hashable, int]  # branch and layer
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _locked(
+    method: Callable[Concatenate[CrossAttentionCache, P], T],
+) -> Callable[Concatenate[CrossAttentionCache, P], T]:
+    @functools.wraps(method)
+    def call(self: CrossAttentionCache, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class CrossAttentionCache:
-    """Tensors by (branch, layer).
+    """Tensors by (branch, layer). Threads may share it, and its budgets.
 
     Args:
         device_bytes: most bytes kept on the device; None: no limit.
@@ -38,7 +53,10 @@ class CrossAttentionCache:
         self._left: dict[Key, Any] = {}  # event: the copy to the host is done
         self._coming: dict[Key, tuple[torch.Tensor, Any]] = {}  # being copied back, and the event that says it is there
         self._stream: Any = None
+        # Held for the bookkeeping, not for the copies, which run on a stream.
+        self._lock = threading.RLock()
 
+    @_locked
     def put(self, key: Key, value: torch.Tensor) -> None:
         """Keep a tensor in place of what the key held.
 
@@ -68,6 +86,7 @@ class CrossAttentionCache:
             self.on_host += size
         self._copy_out(key, value)
 
+    @_locked
     def get(self, key: Key, device: torch.device) -> torch.Tensor | None:
         """The tensor of a key on ``device``, not to be written to; None if there is none."""
         if key in self._near:
@@ -83,6 +102,7 @@ class CrossAttentionCache:
         value.record_stream(current)
         return value
 
+    @_locked
     def prefetch(self, key: Key, device: torch.device) -> None:
         """Begin to bring a tensor back to the device, behind whatever copy is under way."""
         if device.type != "cuda" or key not in self._far or key in self._coming:
@@ -95,6 +115,7 @@ class CrossAttentionCache:
             there.record(stream)
         self._coming[key] = value, there
 
+    @_locked
     def drop(self, branch: Hashable) -> None:
         """Forget everything of a branch."""
         for key in [key for key in self._near if key[0] == branch]:

@@ -20,8 +20,9 @@ size works, and the memory is that of one hidden state more.
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from tilewise.plugins.guidance.global_path import GlobalPath, check_denoisers
 from tilewise.plugins.hooks.forward_override import ForwardOverride, override_forward
 from tilewise.plugins.models.common.registry import streams_of
 from tilewise.plugins.patching import denoisers_of, patches_of
+from tilewise.plugins.runtime.other_threads import refuse_while_running
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
 
 Guided = Literal["all", "cond"]
@@ -56,12 +58,44 @@ class Counts:
 
 @dataclass(eq=False)
 class _Branch:
-    """One text that is denoised with: the prompt or the negative prompt."""
+    """One text that a thread denoises with: the prompt or the negative prompt. thread: the thread's ``_Forward.thread``."""
 
     text: weakref.ref
+    thread: weakref.ref
+    run: Callable[[], Any] = lambda: None  # its timesteps
     forwards: int = 0
     step: int = -1
     shape: tuple[int, ...] = ()
+
+
+class _Thread:
+    """Lives as long as a thread does."""
+
+
+class _Forward(threading.local):
+    """What one forward goes by. Each thread has its own: two threads may run one denoiser at the same time.
+
+    Attributes:
+        branch: of this forward; None: its cross-attention is its own.
+        refreshing: whether the global path runs. in_full: whether it is what runs just now.
+        full: the global path's streams: picture, and text where that is one too.
+        handed: from the global path's layer to the window path's.
+        at: the block that is under way.
+        step, run: the last forward's, and its run's timesteps.
+    """
+
+    def __init__(self) -> None:
+        self.thread = _Thread()
+        self.step = -1
+        self.run: Callable[[], Any] = lambda: None
+        self.at = 0
+        self.reset()
+
+    def reset(self) -> None:
+        self.branch: _Branch | None = None
+        self.refreshing = self.in_full = False
+        self.full: tuple[torch.Tensor, ...] | None = None
+        self.handed: tuple[torch.Tensor, ...] | None = None
 
 
 class _Enough(Exception):  # noqa: N818 - no error: the way out of a block that has done its part
@@ -83,16 +117,10 @@ class TwoPaths:
         self.counts = Counts()
         self.blocks: list[Any] = [block for name in self.streams.blocks for block in getattr(denoiser, name)]
         self._branches: list[_Branch] = []
-        self._branch: _Branch | None = None  # of the forward under way; None: its cross-attention is its own
-        self._refreshing = False
-        self._in_full = False
-        # The global path's streams: picture, and text where that is one too.
-        self._full: tuple[torch.Tensor, ...] | None = None
-        self._handed: tuple[torch.Tensor, ...] | None = None  # from the global path's layer to the window path's
-        self._at = 0  # the block that is under way
+        self._lock = threading.Lock()  # of branches and counts
+        self._forward = _Forward()
         # The last block that asks for anything of the global path.
         self._last = max(patch.state.selected, default=-1) if streams.joint else len(self.blocks) - 1
-        self._during: tuple[int, Any] = (-1, None)  # the last forward's step, and its run's timesteps
         self.coarse = None if global_path == "dense" else CoarseGlobalPath(patch, global_path, pool)
         self._handles: list[Any] = []
         try:
@@ -133,7 +161,7 @@ class TwoPaths:
         self._handles.clear()
         if self.patch.state.guide is self:
             self.patch.state.guide = None
-        self._reset()
+        self._forward = _Forward()  # of every thread
         for branch in self._branches:
             self.cache.drop(branch)
         self._branches.clear()
@@ -153,80 +181,86 @@ class TwoPaths:
         text = args[self.streams.text] if len(args) > self.streams.text else kwargs["encoder_hidden_states"]
         latents = args[0] if args else kwargs["hidden_states"]
         at = self.patch.state.steps.of(self.patch.family.timestep(args, kwargs))
-        step = at.step
+        step, run = at.step, (lambda: None) if at.run is None else weakref.ref(at.run)
+        forward = self._forward
         # A scheduler makes its timesteps anew for each run: two clips of one step are two.
-        first_in_step = step != self._during[0] or at.run is not self._during[1]
-        self._during = step, at.run
-        self._reset()
+        first_in_step = step != forward.step or at.run is not forward.run()
+        forward.step, forward.run = step, run
+        forward.reset()
         if self.guided == "cond" and not first_in_step:
-            self.counts.unguided += 1
+            self._count("unguided")
             return
         branch = self._branch_of(text)
-        # Earlier in the schedule than before, or another size: a new clip with the same text.
-        if step < branch.step or branch.shape != tuple(latents.shape):
-            branch.forwards, branch.shape = 0, tuple(latents.shape)
+        # Earlier in the schedule than before, another run or size: a new clip with the same text.
+        if step < branch.step or at.run is not branch.run() or branch.shape != tuple(latents.shape):
+            branch.forwards, branch.run, branch.shape = 0, run, tuple(latents.shape)
         branch.step = step
-        self._branch = branch
-        self._refreshing = branch.forwards % self.refresh == 0
+        forward.branch = branch
+        forward.refreshing = branch.forwards % self.refresh == 0
         branch.forwards += 1
-        if self._refreshing:
-            self.counts.refreshed += 1
-        else:
-            self.counts.reused += 1
+        self._count("refreshed" if forward.refreshing else "reused")
+        if not forward.refreshing:
             self._prefetch(branch, 0, latents.device)
 
     def _end(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
-        if output is None and self._branch is not None:  # it failed: of what it refreshed, some is new and some is old
-            self._branch.forwards = 0
-        self._reset()
+        forward = self._forward
+        if (
+            output is None and forward.branch is not None
+        ):  # it failed: of what it refreshed, some is new and some is old
+            forward.branch.forwards = 0
+        forward.reset()
 
-    def _reset(self) -> None:
-        self._branch, self._refreshing, self._in_full, self._full, self._handed = None, False, False, None, None
+    def _count(self, what: str) -> None:
+        with self._lock:
+            setattr(self.counts, what, getattr(self.counts, what) + 1)
 
     def _branch_of(self, text: torch.Tensor) -> _Branch:
-        """The branch of a text, told by the tensor itself: pipelines give the same one at every step."""
-        for branch in [b for b in self._branches if b.text() is None]:
-            self._branches.remove(branch)
-            self.cache.drop(branch)
-        found = next((b for b in self._branches if b.text() is text), None)
-        if found is None:
-            found = _Branch(weakref.ref(text))
-            self._branches.append(found)
-        return found
+        """This thread's branch of a text, told by the tensor itself: pipelines give the same one at every step."""
+        thread = self._forward.thread
+        with self._lock:
+            for branch in [b for b in self._branches if b.text() is None or b.thread() is None]:
+                self._branches.remove(branch)
+                self.cache.drop(branch)
+            found = next((b for b in self._branches if b.text() is text and b.thread() is thread), None)
+            if found is None:
+                found = _Branch(weakref.ref(text), weakref.ref(thread))
+                self._branches.append(found)
+            return found
 
     def _block_hook(self, number: int) -> Any:
         names = (self.streams.hidden, "encoder_hidden_states")[: 1 + self.streams.joint]
 
         def before(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._at = number
-            if not self._refreshing or self._in_full or number > self._last:
+            forward = self._forward
+            forward.at = number
+            if not forward.refreshing or forward.in_full or number > self._last:
                 return
             if number:
-                full, self._full = self._full, None
+                full, forward.full = forward.full, None
             else:
                 full = tuple(args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
             assert full is not None
             named = {name: x for name, x in zip(names, full, strict=True) if name in kwargs}
             args, kwargs = (*full[: len(names) - len(named)], *args[len(names) - len(named) :]), {**kwargs, **named}
             del full, named
-            self._in_full = True
+            forward.in_full = True
             try:
                 # The block's forward and not the block: its hooks reorder tokens, which has been done.
                 with self.patch.state.global_path():
                     out = block.forward(*args, **kwargs)
                 out = out if isinstance(out, tuple) else (out,)
-                self._full = out[::-1] if self.streams.text_first else out
+                forward.full = out[::-1] if self.streams.text_first else out
             except _Enough:
                 pass
             finally:
-                self._in_full = False
+                forward.in_full = False
 
         return before
 
     def _cross(self, override: ForwardOverride, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        if self._branch is None:
+        if self._forward.branch is None:
             return override.stock(*args, **kwargs)
-        if self._in_full:
+        if self._forward.in_full:
             out = override.stock(*args, **kwargs)
             self._hand((out,))
             return out
@@ -244,26 +278,28 @@ class TwoPaths:
 
     def _hand(self, values: tuple[torch.Tensor, ...]) -> None:
         """From the global path's layer to the window path's, and into the cache."""
-        self._handed = values
+        forward = self._forward
+        forward.handed = values
         if self.keeps:
             for place, value in enumerate(values):
-                self.cache.put((self._branch, self._values * self._at + place), value)
-        if self._at == self._last:
+                self.cache.put((forward.branch, self._values * forward.at + place), value)
+        if forward.at == self._last:
             raise _Enough
 
     def _handed_over(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """What the global path's layer gave, just now or at the last refresh."""
-        if self._refreshing:
-            given, self._handed = self._handed, None
+        forward = self._forward
+        if forward.refreshing:
+            given, forward.handed = forward.handed, None
         else:
-            at = self._values * self._at
-            found = [self.cache.get((self._branch, at + place), device) for place in range(self._values)]
+            at = self._values * forward.at
+            found = [self.cache.get((forward.branch, at + place), device) for place in range(self._values)]
             given = tuple(x for x in found if x is not None)
-            self._prefetch(self._branch, self._at + 1, device)
+            self._prefetch(forward.branch, forward.at + 1, device)
         if given is None or len(given) < self._values:
             raise TilewiseError(
-                f"two paths: block {self._at} of {self.patch.name} has no output of the global path; its blocks did not all run "
-                "at the last refresh. Step caches that skip blocks cannot be used together with two paths"
+                f"two paths: block {forward.at} of {self.patch.name} has no output of the global path; its blocks did not all "
+                "run at the last refresh. Step caches that skip blocks cannot be used together with two paths"
             )
         return given
 
@@ -274,11 +310,11 @@ class TwoPaths:
     # ── text in the sequence: what a ``joint_text.TextGuide`` does ───────────────────────────────────────────────
 
     def keep(self, partial: tuple[torch.Tensor, torch.Tensor]) -> None:
-        if self._in_full:
+        if self._forward.in_full:
             self._hand(partial)
 
     def given(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self._branch is None or self._in_full:
+        if self._forward.branch is None or self._forward.in_full:
             return None
         out, lse = self._handed_over(device)
         return out, lse
@@ -300,7 +336,7 @@ def _coarse_self_attention(override: ForwardOverride, *args: Any, **kwargs: Any)
     if override.state is None:
         return override.stock(*args, **kwargs)
     paths = override.state
-    if not paths._in_full:
+    if not paths._forward.in_full:
         return override.stock(*args, **kwargs)
     return paths.coarse.layer(override, args, kwargs)
 
@@ -328,8 +364,8 @@ def two_paths(
             pipelines is the prompt's, and not the negative prompt's (as the paper's cached code does). Where guidance runs as
             one batch, both are in that first forward.
         pool: patch (h, w) in tokens for "pooled".
-        cache_bytes: most bytes of the cache on the device, for each denoiser; what is over goes to pinned host memory. None: no
-            limit.
+        cache_bytes: most bytes of the cache on the device, for each denoiser and all threads that run it; what is over goes to
+            pinned host memory. None: no limit.
         host_bytes: most bytes there. None: no limit.
 
     Yields:
@@ -338,6 +374,8 @@ def two_paths(
     Raises:
         ConfigError: options that cannot be, a target that is not patched or with a method that leaves all attention dense.
         UnsupportedModelError: another denoiser than those served, or one that is compiled or skips blocks.
+        TilewiseError: where another thread is in a forward of a denoiser, on entry or on exit. Threads may run the pipeline
+            within the block.
     """
     if not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 1:
         raise ConfigError(f"two paths: refresh must be a whole number of at least 1, got {refresh!r}")
@@ -356,6 +394,7 @@ def two_paths(
         )
     denoisers = denoisers_of(target)
     check_denoisers(target, {name: patch.config for name, patch in patches.items()}, global_path)
+    refuse_while_running("two paths", denoisers)
     on: dict[str, TwoPaths] = {}
     try:
         for name, patch in patches.items():
@@ -365,3 +404,4 @@ def two_paths(
     finally:
         for paths in on.values():
             paths.remove()
+        refuse_while_running("two paths were taken off", denoisers)

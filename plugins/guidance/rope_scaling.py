@@ -112,11 +112,12 @@ def _hook(native: Grid, rules: tuple) -> Callable[..., Any]:
         if math.prod(lengths) != output[0].shape[1]:
             raise ConfigError(f"RoPE scaling: tables {tuple(output[0].shape)} are not those of the grid {lengths}")
         key = (*lengths, output[0].device, output[0].dtype)
-        if key not in made:
+        found = made.get(key)
+        if found is None:
             made.clear()
             angle = _angles(rope, native.shape, lengths, rules).to(output[0].device)
-            made[key] = angle.cos().to(output[0].dtype), angle.sin().to(output[1].dtype)
-        return made[key]
+            found = made[key] = angle.cos().to(output[0].dtype), angle.sin().to(output[1].dtype)
+        return found
 
     return scale
 

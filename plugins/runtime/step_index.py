@@ -184,7 +184,7 @@ def running_pipeline(denoiser: nn.Module) -> Any:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if _is_pipelines(frame):
-            pipe = _first_argument(frame)
+            pipe = first_argument(frame)
             if isinstance(pipe, PIPELINES) and _holds(pipe, denoiser):
                 return pipe
         frame = frame.f_back
@@ -206,7 +206,8 @@ def _is_pipelines(frame: FrameType) -> bool:
     return inspect.isclass(found) and issubclass(found, PIPELINES)
 
 
-def _first_argument(frame: FrameType) -> Any:
+def first_argument(frame: FrameType) -> Any:
+    """What a frame of a method has as ``self``, or None."""
     variables = frame.f_locals
     found = variables.get("self")
     # Before Python 3.13 these are a copy that the frame keeps, and with it all tensors that it names. Emptied, unless somebody

@@ -18,6 +18,7 @@ import torch
 from threads import Turns
 
 import tilewise
+from tilewise.plugins.guidance.dual_path import two_paths
 from tilewise.plugins.methods.dynamic.step_memory import Memories
 from tilewise.plugins.runtime.call_stats import SPARSE, CallKind, CallStats
 from tilewise.plugins.runtime.plan_cache import LRU
@@ -271,3 +272,28 @@ def test_a_processor_that_was_replaced_is_reported_by_one_thread():
             assert torch.equal(got, alone)
     assert torch.equal(family_checks.forward(model, given), alone)
     assert list(tilewise.summary(model).skipped_layers) == ["denoiser.blocks.1.attn1"]
+
+
+def test_patching_while_another_thread_is_in_a_forward_is_refused(tiny_pipe):
+    tilewise.patch(tiny_pipe, METHODS["sta"], steps=(0, 1))
+    patch, alone = tiny_pipe.transformer._tilewise, request(tiny_pipe, **REQUESTS[0])
+    turns = Turns()
+
+    def others():
+        with pytest.raises(
+            tilewise.TilewiseError, match=r"patch: transformer is in a forward in another thread \(request 0\)"
+        ):
+            tilewise.patch(tiny_pipe, "dense")
+        with pytest.raises(tilewise.TilewiseError, match="unpatch: transformer is in a forward"):
+            tilewise.unpatch(tiny_pipe)
+        with (
+            pytest.raises(tilewise.TilewiseError, match="two paths: transformer is in a forward"),
+            two_paths(tiny_pipe),
+        ):
+            pass
+        return tiny_pipe.transformer._tilewise is patch
+
+    with turns.at_every_module(tiny_pipe.transformer):
+        got, untouched = turns.run(lambda: request(tiny_pipe, **REQUESTS[0]), others)
+    assert untouched and torch.equal(got, alone)
+    tilewise.unpatch(tiny_pipe)

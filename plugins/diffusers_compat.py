@@ -54,6 +54,21 @@ DISPATCH = "dispatch_attention_fn"
 Processors that call it otherwise cannot be taken over: their layers stay dense, and are reported."""
 
 
+SAVED_PROCESSORS = "original_attn_processors"
+"""The attribute in which a denoiser's ``fuse_qkv_projections`` keeps the processors that it replaces, by name, for
+``unfuse_qkv_projections``. Seen in 0.42 on SD 3, CogVideoX and UNets. If it is renamed, unfusing after ``unpatch`` puts a
+patch's processors on the layers; as it is off, they run stock."""
+
+
+def call_with_sdpa(kind: type) -> Any:
+    """The ``__call__`` that a processor class defines; for ``AttnProcessor`` that of ``AttnProcessor2_0``: the same attention in
+    PyTorch's function instead of two products. UNets get an ``AttnProcessor`` from ``set_default_attn_processor``. Seen in 0.42.
+    If it moves, patching fails."""
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    return (AttnProcessor2_0 if kind is AttnProcessor else kind).__dict__.get("__call__")
+
+
 def dispatch_options(processor: Any) -> dict[str, Any]:
     """What a processor hands to the dispatcher besides tensors: its ``_attention_backend`` and ``_parallel_config``.
 

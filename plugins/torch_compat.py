@@ -49,6 +49,12 @@ def runs_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
+def is_tracing() -> bool:
+    """Whether torch.compile's tracer, Dynamo, is looking at Python objects now: there is a ``torch._guards.CompileContext``. (It
+    replaces ``torch.compiler.is_compiling`` in what it traces, and only there.) If that is renamed, patching fails."""
+    return torch._guards.CompileContext.try_get() is not None
+
+
 def forget_compiled(denoiser: nn.Module) -> None:
     """Drop compiled code of a module and everything in it, but of nothing else in the process.
 

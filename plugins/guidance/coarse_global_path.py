@@ -48,8 +48,7 @@ class CoarseGlobalPath:
             out = processor.fused(original, dispatch, module, *args, **kwargs)
             if out is not None:
                 return out
-        stock: Any = type(original).__call__
-        return types.MethodType(rebind(stock, dispatch), original)(module, *args, **kwargs)
+        return types.MethodType(rebind(processor.stock_call, dispatch), original)(module, *args, **kwargs)
 
     def _dispatch(
         self, number: int, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any

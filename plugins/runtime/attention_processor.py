@@ -14,11 +14,13 @@ from typing import Any, Protocol
 
 import torch
 
+from tilewise.plugins.diffusers_compat import call_with_sdpa
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.hooks.attention_rebinding import attention_form, rebind, stock_attention
 from tilewise.plugins.hooks.stand_in import StandIn
 from tilewise.plugins.runtime.attention_request import AttentionRequest, is_autocast
 from tilewise.plugins.runtime.custom_ops import attend, handle_for
+from tilewise.plugins.torch_compat import is_tracing
 
 
 class Calls(Protocol):
@@ -41,7 +43,7 @@ def why_not(processor: Any) -> str | None:
     its own modules, and what is set on it, such as an IP-Adapter's scale, would not reach it."""
     if isinstance(processor, torch.nn.Module):
         return f"its processor, {type(processor).__name__}, has weights of its own"
-    if isinstance(processor, TilewiseProcessor) or attention_form(type(processor).__dict__.get("__call__")):
+    if isinstance(processor, TilewiseProcessor) or attention_form(call_with_sdpa(type(processor))):
         return None
     return f"its processor, {type(processor).__name__}, cannot be taken over"
 
@@ -66,12 +68,9 @@ class TilewiseProcessor(StandIn):
     fused, replacement: the family's ``self_attention`` and ``replace_processor`` of the layer, see ``Family``.
     """
 
-    traced: Callable[..., Any]  # the stock __call__ as torch.compile sees it, one for all layers of a patch
+    stock_call: Any  # the original's __call__, or its like with an attention call to answer
+    traced: Callable[..., Any]  # stock_call as torch.compile sees it, one for all layers of a patch
     original_class: type
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # diffusers makes new processors of the class that it finds on a layer, as when an IP-Adapter comes or goes.
-        return super().__new__(cls) if args or kwargs else cls.original_class()
 
     def __init__(
         self,
@@ -85,11 +84,17 @@ class TilewiseProcessor(StandIn):
         self.calls = calls
         self.number = number
         self.handle = handle_for(self)
-        call: Any = type(original).__call__
-        self.stock = stock_attention(call)
+        self.stock = stock_attention(self.stock_call)
         self.fused = fused
         self.replacement = replacement
-        self._rebound = types.MethodType(rebind(call, self.dispatch), original)
+        self._rebound = types.MethodType(rebind(self.stock_call, self.dispatch), original)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The original's class: diffusers goes by it when it makes new processors, as when an IP-Adapter comes or goes, when it
+        resets them, and when it hangs hooks on a layer. ``isinstance`` knows both classes, and ``type`` gives this one. Dynamo
+        looks attributes up in ``__class__``, and must be told the truth."""
+        return type(self) if is_tracing() else self.original_class
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copied with its denoiser it becomes stock's, which is what ``deepcopy.copy_patched`` goes on from."""
@@ -173,7 +178,7 @@ class TilewiseProcessor(StandIn):
 
 def processor_class(original: type, calls: Calls) -> type[TilewiseProcessor]:
     """The class of the processors that stand in for those of class ``original`` in one patch."""
-    stock_call: Any = original.__call__
+    stock_call = call_with_sdpa(original)
 
     # The rebound copy that torch.compile traces is told which layer it serves: a copy a layer would make a graph a layer.
     def dispatch(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -189,6 +194,7 @@ def processor_class(original: type, calls: Calls) -> type[TilewiseProcessor]:
     members = {
         "__call__": call,
         "__doc__": original.__doc__,
+        "stock_call": staticmethod(stock_call),
         "traced": staticmethod(rebind(stock_call, dispatch)),
         "original_class": original,
     }

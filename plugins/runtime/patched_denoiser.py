@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from tilewise.plugins.config import Config, select_blocks
-from tilewise.plugins.diffusers_compat import is_sharded
+from tilewise.plugins.diffusers_compat import SAVED_PROCESSORS, is_sharded
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.hooks.deepcopy import COPIER, STATE, copy_patched, shallow_state
+from tilewise.plugins.hooks.stand_in import stock_processor
 from tilewise.plugins.methods.dense import Dense
 from tilewise.plugins.models.common.family import AttentionLayer, Family, UnreadableGridError
 from tilewise.plugins.models.common.registry import family_of
@@ -53,6 +54,7 @@ class Patch:
         self._classes: dict[type, type[TilewiseProcessor]] = {}  # by the class that they stand in for
         self._handles: list[Any] = []
         self._replacing = threading.Lock()
+        self.left_alone: dict[str, Any] = {}  # processors that are not taken over, by layer name
         self._raster: dict[str, list[Any]] = {}  # of layers left alone: what gives them the model's own order
         self._install(denoiser)
 
@@ -60,38 +62,50 @@ class Patch:
 
     def _install(self, denoiser: nn.Module) -> None:
         try:
-            for number, layer in enumerate(self.layers):
-                module: Any = layer.module
-                while isinstance(
-                    module.processor, TilewiseProcessor
-                ):  # of an earlier patch, put back by who had saved it
-                    _set_processor(module, module.processor.original)
-                if reason := why_not(module.processor):
-                    self._leave_alone(layer, reason)
-                else:
-                    _set_processor(module, self._stand_in(module.processor, number, layer))
+            for number in range(len(self.layers)):
+                self._adopt(number)
             self._handles.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(denoiser.register_forward_hook(self._after, always_call=True))
             self._handles += self.family.reorder_hooks(denoiser, self)
             if self.config.fuse:
                 self._handles += self.family.fuse(denoiser, self.calls)
         except BaseException:
-            self._take_off()
+            self._take_off(denoiser)
             raise
         setattr(denoiser, ATTRIBUTE, self)
         setattr(denoiser, COPIER, functools.partial(copy_patched, self, denoiser, {ATTRIBUTE, COPIER, STATE}))
         setattr(denoiser, STATE, functools.partial(shallow_state, self, denoiser))
 
+    def _adopt(self, number: int, after: str = "") -> None:
+        """Stand in for the processor that is on layer ``number`` now; or leave the layer alone, where that cannot be.
+
+        after: what a report says of a processor that came after the patch.
+        """
+        layer = self.layers[number]
+        module: Any = layer.module
+        while isinstance(
+            module.processor, TilewiseProcessor
+        ):  # another patch's or layer's, put here by who had saved it
+            _set_processor(module, module.processor.original)
+        self._take_back(layer)
+        if reason := why_not(module.processor):
+            self._leave_alone(layer, reason + after)
+        else:
+            _set_processor(module, self._stand_in(module.processor, number, layer))
+
     def _leave_alone(self, layer: AttentionLayer, reason: str) -> None:
         """A layer with a processor of its own stays dense, is reported, and gets its tokens in the model's own order."""
         if self.config.strict:
             raise FallbackError(f"strict: {self.name}.{layer.name} would stay dense: {reason}")
+        module: Any = layer.module
+        self.left_alone[layer.name] = module.processor
         self.state.call_stats.skipped_layers[layer.name] = reason
         self._raster[layer.name] = self.family.raster_hooks(layer.module, self)
         self._handles += self._raster[layer.name]
 
     def _take_back(self, layer: AttentionLayer) -> None:
-        """A layer that had been left alone has our processor again: somebody put back what they had saved."""
+        """A layer is not left alone, or not any more."""
+        self.left_alone.pop(layer.name, None)
         for handle in self._raster.pop(layer.name, ()):
             handle.remove()
         self.state.call_stats.skipped_layers.pop(layer.name, None)
@@ -104,12 +118,12 @@ class Patch:
         return self._classes[kind](original, self.calls, number, fused, self.family.replace_processor(layer))
 
     def remove(self, denoiser: nn.Module) -> None:
-        self._take_off()
+        self._take_off(denoiser)
         delattr(denoiser, ATTRIBUTE)
         for name in (COPIER, STATE):  # a shallow copy may lack the latter
             denoiser.__dict__.pop(name, None)
 
-    def _take_off(self) -> None:
+    def _take_off(self, denoiser: nn.Module) -> None:
         self.calls.removed = True
         for handle in self._handles:
             handle.remove()
@@ -119,6 +133,8 @@ class Patch:
             # One that was replaced since by somebody else is theirs to keep.
             if isinstance(module.processor, TilewiseProcessor):
                 _set_processor(module, module.processor.original)
+        saved = denoiser.__dict__.get(SAVED_PROCESSORS) or {}
+        saved.update({name: stock_processor(processor) for name, processor in saved.items()})
 
     @property
     def handles(self) -> list[Any]:
@@ -161,26 +177,31 @@ class Patch:
         """Follow what others did to the layers' processors since the patch. Traced by torch.compile, as the hooks that a layer
         gets or loses here must be there to be traced. Returns why this forward cannot be sparse, or None."""
         refused = None
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             module: Any = layer.module
-            if not isinstance(module.processor, TilewiseProcessor):
-                if layer.name not in self.state.call_stats.skipped_layers:
-                    self._replaced(layer)
-                continue
-            if layer.name in self.state.call_stats.skipped_layers:
+            if not self._knows(number):
+                self._replaced(number)
+            elif isinstance(module.processor, TilewiseProcessor) and layer.name in self.left_alone:
                 self._take_back(layer)
             if is_sharded(module.processor):
                 refused = "context parallelism is enabled, and shards the tokens before they can be reordered"
         return refused
 
-    @torch.compiler.disable
-    def _replaced(self, layer: AttentionLayer) -> None:
-        """Report a layer whose processor is not ours any more, once; what replaced it may do attention its own way."""
+    def _knows(self, number: int) -> bool:
+        """Whether the processor that is on layer ``number`` is ours for that layer, or one that we left alone."""
+        layer = self.layers[number]
         module: Any = layer.module
-        kind = type(module.processor).__name__
+        processor = module.processor
+        if isinstance(processor, TilewiseProcessor):
+            return processor.calls is self.calls and processor.number == number
+        return self.left_alone.get(layer.name) is processor
+
+    @torch.compiler.disable
+    def _replaced(self, number: int) -> None:
+        """Somebody set another processor on a layer. The patch stays on: it is taken over like the one before, or left alone."""
         with self._replacing:
-            if layer.name not in self.state.call_stats.skipped_layers:  # another thread may have been first
-                self._leave_alone(layer, f"its processor was replaced by {kind} after the patch")
+            if not self._knows(number):  # another thread may have been first
+                self._adopt(number, after=" (it was set after the patch)")
 
     def _after(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
         self.state.end()

@@ -91,6 +91,20 @@ def test_our_dispatcher_takes_what_the_stock_one_does():
     assert ours == parameters(dispatch_attention_fn)
 
 
+def test_an_older_processor_has_a_like_that_calls_sdpa():
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    assert "scaled_dot_product_attention" not in AttnProcessor.__call__.__code__.co_names
+    assert compat.call_with_sdpa(AttnProcessor) is AttnProcessor2_0.__call__ is compat.call_with_sdpa(AttnProcessor2_0)
+    assert parameters(AttnProcessor.__call__) == parameters(AttnProcessor2_0.__call__)
+    assert compat.call_with_sdpa(type("Own", (AttnProcessor2_0,), {})) is None
+
+
+@pytest.mark.parametrize("model", ["UNet2DConditionModel", "SD3Transformer2DModel", "CogVideoXTransformer3DModel"])
+def test_where_fusing_keeps_the_processors_that_it_replaces(model):
+    assert compat.SAVED_PROCESSORS in getattr(diffusers, model).unfuse_qkv_projections.__code__.co_names
+
+
 @pytest.mark.parametrize("processor", [compat.wan_modules().processor, compat.hunyuan_video15_processor()])
 def test_options_of_a_processor(processor):
     processor = processor()
@@ -310,6 +324,22 @@ def test_compiled_modules():
     assert torch_compat.runs_compiled(in_place) and torch_compat.runs_compiled(by_forward)
 
 
+@pytest.mark.compile
+def test_what_the_tracer_looks_at():
+    seen = []
+
+    class Looked:
+        @property
+        def __class__(self):
+            seen.append(torch_compat.is_tracing())
+            return Looked
+
+    looked = Looked()
+    assert looked.__class__ is Looked and seen == [False]
+    torch.compile(lambda x: x + isinstance(looked, Looked), backend="eager")(torch.zeros(1))
+    assert seen[-1], "Dynamo does not go by __class__ any more"
+
+
 def test_a_tensors_version():
     x = torch.zeros(2)
     before = torch_compat.version_of(x)
@@ -338,7 +368,7 @@ def tiny_unet() -> diffusers.UNet2DModel:
 PRIVATE = re.compile(
     r"""[."'](_diffusers_hook|_fn_refs|_old_forward|_execution_device|_name_or_path|_current_timestep|_num_timesteps|_pack_latents"""
     r"""|_unpack_latents|_get_scale_factor|_AttentionBackendRegistry|_pack_history_states|_prepare_sequence|_orig_mod"""
-    r"""|_compiled_call_impl|_torchdynamo_orig_callable|_forward_hooks|_forward_pre_hooks)\b|compute_empirical_mu"""
+    r"""|_compiled_call_impl|CompileContext|_torchdynamo_orig_callable|_forward_hooks|_forward_pre_hooks)\b|compute_empirical_mu"""
 )
 
 

@@ -309,14 +309,17 @@ def test_a_processor_that_is_replaced_after_the_patch_is_reported(tiny_pipe):
     tilewise.patch(tiny_pipe, FULL, steps=(0, 1))
     tiny_pipe.transformer.blocks[0].attn1.set_processor(Exotic())
     patched = latents(tiny_pipe)
-    assert "replaced by Exotic" in tilewise.summary(tiny_pipe).skipped_layers["transformer.blocks.0.attn1"]
+    assert (
+        "Exotic, cannot be taken over (it was set after"
+        in tilewise.summary(tiny_pipe).skipped_layers["transformer.blocks.0.attn1"]
+    )
     tilewise.unpatch(tiny_pipe)
     torch.testing.assert_close(latents(tiny_pipe), patched, atol=1e-4, rtol=1e-4)
     assert isinstance(tiny_pipe.transformer.blocks[0].attn1.processor, Exotic)
     tiny_pipe.transformer.blocks[0].attn1.set_processor(WanAttnProcessor())
     tilewise.patch(tiny_pipe, FULL, steps=(0, 1), strict=True)
     tiny_pipe.transformer.blocks[0].attn1.set_processor(Exotic())
-    with pytest.raises(tilewise.FallbackError, match="replaced by Exotic"):
+    with pytest.raises(tilewise.FallbackError, match="Exotic, cannot be taken over"):
         latents(tiny_pipe)
 
 

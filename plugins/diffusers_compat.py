@@ -117,6 +117,17 @@ def kept_forwards(module: nn.Module) -> Iterator[tuple[Any, str]]:
     yield module, "_old_forward"
 
 
+def step_cache(denoiser: nn.Module) -> str | None:
+    """Which library's step cache is enabled on a denoiser, or None.
+
+    diffusers' ``CacheMixin`` has ``is_cache_enabled``, seen in 0.42. cache-dit 1.5 and ParaAttention 0.3 set ``_is_cached`` on
+    the denoiser. If they change, ``highres`` starts with a cache that skips blocks, and fails at the first one that was skipped.
+    """
+    if getattr(denoiser, "is_cache_enabled", False):
+        return "diffusers: disable_cache()"
+    return "cache-dit or ParaAttention" if getattr(denoiser, "_is_cached", False) else None
+
+
 # ── pipelines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -192,15 +203,6 @@ def flux2_mu(tokens: int, steps: int) -> float:
 
 
 # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-PACK_HISTORY = "_pack_history_states"
-"""The method of ``HunyuanVideoFramepackTransformer3DModel`` that joins history and video, and their rotary tables: (video,
-clean, half, quarter, tables, …) → (joined, tables). Seen in 0.42. If it changes, ``patch`` or the first forward of such a model
-fails."""
-
-PREPARE_SEQUENCE = "_prepare_sequence"
-"""The method of ``ZImageTransformer2DModel`` that both streams pass: (feats, pos_ids, inner_pad_mask, pad_token, …) → (hidden
-states, rotary tables, …). Seen in 0.42. If it changes, ``patch`` or the first forward of such a model fails."""
 
 
 def another(found: Any, known: type) -> str:

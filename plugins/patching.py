@@ -1,10 +1,9 @@
 """patch and unpatch: a few removable parts on each denoiser, and nothing anywhere else.
 
 1. a forward pre-hook on the denoiser reads the grid and decides whether this step runs the method;
-2. the family's hooks reorder the tokens once on entry to the blocks and once on exit;
-3. attention processors stand in for the stock ones and answer their attention calls.
+2. attention processors stand in for the stock ones and answer their attention calls.
 
-Where the model's family has fused kernels for the rest of the step, a fourth puts them on its blocks.
+Where the model's family has fused kernels for the rest of the step, a third puts them on its blocks.
 
 One attribute on the denoiser, ``_tilewise``, holds all state; another, ``__deepcopy__``, makes copies patched ones of their own
 (``deepcopy.py``). ``unpatch`` removes them, the hooks and the processors.

@@ -34,7 +34,7 @@ Axis = tuple[torch.Tensor, torch.Tensor]  # lo, hi (exclusive) of the keys that 
 class DilatedLayout(Layout):
     """A layout whose tiles are boxes of virtual coordinates: residue classes one after the other along each axis.
 
-    ``coords`` and ``raster_coords`` are virtual; ``permutation`` and ``inverse`` speak of the grid's own raster order.
+    ``coords`` and ``raster_coords`` are virtual; ``permutation`` and ``inverse`` speak of the model's sequence.
     """
 
     dilation: Triple = (1, 1, 1)
@@ -43,21 +43,14 @@ class DilatedLayout(Layout):
     def permutation(self) -> torch.Tensor:
         t, h, w = (axis_order(n, d) for n, d in zip(self.grid.shape, self.dilation, strict=True))
         raster = (t[:, None, None] * self.grid.h + h[:, None]) * self.grid.w + w  # of each virtual raster position
-        offset = self.grid.text if self.grid.text_first else 0
-        whole = torch.arange(self.grid.tokens, device="cpu")
-        whole[offset : offset + self.grid.video] = raster.reshape(-1) + offset
-        return whole[self._virtual_permutation]
+        return self._beside_text(raster.reshape(-1)[self._video_order])
 
     @cached_property
     def coords(self) -> torch.Tensor:
         coords = torch.full((3, self.grid.tokens), -1, device="cpu")
-        offset = self.grid.text if self.grid.text_first else 0
-        coords[:, offset : offset + self.grid.video] = self.raster_coords
-        return coords[:, self._virtual_permutation]
-
-    @cached_property
-    def _virtual_permutation(self) -> torch.Tensor:
-        return Layout(self.grid, self.tile, self.max_block_rows).permutation
+        start = self.grid.text if self.grid.text_first else 0
+        coords[:, start : start + self.grid.video] = self.raster_coords[:, self._video_order]
+        return coords
 
 
 _IN_USE: WeakValueDictionary[tuple[Any, ...], DilatedLayout] = WeakValueDictionary()

@@ -33,6 +33,8 @@ class Grid:
         t, h, w: latent frames, rows and columns after patchify. Each ≥ 1.
         text: number of text tokens that share the self-attention sequence (0 where text has its own cross-attention).
         text_first: whether the text tokens stand before the video tokens.
+        opposite: how many of the text tokens stand on the other side of the video in the model's sequence: reference images
+            after an image, a history before a video. A layout brings them to the rest of the text.
     """
 
     t: int
@@ -40,10 +42,17 @@ class Grid:
     w: int
     text: int = 0
     text_first: bool = False
+    opposite: int = 0
 
     def __post_init__(self) -> None:
         if min(self.t, self.h, self.w) < 1 or self.text < 0:
             raise ValueError(f"Grid: t, h and w must be at least 1 and text at least 0, got {self}")
+        if not 0 <= self.opposite <= self.text:
+            raise ValueError(f"Grid: opposite must be at most the {self.text} text tokens, got {self.opposite}")
+
+    def with_text(self, text: int) -> Grid:
+        """The same grid with another number of text tokens."""
+        return replace(self, text=text, opposite=min(self.opposite, text))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -58,6 +67,11 @@ class Grid:
     def tokens(self) -> int:
         """Sequence length S: video and text tokens together."""
         return self.video + self.text
+
+    @property
+    def video_start(self) -> int:
+        """Position of the first video token in the model's sequence."""
+        return self.text - self.opposite if self.text_first else self.opposite
 
     def __str__(self) -> str:
         text = f" + {self.text} text" if self.text else ""
@@ -79,7 +93,7 @@ class Layout:
         max_block_rows: a tile with more tokens is cut into blocks of at most this many consecutive rows.
 
     Tile order is raster (t slowest), and so is the order of tokens within a tile. Text tokens are cut into blocks of
-    their own and stay where the grid has them: before or after all tiles.
+    their own, all before or all after the tiles (``grid.text_first``), in the order of the model's sequence.
     """
 
     grid: Grid
@@ -105,7 +119,7 @@ class Layout:
         if text == self.grid.text:
             return self
         # replace() calls the constructor of the layout's own class, so that subclasses keep their order and fields.
-        return _kept(self._of_text, text, lambda: replace(self, grid=replace(self.grid, text=text)))
+        return _kept(self._of_text, text, lambda: replace(self, grid=self.grid.with_text(text)))
 
     def cached(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` returned for this key: tables on a device, plans and the like, derived from this layout.
@@ -141,20 +155,27 @@ class Layout:
 
     @cached_property
     def permutation(self) -> torch.Tensor:
-        """(S,) int64: raster position of the token at each layout position; ``x[:, layout.permutation]`` reorders."""
+        """(S,) int64: position in the model's sequence of the token at each layout position; ``x[:, layout.permutation]``
+        reorders."""
+        return self._beside_text(self._video_order)
+
+    @cached_property
+    def _video_order(self) -> torch.Tensor:
+        """(video,) int64: raster position of the video token at each place among the tiles."""
         tile = self._tile_of_token
         _, nh, nw = self.tiles
         tile_id = (tile[0] * nh + tile[1]) * nw + tile[2]
-        order = torch.argsort(tile_id, stable=True)
-        if self.grid.text == 0:
-            return order
-        if self.grid.text_first:
-            return torch.cat([torch.arange(self.grid.text, device="cpu"), order + self.grid.text])
-        return torch.cat([order, torch.arange(self.grid.video, self.grid.tokens, device="cpu")])
+        return torch.argsort(tile_id, stable=True)
+
+    def _beside_text(self, video: torch.Tensor) -> torch.Tensor:
+        """(S,) int64: the order ``video`` of the video tokens, and the text tokens before or after them."""
+        start, end = self.grid.video_start, self.grid.video_start + self.grid.video
+        text = [torch.arange(start, device="cpu"), torch.arange(end, self.grid.tokens, device="cpu")]
+        return torch.cat([*text, video + start] if self.grid.text_first else [video + start, *text])
 
     @cached_property
     def inverse(self) -> torch.Tensor:
-        """(S,) int64: layout position of each raster token; undoes ``permutation``."""
+        """(S,) int64: layout position of each token of the model's sequence; undoes ``permutation``."""
         inverse = torch.empty_like(self.permutation)
         inverse[self.permutation] = torch.arange(self.grid.tokens, device="cpu")
         return inverse
@@ -206,9 +227,9 @@ class Layout:
     def coords(self) -> torch.Tensor:
         """(3, S) int64: (t, h, w) of the token at each layout position; −1 for text tokens."""
         coords = torch.full((3, self.grid.tokens), -1, device="cpu")
-        offset = self.grid.text if self.grid.text_first else 0
-        coords[:, offset : offset + self.grid.video] = self.raster_coords
-        return coords[:, self.permutation]
+        start = self.grid.text if self.grid.text_first else 0
+        coords[:, start : start + self.grid.video] = self.raster_coords[:, self._video_order]
+        return coords
 
     @property
     def blocks(self) -> int:

@@ -58,8 +58,8 @@ def region_of_query(
     for number, key_block in enumerate(plan.index[p, g, block, :total].tolist()):
         keys = slice(int(starts[key_block]), int(starts[key_block] + rows[key_block]))
         seen[keys] = True if number < full else plan.visible(g, slice(query, query + 1), keys)[0].cpu()
-    first = grid.text if grid.text_first else 0
-    return seen[layout.inverse.cpu()][first : first + grid.video].reshape(grid.shape)
+    video = slice(grid.video_start, grid.video_start + grid.video)
+    return seen[layout.inverse.cpu()][video].reshape(grid.shape)
 
 
 def query_row(layout: Layout, position: tuple[int, int, int]) -> int:
@@ -67,4 +67,4 @@ def query_row(layout: Layout, position: tuple[int, int, int]) -> int:
     grid = layout.grid
     t, h, w = position
     raster = (t * grid.h + h) * grid.w + w
-    return int(layout.inverse[raster + (grid.text if grid.text_first else 0)])
+    return int(layout.inverse[grid.video_start + raster])

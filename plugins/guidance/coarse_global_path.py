@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tilewise.kernels.errors import UnsupportedPlanError
+from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.guidance.global_path import drafting
@@ -19,7 +20,7 @@ from tilewise.plugins.masks.padding_mask import Group
 from tilewise.plugins.runtime.attention_processor import TilewiseProcessor
 from tilewise.plugins.runtime.call_stats import GLOBAL_PATH, Call, CallKind
 from tilewise.plugins.runtime.patched_denoiser import Patch
-from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, measured, run_part
+from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, measured, reordered, run_part
 
 
 class CoarseGlobalPath:
@@ -65,29 +66,29 @@ class CoarseGlobalPath:
             return attend(call, (query, key, value), layout, scale)
 
     def _pooled(self, call: Call, qkv: QKV, layout: Layout | None, scale: float | None) -> torch.Tensor:
-        device = qkv[0].device
-        grid, order = self.patch.state.forward.grid, self.patch.state.order(device)
+        device, grid = qkv[0].device, self.patch.state.forward.grid
         if grid is None:
             raise TilewiseError(
                 f"two paths: no pooled attention of the global path: {self.patch.state.forward.refused}. Use global_path='dense'"
             )
-        there = None if order is None else order[0]
-        known = (grid, None if there is None else there.data_ptr(), device)
+        known = (grid, device)
         kept = self._patches  # another thread may put others there
         if kept is None or kept[0] != known:
-            kept = self._patches = known, pooling_of(grid, there, self.pool, device)
+            kept = self._patches = known, pooling_of(grid, self.pool, device)
         patches = kept[1]
         call.density = len(patches.count) / grid.tokens
         call.kind = CallKind(GLOBAL_PATH, "pooled")
         return pooled_attention(*qkv, patches, scale)
 
     def _drafted(self, call: Call, qkv: QKV, layout: Layout | None, scale: float | None) -> torch.Tensor:
-        refused = "the tokens are in the model's own order" if layout is None else self._draft.refuses_call(layout)
+        refused = self.patch.state.forward.refused if layout is None else self._draft.refuses_call(layout)
         if layout is None or refused is not None:
             raise TilewiseError(
                 f"two paths: no draft of the global path: {refused}. Use global_path='pooled' or 'dense'"
             )
         scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
+        there, back = self.patch.state.plans.order(layout, qkv[0].device)
+        qkv = reordered(qkv, there)
         planned = self._draft.plan_call(layout, *qkv, scale, {}, 0)
         try:
             choice, in_16_bits = choose(qkv, planned.plan, self.patch.config.precision)
@@ -100,4 +101,4 @@ class CoarseGlobalPath:
         part = Part(Group(None, None, layout.grid.text), layout, planned, choice)
         found = measured([part], qkv[0].shape[0])
         call.values = {name: found[name] for name in ("density", "broken") if name in found}
-        return run_part(qkv, part, scale)
+        return reorder_tokens([run_part(qkv, part, scale)], back)[0]

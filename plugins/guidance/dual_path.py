@@ -145,7 +145,6 @@ class TwoPaths:
                         "somebody else replaced; take that off first"
                     )
                 self._handles.append(cross)
-            # After the patch's own hooks, so that the tokens are already in the order in force.
             self._handles.append(block.register_forward_pre_hook(self._block_hook(number), with_kwargs=True))
             if self.coarse is not None:
                 attention = override_forward(getattr(block, self.streams.own), _coarse_self_attention, self)
@@ -245,7 +244,7 @@ class TwoPaths:
             del full, named
             forward.in_full = True
             try:
-                # The block's forward and not the block: its hooks reorder tokens, which has been done.
+                # The block's forward and not the block: this is one of its hooks.
                 with self.patch.state.global_path():
                     out = block.forward(*args, **kwargs)
                 out = out if isinstance(out, tuple) else (out,)
@@ -355,7 +354,7 @@ def two_paths(
     """``with two_paths(pipe): …``: add the global path to a pipeline that is patched with a window method.
 
     Args:
-        target: a pipeline or denoiser, patched with a method that reorders tokens, "inward" for instance.
+        target: a pipeline or denoiser, patched with a window method, "inward" for instance.
         refresh: the global path runs at every so many forwards of a branch; in between its cross-attention is reused. 1: always.
         global_path: how the global path attends to itself. "dense": to every token; the only way where text is part of the
             sequence. "draft": to the quarter of the token pairs that a draft of its own attention map asks for, and one row for
@@ -388,7 +387,7 @@ def two_paths(
     if len(pool) != 2 or min(pool) < 1:
         raise ConfigError(f"two paths: pool must be two sizes of at least 1, (h, w) in tokens, got {pool!r}")
     patches = patches_of(target)
-    if not patches or not all(patch.reorders for patch in patches.values()):
+    if not patches or not all(patch.sparse for patch in patches.values()):
         raise ConfigError(
             "two paths: patch the target first with a window method, such as tilewise.patch(pipe, 'inward')"
         )

@@ -9,6 +9,7 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.config import Config
+from tilewise.plugins.diffusers_compat import step_cache
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.methods.base import DynamicMethod
 from tilewise.plugins.methods.draft import Draft
@@ -86,10 +87,8 @@ def _check(name: str, denoiser: nn.Module, config: Config, global_path: str) -> 
             f"two paths: {name} is a {type(denoiser).__name__}; served are {', '.join(served_streams())}. The global path guides "
             "the window path through what each block's attention gives to the text, and how its blocks are called has to be known"
         )
-    if getattr(denoiser, "is_cache_enabled", False):
-        raise UnsupportedModelError(
-            f"two paths: {name} has a step cache that skips blocks; call its disable_cache() first"
-        )
+    if cache := step_cache(denoiser):
+        raise UnsupportedModelError(f"two paths: {name} has a step cache that skips blocks ({cache}); disable it first")
     if streams.joint and global_path != "dense":
         raise ConfigError(
             f"two paths: global_path={global_path!r} is for denoisers with cross-attention to the text; {name} has its text in "

@@ -31,11 +31,8 @@ class Patches:
     bias: torch.Tensor | None
 
 
-def pooling_of(grid: Grid, order: torch.Tensor | None, size: tuple[int, int], device: torch.device) -> Patches:
-    """Patches of ``size`` (h, w) tokens in every frame; smaller ones at the borders of grids that they do not divide.
-
-    order: (S,) the raster position of each token of the sequence; None: raster order.
-    """
+def pooling_of(grid: Grid, size: tuple[int, int], device: torch.device) -> Patches:
+    """Patches of ``size`` (h, w) tokens in every frame; smaller ones at the borders of grids that they do not divide."""
     t, h, w = (torch.arange(n) for n in grid.shape)
     rows, columns = -(-grid.h // size[0]), -(-grid.w // size[1])
     patch = (t[:, None, None] * rows + (h // size[0])[:, None]) * columns + w // size[1]
@@ -45,8 +42,6 @@ def pooling_of(grid: Grid, order: torch.Tensor | None, size: tuple[int, int], de
         of_token = torch.cat([text, video + grid.text])
     else:
         of_token = torch.cat([video, text + grid.t * rows * columns])
-    if order is not None:
-        of_token = of_token[order.cpu()]
     count = torch.bincount(of_token)
     members = bias = None
     if bool((count == count[0]).all()):

@@ -95,9 +95,8 @@ def scaled_rope(
     handles: list[Any] = []
     try:
         if any(rules):
-            # First of all hooks: those of a patch reorder what this one makes.
             hook = _hook(native, rules)
-            handles = [rope.register_forward_hook(hook, prepend=True) for rope in rotary_modules(target)]
+            handles = [rope.register_forward_hook(hook) for rope in rotary_modules(target)]
         yield
     finally:
         for handle in handles:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tilewise.plugins.errors import TilewiseError
-from tilewise.plugins.hooks.forward_override import ForwardOverride, MethodOverride
+from tilewise.plugins.hooks.forward_override import ForwardOverride
 from tilewise.plugins.torch_compat import FORWARD_HOOKS
 
 if TYPE_CHECKING:
@@ -70,5 +70,3 @@ def _clean(copied: nn.Module, handles: list[Any], memo: dict[int, Any]) -> None:
             theirs = memo.get(id(handle))
             if theirs is not None:
                 theirs.remove()
-        elif isinstance(handle, MethodOverride):
-            handle.take_off(memo.get(id(handle.owner)))

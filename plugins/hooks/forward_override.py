@@ -47,22 +47,6 @@ class ForwardOverride:
                 setattr(holder, name, self.stock)
 
 
-class MethodOverride:
-    """``function`` in place of a method, on one object; ``remove()`` takes it off."""
-
-    def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        self.owner, self.name, self.function = owner, name, function
-        setattr(owner, name, function)
-
-    def remove(self) -> None:
-        self.take_off(self.owner)
-
-    def take_off(self, owner: Any) -> None:
-        """From ``owner`` or a copy of it; nothing where something else stands there."""
-        if owner is not None and owner.__dict__.get(self.name) is self.function:
-            delattr(owner, self.name)
-
-
 def override_forward(module: nn.Module, function: Callable[..., Any], state: Any) -> ForwardOverride | None:
     """Put ``function`` in place of a module's own forward; None, and nothing done, where something else replaced it."""
     override = ForwardOverride(module, function, state)

@@ -39,8 +39,7 @@ def visible_of(mask: torch.Tensor, batch: int, grid: Grid) -> tuple[torch.Tensor
     visible = diagonal == weight
     if weight <= 0 or not _is_outer_product(mask[:, 0], visible, weight):
         return None
-    first = grid.text if grid.text_first else 0
-    if not bool(visible[:, first : first + grid.video].all()):
+    if not bool(visible[:, grid.video_start : grid.video_start + grid.video].all()):
         return None
     return visible.expand(batch, tokens).cpu(), weight
 

@@ -116,8 +116,7 @@ def groups_of(visible: torch.Tensor, grid: Grid, device: torch.device) -> list[G
         visible: (B, S) bool, on the CPU. Text tokens stand where the grid has them; the order of the video tokens is free, as
             all of them must be visible.
     """
-    first = grid.text if grid.text_first else 0
-    if not bool(visible[:, first : first + grid.video].all()):
+    if not bool(visible[:, grid.video_start : grid.video_start + grid.video].all()):
         return "the call's attention mask hides video tokens"
     kept, which = torch.unique(visible, dim=0, return_inverse=True)
     groups = []
@@ -129,6 +128,14 @@ def groups_of(visible: torch.Tensor, grid: Grid, device: torch.device) -> list[G
         samples = (which == number).nonzero()[:, 0].to(device) if len(kept) > 1 else None
         groups.append(Group(samples, None if count == grid.tokens else tokens, count - grid.video))
     return groups
+
+
+def reorder_mask(mask: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """A mask with each token axis, one of the last two that is as long as ``order``, in that order."""
+    for dim in range(-min(mask.ndim, 2), 0):
+        if mask.shape[dim] == len(order) and (mask.ndim > 2 or dim == -1):  # of (B, S), the first is the batch
+            mask = mask.index_select(dim, order)
+    return mask
 
 
 class Masks:
@@ -144,17 +151,27 @@ class Masks:
     def clear(self) -> None:
         self._read.clear()
 
-    def groups(self, mask: torch.Tensor | None, grid: Grid, query: torch.Tensor) -> list[Group] | str:
-        """The samples of a call over ``grid`` by the tokens that its mask leaves them, or why it cannot run sparse."""
+    def groups(
+        self, mask: torch.Tensor | None, grid: Grid, query: torch.Tensor, order: torch.Tensor | None = None
+    ) -> list[Group] | str:
+        """The samples of a call over ``grid`` by the tokens that its mask leaves them, or why it cannot run sparse.
+
+        order: (S,) the token order in which the groups take their tokens; None: the model's. It matters only where it brings text
+        tokens from one side of the video to the other.
+        """
         if mask is None:
             return [Group(None, None, grid.text)]
         # By where it lies, not by its identity: a compiled model's operators get a new object at each call. The mask is kept with
         # its entry, so that the allocator puts nothing else there before the forward ends.
-        where = (0 if self.made_per_layer else mask.data_ptr(), mask.dtype, tuple(mask.shape), mask.stride())
+        ordered = order is not None and bool(grid.opposite)
+        where = (0 if self.made_per_layer else mask.data_ptr(), mask.dtype, tuple(mask.shape), mask.stride(), ordered)
         if where not in self._read:
             if capturing(mask.device):
                 return "the call has an attention mask, which cannot be read while a CUDA graph is being captured"
-            self._read[where] = mask, read_groups(mask, query.shape[0], grid, query.device)
+            seen = mask
+            if order is not None and ordered:
+                seen, grid = reorder_mask(mask, order), dataclasses.replace(grid, opposite=0)
+            self._read[where] = mask, read_groups(seen, query.shape[0], grid, query.device)
         return self._read[where][1]
 
     def shown(self, mask: torch.Tensor | None, grid: Grid | None, query: torch.Tensor) -> list[Group]:
@@ -165,5 +182,5 @@ class Masks:
         tokens = query.shape[1]
         if grid is None or not grid.video <= tokens <= grid.tokens:
             return []
-        groups = self.groups(mask, dataclasses.replace(grid, text=tokens - grid.video), query)
+        groups = self.groups(mask, grid.with_text(tokens - grid.video), query)
         return [] if isinstance(groups, str) or any(group.weighed is not None for group in groups) else groups

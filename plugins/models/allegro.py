@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size
-from tilewise.plugins.models.common.forward_arguments import argument, changed, check_size
+from tilewise.plugins.models.common.family import Family, Size
+from tilewise.plugins.models.common.forward_arguments import argument, check_size
 from tilewise.plugins.models.common.registry import register_family
 
 
@@ -30,52 +30,6 @@ class AllegroFamily(Family):
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return argument(args, kwargs, 2, "timestep")
-
-    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
-        config: Any = denoiser.config
-        blocks: Any = denoiser.transformer_blocks
-        heads, head_dim = config.num_attention_heads, config.attention_head_dim
-        return [
-            AttentionLayer(f"transformer_blocks.{i}.attn1", block.attn1, i, heads, head_dim)
-            for i, block in enumerate(blocks)
-        ]
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-
-        def into(rotary: Any) -> Any:
-            tables, positions = rotary
-            return tables, tuple(reorder.into(axis) for axis in positions)  # (1, S) each
-
-        def rotary(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            return changed(args, kwargs, 5, "image_rotary_emb", into)
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            return changed(args, kwargs, 0, "hidden_states", reorder.into)
-
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.back(output)
-
-        return [
-            model.register_forward_pre_hook(rotary, with_kwargs=True),
-            model.transformer_blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
-            model.transformer_blocks[-1].register_forward_hook(leave),
-        ]
-
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        def back(rotary: Any) -> Any:
-            tables, positions = rotary
-            return tables, tuple(reorder.back(axis) for axis in positions)
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            # AllegroTransformerBlock calls attn1(hidden_states, …, image_rotary_emb=…); a mask is in the model's own order.
-            args, kwargs = changed(args, kwargs, 0, "hidden_states", reorder.back)
-            return changed(args, kwargs, len(args), "image_rotary_emb", back)
-
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.into(output)
-
-        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         config: Any = denoiser.config

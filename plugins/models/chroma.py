@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewise.plugins.models.common.family import Reorder
 from tilewise.plugins.models.common.image import by_name
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.flux import CONTROLNET, FluxFamily
@@ -28,7 +27,7 @@ class ChromaFamily(FluxFamily):
         "joint_attention_kwargs", *CONTROLNET,
     )  # fmt: skip
 
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+    def hooks(self, denoiser: nn.Module) -> list[Any]:
         masks: list[torch.Tensor] = []  # of the current forward, kept from the blocks
 
         def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -48,7 +47,6 @@ class ChromaFamily(FluxFamily):
             masks.clear()
 
         return [
-            *super().reorder_hooks(denoiser, reorder),
             denoiser.register_forward_pre_hook(take, with_kwargs=True),
             denoiser.register_forward_hook(forget, always_call=True),
             *(layer.module.register_forward_pre_hook(give, with_kwargs=True) for layer in self.layers(denoiser)),

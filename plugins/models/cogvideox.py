@@ -10,21 +10,20 @@ in time as well. Text is padded to a fixed length, without a mask: the model was
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size
+from tilewise.plugins.models.common.family import Family, Size
 from tilewise.plugins.models.common.registry import register_family
 
 
 class CogVideoXFamily(Family):
     name = "cogvideox"
     classes: tuple[str, ...] = ("CogVideoXTransformer3DModel",)
-    rotary: ClassVar[int] = 5  # position of image_rotary_emb among the forward's arguments
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = args[0] if args else kwargs["hidden_states"]  # (B, frames, C, height, width)
@@ -35,53 +34,6 @@ class CogVideoXFamily(Family):
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return torch.as_tensor(args[2] if len(args) > 2 else kwargs["timestep"])
-
-    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
-        config: Any = denoiser.config
-        blocks: Any = denoiser.transformer_blocks
-        heads, head_dim = config.num_attention_heads, config.attention_head_dim
-        return [
-            AttentionLayer(f"transformer_blocks.{i}.attn1", block.attn1, i, heads, head_dim)
-            for i, block in enumerate(blocks)
-        ]
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-        rotary = self.rotary
-
-        def rotary_tables(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if len(args) > rotary:
-                return (*args[:rotary], _moved(args[rotary], reorder.into), *args[rotary + 1 :]), kwargs
-            if "image_rotary_emb" not in kwargs:
-                return None
-            return args, {**kwargs, "image_rotary_emb": _moved(kwargs["image_rotary_emb"], reorder.into)}
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if args:
-                return (reorder.into(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": reorder.into(kwargs["hidden_states"])}
-
-        def leave(module: nn.Module, args: tuple) -> Any:
-            return (reorder.back(args[0]), *args[1:])
-
-        return [
-            model.register_forward_pre_hook(rotary_tables, with_kwargs=True),
-            model.transformer_blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
-            # Later than the last block, after which ConsisID may add what its video tokens see of a face.
-            model.norm_final.register_forward_pre_hook(leave),
-        ]
-
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            # Blocks call attn1 with keyword arguments alone; a mask is still in the model's own order.
-            video = reorder.back(kwargs["hidden_states"])
-            rotary = _moved(kwargs["image_rotary_emb"], reorder.back)
-            return args, {**kwargs, "hidden_states": video, "image_rotary_emb": rotary}
-
-        def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
-            return reorder.into(output[0]), output[1]
-
-        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         config: Any = denoiser.config
@@ -120,11 +72,10 @@ class CogVideoXFamily(Family):
 
 
 class ConsisIDFamily(CogVideoXFamily):
-    """ConsisID: CogVideoX with cross-attention from each video token to a face, between the blocks, in any token order."""
+    """ConsisID: CogVideoX with cross-attention from each video token to a face, between the blocks."""
 
     name = "consisid"
     classes: tuple[str, ...] = ("ConsisIDTransformer3DModel",)
-    rotary: ClassVar[int] = 4
 
 
 def _patch_sizes(denoiser: nn.Module) -> tuple[int, int]:
@@ -136,11 +87,6 @@ def _patch_sizes(denoiser: nn.Module) -> tuple[int, int]:
 def _patch_size_t(denoiser: nn.Module) -> int | None:
     """None for CogVideoX 1.0, and for ConsisID, whose config has no entry of that name."""
     return getattr(denoiser.config, "patch_size_t", None)
-
-
-def _moved(tables: Any, move: Any) -> Any:
-    """Rotary tables, (video tokens, D) each, by ``reorder.into`` or ``reorder.back``; None where a model has none."""
-    return None if tables is None else tuple(move(table, dim=0) for table in tables)
 
 
 register_family(CogVideoXFamily())

@@ -15,17 +15,15 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.common.family import Size, Streams
+from tilewise.plugins.models.common.family import Family, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument, check_size
 from tilewise.plugins.models.common.registry import register_family
-from tilewise.plugins.models.common.two_streams import TwoStreams
 
 MAX_TEXT = 256  # the pipelines' default length of a prompt
 
 
-class EasyAnimateFamily(TwoStreams):
+class EasyAnimateFamily(Family):
     name = "easyanimate"
-    rope = "rope_embedding"
     classes: tuple[str, ...] = ("EasyAnimateTransformer3DModel",)
     streams: ClassVar = {"EasyAnimateTransformer3DModel": Streams(("transformer_blocks",), text=3, joint=True)}
 

@@ -1,7 +1,7 @@
 """Flux.2 (dev, klein): like Flux.1, with four position ids per token, for each sample.
 
 Its double blocks attend over [text | image]; its single blocks, which have the feed-forward in the same projections, run on that
-sequence. Reference images follow the image in its stream; in a patched denoiser they stand before it, and count as text.
+sequence. Reference images follow the image in its stream, and count as text.
 """
 
 from __future__ import annotations

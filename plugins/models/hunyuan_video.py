@@ -5,10 +5,6 @@
 
 Video tokens are in raster order (t slowest) and text is always last. Every call brings a mask over keys alone, which hides the
 padding of the prompt. Rotary tables, one row a video token, come from ``rope``.
-
-Video tokens are reordered after the patch embedding and put back before the output norm. Image-conditioned models of the kind
-``token_replace`` find the first frame by its position, in two dozen places of their blocks, so there tokens are reordered around
-each attention module instead. That moves two tensors a layer, which costs little next to attention over the same tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, Streams
+from tilewise.plugins.models.common.family import Family, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
@@ -33,6 +29,8 @@ IMAGE_TOKENS = {"latent_concat": 576 // 2, "token_replace": 576 // 4}  # of LLaV
 class HunyuanVideoFamily(Family):
     name = "hunyuan_video"
     classes: tuple[str, ...] = ("HunyuanVideoTransformer3DModel",)
+    stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
+    attention: ClassVar = "attn"
     streams: ClassVar = {
         "HunyuanVideoTransformer3DModel": Streams(
             ("transformer_blocks", "single_transformer_blocks"), text=2, joint=True
@@ -46,34 +44,6 @@ class HunyuanVideoFamily(Family):
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return argument(args, kwargs, 1, "timestep")
-
-    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
-        model: Any = denoiser
-        heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
-        stacks = ("transformer_blocks", "single_transformer_blocks")
-        blocks = [(f"{stack}.{i}.attn", b) for stack in stacks for i, b in enumerate(getattr(model, stack, ()))]
-        return [AttentionLayer(name, block.attn, n, heads, head_dim) for n, (name, block) in enumerate(blocks)]
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-        handles = [model.rope.register_forward_hook(_rotary_tables(reorder))]
-        if getattr(model.config, "image_condition_type", None) == "token_replace":
-            for layer in self.layers(denoiser):
-                handles += around_attention(layer.module, reorder)
-            return handles
-        return handles + around_blocks(denoiser, reorder)
-
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            cos, sin = kwargs["image_rotary_emb"]
-            video = reorder.back(kwargs["hidden_states"])
-            tables = (reorder.back(cos, 0), reorder.back(sin, 0))
-            return args, {**kwargs, "hidden_states": video, "image_rotary_emb": tables}
-
-        def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-            return (reorder.into(output[0]), *output[1:])
-
-        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         config: Any = denoiser.config
@@ -90,38 +60,6 @@ def patches(denoiser: nn.Module, latent: Any) -> tuple[int, int, int]:
     config: Any = denoiser.config
     t, h, w = latent
     return t // config.patch_size_t, h // config.patch_size, w // config.patch_size
-
-
-def around_blocks(denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-    """Hooks that reorder the video tokens after the patch embedding, and put them back before the output norm."""
-    model: Any = denoiser
-
-    def enter(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-        return reorder.into(output)
-
-    def leave(module: nn.Module, args: tuple) -> Any:
-        return (reorder.back(args[0]), *args[1:])
-
-    return [model.x_embedder.register_forward_hook(enter), model.norm_out.register_forward_pre_hook(leave)]
-
-
-def around_attention(module: nn.Module, reorder: Reorder) -> list[Any]:
-    """Hooks that reorder the video tokens for one attention module, and put its output back."""
-
-    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "hidden_states": reorder.into(kwargs["hidden_states"])}
-
-    def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-        return (reorder.back(output[0]), *output[1:])
-
-    return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
-
-
-def _rotary_tables(reorder: Reorder) -> Any:
-    def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-        return tuple(reorder.into(table, 0) for table in output)  # (video, D) each
-
-    return leave
 
 
 def vae_factors(pipe: Any, spatial: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from torch import nn
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.diffusers_compat import another, apply_rotary, dispatch_options, hunyuan_video15_processor
 from tilewise.plugins.hooks.stand_in import is_stand_in, stock_processor
-from tilewise.plugins.models.common.family import AttentionLayer, Reorder, Size, Streams
+from tilewise.plugins.models.common.family import AttentionLayer, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.hunyuan_video import HunyuanVideoFamily, grid_of, patches, vae_factors
@@ -31,6 +31,7 @@ TEXT = {"tokenizer_max_length": 1000, "tokenizer_2_max_length": 256, "vision_num
 class HunyuanVideo15Family(HunyuanVideoFamily):
     name = "hunyuan_video15"
     classes: tuple[str, ...] = ("HunyuanVideo15Transformer3DModel",)
+    stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     streams: ClassVar = {"HunyuanVideo15Transformer3DModel": Streams(("transformer_blocks",), text=2, joint=True)}
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
@@ -57,7 +58,7 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
             for kind, count in found.items()
         ]
 
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
+    def hooks(self, denoiser: nn.Module) -> list[Any]:
         model: Any = denoiser
         masks, known = _KeyMask(), hunyuan_video15_processor()
 
@@ -75,8 +76,7 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
         def leave(module: nn.Module, args: tuple) -> None:
             masks.clear()
 
-        hooks: list[Any] = super().reorder_hooks(denoiser, reorder)
-        hooks += [block.register_forward_pre_hook(enter) for block in model.transformer_blocks[:1]]
+        hooks: list[Any] = [block.register_forward_pre_hook(enter) for block in model.transformer_blocks[:1]]
         hooks += [layer.module.register_forward_pre_hook(give, with_kwargs=True) for layer in self.layers(denoiser)]
         return [*hooks, model.norm_out.register_forward_pre_hook(leave)]
 

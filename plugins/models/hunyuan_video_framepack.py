@@ -1,11 +1,8 @@
 """FramePack on HunyuanVideo: denoises a window of frames that follows a history of earlier frames, at three scales.
 
-    the model's order          [history ÷ 4 | history ÷ 2 | clean frames | video | image | text]
-    the blocks' order, here    [video | history ÷ 4 | history ÷ 2 | clean frames | image | text]
+    sequence = [history ÷ 4 | history ÷ 2 | clean frames | video | image | text]
 
-Every query sees the history, image and text tokens, and they see everything: in a plan they count as text. Attention gives the
-same result in any token order, so the history moves behind the video once, where the model joins the two, and back before the
-model cuts it off.
+Every query sees the history, image and text tokens, and they see everything: in a plan they count as text.
 
 A batch of one comes without padding and without a mask, more come with a mask over keys alone. Its blocks are HunyuanVideo's.
 """
@@ -13,23 +10,18 @@ A batch of one comes without padding and without a mask, more come with a mask o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.diffusers_compat import PACK_HISTORY
-from tilewise.plugins.hooks.forward_override import MethodOverride
-from tilewise.plugins.hooks.stand_in import is_stand_in
-from tilewise.plugins.models.common.family import Reorder, Size
+from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.forward_arguments import argument
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.hunyuan_video import (
     PROMPT,
     HunyuanVideoFamily,
-    around_blocks,
     grid_of,
     patches,
     vae_factors,
@@ -57,21 +49,8 @@ class HunyuanVideoFramepackFamily(HunyuanVideoFamily):
             part = args[position] if len(args) > position else kwargs.get(name)
             if part is not None:
                 history += _history_tokens(part.shape[2:], scale)
-        return Grid(*patches(denoiser, latents.shape[2:]), text=history + image.shape[1] + prompt)
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        if not reorder.reorders:
-            return []  # if tokens are never reordered, the history can stay where it is
-        model: Any = denoiser
-        pack = _Packing(model, reorder)
-        handles: list[Any] = [pack.handle, *around_blocks(denoiser, reorder)]
-        for layer in self.layers(denoiser):
-            handles += pack.as_stock_has_it(layer.module)
-        blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-        return [*handles, *(block.register_forward_hook(pack.leave) for block in blocks[-1:])]
-
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        return []  # ``_Packing.as_stock_has_it`` has put hooks on every layer, which act where the processor is not ours
+        text = history + image.shape[1] + prompt
+        return Grid(*patches(denoiser, latents.shape[2:]), text=text, opposite=history)
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         spatial, temporal = vae_factors(pipe, 8)
@@ -81,7 +60,7 @@ class HunyuanVideoFramepackFamily(HunyuanVideoFamily):
         encoder = getattr(getattr(pipe, "image_encoder", None), "config", None)
         image = IMAGE_TOKENS if encoder is None else (encoder.image_size // encoder.patch_size) ** 2
         window, _, _ = patches(denoiser, (WINDOW, *latent))
-        return Grid(window, checked.h, checked.w, text=history + image + PROMPT)
+        return Grid(window, checked.h, checked.w, text=history + image + PROMPT, opposite=history)
 
 
 def _history_tokens(latent: Any, scale: int) -> int:
@@ -91,65 +70,6 @@ def _history_tokens(latent: Any, scale: int) -> int:
         return t * (h // 2) * (w // 2)
     size = 2**scale
     return math.ceil(t / size) * math.ceil(h / (2 * size)) * math.ceil(w / (2 * size))
-
-
-class _Packing:
-    """Moves the history behind the video and back. ``handle.remove()`` takes the override off."""
-
-    def __init__(self, denoiser: Any, reorder: Reorder) -> None:
-        self.reorder = reorder
-        self.stock: Callable[..., Any] = getattr(denoiser, PACK_HISTORY)
-        self.video = 0  # video tokens of the current forward
-
-        def pack(video: torch.Tensor, *rest: Any, **options: Any) -> Any:
-            return self.pack(video, *rest, **options)
-
-        self.handle = MethodOverride(denoiser, PACK_HISTORY, pack)
-
-    def pack(
-        self, video: torch.Tensor, clean: Any, half: Any, quarter: Any, tables: Any, *rest: Any, **options: Any
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """``_pack_history_states``: (B, video, C) and its (video, D) tables, joined with the history's, which follow here."""
-        self.video = video.shape[1]
-        tables = tuple(self.reorder.into(table, 0) for table in tables)
-        joined, tables = self.stock(video, clean, half, quarter, tables, *rest, **options)
-        return self._video_first(joined, 1), tuple(self._video_first(table, 0) for table in tables)
-
-    def leave(self, block: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-        """A hook for the last block: after it the model takes the last tokens for the video."""
-        return (self._video_last(output[0], 1), *output[1:])
-
-    def as_stock_has_it(self, attn: nn.Module) -> list[Any]:
-        """Hooks that give an attention module the model's own order if its processor is not ours."""
-
-        def enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if is_stand_in(module.processor):
-                return None
-            cos, sin = kwargs["image_rotary_emb"]
-            tables = (self._raster(cos, 0), self._raster(sin, 0))
-            hidden_states = self._raster(kwargs["hidden_states"], 1)
-            return args, {**kwargs, "hidden_states": hidden_states, "image_rotary_emb": tables}
-
-        def leave(module: Any, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-            if is_stand_in(module.processor):
-                return None
-            x = self._video_first(output[0], 1)
-            ordered = self.reorder.into(x[:, : self.video])
-            return (torch.cat([ordered, x[:, self.video :]], dim=1), *output[1:])
-
-        return [attn.register_forward_pre_hook(enter, with_kwargs=True), attn.register_forward_hook(leave)]
-
-    def _raster(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        video, history = x.split([self.video, x.shape[dim] - self.video], dim)
-        return torch.cat([history, self.reorder.back(video, dim)], dim)
-
-    def _video_first(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        history, video = x.split([x.shape[dim] - self.video, self.video], dim)
-        return torch.cat([video, history], dim)
-
-    def _video_last(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        video, history = x.split([self.video, x.shape[dim] - self.video], dim)
-        return torch.cat([history, video], dim)
 
 
 register_family(HunyuanVideoFramepackFamily())

@@ -15,8 +15,8 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, Streams
-from tilewise.plugins.models.common.forward_arguments import argument, changed, check_size
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Size, Streams
+from tilewise.plugins.models.common.forward_arguments import argument, check_size
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import within_positions
 
@@ -54,35 +54,6 @@ class Kandinsky5Family(Family):
             AttentionLayer(f"visual_transformer_blocks.{i}.self_attention", block.self_attention, i, heads, head_dim)
             for i, block in enumerate(blocks)
         ]
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-
-        def rotary_table(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            # (B, t, h, w, …): the forward makes one axis of the three, or squares that are not for us.
-            return reorder.into(output.flatten(1, 3)).unflatten(1, output.shape[1:4])
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            return changed(args, kwargs, 0, "visual_embed", reorder.into)
-
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.back(output)
-
-        return [
-            model.visual_rope_embeddings.register_forward_hook(rotary_table),
-            model.visual_transformer_blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
-            model.visual_transformer_blocks[-1].register_forward_hook(leave),
-        ]
-
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            # Blocks call self_attention(visual_out, rotary_emb=…, sparse_params=…).
-            return (reorder.back(args[0]), *args[1:]), {**kwargs, "rotary_emb": reorder.back(kwargs["rotary_emb"])}
-
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.into(output)
-
-        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         pt, ph, pw = _patch_size(denoiser)

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import TilewiseError
-from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, Streams, UnreadableGridError
+from tilewise.plugins.models.common.family import Family, Size, Streams, UnreadableGridError
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 from tilewise.plugins.torch_compat import version_of
@@ -46,7 +46,6 @@ class LTXFamily(Family):
         "rope_interpolation_scale",
         "video_coords",
     )
-    rotary: ClassVar[str] = "image_rotary_emb"  # what a block calls the tables that it gives attn1
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         tokens = self._argument("hidden_states", args, kwargs).shape[1]
@@ -59,39 +58,6 @@ class LTXFamily(Family):
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         timestep: torch.Tensor = self._argument("timestep", args, kwargs)
         return timestep
-
-    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
-        config: Any = denoiser.config
-        blocks: Any = denoiser.transformer_blocks
-        heads, head_dim = config.num_attention_heads, config.attention_head_dim
-        return [
-            AttentionLayer(f"transformer_blocks.{i}.attn1", block.attn1, i, heads, head_dim)
-            for i, block in enumerate(blocks)
-        ]
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-        return [
-            *follow_rotary(model.rope, reorder),
-            *follow_timesteps(model.time_embed, reorder),
-            *follow_blocks(model.transformer_blocks, reorder),
-        ]
-
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        rotary = self.rotary
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            # Blocks call attn1 with keyword arguments alone. A mask is still in the model's own order.
-            tables = kwargs[rotary]
-            moved: dict[str, Any] = {"hidden_states": reorder.back(kwargs["hidden_states"])}
-            if tables is not None:
-                moved[rotary] = tuple(reorder.back(table, dim=token_axis(table)) for table in tables)
-            return args, {**kwargs, **moved}
-
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.into(output)
-
-        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         config: Any = denoiser.config
@@ -128,68 +94,6 @@ class LTXFamily(Family):
                 f"{type(denoiser).__name__}: video_coords {tuple(coords.shape)} are not those of {tokens} tokens"
             )
         return grid_of_coords(coords)
-
-
-# ── what follows the tokens ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def token_axis(table: torch.Tensor) -> int:
-    """The token axis of a rotary table: (B, S, C), or (B, H, S, D / 2) where it was split into heads."""
-    return table.ndim - 2
-
-
-def follow_rotary(rope: nn.Module, reorder: Reorder) -> list[Any]:
-    """Hooks that bring the tables that a rotary module makes into the order in force."""
-
-    def leave(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-        return tuple(reorder.into(table, dim=token_axis(table)) for table in output)
-
-    return [rope.register_forward_hook(leave)]
-
-
-def follow_timesteps(embed: nn.Module, reorder: Reorder) -> list[Any]:
-    """Hooks for a module that embeds timesteps: (B,) or, one a token, (B·S,), to (modulation, embedding).
-
-    The timesteps themselves are reordered, as their modulation is some 10⁴ times as large. Blocks read the modulation; the
-    embedding is read after the last block, where tokens are back in the model's own order.
-    """
-
-    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        batch = kwargs["batch_size"]
-        if args[0].shape[0] == batch:
-            return None
-        return (reorder.into(args[0].view(batch, -1)).flatten(), *args[1:]), kwargs
-
-    def leave(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[torch.Tensor, torch.Tensor]) -> Any:
-        modulation, embedding = output
-        batch = kwargs["batch_size"]
-        if embedding.shape[0] == batch:
-            return None
-        return modulation, reorder.back(embedding.unflatten(0, (batch, -1))).flatten(0, 1)
-
-    return [
-        embed.register_forward_pre_hook(enter, with_kwargs=True),
-        embed.register_forward_hook(leave, with_kwargs=True),
-    ]
-
-
-def follow_blocks(blocks: Any, reorder: Reorder) -> list[Any]:
-    """Hooks that reorder hidden states before the first block, and back after the last. Its first output, if it has several."""
-
-    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (reorder.into(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": reorder.into(kwargs["hidden_states"])}
-
-    def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (reorder.back(output[0]), *output[1:])
-        return reorder.back(output)
-
-    return [
-        blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
-        blocks[-1].register_forward_hook(leave),
-    ]
 
 
 # ── a grid from the positions of its tokens ───────────────────────────────────────────────────────────────────────────

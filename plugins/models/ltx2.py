@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.common.family import Reorder
 from tilewise.plugins.models.common.registry import register_family
-from tilewise.plugins.models.ltx import LTXFamily, follow_blocks, follow_rotary, follow_timesteps
+from tilewise.plugins.models.ltx import LTXFamily
 
 
 class LTX2Family(LTXFamily):
@@ -42,7 +41,6 @@ class LTX2Family(LTXFamily):
         "audio_num_frames",
         "video_coords",
     )
-    rotary: ClassVar[str] = "query_rotary_emb"
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         config: Any = denoiser.config
@@ -55,18 +53,6 @@ class LTX2Family(LTXFamily):
             if extra == 0 or (extra > 0 and self._argument("video_coords", args, kwargs) is not None):
                 return Grid(t, h, w, text=extra)
         return self._grid_of_coords(denoiser, tokens, sizes, args, kwargs)
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-        return [
-            *follow_rotary(model.rope, reorder),
-            *follow_rotary(model.cross_attn_rope, reorder),
-            *follow_timesteps(model.time_embed, reorder),
-            # The video's side of the attention between the two streams, with the video's timesteps.
-            *follow_timesteps(model.av_cross_attn_video_scale_shift, reorder),
-            *follow_timesteps(model.av_cross_attn_video_a2v_gate, reorder),
-            *follow_blocks(model.transformer_blocks, reorder),
-        ]
 
 
 register_family(LTX2Family())

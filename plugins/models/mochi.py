@@ -16,15 +16,13 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.common.family import Size
+from tilewise.plugins.models.common.family import Family, Size
 from tilewise.plugins.models.common.forward_arguments import argument, check_size
 from tilewise.plugins.models.common.registry import register_family
-from tilewise.plugins.models.common.two_streams import TwoStreams
 
 
-class MochiFamily(TwoStreams):
+class MochiFamily(Family):
     name = "mochi"
-    rope = "rope"
     classes: tuple[str, ...] = ("MochiTransformer3DModel",)
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, Streams
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Size, Streams
 from tilewise.plugins.models.common.image import by_name, image_tokens
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import within_positions
@@ -46,39 +46,6 @@ class SD3Family(Family):
                 if attn is not None:
                     found.append(AttentionLayer(f"transformer_blocks.{i}.{name}", attn, i, heads, head_dim))
         return found
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-
-        def controlnet(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            call = by_name(PARAMETERS, args, kwargs)
-            samples = call.get(CONTROLNET)
-            if samples is None:
-                return None
-            return (), {**call, CONTROLNET: [reorder.into(sample) for sample in samples]}
-
-        def enter(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.into(output)
-
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.back(output)
-
-        return [
-            model.register_forward_pre_hook(controlnet, with_kwargs=True),
-            model.pos_embed.register_forward_hook(enter),
-            model.norm_out.register_forward_hook(leave),
-        ]
-
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            return args, {**kwargs, "hidden_states": reorder.back(kwargs["hidden_states"])}
-
-        def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-            if isinstance(output, tuple):  # image, text
-                return (reorder.into(output[0]), *output[1:])
-            return reorder.into(output)
-
-        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         model: Any = denoiser

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
-from tilewise.plugins.models.common.family import Reorder, Streams
-from tilewise.plugins.models.common.forward_arguments import argument, changed, reorder_in_place
+from tilewise.plugins.models.common.family import Streams
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.wan import WanFamily
 
@@ -28,25 +26,6 @@ class SkyReelsFamily(WanFamily):
         if config.num_frame_per_block > 1:
             return f"attention is causal over groups of {config.num_frame_per_block} frames (asynchronous diffusion forcing)"
         return None
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-
-        def rotary_tables(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-            return tuple(reorder.into(table) for table in output)
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            modulation = argument(args, kwargs, 2, "temb")
-            if modulation.ndim == 4:  # one of the six at a time: a sixth of the memory
-                for each in modulation.unbind(1):
-                    reorder_in_place(each, reorder, 1)
-            return changed(args, kwargs, 0, "hidden_states", reorder.into)
-
-        return [
-            model.rope.register_forward_hook(rotary_tables),
-            model.blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
-            self.leave_hook(model, reorder),
-        ]
 
 
 register_family(SkyReelsFamily())

@@ -1,8 +1,8 @@
 """UNets: Stable Diffusion 1.x, 2.x and XL, AnimateDiff, Stable Video Diffusion.
 
 Self-attention is ``attn1`` of the spatial transformer blocks, over one feature map: the pixels of one frame (frames are in the
-batch) at the resolution of its level. Each level has a grid of its own, so tokens are reordered at each call and not once a
-forward. Temporal attention (motion modules, temporal transformers) runs over a handful of frames and stays as it is.
+batch) at the resolution of its level. Each level has a grid of its own. Temporal attention (motion modules, temporal
+transformers) runs over a handful of frames and stays as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.diffusers_compat import unsplit
 from tilewise.plugins.errors import UnsupportedModelError
-from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Size
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 
@@ -58,12 +58,6 @@ class UNetFamily(Family):
                 "SimpleCrossAttn types (DeepFloyd IF, Kandinsky 2): no family adapter serves that. Nothing was changed"
             )
         return found
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        return []  # each layer's tokens are reordered at its call
-
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        return []  # and so every other processor gets them in the model's own order anyway
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         factor = getattr(pipe, "vae_scale_factor", 8)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.models.common.family import AttentionLayer, Family, FusedState, Reorder, Size, Streams
+from tilewise.plugins.models.common.family import AttentionLayer, Family, FusedState, Size, Streams
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, within_positions, wrong_sizes
 
@@ -24,6 +24,7 @@ class WanFamily(Family):
     name = "wan"
     classes: tuple[str, ...] = ("WanTransformer3DModel",)
     streams: ClassVar = {"WanTransformer3DModel": Streams(("blocks",), text=2)}
+    stacks: ClassVar[tuple[str, ...]] = ("blocks",)
     pixels = 16  # what the pipelines ask heights and widths to be a multiple of
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
@@ -32,58 +33,6 @@ class WanFamily(Family):
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return args[1] if len(args) > 1 else kwargs["timestep"]
-
-    def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
-        config: Any = denoiser.config
-        blocks: Any = denoiser.blocks
-        return [
-            AttentionLayer(f"blocks.{i}.attn1", block.attn1, i, config.num_attention_heads, config.attention_head_dim)
-            for i, block in enumerate(blocks)
-        ]
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-
-        def rotary_tables(module: nn.Module, args: tuple, output: tuple[torch.Tensor, ...]) -> Any:
-            return tuple(reorder.into(table) for table in output)
-
-        def per_token_timesteps(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> Any:
-            # (temb, timestep_proj, …): with 2-D timesteps both are (B, S, …). The blocks use timestep_proj; temb is used
-            # after the last block, where the tokens are back in the model's own order.
-            if output[1].ndim != 3:
-                return None
-            return (output[0], reorder.into(output[1]), *output[2:])
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if args:
-                return (reorder.into(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": reorder.into(kwargs["hidden_states"])}
-
-        return [
-            model.rope.register_forward_hook(rotary_tables),
-            model.condition_embedder.register_forward_hook(per_token_timesteps, with_kwargs=True),
-            model.blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
-            self.leave_hook(model, reorder),
-        ]
-
-    def leave_hook(self, model: Any, reorder: Reorder) -> Any:
-        """The hook that brings the hidden states back, when the last block is done."""
-
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.back(output)
-
-        return model.blocks[-1].register_forward_hook(leave)
-
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        def enter(module: nn.Module, args: tuple) -> Any:
-            # WanTransformerBlock calls attn1(hidden_states, None, None, rotary_emb).
-            rotary = tuple(reorder.back(table) for table in args[3])
-            return (reorder.back(args[0]), *args[1:3], rotary, *args[4:])
-
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.into(output)
-
-        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
     # fused.wan needs diffusers' classes: imported where there is a denoiser, which has brought them.
 
@@ -125,17 +74,7 @@ class WanFamily(Family):
         return within_positions(denoiser, grid, (config.rope_max_seq_len,) * 3)
 
 
-class _AddsAfterTheLastBlock(WanFamily):
-    """Of models that may add to the hidden states after the last block as well, token by token: in the order in force."""
-
-    def leave_hook(self, model: Any, reorder: Reorder) -> Any:
-        def leave(module: nn.Module, args: tuple) -> Any:
-            return (reorder.back(args[0]), *args[1:])
-
-        return model.norm_out.register_forward_pre_hook(leave)
-
-
-class WanVACEFamily(_AddsAfterTheLastBlock):
+class WanVACEFamily(WanFamily):
     """VACE: control blocks run first, each beside the main block of ``vace_layers`` that its output is added to.
 
     They have self-attention of their own over the control tokens, on the same grid, and belong to that block's number. Each
@@ -155,37 +94,14 @@ class WanVACEFamily(_AddsAfterTheLastBlock):
         ]
         return [*super().layers(denoiser), *control]
 
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
 
-        def enter(module: nn.Module, args: tuple) -> Any:
-            # (hidden states, text, control, …). The first control block alone reads the hidden states, and adds them to control.
-            return (reorder.into(args[0]), args[1], reorder.into(args[2]), *args[3:])
-
-        return [*super().reorder_hooks(denoiser, reorder), model.vace_blocks[0].register_forward_pre_hook(enter)]
-
-
-class WanAnimateFamily(_AddsAfterTheLastBlock):
-    """Animate: face adapters between the blocks, which take equal runs of tokens for frames and so need the model's own order.
+class WanAnimateFamily(WanFamily):
+    """Animate: Wan with face adapters between the blocks, which stay as they are.
 
     ``num_frames`` of a size is the length of one segment (``segment_frame_length``); the reference image is a latent frame more.
     """
 
     classes: tuple[str, ...] = ("WanAnimateTransformer3DModel",)
-
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-
-        def enter(module: nn.Module, args: tuple) -> Any:
-            return (reorder.back(args[0]), *args[1:])
-
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.into(output)
-
-        handles = super().reorder_hooks(denoiser, reorder)
-        for adapter in model.face_adapter:
-            handles += [adapter.register_forward_pre_hook(enter), adapter.register_forward_hook(leave)]
-        return handles
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         grid = super().grid_of_size(denoiser, pipe, size)

@@ -2,24 +2,20 @@
 
 The image's tokens are padded to a multiple of 32 with tokens that take part in attention; they count as text. Prompts are padded
 in the same way, and then to the longest of the batch, with a mask over keys. The image's refiners run on the image and its
-padding; the text's stay as they are. Rotary tables are made inside ``forward``; ``_prepare_sequence``, which both streams pass
-through, returns them.
+padding; the text's stay as they are.
 """
 
 from __future__ import annotations
 
 import math
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.diffusers_compat import PREPARE_SEQUENCE
-from tilewise.plugins.hooks.forward_override import MethodOverride
-from tilewise.plugins.models.common.family import AttentionLayer, Family, Reorder, Size, UnreadableGridError
-from tilewise.plugins.models.common.image import StreamOrder, by_name, image_tokens
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Size, UnreadableGridError
+from tilewise.plugins.models.common.image import by_name, image_tokens
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import within_positions
 
@@ -67,61 +63,11 @@ class ZImageFamily(Family):
             for number, (name, block) in enumerate(blocks)
         ]
 
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        model: Any = denoiser
-        lengths = _LENGTHS.setdefault(reorder, [])
-
-        def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            call = by_name(PARAMETERS, args, kwargs)
-            lengths[:] = [0, 0] if self.refuses(module, args, kwargs) else _lengths(call)
-            samples = call.get("controlnet_block_samples")
-            if samples is None:
-                return None
-            return (), {**call, "controlnet_block_samples": {i: reorder.into(sample) for i, sample in samples.items()}}
-
-        def prepare(feats: Any, pos_ids: Any, inner_pad_mask: Any, pad_token: Any, *args: Any, **kwargs: Any) -> Any:
-            # The hidden states (B, n, C) and rotary tables (B, n, D) of one stream; the blocks get both streams joined.
-            x, tables, *rest = stock(model, feats, pos_ids, inner_pad_mask, pad_token, *args, **kwargs)
-            if pad_token is model.x_pad_token:
-                order = StreamOrder(reorder, x.shape[1], lengths[1], x.device, text_first=False)
-                x, tables = order.enter(x), order.enter(tables)
-            return (x, tables, *rest)
-
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return reorder.back(output)
-
-        stock = getattr(type(model), PREPARE_SEQUENCE)
-        return [
-            model.register_forward_pre_hook(begin, with_kwargs=True),
-            MethodOverride(model, PREPARE_SEQUENCE, prepare),
-            *(final.register_forward_hook(leave) for final in model.all_final_layer.values()),
-        ]
-
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        lengths = _LENGTHS.setdefault(reorder, [])
-
-        def order_of(x: torch.Tensor) -> StreamOrder:
-            # A refiner's attention has the image and its padding, the others' all tokens.
-            return StreamOrder(reorder, x.shape[1], sum(lengths) - x.shape[1], x.device, text_first=False)
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            order = order_of(args[0])
-            return (order.leave(args[0]), *args[1:]), {**kwargs, "freqs_cis": order.leave(kwargs["freqs_cis"])}
-
-        def leave(module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
-            return order_of(output).enter(output)
-
-        return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
-
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         model: Any = denoiser
         rows, columns = image_tokens(denoiser, size, model.all_patch_size[0] * getattr(pipe, "vae_scale_factor", 8))
         grid = Grid(1, rows, columns, text=_padded(rows * columns) - rows * columns + MAX_TEXT)
         return within_positions(denoiser, grid, model.config.axes_lens)
-
-
-# By patch: the lengths (image and its padding, text) of the current forward, which its hooks share.
-_LENGTHS: WeakKeyDictionary[Reorder, list[int]] = WeakKeyDictionary()
 
 
 def _image_grid(call: dict[str, Any]) -> tuple[int, int, int]:

@@ -1,7 +1,10 @@
 """Answering the attention calls of a patched denoiser: sparse or dense, and counted.
 
     answer → why dense? ──────────────────────────────→ dense: our kernel for dense attention, or the stock function
-           → prepare: layout, groups, plans, backend → sparse: kernels/attention/dispatch.py
+           → prepare: layout, groups, plans, backend → sparse: q, k, v into tile order, kernels/attention/dispatch.py, and back
+
+Tokens are in tile order within a sparse call and nowhere else. Whatever stands outside of it, modules, hooks of others, caches
+and control networks, finds them in the model's own order.
 
 What ``prepare`` finds depends on shapes alone where the plan is static and there is no mask. It is kept, and later layers and
 steps only run the kernel.
@@ -19,13 +22,14 @@ import torch
 from tilewise.kernels.attention.dispatch import DTYPES, available_backends, block_sparse_attention
 from tilewise.kernels.device import capturing
 from tilewise.kernels.errors import UnsupportedPlanError
+from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.methods.base import DynamicMethod, Planned
 from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime import dense_backend
 from tilewise.plugins.runtime.attention_request import AttentionRequest
-from tilewise.plugins.runtime.call_planner import CallPlanner, Prepared, ordered, with_text_of
+from tilewise.plugins.runtime.call_planner import CallPlanner, Prepared, with_text_of
 from tilewise.plugins.runtime.call_stats import (
     DENSE_LAYER,
     DENSE_STEP,
@@ -44,13 +48,14 @@ from tilewise.plugins.runtime.joint_text import (
     text_partial,
 )
 from tilewise.plugins.runtime.observers import ObservedCall
-from tilewise.plugins.runtime.plan_cache import LRU, Order
+from tilewise.plugins.runtime.plan_cache import LRU
 from tilewise.plugins.runtime.sparse_call import (
     PRECISIONS,
     QKV,
     Part,
     mean_density,
     measured,
+    reordered,
     run_parts,
 )
 
@@ -126,18 +131,18 @@ class AttentionCalls:
 
     def _sparse(self, number: int, prepared: Prepared, request: AttentionRequest) -> torch.Tensor | CallKind:
         """The output; or what the call counts as, where no kernel takes it."""
-        state, order = self.state, prepared.order
-        whole = (request.query, request.key, request.value) if order is None else ordered(request, order)
+        state, (there, back) = self.state, prepared.order
         try:
             with state.call_stats.record(number, prepared.kind, request.query, request.key) as call:
+                whole = reordered(request.qkv, there)
                 call.density = prepared.density
                 if prepared.parts is None:
                     out = self._planned_now(call, number, prepared, whole, request.fused)
                 else:
                     out = self._run(number, prepared.parts, whole, prepared.scale)
+                return reorder_tokens([out], back)[0]
         except UnsupportedPlanError as error:
             return CallKind(FALLBACK, reason=str(error))
-        return out if order is None else out.index_select(1, order[1])
 
     def _run(self, number: int, parts: list[Part], whole: QKV, scale: float | None) -> torch.Tensor:
         first = parts[0]
@@ -194,8 +199,7 @@ class AttentionCalls:
     # ── dense ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _dense(self, number: int, kind: CallKind, request: AttentionRequest, stock: Stock) -> torch.Tensor:
-        state = self.state
-        forward = state.forward
+        state, forward = self.state, self.state.forward
         if state.config.fuse and dense_backend.takes(request):
             groups = forward.masks.shown(request.attn_mask, forward.grid, request.query)
             with state.call_stats.record(number, None, request.query, request.key) as call:
@@ -205,12 +209,9 @@ class AttentionCalls:
             if out is not None:
                 self._observe(number, kind.kind, request.qkv)
                 return out
-        mask, layout = request.attn_mask, with_text_of(forward.layout, request)
-        if state.layers[number].downsample is None and layout is not None and mask is not None:
-            mask = _reorder_mask(mask, layout, state.plans.order(layout, mask.device))
         with state.call_stats.record(number, kind, request.query, request.key):
             out = stock(
-                *request.qkv, mask, request.dropout_p, request.is_causal, request.scale, request.enable_gqa,
+                *request.qkv, request.attn_mask, request.dropout_p, request.is_causal, request.scale, request.enable_gqa,
                 attention_kwargs=request.attention_kwargs, backend=request.backend,
                 parallel_config=request.parallel_config,
             )  # fmt: skip
@@ -228,8 +229,9 @@ class AttentionCalls:
         request = request.replace(scale=self.planner.scale(layout, request))
         guide = state.guide if layer.block in state.selected else None
         if guide is not None and (state.forward.runs or guide.keeps) and layout is not None and layout.grid.text:
-            groups = state.forward.masks.groups(request.attn_mask, layout.grid, request.query)
-            guide.keep(text_partial(layout, groups, request.qkv, request.scale))
+            there, _ = state.plans.order(layout, request.query.device)
+            groups = state.forward.masks.groups(request.attn_mask, layout.grid, request.query, there)
+            guide.keep(text_partial(layout, groups, reordered(request.qkv, there), request.scale))
         return CallKind(GLOBAL_PATH), request
 
     def _guided(
@@ -270,14 +272,6 @@ class AttentionCalls:
             f"{self.state.name} is patched: a copy of one of its modules would share its hooks. Copy the whole denoiser or "
             "pipeline, which gives a patched copy, or call tilewise.unpatch before copying"
         )
-
-
-def _reorder_mask(mask: torch.Tensor, layout: Layout, order: Order) -> torch.Tensor:
-    """A mask over raster tokens, brought into the order that queries and keys are in."""
-    for dim in (-2, -1):
-        if mask.ndim >= -dim and mask.shape[dim] == layout.grid.tokens:
-            mask = mask.index_select(dim, order[0])
-    return mask
 
 
 @torch.compiler.assume_constant_result

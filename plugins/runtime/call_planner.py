@@ -15,20 +15,20 @@ from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.call_stats import DENSE_LAYER, FALLBACK, SHORT, SPARSE, CallKind
 from tilewise.plugins.runtime.forward_state import ForwardState
 from tilewise.plugins.runtime.plan_cache import Order
-from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, mean_density
+from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, mean_density, reordered
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What one sparse call runs by.
 
-    layout: the token order of its queries and keys. order: (permutation, inverse) into it, where a layer reorders by itself.
+    layout: the token order of its plans. order: (permutation, inverse) into it from the model's own.
     groups: of samples, by the tokens that the mask leaves them. parts: their static plans; None: planned at each call.
     kind, density: what the call counts as; None: known when it has run.
     """
 
     layout: Layout
-    order: Order | None
+    order: Order
     groups: list[Group]
     scale: float | None
     parts: list[Part] | None = None
@@ -54,14 +54,16 @@ class CallPlanner:
         reason = _refusal(layout, request)
         if reason is None and isinstance(method, DynamicMethod):
             reason = method.refuses_call(layout)
-        groups = reason or state.forward.masks.groups(request.attn_mask, layout.grid, query)
+        if reason is not None:
+            return CallKind(FALLBACK, reason=reason)
+        order = state.plans.order(layout, query.device)
+        groups = state.forward.masks.groups(request.attn_mask, layout.grid, query, order[0])
         if isinstance(groups, str):
             return CallKind(FALLBACK, reason=groups)
-        order = state.plans.order(layout, query.device) if layer.downsample is not None else None
         prepared = Prepared(layout, order, groups, self.scale(layout, request))
         if isinstance(method, DynamicMethod) or (state.guide is not None and layout.grid.text):
             return prepared
-        whole = ordered(request, order)
+        whole = reordered(request.qkv, order[0])
         taken: list[Any] = [group.take(*whole) for group in groups]
         layouts = [layout.with_text(group.text) for group in groups]
         planned = [Planned(state.plans.plan(own, query.shape[2], query.device)) for own in layouts]
@@ -87,7 +89,7 @@ class CallPlanner:
     def _layout(self, layer: AttentionLayer, request: AttentionRequest) -> Layout | CallKind:
         """The token order of a call; or what it counts as, where there is none."""
         forward, config = self.state.forward, self.state.config
-        own = layer.downsample is not None  # a map of its own, which it reorders at each call
+        own = layer.downsample is not None  # a map of its own
         if own:
             assert forward.grid is not None
             layout = config.method.layout(layer.grid(forward.grid))
@@ -117,20 +119,8 @@ class CallPlanner:
         return [choice for choice, _ in found], in_16_bits
 
 
-def ordered(request: AttentionRequest, order: Order | None) -> QKV:
-    """Query, key and value in a layer's own token order."""
-    if order is None:
-        return request.qkv
-    there = order[0]
-    return (
-        request.query.index_select(1, there),
-        request.key.index_select(1, there),
-        request.value.index_select(1, there),
-    )
-
-
 def with_text_of(layout: Layout | None, request: AttentionRequest) -> Layout | None:
-    """The layout in force for a call over the video tokens and only some of the text, in the same order.
+    """The layout of the forward for a call over the video tokens and only some of the text.
 
     For blocks with an attention over the image alone beside the joint one, and refiners that run before the text is joined.
     """

@@ -1,7 +1,6 @@
 """A step's decisions as PyTorch operators, so that torch.compile keeps a patched denoiser in one graph.
 
     begin(timestep, handle, grid) → ticket          which step this is, and so whether the method runs
-    order(ticket, handle, tokens) → indices         the token order in force; the identity where there is none
     attend(ticket, q, k, v, handle, …) → output     one attention call: sparse, dense, or fallen back, and counted
 
 What a step does depends on the schedule, the grid, the plan and the call stats: Python, which a graph would freeze as it was when
@@ -35,7 +34,7 @@ _numbers = itertools.count(1)
 def handle_for(owner: Any) -> torch.Tensor:
     """A new handle, () int64 on the CPU, by which operators find ``owner`` for as long as something else keeps it alive.
 
-    owner: a ``ForwardState`` for ``begin`` and ``order``, a ``TilewiseProcessor`` for ``attend``.
+    owner: a ``ForwardState`` for ``begin``, a ``TilewiseProcessor`` for ``attend``.
     """
     number = next(_numbers)
     _owners[number] = owner
@@ -71,30 +70,20 @@ def begin(
     w: int,
     text: int,
     text_first: bool,
+    opposite: int,
     refused: str | None = None,
 ) -> torch.Tensor:
-    """Begin a forward over the grid (t, h, w, text); see ``ForwardState.begin``. Returns its ticket, () int64 on the CPU.
+    """Begin a forward over the grid (t, h, w, text, …); see ``ForwardState.begin``. Returns its ticket, () int64 on the CPU.
 
     t: 0 where there is no grid, as ``refused`` says.
     """
-    _owner(handle).begin(Grid(t, h, w, text, text_first) if t else None, timestep, refused)
+    _owner(handle).begin(Grid(t, h, w, text, text_first, opposite) if t else None, timestep, refused)
     return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @begin.register_fake
-def _(timestep, handle, t, h, w, text, text_first, refused=None):
+def _(timestep, handle, t, h, w, text, text_first, opposite, refused=None):
     return torch.empty((), dtype=torch.int64, device="cpu")
-
-
-@torch.library.custom_op("tilewise::order", mutates_args=(), **CUDAGRAPH_UNSAFE)
-def order(ticket: torch.Tensor, handle: torch.Tensor, tokens: int, device: torch.device, inverse: bool) -> torch.Tensor:
-    """Where each token comes from, (tokens,) int64 on ``device``: into the order in force, or back from it."""
-    return _owner(handle).indices(tokens, device, inverse).clone()  # a graph may write over what an operator gives it
-
-
-@order.register_fake
-def _(ticket, handle, tokens, device, inverse):
-    return torch.empty(tokens, dtype=torch.int64, device=device)
 
 
 @torch.library.custom_op("tilewise::attend", mutates_args=(), **CUDAGRAPH_UNSAFE)

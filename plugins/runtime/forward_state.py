@@ -1,7 +1,7 @@
 """The forward that a patched denoiser is in, and what it keeps from one forward to the next.
 
 ``begin`` decides once a forward what all its attention calls go by: which step of the schedule this is, whether the method runs
-there, and in which order the tokens are. ``attention_call.py`` answers the calls.
+there, and over which layout. ``attention_call.py`` answers the calls.
 
 torch.compile never sees this: it runs directly, or inside the operators of ``custom_ops.py`` where the denoiser is compiled.
 """
@@ -25,7 +25,7 @@ from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime.call_stats import CallStats
 from tilewise.plugins.runtime.joint_text import TextGuide
 from tilewise.plugins.runtime.observers import Observer
-from tilewise.plugins.runtime.plan_cache import Order, PlanCache
+from tilewise.plugins.runtime.plan_cache import PlanCache
 from tilewise.plugins.runtime.step_index import StepIndex
 
 
@@ -34,7 +34,7 @@ class Forward(threading.local):
 
     Attributes:
         grid: of the tokens; None where it could not be read.
-        layout: the token order in force; None: the model's own.
+        layout: the method's token order for this grid, which its calls reorder to; None: none of them can be sparse.
         runs: whether the method runs at this step.
         refused: why the method cannot run in this forward although it should; None: it can.
         global_path: whether calls are dense just now, on purpose; see ``ForwardState.global_path``.
@@ -59,7 +59,7 @@ class ForwardState:
         name: the denoiser's, for messages.
         steps: tells which step a forward is.
         layers, selected: the self-attention layers, and the numbers of the blocks that run the method.
-        reorders: whether any forward may reorder tokens.
+        sparse: whether any call over the denoiser's own token sequence may be sparse.
         masks_per_layer: see ``Family.masks_per_layer``.
 
     Attributes:
@@ -75,7 +75,7 @@ class ForwardState:
         steps: StepIndex,
         layers: list[AttentionLayer],
         selected: set[int],
-        reorders: bool,
+        sparse: bool,
         masks_per_layer: bool = False,
     ) -> None:
         self.name = name
@@ -84,7 +84,7 @@ class ForwardState:
         self.pipe = steps.pipe
         self.layers = layers
         self.selected = selected
-        self.reorders = reorders
+        self.sparse = sparse
         self.grid: Grid | None = None
         self.forward = Forward(masks_per_layer)
         self.call_stats = CallStats()
@@ -103,13 +103,11 @@ class ForwardState:
         forward.refused = refused
         if refused and forward.runs and self.config.strict:
             raise FallbackError(f"strict: {self.name} cannot run {self.config.method.name}: {refused}")
-        # The order is in force in dense steps too: caches that keep tensors from one step to the next, as some of diffusers'
-        # do, must find them in the same order.
-        usable = self.reorders and refused is None and grid is not None
+        usable = self.sparse and refused is None and grid is not None
         forward.layout = self.config.method.layout(grid) if usable else None  # type: ignore[arg-type]
 
     def end(self) -> None:
-        """The forward is over: outside one, tokens are in the model's own order."""
+        """The forward is over."""
         self.forward.layout = None
         self.forward.masks.clear()
 
@@ -153,23 +151,3 @@ class ForwardState:
         self.memories.begin(at.step, at.run, at.is_last)
         if not forward.runs:  # not yet, or not again in this run
             self.memories.now.free()
-
-    # ── which order ──────────────────────────────────────────────────────────────────────────────────────────────
-
-    def order(self, device: torch.device) -> Order | None:
-        """(permutation, inverse), (S,) int64 on ``device``, or None while the model's own order is in force."""
-        layout = self.forward.layout
-        return None if layout is None else self.plans.order(layout, device)
-
-    def indices(self, tokens: int, device: torch.device, inverse: bool) -> torch.Tensor:
-        """One of ``order``, or the identity, for an axis of ``tokens`` tokens; the caller must not write to it."""
-        order, layout = self.order(device), self.forward.layout
-        if order is None:
-            order = self.plans.identity(tokens, device)
-        elif layout is not None and tokens == layout.grid.video != layout.grid.tokens:
-            order = self.plans.video_order(layout, device)  # a stream of video tokens alone, beside one of text
-        if len(order[0]) != tokens:
-            raise TilewiseError(
-                f"{self.name}: cannot reorder {tokens} tokens, the grid {self.forward.grid} has {len(order[0])}"
-            )
-        return order[inverse]

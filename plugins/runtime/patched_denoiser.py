@@ -41,12 +41,11 @@ class Patch:
         self.layers: list[AttentionLayer] = family.layers(denoiser)
         blocks = 1 + max((layer.block for layer in self.layers), default=-1)
         selected = set(select_blocks(config.blocks, blocks))
-        # Known before any forward: a graph is made for one or the other.
         one_sequence = any(layer.downsample is None for layer in self.layers)
-        self.reorders = bool(selected) and one_sequence and not isinstance(config.method, Dense)
+        self.sparse = bool(selected) and one_sequence and not isinstance(config.method, Dense)
         owner = _reference(pipe) if pipe is not denoiser else lambda: None
         self.state = ForwardState(
-            name, config, StepIndex(owner, denoiser), self.layers, selected, self.reorders, family.masks_per_layer
+            name, config, StepIndex(owner, denoiser), self.layers, selected, self.sparse, family.masks_per_layer
         )
         self.handle = custom_ops.handle_for(self.state)
         self._resting = custom_ops.new_ticket()
@@ -55,7 +54,6 @@ class Patch:
         self._handles: list[Any] = []
         self._replacing = threading.Lock()
         self.left_alone: dict[str, Any] = {}  # processors that are not taken over, by layer name
-        self._raster: dict[str, list[Any]] = {}  # of layers left alone: what gives them the model's own order
         self._install(denoiser)
 
     # ── putting on and taking off ────────────────────────────────────────────────────────────────────────────────
@@ -66,7 +64,7 @@ class Patch:
                 self._adopt(number)
             self._handles.append(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(denoiser.register_forward_hook(self._after, always_call=True))
-            self._handles += self.family.reorder_hooks(denoiser, self)
+            self._handles += self.family.hooks(denoiser)
             if self.config.fuse:
                 self._handles += self.family.fuse(denoiser, self.calls)
         except BaseException:
@@ -83,9 +81,7 @@ class Patch:
         """
         layer = self.layers[number]
         module: Any = layer.module
-        while isinstance(
-            module.processor, TilewiseProcessor
-        ):  # another patch's or layer's, put here by who had saved it
+        while isinstance(module.processor, TilewiseProcessor):  # another's, put here by who had saved it
             _set_processor(module, module.processor.original)
         self._take_back(layer)
         if reason := why_not(module.processor):
@@ -94,20 +90,16 @@ class Patch:
             _set_processor(module, self._stand_in(module.processor, number, layer))
 
     def _leave_alone(self, layer: AttentionLayer, reason: str) -> None:
-        """A layer with a processor of its own stays dense, is reported, and gets its tokens in the model's own order."""
+        """A layer with a processor of its own stays dense, and is reported."""
         if self.config.strict:
             raise FallbackError(f"strict: {self.name}.{layer.name} would stay dense: {reason}")
         module: Any = layer.module
         self.left_alone[layer.name] = module.processor
         self.state.call_stats.skipped_layers[layer.name] = reason
-        self._raster[layer.name] = self.family.raster_hooks(layer.module, self)
-        self._handles += self._raster[layer.name]
 
     def _take_back(self, layer: AttentionLayer) -> None:
         """A layer is not left alone, or not any more."""
         self.left_alone.pop(layer.name, None)
-        for handle in self._raster.pop(layer.name, ()):
-            handle.remove()
         self.state.call_stats.skipped_layers.pop(layer.name, None)
 
     def _stand_in(self, original: Any, number: int, layer: AttentionLayer) -> TilewiseProcessor:
@@ -158,7 +150,9 @@ class Patch:
         if not torch.compiler.is_dynamo_compiling():
             self.state.begin(grid, timestep, refused)
             return
-        shape = (0, 0, 0, 0, False) if grid is None else (grid.t, grid.h, grid.w, grid.text, grid.text_first)
+        shape = (0, 0, 0, 0, False, 0)
+        if grid is not None:
+            shape = (grid.t, grid.h, grid.w, grid.text, grid.text_first, grid.opposite)
         self.calls.ticket = custom_ops.begin(timestep, self.handle, *shape, refused)
 
     def _grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
@@ -174,8 +168,8 @@ class Patch:
             return None, str(error)
 
     def _look_at_processors(self) -> str | None:
-        """Follow what others did to the layers' processors since the patch. Traced by torch.compile, as the hooks that a layer
-        gets or loses here must be there to be traced. Returns why this forward cannot be sparse, or None."""
+        """Follow what others did to the layers' processors since the patch. Returns why this forward cannot be sparse, or
+        None."""
         refused = None
         for number, layer in enumerate(self.layers):
             module: Any = layer.module
@@ -184,7 +178,7 @@ class Patch:
             elif isinstance(module.processor, TilewiseProcessor) and layer.name in self.left_alone:
                 self._take_back(layer)
             if is_sharded(module.processor):
-                refused = "context parallelism is enabled, and shards the tokens before they can be reordered"
+                refused = "context parallelism is enabled, and each rank has a part of the tokens"
         return refused
 
     def _knows(self, number: int) -> bool:
@@ -206,26 +200,6 @@ class Patch:
     def _after(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
         self.state.end()
         self.calls.ticket = self._resting
-
-    def into(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """``x`` with its token axis ``dim`` brought from the model's own order into the one in force."""
-        return self._reordered(x, dim, inverse=False)
-
-    def back(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """``x`` with its token axis ``dim`` brought from the order in force back into the model's own."""
-        return self._reordered(x, dim, inverse=True)
-
-    def _reordered(self, x: torch.Tensor, dim: int, inverse: bool) -> torch.Tensor:
-        if not self.reorders:
-            return x
-        if torch.compiler.is_dynamo_compiling():
-            # The indices come from an operator and the gather is the compiler's, which joins it with its neighbours.
-            return x.index_select(
-                dim, custom_ops.order(self.calls.ticket, self.handle, x.shape[dim], x.device, inverse)
-            )
-        if self.state.order(x.device) is None:
-            return x
-        return x.index_select(dim, self.state.indices(x.shape[dim], x.device, inverse))
 
 
 def _reference(pipe: Any) -> Callable[[], Any]:

@@ -77,14 +77,6 @@ class PlanCache:
 
         return self.orders.lookup((layout, device), make)
 
-    def video_order(self, layout: Layout, device: torch.device) -> Order:
-        """``order`` for the video tokens alone, counted from 0."""
-        return self.order(layout.with_text(0), device)
-
-    def identity(self, tokens: int, device: torch.device) -> Order:
-        """The order of tokens that stay where they are."""
-        return self.orders.lookup((tokens, device), lambda: (torch.arange(tokens, device=device),) * 2)
-
     def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
         """The method's plan, made once for a layout, number of heads and device."""
 

@@ -16,6 +16,7 @@ from tilewise.kernels.attention.block_compensation import add_block_compensation
 from tilewise.kernels.attention.dispatch import Choice, block_sparse_attention, choose_backend
 from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
 from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit, unavailable_8bit, unsupported_8bit
+from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.masks.additive_padding_mask import add_weighed, attend_all
@@ -40,6 +41,12 @@ class Part:
     @property
     def plan(self) -> BlockPlan:
         return self.planned.plan
+
+
+def reordered(qkv: QKV, order: torch.Tensor) -> QKV:
+    """Query, key and value, (B, S, H, D) each, with token i from where ``order`` (S,) has it."""
+    query, key, value = reorder_tokens(qkv, order)
+    return query, key, value
 
 
 def choose(qkv: QKV, plan: BlockPlan, precision: str | None) -> tuple[Choice, str]:

@@ -7,7 +7,6 @@ compiled_is_eager   torch.compile(fullgraph=True) gives what eager gives
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,19 +49,15 @@ def output(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     return torch.stack(out) if isinstance(out, list) else out
 
 
-def _window(method: tilewise.STA, grid: Grid, heads: int, others: int) -> torch.Tensor:
-    """(1, H, S, S) bool: the method's plan as a mask over [text | image | others] or [image | text], the models' own orders."""
+def _window(method: tilewise.STA, grid: Grid, heads: int) -> torch.Tensor:
+    """(1, H, S, S) bool: the method's window over the tokens of a call, in the model's order."""
     layout = method.layout(grid)
-    mask = method.plan(layout, heads, torch.device("cpu")).to_mask(heads)
     at = layout.inverse
-    if grid.text_first:
-        text = grid.text - others
-        at = torch.cat([at[:text], at[grid.text :], at[text : grid.text]])
-    return mask[:, :, at][:, :, :, at]
+    return method.plan(layout, heads, torch.device("cpu")).to_mask(heads)[:, :, at][:, :, :, at]
 
 
 @contextmanager
-def _masked(model: Any, method: tilewise.STA, grid: Grid, others: int) -> Iterator[list[int]]:
+def _masked(model: Any, method: tilewise.STA, grid: Grid) -> Iterator[list[int]]:
     """The stock processors' attention with the method's window as a mask; yields the token counts of the calls."""
     (layer, *_) = family_checks.tilewise_layers(model)
     module = type(layer.module.processor).__call__.__globals__
@@ -72,7 +67,7 @@ def _masked(model: Any, method: tilewise.STA, grid: Grid, others: int) -> Iterat
         if not grid.video <= tokens <= grid.tokens:
             return given
         calls.append(tokens)
-        mask = _window(method, dataclasses.replace(grid, text=grid.text - (grid.tokens - tokens)), layer.heads, others)
+        mask = _window(method, grid.with_text(tokens - grid.video), layer.heads)
         if given is None:
             return mask
         return mask & given if given.dtype == torch.bool else torch.where(mask, given, -torch.inf)
@@ -102,13 +97,12 @@ def masked_stock(
     inputs: dict[str, Any],
     grid: Grid,
     *,
-    others: int = 0,
     method: tilewise.STA = family_checks.SMALL,
     atol: float = 2e-5,
 ) -> None:
-    """Our sparse output = stock's with the same window as a mask; all calls sparse. others: of the text, reference images'."""
+    """Our sparse output = stock's with the same window as a mask; all calls sparse."""
     stock = output(model, inputs)
-    with _masked(model, method, grid, others) as calls:
+    with _masked(model, method, grid) as calls:
         want = output(model, inputs)
     assert len(calls) == len(family_checks.tilewise_layers(model))
     assert float((want - stock).abs().max()) > 10 * atol, "the window must matter"
@@ -120,11 +114,8 @@ def masked_stock(
     torch.testing.assert_close(ours, want, atol=atol, rtol=atol)
 
 
-def own_processor(model: Any, inputs: dict[str, Any], number: int, same_order: bool = True) -> None:
-    """Layer ``number`` gets a processor that cannot be taken over: it sees what it sees in stock, and is reported.
-
-    same_order: False where reference images stand elsewhere in a patched denoiser, also for such a processor.
-    """
+def own_processor(model: Any, inputs: dict[str, Any], number: int) -> None:
+    """Layer ``number`` gets a processor that cannot be taken over: it sees what it sees in stock, and is reported."""
     layer = family_checks.tilewise_layers(model)[number]
     stock = layer.module.processor
     seen: list[torch.Tensor] = []
@@ -142,8 +133,7 @@ def own_processor(model: Any, inputs: dict[str, Any], number: int, same_order: b
             ours = output(model, inputs)
             (reported,) = tilewise.summary(model).skipped_layers
             assert reported.endswith(layer.name)
-        if same_order:
-            torch.testing.assert_close(seen[1], seen[0], atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(seen[1], seen[0], atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(ours, want, atol=2e-5, rtol=2e-5)
     finally:
         layer.module.set_processor(stock)

@@ -250,22 +250,6 @@ def test_class_names_that_tables_go_by_exist():
 # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_framepacks_history():
-    model = diffusers.HunyuanVideoFramepackTransformer3DModel
-    names = parameters(getattr(model, compat.PACK_HISTORY))
-    assert names[:6] == [
-        "self", "hidden_states", "latents_clean", "latents_history_2x", "latents_history_4x", "image_rotary_emb",
-    ]  # fmt: skip
-    assert f"self.{compat.PACK_HISTORY}(" in inspect.getsource(model.forward)
-
-
-def test_z_images_sequences():
-    model = diffusers.ZImageTransformer2DModel
-    names = parameters(getattr(model, compat.PREPARE_SEQUENCE))
-    assert names[:5] == ["self", "feats", "pos_ids", "inner_pad_mask", "pad_token"]
-    assert inspect.getsource(model.forward).count(f"self.{compat.PREPARE_SEQUENCE}(") >= 2  # image and text
-
-
 def test_wans_modules():
     model, known = tiny_wan(), compat.wan_modules()
     block: Any = model.blocks[0]

@@ -323,13 +323,13 @@ def test_a_processor_that_is_replaced_after_the_patch_is_reported(tiny_pipe):
         latents(tiny_pipe)
 
 
-def test_context_parallelism_is_refused_before_anything_is_reordered(tiny_pipe):
+def test_context_parallelism_is_refused_before_anything_runs(tiny_pipe):
     model = tilewise.patch(tiny_pipe.transformer, SMALL, steps=(0, 1), strict=True)
     for block in model.blocks:
         block.attn1.processor._parallel_config = object()  # what enable_parallelism sets
     with torch.no_grad(), pytest.raises(tilewise.FallbackError, match="context parallelism"):
         model(torch.randn(1, 4, 5, 16, 16), torch.tensor([500.0]), torch.randn(1, 16, tiny_wan.TEXT_DIM))
-    assert model._tilewise.state.order(torch.device("cpu")) is None
+    assert model._tilewise.state.forward.layout is None
 
 
 def test_caches_that_outlive_a_step_stay_right(tiny_pipe):
@@ -410,7 +410,7 @@ def test_a_failing_family_leaves_nothing_behind(monkeypatch):
     model = tiny_wan.tiny_transformer()
     before = state(model)
     family = tilewise.plugins.models.common.registry.family_of(model)
-    monkeypatch.setattr(type(family), "reorder_hooks", lambda *a: 1 / 0)
+    monkeypatch.setattr(type(family), "hooks", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tilewise.patch(model, SMALL)
     assert state(model) == before

@@ -1,4 +1,4 @@
-"""What a family is: the adapter by which tilewise reads one group of diffusers denoisers and follows their tokens.
+"""What a family is: the adapter by which tilewise reads one group of diffusers denoisers.
 
 A new family is a subclass of ``Family`` in a file of its own in ``plugins/models/``, or anywhere in your own code, given to
 ``register_family`` (``registry.py``).
@@ -30,7 +30,7 @@ class AttentionLayer:
 
     block: number of the transformer block it belongs to, which ``blocks="2:"`` selects by.
     downsample: None: the layer attends over the denoiser's token sequence. A number n (a UNet's level): over a feature map of its
-        own, whose height and width are the grid's divided by 2**n (rounded up); its tokens are reordered at each call.
+        own, whose height and width are the grid's divided by 2**n (rounded up).
     """
 
     name: str
@@ -77,21 +77,6 @@ class Streams:
     hidden: str = "hidden_states"
 
 
-class Reorder(Protocol):
-    """How a family's hooks move tensors between the model's own token order and the one in force, if there is one.
-
-    torch.compile traces the hooks, so they must not branch on the step: that decision is made in here.
-    """
-
-    reorders: bool  # whether any forward of this patch may reorder tokens
-
-    def into(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """``x`` with its token axis ``dim`` brought from the model's own order into the one in force."""
-
-    def back(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """``x`` with its token axis ``dim`` brought from the order in force back into the model's own."""
-
-
 class FusedState(Protocol):
     """What a family's fused code asks at each call."""
 
@@ -108,6 +93,9 @@ class Family(ABC):
 
     name: str
     classes: tuple[str, ...]  # class names of the denoisers
+    # Where the default ``layers`` finds self-attention: attributes of the denoiser with its blocks, in order, and of a block.
+    stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    attention: ClassVar[str] = "attn1"
     streams: ClassVar[Mapping[str, Streams]] = {}  # by class name: the denoisers that ``two_paths`` can run
     # Whether each layer makes its attention mask anew from what the forward was given: masks of one shape are then equal within a
     # forward, and one of them is read, not one a layer.
@@ -125,24 +113,15 @@ class Family(ABC):
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """The timestep argument of a forward call: any shape; where tokens differ, the noisiest counts."""
 
-    @abstractmethod
     def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
-        """The self-attention layers over the grid, in order."""
-
-    @abstractmethod
-    def reorder_hooks(self, denoiser: nn.Module, reorder: Reorder) -> list[Any]:
-        """Register hooks that bring tokens into the order in force before the blocks, and back after them.
-
-        Everything with a token axis must follow: hidden states, rotary tables, per-token timesteps. Returns the handles, each
-        with ``remove()``; an empty list where every layer has a feature map of its own.
-        """
-
-    @abstractmethod
-    def raster_hooks(self, module: nn.Module, reorder: Reorder) -> list[Any]:
-        """Register hooks that give one attention module its tokens in the model's own order, and bring its output back.
-
-        For a module that keeps a processor of its own, which may rely on that order. Returns the handles.
-        """
+        """The self-attention layers over the grid, in order: by default, one in each block of ``stacks``."""
+        config: Any = denoiser.config
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        blocks = [(f"{stack}.{i}", block) for stack in self.stacks for i, block in enumerate(getattr(denoiser, stack))]
+        return [
+            AttentionLayer(f"{name}.{self.attention}", getattr(block, self.attention), number, heads, head_dim)
+            for number, (name, block) in enumerate(blocks)
+        ]
 
     @abstractmethod
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
@@ -157,12 +136,19 @@ class Family(ABC):
     def refuses(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
         """Why a forward call cannot be sparse, or None.
 
-        A refused call runs stock, in the model's own token order, and is counted as a fallback; ``strict`` raises. ``grid`` is
-        not called for it, and hooks must not need what it would have read. torch.compile traces this method: it may look at
-        the config and at which arguments are given, not at the values of tensors. Where those decide, ``grid`` raises
-        ``UnreadableGridError``; in a compiled denoiser that is an error.
+        A refused call runs stock, and is counted as a fallback; ``strict`` raises. ``grid`` is not called for it. torch.compile
+        traces this method: it may look at the config and at which arguments are given, not at the values of tensors. Where
+        those decide, ``grid`` raises ``UnreadableGridError``; in a compiled denoiser that is an error.
         """
         return None
+
+    def hooks(self, denoiser: nn.Module) -> list[Any]:
+        """Register hooks that the family needs on a patched denoiser, as to make a mask once a forward and not once a layer.
+
+        torch.compile traces them: they must not branch on the denoising step. Do not register them on Linear layers: a LoRA that
+        is loaded later would wrap them. Returns the handles, each with ``remove()``.
+        """
+        return []
 
     def replace_processor(self, layer: AttentionLayer) -> Callable[..., Any] | None:
         """A function to run in place of the layer's stock processor in every call, or None to run the stock one.

@@ -35,15 +35,6 @@ class Minimal(tilewise.Family):
     def timestep(self, args, kwargs):
         return torch.zeros(1)
 
-    def layers(self, denoiser):
-        return []
-
-    def reorder_hooks(self, denoiser, reorder):
-        return []
-
-    def raster_hooks(self, module, reorder):
-        return []
-
     def grid_of_size(self, denoiser, pipe, size):
         return Grid(1, 2, 3)
 
@@ -62,7 +53,7 @@ def test_what_is_optional_defaults_to_nothing():
     assert family.refuses(Mine(), (), {}) is None
     assert family.self_attention(layer) is None
     assert family.replace_processor(layer) is None
-    assert family.fuse(Mine(), None) == family.notes(Mine(), fuse=True, dense=()) == []
+    assert family.fuse(Mine(), None) == family.hooks(Mine()) == family.notes(Mine(), fuse=True, dense=()) == []
     assert streams_of(Mine()) is None
     assert "Mine" not in served_streams()
 

@@ -62,9 +62,9 @@ def test_flux(model, shape):
 
 def test_reference_images_are_seen_by_all(model):
     x = inputs(8, 9, reference=(5, 6))
-    grid = Grid(1, 8, 9, text=TEXT + 30, text_first=True)
+    grid = Grid(1, 8, 9, text=TEXT + 30, text_first=True, opposite=30)
     family_checks.full_window_is_dense(model, x, grid)
-    image_checks.masked_stock(model, x, grid, others=30)
+    image_checks.masked_stock(model, x, grid)
 
 
 def test_guidance_and_positional_arguments():
@@ -96,7 +96,7 @@ def test_controlnet_samples_follow_the_order(model):
 @pytest.mark.parametrize("number", [0, 2])
 @pytest.mark.parametrize("reference", [None, (5, 6)])
 def test_own_processor(model, number, reference):
-    image_checks.own_processor(model, inputs(8, 9, reference=reference), number, same_order=reference is None)
+    image_checks.own_processor(model, inputs(8, 9, reference=reference), number)
 
 
 def test_a_full_mask_falls_back_in_its_own_order(model):

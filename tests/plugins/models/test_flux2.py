@@ -58,9 +58,9 @@ def test_flux2(model, shape):
 
 def test_reference_images_are_seen_by_all(model):
     x = inputs(8, 9, (5, 6), (3, 4))
-    grid = Grid(1, 8, 9, text=TEXT + 42, text_first=True)
+    grid = Grid(1, 8, 9, text=TEXT + 42, text_first=True, opposite=42)
     family_checks.full_window_is_dense(model, x, grid)
-    image_checks.masked_stock(model, x, grid, others=42)
+    image_checks.masked_stock(model, x, grid)
 
 
 @pytest.mark.parametrize("number", [0, 2])

@@ -64,17 +64,17 @@ def test_qwen_image(model, shape, mask):
 def test_images_to_edit_are_seen_by_all(zero_cond_t):
     model = tiny(zero_cond_t=zero_cond_t)
     x = inputs((1, 8, 9), (1, 5, 6), (1, 3, 2), mask=PADDED)
-    grid = Grid(1, 8, 9, text=TEXT + 36, text_first=True)
+    grid = Grid(1, 8, 9, text=TEXT + 36, text_first=True, opposite=36)
     family_checks.full_window_is_dense(model, x, grid)
-    image_checks.masked_stock(model, x, grid, others=36)
+    image_checks.masked_stock(model, x, grid)
 
 
 def test_layers_are_the_grids_t():
     model = tiny(use_layer3d_rope=True)
     x = inputs(*[(1, 6, 7)] * 4)  # three layers and the image that is taken apart
-    grid = Grid(3, 6, 7, text=TEXT + 42, text_first=True)
+    grid = Grid(3, 6, 7, text=TEXT + 42, text_first=True, opposite=42)
     family_checks.full_window_is_dense(model, x, grid)
-    image_checks.masked_stock(model, x, grid, others=42)
+    image_checks.masked_stock(model, x, grid)
 
 
 def test_controlnet_samples_follow_the_order(model):
@@ -85,7 +85,7 @@ def test_controlnet_samples_follow_the_order(model):
 
 @pytest.mark.parametrize("shapes", [[(1, 8, 9)], [(1, 8, 9), (1, 5, 6)]])
 def test_own_processor(model, shapes):
-    image_checks.own_processor(model, inputs(*shapes, mask=PADDED), 0, same_order=len(shapes) == 1)
+    image_checks.own_processor(model, inputs(*shapes, mask=PADDED), 0)
 
 
 @pytest.mark.compile

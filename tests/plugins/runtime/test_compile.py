@@ -308,35 +308,18 @@ class TestOperators:
         self.model = model
         return model._tilewise
 
-    GRID = (5, 8, 8, 0, False)
+    GRID = (5, 8, 8, 0, False, 0)
 
     def test_opcheck(self, patch):
-        timestep, cpu = torch.tensor([500.0]), torch.device("cpu")
+        timestep = torch.tensor([500.0])
         torch.library.opcheck(operators.begin, (timestep, patch.handle, *self.GRID))
         ticket = operators.begin(timestep, patch.handle, *self.GRID)
-        for inverse in (False, True):
-            torch.library.opcheck(operators.order, (ticket, patch.handle, 320, cpu, inverse))
         q, k, v = (torch.randn(2, 320, 2, 16) for _ in range(3))
         handle = self.model.blocks[0].attn1.processor.handle
         mask = torch.rand(1, 1, 320, 320) < 0.5
         for attn_mask, scale in ((None, None), (mask, 0.3)):
             args = (ticket, q, k, v, attn_mask, handle, 0.0, False, scale, False, "native", False)
             torch.library.opcheck(operators.attend, args)
-
-    def test_the_order_and_the_identity(self, patch):
-        ticket, cpu = operators.new_ticket(), torch.device("cpu")
-        x = torch.randn(1, 320, 4)
-        outside = [operators.order(ticket, patch.handle, 320, cpu, inverse) for inverse in (False, True)]
-        assert all(torch.equal(indices, torch.arange(320)) for indices in outside)
-        ticket = operators.begin(torch.tensor([500.0]), patch.handle, *self.GRID)
-        into, back = (operators.order(ticket, patch.handle, 320, cpu, inverse) for inverse in (False, True))
-        assert not torch.equal(into, torch.arange(320))
-        assert torch.equal(x[:, into], patch.into(x))
-        assert torch.equal(patch.into(x)[:, back], x)
-        into.zero_()  # a graph may reuse what an operator returned
-        assert torch.equal(patch.back(patch.into(x)), x)
-        with pytest.raises(tilewise.TilewiseError, match="cannot reorder 321 tokens, the grid 5×8×8 has 320"):
-            operators.order(ticket, patch.handle, 321, cpu, False)
 
     def test_a_graph_that_outlives_its_patch_says_so(self, model):
         handle = operators.handle_for(type("Owner", (), {})())

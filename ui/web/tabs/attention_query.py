@@ -147,5 +147,4 @@ def draft_of_query(draft: torch.Tensor, layout: Layout, position: tuple[int, int
     block = int(torch.searchsorted(layout.block_start, query_row(layout, position), right=True)) - 1
     row = draft[block].float() / layout.block_rows
     tokens = row.repeat_interleave(layout.block_rows)[layout.inverse]
-    first = grid.text if grid.text_first else 0
-    return tokens[first : first + grid.video].reshape(grid.shape).numpy()
+    return tokens[grid.video_start : grid.video_start + grid.video].reshape(grid.shape).numpy()

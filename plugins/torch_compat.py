@@ -55,6 +55,27 @@ def is_tracing() -> bool:
     return torch._guards.CompileContext.try_get() is not None
 
 
+def overriding_mode() -> str | None:
+    """The class of a torch function mode in force, which may answer ``F.scaled_dot_product_attention`` itself, or None.
+
+    diffusers' perturbed-attention guidance is such a mode. ``torch.device`` as a context is one that does not. That one's
+    class is ``torch.utils._device.DeviceContext``. Modes are on ``torch.overrides._get_current_function_mode_stack()``, which has
+    ``torch._C._len_torch_function_stack()`` entries. If these are renamed, attention calls fail.
+    """
+    if not torch._C._len_torch_function_stack():
+        return None
+    for mode in torch.overrides._get_current_function_mode_stack():
+        if not isinstance(mode, torch.utils._device.DeviceContext):
+            return type(mode).__name__
+    return None
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread: ``torch._C._current_graph_task_id()``, -1 outside of one. If it is
+    renamed, attention calls with gradients fail."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def forget_compiled(denoiser: nn.Module) -> None:
     """Drop compiled code of a module and everything in it, but of nothing else in the process.
 

@@ -58,6 +58,7 @@ from tilewise.plugins.runtime.sparse_call import (
     reordered,
     run_parts,
 )
+from tilewise.plugins.torch_compat import overriding_mode
 
 MAX_PREPARED = 64  # they hold plans
 
@@ -93,6 +94,11 @@ class AttentionCalls:
             kind = CallKind(DENSE_STEP)
         elif layer.block not in state.selected:
             kind = CallKind(DENSE_LAYER)
+        elif mode := overriding_mode():
+            kind = CallKind(
+                FALLBACK, reason=f"a torch function mode, {mode}, may answer the call itself, as some guidance does"
+            )
+            self._forbid(layer, request, kind)
         else:
             prepared = self._prepare(layer, request)
             if isinstance(prepared, Prepared):
@@ -101,16 +107,19 @@ class AttentionCalls:
                     return out
                 prepared = out
             kind = prepared
-            if state.config.strict and self._is_fallback(layer, request, kind):
-                method = state.config.method.name
-                raise FallbackError(f"strict: {state.name}.{layer.name} cannot run {method}: {kind.reason}")
+            self._forbid(layer, request, kind)
         return self._dense(number, replace(kind, fused=request.fused), request, stock)
 
-    def _is_fallback(self, layer: AttentionLayer, request: AttentionRequest, kind: CallKind) -> bool:
-        """Whether ``strict`` forbids it: a map that is too small by our default, which nobody chose, is one too."""
+    def _forbid(self, layer: AttentionLayer, request: AttentionRequest, kind: CallKind) -> None:
+        """Raise where ``strict`` forbids a dense call: a map that is too small by our default, which nobody chose, is one too."""
         config, own_map = self.state.config, layer.downsample is not None
+        if not config.strict:
+            return
         by_default = own_map and config.min_tokens is None and config.too_few(request.query.shape[1], own_map)
-        return kind.kind == FALLBACK or (kind.kind == SHORT and bool(by_default))
+        if kind.kind == FALLBACK or (kind.kind == SHORT and by_default):
+            raise FallbackError(
+                f"strict: {self.state.name}.{layer.name} cannot run {config.method.name}: {kind.reason}"
+            )
 
     # ── what a call runs by ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -200,7 +209,7 @@ class AttentionCalls:
 
     def _dense(self, number: int, kind: CallKind, request: AttentionRequest, stock: Stock) -> torch.Tensor:
         state, forward = self.state, self.state.forward
-        if state.config.fuse and dense_backend.takes(request):
+        if state.config.fuse and dense_backend.takes(request) and overriding_mode() is None:
             groups = forward.masks.shown(request.attn_mask, forward.grid, request.query)
             with state.call_stats.record(number, None, request.query, request.key) as call:
                 out = dense_backend.attend(groups, request, request.scale, state.plans.dense_plan) if groups else None

@@ -20,7 +20,9 @@ from tilewise.plugins.hooks.attention_rebinding import attention_form, rebind, s
 from tilewise.plugins.hooks.stand_in import StandIn
 from tilewise.plugins.runtime.attention_request import AttentionRequest, is_autocast
 from tilewise.plugins.runtime.custom_ops import attend, handle_for
-from tilewise.plugins.torch_compat import is_tracing
+from tilewise.plugins.torch_compat import in_backward, is_tracing, overriding_mode
+
+NO_BACKWARD = "a patched denoiser is for inference: its attention has no backward pass. Call tilewise.unpatch first"
 
 
 class Calls(Protocol):
@@ -57,9 +59,7 @@ class ForwardOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise TilewiseError(
-            "a patched denoiser is for inference: its attention has no backward pass. Call tilewise.unpatch first"
-        )
+        raise TilewiseError(NO_BACKWARD)
 
 
 class TilewiseProcessor(StandIn):
@@ -131,7 +131,7 @@ class TilewiseProcessor(StandIn):
         if not torch.compiler.is_dynamo_compiling():
             return self.answer(request)
         plain = request.attn_mask is None or isinstance(request.attn_mask, torch.Tensor)  # no FlexAttention block mask
-        if plain and not request.attention_kwargs and request.parallel_config is None:
+        if plain and not request.attention_kwargs and request.parallel_config is None and overriding_mode() is None:
             return attend(
                 self.calls.ticket, request.query, request.key, request.value, request.attn_mask, self.handle,
                 request.dropout_p, request.is_causal, request.scale, request.enable_gqa,
@@ -148,13 +148,15 @@ class TilewiseProcessor(StandIn):
         if is_autocast(device):  # the request has its dtype: scores and sums in here are in float32 on purpose
             with torch.autocast(device, enabled=False):
                 return self.answer(request)
-        out = self.calls.answer(self.number, request, self.stock)
         qkv = request.query, request.key, request.value
-        if torch.is_grad_enabled() and (qkv[0].requires_grad or qkv[1].requires_grad or qkv[2].requires_grad):
-            return ForwardOnly.apply(out.detach(), *qkv)
-        return out
+        if not torch.is_grad_enabled() or not (qkv[0].requires_grad or qkv[1].requires_grad or qkv[2].requires_grad):
+            return self.calls.answer(self.number, request, self.stock)
+        if in_backward():  # gradient checkpointing runs the block again, before the gradients come here
+            raise TilewiseError(NO_BACKWARD)
+        out = self.calls.answer(self.number, request, self.stock)
+        return ForwardOnly.apply(out.detach(), *qkv)
 
-    # What an operator cannot carry, a processor's own options or a device mesh, costs a graph break.
+    # What an operator cannot carry, a processor's own options, a device mesh or a torch function mode, costs a graph break.
     answer_outside_graph = torch.compiler.disable(answer)
 
     # diffusers sets these two on processors (and skips those that lack them, as it does ours where the original does): they

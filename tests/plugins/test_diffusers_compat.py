@@ -324,6 +324,25 @@ def test_what_the_tracer_looks_at():
     assert seen[-1], "Dynamo does not go by __class__ any more"
 
 
+def test_modes_that_may_answer_attention():
+    class Mode(torch.overrides.TorchFunctionMode):
+        pass
+
+    assert torch_compat.overriding_mode() is None
+    with torch.device("cpu"):
+        assert torch_compat.overriding_mode() is None
+        with Mode():
+            assert torch_compat.overriding_mode() == "Mode"
+
+
+def test_whether_a_backward_pass_runs():
+    seen = []
+    x = torch.zeros(1, requires_grad=True)
+    x.register_hook(lambda gradient: seen.append(torch_compat.in_backward()))
+    (2 * x).sum().backward()
+    assert seen == [True] and not torch_compat.in_backward()
+
+
 def test_a_tensors_version():
     x = torch.zeros(2)
     before = torch_compat.version_of(x)
@@ -352,7 +371,7 @@ def tiny_unet() -> diffusers.UNet2DModel:
 PRIVATE = re.compile(
     r"""[."'](_diffusers_hook|_fn_refs|_old_forward|_execution_device|_name_or_path|_current_timestep|_num_timesteps|_pack_latents"""
     r"""|_unpack_latents|_get_scale_factor|_AttentionBackendRegistry|_pack_history_states|_prepare_sequence|_orig_mod"""
-    r"""|_compiled_call_impl|CompileContext|_torchdynamo_orig_callable|_forward_hooks|_forward_pre_hooks)\b|compute_empirical_mu"""
+    r"""|_compiled_call_impl|CompileContext|_current_graph_task_id|_len_torch_function_stack|_torchdynamo_orig_callable|_forward_hooks|_forward_pre_hooks)\b|compute_empirical_mu"""
 )
 
 

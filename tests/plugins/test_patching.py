@@ -432,6 +432,21 @@ def test_fallbacks_are_counted_with_their_reason_and_strict_makes_them_errors():
             model(x, torch.tensor([500.0]), text)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_backward_pass_says_what_to_do(checkpointing):
+    """In eval mode too, where a forward with gradients is allowed."""
+    model = tiny_wan.tiny_transformer()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    inputs = torch.randn(1, 4, 3, 8, 8), torch.tensor([500.0]), torch.randn(1, 16, tiny_wan.TEXT_DIM)
+    tilewise.patch(model, SMALL, steps=(0, 1))
+    loss = model(*inputs).sample.sum()
+    with pytest.raises(tilewise.TilewiseError, match=r"no backward pass\. Call tilewise\.unpatch first"):
+        loss.backward()
+    tilewise.unpatch(model)
+    model(*inputs).sample.sum().backward()
+
+
 def test_an_attention_mask_is_honoured_in_the_tokens_own_order():
     """A masked call falls back to dense, with the mask brought into the order that the tokens are in."""
     model = tiny_wan.tiny_transformer(num_layers=1)

@@ -48,7 +48,7 @@ from tilewise.plugins.runtime.joint_text import (
     text_partial,
 )
 from tilewise.plugins.runtime.observers import ObservedCall
-from tilewise.plugins.runtime.plan_cache import LRU
+from tilewise.plugins.runtime.plan_cache import LRU, Order
 from tilewise.plugins.runtime.sparse_call import (
     PRECISIONS,
     QKV,
@@ -108,7 +108,7 @@ class AttentionCalls:
                 prepared = out
             kind = prepared
             self._forbid(layer, request, kind)
-        return self._dense(number, replace(kind, fused=request.fused), request, stock)
+        return self._dense(number, replace(kind, fused=request.fused), _in_model_order(request), stock)
 
     def _forbid(self, layer: AttentionLayer, request: AttentionRequest, kind: CallKind) -> None:
         """Raise where ``strict`` forbids a dense call: a map that is too small by our default, which nobody chose, is one too."""
@@ -143,7 +143,10 @@ class AttentionCalls:
         state, (there, back) = self.state, prepared.order
         try:
             with state.call_stats.record(number, prepared.kind, request.query, request.key) as call:
-                whole = reordered(request.qkv, there)
+                if request.qk_order is None:
+                    whole = reordered(request.qkv, there)
+                else:
+                    whole = request.query, request.key, reorder_tokens([request.value], there)[0]
                 call.density = prepared.density
                 if prepared.parts is None:
                     out = self._planned_now(call, number, prepared, whole, request.fused)
@@ -276,11 +279,29 @@ class AttentionCalls:
             return False
         return _triton_runs(x.device)
 
+    def order_here(self, number: int, x: torch.Tensor) -> Order | None:
+        """The token order that layer ``number``'s call over ``x`` (B, S, C) will need, if it is to be sparse."""
+        state, forward, layer = self.state, self.state.forward, self.state.layers[number]
+        layout = forward.layout
+        if layout is None or not forward.runs or forward.global_path or layer.downsample is not None:
+            return None
+        if layer.block not in state.selected or x.shape[1] != layout.grid.tokens:
+            return None
+        return state.plans.order(layout, x.device)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise TilewiseError(
             f"{self.state.name} is patched: a copy of one of its modules would share its hooks. Copy the whole denoiser or "
             "pipeline, which gives a patched copy, or call tilewise.unpatch before copying"
         )
+
+
+def _in_model_order(request: AttentionRequest) -> AttentionRequest:
+    """A request for a dense call, whose query and key may have been made for a sparse one."""
+    if request.qk_order is None:
+        return request
+    query, key = reorder_tokens([request.query, request.key], request.qk_order[1])
+    return request.replace(query=query, key=key, qk_order=None)
 
 
 @torch.compiler.assume_constant_result

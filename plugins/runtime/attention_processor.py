@@ -8,6 +8,7 @@ for it; the attention call is the same.
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from tilewise.plugins.hooks.attention_rebinding import attention_form, rebind, s
 from tilewise.plugins.hooks.stand_in import StandIn
 from tilewise.plugins.runtime.attention_request import AttentionRequest, is_autocast
 from tilewise.plugins.runtime.custom_ops import attend, handle_for
+from tilewise.plugins.runtime.plan_cache import Order
 from tilewise.plugins.torch_compat import in_backward, is_tracing, overriding_mode
 
 NO_BACKWARD = "a patched denoiser is for inference: its attention has no backward pass. Call tilewise.unpatch first"
@@ -37,6 +39,9 @@ class Calls(Protocol):
 
     def fused_here(self, x: torch.Tensor) -> bool:
         """Whether the family's fused kernels may run on hidden states like ``x``."""
+
+    def order_here(self, number: int, x: torch.Tensor) -> Order | None:
+        """The token order that layer ``number``'s call over ``x`` (B, S, C) will need, if it is to be sparse."""
 
 
 def why_not(processor: Any) -> str | None:
@@ -113,7 +118,11 @@ class TilewiseProcessor(StandIn):
         if self.calls.removed:
             return self.original(attn, hidden_states, *args, **kwargs)
         if self.fused is not None and self.calls.fused_here(hidden_states):
-            out = self.fused(self.original, self._dispatch_fused, attn, hidden_states, *args, **kwargs)
+            # A graph serves all steps, of which some are dense.
+            order = None if torch.compiler.is_dynamo_compiling() else self.calls.order_here(self.number, hidden_states)
+            dispatch = functools.partial(self.dispatch, fused=True, qk_order=order)
+            there = None if order is None else order[0]
+            out = self.fused(self.original, dispatch, attn, hidden_states, *args, order=there, **kwargs)
             if out is not None:
                 return out
         if self.replacement is not None:
@@ -138,9 +147,6 @@ class TilewiseProcessor(StandIn):
                 getattr(request.backend, "value", request.backend), request.fused,
             )  # fmt: skip
         return self.answer_outside_graph(request)
-
-    def _dispatch_fused(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.dispatch(*args, **kwargs, fused=True)
 
     def answer(self, request: AttentionRequest) -> torch.Tensor:
         """Answer one attention call now."""

@@ -19,6 +19,8 @@ class AttentionRequest:
         dropout_p, is_causal, scale, enable_gqa: as for ``torch.nn.functional.scaled_dot_product_attention``.
         attention_kwargs, backend, parallel_config: of diffusers; passed on to the stock attention as they are.
         fused: whether the family's fused kernels made the query and key, rather than the stock processor.
+        qk_order: (permutation, inverse) of the token order that they made the query and key in, as ``Layout`` has them; the
+            value is in the model's own. None: so are all three.
     """
 
     query: torch.Tensor
@@ -33,6 +35,7 @@ class AttentionRequest:
     backend: Any = None
     parallel_config: Any = None
     fused: bool = False
+    qk_order: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -162,7 +162,9 @@ class Family(ABC):
     def self_attention(self, layer: AttentionLayer) -> Callable[..., torch.Tensor | None] | None:
         """A fused function to run in place of the layer's stock processor where ``FusedState.fused_here`` allows it, or None.
 
-        Called as ``replace_processor``'s is. Where it cannot run it returns None, before it called anything.
+        Called as ``replace_processor``'s is, with ``order`` besides: (S,) int64, the token order in which to give query and key
+        to ``dispatch``, the value in the model's own; None: all three in that. Where it cannot run it returns None, before it
+        called anything.
         """
         return None
 

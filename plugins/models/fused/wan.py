@@ -177,6 +177,8 @@ def wan_self_attention(
     encoder_hidden_states: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """``WanAttnProcessor.__call__`` for self-attention, its two norms and rotations in one kernel.
 
@@ -184,6 +186,7 @@ def wan_self_attention(
         processor: the stock processor, whose attention backend and parallel config are passed on.
         dispatch: called as diffusers' ``dispatch_attention_fn`` is.
         attn, hidden_states, …: the arguments of ``WanAttnProcessor.__call__``.
+        order: (S,) int64, of the query and key that ``dispatch`` gets; None: the model's own, as the value's.
 
     Returns:
         What the stock processor returns; or None, before any module was called, where this cannot stand in for it.
@@ -196,7 +199,8 @@ def wan_self_attention(
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
     cos, sin = (None, None) if rotary_emb is None else rotary_emb
     query, key = qk_norm_rope(
-        _rows(query), _rows(key), attn.norm_q.weight, attn.norm_k.weight, cos, sin, heads=attn.heads, eps=attn.norm_q.eps
+        _rows(query), _rows(key), attn.norm_q.weight, attn.norm_k.weight, cos, sin, heads=attn.heads, eps=attn.norm_q.eps,
+        order=order,
     )  # fmt: skip
     out = dispatch(
         query,

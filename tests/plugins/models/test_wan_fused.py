@@ -27,10 +27,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewise
+from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.plugins.hooks.forward_override import override_forward
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.models.fused.wan import fuse_blocks, wan_self_attention
+from tilewise.plugins.runtime import attention_call, sparse_call
 from tilewise.plugins.runtime.attention_call import AttentionCalls
+from tilewise.plugins.runtime.call_planner import CallPlanner
 
 GRID = (5, 8, 8)
 SEQUENCE = 5 * 8 * 8
@@ -665,3 +668,49 @@ def test_nothing_is_reported_of_the_stock_model(fuse):
     with tilewise.patched(model, "sta", fuse=fuse):
         assert tilewise.summary(model).notes == ()
         assert tilewise.explain(model, height=64, width=64, num_frames=9).notes == []
+
+
+# ── in a patched denoiser: queries and keys come out of the kernel in tile order ─────────────────────────────────────
+
+
+@pytest.fixture
+def reorders(monkeypatch):
+    """Fused kernels on a CPU; the numbers of tensors that each call reorders beside them."""
+    seen: list[int] = []
+    plain = attention_call.reorder_tokens
+
+    def counting(tensors, order):
+        seen.append(len(tensors))
+        return plain(tensors, order)
+
+    monkeypatch.setattr(AttentionCalls, "fused_here", lambda *_: True)
+    for module in (attention_call, sparse_call):
+        monkeypatch.setattr(module, "reorder_tokens", counting)
+    return seen
+
+
+@pytest.mark.parametrize("method", [tilewise.STA(window=(1, 3, 1), tile=(2, 3, 3)), tilewise.Draft(0.5, min_tokens=0)])
+@pytest.mark.parametrize("blocks", [":", "1:"])
+def test_queries_and_keys_are_made_in_tile_order(reorders, monkeypatch, method, blocks):
+    model = tiny_wan.tiny_transformer()
+    with tilewise.patched(model, method, steps=(0, 1), blocks=blocks, strict=True, fuse=False):
+        want = run(model)
+    reorders.clear()
+    with tilewise.patched(model, method, steps=(0, 1), blocks=blocks, strict=True):
+        run(model)  # plans are made, for which all three are reordered once
+        reorders.clear()
+        close(run(model), want)
+    assert reorders == [1, 1] * (2 if blocks == ":" else 1)  # the value, and the output back
+
+
+def test_a_call_that_falls_back_gets_them_back_in_the_models_order(reorders, monkeypatch):
+    model = tiny_wan.tiny_transformer()
+    stock = run(model)
+
+    def unsupported(*args, **kwargs):
+        raise UnsupportedPlanError("for this test")
+
+    monkeypatch.setattr(CallPlanner, "choose_backends", unsupported)
+    with tilewise.patched(model, tilewise.STA(window=(1, 3, 1), tile=(2, 3, 3)), steps=(0, 1)):
+        close(run(model), stock)
+        assert list(tilewise.summary(model).fallbacks) == ["for this test"]

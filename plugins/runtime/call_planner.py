@@ -61,7 +61,8 @@ class CallPlanner:
         if isinstance(groups, str):
             return CallKind(FALLBACK, reason=groups)
         prepared = Prepared(layout, order, groups, self.scale(layout, request))
-        if isinstance(method, DynamicMethod) or (state.guide is not None and layout.grid.text):
+        masked = request.attn_mask is not None  # such a call is not kept: its parts are found when it runs
+        if isinstance(method, DynamicMethod) or masked or (state.guide is not None and layout.grid.text):
             return prepared
         whole = reordered(request.qkv, order[0])
         taken: list[Any] = [group.take(*whole) for group in groups]

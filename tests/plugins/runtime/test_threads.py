@@ -6,8 +6,10 @@ import copy
 import gc
 import threading
 import time
+import urllib.request
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import family_checks
@@ -299,3 +301,55 @@ def test_patching_while_another_thread_is_in_a_forward_is_refused(tiny_pipe):
         got, untouched = turns.run(lambda: request(tiny_pipe, **REQUESTS[0]), others)
     assert untouched and torch.equal(got, alone)
     tilewise.unpatch(tiny_pipe)
+
+
+def test_a_server_of_two_requests(tiny_pipe):
+    """Each in a thread of the server, with its own scheduler. Tokenizers and Wan's VAE keep state: one thread at a time."""
+    tilewise.patch(tiny_pipe, KEEPS, steps=(0.25, 1))
+    lock, sizes = threading.Lock(), REQUESTS
+
+    def clip(number):
+        options = dict(sizes[number])
+        own = type(tiny_pipe)(**{**tiny_pipe.components, "scheduler": copy.deepcopy(tiny_pipe.scheduler)})
+        own.set_progress_bar_config(disable=True)
+        with lock, torch.no_grad():
+            text, negative = own.encode_prompt("a red circle", "blurry", max_sequence_length=16)
+        latents = own(
+            prompt_embeds=text,
+            negative_prompt_embeds=negative,
+            generator=torch.Generator().manual_seed(number),
+            output_type="latent",
+            **options,
+        ).frames
+        with lock, torch.no_grad():
+            return own.vae.decode(latents).sample.numpy().tobytes()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = clip(int(self.path[1:]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    alone = [clip(0), clip(1)]
+    together, calls = threading.Barrier(2), threading.local()
+
+    def meet(*_):
+        calls.seen = getattr(calls, "seen", 0) + 1
+        if calls.seen <= 4:
+            together.wait(20)
+
+    handle = tiny_pipe.transformer.blocks[1].register_forward_pre_hook(meet)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, ThreadPoolExecutor(3) as pool:
+        pool.submit(server.serve_forever)
+        try:
+            answers = pool.map(
+                lambda n: urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/{n}").read(), range(2)
+            )
+            assert list(answers) == alone
+        finally:
+            server.shutdown()
+            handle.remove()

@@ -14,7 +14,11 @@ from types import SimpleNamespace
 
 import family_checks
 import pytest
+import test_flux as flux
+import test_hunyuan_framepack as framepack
 import test_hunyuan_video as hunyuan
+import test_qwen_image as qwen
+import test_z_image as z_image
 import tiny_wan
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -106,6 +110,28 @@ def test_two_loops_over_a_denoiser_with_text_and_masks(name):
     for got, want in zip(together, alone, strict=True):
         assert torch.equal(got, want)
     assert counted(tilewise.summary(model)) == counted(*told)
+
+
+OTHERS = {
+    "flux": (flux, [(8, 10), (6, 7)]),
+    "qwen image": (qwen, [((1, 8, 10),), ((1, 6, 7),)]),
+    "z-image": (z_image, [(8, 10), (6, 7, (5, 6))]),
+    "framepack": (framepack, [((3, 6, 8), (9, 4), (1, 2, 4)), ((2, 8, 6), (6,), (1, 2, 4))]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_forwards_of_two_sizes(name):
+    """Of families with more than one stream of tokens, or token counts that their forward has to find."""
+    family, sizes = OTHERS[name]
+    model, given = family.tiny(), [family.inputs(*size) for size in sizes]
+    tilewise.patch(model, METHODS["sta"], steps=(0, 1), strict=True)
+    alone = [family_checks.forward(model, one) for one in given]
+    turns = Turns()
+    with turns.at_every_module(model):
+        together = turns.run(*(lambda one=one: family_checks.forward(model, one) for one in given))
+    for got, want in zip(together, alone, strict=True):  # Z-Image gives a list, an image each
+        assert all(map(torch.equal, list(got), list(want)))
 
 
 def test_a_run_within_a_run_has_memories_of_its_own(tiny_pipe):

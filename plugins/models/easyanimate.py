@@ -16,7 +16,7 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.common.family import Family, Size, Streams
-from tilewise.plugins.models.common.forward_arguments import argument, check_size
+from tilewise.plugins.models.common.forward_arguments import argument, check_size, contiguous_hidden_states
 from tilewise.plugins.models.common.registry import register_family
 
 MAX_TEXT = 256  # the pipelines' default length of a prompt
@@ -40,6 +40,10 @@ class EasyAnimateFamily(Family):
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return argument(args, kwargs, 1, "timestep")
+
+    def hooks(self, denoiser: nn.Module) -> list[Any]:
+        blocks: Any = denoiser.transformer_blocks
+        return [contiguous_hidden_states(blocks[0])]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         config: Any = denoiser.config

@@ -17,7 +17,7 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.common.family import Family, Size, Streams
-from tilewise.plugins.models.common.forward_arguments import argument
+from tilewise.plugins.models.common.forward_arguments import argument, contiguous_hidden_states
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 
@@ -44,6 +44,11 @@ class HunyuanVideoFamily(Family):
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return argument(args, kwargs, 1, "timestep")
+
+    def hooks(self, denoiser: nn.Module) -> list[Any]:
+        model: Any = denoiser
+        first, *_ = [block for stack in self.stacks for block in getattr(model, stack)]
+        return [contiguous_hidden_states(first)]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         config: Any = denoiser.config

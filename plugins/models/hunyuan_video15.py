@@ -76,7 +76,8 @@ class HunyuanVideo15Family(HunyuanVideoFamily):
         def leave(module: nn.Module, args: tuple) -> None:
             masks.clear()
 
-        hooks: list[Any] = [block.register_forward_pre_hook(enter) for block in model.transformer_blocks[:1]]
+        hooks: list[Any] = super().hooks(denoiser)
+        hooks += [block.register_forward_pre_hook(enter) for block in model.transformer_blocks[:1]]
         hooks += [layer.module.register_forward_pre_hook(give, with_kwargs=True) for layer in self.layers(denoiser)]
         return [*hooks, model.norm_out.register_forward_pre_hook(leave)]
 

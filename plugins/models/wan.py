@@ -16,6 +16,7 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.common.family import AttentionLayer, Family, FusedState, Size, Streams
+from tilewise.plugins.models.common.forward_arguments import contiguous_hidden_states
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, within_positions, wrong_sizes
 
@@ -33,6 +34,10 @@ class WanFamily(Family):
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return args[1] if len(args) > 1 else kwargs["timestep"]
+
+    def hooks(self, denoiser: nn.Module) -> list[Any]:
+        blocks: Any = denoiser.blocks
+        return [contiguous_hidden_states(blocks[0])]
 
     # fused.wan needs diffusers' classes: imported where there is a denoiser, which has brought them.
 
@@ -93,6 +98,10 @@ class WanVACEFamily(WanFamily):
             for i, block in enumerate(blocks)
         ]
         return [*super().layers(denoiser), *control]
+
+    def hooks(self, denoiser: nn.Module) -> list[Any]:
+        blocks: Any = denoiser.vace_blocks
+        return [*super().hooks(denoiser), contiguous_hidden_states(blocks[0])]
 
 
 class WanAnimateFamily(WanFamily):

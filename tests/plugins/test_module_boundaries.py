@@ -52,7 +52,7 @@ NOT_PADDED = {
 def tensors(value: Any) -> list[torch.Tensor]:
     """The floating-point tensors in arguments or an output: masks are made once a forward by some families."""
     if isinstance(value, torch.Tensor):
-        return [value.detach().clone()] if value.is_floating_point() else []
+        return [value.detach().clone(memory_format=torch.preserve_format)] if value.is_floating_point() else []
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [x for item in values for x in tensors(item)]
 
@@ -150,3 +150,21 @@ def test_hooks_of_others_that_change_what_a_block_returns(name, patched_first):
     if patched_first:
         block[0].register_forward_hook(fade)
     torch.testing.assert_close(run(model, given), stock, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_blocks_get_contiguous_hidden_states(name):
+    """A patch embedding leaves the channels of a token apart in memory, where additions keep them, slowly."""
+    make, inputs, run = CASES[name]
+    model = make()
+    strides: list[int] = []
+
+    def see(module: Any, args: Any, kwargs: Any) -> None:
+        strides.extend(x.stride(-1) for x in tensors([args, kwargs])[:1] if x.ndim == 3)
+
+    with tilewise.patched(model, FULL, steps=(0, 1)):
+        for layer in tilewise_layers(model):
+            if layer.downsample is None:
+                model.get_submodule(layer.name.rpartition(".")[0]).register_forward_pre_hook(see, with_kwargs=True)
+        run(model, inputs(model))
+    assert set(strides) <= {1}

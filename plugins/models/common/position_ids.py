@@ -25,7 +25,7 @@ def image_shape(ids: torch.Tensor) -> tuple[int, int, int]:
         UnreadableGridError: where the first tokens are not an image in raster order.
         TilewiseError: when their values cannot be read because a CUDA graph is being captured.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         rows, columns, others = torch.ops.tilewise.image_shape(ids)
         return rows, columns, others
     return _image_shape(ids)

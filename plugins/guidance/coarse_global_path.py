@@ -21,6 +21,7 @@ from tilewise.plugins.runtime.attention_processor import TilewiseProcessor
 from tilewise.plugins.runtime.call_stats import GLOBAL_PATH, Call, CallKind
 from tilewise.plugins.runtime.patched_denoiser import Patch
 from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, measured, reordered, run_part
+from tilewise.plugins.torch_compat import overriding_mode
 
 
 class CoarseGlobalPath:
@@ -58,6 +59,11 @@ class CoarseGlobalPath:
         if attn_mask is not None:
             raise TilewiseError(
                 f"two paths: a global path that is {self.kind} cannot follow an attention mask; use global_path='dense'"
+            )
+        if mode := overriding_mode():
+            raise TilewiseError(
+                f"two paths: a global path that is {self.kind} cannot follow {mode}, which changes what stock attention "
+                "computes; use global_path='dense'"
             )
         layout = self.patch.state.forward.layout
         scale = None if layout is None else self.patch.config.method.scale(layout, query.shape[-1])

@@ -63,4 +63,9 @@ class AttentionRequest:
 
 def is_autocast(device_type: str) -> bool:
     """Whether autocast is on for a type of device."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@torch.compiler.assume_constant_result  # Dynamo of PyTorch 2.11 cannot trace the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)

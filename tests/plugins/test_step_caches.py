@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import cache_dit
 import pytest
 import test_cogvideox as cogvideox
 import test_ltx as ltx
@@ -22,6 +21,8 @@ from family_checks import FULL
 import tilewise
 from tilewise.plugins.guidance.dual_path import two_paths
 from tilewise.plugins.runtime.call_stats import SPARSE
+
+cache_dit = pytest.importorskip("cache_dit", reason="cache-dit is not installed: pip install -e '.[dev]'")
 
 VIDEO = (4, 5, 8)
 STEPS = 4

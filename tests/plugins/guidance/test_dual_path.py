@@ -543,3 +543,19 @@ def test_a_forward_without_a_grid_cannot_be_pooled(monkeypatch):
     refused = pytest.raises(TilewiseError, match=r"for this test\. Use global_path='dense'")
     with two_paths(model, global_path="pooled"), torch.no_grad(), refused:
         model(latents, torch.tensor([500.0]), text, return_dict=False)
+
+
+@pytest.mark.parametrize("kind", ["pooled", "draft"])
+def test_a_coarse_path_does_not_run_under_a_torch_function_mode(kind):
+    """As perturbed-attention guidance by hooks is: it would not see the path's attention."""
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    model = tiny_wan.tiny_transformer()
+    tilewise.patch(model, METHOD, steps=(0, 1))
+    latents, text = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 16, tiny_wan.TEXT_DIM)
+    refused = pytest.raises(TilewiseError, match=f"{kind} cannot follow Mode")
+    with two_paths(model, global_path=kind), torch.no_grad(), refused, Mode():
+        model(latents, torch.tensor([500.0]), text, return_dict=False)

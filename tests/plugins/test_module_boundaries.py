@@ -118,8 +118,11 @@ def test_a_subclass_that_adds_residuals_between_the_blocks():
     model = tiny_wan.tiny_transformer(num_layers=2)
     model.__class__ = Controlled
     _, inputs, _ = CASES["Wan"]
-    given = inputs(model) | {"residuals": [ramp(torch.empty(1, 72, 1)) * scale for scale in (1, 2)]}
+    residuals = torch.randn(2, 1, 72, 32, generator=torch.Generator().manual_seed(2))  # of two blocks, (1, S, C) each
+    given = inputs(model) | {"residuals": list(residuals)}
     stock = every_family.run(model, given)
+    without = every_family.run(model, given | {"residuals": list(0 * residuals)})
+    assert float((stock - without).abs().max()) > 0.1
     with tilewise.patched(model, FULL, steps=(0, 1), strict=True):
         torch.testing.assert_close(every_family.run(model, given), stock, atol=5e-5, rtol=5e-5)
         assert {row.kind for row in tilewise.summary(model).rows} == {SPARSE}

@@ -145,7 +145,9 @@ class TwoPaths:
                         "somebody else replaced; take that off first"
                     )
                 self._handles.append(cross)
-            self._handles.append(block.register_forward_pre_hook(self._block_hook(number), with_kwargs=True))
+            # First of all hooks: it takes the block's arguments as others' hooks find them, for both paths.
+            before = self._block_hook(number)
+            self._handles.append(block.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
             if self.coarse is not None:
                 attention = override_forward(getattr(block, self.streams.own), _coarse_self_attention, self)
                 if attention is None:
@@ -244,9 +246,8 @@ class TwoPaths:
             del full, named
             forward.in_full = True
             try:
-                # The block's forward and not the block: this is one of its hooks.
                 with self.patch.state.global_path():
-                    out = block.forward(*args, **kwargs)
+                    out = block(*args, **kwargs)  # with the hooks of others, which change what goes from block to block
                 out = out if isinstance(out, tuple) else (out,)
                 forward.full = out[::-1] if self.streams.text_first else out
             except _Enough:

@@ -12,6 +12,7 @@ import test_skyreels
 import tiny_wan
 import torch
 from diffusers import LTXVideoTransformer3DModel
+from every_family import CASES as EVERY_FAMILY
 
 import tilewise
 from tilewise.kernels.attention.naive import masked_attention
@@ -559,3 +560,50 @@ def test_a_coarse_path_does_not_run_under_a_torch_function_mode(kind):
     refused = pytest.raises(TilewiseError, match=f"{kind} cannot follow Mode")
     with two_paths(model, global_path=kind), torch.no_grad(), refused, Mode():
         model(latents, torch.tensor([500.0]), text, return_dict=False)
+
+
+@pytest.mark.parametrize("when", ["before the patch", "after it", "within"])
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("name", ["Wan", "SD 3", "Flux, one stream", "HunyuanVideo, two streams"])
+def test_both_paths_see_hooks_of_others_on_blocks(name, side, when):
+    """Whole windows and a path that sees everything are stock, with whatever others add between the blocks."""
+    if name == "Wan":
+        model = tiny_wan.tiny_transformer(num_layers=3)
+        latents, text = family_cases.noise(1, 4, 3, 8, 8), family_cases.noise(1, 16, tiny_wan.TEXT_DIM, seed=1)
+        given = {"hidden_states": latents, "timestep": torch.tensor([500.0]), "encoder_hidden_states": text}
+        block = model.blocks[0]
+    else:
+        model = EVERY_FAMILY[name].make()
+        given = EVERY_FAMILY[name].inputs(model)
+        block = getattr(model, "single_transformer_blocks" if name.endswith("one stream") else "transformer_blocks")[0]
+
+    def change(x):
+        return x + 0.3 * family_cases.noise(*x.shape[1:], seed=7) if isinstance(x, torch.Tensor) else x
+
+    def enter(module, args, kwargs):
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+
+    def leave(module, args, output):
+        return tuple(change(x) for x in output) if isinstance(output, tuple) else change(output)
+
+    def put():
+        if side == "input":
+            return block.register_forward_pre_hook(enter, with_kwargs=True)
+        return block.register_forward_hook(leave)
+
+    with torch.no_grad():
+        plain = model(**given, return_dict=False)[0]
+        handle = put()
+        want = model(**given, return_dict=False)[0]
+        assert float((want - plain).abs().max()) > 1e-2
+        if when != "before the patch":
+            handle.remove()
+        tilewise.patch(model, tilewise.STA(window=(99, 99, 99), tile=(2, 3, 3)), steps=(0, 1), strict=True)
+        if when == "after it":
+            put()
+        with two_paths(model, refresh=1):
+            if when == "within":
+                put()
+            torch.testing.assert_close(model(**given, return_dict=False)[0], want, atol=5e-5, rtol=5e-5)

@@ -21,7 +21,7 @@ from tilewise.plugins.presets import PRESETS
 
 DEFAULT_STEPS = (0.25, 1.0)
 DEFAULT_BLOCKS = ":"
-# Tokens of a feature map below which reordering at each call and the launches cost more than sparse attention saves (SDXL at
+# Tokens of a feature map below which reordering and the launches cost more than sparse attention saves (SDXL at
 # 1024² has 4096 in its largest).
 MIN_MAP_TOKENS = 4096
 
@@ -110,8 +110,8 @@ class Config:
         return math.ceil(self.steps[0] * total - 1e-9) <= step < math.ceil(self.steps[1] * total - 1e-9)
 
     def too_few(self, tokens: int, own_map: bool) -> str | None:
-        """Why an attention call over so many tokens stays dense, or None. own_map: a feature map, which is reordered at each
-        call, not the denoiser's token sequence."""
+        """Why an attention call over so many tokens stays dense, or None. own_map: over a feature map, not the
+        denoiser's token sequence."""
         least = self.min_tokens if self.min_tokens is not None else MIN_MAP_TOKENS if own_map else 0
         return f"{tokens} tokens, fewer than min_tokens={least}" if tokens < least else None
 

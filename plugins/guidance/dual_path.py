@@ -205,9 +205,8 @@ class TwoPaths:
 
     def _end(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
         forward = self._forward
-        if (
-            output is None and forward.branch is not None
-        ):  # it failed: of what it refreshed, some is new and some is old
+        # It failed: of what it refreshed, some is new and some is old.
+        if output is None and forward.branch is not None:
             forward.branch.forwards = 0
         forward.reset()
 

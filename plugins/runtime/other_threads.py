@@ -30,8 +30,8 @@ def refuse_while_running(what: str, denoisers: Mapping[str, nn.Module]) -> None:
         if found is not None:
             name = next((thread.name for thread in threading.enumerate() if thread.ident == ident), str(ident))
             raise TilewiseError(
-                f"{what}: {found} is in a forward in another thread ({name}), whose attention and token order would change "
-                "under it. Wait for that run to end. To serve several threads, patch once before they start"
+                f"{what}: {found} is in a forward in another thread ({name}), whose attention would change under it. "
+                "Wait for that run to end. To serve several threads, patch once before they start"
             )
 
 

@@ -37,6 +37,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("loading",),
         ("quality",),
         ("generation",),
+        ("streaming",),
         ("memory",),
         ("highres",),
         ("batch",),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 # nor the version needs it. Type checkers read the imports below; a test holds the two lists together.
 if TYPE_CHECKING:
     from tilewise.pipelines.highres.two_stages import highres
+    from tilewise.pipelines.streaming.recipe import CausalRecipe
     from tilewise.plugins.config import Config, load_config, presets, resolve, save_config
     from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
     from tilewise.plugins.explain import explain
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "STA",
+    "CausalRecipe",
     "Config",
     "ConfigError",
     "Dense",
@@ -85,6 +87,7 @@ _NAMES_BY_MODULE = {
 }
 _MODULES = {name: f"tilewise.plugins.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
 _MODULES["highres"] = "tilewise.pipelines.highres.two_stages"
+_MODULES["CausalRecipe"] = "tilewise.pipelines.streaming.recipe"
 
 try:
     __version__ = metadata.version("tilewise")

@@ -27,7 +27,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("config",),
         ("runtime",),
         ("patching",),
-        ("guidance",),
+        ("guidance", "streaming"),
         ("explain", "summary", "watch"),
     ],
     "pipelines": [

@@ -18,7 +18,10 @@ from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.common.family import AttentionLayer, Family, FusedState, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import contiguous_hidden_states
 from tilewise.plugins.models.common.registry import register_family
+from tilewise.plugins.models.common.rotary import Rotary
 from tilewise.plugins.models.common.sizes import Rule, refuse, within_positions, wrong_sizes
+
+ROPE_BASE = 10_000.0  # of every Wan model; a rotary module does not keep it
 
 
 class WanFamily(Family):
@@ -38,6 +41,18 @@ class WanFamily(Family):
     def hooks(self, denoiser: nn.Module) -> list[Any]:
         blocks: Any = denoiser.blocks
         return [contiguous_hidden_states(blocks[0])]
+
+    def rotary(self, denoiser: nn.Module) -> Rotary | str:
+        rope: Any = denoiser.rope
+        if _patch_size(denoiser)[0] != 1:
+            return f"{type(denoiser).__name__} has {_patch_size(denoiser)[0]} latent frames a token"
+        axes = (rope.t_dim, rope.h_dim, rope.w_dim)
+        t, h, w = (ROPE_BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) for dim in axes)
+        # θ is computed, as the tables' own rounding would be multiplied by the frame number. At position 1 they show θ.
+        shown = torch.atan2(rope.freqs_sin[1].double(), rope.freqs_cos[1].double()).cpu()[0::2]
+        if not torch.allclose(shown, torch.cat([t, h, w]), atol=0.01):
+            return f"the rotary frequencies of {type(denoiser).__name__} are not those of base {ROPE_BASE:.0f}"
+        return Rotary(rope, (t, h, w))
 
     # fused.wan needs diffusers' classes: imported where there is a denoiser, which has brought them.
 
@@ -89,6 +104,9 @@ class WanVACEFamily(WanFamily):
     classes: tuple[str, ...] = ("WanVACETransformer3DModel",)
     pixels = 1
 
+    def rotary(self, denoiser: nn.Module) -> Rotary | str:
+        return "VACE's control blocks run over a whole control video"
+
     def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
         config: Any = denoiser.config
         blocks: Any = denoiser.vace_blocks
@@ -111,6 +129,9 @@ class WanAnimateFamily(WanFamily):
     """
 
     classes: tuple[str, ...] = ("WanAnimateTransformer3DModel",)
+
+    def rotary(self, denoiser: nn.Module) -> Rotary | str:
+        return "Animate's face adapters run over a whole segment"
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         grid = super().grid_of_size(denoiser, pipe, size)

@@ -23,6 +23,7 @@ from tilewise.kernels.attention.dispatch import DTYPES, available_backends, bloc
 from tilewise.kernels.device import capturing
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.fused.reorder import reorder_tokens
+from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.methods.base import DynamicMethod, Planned
@@ -37,6 +38,7 @@ from tilewise.plugins.runtime.call_stats import (
     GLOBAL_PATH,
     SHORT,
     SPARSE,
+    WINDOW,
     Call,
     CallKind,
 )
@@ -47,16 +49,19 @@ from tilewise.plugins.runtime.joint_text import (
     pictures_of,
     text_partial,
 )
+from tilewise.plugins.runtime.key_value_window import KeyValueWindow
 from tilewise.plugins.runtime.observers import ObservedCall
 from tilewise.plugins.runtime.plan_cache import LRU, Order
 from tilewise.plugins.runtime.sparse_call import (
     PRECISIONS,
     QKV,
     Part,
+    choose,
     mean_density,
     measured,
     reordered,
     run_parts,
+    run_plan,
 )
 from tilewise.plugins.torch_compat import overriding_mode
 
@@ -88,6 +93,8 @@ class AttentionCalls:
         """
         state, layer = self.state, self.state.layers[number]
         forward = state.forward
+        if state.window is not None:
+            return self._over_window(number, state.window, request, stock)
         if forward.global_path:
             kind, request = self._beside_global_path(layer, request)
         elif not forward.runs:
@@ -230,6 +237,70 @@ class AttentionCalls:
         self._observe(number, kind.kind, request.qkv)
         return out
 
+    # ── a chunk of frames over a KV cache ────────────────────────────────────────────────────────────────────────
+
+    def _over_window(
+        self, number: int, window: KeyValueWindow, request: AttentionRequest, stock: Stock
+    ) -> torch.Tensor:
+        """The output of a chunk's call: its keys and values are written into the window, which its queries attend to."""
+        state, forward, layer = self.state, self.state.forward, self.state.layers[number]
+        if request.attn_mask is not None or request.is_causal:
+            raise TilewiseError(
+                f"{state.name}.{layer.name}: a KV cache needs an attention call without a mask, as the window says what is seen"
+            )
+        query, key, value = request.qkv
+        if window.order is not None:
+            there = window.order[0]
+            if request.qk_order is None:
+                query, key, value = reordered(request.qkv, there)
+            else:
+                value = reorder_tokens([value], there)[0]
+        keys, values = window.extend(number, key, value)
+        whole = request.replace(query=query, key=keys, value=values, qk_order=None)
+        plan = None
+        if not state.sparse:
+            kind = CallKind(WINDOW, fused=request.fused)
+        elif not forward.runs:
+            kind = CallKind(DENSE_STEP, fused=request.fused)
+        elif layer.block not in state.selected:
+            kind = CallKind(DENSE_LAYER, fused=request.fused)
+        elif window.reason:
+            if state.config.strict:
+                raise FallbackError(
+                    f"strict: {state.name}.{layer.name} cannot run {state.config.method.name}: {window.reason}"
+                )
+            kind = CallKind(FALLBACK, reason=window.reason, fused=request.fused)
+        else:
+            plan = window.plan(query.shape[2], query.device)
+            kind = CallKind(SPARSE, fused=request.fused)
+        if plan is not None:
+            out = self._sparse_window(number, whole, plan, kind)
+            return out if window.order is None else reorder_tokens([out], window.order[1])[0]
+        out = self._dense_window(number, whole, kind, stock)
+        return out if window.order is None else reorder_tokens([out], window.order[1])[0]
+
+    def _dense_window(self, number: int, request: AttentionRequest, kind: CallKind, stock: Stock) -> torch.Tensor:
+        state = self.state
+        if not (state.config.fuse and dense_backend.takes(request, window=True) and overriding_mode() is None):
+            return self._dense(number, kind, request, stock)
+        with state.call_stats.record(number, None, request.query, request.key) as call:
+            out = dense_backend.attend_window(request, state.plans.dense_plan)
+            if out is not None:
+                call.kind = replace(kind, backend=dense_backend.HOPPER.name)
+        if out is None:
+            return self._dense(number, kind, request, stock)
+        self._observe(number, kind.kind, request.qkv)
+        return out
+
+    def _sparse_window(self, number: int, request: AttentionRequest, plan: BlockPlan, kind: CallKind) -> torch.Tensor:
+        with self.state.call_stats.record(number, None, request.query, request.key) as call:
+            choice, in_16_bits = choose(request.qkv, plan, self.state.config.precision)
+            out = run_plan(request.qkv, plan, choice, request.scale)
+            call.density = plan.density
+            call.kind = replace(kind, backend=choice.backend, reason=in_16_bits)
+        self._observe(number, SPARSE, request.qkv, plan=plan)
+        return out
+
     # ── beside a global path, where text is part of the sequence ─────────────────────────────────────────────────
 
     def _beside_global_path(
@@ -282,6 +353,8 @@ class AttentionCalls:
     def order_here(self, number: int, x: torch.Tensor) -> Order | None:
         """The token order that layer ``number``'s call over ``x`` (B, S, C) will need, if it is to be sparse."""
         state, forward, layer = self.state, self.state.forward, self.state.layers[number]
+        if state.window is not None:
+            return state.window.order
         layout = forward.layout
         if layout is None or not forward.runs or forward.global_path or layer.downsample is not None:
             return None

@@ -17,6 +17,7 @@ import torch
 
 SPARSE, DENSE_STEP, DENSE_LAYER, FALLBACK = "sparse", "dense step", "dense layer", "fallback"
 GLOBAL_PATH = "global path"  # beside a sparse path through the same layer
+WINDOW = "dense window"  # a chunk of frames over the whole window of a KV cache
 SHORT = "short"  # dense on purpose, as the method would not be faster over so few tokens
 
 MAX_REASONS = 16  # of one layer, apart from the numbers in them

@@ -23,13 +23,17 @@ MAX_TOKENS = 262_144  # a plan lists every pair of blocks: 32 MiB here, four tim
 HOPPER: Backend = next(backend for backend in BACKENDS if backend.name == "gluon")
 
 
-def takes(request: AttentionRequest) -> bool:
+def takes(request: AttentionRequest, *, window: bool = False) -> bool:
     """Whether a dense attention call is plain self-attention on a Hopper GPU, of a length that pays, for which nobody chose
-    another backend. Whether the kernel takes the tensors is for ``attend`` to find out, and what its mask does for the caller."""
+    another backend. Whether the kernel takes the tensors is for ``attend`` to find out, and what its mask does for the caller.
+
+    window: there may be more keys than queries, of a KV cache."""
     query, key, value = request.query, request.key, request.value
-    tokens = query.shape[1]
+    tokens, keys = query.shape[1], key.shape[1]
     plain = not request.dropout_p and not request.is_causal and request.parallel_config is None
-    if not plain or not MIN_TOKENS <= tokens <= MAX_TOKENS or key.shape != value.shape or key.shape[1] != tokens:
+    if not plain or not MIN_TOKENS <= keys <= MAX_TOKENS or key.shape != value.shape:
+        return False
+    if keys != tokens and not (window and tokens <= keys):
         return False
     same = query.dtype == key.dtype == value.dtype and query.shape[0] == key.shape[0]
     same = same and query.shape[2] % key.shape[2] == 0 and all(x.stride(3) == 1 for x in (query, key, value))
@@ -59,3 +63,14 @@ def attend(
     for group, part in zip(groups, found, strict=True):
         group.put(out, part)
     return out
+
+
+def attend_window(
+    request: AttentionRequest, plan_of: Callable[[int, torch.device, int], BlockPlan]
+) -> torch.Tensor | None:
+    """A chunk's queries over all keys of a KV cache's window; None where the kernel does not take the tensors."""
+    query, key, value = request.qkv
+    plan = plan_of(query.shape[1], query.device, key.shape[1])
+    if HOPPER.unsupported(query, key, value, plan) is not None:
+        return None
+    return block_sparse_attention(query, key, value, plan, scale=request.scale, backend=HOPPER.name)

@@ -24,6 +24,7 @@ from tilewise.plugins.methods.dynamic.step_memory import Memories
 from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime.call_stats import CallStats
 from tilewise.plugins.runtime.joint_text import TextGuide
+from tilewise.plugins.runtime.key_value_window import KeyValueWindow
 from tilewise.plugins.runtime.observers import Observer
 from tilewise.plugins.runtime.plan_cache import PlanCache
 from tilewise.plugins.runtime.step_index import StepIndex
@@ -66,6 +67,7 @@ class ForwardState:
         grid: of the last forward. forward: what the one under way goes by. call_stats: what every attention call did.
         plans: token orders and plans on the device. observers: called after every attention call.
         guide: beside a global path, where text is part of the sequence. memories: of a dynamic method.
+        window: of a KV cache, while a denoiser makes a video chunk by chunk.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class ForwardState:
         self.observers: list[Observer] = []
         self.guide: TextGuide | None = None
         self.memories = Memories()
+        self.window: KeyValueWindow | None = None
 
     def begin(self, grid: Grid | None, timestep: torch.Tensor, refused: str | None = None) -> None:
         """Begin a forward over ``grid`` at ``timestep``; ``refused``: why no call of it can be sparse."""
@@ -126,6 +129,8 @@ class ForwardState:
         low, high = self.config.steps
         if (low, high) == (0.0, 1.0) or low == high:  # always or never: a timestep's value need not be read
             return low != high
+        if self.window is not None:
+            return self.config.runs_at(self.window.step, self.window.steps)
         try:
             at = self.steps.of(timestep)
         except RuntimeError as error:
@@ -142,6 +147,10 @@ class ForwardState:
         """Keep count of runs, steps and branches, where somebody goes by them; a bare denoiser's timestep is read for it."""
         forward, method = self.forward, self.config.method
         wanted = self.observers or (isinstance(method, DynamicMethod) and method.keeps_memory)
+        if self.window is not None:
+            forward.step = self.window.step
+            self.memories.begin(None)
+            return
         if not wanted or capturing(timestep.device):  # a captured call plans for itself at every replay
             forward.step = None
             self.memories.begin(None)

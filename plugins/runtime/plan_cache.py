@@ -86,14 +86,16 @@ class PlanCache:
 
         return self.plans.lookup((layout, heads, device), make)
 
-    def dense_plan(self, tokens: int, device: torch.device) -> BlockPlan:
-        """The plan of dense attention over so many tokens, in whatever order they are."""
+    def dense_plan(self, tokens: int, device: torch.device, keys: int | None = None) -> BlockPlan:
+        """The plan of dense attention over so many tokens, in whatever order they are; keys: how many of them, if not as many."""
+        keys = tokens if keys is None else keys
 
         def make() -> BlockPlan:
-            self._not_while_capturing(device, f"the plan of {tokens} tokens")
-            return dense_plan(Layout(Grid(1, 1, tokens), (1, 1, tokens)), device)
+            self._not_while_capturing(device, f"the plan of {tokens} tokens over {keys}")
+            queries, seen = (Layout(Grid(1, 1, n), (1, 1, n)) for n in (tokens, keys))
+            return dense_plan(queries, device, key_layout=None if keys == tokens else seen)
 
-        return self._dense_plans.lookup((tokens, device), make)
+        return self._dense_plans.lookup((tokens, keys, device), make)
 
     def _not_while_capturing(self, device: torch.device, what: str) -> None:
         if capturing(device):

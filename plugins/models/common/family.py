@@ -17,6 +17,7 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.models.common.rotary import Rotary
 
 
 class UnreadableGridError(TilewiseError):
@@ -141,6 +142,11 @@ class Family(ABC):
         those decide, ``grid`` raises ``UnreadableGridError``; in a compiled denoiser that is an error.
         """
         return None
+
+    def rotary(self, denoiser: nn.Module) -> Rotary | str:
+        """How keys turn with their position, which a KV cache needs to write and move them; or why this denoiser cannot run
+        with one (plugins/streaming/)."""
+        return f"the family {self.name} does not say how its positions are offset (Family.rotary)"
 
     def hooks(self, denoiser: nn.Module) -> list[Any]:
         """Register hooks that the family needs on a patched denoiser, as to make a mask once a forward and not once a layer.

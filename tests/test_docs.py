@@ -75,6 +75,7 @@ def no_downloads(monkeypatch, tmp_path):
     for name in STAND_INS:
         monkeypatch.setattr(getattr(diffusers, name), "from_pretrained", lambda *_, name=name, **__: StandIn(name))
     monkeypatch.chdir(tmp_path)
+    torch.save({"generator": tiny_wan.tiny_transformer(seed=1).state_dict()}, "self_forcing_dmd.pt")
 
 
 def blocks_of(page: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,42 @@ FLOAT32_VAES = ("AutoencoderKLWan",)
 HUB_TIMEOUT = 10.0  # seconds until we say that the hub does not answer
 
 
-def load_pipeline(model: str | Path = "demo", *, device: str = "auto", dtype: str = "auto") -> Any:
+def load_pipeline(
+    model: str | Path = "demo",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    parts: Mapping[str, Any] | None = None,
+    pipeline_class: str = "DiffusionPipeline",
+) -> Any:
     """A diffusers pipeline on its device, ready to run and to patch.
 
     model: "demo", a diffusers folder, or a hub id (org/name; needs the network the first time).
     device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
     dtype: "auto" (float32 on a CPU, bfloat16 otherwise), "float32", "bfloat16" or "float16"; of all parts but the VAEs of
     FLOAT32_VAES.
+    parts: components that are there already; the model's own are not read, nor need they be there.
+    pipeline_class: of diffusers, where it is not the one that the model names.
 
     Raises ModelError (missing, damaged, no network), DeviceError (not on this machine), ConfigError (no such dtype).
     """
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
-    source = _check_source(model)
-    from diffusers import DiffusionPipeline
+    parts = dict(parts or {})
+    source = _check_source(model, tuple(parts))
+    import diffusers
 
+    loader = getattr(diffusers, pipeline_class)
     with _loading(f"could not load the model {model}"):
-        index = DiffusionPipeline.load_config(str(source))
-    _check_classes(model, index)
+        index = {name: value for name, value in loader.load_config(str(source)).items() if name not in parts}
+    _check_classes(model, index if loader is diffusers.DiffusionPipeline else index | {"_class_name": pipeline_class})
     # Explicit for all parts: a file in float16 would otherwise stay so on a CPU, and parts would disagree.
     _, vae = index.get("vae") or (None, None)
     dtypes = {"default": kind, **({"vae": torch.float32} if vae in FLOAT32_VAES else {})}
     with _loading(f"could not load the model {model}"):
-        pipe = DiffusionPipeline.from_pretrained(str(source), dtype=dtypes)
+        # Left out and put in afterwards: diffusers looks up the classes that the model names for parts that it is handed.
+        pipe = loader.from_pretrained(str(source), dtype=dtypes, **dict.fromkeys(parts))
+    pipe.register_modules(**parts)
     pipe.to(where)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -89,10 +102,10 @@ def cast_skeleton(skeleton: Any, dtype: torch.dtype) -> Any:
     return skeleton
 
 
-def _check_source(model: str | Path) -> Path | str:
+def _check_source(model: str | Path, without: Collection[str] = ()) -> Path | str:
     source = find_model(model)
     if isinstance(source, Path):
-        check_folder(source)
+        check_folder(source, without)
         return source
     return _check_hub(source)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def find_model(model: str | Path) -> Path | str:
     raise ModelError(f"there is no model folder {model}; give 'demo', a diffusers folder, or a hub id such as org/name")
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """Looks whether a diffusers folder can be loaded; returns its model_index.json.
+def check_folder(folder: Path, without: Collection[str] = ()) -> dict[str, Any]:
+    """Looks whether a diffusers folder can be loaded, apart from the parts ``without``; returns its model_index.json.
 
     Checks that every part named there exists, that JSON files parse, that weight files are complete by their headers,
     and that no shard is missing. Reads no weights. Raises ModelError with the first file that is wrong and why.
@@ -49,7 +50,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{index_file} names no pipeline class (_class_name)")
     for name, value in index.items():
         is_part = isinstance(value, list) and len(value) == 2 and not name.startswith("_")
-        if is_part and all(isinstance(word, str) for word in value):
+        if name not in without and is_part and all(isinstance(word, str) for word in value):
             _check_part(folder / name)
     return index
 
@@ -80,17 +81,22 @@ def _check_part(folder: Path) -> None:
     if (folder / "config.json").is_file() and not any(file for kind in WEIGHTS for file in folder.glob(kind)):
         raise ModelError(f"the model is incomplete: {folder} holds no weights ({' or '.join(WEIGHTS)})")
     for file in sorted(folder.glob("*.safetensors")):
-        _check_safetensors(file)
+        check_safetensors(file)
 
 
-def _check_safetensors(file: Path) -> None:
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what Git LFS leaves in place of one that was not downloaded."""
+    with file.open("rb") as stream:
+        return stream.read(32).startswith(b"version https://git-lfs")
+
+
+def check_safetensors(file: Path) -> None:
+    """Raises ModelError if a file is no complete safetensors file, by its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="np"):
             pass  # opening compares the header with the file's length
     except (SafetensorError, OSError) as error:
-        with file.open("rb") as stream:
-            is_pointer = stream.read(32).startswith(b"version https://git-lfs")
-        reason = "it is a Git LFS pointer; run `git lfs pull`" if is_pointer else str(error)
+        reason = "it is a Git LFS pointer; run `git lfs pull`" if is_lfs_pointer(file) else str(error)
         raise ModelError(f"{file} is damaged or incomplete: {reason}") from error

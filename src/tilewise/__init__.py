@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 # nor the version needs it. Type checkers read the imports below; a test holds the two lists together.
 if TYPE_CHECKING:
     from tilewise.pipelines.highres.two_stages import highres
+    from tilewise.pipelines.streaming.checkpoints.load import load_causal_checkpoint
     from tilewise.pipelines.streaming.recipe import CausalRecipe
     from tilewise.plugins.config import Config, load_config, presets, resolve, save_config
     from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
@@ -51,6 +52,7 @@ __all__ = [
     "explain",
     "highres",
     "is_patched",
+    "load_causal_checkpoint",
     "load_config",
     "methods",
     "patch",
@@ -87,6 +89,7 @@ _NAMES_BY_MODULE = {
 }
 _MODULES = {name: f"tilewise.plugins.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
 _MODULES["highres"] = "tilewise.pipelines.highres.two_stages"
+_MODULES["load_causal_checkpoint"] = "tilewise.pipelines.streaming.checkpoints.load"
 _MODULES["CausalRecipe"] = "tilewise.pipelines.streaming.recipe"
 
 try:

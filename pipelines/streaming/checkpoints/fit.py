@@ -39,7 +39,7 @@ def check_fit(
     if len(missing) == len(wanted):
         hint = ". None of its weights is one of a Wan denoiser"
     elif sizes and not (missing or extra):
-        hint = ". Is it a checkpoint of another model size?"
+        hint = ". It may be a checkpoint of another model size"
     elif any(".base_layer." in name or ".lora_" in name for name in wanted):
         hint = ". The pipeline has a LoRA loaded; take it off first (pipe.unload_lora_weights())"
     elif any(".to_qkv." in name for name in wanted):

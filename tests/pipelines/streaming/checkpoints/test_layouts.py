@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 from causal_checkpoints import WIDTH, random_weights, wan_names
+from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 from tiny_wan import save_tiny_pipeline, tiny_pipeline
 
 import tilewise
 from tilewise.pipelines.streaming.checkpoints.known import RECIPES, recognise
+from tilewise.pipelines.streaming.checkpoints.sizes import config_of
 
 FSDP = "_fsdp_wrapped_module."
 
@@ -169,6 +171,21 @@ def test_image_to_video_names(folder):
 def test_recognised_by_name_and_channels(folder, path, latents, recipe):
     known = recognise(folder / path, latents=latents)
     assert (known and known.recipe) == recipe
+
+
+@pytest.mark.parametrize(
+    ("dim", "layers", "ffn", "channels", "latents"),
+    [(1536, 30, 8960, 16, 16), (3072, 30, 14336, 48, 48), (5120, 40, 13824, 36, 16)],
+    ids=["1.3B", "5B", "A14B from an image"],
+)
+def test_sizes_of_the_published_models(dim, layers, ffn, channels, latents):
+    config = {"num_attention_heads": dim // 128, "attention_head_dim": 128, "num_layers": layers, "ffn_dim": ffn}
+    config |= {"in_channels": channels, "out_channels": latents}
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**config)
+    found = config_of(model.state_dict())
+    assert found == {name: model.config[name] for name in found}
+    assert set(config) < set(found)
 
 
 class TestAPipelineIsBuilt:

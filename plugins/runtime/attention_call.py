@@ -274,7 +274,8 @@ class AttentionCalls:
             plan = window.plan(query.shape[2], query.device)
             kind = CallKind(SPARSE, fused=request.fused)
         if plan is not None:
-            out = self._sparse_window(number, whole, plan, kind)
+            own = window.scale(query.shape[3])
+            out = self._sparse_window(number, whole if own is None else whole.replace(scale=own), plan, kind)
             return out if window.order is None else reorder_tokens([out], window.order[1])[0]
         out = self._dense_window(number, whole, kind, stock)
         return out if window.order is None else reorder_tokens([out], window.order[1])[0]

@@ -27,5 +27,8 @@ class KeyValueWindow(Protocol):
     def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a chunk's keys and values, (B, S, H, D) in ``order``. Returns those of the whole window, as views."""
 
-    def plan(self, heads: int, device: torch.device) -> BlockPlan | None:
-        """Which blocks of the window each block of the chunk sees; None: dense."""
+    def plan(self, heads: int, device: torch.device) -> BlockPlan:
+        """Which blocks of the window each block of the chunk sees."""
+
+    def scale(self, head_dim: int) -> float | None:
+        """The attention scale of the method; None: the call's own."""

@@ -30,6 +30,7 @@ from tilewise.plugins.streaming.buffers import Buffers
 from tilewise.plugins.streaming.kv_cache import CacheShape, KVCache
 from tilewise.plugins.streaming.policies.base import Event, Kept, policy
 from tilewise.plugins.streaming.slots import Slots
+from tilewise.plugins.streaming.sparse_window import SparseWindow
 
 
 class CausalDenoiser:
@@ -71,9 +72,8 @@ class CausalDenoiser:
         self.slots = Slots(cache.window, cache.sink)
         self.order: Order | None = None
         self.step, self.steps = 0, 1
-        self.reason = (
-            "" if not patch.sparse else "sparse attention in the window of a KV cache is not built for this method"
-        )
+        self._sparse = SparseWindow(patch.config.method, grid, cache, self.memory) if patch.sparse else None
+        self.reason = "" if self._sparse is None else self._sparse.reason
         self._patch = patch
         self._buffers: Buffers | None = None
         self._has_memory = False
@@ -116,6 +116,7 @@ class CausalDenoiser:
         """
         chunk = self.grid.t if chunk is None else chunk
         self.options.check_chunk(chunk)
+        self._keep_order(chunk)
         change = self.slots.begin(chunk)
         if self._buffers is not None:
             if change.evicted and "evicted" in self.policy.events:
@@ -175,6 +176,12 @@ class CausalDenoiser:
         """Forget all frames but those of sink and memory. Returns their numbers: their latents may be run again."""
         return self.slots.drop_ring()
 
+    def flush(self, keep: int) -> None:
+        """Forget all frames but those of sink and memory and the last ``keep``, which stay as they are."""
+        change = self.slots.flush(keep)
+        if self._buffers is not None:
+            self._buffers.move(change.moves)
+
     # ── what the attention calls ask for ─────────────────────────────────────────────────────────────────────────
 
     def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,8 +195,36 @@ class CausalDenoiser:
         seen = slice(start, rows.stop)
         return buffers.key[self._lane, layer, :, seen], buffers.value[self._lane, layer, :, seen]
 
-    def plan(self, heads: int, device: torch.device) -> BlockPlan | None:
-        return None
+    def plan(self, heads: int, device: torch.device) -> BlockPlan:
+        assert self._sparse is not None
+        return self._sparse.plan(self.slots.in_time, self._has_memory, heads, device)
+
+    def scale(self, head_dim: int) -> float | None:
+        assert self._sparse is not None
+        frames = len(self.slots.in_time) + (self.memory if self._has_memory else 0)
+        return self._sparse.scale(frames, head_dim)
+
+    def _keep_order(self, chunk: int) -> None:
+        """Decide with the first chunk in which order rows are stored; refuse one that does not fit it later.
+
+        Raises:
+            ConfigError: a chunk of another length among chunks that are stored in tile order.
+        """
+        if self._sparse is None or self._sparse.layout is None or self.reason:
+            return
+        if chunk == self.grid.t:
+            if self.order is None:
+                device = next(self.denoiser.parameters()).device
+                layout = self._sparse.layout
+                self.order = layout.permutation.to(device), layout.inverse.to(device)
+        elif self.order is None or not self.slots.frames:
+            self.order = None
+            self.reason = f"a chunk of {chunk} latent frames among chunks of {self.grid.t}"
+        else:
+            raise ConfigError(
+                f"CausalDenoiser.begin: sparse attention in the window needs all chunks alike, {self.grid.t} latent frames; got "
+                f"{chunk}"
+            )
 
     # ── sink and memory ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -240,8 +275,15 @@ class CausalDenoiser:
         options = self.options
         return Buffers(
             self.shape(key.dtype), self.rotary, window=options.window, sink=options.sink, memory=self.memory,
-            averages=self.policy.averages, device=key.device,
+            averages=self.policy.averages, device=key.device, frame_of_row=self._frame_of_row(),
         )  # fmt: skip
+
+    def _frame_of_row(self) -> torch.Tensor | None:
+        if self.order is None:
+            return None
+        assert self._sparse is not None and self._sparse.layout is not None
+        tokens = self.grid.h * self.grid.w
+        return (self._sparse.layout.permutation // tokens).view(self.grid.t, tokens).cpu()
 
     def shape(self, dtype: torch.dtype) -> CacheShape:
         """The sizes of the cache for keys of a dtype."""

@@ -51,6 +51,12 @@ class Slots:
         """Finished frames outside of the sink, oldest first."""
         return sorted(self.frames[self.sink :])
 
+    @property
+    def in_time(self) -> list[int]:
+        """Slots that are attended to, the sink first, then the ring and the chunk under way, oldest first."""
+        ring = sorted(range(min(self.sink, len(self.frames)), len(self.frames)), key=self.frames.__getitem__)
+        return [*range(min(self.sink, len(self.frames))), *ring, *self.current]
+
     def begin(self, chunk: int) -> Change:
         """Make room for ``chunk`` frames. A chunk that was begun and not finished is dropped: its frames come again."""
         room = self.window - chunk
@@ -81,6 +87,19 @@ class Slots:
         if dropped:
             self.next_frame = dropped[0]
         return dropped
+
+    def flush(self, keep: int) -> Change:
+        """Forget all finished frames but the sink's and the last ``keep``."""
+        ring = sorted(range(self.sink, len(self.frames)), key=self.frames.__getitem__)
+        leaving, staying = ring[: max(0, len(ring) - keep)], ring[max(0, len(ring) - keep) :]
+        end = min(self.sink, len(self.frames)) + len(staying)
+        free = sorted(slot for slot in leaving if slot < end)
+        moves = tuple(zip([slot for slot in staying if slot >= end], free, strict=True))
+        for source, target in moves:
+            self.frames[target] = self.frames[source]
+        del self.frames[end:]
+        self.current = range(0)
+        return Change(moves=moves)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values only."""

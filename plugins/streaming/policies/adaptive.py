@@ -3,7 +3,8 @@
     cos_i = least over layers of  cos(mean of the sink's keys of frame i, mean of the chunk's keys of its frame i mod c)
     sink_i ← chunk_(i mod c)  where cos_i < 0.2
 
-Means are over tokens; the cosine is over all channels of all heads, before rotation. The choice is made on the device.
+Means are over tokens; the cosine is over all channels of all heads, before rotation. The choice is made on the device. Where a
+sparse method stores chunks in tile order, a "frame" here is as many of its rows.
 """
 
 from __future__ import annotations

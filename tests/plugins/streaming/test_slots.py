@@ -27,6 +27,7 @@ def test_the_window_holds_the_sink_and_the_newest_frames(seed):
     sink = rng.randint(0, 4)
     window = sink + rng.randint(3, 12)
     slots, content = Slots(window, sink), [None] * window
+    forgotten = 0  # frames before this one may be missing
     for _ in range(40):
         chunk = rng.randint(1, min(4, window - sink))
         change = slots.begin(chunk)
@@ -34,13 +35,29 @@ def test_the_window_holds_the_sink_and_the_newest_frames(seed):
         assert [frame for _, frame in change.evicted] == sorted(frame for _, frame in change.evicted)
         for source, target in change.moves:
             content[target] = content[source]
+        if rng.random() < 0.2:  # a chunk that is dropped, and all but a few frames forgotten
+            kept = rng.randint(0, 2)
+            newest = slots.ring[len(slots.ring) - kept :] if kept else []
+            for source, target in slots.flush(kept).moves:
+                content[target] = content[source]
+            assert content[: len(slots.frames)] == slots.frames and slots.ring == newest
+            forgotten = slots.next_frame - kept
+            slots.begin(chunk)
+            content[slots.current.start :] = [None] * (window - slots.current.start)
+            for i, slot in enumerate(slots.current):
+                content[slot] = slots.next_frame + i
+            slots.commit()
+            continue
         if rng.random() < 0.2:
             assert slots.begin(chunk) == type(change)()  # nothing leaves twice
         for i, slot in enumerate(slots.current):
             content[slot] = slots.next_frame + i
         seen = set(content[: slots.end])
         newest = slots.next_frame + chunk
-        assert seen == {*range(min(sink, newest)), *range(max(0, newest - (window - sink)), newest)}
+        own = set(range(slots.next_frame, newest))
+        assert {*own, *range(min(sink, newest))} <= seen and seen <= {*range(min(sink, newest)), *range(newest)}
+        if forgotten <= max(0, newest - (window - sink)):
+            assert seen == {*range(min(sink, newest)), *range(max(0, newest - (window - sink)), newest)}
         slots.commit()
         assert content[: len(slots.frames)] == slots.frames
 

@@ -20,7 +20,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("errors", "text_format", "torch_compat"),
         ("diffusers_compat",),
         ("hooks",),
-        ("masks",),
+        ("autoencoders", "masks"),
         ("models",),
         ("methods",),
         ("presets",),

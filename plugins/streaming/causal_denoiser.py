@@ -27,6 +27,7 @@ from tilewise.plugins.models.common.rotary import Rotary
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
 from tilewise.plugins.runtime.plan_cache import Order
 from tilewise.plugins.streaming.buffers import Buffers
+from tilewise.plugins.streaming.graphs import ForwardGraphs
 from tilewise.plugins.streaming.kv_cache import CacheShape, KVCache
 from tilewise.plugins.streaming.policies.base import Event, Kept, policy
 from tilewise.plugins.streaming.slots import Slots
@@ -42,9 +43,10 @@ class CausalDenoiser:
         grid: tokens of a chunk: its usual number of latent frames, rows and columns.
         lanes: forwards of a step that each need keys of their own: 2 with classifier-free guidance.
         batch: samples of a forward.
+        cuda_graph: on a GPU, capture forwards over a full window and replay them; ``graphs.refused`` says where that failed.
 
     Attributes:
-        slots: which frame is where. order, step, steps, reason: see ``KeyValueWindow``.
+        slots: which frame is where. graphs: captured forwards. order, step, steps, reason: see ``KeyValueWindow``.
 
     Raises:
         UnsupportedModelError: the family does not serve this.
@@ -52,7 +54,16 @@ class CausalDenoiser:
         TilewiseError: the denoiser is not patched, or another stream runs on it.
     """
 
-    def __init__(self, denoiser: nn.Module, cache: KVCache, *, grid: Grid, lanes: int = 1, batch: int = 1) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        cache: KVCache,
+        *,
+        grid: Grid,
+        lanes: int = 1,
+        batch: int = 1,
+        cuda_graph: bool = True,
+    ) -> None:
         self.rotary = rotary_of(denoiser)
         patch = denoiser.__dict__.get(ATTRIBUTE)
         if not isinstance(patch, Patch):
@@ -74,6 +85,9 @@ class CausalDenoiser:
         self.step, self.steps = 0, 1
         self._sparse = SparseWindow(patch.config.method, grid, cache, self.memory) if patch.sparse else None
         self.reason = "" if self._sparse is None else self._sparse.reason
+        # Hooks that move weights between devices cannot be captured.
+        self._captures = cuda_graph and not hasattr(denoiser, "_hf_hook")
+        self.graphs = ForwardGraphs(self._forward)
         self._patch = patch
         self._buffers: Buffers | None = None
         self._has_memory = False
@@ -98,6 +112,7 @@ class CausalDenoiser:
             self._hook.remove()
             self._hook = None
             self._patch.state.window = None
+            self.graphs.clear()
 
     close = __exit__
 
@@ -148,7 +163,15 @@ class CausalDenoiser:
             )
         self._lane = lane
         denoiser: Any = self.denoiser
-        return denoiser(latents, timestep, text, return_dict=False, **kwargs)[0]
+        if not (self._captures and latents.is_cuda and self.slots.end == self.options.window and not kwargs):
+            return denoiser(latents, timestep, text, return_dict=False, **kwargs)[0]
+        runs = self._patch.config.runs_at(self.step, self.steps)
+        turn = tuple(self.slots.in_time) if self.order is not None else self.slots.current
+        return self.graphs((lane, turn, self._has_memory, runs, self.reason), latents, timestep, text)
+
+    def _forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        denoiser: Any = self.denoiser
+        return denoiser(latents, timestep, text, return_dict=False)[0]
 
     def commit(self) -> None:
         """The chunk is finished: what its last pass wrote stays."""
@@ -181,6 +204,11 @@ class CausalDenoiser:
         change = self.slots.flush(keep)
         if self._buffers is not None:
             self._buffers.move(change.moves)
+
+    def reset(self, next_frame: int = 0) -> None:
+        """Forget everything; the next frame has this number."""
+        self.slots.load_state_dict({"frames": [], "next_frame": next_frame})
+        self._has_memory, self._sink_at = False, None
 
     # ── what the attention calls ask for ─────────────────────────────────────────────────────────────────────────
 
@@ -318,7 +346,13 @@ class CausalDenoiser:
     def state_dict(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """(JSON values, tensors by name, not copied): all that a stream needs to go on bit for bit, between chunks."""
         tensors = {} if self._buffers is None else self._buffers.tensors()
-        plain = {"slots": self.slots.state_dict(), "has_memory": self._has_memory, "options": self.options.to_dict()}
+        plain = {
+            "slots": self.slots.state_dict(),
+            "has_memory": self._has_memory,
+            "options": self.options.to_dict(),
+            "tile_order": self.order is not None,
+            "reason": self.reason,
+        }
         return plain, tensors
 
     def load_state_dict(self, plain: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -331,6 +365,9 @@ class CausalDenoiser:
             raise ConfigError(
                 f"CausalDenoiser.load_state_dict: the state is of {plain['options']}, this cache of {self.options.to_dict()}"
             )
+        self.reason = plain["reason"]
+        if plain["tile_order"]:
+            self._keep_order(self.grid.t)
         if tensors:
             example = next(self.denoiser.parameters())
             self._buffers = self._allocate(tensors["key"].to(example.device)[0, 0])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tilewise.pipelines.highres.two_stages import highres
     from tilewise.pipelines.streaming.checkpoints.load import load_causal_checkpoint
     from tilewise.pipelines.streaming.recipe import CausalRecipe
+    from tilewise.pipelines.streaming.stream import stream
     from tilewise.plugins.config import Config, load_config, presets, resolve, save_config
     from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
     from tilewise.plugins.explain import explain
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tilewise.plugins.models.common.family import Family
     from tilewise.plugins.models.common.registry import register_family, supported_models
     from tilewise.plugins.patching import is_patched, patch, patched, unpatch
+    from tilewise.plugins.streaming.kv_cache import KVCache
     from tilewise.plugins.summary import summary
     from tilewise.plugins.watch import watch
 
@@ -44,6 +46,7 @@ __all__ = [
     "FallbackError",
     "Family",
     "Inward",
+    "KVCache",
     "Method",
     "Neighborhood",
     "TilewiseError",
@@ -62,6 +65,7 @@ __all__ = [
     "register_family",
     "resolve",
     "save_config",
+    "stream",
     "summary",
     "supported_models",
     "two_paths",
@@ -83,11 +87,13 @@ _NAMES_BY_MODULE = {
     "models.common.family": ("Family",),
     "models.common.registry": ("register_family", "supported_models"),
     "patching": ("is_patched", "patch", "patched", "unpatch"),
+    "streaming.kv_cache": ("KVCache",),
     "summary": ("summary",),
     "guidance.dual_path": ("two_paths",),
     "watch": ("watch",),
 }
 _MODULES = {name: f"tilewise.plugins.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
+_MODULES["stream"] = "tilewise.pipelines.streaming.stream"
 _MODULES["highres"] = "tilewise.pipelines.highres.two_stages"
 _MODULES["load_causal_checkpoint"] = "tilewise.pipelines.streaming.checkpoints.load"
 _MODULES["CausalRecipe"] = "tilewise.pipelines.streaming.recipe"

@@ -1,0 +1,74 @@
+"""Latents to frames in host memory, beside the next chunk's denoising.
+
+On a GPU a chunk is decoded on a stream of its own, or on a device of its own, and its frames come to the host through pinned
+memory: nothing waits until somebody reads them. On a CPU it is decoded at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tilewise.plugins.autoencoders.streaming import StreamingDecoder
+
+from tilewise.pipelines.latent_spaces.base import LatentSpace
+
+
+class PendingFrames:
+    """Frames that are on their way. keep: tensors that the device still reads."""
+
+    def __init__(self, host: torch.Tensor, copied: Any, keep: tuple[torch.Tensor, ...]) -> None:
+        self._host, self._copied, self._keep = host, copied, keep
+
+    def result(self) -> NDArray[np.uint8]:
+        """(F, H, W, 3); waits for them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._keep = ()
+        frames: NDArray[np.uint8] = self._host.numpy()
+        return frames
+
+
+class FrameDecoder:
+    """Decodes the chunks of one stream in order.
+
+    Args:
+        decoder: of one clip; on the device that decodes.
+        space, vae: whose latents they are.
+    """
+
+    def __init__(self, decoder: StreamingDecoder, space: LatentSpace, vae: Any, device: torch.device) -> None:
+        self.decoder = decoder
+        self.space = space
+        self.vae = vae
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def submit(self, latents: torch.Tensor) -> PendingFrames:
+        """Begin to decode normalised latents (1, C, t, h, w)."""
+        if self._stream is None:
+            return PendingFrames(_to_uint8(self._decode(latents)), None, ())
+        ready = torch.cuda.current_stream(latents.device).record_event() if latents.is_cuda else None
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            if ready is not None:
+                self._stream.wait_event(ready)
+            frames = _to_uint8(self._decode(latents.to(self.device, non_blocking=True)))
+            # Pageable memory would make the copy wait for everything before it on the device.
+            host = torch.empty(frames.shape, dtype=torch.uint8, pin_memory=True)
+            host.copy_(frames, non_blocking=True)
+            copied = self._stream.record_event()
+        return PendingFrames(host, copied, (latents, frames))
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        latents = latents.to(self.vae.dtype)
+        mean, std = self.space.statistics(self.vae, latents)
+        return self.decoder.decode(latents * std + mean)
+
+
+def _to_uint8(video: torch.Tensor) -> torch.Tensor:
+    """(1, 3, F, H, W) in −1 … 1 to uint8 (F, H, W, 3), rounded as diffusers' video processor and our files do."""
+    pixels = (video[0].float() / 2 + 0.5).clamp(0, 1)
+    return (pixels * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()

@@ -1,0 +1,148 @@
+"""Prompts of a stream and their changes.
+
+recache   the last frames' keys and values are computed anew with the new prompt, the sink stays   (LongLive, arXiv 2509.22622)
+flush     all frames but the sink and the last two are forgotten                                   (∞-RoPE)
+blend     the text states go over to the new prompt's in n chunks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.streaming.sampler import CausalSampler, TextStates
+from tilewise.plugins.errors import ConfigError, unknown
+
+CHANGES = ("recache", "flush", "blend")
+FLUSH_KEEPS = 2  # latent frames
+
+
+@dataclass
+class _Blend:
+    begin: torch.Tensor
+    end: torch.Tensor
+    over: int
+    done: int = 0
+
+
+@dataclass
+class Prompts:
+    """The prompt of a stream, and what is to become of it at the next chunk.
+
+    Args:
+        encode: text states (1, tokens, width) of a prompt.
+        prompt: the present one. states: its text states, and the negative prompt's.
+    """
+
+    encode: Callable[[str], torch.Tensor]
+    prompt: str
+    states: TextStates
+    _waiting: tuple[str, torch.Tensor, str, int] | None = None
+    _blend: _Blend | None = field(default=None, repr=False)
+
+    def change(self, prompt: str, how: str, over: int) -> None:
+        """From the next chunk on. A change that is still waiting is replaced.
+
+        Raises:
+            ConfigError: an empty prompt, an unknown ``how``, or ``over`` below 1.
+        """
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ConfigError("set_prompt: the prompt is empty: say what the video should show")
+        if how not in CHANGES:
+            raise unknown("way to change a prompt", how, CHANGES)
+        if not isinstance(over, int) or over < 1:
+            raise ConfigError(f"set_prompt: over must be a whole number of chunks, at least 1, not {over!r}")
+        self._waiting = prompt, self.encode(prompt), how, over
+
+    def waiting_state(self) -> dict[str, tuple[dict[str, torch.Tensor], list[Any]]]:
+        """What is not yet applied: tensors and JSON values by name."""
+        found: dict[str, tuple[dict[str, torch.Tensor], list[Any]]] = {}
+        if self._waiting is not None:
+            prompt, states, how, over = self._waiting
+            found["waiting"] = {"states": states}, [prompt, how, over]
+        if (blend := self._blend) is not None:
+            found["blend"] = {"begin": blend.begin, "end": blend.end}, [blend.over, blend.done]
+        return found
+
+    def load_waiting(self, state: dict[str, tuple[dict[str, torch.Tensor], list[Any]]]) -> None:
+        """Set what is not yet applied."""
+        device = self.states.positive.device
+        if "waiting" in state:
+            tensors, (prompt, how, over) = state["waiting"]
+            self._waiting = prompt, tensors["states"].to(device), how, over
+        if "blend" in state:
+            tensors, (over, done) = state["blend"]
+            self._blend = _Blend(tensors["begin"].to(device), tensors["end"].to(device), over, done)
+
+    def before_chunk(self, sampler: CausalSampler, history: History) -> None:
+        """Apply what is waiting, between two chunks."""
+        if self._waiting is not None:
+            prompt, states, how, over = self._waiting
+            if how == "blend":
+                self._blend = _Blend(self.states.positive, states, over)
+            else:
+                self._blend = None
+                self.states.positive = states
+                if how == "recache":
+                    history.rewrite(sampler)
+                else:
+                    for denoiser in sampler.denoisers:
+                        denoiser.flush(FLUSH_KEEPS)
+            self.prompt, self._waiting = prompt, None
+        if (blend := self._blend) is not None:
+            blend.done += 1
+            self.states.positive = torch.lerp(blend.begin, blend.end, blend.done / blend.over)
+            if blend.done == blend.over:
+                self.states.positive, self._blend = blend.end, None
+
+
+class History:
+    """Clean latents of the frames that a window can hold, for computing their keys anew.
+
+    window, sink: frames to remember, of the last ones and of the first.
+    """
+
+    def __init__(self, window: int, sink: int) -> None:
+        self.window = window
+        self.length = sink
+        self.sink: torch.Tensor | None = None  # (1, C, at most length, h, w)
+        self.chunks: list[tuple[int, torch.Tensor]] = []  # (first frame, (1, C, t, h, w)), oldest first
+
+    def add(self, first: int, latents: torch.Tensor) -> None:
+        """The latents of a finished chunk."""
+        self.chunks.append((first, latents))
+        if first < self.length:
+            parts = [latents] if self.sink is None else [self.sink, latents]
+            self.sink = torch.cat(parts, 2)[:, :, : self.length]
+        newest = first + latents.shape[2]
+        while newest - (self.chunks[0][0] + self.chunks[0][1].shape[2]) >= self.window:
+            del self.chunks[0]
+
+    def rewrite(self, sampler: CausalSampler) -> None:
+        """Compute the keys and values of the ring anew with the sampler's present text."""
+        ring = sampler.denoisers[0].slots.ring
+        if not ring:
+            return
+        parts = self._since(ring[0])
+        sampler.rewrite(torch.cat(parts, 2), [part.shape[2] for part in parts])
+
+    def restore(self, sampler: CausalSampler, slots: dict[str, Any]) -> None:
+        """Fill empty caches from the latents. slots: the bookkeeping of the caches that there were."""
+        frames = slots["frames"]
+        ring = sorted(frames[self.length :])
+        for denoiser in sampler.denoisers:
+            denoiser.reset()
+        if self.sink is not None and frames:
+            sampler.given(self.sink[:, :, : len(frames)])
+        for denoiser in sampler.denoisers:
+            denoiser.slots.next_frame = ring[0] if ring else slots["next_frame"]
+        for part in self._since(ring[0]) if ring else []:
+            sampler.given(part)
+
+    def _since(self, frame: int) -> list[torch.Tensor]:
+        """The latents from a frame on, chunk by chunk."""
+        cut = [(max(0, frame - first), latents) for first, latents in self.chunks]
+        return [latents[:, :, start:] for start, latents in cut if start < latents.shape[2]]

@@ -1,0 +1,193 @@
+"""``tilewise.stream``: a pipeline with a causal checkpoint, as an iterator of finished frames."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tilewise.plugins.autoencoders.streaming import streaming_decoder
+
+from tilewise.kernels.plans.layout import Grid
+from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_spaces
+from tilewise.pipelines.loading.model_defaults import model_defaults
+from tilewise.pipelines.streaming.decoding import FrameDecoder
+from tilewise.pipelines.streaming.prompts import Prompts
+from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.pipelines.streaming.sampler import CausalSampler, TextStates
+from tilewise.pipelines.streaming.video_stream import VideoStream
+from tilewise.plugins.config import MethodLike
+from tilewise.plugins.diffusers_compat import execution_device
+from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.models.common.family import Size
+from tilewise.plugins.models.common.registry import family_of
+from tilewise.plugins.patching import denoisers_of, is_patched, patch, unpatch
+from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser, rotary_of
+from tilewise.plugins.streaming.kv_cache import KVCache
+
+RECIPE = "_tilewise_recipe"  # what load_causal_checkpoint leaves on a denoiser: the recipe's dict
+
+
+def stream(
+    pipe: Any,
+    prompt: str,
+    *,
+    recipe: CausalRecipe | None = None,
+    method: MethodLike = "dense",
+    cache: KVCache | None = None,
+    chunk: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    negative: str = "",
+    image: NDArray | None = None,
+    fps: float | None = None,
+    max_sequence_length: int | None = None,
+) -> VideoStream:
+    """Make a video chunk by chunk, for as long as you like, in constant memory.
+
+        for chunk in tilewise.stream(pipe, "a boat on a lake"):
+            show(chunk.frames)                                      uint8 (F, H, W, 3)
+
+    Args:
+        pipe: a text-to-video pipeline of the Wan family with a causal checkpoint (``tilewise.load_causal_checkpoint``).
+        prompt: what to show; ``VideoStream.set_prompt`` changes it on the way.
+        recipe: how the checkpoint makes video. Default: what ``load_causal_checkpoint`` found.
+        method: attention inside the window; "dense" is exact. A pipeline that is patched already keeps its patch.
+        cache: window, sink, memory and policy. Default: the recipe's.
+        chunk: latent frames of a chunk. Default: the recipe's.
+        height, width: pixels. Default: the recipe's.
+        seconds: length of the video; None: without end.
+        seed: of all noise.
+        negative: what to avoid, where the recipe has guidance.
+        image: the first frame, (H, W, 3) uint8 or float in 0 … 1, at the size of the video.
+        fps: frames a second on playback, which ``seconds`` counts by. Default: the recipe's.
+        max_sequence_length: text tokens. Default: the model's.
+
+    Returns:
+        An iterator of ``Chunk``, and a context manager.
+
+    Raises:
+        ConfigError: a checkpoint that is not causal, sizes that the model does not take, options that do not fit.
+        UnsupportedModelError: a pipeline or VAE that cannot stream.
+        In each case nothing was changed.
+    """
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ConfigError("stream: the prompt is empty: say what the video should show")
+    denoisers = list(denoisers_of(pipe).values())
+    recipe = _recipe_of(denoisers, recipe)
+    chunk = recipe.chunk if chunk is None else chunk
+    fps = float(recipe.fps) if fps is None else fps
+    if seconds is not None and not seconds > 0:
+        raise ConfigError(f"stream: seconds must be above 0, not {seconds!r}")
+    if not fps > 0:
+        raise ConfigError(f"stream: fps must be above 0, not {fps!r}")
+    for denoiser in denoisers:
+        rotary_of(denoiser)
+    space = _space_of(pipe)
+    height, width = recipe.height if height is None else height, recipe.width if width is None else width
+    first: Any = denoisers[0]
+    family = family_of(first)
+    assert family is not None
+    whole = family.grid_of_size(first, pipe, Size(height, width, 1))
+    grid = Grid(chunk, whole.h, whole.w)
+    start_picture = None if image is None else _picture(image, height, width)
+    cache = cache or KVCache(
+        recipe.window, recipe.sink, recipe.memory or None, sink_position=recipe.sink_position, policy=recipe.policy
+    )
+    cache.check_chunk(max(chunk, recipe.first_chunk or 0))
+    used = denoisers if recipe.boundary is not None else denoisers[:1]
+    if recipe.boundary is not None and len(denoisers) < 2:
+        raise ConfigError(f"stream: the recipe {recipe.name} has a boundary, and this pipeline one transformer")
+    device = execution_device(pipe, pipe.device)
+    decoder = streaming_decoder(pipe.vae)
+
+    with contextlib.ExitStack() as undo:
+        if not is_patched(pipe):
+            patch(pipe, method)
+            undo.callback(unpatch, pipe)
+        lanes = 2 if recipe.guidance > 1 else 1
+        causal = [undo.enter_context(CausalDenoiser(one, cache, grid=grid, lanes=lanes)) for one in used]
+        length = model_defaults(pipe).max_sequence_length if max_sequence_length is None else max_sequence_length
+        encode = _encoder(pipe, device, length)
+        states = TextStates(encode(prompt), encode(negative) if lanes == 2 else None)
+        spatial, temporal = space.factors(pipe)
+        sampler = CausalSampler(
+            causal,
+            recipe,
+            states,
+            shape=(first.config.in_channels, height // spatial, width // spatial),
+            generator=torch.Generator(device).manual_seed(seed),
+            device=device,
+            dtype=first.dtype,
+        )
+        start = None if start_picture is None else space.encode(pipe, start_picture).to(device)
+        frames = None if seconds is None else max(1, round(seconds * fps))
+        return VideoStream(
+            sampler,
+            FrameDecoder(decoder, space, pipe.vae, execution_device(pipe, pipe.vae.device)),
+            Prompts(encode, prompt, states),
+            recipe,
+            window=cache.window,
+            chunk=chunk,
+            frames=frames,
+            fps=fps,
+            close=undo.pop_all().close,
+            temporal=temporal,
+            ahead=1 if device.type == "cuda" else 0,
+            start=start,
+        )
+
+
+def _recipe_of(denoisers: list[Any], given: CausalRecipe | None) -> CausalRecipe:
+    """The recipe of a pipeline's checkpoint.
+
+    Raises ConfigError where there is none, as the checkpoint is then a bidirectional one for all that is known."""
+    if given is not None:
+        return given
+    kept = getattr(denoisers[0], RECIPE, None)
+    if kept is None:
+        raise ConfigError(
+            "stream: these weights are not known to be causal, and a model that was trained on whole clips makes noise chunk by "
+            "chunk. Load a causal checkpoint into the pipeline (tilewise.load_causal_checkpoint), or say how yours makes video "
+            "(recipe=tilewise.CausalRecipe(...))"
+        )
+    return CausalRecipe.from_dict(kept)
+
+
+def _space_of(pipe: Any) -> LatentSpace:
+    spaces, kind = latent_spaces(), type(pipe).__name__
+    if kind not in spaces or not hasattr(pipe, "vae"):
+        raise UnsupportedModelError(
+            f"stream: {kind} cannot stream; load the checkpoint into a WanPipeline, which its transformer belongs to"
+        )
+    return spaces[kind]
+
+
+def _encoder(pipe: Any, device: torch.device, length: int | None) -> Callable[[str], torch.Tensor]:
+    """Gives the text states (1, tokens, width) of a prompt, as the pipeline makes them."""
+    more = {} if length is None else {"max_sequence_length": length}
+
+    @torch.no_grad()
+    def encode(prompt: str) -> torch.Tensor:
+        states, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device=device, **more)
+        denoiser: Any = next(iter(denoisers_of(pipe).values()))
+        return states.to(denoiser.dtype)
+
+    return encode
+
+
+def _picture(image: NDArray, height: int, width: int) -> NDArray[np.float32]:
+    """(1, H, W, 3) float32 in 0 … 1. Raises ConfigError for another size or kind of array."""
+    array = np.asarray(image)
+    if array.shape != (height, width, 3):
+        raise ConfigError(
+            f"stream: the image is {array.shape}; the video needs (height, width, 3) = ({height}, {width}, 3): resize it first"
+        )
+    if array.dtype == np.uint8:
+        array = array / 255
+    return np.ascontiguousarray(array[None], dtype=np.float32).clip(0, 1)

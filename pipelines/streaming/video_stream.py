@@ -1,0 +1,254 @@
+"""A video that comes out while it is made: an iterator of finished frames, and its controls."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tilewise.pipelines.streaming.decoding import FrameDecoder, PendingFrames
+from tilewise.pipelines.streaming.prompts import History, Prompts
+from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.pipelines.streaming.sampler import CausalSampler
+from tilewise.pipelines.streaming.state import StreamState, restore, state_of
+from tilewise.plugins.errors import TilewiseError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some finished frames of a stream.
+
+    frames: uint8 (F, H, W, 3), in host memory. first_frame: number of the first of them in the video.
+    latents: (1, C, t, h, w) float32, normalised, on the device. first_latent: number of its first latent frame.
+    prompt: the one that it was made with.
+    stats: "denoise" and "decode" seconds of the host's clock that the chunk took from its begin to its latents and from those to
+    its frames, "wait" until it was asked for, and "fps" since the stream began.
+    """
+
+    frames: NDArray[np.uint8]
+    first_frame: int
+    latents: torch.Tensor
+    first_latent: int
+    prompt: str
+    stats: dict[str, float]
+
+
+@dataclass
+class _UnderWay:
+    latents: torch.Tensor
+    first_latent: int
+    prompt: str
+    frames: PendingFrames
+    begun: float
+    denoised: float
+
+
+class VideoStream(Iterator[Chunk]):
+    """Made by ``stream``. Iterate over it, or use it as a context manager and call ``next``; both close it in the end.
+
+    Whatever happens, an exception or Ctrl-C in the middle of a chunk included, ``close`` leaves the pipeline as it was before.
+
+    Args:
+        sampler, decoder, prompts, recipe: see there.
+        chunk: latent frames of a chunk. frames: of the video; None: without end.
+        close: takes everything off the pipeline again. ahead: chunks that are begun before the one before is read; 0 on a CPU.
+        temporal: frames a latent frame, but for the first one.
+        start: latents (1, C, t, h, w) that the video begins with, as of an image.
+    """
+
+    def __init__(
+        self,
+        sampler: CausalSampler,
+        decoder: FrameDecoder,
+        prompts: Prompts,
+        recipe: CausalRecipe,
+        *,
+        window: int,
+        chunk: int,
+        frames: int | None,
+        fps: float,
+        close: Callable[[], None],
+        ahead: int,
+        temporal: int,
+        start: torch.Tensor | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.fps = fps
+        self.frames = frames
+        self.sampler, self.decoder, self.prompts = sampler, decoder, prompts
+        self.history = History(window, sampler.denoisers[0].options.sink)
+        self.chunk, self._ahead, self._start, self._temporal = chunk, ahead, start, temporal
+        self._close: Callable[[], None] | None = close
+        self.under_way: list[_UnderWay] = []
+        self.chunks = 0  # begun
+        self.frames_out = 0
+        self._frames_before = 0  # by a stream that this one goes on from
+        self._first_begin: float | None = None
+        self._running = threading.Event()
+        self._running.set()
+
+    # ── the iterator ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def __next__(self) -> Chunk:
+        """The next finished frames.
+
+        Raises:
+            StopIteration: the video has its length, or the stream is closed.
+        """
+        if self._close is None or (self.frames is not None and self.frames_out >= self.frames):
+            self.close()
+            raise StopIteration
+        try:
+            self._running.wait()
+            while len(self.under_way) <= self._ahead and not self._enough_begun():
+                self._begin_chunk()
+            return self._finish_chunk()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_close", None) is not None:
+            self.close()
+
+    def close(self) -> None:
+        """End the stream and leave the pipeline as it was. Twice does no harm."""
+        close, self._close = self._close, None
+        self.under_way.clear()
+        self._running.set()
+        if close is not None:
+            close()
+
+    # ── controls ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def prompt(self) -> str:
+        """What the next chunk will be made with, if no change is waiting."""
+        return self.prompts.prompt
+
+    def set_prompt(self, prompt: str, how: str = "recache", over: int = 3) -> None:
+        """Change the prompt from the next chunk that is begun on. Frames of the old one come out up to the chunk under way.
+
+        Args:
+            prompt: the new one. A change that was not yet applied is replaced.
+            how: "recache": compute the keys and values of the last frames anew with it; the sink stays. "flush": forget all
+                frames but the sink and the last two. "blend": go over to it in ``over`` chunks.
+
+        Raises:
+            ConfigError: an empty prompt, an unknown ``how``.
+            TilewiseError: the stream is closed.
+        """
+        self._check_open("set_prompt")
+        self.prompts.change(prompt, how, over)
+
+    def pause(self) -> None:
+        """``next`` waits until another thread calls ``resume`` or ``close``. The chunk under way is finished."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        """Go on after ``pause``."""
+        self._running.set()
+
+    def state_dict(self, *, small: bool = False) -> StreamState:
+        """All that a stream needs to go on where this one is, for ``StreamState.save``.
+
+        small: without the KV caches. They are computed anew from latents then, and what follows is alike and not equal.
+
+        Raises:
+            TilewiseError: the stream is closed.
+        """
+        self._check_open("state_dict")
+        return state_of(self, small=small)
+
+    def load_state_dict(self, state: StreamState) -> None:
+        """Go on from a state, in a stream that was just made with the same checkpoint, recipe, size and cache.
+
+        Raises:
+            ConfigError: the state is of another kind of stream, or this one has begun.
+            TilewiseError: the stream is closed.
+        """
+        self._check_open("load_state_dict")
+        with torch.no_grad():
+            restore(self, state)
+
+    def finish_under_way(self) -> None:
+        """Wait for the frames of the chunks that were begun."""
+        for one in self.under_way:
+            one.frames.result()
+
+    def go_on(self, chunks: int, frames_out: int, ready: list[tuple[torch.Tensor, torch.Tensor, int, str]]) -> None:
+        """Set where a stream is. ready: (frames, latents, number of the first one, prompt) of chunks that were not yet read."""
+        self.chunks, self.frames_out, self._start = chunks, frames_out, None
+        self._frames_before = frames_out
+        now = time.perf_counter()
+        self.under_way = [
+            _UnderWay(latents, first, prompt, PendingFrames(frames, None, ()), now, now)
+            for frames, latents, first, prompt in ready
+        ]
+
+    def _check_open(self, what: str) -> None:
+        if self._close is None:
+            raise TilewiseError(f"{what}: the stream is closed; make a new one with tilewise.stream")
+
+    # ── a chunk ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _enough_begun(self) -> bool:
+        """Whether the chunks that were begun hold all frames of the video."""
+        return self.frames is not None and self._frames_of(self.sampler.next_frame) >= self.frames
+
+    def _frames_of(self, latents: int) -> int:
+        """Frames of a video of so many latent frames."""
+        return 0 if latents == 0 else 1 + (latents - 1) * self._temporal
+
+    def _begin_chunk(self) -> None:
+        begun = time.perf_counter()
+        if self._first_begin is None:
+            self._first_begin = begun
+        sampler, first = self.sampler, self.sampler.next_frame
+        with torch.no_grad():
+            if self._start is not None:
+                latents, self._start = self._start, None
+                sampler.given(latents)
+            else:
+                self.prompts.before_chunk(sampler, self.history)
+                latents = sampler.chunk(self._length(first), first=self.chunks == 0)
+            self.history.add(first, latents)
+            self.chunks += 1
+            denoised = time.perf_counter()
+            frames = self.decoder.submit(latents)
+        self.under_way.append(_UnderWay(latents, first, self.prompt, frames, begun, denoised))
+
+    def _length(self, first: int) -> int:
+        of_first = self.recipe.first_chunk
+        return of_first if first == 0 and of_first is not None else self.chunk
+
+    def _finish_chunk(self) -> Chunk:
+        one = self.under_way.pop(0)
+        asked = time.perf_counter()
+        frames = one.frames.result()
+        now = time.perf_counter()
+        first = self.frames_out
+        if self.frames is not None:
+            frames = frames[: self.frames - first]
+        self.frames_out += len(frames)
+        if self._first_begin is None:
+            self._first_begin = one.begun
+        stats = {
+            "denoise": one.denoised - one.begun,
+            "decode": now - one.denoised,
+            "wait": now - asked,
+            "fps": (self.frames_out - self._frames_before) / max(now - self._first_begin, 1e-9),
+        }
+        return Chunk(frames, first, one.latents, one.first_latent, one.prompt, stats)

@@ -1,0 +1,277 @@
+"""``tilewise.stream``: frames come chunk by chunk, prompts change, the state comes back, and the pipeline is left as it was."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import tilewise
+from tests.helpers.tiny_wan import tiny_pipeline
+from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.pipelines.streaming.state import StreamState
+from tilewise.plugins.streaming.kv_cache import KVCache
+
+RECIPE = CausalRecipe(chunk=2, window=6, sink=2, height=32, width=48, fps=8, timesteps=(1000, 500))
+RED, BLUE = "a red circle moving left", "a blue square moving right"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def two_denoisers():
+    return tiny_pipeline(boundary_ratio=0.9)
+
+
+def stream(pipe, prompt=RED, **kwargs):
+    return tilewise.stream(pipe, prompt, **{"recipe": RECIPE, "max_sequence_length": 16, **kwargs})
+
+
+def frames_of(video, count=None) -> np.ndarray:
+    return np.concatenate([chunk.frames for chunk in video])[:count]
+
+
+def naive_stream(pipe, chunks: int, seed: int) -> np.ndarray:
+    """The same video without a cache: each chunk's passes run over all clean latents before it, in a window that holds them."""
+    from tests.helpers.causal_reference import MaskProcessor
+
+    model, generator = pipe.transformer, torch.Generator().manual_seed(seed)
+    text = pipe.encode_prompt(RED, do_classifier_free_guidance=False, max_sequence_length=16)[0]
+    stock = [block.attn1.processor for block in model.blocks]
+    clean = torch.zeros(1, 4, 0, 8, 12)
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        """Of the last frames: those before are at timestep 0, and each chunk sees itself and what is before it."""
+        whole, frames = torch.cat([clean, x], 2), clean.shape[2] + x.shape[2]
+        chunk = torch.arange(frames) // RECIPE.chunk
+        for block in model.blocks:
+            block.attn1.set_processor(MaskProcessor(chunk[:, None] >= chunk[None], 4, 6))
+        at = torch.cat([torch.zeros(clean.shape[2] * 24), torch.full((x.shape[2] * 24,), t)])[None]
+        return model(whole, at, text, return_dict=False)[0][:, :, clean.shape[2] :]
+
+    try:
+        for _ in range(chunks):
+            sigmas = [*RECIPE.sigmas(), 0.0]
+            x = torch.randn(1, 4, RECIPE.chunk, 8, 12, generator=generator)
+            for sigma, following in itertools.pairwise(sigmas):
+                x0 = x - sigma * velocity(x, 1000 * sigma)
+                x = (
+                    x0
+                    if following == 0
+                    else (1 - following) * x0 + following * torch.randn(x0.shape, generator=generator)
+                )
+            clean = torch.cat([clean, x], 2)
+    finally:
+        for block, processor in zip(model.blocks, stock, strict=True):
+            block.attn1.set_processor(processor)
+    video = pipe.vae.decode(clean, return_dict=False)[0]
+    return ((video[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).numpy()
+
+
+@torch.no_grad()
+def test_a_stream_equals_the_same_video_without_a_cache(pipe):
+    got = frames_of(stream(pipe, cache=KVCache(window=6), seconds=11 / 8, seed=4))
+    wanted = naive_stream(pipe, 3, seed=4)
+    assert got.shape == (11, 32, 48, 3) == wanted.shape
+    assert np.abs(got.astype(int) - wanted).max() <= 1 and (got == wanted).mean() > 0.99
+
+
+def test_chunks_say_what_they_are_and_nothing_stays(pipe):
+    before = {
+        name: type(module.processor)
+        for name, module in pipe.transformer.named_modules()
+        if hasattr(module, "processor")
+    }
+    with stream(pipe) as video:
+        chunks = [next(video) for _ in range(4)]
+        assert tilewise.is_patched(pipe)
+    assert [chunk.first_frame for chunk in chunks] == [0, 3, 7, 11] and [len(c.frames) for c in chunks] == [3, 4, 4, 4]
+    assert [chunk.first_latent for chunk in chunks] == [0, 2, 4, 6]
+    assert all(c.frames.dtype == np.uint8 and c.latents.shape == (1, 4, 2, 8, 12) for c in chunks)
+    assert all(c.stats["fps"] > 0 and c.stats["denoise"] > 0 and c.prompt == RED for c in chunks)
+    assert not tilewise.is_patched(pipe) and not pipe.transformer.rope._forward_hooks
+    after = {
+        name: type(module.processor)
+        for name, module in pipe.transformer.named_modules()
+        if hasattr(module, "processor")
+    }
+    assert after == before
+    with pytest.raises(StopIteration):
+        next(video)
+    with pytest.raises(tilewise.TilewiseError, match="closed"):
+        video.set_prompt(BLUE)
+
+
+@pytest.mark.parametrize("how", ["recache", "flush", "blend"])
+def test_a_prompt_changes_from_the_next_chunk_on(pipe, how):
+    plain = frames_of(stream(pipe, seconds=27 / 8))
+    with stream(pipe, seconds=27 / 8) as video:
+        got = []
+        for chunk in video:
+            got.append(chunk)
+            if len(got) == 3:
+                video.set_prompt(BLUE, how, over=2)
+    assert [chunk.prompt for chunk in got] == [RED] * 3 + [BLUE] * 4
+    frames = np.concatenate([chunk.frames for chunk in got])
+    assert np.array_equal(frames[:11], plain[:11])
+    assert all((frames[first : first + 4] != plain[first : first + 4]).mean() > 0.1 for first in (11, 15, 23))
+
+
+def test_recache_computes_the_window_with_the_new_prompt(pipe):
+    """After it the cache is that of a stream whose latents were the same and whose prompt was the new one, but for the sink."""
+    with stream(pipe) as video:
+        chunks = [next(video) for _ in range(4)]
+        video.set_prompt(BLUE)
+        next(video)
+        key = video.sampler.denoisers[0]._buffers.key.clone()
+        slots = dict(zip(video.sampler.denoisers[0].slots.frames, range(6), strict=True))
+        sink, ring = key[0, 1, :, :48], [key[0, 1, :, 24 * slots[f] : 24 * slots[f] + 24] for f in (6, 7)]
+    with stream(pipe, BLUE) as other:
+        sampler = other.sampler
+        with torch.no_grad():
+            for chunk in chunks:
+                sampler.given(chunk.latents)
+        own = sampler.denoisers[0]
+        at = dict(zip(own.slots.frames, range(6), strict=True))
+        wanted = [own._buffers.key[0, 1, :, 24 * at[f] : 24 * at[f] + 24] for f in (6, 7)]
+        assert not torch.allclose(own._buffers.key[0, 1, :, :48], sink, atol=1e-3)
+    # The second layer's keys depend on the text. They also saw a sink of the old prompt: near, and far from the old ones.
+    for a, b in zip(ring, wanted, strict=True):
+        assert (a - b).abs().mean() < 0.2 * b.abs().mean()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_the_state_goes_on(pipe, small, tmp_path):
+    options = {"seconds": 31 / 8, "cache": KVCache(window=6, sink=2, policy="ema"), "seed": 3}
+    with stream(pipe, **options) as video:
+        for _ in range(5):
+            next(video)
+        video.set_prompt(BLUE, "blend", over=3)
+        next(video)
+        video.state_dict(small=small).save(tmp_path / "state.safetensors")
+        wanted = frames_of(video)
+    state = StreamState.load(tmp_path / "state.safetensors")
+    assert any(name.startswith("cache.") for name in state.tensors) != small
+    with stream(pipe, **options) as video:
+        video.load_state_dict(state)
+        got = frames_of(video)
+        assert video.prompt == BLUE
+    assert got.shape == wanted.shape == (8, 32, 48, 3)
+    if not small:
+        assert np.array_equal(got, wanted)
+    else:
+        assert np.abs(got.astype(int) - wanted).mean() < 20
+    other = stream(pipe, **{**options, "recipe": RECIPE.replace(shift=3.0)})
+    with other, pytest.raises(tilewise.ConfigError, match="recipe"):
+        other.load_state_dict(state)
+
+
+def test_two_denoisers_each_have_a_cache(two_denoisers):
+    recipe = RECIPE.replace(boundary=0.9)
+    with stream(two_denoisers, recipe=recipe) as video:
+        got = frames_of(next(video) for _ in range(3))
+        assert [denoiser.next_frame for denoiser in video.sampler.denoisers] == [6, 6]
+    with stream(two_denoisers) as video:
+        alone = frames_of(next(video) for _ in range(3))
+    assert (got != alone).mean() > 0.2
+    with pytest.raises(tilewise.ConfigError, match="one transformer"):
+        stream(tiny_pipeline(), recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    "change", [{"solver": "euler"}, {"solver": "unipc"}, {"guidance": 2.0}, {"context_noise": 20.0}]
+)
+def test_recipes_differ(pipe, change):
+    plain = frames_of((stream(pipe, seconds=7 / 8)), 7)
+    other = frames_of(stream(pipe, seconds=7 / 8, recipe=RECIPE.replace(**change), negative="blurry"), 7)
+    assert other.std() > 5 and (plain != other).mean() > 0.05
+
+
+def test_an_image_comes_first(pipe):
+    picture = np.full((32, 48, 3), (200, 40, 90), np.uint8)
+    with stream(pipe, image=picture, seconds=1) as video:
+        chunks = list(video)
+    assert [len(chunk.frames) for chunk in chunks] == [1, 4, 3]
+    latents = chunks[0].latents
+    again = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+    pixels = ((again[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).detach().numpy()
+    assert np.abs(chunks[0].frames.astype(int) - pixels).max() <= 1
+
+
+def test_a_sparse_method_runs_inside_the_window(pipe):
+    with stream(pipe, method=tilewise.STA(window=(1, 1, 1), tile=(2, 2, 2)), seconds=2) as video:
+        for _ in range(3):
+            next(video)
+        report = tilewise.summary(pipe)
+    assert {row.kind for row in report.rows} >= {"sparse"} and report.density < 1
+
+
+def test_a_patched_pipeline_keeps_its_patch(pipe):
+    tilewise.patch(pipe, "dense")
+    try:
+        frames_of(stream(pipe, seconds=0.3))
+        assert tilewise.is_patched(pipe)
+    finally:
+        tilewise.unpatch(pipe)
+
+
+def test_an_exception_in_a_chunk_closes_the_stream(pipe):
+    with stream(pipe) as video:
+        next(video)
+        handle = pipe.transformer.blocks[1].register_forward_pre_hook(
+            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            next(video)
+        handle.remove()
+        assert not tilewise.is_patched(pipe)
+    assert len(frames_of(stream(pipe, seconds=0.5))) == 4
+
+
+def test_pause_waits_for_resume(pipe):
+    with stream(pipe) as video:
+        next(video)
+        video.pause()
+        found: list = []
+        reader = threading.Thread(target=lambda: found.append(next(video)))
+        reader.start()
+        reader.join(0.3)
+        assert reader.is_alive() and not found
+        video.resume()
+        reader.join(30)
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": None}, "not known to be causal"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"height": 30}, "height"),
+        ({"chunk": 5}, "does not fit"),
+        ({"seconds": 0}, "seconds must be above 0"),
+        ({"image": np.zeros((8, 8, 3), np.uint8)}, "resize it first"),
+        ({"cache": KVCache(window=6, sink=1, policy="ema")}, "as long as a chunk"),
+    ],
+)
+def test_bad_input_is_refused_and_changes_nothing(pipe, options, message):
+    with pytest.raises(tilewise.ConfigError, match=message):
+        stream(pipe, **options)
+    assert not tilewise.is_patched(pipe)
+
+
+def test_prompts_that_cannot_be(pipe):
+    with stream(pipe) as video:
+        for prompt, options, message in (
+            ("", {}, "empty"),
+            (BLUE, {"how": "soon"}, "way to change"),
+            (BLUE, {"over": 0}, "over"),
+        ):
+            with pytest.raises(tilewise.ConfigError, match=message):
+                video.set_prompt(prompt, **options)

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from . import checkpoints
+from .causal.evaluation import evaluate_causal
+from .causal.training import train_causal
 from .config import PRESETS, Config
 from .denoiser_training import train_denoiser
 from .evaluation import evaluate
@@ -67,6 +69,22 @@ def parser() -> argparse.ArgumentParser:
     command = add("export", "write a diffusers folder")
     command.add_argument("--to", type=Path, default=Path("pipelines/demo_model"))
     command.add_argument("--scheduler", choices=("unipc", "euler"))
+    command = add("causal", "train the causal few-step mode on a finished model, then measure it")
+    command.add_argument("--model", type=Path, default=Path("pipelines/demo_model"), help="the finished model's folder")
+    command.add_argument("--steps", type=int, help="at most this many steps")
+    command.add_argument("--minutes", type=float, help="fewer steps if they would take longer than this")
+    command.add_argument("--stop-after-minutes", type=float, help="stop with a checkpoint; the schedule stays")
+    command.add_argument("--checkpoint-seconds", type=float, default=60.0)
+    command.add_argument("--compile", action="store_true", help="use torch.compile")
+    command.add_argument(
+        "--evaluate-seconds", type=float, help="leave the later settings out after this long; 0: none at all"
+    )
+    command = add("evaluate-causal", "measure a LoRA of the causal mode on long clips")
+    command.add_argument("--model", type=Path, default=Path("pipelines/demo_model"))
+    command.add_argument("--lora", type=Path, help="default: the run's own")
+    command.add_argument("--prompts", type=int)
+    command.add_argument("--frames", type=int)
+    command.add_argument("--evaluate-seconds", type=float, help="leave the later settings out after this long")
     text = "score an exported folder with attention methods; writes its evaluation.json and model card"
     command = machine(commands.add_parser("score", help=text, description=text))
     command.add_argument("--model", type=Path, default=Path("pipelines/demo_model"))
@@ -135,6 +153,19 @@ def main(arguments: list[str] | None = None) -> int:
         export(run, config, options.to)
     elif options.command == "evaluate":
         evaluate(run, config, scheduler=options.scheduler, prompts=options.prompts, folder=options.to)
+    elif options.command == "causal":
+        return 0 if _causal(run, config, options) else 3
+    elif options.command == "evaluate-causal":
+        lora = options.lora or run.path("causal_lora.safetensors")
+        evaluate_causal(
+            run,
+            config,
+            options.model,
+            lora,
+            prompts=options.prompts,
+            frames=options.frames,
+            seconds=options.evaluate_seconds,
+        )
     elif options.command == "export":
         export(run, config, options.to, options.scheduler)
     elif options.command == "pack":
@@ -145,6 +176,21 @@ def main(arguments: list[str] | None = None) -> int:
         for path in checkpoints.unpack(options.source, run.folder):
             run.say(f"wrote {path}")
     return 0
+
+
+def _causal(run: Run, config: Config, options: argparse.Namespace) -> bool:
+    stop = options.stop_after_minutes
+    limits = Limits(
+        steps=options.steps or config.causal.steps,
+        minutes=options.minutes,
+        stop_at=None if stop is None else run.started + stop * 60,
+        checkpoint_seconds=options.checkpoint_seconds,
+    )
+    finished = train_causal(run, config, limits, options.model)
+    if options.evaluate_seconds != 0:
+        lora = run.path("causal_lora.safetensors")
+        evaluate_causal(run, config, options.model, lora, seconds=options.evaluate_seconds)
+    return finished
 
 
 def _train(stage: str, run: Run, config: Config, options: argparse.Namespace, minutes: float | None) -> bool:

@@ -77,6 +77,47 @@ class DenoiserConfig:
 
 
 @dataclass(frozen=True)
+class CausalConfig:
+    """The causal few-step mode: a LoRA on the finished denoiser. Lengths in chunks of `chunk` latent frames."""
+
+    rank: int = 64
+    chunk: int = 3
+    clips: int = 8000
+    clip_chunks: int = 16
+    clip_block: int = 512
+    encode_batch: int = 32
+    data_seconds: float = 75.0
+    caption_variants: int = 3
+    two_objects: float = 0.1
+    changes: float = 0.3
+    chunks: int = 8  # of a training sequence
+    windows: tuple[tuple[int, int, float], ...] = (
+        (4, 1, 0.5),
+        (7, 1, 0.3),
+        (3, 1, 0.2),
+    )  # window, sink, share of steps
+    batch: int = 8
+    steps: int = 20_000
+    warmup: int = 100
+    lr: float = 1e-3
+    decay_from: float = 0.4
+    ema: float = 0.995
+    context_noise: float = 0.15  # at most, in half of the sequences
+    grid_share: float = 0.5  # of noise levels that are those of sampling
+    guidance_weight: float = 0.35  # guidance 1 / (1 − weight), learnt into the first chunk
+    guidance_from: float = 0.25
+    rollouts_from: float = 0.45
+    rollout_pool: int = 64
+    rollout_steps: int = 8
+    timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    first_steps: int = 12
+    shift: float = 3.0
+    solver: str = "euler"
+    prompts: int = 64
+    frames: int = 240
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How the finished model is scored."""
 
@@ -101,6 +142,7 @@ class Config:
     vae: VaeConfig = field(default_factory=VaeConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    causal: CausalConfig = field(default_factory=CausalConfig)
 
 
 def tiny() -> Config:
@@ -127,6 +169,25 @@ def tiny() -> Config:
             text_lengths=(32, 40),
         ),
         evaluation=EvaluationConfig(prompts=2, steps=2, batch=2, prefix_frames=2, vae_clips=2),
+        causal=CausalConfig(
+            rank=4,
+            clips=4,
+            clip_chunks=5,
+            clip_block=4,
+            encode_batch=4,
+            caption_variants=1,
+            chunks=4,
+            windows=((3, 1, 1.0),),
+            batch=2,
+            steps=4,
+            warmup=1,
+            rollout_pool=2,
+            rollout_steps=1,
+            timesteps=(1000.0, 500.0),
+            first_steps=2,
+            prompts=2,
+            frames=29,
+        ),
     )
 
 

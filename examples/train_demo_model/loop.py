@@ -79,10 +79,13 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
 
-def train(run: Run, stage: str, trainee: Trainee, limits: Limits, *, skip: int = 5, measure: int = 30) -> bool:
+def train(
+    run: Run, stage: str, trainee: Trainee, limits: Limits, *, skip: int = 5, measure: int = 30, replan: bool = False
+) -> bool:
     """Train to the end of the schedule (True), or to the time to stop (False). Continues from a checkpoint if there is one.
 
-    With a time budget, the number of steps is fixed once: after `skip` steps, from the time that the next `measure` took.
+    With a time budget, the number of steps is fixed once: after `skip` steps, from the time that the next `measure` took. Where
+    steps do not all take the same time, `replan` fixes it anew with every line of the log.
     """
     state_path = run.path(f"{stage}.state.safetensors")
     step, horizon, planned, spent, history = 0, limits.steps, limits.minutes is None, 0.0, []
@@ -139,6 +142,11 @@ def train(run: Run, stage: str, trainee: Trainee, limits: Limits, *, skip: int =
             window.clear()
             last_log = time.monotonic()
             history.append({"step": step, "seconds": round(spent + last_log - begun, 1), **means})
+            if replan and planned and limits.minutes is not None and step < horizon and len(history) > 1:
+                before = history[-2]
+                pace = (history[-1]["seconds"] - before["seconds"]) / max(1, step - before["step"])
+                left = limits.minutes * 60 - history[-1]["seconds"]
+                horizon = max(step + 1, min(limits.steps, step + int(left / pace)))
             run.say(stage, f"{step}/{horizon}", " ".join(f"{key} {value:g}" for key, value in means.items()))
         if now - last_save > limits.checkpoint_seconds:
             checkpoint()

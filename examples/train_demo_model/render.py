@@ -16,7 +16,10 @@ from .scenes import Scenes
 def render(
     scenes: Scenes, device: torch.device | str = "cpu", height: int = 128, width: int | None = None
 ) -> torch.Tensor:
-    """Draw the scenes: (clips, 3, frames, height, width), float32 in [-1, 1]."""
+    """Draw the scenes: (clips, 3, frames, height, width), float32 in [-1, 1].
+
+    `colour0`, `colour1` and `background` are (clips,), or (clips, frames) where they change.
+    """
     width = width or height
     pixel = 2.0 / height
 
@@ -27,11 +30,15 @@ def render(
     xs = ((torch.arange(width, device=device) + 0.5) / width * 2 - 1) * (width / height)
     ys = (torch.arange(height, device=device) + 0.5) / height * 2 - 1
 
-    first = palette[tensor("background", torch.long)]
-    mix = _pattern(tensor, xs, ys, pixel)[:, None]
-    background = first[..., None, None] * mix + second_colour(first)[..., None, None] * (1 - mix)
+    def colour(key: str) -> torch.Tensor:
+        """(clips, 3, 1 or frames, 1, 1): a scene's colours may be one a clip or one a frame."""
+        values = palette[tensor(key, torch.long)]
+        return (values[:, None] if values.ndim == 2 else values).transpose(1, 2)[..., None, None]
+
+    first = colour("background")
+    mix = _pattern(tensor, xs, ys, pixel)[:, None, None]
     frames = scenes["x0"].shape[1]
-    video = background[:, :, None].expand(-1, -1, frames, -1, -1)
+    video = (first * mix + second_colour(first) * (1 - mix)).expand(-1, -1, frames, -1, -1)
     for slot in range(2):
         if slot == 1 and not scenes["two"].any():
             break
@@ -43,8 +50,7 @@ def render(
         cover = (0.5 - signed_distance(shape, dx, dy, radius) / pixel).clamp(0, 1)
         if slot == 1:
             cover = cover * tensor("two")[:, None, None, None]
-        colour = palette[tensor(f"colour{slot}", torch.long)][:, :, None, None, None]
-        video = torch.lerp(video, colour, cover[:, None])
+        video = torch.lerp(video, colour(f"colour{slot}"), cover[:, None])
     return video * 2 - 1
 
 

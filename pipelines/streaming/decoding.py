@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tilewise.plugins.autoencoders.streaming import StreamingDecoder
 
 from tilewise.pipelines.latent_spaces.base import LatentSpace
+from tilewise.plugins.autoencoders.streaming import StreamingDecoder
 
 
 class PendingFrames:

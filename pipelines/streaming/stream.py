@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tilewise.plugins.autoencoders.streaming import streaming_decoder
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_spaces
@@ -19,6 +18,7 @@ from tilewise.pipelines.streaming.prompts import Prompts
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.sampler import CausalSampler, TextStates
 from tilewise.pipelines.streaming.video_stream import VideoStream
+from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike
 from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import attention, dynamic, families, fused, launch, render, results, rows, step
+from benchmarks import attention, dynamic, families, fused, launch, render, results, rows, step, streaming
 from benchmarks.header import header
 
 SECTIONS = {
@@ -24,6 +24,7 @@ SECTIONS = {
     "step": "whole denoiser forwards (GPU)",
     "families": "denoiser forwards of other families (GPU)",
     "fused": "the fused kernels around attention",
+    "streaming": "chunks of a stream against a full KV cache, and end to end (GPU)",
     "launch": "launch configurations of the Triton kernel (GPU)",
 }
 STEP_SECONDS = 4  # a forward takes as long as many kernels: times the seconds of a kernel
@@ -48,6 +49,9 @@ def work(section: str, device: torch.device, tiny: bool) -> list[tuple[str, Any]
     if section == "fused":
         widths = fused.TINY if tiny else fused.SIZES if on_gpu else []
         return [(f"{size.name}: {op.name}", (size, op)) for size in widths for op in fused.OPERATIONS]
+    if section == "streaming":
+        streams = streaming.TINY if tiny else streaming.WORKS if on_gpu else []
+        return [(stream.name, stream) for stream in streams]
     if not on_gpu:
         return []
     named = {row.name: row for row in (rows.TINY_ROWS if tiny else rows.GPU_ROWS)}
@@ -68,6 +72,8 @@ def measured(
         return families.run(device, seconds * FAMILY_SECONDS, items)
     if section == "fused":
         return fused.run(device, seconds, items, backend)
+    if section == "streaming":
+        return streaming.run(device, seconds * STEP_SECONDS, items)
     return launch.run(device, seconds / 2, items)
 
 

@@ -4,7 +4,7 @@
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
     glance headline others attention implementations dynamic quality errors gist highres coherence paths step families time
-    fused launch missing
+    fused streaming launch missing
 
 and without any, all of them do. A file may have notes, written by hand: section → sentences that stand below its tables.
 """
@@ -318,6 +318,19 @@ def fused_table(rows: Rows) -> str:
     return _markdown(lines)
 
 
+def streaming_table(rows: Rows) -> str:
+    """One forward of a chunk against a full KV cache, and chunks end to end."""
+    lines = [["chunk of a stream", "implementation", "ms", "× stock blocks", "frames a second", "p95, ms", "first, ms"]]
+    for row in rows:
+        for variant in row["variants"]:
+            cells = [row["name"], variant["name"], _spread(variant)]
+            cells.append(f"{row['variants'][0]['ms'] / variant['ms']:.2f}")
+            for key, digits in (("fps", 1), ("ms_p95", 0), ("first_ms", 0)):
+                cells.append(f"{variant[key]:.{digits}f}" if key in variant else "–")
+            lines.append(cells)
+    return _markdown(lines)
+
+
 def launch_table(rows: Rows) -> str:
     """What the rules choose, and the four fastest configurations."""
     lines = [["Triton kernel alone", "tile M × N", "warps", "stages", "ms", "TFLOP/s"]]
@@ -369,6 +382,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "families": ("families", families_table),
     "time": ("step", time_table),
     "fused": ("fused", fused_table),
+    "streaming": ("streaming", streaming_table),
     "launch": ("launch", launch_table),
     "missing": ("", missing_list),
 }

@@ -106,7 +106,9 @@ class VideoStream(Iterator[Chunk]):
             raise StopIteration
         try:
             self._running.wait()
-            while len(self.under_way) <= self._ahead and not self._enough_begun():
+            # The first frames are waited for: launching the next chunk before them would take as long again.
+            ahead = self._ahead if self.chunks else 0
+            while len(self.under_way) <= ahead and not self._enough_begun():
                 self._begin_chunk()
             return self._finish_chunk()
         except BaseException:

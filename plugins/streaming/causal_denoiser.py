@@ -43,7 +43,7 @@ class CausalDenoiser:
         grid: tokens of a chunk: its usual number of latent frames, rows and columns.
         lanes: forwards of a step that each need keys of their own: 2 with classifier-free guidance.
         batch: samples of a forward.
-        cuda_graph: on a GPU, capture forwards over a full window and replay them; ``graphs.refused`` says where that failed.
+        cuda_graph: on a GPU, capture forwards and replay them; ``graphs.refused`` says where that failed.
 
     Attributes:
         slots: which frame is where. graphs: captured forwards. order, step, steps, reason: see ``KeyValueWindow``.
@@ -139,8 +139,7 @@ class CausalDenoiser:
                 self._update(Event("evicted", self._buffers.read(slots, frames)))
             self._buffers.move(change.moves)
             self._place()
-        own = range(self.next_frame, self.next_frame + chunk)
-        self._set_tables(self.rotary.tables(own, self.grid.h, self.grid.w))
+        self._set_tables(range(self.next_frame, self.next_frame + chunk))
 
     def __call__(
         self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, *, lane: int = 0, **kwargs: Any
@@ -163,7 +162,7 @@ class CausalDenoiser:
             )
         self._lane = lane
         denoiser: Any = self.denoiser
-        if not (self._captures and latents.is_cuda and self.slots.end == self.options.window and not kwargs):
+        if not (self._captures and latents.is_cuda and not kwargs):
             return denoiser(latents, timestep, text, return_dict=False, **kwargs)[0]
         runs = self._patch.config.runs_at(self.step, self.steps)
         turn = tuple(self.slots.in_time) if self.order is not None else self.slots.current
@@ -322,14 +321,17 @@ class CausalDenoiser:
         """Memory that the cache takes on the device now."""
         return 0 if self._buffers is None else self._buffers.nbytes
 
-    def _set_tables(self, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Keep the chunk's tables, in the same tensors if they fit: a captured CUDA graph reads those."""
-        kept = self._tables
-        if kept is not None and kept[0].shape == tables[0].shape:
-            for old, new in zip(kept, tables, strict=True):
-                old.copy_(new.to(old.dtype))
-        else:
-            self._tables = tables
+    def _set_tables(self, frames: range) -> None:
+        """Make the chunk's tables; in the same tensors if they fit, as a captured CUDA graph reads those."""
+        tokens, time = self.grid.h * self.grid.w, self.rotary.time_channels
+        if self._tables is None or self._tables[0].shape[1] != len(frames) * tokens:
+            self._tables = self.rotary.tables(frames, self.grid.h, self.grid.w)
+            return
+        # Only the channels of t differ from chunk to chunk, and a few numbers come to the device without a wait.
+        angles = self.rotary.time_angles(frames).repeat_interleave(2, 1)
+        for table, new in zip(self._tables, (angles.cos(), angles.sin()), strict=True):
+            new = new.to(table.dtype).to(table.device, non_blocking=True)
+            table.unflatten(1, (len(frames), tokens))[..., :time] = new[None, :, None, None]
 
     def _offset_tables(self, module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
         hidden_states, tables = args[0], self._tables

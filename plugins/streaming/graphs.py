@@ -1,7 +1,7 @@
 """CUDA graphs of a chunk's forward: launching the kernels of a small model takes longer than running them.
 
-When the window is full, every forward of a lane reads and writes the same rows, so that one graph serves all of them. Sparse
-plans differ with the turn of the ring, and each turn has its own. Inputs are copied into tensors that stay where they are.
+The passes of a chunk read and write the same rows, and when the window is full those of all chunks do, so that one graph serves
+them. Sparse plans differ with the turn of the ring, and each turn has its own. Inputs are copied into tensors that stay in place.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Graph:
 
 
 class ForwardGraphs:
-    """Runs forwards, from the third of a kind on by a captured graph.
+    """Runs forwards, from the second of a kind on by a captured graph.
 
     Attributes:
         refused: why nothing is captured any more; "" if nothing went wrong. replays: how many forwards ran by a graph.

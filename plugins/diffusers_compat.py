@@ -239,6 +239,60 @@ def wan_modules() -> WanModules:
     return WanModules(WanTransformerBlock, WanAttention, WanAttnProcessor, FP32LayerNorm, FeedForward, GELU)
 
 
+class WanVaeModules(NamedTuple):
+    """The classes whose code ``autoencoders/wan_fused.py`` repeats in fused kernels. Any: their attributes are looked at."""
+
+    autoencoder: Any
+    decoder: Any
+    encoder: Any
+    middle: Any
+    up_block: Any
+    residual_up_block: Any
+    residual_down_block: Any
+    residual_block: Any
+    attention: Any
+    resample: Any
+    upsample: Any
+    repeat: Any
+    mean: Any
+    norm: Any
+    conv: Any
+
+
+@cache
+def wan_vae_modules() -> WanVaeModules:
+    """``AutoencoderKLWan`` and the classes of its parts, in the order above.
+
+    The parts are not exported by diffusers; seen in this module in 0.42. As for ``wan_modules``: where a VAE has others, the
+    stock code runs, and ``summary`` says so.
+    """
+    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+
+    return WanVaeModules(
+        wan.AutoencoderKLWan, wan.WanDecoder3d, wan.WanEncoder3d, wan.WanMidBlock, wan.WanUpBlock, wan.WanResidualUpBlock,
+        wan.WanResidualDownBlock, wan.WanResidualBlock, wan.WanAttentionBlock, wan.WanResample, wan.WanUpsample, wan.DupUp3D,
+        wan.AvgDown3D, wan.WanRMS_norm, wan.WanCausalConv3d,
+    )  # fmt: skip
+
+
+def wan_patches(x: torch.Tensor, size: int | None, *, inverse: bool) -> torch.Tensor:
+    """``patchify``, or its inverse ``unpatchify``, of ``diffusers.models.autoencoders.autoencoder_kl_wan``, for a VAE's
+    ``config.patch_size``. Seen in 0.42. If they move, streams of Wan 2.2 fail at their first chunk."""
+    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+
+    patches: torch.Tensor = x if size is None else (wan.unpatchify if inverse else wan.patchify)(x, patch_size=size)
+    return patches
+
+
+def before_call(model: Any) -> None:
+    """What diffusers' ``apply_forward_hook`` does before a VAE's ``decode`` and ``encode``: the ``pre_forward`` of accelerate's
+    ``_hf_hook``, which loads an offloaded model. Seen in accelerate 1.15. If it is renamed, a stream whose VAE is offloaded fails
+    at its first chunk."""
+    hook: Any = getattr(model, "_hf_hook", None)
+    if hasattr(hook, "pre_forward"):
+        hook.pre_forward(model)
+
+
 @cache
 def hunyuan_video15_processor() -> type:
     """``HunyuanVideo15AttnProcessor2_0``, whose code ``models/hunyuan_video15.py`` repeats with another mask.

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from tilewise.plugins.autoencoders.wan import WanStreamingDecoder
+from tilewise.plugins.autoencoders.wan import WanStreamingDecoder, WanStreamingEncoder
+from tilewise.plugins.diffusers_compat import unwrapped, wan_vae_modules
 from tilewise.plugins.errors import UnsupportedModelError
 
 
@@ -44,14 +45,53 @@ class StreamingDecoder(Protocol):
         """Go on from a ``state_dict``, on the device that its tensors are on."""
 
 
-def streaming_decoder(vae: Any) -> StreamingDecoder:
+class StreamingEncoder(Protocol):
+    """What encodes one clip, the other way round; ``reset`` and the state as for a decoder."""
+
+    name: str
+    exact: bool
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """The next latents of the clip.
+
+        Args:
+            frames: (B, 3, F, H, W) in −1 … 1 in the VAE's dtype, any F ≥ 1. The clip's first makes a latent by itself; those that
+                are not enough for the next one wait for the next call.
+
+        Returns:
+            (B, C, T, h, w), T ≥ 0: means of the posterior, in the VAE's own units.
+        """
+
+    def reset(self) -> None: ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+
+
+def streaming_decoder(vae: Any, *, fuse: bool = True) -> StreamingDecoder:
     """The decoder of one clip for a VAE.
+
+    Args:
+        fuse: run fused kernels on a GPU that Triton serves, where they compute what the stock modules do; see
+            ``wan_checks.why_stock``. A VAE with the fused kernels of ``tilewise.patch`` on it runs them in any case.
 
     Raises:
         UnsupportedModelError: for a VAE that cannot go on where it stopped.
     """
-    if type(vae).__name__ == "AutoencoderKLWan":
-        return WanStreamingDecoder(vae)
+    vae = unwrapped(vae)
+    if type(vae) is wan_vae_modules().autoencoder:
+        return WanStreamingDecoder(vae, fuse)
     raise UnsupportedModelError(
         f"streaming: {type(vae).__name__} cannot decode a clip bit by bit here; AutoencoderKLWan can"
+    )
+
+
+def streaming_encoder(vae: Any, *, fuse: bool = True) -> StreamingEncoder:
+    """The encoder of one clip for a VAE; arguments and errors as for ``streaming_decoder``."""
+    vae = unwrapped(vae)
+    if type(vae) is wan_vae_modules().autoencoder:
+        return WanStreamingEncoder(vae, fuse)
+    raise UnsupportedModelError(
+        f"streaming: {type(vae).__name__} cannot encode a clip bit by bit here; AutoencoderKLWan can"
     )

@@ -1,8 +1,8 @@
 """``AutoencoderKLWan`` (Wan 2.1 and 2.2), latent by latent: exact, as its convolutions are causal in time.
 
 Each causal convolution sees the last two frames of its earlier inputs, which the stock decoder keeps in a list. The stock
-``decode`` empties that list at its beginning and end, so that a call for each chunk would lose frames
-(22 of 25).
+``decode`` and ``encode`` empty that list at their beginning and end, so that a call for each chunk would lose frames (22 of 25
+are left where four chunks should give 25).
 """
 
 from __future__ import annotations
@@ -10,51 +10,158 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 
-REPEAT = "Rep"  # stands in the list where an upsampling has seen the first latent and nothing else
+from tilewise.plugins.autoencoders.wan_checks import why_stock
+from tilewise.plugins.autoencoders.wan_fused import REPEAT, FusedPass
+from tilewise.plugins.diffusers_compat import before_call, wan_patches, wan_vae_modules
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.hooks.forward_override import has_own_forward
+
+GROUP = 4  # frames that the stock encoder takes at a time, after the first
 
 
-class WanStreamingDecoder:
-    """See ``StreamingDecoder``. One latent at a time, as in the stock decoder: chunks of any size give the same bits."""
+class FeatureCache:
+    """What a clip's convolutions have seen. Entries are replaced, not written to, so a shallow copy is a way back."""
+
+    def __init__(self, module: Any) -> None:
+        """module: the VAE's decoder or encoder."""
+        conv = wan_vae_modules().conv
+        self._empty: list[Any] = [None] * sum(isinstance(part, conv) for part in module.modules())
+        self.entries: list[Any] = []
+        self.begun = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.entries, self.begun = list(self._empty), False
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        state = {str(i): entry for i, entry in enumerate(self.entries) if isinstance(entry, torch.Tensor)}
+        repeat = [i for i, entry in enumerate(self.entries) if isinstance(entry, str)]
+        return {**state, "repeat": torch.tensor(repeat, dtype=torch.int64), "begun": torch.tensor(self.begun)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """
+        Raises:
+            ConfigError: a state of another VAE. The cache is as it was.
+        """
+        entries = list(self._empty)
+        try:
+            numbers = {int(name): entry for name, entry in state.items() if name.isdigit()}
+            for i, entry in {**numbers, **dict.fromkeys(state["repeat"].tolist(), REPEAT)}.items():
+                entries[i] = entry
+            begun = bool(state["begun"])
+        except (KeyError, IndexError) as error:
+            raise ConfigError(
+                f"streaming: this is no state of a VAE with {len(entries)} causal convolutions ({error}); load it into the "
+                "stream of the model that saved it"
+            ) from error
+        self.entries, self.begun = entries, begun
+
+
+class _Clip:
+    """What the decoder and the encoder of a clip have in common."""
 
     name = "wan"
     exact = True
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, module: Any, fuse: bool) -> None:
         self.vae = vae
-        self._entries = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
-        self._cache: list[Any] = []
-        self._begun = False
-        self.reset()
+        self.fuse = fuse
+        self._cache = FeatureCache(module)
+        self._shape: tuple[int, ...] | None = None
+
+    def reset(self) -> None:
+        """Begin a new clip."""
+        self._cache.reset()
+        self._shape = None
+
+    def _check(self, x: torch.Tensor, what: str, channels: int) -> None:
+        if x.ndim != 5 or x.shape[1] != channels or not x.shape[2]:
+            raise ConfigError(f"{what}: needs (B, {channels}, T, height, width) with T ≥ 1, got {tuple(x.shape)}")
+        shape = (x.shape[0], *x.shape[3:])
+        if self._cache.begun and self._shape not in (None, shape):
+            raise ConfigError(
+                f"{what}: a clip of batch, height and width {self._shape} cannot go on with {shape}; call reset() first"
+            )
+        self._shape = shape
+
+    def _run(self, module: Any, x: torch.Tensor, entries: list[Any], first: bool, encode: bool) -> torch.Tensor:
+        """One call of the VAE's decoder or encoder; either may find fused code of a patch on it."""
+        if self.fuse and has_own_forward(module) and why_stock(module, x) is None:
+            fused = FusedPass(entries, first)
+            return fused.encode(module, x) if encode else fused.decode(module, x)
+        out: torch.Tensor = module(
+            x, feat_cache=entries, feat_idx=[0], **({"first_chunk": True} if first and not encode else {})
+        )
+        return out
+
+
+class WanStreamingDecoder(_Clip):
+    """See ``StreamingDecoder``. One latent at a time, as in the stock decoder: chunks of any size give the same bits.
+
+    An exception leaves the clip where it was before the call.
+    """
+
+    def __init__(self, vae: Any, fuse: bool = True) -> None:
+        super().__init__(vae, vae.decoder, fuse)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae, frames = self.vae, []
+        self._check(latents, "decode", vae.config.z_dim)
+        before_call(vae)
+        entries, first = list(self._cache.entries), not self._cache.begun
         for latent in latents.split(1, 2):
-            x = vae.post_quant_conv(latent)
-            first = {} if self._begun else {"first_chunk": True}
-            frames.append(vae.decoder(x, feat_cache=self._cache, feat_idx=[0], **first))
-            self._begun = True
-        video = torch.cat(frames, 2)
-        if vae.config.patch_size is not None:
-            video = unpatchify(video, patch_size=vae.config.patch_size)
-        return video.clamp(-1.0, 1.0)
-
-    def reset(self) -> None:
-        self._cache, self._begun = [None] * self._entries, False
+            frames.append(self._run(vae.decoder, vae.post_quant_conv(latent), entries, first, encode=False))
+            first = False
+        video = wan_patches(torch.cat(frames, 2), vae.config.patch_size, inverse=True).clamp(-1.0, 1.0)
+        self._cache.entries, self._cache.begun = entries, True
+        return video
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        state = {str(i): entry for i, entry in enumerate(self._cache) if isinstance(entry, torch.Tensor)}
-        state["repeat"] = torch.tensor([i for i, entry in enumerate(self._cache) if entry == REPEAT], dtype=torch.int64)
-        state["begun"] = torch.tensor(self._begun)
-        return state
+        return self._cache.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.reset()
-        for name, entry in state.items():
-            if name.isdigit():
-                self._cache[int(name)] = entry
-        for i in state["repeat"].tolist():
-            self._cache[i] = REPEAT
-        self._begun = bool(state["begun"])
+        self._cache.load_state_dict(state)
+        self._shape = None
+
+
+class WanStreamingEncoder(_Clip):
+    """See ``StreamingEncoder``. The first frame alone and then four at a time, as in the stock encoder."""
+
+    def __init__(self, vae: Any, fuse: bool = True) -> None:
+        super().__init__(vae, vae.encoder, fuse)
+        self._waiting: torch.Tensor | None = None
+
+    def reset(self) -> None:
+        super().reset()
+        self._waiting = None
+
+    @torch.no_grad()
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        vae = self.vae
+        self._check(frames, "encode", 3)
+        before_call(vae)
+        waiting = frames if self._waiting is None else torch.cat([self._waiting, frames], 2)
+        entries, first, latents = list(self._cache.entries), not self._cache.begun, []
+        while waiting.shape[2] >= (1 if first else GROUP):
+            count = 1 if first else GROUP
+            group, waiting = waiting[:, :, :count], waiting[:, :, count:]
+            x = wan_patches(group, vae.config.patch_size, inverse=False)
+            moments = self._run(vae.encoder, x, entries, first, encode=True)
+            latents += [vae.quant_conv(part)[:, : vae.config.z_dim] for part in moments.split(1, 2)]
+            first = False
+        self._cache.entries, self._cache.begun, self._waiting = entries, True, waiting.clone()
+        if latents:
+            return torch.cat(latents, 2)
+        ratio = vae.config.scale_factor_spatial
+        size = (frames.shape[0], vae.config.z_dim, 0, frames.shape[3] // ratio, frames.shape[4] // ratio)
+        return frames.new_empty(size)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        waiting = {} if self._waiting is None else {"waiting": self._waiting}
+        return {**self._cache.state_dict(), **waiting}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self._cache.load_state_dict({name: entry for name, entry in state.items() if name != "waiting"})
+        self._waiting, self._shape = state.get("waiting"), None

@@ -266,6 +266,41 @@ def test_wans_modules():
     assert block.ffn.net[0].approximate == "tanh"
 
 
+def test_the_modules_of_wans_autoencoder():
+    kinds = compat.wan_vae_modules()
+    assert kinds.autoencoder is diffusers.AutoencoderKLWan
+    for residual in (False, True):
+        vae = kinds.autoencoder(
+            base_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True], is_residual=residual
+        )
+        found = {type(module) for part in (vae.encoder, vae.decoder) for module in part.modules()}
+        expected = {kinds.repeat, kinds.mean, kinds.residual_up_block, kinds.residual_down_block}
+        assert expected <= found if residual else kinds.up_block in found
+        assert set(kinds[1:]) - expected - {kinds.up_block} <= found
+    x = torch.randn(1, 3, 2, 4, 6)
+    assert compat.wan_patches(x, None, inverse=False) is x
+    patches = compat.wan_patches(x, 2, inverse=False)
+    assert patches.shape == (1, 12, 2, 2, 3)
+    assert torch.equal(compat.wan_patches(patches, 2, inverse=True), x)
+
+
+def test_what_happens_before_a_call_of_an_offloaded_autoencoder():
+    vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1], num_res_blocks=1, temperal_downsample=[])
+    compat.before_call(vae)
+    loaded = []
+
+    class Loads(accelerate.hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            loaded.append(module)
+            return args, kwargs
+
+    accelerate.hooks.add_hook_to_module(vae, Loads())
+    compat.before_call(vae)
+    with torch.no_grad():
+        vae.decode(torch.zeros(1, 4, 1, 2, 2))
+    assert loaded == [vae, vae]
+
+
 def test_hunyuan_video15s_processor():
     assert parameters(compat.hunyuan_video15_processor().__call__) == [
         "self", "attn", "hidden_states", "encoder_hidden_states", "attention_mask", "image_rotary_emb",

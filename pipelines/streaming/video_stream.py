@@ -140,6 +140,12 @@ class VideoStream(Iterator[Chunk]):
         """What the next chunk will be made with, if no change is waiting."""
         return self.prompts.prompt
 
+    @property
+    def cache_bytes(self) -> dict[str, int]:
+        """Memory that the KV caches take, known before the first chunk: "latent": of one latent frame, "total": of all."""
+        found = [denoiser.expected_bytes() for denoiser in self.sampler.denoisers]
+        return {name: sum(one[name] for one in found) for name in ("latent", "total")}
+
     def set_prompt(self, prompt: str, how: str = "recache", over: int = 3) -> None:
         """Change the prompt from the next chunk that is begun on. Frames of the old one come out up to the chunk under way.
 

@@ -316,6 +316,14 @@ class CausalDenoiser:
         """The sizes of the cache for keys of a dtype."""
         return shape_of(self._patch.layers, self.rotary, self.grid, lanes=self.lanes, batch=self.batch, dtype=dtype)
 
+    def expected_bytes(self, dtype: torch.dtype | None = None) -> dict[str, int]:
+        """Memory that the cache will take: "latent": of one latent frame, "total": of all. dtype: of keys; the denoiser's own."""
+        denoiser: Any = self.denoiser
+        shape = self.shape(denoiser.dtype if dtype is None else dtype)
+        frame, kept = shape.bytes_per_frame(), self.memory + self.options.sink
+        masters = kept * shape.bytes_per_kept_frame(self.policy.averages)
+        return {"latent": frame, "total": (self.memory + self.options.window) * frame + masters}
+
     @property
     def nbytes(self) -> int:
         """Memory that the cache takes on the device now."""

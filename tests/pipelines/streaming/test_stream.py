@@ -89,8 +89,10 @@ def test_chunks_say_what_they_are_and_nothing_stays(pipe):
         if hasattr(module, "processor")
     }
     with stream(pipe) as video:
+        expected = video.cache_bytes
         chunks = [next(video) for _ in range(4)]
         assert tilewise.is_patched(pipe)
+        assert expected["total"] == video.sampler.denoisers[0].nbytes > 6 * expected["latent"]
     assert [chunk.first_frame for chunk in chunks] == [0, 3, 7, 11] and [len(c.frames) for c in chunks] == [3, 4, 4, 4]
     assert [chunk.first_latent for chunk in chunks] == [0, 2, 4, 6]
     assert all(c.frames.dtype == np.uint8 and c.latents.shape == (1, 4, 2, 8, 12) for c in chunks)

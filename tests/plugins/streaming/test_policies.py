@@ -90,7 +90,8 @@ def clip(frames: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "update"), [("ema", ema), ("dual_ema", dual_ema), ("fixed", lambda *a: None)])
 def test_averages_follow_their_formula(name, update):
     video = clip(16, 2)
-    got, _ = cached_run(video, KVCache(window=6, sink=C, policy=name))
+    got, causal = cached_run(video, KVCache(window=6, sink=C, policy=name))
+    assert causal.nbytes == causal.expected_bytes()["total"]
     wanted = reference_run(video, 6, update)
     assert (got - wanted).abs().max() < 1e-9
     if name != "fixed":

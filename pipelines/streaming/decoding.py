@@ -55,7 +55,7 @@ class FrameDecoder:
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             if ready is not None:
                 self._stream.wait_event(ready)
-            frames = _to_uint8(self._decode(latents.to(self.device, non_blocking=True)))
+            frames = _to_uint8(self._decode(latents))
             # Pageable memory would make the copy wait for everything before it on the device.
             host = torch.empty(frames.shape, dtype=torch.uint8, pin_memory=True)
             host.copy_(frames, non_blocking=True)
@@ -63,7 +63,7 @@ class FrameDecoder:
         return PendingFrames(host, copied, (latents, frames))
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        latents = latents.to(self.vae.dtype)
+        latents = latents.to(self.device, self.vae.dtype)
         mean, std = self.space.statistics(self.vae, latents)
         return self.decoder.decode(latents * std + mean)
 

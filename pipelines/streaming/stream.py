@@ -46,6 +46,7 @@ def stream(
     negative: str = "",
     image: NDArray | None = None,
     fps: float | None = None,
+    decode_device: str | torch.device | None = None,
     max_sequence_length: int | None = None,
 ) -> VideoStream:
     """Make a video chunk by chunk, for as long as you like, in constant memory.
@@ -66,6 +67,8 @@ def stream(
         negative: what to avoid, where the recipe has guidance.
         image: the first frame, (H, W, 3) uint8 or float in 0 … 1, at the size of the video.
         fps: frames a second on playback, which ``seconds`` counts by. Default: the recipe's.
+        decode_device: where the VAE decodes, such as "cuda:1"; it is moved there while the stream is open. Default: where
+            it is.
         max_sequence_length: text tokens. Default: the model's.
 
     Returns:
@@ -104,6 +107,13 @@ def stream(
     if recipe.boundary is not None and len(denoisers) < 2:
         raise ConfigError(f"stream: the recipe {recipe.name} has a boundary, and this pipeline one transformer")
     device = execution_device(pipe, pipe.device)
+    if hasattr(pipe.vae, "_hf_hook"):
+        raise ConfigError(
+            "stream: the pipeline's parts are offloaded, and a stream needs the VAE and the denoiser at the same time; load the "
+            "pipeline without CPU offload"
+        )
+    vae_device = pipe.vae.device
+    wanted = vae_device if decode_device is None else torch.device(decode_device)
     decoder = streaming_decoder(pipe.vae)
 
     with contextlib.ExitStack() as undo:
@@ -125,11 +135,14 @@ def stream(
             device=device,
             dtype=first.dtype,
         )
+        if wanted != vae_device:
+            undo.callback(pipe.vae.to, vae_device)
+            pipe.vae.to(wanted)
         start = None if start_picture is None else space.encode(pipe, start_picture).to(device)
         frames = None if seconds is None else max(1, round(seconds * fps))
         return VideoStream(
             sampler,
-            FrameDecoder(decoder, space, pipe.vae, execution_device(pipe, pipe.vae.device)),
+            FrameDecoder(decoder, space, pipe.vae, wanted),
             Prompts(encode, prompt, states),
             recipe,
             window=cache.window,

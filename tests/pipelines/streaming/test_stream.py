@@ -223,6 +223,15 @@ def test_a_patched_pipeline_keeps_its_patch(pipe):
         tilewise.unpatch(pipe)
 
 
+def test_an_offloaded_autoencoder_is_refused(pipe):
+    pipe.vae._hf_hook = object()
+    try:
+        with pytest.raises(tilewise.ConfigError, match="without CPU offload"):
+            stream(pipe)
+    finally:
+        del pipe.vae._hf_hook
+
+
 def test_an_exception_in_a_chunk_closes_the_stream(pipe):
     with stream(pipe) as video:
         next(video)

@@ -115,11 +115,15 @@ def test_a_far_frame_is_as_exact_as_a_near_one():
     assert (far - near).norm() / near.norm() < 0.02
 
 
-def test_frames_come_to_the_host_as_a_whole_decode_gives_them():
+@pytest.mark.parametrize("decode_device", [None, "cpu"])
+def test_frames_come_to_the_host_as_a_whole_decode_gives_them(decode_device):
     pipe = tiny_pipeline().to("cuda")
     recipe = CausalRecipe(chunk=2, window=6, sink=2, height=64, width=64, fps=8, timesteps=(1000, 500))
-    with tilewise.stream(pipe, "a red circle", recipe=recipe, seconds=4, max_sequence_length=16) as video:
+    with tilewise.stream(
+        pipe, "a red circle", recipe=recipe, seconds=4, max_sequence_length=16, decode_device=decode_device
+    ) as video:
         chunks = list(video)
+    assert pipe.vae.device.type == "cuda"
     latents = torch.cat([chunk.latents for chunk in chunks], 2)
     frames = np.concatenate([chunk.frames for chunk in chunks])
     with torch.no_grad():

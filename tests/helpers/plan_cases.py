@@ -60,11 +60,11 @@ CASES = [
     Case("one frame", Grid(1, 9, 13), (1, 4, 4), ((1, 3, 3),), head_dim=64),
     Case("divisible", Grid(4, 8, 8), (2, 4, 4), ((1, 2, 2),), batch=2),
     Case("ragged, even window", Grid(5, 7, 9), (2, 4, 4), ((2, 1, 2),), head_dim=16),
-    Case("ragged, odd window", Grid(7, 10, 6), (2, 2, 2), ((3, 3, 1),)),
+    Case("ragged, odd window", Grid(7, 10, 6), (2, 3, 4), ((3, 3, 1),)),
     Case("tile of several blocks", Grid(3, 9, 10), (3, 5, 5), ((1, 1, 1),)),
-    Case("a window a head", Grid(4, 6, 6), (2, 2, 2), ((1, 3, 3), (2, 1, 1), (9, 9, 9)), heads=3, kv_heads=3),
+    Case("a window a head", Grid(4, 6, 5), (2, 2, 3), ((1, 3, 3), (2, 1, 1), (9, 9, 9)), heads=3, kv_heads=3),
     Case(
-        "heads share windows", Grid(4, 6, 6), (2, 2, 2), ((1, 3, 3), (2, 1, 2)), head_set=(1, 0, 1), heads=3, kv_heads=1
+        "heads share windows", Grid(4, 6, 5), (2, 2, 3), ((1, 3, 3), (2, 1, 2)), head_set=(1, 0, 1), heads=3, kv_heads=1
     ),
     Case("grouped queries", Grid(3, 5, 8), (2, 3, 4), ((1, 1, 2),), heads=6, kv_heads=2, batch=2),
     Case("text last", Grid(3, 6, 6, text=41), (2, 3, 3), ((1, 1, 1),)),
@@ -72,7 +72,7 @@ CASES = [
     Case("token window", Grid(3, 9, 10), (3, 3, 3), ((3, 5, 4),), unit="token"),
     Case("token window, text", Grid(2, 9, 10, text=20), (2, 3, 4), ((2, 3, 5), (1, 7, 2)), unit="token", batch=2),
     Case("token window, stride", Grid(4, 9, 10), (2, 3, 5), ((3, 5, 4),), unit="token", stride=(2, 3, 2)),
-    Case("full window", Grid(3, 5, 6), (2, 2, 2), ((9, 9, 9),), head_dim=128),
+    Case("full window", Grid(3, 5, 6), (2, 2, 3), ((9, 9, 9),), head_dim=128),
 ]
 CASE_IDS = [case.name for case in CASES]
 

@@ -50,7 +50,7 @@ def test_matches_the_oracle(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["ragged, odd window", "text first", "token window"])
+@pytest.mark.parametrize("name", ["ragged, even window", "text first", "token window"])
 def test_half_precision(name, dtype):
     # Triton's interpreter computes bfloat16 products wrongly, so there only float16 is tested; bfloat16 is, on a GPU.
     case = CASES[CASE_IDS.index(name)]
@@ -73,12 +73,13 @@ def test_head_dims_of_grouped_queries_in_half_precision(head_dim):
         "dims", Grid(2, 5, 6, text=3), (2, 3, 3), ((1, 3, 4),), unit="token", head_dim=head_dim, heads=4, kv_heads=2
     )
     tensors = [torch.nn.functional.pad(x, (0, 9), value=torch.nan) for x in case.tensors(torch.float16)]
-    for scale in (None, 0.3):
+    # Slow in the interpreter: one scale for each of its two head dimensions.
+    for scale in (None, 0.3) if not INTERPRETED else (None,) if head_dim == 5 else (0.3,):
         check(case, *(x[..., :head_dim] for x in tensors), dtype=torch.float16, scale=scale)
 
 
 def test_strides_as_they_come():
-    case = CASES[CASE_IDS.index("ragged, even window")]
+    case = CASES[CASE_IDS.index("text first")]
     q, k, v = case.tensors()
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     fused = torch.stack([q, k, v], dim=2)  # (B, S, 3, H, D): what a fused projection gives
@@ -93,7 +94,7 @@ def test_scale_is_used():
     check(case, *case.tensors(), scale=0.03)
 
 
-@pytest.mark.parametrize("name", ["ragged, odd window", "token window", "one frame"])
+@pytest.mark.parametrize("name", ["ragged, even window", "token window", "one frame"])
 def test_memory_outside_the_tensors_is_never_used(name):
     """Rows before and after each sample, and the tail of each head, hold NaN."""
     case = CASES[CASE_IDS.index(name)]
@@ -108,7 +109,7 @@ def test_memory_outside_the_tensors_is_never_used(name):
 
 def test_keys_that_no_one_sees_are_never_used():
     """NaN in the keys and values outside a query block's window leaves its rows untouched."""
-    case = CASES[CASE_IDS.index("ragged, odd window")]
+    case = CASES[CASE_IDS.index("ragged, even window")]
     q, k, v = case.tensors()
     plan, mask = case.plan(), layout_mask(case)
     want, _ = forward(q, k, v, plan)
@@ -131,7 +132,8 @@ def test_all_keys_of_another_sequence(queries, keys):
     torch.testing.assert_close(lse.double(), want_lse, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("seed", range(6) if INTERPRETED else range(40))
+# In the interpreter, small ones: text of queries and of keys, lists of samples and of heads, with and without partial blocks.
+@pytest.mark.parametrize("seed", [3, 7, 15, 20, 22, 29] if INTERPRETED else range(40))
 def test_queries_and_keys_of_two_layouts(seed):
     """Ragged maps of random shapes with partial blocks, text on either side, lists of samples and heads, grouped queries."""
     case = two_layouts(seed)
@@ -154,7 +156,7 @@ def test_queries_and_keys_of_two_layouts(seed):
 
 def test_a_chunk_of_frames_attends_to_a_cache_of_frames():
     """The last 3 of 12 latent frames against all of them: the last rows of attention within the whole window."""
-    case = Case("cache", Grid(12, 5, 6, text=9), (3, 2, 3), ((5, 3, 3),), unit="token", block=32)
+    case = Case("cache", Grid(12, 5, 6, text=9), (3, 2, 3), ((5, 3, 3),), unit="token", block=32, heads=1, kv_heads=1)
     chunk = Layout(Grid(3, 5, 6, text=9), (3, 5, 2), 32)
     keys = case.layout()
     q, k, v = case.tensors()  # in the keys' order

@@ -57,8 +57,7 @@ def write_video(
         write_still(path, to_uint8(frames), settings, lambda: _write_sidecar(path, settings if beside else None))
         return path
     clip = even(to_uint8(frames))
-    if not (fps > 0 and math.isfinite(fps)):
-        raise ValueError(f"fps must be above 0, not {fps}")
+    check_fps(fps)
     height, width = clip.shape[1:3]
     command = [ffmpeg_path(), "-hide_banner", "-loglevel", "error", "-y"]
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
@@ -134,6 +133,12 @@ def read_frames(path: str | Path) -> NDArray[np.uint8]:
     return np.stack(frames)
 
 
+def check_fps(fps: float) -> None:
+    """Raises ValueError for frames a second that are not above 0 and finite."""
+    if not (fps > 0 and math.isfinite(fps)):
+        raise ValueError(f"fps must be above 0, not {fps}")
+
+
 def to_uint8(frames: NDArray) -> NDArray[np.uint8]:
     """A clip (T, H, W, 3) in 0..255, from one of uint8 (as it is) or of floats in 0..1 (clipped and rounded).
 
@@ -153,14 +158,25 @@ def to_uint8(frames: NDArray) -> NDArray[np.uint8]:
 
 def even(frames: NDArray) -> NDArray:
     """Pads an odd height or width of a clip (T, H, W, 3) by repeating the last row or column, with a warning."""
+    warn_of_padding(*frames.shape[1:3], stacklevel=4)
+    return padded(frames)
+
+
+def padded(frames: NDArray) -> NDArray:
+    """``even`` without the warning."""
     height, width = frames.shape[1:3]
     if height % 2 == 0 and width % 2 == 0:
         return frames
-    warnings.warn(
-        f"padded the clip from {height}x{width} to {height + height % 2}x{width + width % 2}: H.264 needs even sizes",
-        stacklevel=3,
-    )
     return np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def warn_of_padding(height: int, width: int, *, stacklevel: int) -> None:
+    """Says to what size frames of an odd height or width are padded."""
+    if height % 2 or width % 2:
+        warnings.warn(
+            f"padded the clip from {height}x{width} to {height + height % 2}x{width + width % 2}: H.264 needs even sizes",
+            stacklevel=stacklevel,
+        )
 
 
 @contextmanager
@@ -203,7 +219,7 @@ def _feed(command: list[str], clip: NDArray[np.uint8]) -> None:
             raise
         if status != 0:
             log.seek(0)
-            raise OutputError(f"ffmpeg stopped with status {status}: {_tail(log.read())}")
+            raise OutputError(f"ffmpeg stopped with status {status}: {tail(log.read())}")
 
 
 def _run(arguments: list[str], path: str | Path) -> bytes:
@@ -212,7 +228,7 @@ def _run(arguments: list[str], path: str | Path) -> bytes:
     command = [ffmpeg_path(), "-hide_banner", "-loglevel", "error", "-nostdin", *arguments]
     result = subprocess.run(command, capture_output=True, check=False)
     if result.returncode != 0:
-        raise OutputError(f"could not read {path} as a clip: {_tail(result.stderr)}")
+        raise OutputError(f"could not read {path} as a clip: {tail(result.stderr)}")
     return result.stdout
 
 
@@ -229,7 +245,8 @@ def ffmpeg_path() -> str:
     return exe
 
 
-def _tail(log: bytes) -> str:
+def tail(log: bytes) -> str:
+    """The end of what ffmpeg said."""
     return log.decode("utf-8", "replace").strip()[-500:] or "(it said nothing)"
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import attention, dynamic, families, fused, launch, render, results, rows, step, streaming
+from benchmarks import attention, dynamic, families, fused, launch, render, results, rows, step, streaming, vae
 from benchmarks.header import header
 
 SECTIONS = {
@@ -25,6 +25,7 @@ SECTIONS = {
     "families": "denoiser forwards of other families (GPU)",
     "fused": "the fused kernels around attention",
     "streaming": "chunks of a stream against a full KV cache, and end to end (GPU)",
+    "vae": "Wan's VAE: a chunk of a clip decoded, and encoded (GPU)",
     "launch": "launch configurations of the Triton kernel (GPU)",
 }
 STEP_SECONDS = 4  # a forward takes as long as many kernels: times the seconds of a kernel
@@ -52,6 +53,9 @@ def work(section: str, device: torch.device, tiny: bool) -> list[tuple[str, Any]
     if section == "streaming":
         streams = streaming.TINY if tiny else streaming.WORKS if on_gpu else []
         return [(stream.name, stream) for stream in streams]
+    if section == "vae":
+        clips = vae.TINY if tiny else vae.WORKS if on_gpu else []
+        return [(clip.name, clip) for clip in clips]
     if not on_gpu:
         return []
     named = {row.name: row for row in (rows.TINY_ROWS if tiny else rows.GPU_ROWS)}
@@ -74,6 +78,8 @@ def measured(
         return fused.run(device, seconds, items, backend)
     if section == "streaming":
         return streaming.run(device, seconds * STEP_SECONDS, items)
+    if section == "vae":
+        return vae.run(device, seconds * STEP_SECONDS, items)
     return launch.run(device, seconds / 2, items)
 
 

@@ -4,7 +4,7 @@
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
     glance headline others attention implementations dynamic quality errors gist highres coherence paths step families time
-    fused streaming launch missing
+    fused streaming vae launch missing
 
 and without any, all of them do. A file may have notes, written by hand: section → sentences that stand below its tables.
 """
@@ -331,6 +331,18 @@ def streaming_table(rows: Rows) -> str:
     return _markdown(lines)
 
 
+def vae_table(rows: Rows) -> str:
+    """A chunk of a clip through Wan's VAE."""
+    lines = [["autoencoder", "implementation", "ms", "× stock", "frames a second", "peak GiB", "error"]]
+    for row in rows:
+        for variant in row["variants"]:
+            cells = [row["name"], variant["name"], _spread(variant)]
+            cells.append(f"{row['variants'][0]['ms'] / variant['ms']:.2f}")
+            cells += [f"{variant['fps']:.1f}", f"{variant['peak_gib']:.2f}" if "peak_gib" in variant else "–"]
+            lines.append([*cells, f"{variant['error']:.1e}"])
+    return _markdown(lines)
+
+
 def launch_table(rows: Rows) -> str:
     """What the rules choose, and the four fastest configurations."""
     lines = [["Triton kernel alone", "tile M × N", "warps", "stages", "ms", "TFLOP/s"]]
@@ -383,6 +395,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "time": ("step", time_table),
     "fused": ("fused", fused_table),
     "streaming": ("streaming", streaming_table),
+    "vae": ("vae", vae_table),
     "launch": ("launch", launch_table),
     "missing": ("", missing_list),
 }

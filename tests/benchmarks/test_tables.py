@@ -79,6 +79,7 @@ def test_every_table_is_made_of_the_result(tiny_run):
     for name in ("stock", "tilewise, STA density 0.2", "tilewise, dense, torch.compile"):
         assert f"| {name} |" in text
     assert "cuDNN not run: RuntimeError" in text
+    assert "| tiny VAE, decode 12 frames 32×48 | tilewise |" in text
     assert "| tiny 16×16, window 4, end to end | tilewise, dense, CUDA graph |" in text
 
 

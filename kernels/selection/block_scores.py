@@ -6,8 +6,8 @@
     bias[i, j]   = log nⱼ + term,  −inf where j was seen                                           of a summary row
 
 s²[i, j] is the variance of query i's scores within key block j, n its tokens, spread the trace of its values' variance
-(block_logits.py). A map has 1/128² of attention's pairs, and still 80 MB at 115,200 tokens and 24 heads: each of
-these is one pass over it.
+(block_logits.py). Queries and keys may have blocks of their own, as a chunk and a window of chunks do. A map has 1/128² of
+attention's pairs, and still 80 MB at 115,200 tokens and 24 heads: each of these is one pass over it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def block_logits(dot: torch.Tensor, s2: torch.Tensor | None, rows: torch.Tensor,
     """logit: see the module's docstring.
 
     Args:
-        dot: (B, H, N, N) float32, q̄ᵢ·k̄ⱼ. s2: the same shape, or None for no term.
-        rows: (N,) tokens of each key block, on dot's device. scale: of the scores.
+        dot: (B, H, Nq, Nk) float32, q̄ᵢ·k̄ⱼ. s2: the same shape, or None for no term.
+        rows: (Nk,) tokens of each key block, on dot's device. scale: of the scores.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -42,12 +42,12 @@ def error_logits(logits: torch.Tensor, s2: torch.Tensor, spread: torch.Tensor) -
     """error, up to a constant of the row: see the module's docstring.
 
     Args:
-        logits, s2: (B, H, N, N) float32. spread: (B, Hk, N) float32, Hk dividing H.
+        logits, s2: (B, H, Nq, Nk) float32. spread: (B, Hk, Nk) float32, Hk dividing H.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    B, H, N, _ = logits.shape
+    B, H, _, N = logits.shape
     if s2.shape != logits.shape or spread.ndim != 3 or spread.shape[::2] != (B, N) or H % spread.shape[1]:
         raise ValueError(
             f"error_logits: logits {tuple(logits.shape)}, s2 {tuple(s2.shape)} and spread {tuple(spread.shape)} do not fit"
@@ -65,7 +65,7 @@ def summary_bias(s2: torch.Tensor, rows: torch.Tensor, seen: torch.Tensor) -> to
     """bias: see the module's docstring.
 
     Args:
-        s2: (B, H, N, N) float32. rows: (N,) tokens of each key block. seen: bool of s2's shape.
+        s2: (B, H, Nq, Nk) float32. rows: (Nk,) tokens of each key block. seen: bool of s2's shape.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -87,8 +87,10 @@ def variance_term(s2: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def _check(where: str, rows: torch.Tensor, **maps: torch.Tensor) -> None:
     shapes = {name: tuple(x.shape) for name, x in maps.items()}
     first = next(iter(maps.values()))
-    if first.ndim != 4 or len(set(shapes.values())) > 1 or first.shape[2:] != (len(rows), len(rows)):
-        raise ValueError(f"{where}: needs maps (B, H, N, N) of the same shape and rows (N,), got {shapes}, {len(rows)}")
+    if first.ndim != 4 or len(set(shapes.values())) > 1 or first.shape[3] != len(rows):
+        raise ValueError(
+            f"{where}: needs maps (B, H, Nq, Nk) of the same shape and rows (Nk,), got {shapes}, {len(rows)}"
+        )
 
 
 def _fused(x: torch.Tensor) -> bool:

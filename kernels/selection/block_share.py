@@ -30,18 +30,21 @@ def block_share(
     rows: torch.Tensor,
     scale: float,
     queries: int = QUERIES,
+    key_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The map of block pairs; see the module's docstring.
 
     Args:
         query: (B, S, H, D) float16, bfloat16 or float32 with contiguous D ≤ 256; any other strides.
-        key_mean: (B, N, Hk, D) float32, contiguous; Hk divides H. key_variance: the same, or None.
-        start, rows: (N,) first token and number of tokens (1 … 128) of each block, on query's device: see ``Layout.block_table``.
+        key_mean: (B, Nk, Hk, D) float32, contiguous; Hk divides H. key_variance: the same, or None.
+        start, rows: (Nq,) first token and number of tokens (1 … 128) of each query block, on query's device: see
+            ``Layout.block_table``.
         scale: of the scores.
         queries: how many of a block are drafted: a power of two, 1 … 128. Blocks with fewer are drafted whole.
+        key_rows: (Nk,) tokens of each key block; None: queries and keys have the same blocks.
 
     Returns:
-        (B, H, N, N) float32: rows sum to 1. nan where a drafted query of the block, or a key, is not finite.
+        (B, H, Nq, Nk) float32: rows sum to 1. nan where a drafted query of the block, or a key, is not finite.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.
@@ -54,7 +57,8 @@ def block_share(
     if query.dtype not in FLOATS:
         raise TypeError(f"block_share: query must be float16, bfloat16 or float32, got {query.dtype}")
     B, _, H, D = query.shape
-    N = len(start)
+    key_rows = rows if key_rows is None else key_rows
+    N = len(key_rows)
     for name, x in (("key_mean", key_mean), ("key_variance", key_variance)):
         if x is None:
             continue
@@ -64,18 +68,19 @@ def block_share(
                 f"block_share: {name} must be contiguous float32 ({B}, {N}, Hk, {D}) with Hk dividing {H}, got "
                 f"{tuple(x.shape)} {x.dtype}"
             )
-    if rows.shape != (N,) or not query.device == key_mean.device == start.device == rows.device:
+    devices = {x.device for x in (query, key_mean, start, rows, key_rows)}
+    if rows.shape != start.shape or rows.ndim != 1 or key_rows.ndim != 1 or len(devices) > 1:
         raise ValueError(
-            f"block_share: needs rows ({N},) and all on {query.device}, got {tuple(rows.shape)}, key_mean on "
-            f"{key_mean.device}, start on {start.device} and rows on {rows.device}"
+            f"block_share: needs rows ({len(start)},) and key_rows (Nk,), all on {query.device}, got {tuple(rows.shape)}, "
+            f"key_mean on {key_mean.device}, start on {start.device}, rows on {rows.device} and key_rows on {key_rows.device}"
         )
     if not 1 <= queries <= 128 or queries & (queries - 1):
         raise ValueError(f"block_share: queries must be a power of two of at most 128, got {queries}")
     if runs_triton(query.device):
         from tilewise.kernels.selection.triton_block_share import triton_block_share
 
-        return triton_block_share(query, key_mean, key_variance, start, rows, scale, queries)
-    return torch_block_share(query, key_mean, key_variance, start, rows, scale, queries)
+        return triton_block_share(query, key_mean, key_variance, start, rows, scale, queries, key_rows)
+    return torch_block_share(query, key_mean, key_variance, start, rows, scale, queries, key_rows)
 
 
 def torch_block_share(
@@ -86,9 +91,11 @@ def torch_block_share(
     rows: torch.Tensor,
     scale: float,
     queries: int = QUERIES,
+    key_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The formula as it stands, some queries at a time; in float32, or in query's float64."""
     B, _, H, _ = query.shape
+    key_rows = rows if key_rows is None else key_rows
     N, dtype = len(start), torch.promote_types(query.dtype, torch.float32)
     # The drafted tokens one block after another, and the block of each: blocks may lie anywhere.
     taken = rows.clamp(max=queries)
@@ -97,15 +104,15 @@ def torch_block_share(
     token = start.long()[block] + number * rows[block] // taken[block]
 
     def by_head(x: torch.Tensor) -> torch.Tensor:
-        return x.to(dtype).repeat_interleave(H // x.shape[2], 2).permute(0, 2, 3, 1)  # (B, H, D, N)
+        return x.to(dtype).repeat_interleave(H // x.shape[2], 2).permute(0, 2, 3, 1)  # (B, H, D, Nk)
 
     mean, variance = by_head(key_mean), None if key_variance is None else by_head(key_variance)
-    log_rows = rows.to(dtype).log()
-    share = torch.zeros(B, H, N, N, dtype=dtype, device=query.device)
+    log_rows = key_rows.to(dtype).log()
+    share = torch.zeros(B, H, N, len(key_rows), dtype=dtype, device=query.device)
     for part, of in zip(token.split(CHUNK), block.split(CHUNK), strict=True):
         q = scale * query[:, part].to(dtype).transpose(1, 2)
         x = q @ mean + log_rows
         if variance is not None:
-            x = x + variance_term(q.square() @ variance, rows.to(dtype))
+            x = x + variance_term(q.square() @ variance, key_rows.to(dtype))
         share.index_add_(2, of, x.softmax(-1))
     return share / taken[:, None]

@@ -38,23 +38,23 @@ def select_rows(
     """The key blocks that each query block keeps; see the module's docstring.
 
     Args:
-        logits: (B, H, N, N) float32: log of the attention mass that query block i gives to key block j, up to a constant of
+        logits: (B, H, Nq, Nk) float32: log of the attention mass that query block i gives to key block j, up to a constant of
             the row. −inf: never kept, unless ``always``.
-        always: (N, N) bool, on logits' device.
-        rows: (N,) int32 tokens of each key block, on logits' device.
+        always: (Nq, Nk) bool, on logits' device.
+        rows: (Nk,) int32 tokens of each key block, on logits' device.
         recall, density: exactly one, in (0, 1].
         floor, cap: fewest and most blocks of a row, ``always`` included; cap None: no limit.
 
     Returns:
-        (B, H, N, N) bool.
+        (B, H, Nq, Nk) bool.
 
     Raises:
         ValueError: shapes or numbers that do not fit.
     """
     N = logits.shape[-1]
-    if logits.ndim != 4 or logits.shape[2] != N or always.shape != (N, N) or rows.shape != (N,):
+    if logits.ndim != 4 or always.shape != logits.shape[2:] or rows.shape != (N,):
         raise ValueError(
-            f"select_rows: needs logits (B, H, N, N), always (N, N) and rows (N,), got {tuple(logits.shape)}, "
+            f"select_rows: needs logits (B, H, Nq, Nk), always (Nq, Nk) and rows (Nk,), got {tuple(logits.shape)}, "
             f"{tuple(always.shape)} and {tuple(rows.shape)}"
         )
     if logits.dtype != torch.float32:
@@ -80,15 +80,15 @@ def select_rows_reference(
     logits: torch.Tensor, always: torch.Tensor, rows: torch.Tensor, target: float, by_mass: bool, floor: int, cap: int
 ) -> torch.Tensor:
     """The naive way: sort each row and add up. by_mass: the target is a recall, and not a density."""
-    N = logits.shape[-1]
+    M, N = logits.shape[-2:]
     broken = (logits.isnan() | (logits == torch.inf)).any(-1, keepdim=True)
     candidate = logits > -torch.inf
     if by_mass:
         weight = logits.softmax(-1)
-        aim = logits.new_full((N, 1), target)
+        aim = logits.new_full((M, 1), target)
     else:
         weight = (rows / rows.sum()).expand_as(logits)
-        spread = torch.arange(N, device=logits.device) * GOLDEN % 1
+        spread = torch.arange(M, device=logits.device) * GOLDEN % 1
         aim = target - spread[:, None] / N
     order = torch.where(candidate & ~always, logits, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     free = (candidate & ~always).gather(-1, order)

@@ -17,7 +17,7 @@ def term(s2, log_n):
 
 @triton.jit
 def block_logits_kernel(dot_ptr, s2_ptr, rows_ptr, out_ptr, N, scale, CHUNK: tl.constexpr):
-    """Grid: (B·H·N,). s2_ptr: None without the term."""
+    """Grid: (B·H·Nq,). N: key blocks. s2_ptr: None without the term."""
     row = tl.program_id(0).to(tl.int64) * N
     for begin in range(0, N, CHUNK):
         j = begin + tl.arange(0, CHUNK)
@@ -30,10 +30,10 @@ def block_logits_kernel(dot_ptr, s2_ptr, rows_ptr, out_ptr, N, scale, CHUNK: tl.
 
 
 @triton.jit
-def error_logits_kernel(logits_ptr, s2_ptr, spread_ptr, out_ptr, N, H, group, least_s2, least, CHUNK: tl.constexpr):
-    """Grid: (B·H·N,). spread: (B, H / group, N)."""
+def error_logits_kernel(logits_ptr, s2_ptr, spread_ptr, out_ptr, M, N, H, group, least_s2, least, CHUNK: tl.constexpr):
+    """Grid: (B·H·M,). M, N: query and key blocks. spread: (B, H / group, N)."""
     row = tl.program_id(0).to(tl.int64) * N
-    head = tl.program_id(0) // N
+    head = tl.program_id(0) // M
     spread_at = spread_ptr + ((head // H) * (H // group) + head % H // group).to(tl.int64) * N
     for begin in range(0, N, CHUNK):
         j = begin + tl.arange(0, CHUNK)
@@ -50,7 +50,7 @@ def error_logits_kernel(logits_ptr, s2_ptr, spread_ptr, out_ptr, N, H, group, le
 
 @triton.jit
 def summary_bias_kernel(s2_ptr, rows_ptr, seen_ptr, out_ptr, N, CHUNK: tl.constexpr):
-    """Grid: (B·H·N,)."""
+    """Grid: (B·H·Nq,). N: key blocks."""
     row = tl.program_id(0).to(tl.int64) * N
     for begin in range(0, N, CHUNK):
         j = begin + tl.arange(0, CHUNK)
@@ -86,8 +86,8 @@ def triton_error_logits(logits: torch.Tensor, s2: torch.Tensor, spread: torch.Te
     if count:
         with torch.cuda.device_of(logits):
             error_logits_kernel[(count,)](
-                logits.contiguous(), s2.contiguous(), spread.contiguous(), out, logits.shape[-1], H, H // spread.shape[1],
-                LEAST_S2, LEAST_SPREAD, **options,
+                logits.contiguous(), s2.contiguous(), spread.contiguous(), out, logits.shape[2], logits.shape[3], H,
+                H // spread.shape[1], LEAST_S2, LEAST_SPREAD, **options,
             )  # fmt: skip
     return out
 

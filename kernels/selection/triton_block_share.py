@@ -37,19 +37,20 @@ def scores(q, q2, mean_ptr, variance_ptr, log_rows_ptr, base, j, N, column, D: t
 @triton.jit
 def block_share_kernel(
     q_ptr, mean_ptr, variance_ptr, log_rows_ptr, start_ptr, rows_ptr, share_ptr,
-    stride_b, stride_s, stride_h, H, Hk, N, padded, scale, square,
+    stride_b, stride_s, stride_h, H, Hk, M, N, padded, scale, square,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (⌈N / (ROWS / QUERIES)⌉, B·H). mean and variance: (B, Hk, padded, D); variance_ptr: None without."""
+    """Grid: (⌈M / (ROWS / QUERIES)⌉, B·H). M, N: query and key blocks. mean and variance: (B, Hk, padded, D);
+    variance_ptr: None without."""
     GROUP: tl.constexpr = ROWS // QUERIES
     batch, head = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     block = tl.program_id(0) * GROUP + row // QUERIES
-    n = tl.load(rows_ptr + block, mask=block < N, other=0).to(tl.int32)
+    n = tl.load(rows_ptr + block, mask=block < M, other=0).to(tl.int32)
     k = row % QUERIES
     there = k < n
-    token = tl.load(start_ptr + block, mask=block < N, other=0).to(tl.int64) + tl.where(
+    token = tl.load(start_ptr + block, mask=block < M, other=0).to(tl.int64) + tl.where(
         n > QUERIES, k * n // QUERIES, k
     )
     at = q_ptr + batch * stride_b + head * stride_h + token[:, None] * stride_s + column[None, :]
@@ -70,13 +71,13 @@ def block_share_kernel(
         most = new
     weight = tl.where(there, 1.0 / (total * tl.minimum(n, QUERIES)), 0.0)
     mine = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
-    out = share_ptr + (tl.program_id(1).to(tl.int64) * N + mine[:, None]) * N
+    out = share_ptr + (tl.program_id(1).to(tl.int64) * M + mine[:, None]) * N
     for begin in range(0, N, BLOCK_N):
         j = begin + tl.arange(0, BLOCK_N)
         x = scores(q, q2, mean_ptr, variance_ptr, log_rows_ptr, base, j, N, column, D, PRECISION)
         p = tl.exp2(x - most[:, None]) * weight[:, None]
         share = tl.sum(tl.reshape(p, (GROUP, QUERIES, BLOCK_N)), 1)
-        tl.store(out + j[None, :], share, mask=(mine < N)[:, None] & (j < N)[None, :])
+        tl.store(out + j[None, :], share, mask=(mine < M)[:, None] & (j < N)[None, :])
 
 
 def launch_config(head_dim: int, itemsize: int, hopper: bool) -> dict[str, int]:
@@ -97,23 +98,24 @@ def triton_block_share(
     rows: torch.Tensor,
     scale: float,
     queries: int,
+    key_rows: torch.Tensor,
 ) -> torch.Tensor:
-    """(B, H, N, N) float32; arguments as in ``block_share``. Means and variances are rounded to query's dtype."""
+    """(B, H, Nq, Nk) float32; arguments as in ``block_share``. Means and variances are rounded to query's dtype."""
     B, _, H, D = query.shape
-    N = len(start)
+    M, N = len(start), len(key_rows)
     hopper = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
     config = launch_config(D, query.element_size(), hopper)
     means = by_head(key_mean, query.dtype, config["BLOCK_N"])
     variances = None if key_variance is None else by_head(key_variance, query.dtype, config["BLOCK_N"])
     padded = means.shape[2]
-    log_rows = rows.new_zeros(padded, dtype=torch.float32)
-    log_rows[:N] = rows.float().log2()
-    share = torch.empty((B, H, N, N), dtype=torch.float32, device=query.device)
+    log_rows = key_rows.new_zeros(padded, dtype=torch.float32)
+    log_rows[:N] = key_rows.float().log2()
+    share = torch.empty((B, H, M, N), dtype=torch.float32, device=query.device)
     if share.numel():
         with torch.cuda.device_of(query):
-            block_share_kernel[(triton.cdiv(N, ROWS // queries), B * H)](
+            block_share_kernel[(triton.cdiv(M, ROWS // queries), B * H)](
                 query, means, variances, log_rows, start, rows, share,
-                query.stride(0), query.stride(1), query.stride(2), H, key_mean.shape[2], N, padded,
+                query.stride(0), query.stride(1), query.stride(2), H, key_mean.shape[2], M, N, padded,
                 scale * LOG2E, scale * scale * LOG2E,
                 D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), ROWS=ROWS, QUERIES=queries,
                 PRECISION="ieee" if query.dtype == torch.float32 else "tf32", **config,

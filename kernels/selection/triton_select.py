@@ -22,9 +22,9 @@ def select_rows_kernel(
     logits_ptr, always_ptr, rows_ptr, kept_ptr, N, tokens_ptr, target, floor, cap, golden,
     BY_MASS: tl.constexpr, BLOCK_N: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (N, B·H)."""
+    """Grid: (query blocks, B·H). N: key blocks."""
     i = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64) * N + i
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i
     j = tl.arange(0, BLOCK_N)
     there = j < N
     x = tl.load(logits_ptr + row * N + j, mask=there, other=float("-inf"))
@@ -78,14 +78,14 @@ def triton_select_rows(
     logits: torch.Tensor, always: torch.Tensor, rows: torch.Tensor, target: float, by_mass: bool, floor: int, cap: int
 ) -> torch.Tensor:
     """As ``select_rows_reference``; logits must be contiguous."""
-    B, H, N, _ = logits.shape
-    kept = torch.empty((B, H, N, N), dtype=torch.uint8, device=logits.device)
+    B, H, M, N = logits.shape
+    kept = torch.empty((B, H, M, N), dtype=torch.uint8, device=logits.device)
     block = max(16, triton.next_power_of_2(N))
     # The sum of all rows, which are a grid's tokens, without waiting for it: the mean of w is 1/N either way.
     tokens = rows.sum().to(torch.float32)
     if kept.numel():
         with torch.cuda.device_of(logits):
-            select_rows_kernel[(N, B * H)](
+            select_rows_kernel[(M, B * H)](
                 logits, always.contiguous().view(torch.uint8), rows, kept, N, tokens, target, floor, cap, GOLDEN,
                 BY_MASS=by_mass, BLOCK_N=block, ROUNDS=ROUNDS, num_warps=warps_of(block),
             )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import nn
 import tilewise.plugins.methods
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout
+from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import ConfigError, unknown
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -76,7 +77,7 @@ class Method:
 class BlockCompensation:
     """Block-mean compensation for the key blocks that a plan skips: see kernels/attention/block_compensation.py.
 
-    key_mean, value_mean: (B, N, Hk, D) float32. bias: (B, H, N, N) float32, −inf where the block is seen.
+    key_mean, value_mean: (B, Nk, Hk, D) float32. bias: (B, H, Nq, Nk) float32, −inf where the block is seen.
     """
 
     key_mean: torch.Tensor
@@ -91,7 +92,7 @@ class Planned:
     Attributes:
         plan: the key blocks that each query block sees.
         compensation: summary rows of those that it does not, to be merged into the output; None: they are left out.
-        draft: (B, H, N, N) float32, the expected share of attention mass of each pair of blocks; for pictures, None if there
+        draft: (B, H, Nq, Nk) float32, the expected share of attention mass of each pair of blocks; for pictures, None if there
             is none.
         recall: () float32, attention mass that the plan keeps by the method's own estimate, mean over queries and heads.
         probe: the same, measured exactly on some queries; None if that was not asked for.
@@ -122,10 +123,12 @@ class DynamicMethod(Method):
         scale: float,
         memory: dict[str, Any],
         tick: int,
+        window: WindowKeys | None = None,
     ) -> Planned:
         """What a call sees: query (B, S, H, D), key and value (B, S, Hk, D) in the layout's order.
 
-        Must not wait for the device. tick: counts the denoising steps; it is only true where ``keeps_memory``.
+        Must not wait for the device. tick: counts the denoising steps; it is only true where ``keeps_memory``. window: keys and
+        values are those of the window of a KV cache, (B, Sk, Hk, D) in its order; given only where ``refuses_window`` is None.
         """
         raise NotImplementedError
 
@@ -142,12 +145,29 @@ class DynamicMethod(Method):
         """Why a call over this layout cannot run, or None. It falls back to dense, counted."""
         return None
 
+    def refuses_window(self) -> str | None:
+        """Why calls over the window of a KV cache cannot run, or None. Default: ``plan_call`` knows nothing of it."""
+        return f"the method {self.name} does not plan for more keys than queries"
+
+    @property
+    def depends_on_time(self) -> bool:
+        """Whether a plan over a window depends on which of its chunks is where in memory, beyond what is kept in any case."""
+        return True
+
     def stays_dense(self, tokens: int, device: torch.device) -> str | None:
-        """Why a call of ``tokens`` tokens is dense on purpose, as it would not be faster; or None."""
+        """Why a call with so many keys is dense on purpose, as it would not be faster; or None."""
         return None
 
 
+AnyMethod = TypeVar("AnyMethod", bound=Method)
 M = TypeVar("M", bound=type[Method])
+
+
+def with_tile(method: AnyMethod, tile: tuple[int, int, int]) -> AnyMethod:
+    """The method with the tile of a layout that it did not choose itself, if it counts in tiles."""
+    if not any(field.name == "tile" for field in dataclasses.fields(method)):
+        return method
+    return dataclasses.replace(method, tile=tile)  # type: ignore[call-arg]
 
 
 def register(cls: M) -> M:

@@ -53,13 +53,17 @@ class Draft(BlockSelectionMethod):
         if self.each not in (None, True, False):
             raise ConfigError(f"draft: each must be true or false, got {self.each!r}")
 
-    def draft(self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float) -> DraftMap:
+    def draft(
+        self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
+    ) -> DraftMap:
         start, rows, _ = layout.block_table(query.device)
+        key_start, key_rows, _ = (key_layout or layout).block_table(query.device)
         wanted = self.variance or self.compensates or self.ranks_by_error
-        keys = block_stats(key, start, rows, variance=wanted)
+        keys = block_stats(key, key_start, key_rows, variance=wanted)
         mean = block_stats(query, start, rows).mean
         if self.each or (self.each is None and self.recall is not None):
-            share = block_share(query, keys.mean, keys.variance if self.variance else None, start, rows, scale)
+            variance = keys.variance if self.variance else None
+            share = block_share(query, keys.mean, variance, start, rows, scale, key_rows=key_rows)
             # What is not finite in a query that was not drafted is in its block's mean.
             finite = 0 * mean.sum(-1).transpose(1, 2)[..., None]
             s2 = None if keys.variance is None else score_variance(mean, keys.variance, scale)
@@ -67,5 +71,5 @@ class Draft(BlockSelectionMethod):
             return DraftMap(logits, None if s2 is None else keys, s2)
         products = mean_products(mean, keys.mean)
         s2 = None if keys.variance is None else score_variance(mean, keys.variance, scale)
-        logits = block_logits(products, s2 if self.variance else None, rows, scale)
+        logits = block_logits(products, s2 if self.variance else None, key_rows, scale)
         return DraftMap(logits, None if s2 is None else keys, s2)

@@ -44,23 +44,26 @@ class XAttention(BlockSelectionMethod):
         if not isinstance(self.stride, int) or isinstance(self.stride, bool) or not 1 <= self.stride <= 64:
             raise ConfigError(f"xattention: stride must be a whole number from 1 to 64, got {self.stride!r}")
 
-    def draft(self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float) -> DraftMap:
+    def draft(
+        self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
+    ) -> DraftMap:
         B, _, H, _ = query.shape
-        N = layout.blocks
         at, weight = groups(layout, self.stride, query.device)
-        A = weight.shape[1]  # groups of a block, as many as the largest has
-        keys = per_query_head(key[:, at.flatten()], H).unflatten(2, (N * A, -1)).flatten(3)  # (B, H, N·A, s·D)
+        key_at, key_weight = groups(key_layout or layout, self.stride, query.device)
+        N, A = weight.shape  # groups of a block, as many as the largest has
+        Nk, Ak = key_weight.shape
+        keys = per_query_head(key[:, key_at.flatten()], H).unflatten(2, (Nk * Ak, -1)).flatten(3)  # (B, H, Nk·Ak, s·D)
         backwards = query[:, at.flip(-1).flatten()].transpose(1, 2).unflatten(2, (N * A, -1)).flatten(3)
         backwards = backwards * (
             scale / self.stride
         )  # before the products: a sum over stride · D channels may leave float16
-        weigh = weight.flatten().log()  # −inf where a block has no such group
-        rows = max(1, CHUNK_BYTES // (4 * B * H * A * N * A))  # query blocks at once
+        weigh = key_weight.flatten().log()  # −inf where a block has no such group
+        rows = max(1, CHUNK_BYTES // (4 * B * H * A * Nk * Ak))  # query blocks at once
         found = []
         for first in range(0, N, rows):
             some = backwards[:, :, first * A : (first + rows) * A]
             scores = (some @ keys.transpose(2, 3)).float() + weigh
-            mass = scores.softmax(-1).unflatten(-1, (N, A)).sum(-1).unflatten(2, (-1, A))
+            mass = scores.softmax(-1).unflatten(-1, (Nk, Ak)).sum(-1).unflatten(2, (-1, A))
             share = weight[first : first + rows, :, None]
             found.append((mass * share).sum(3) / share.sum(1))
         return DraftMap(torch.cat(found, 2).clamp_min(TINY).log())  # 0 by underflow is little, not never

@@ -1,6 +1,7 @@
 """Answering the attention calls of a patched denoiser: sparse or dense, and counted.
 
-    answer → why dense? ──────────────────────────────→ dense: our kernel for dense attention, or the stock function
+    answer → a KV cache? ─────────────────────────────→ window_call.py
+           → why dense? ──────────────────────────────→ dense_call.py: our kernel for dense attention, or the stock function
            → prepare: layout, groups, plans, backend → sparse: q, k, v into tile order, kernels/attention/dispatch.py, and back
 
 Tokens are in tile order within a sparse call and nowhere else. Whatever stands outside of it, modules, hooks of others, caches
@@ -12,7 +13,6 @@ steps only run the kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -23,12 +23,10 @@ from tilewise.kernels.attention.dispatch import DTYPES, available_backends, bloc
 from tilewise.kernels.device import capturing
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.fused.reorder import reorder_tokens
-from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
-from tilewise.plugins.errors import FallbackError, TilewiseError
+from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.methods.base import DynamicMethod, Planned
 from tilewise.plugins.models.common.family import AttentionLayer
-from tilewise.plugins.runtime import dense_backend
 from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.call_planner import CallPlanner, Prepared, with_text_of
 from tilewise.plugins.runtime.call_stats import (
@@ -36,12 +34,11 @@ from tilewise.plugins.runtime.call_stats import (
     DENSE_STEP,
     FALLBACK,
     GLOBAL_PATH,
-    SHORT,
     SPARSE,
-    WINDOW,
     Call,
     CallKind,
 )
+from tilewise.plugins.runtime.dense_call import Stock, attend_dense, forbid
 from tilewise.plugins.runtime.forward_state import ForwardState
 from tilewise.plugins.runtime.joint_text import (
     attend_with_text_partial,
@@ -49,25 +46,20 @@ from tilewise.plugins.runtime.joint_text import (
     pictures_of,
     text_partial,
 )
-from tilewise.plugins.runtime.key_value_window import KeyValueWindow
-from tilewise.plugins.runtime.observers import ObservedCall
 from tilewise.plugins.runtime.plan_cache import LRU, Order
 from tilewise.plugins.runtime.sparse_call import (
     PRECISIONS,
     QKV,
     Part,
-    choose,
     mean_density,
     measured,
     reordered,
     run_parts,
-    run_plan,
 )
+from tilewise.plugins.runtime.window_call import attend_window
 from tilewise.plugins.torch_compat import overriding_mode
 
 MAX_PREPARED = 64  # they hold plans
-
-Stock = Callable[..., torch.Tensor]
 
 
 class AttentionCalls:
@@ -94,7 +86,7 @@ class AttentionCalls:
         state, layer = self.state, self.state.layers[number]
         forward = state.forward
         if state.window is not None:
-            return self._over_window(number, state.window, request, stock)
+            return attend_window(state, number, state.window, request, stock)
         if forward.global_path:
             kind, request = self._beside_global_path(layer, request)
         elif not forward.runs:
@@ -105,7 +97,7 @@ class AttentionCalls:
             kind = CallKind(
                 FALLBACK, reason=f"a torch function mode, {mode}, may answer the call itself, as some guidance does"
             )
-            self._forbid(layer, request, kind)
+            forbid(state, layer, request, kind)
         else:
             prepared = self._prepare(layer, request)
             if isinstance(prepared, Prepared):
@@ -114,19 +106,8 @@ class AttentionCalls:
                     return out
                 prepared = out
             kind = prepared
-            self._forbid(layer, request, kind)
-        return self._dense(number, replace(kind, fused=request.fused), _in_model_order(request), stock)
-
-    def _forbid(self, layer: AttentionLayer, request: AttentionRequest, kind: CallKind) -> None:
-        """Raise where ``strict`` forbids a dense call: a map that is too small by our default, which nobody chose, is one too."""
-        config, own_map = self.state.config, layer.downsample is not None
-        if not config.strict:
-            return
-        by_default = own_map and config.min_tokens is None and config.too_few(request.query.shape[1], own_map)
-        if kind.kind == FALLBACK or (kind.kind == SHORT and by_default):
-            raise FallbackError(
-                f"strict: {self.state.name}.{layer.name} cannot run {config.method.name}: {kind.reason}"
-            )
+            forbid(state, layer, request, kind)
+        return attend_dense(state, number, replace(kind, fused=request.fused), _in_model_order(request), stock)
 
     # ── what a call runs by ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -178,7 +159,7 @@ class AttentionCalls:
             out = run_parts(parts, taken, whole, scale)
         if self.state.observers:
             for part, qkv in zip(parts, taken, strict=True):
-                self._observe(number, SPARSE, qkv, layout=part.layout, plan=part.plan, draft=part.planned.draft)
+                self.state.observe(number, SPARSE, qkv, layout=part.layout, plan=part.plan, draft=part.planned.draft)
         return out
 
     def _planned_now(self, call: Call, number: int, prepared: Prepared, whole: QKV, fused: bool) -> torch.Tensor:
@@ -215,93 +196,6 @@ class AttentionCalls:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return method.plan_call(layout, *qkv, scale, memory, memories.tick)
 
-    # ── dense ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _dense(self, number: int, kind: CallKind, request: AttentionRequest, stock: Stock) -> torch.Tensor:
-        state, forward = self.state, self.state.forward
-        if state.config.fuse and dense_backend.takes(request) and overriding_mode() is None:
-            groups = forward.masks.shown(request.attn_mask, forward.grid, request.query)
-            with state.call_stats.record(number, None, request.query, request.key) as call:
-                out = dense_backend.attend(groups, request, request.scale, state.plans.dense_plan) if groups else None
-                if out is not None:
-                    call.kind = replace(kind, backend=dense_backend.HOPPER.name)
-            if out is not None:
-                self._observe(number, kind.kind, request.qkv)
-                return out
-        with state.call_stats.record(number, kind, request.query, request.key):
-            out = stock(
-                *request.qkv, request.attn_mask, request.dropout_p, request.is_causal, request.scale, request.enable_gqa,
-                attention_kwargs=request.attention_kwargs, backend=request.backend,
-                parallel_config=request.parallel_config,
-            )  # fmt: skip
-        self._observe(number, kind.kind, request.qkv)
-        return out
-
-    # ── a chunk of frames over a KV cache ────────────────────────────────────────────────────────────────────────
-
-    def _over_window(
-        self, number: int, window: KeyValueWindow, request: AttentionRequest, stock: Stock
-    ) -> torch.Tensor:
-        """The output of a chunk's call: its keys and values are written into the window, which its queries attend to."""
-        state, forward, layer = self.state, self.state.forward, self.state.layers[number]
-        if request.attn_mask is not None or request.is_causal:
-            raise TilewiseError(
-                f"{state.name}.{layer.name}: a KV cache needs an attention call without a mask, as the window says what is seen"
-            )
-        query, key, value = request.qkv
-        if window.order is not None:
-            there = window.order[0]
-            if request.qk_order is None:
-                query, key, value = reordered(request.qkv, there)
-            else:
-                value = reorder_tokens([value], there)[0]
-        keys, values = window.extend(number, key, value)
-        whole = request.replace(query=query, key=keys, value=values, qk_order=None)
-        plan = None
-        if not state.sparse:
-            kind = CallKind(WINDOW, fused=request.fused)
-        elif not forward.runs:
-            kind = CallKind(DENSE_STEP, fused=request.fused)
-        elif layer.block not in state.selected:
-            kind = CallKind(DENSE_LAYER, fused=request.fused)
-        elif window.reason:
-            if state.config.strict:
-                raise FallbackError(
-                    f"strict: {state.name}.{layer.name} cannot run {state.config.method.name}: {window.reason}"
-                )
-            kind = CallKind(FALLBACK, reason=window.reason, fused=request.fused)
-        else:
-            plan = window.plan(query.shape[2], query.device)
-            kind = CallKind(SPARSE, fused=request.fused)
-        if plan is not None:
-            own = window.scale(query.shape[3])
-            out = self._sparse_window(number, whole if own is None else whole.replace(scale=own), plan, kind)
-            return out if window.order is None else reorder_tokens([out], window.order[1])[0]
-        out = self._dense_window(number, whole, kind, stock)
-        return out if window.order is None else reorder_tokens([out], window.order[1])[0]
-
-    def _dense_window(self, number: int, request: AttentionRequest, kind: CallKind, stock: Stock) -> torch.Tensor:
-        state = self.state
-        if not (state.config.fuse and dense_backend.takes(request, window=True) and overriding_mode() is None):
-            return self._dense(number, kind, request, stock)
-        with state.call_stats.record(number, None, request.query, request.key) as call:
-            out = dense_backend.attend_window(request, state.plans.dense_plan)
-            if out is not None:
-                call.kind = replace(kind, backend=dense_backend.HOPPER.name)
-        if out is None:
-            return self._dense(number, kind, request, stock)
-        self._observe(number, kind.kind, request.qkv)
-        return out
-
-    def _sparse_window(self, number: int, request: AttentionRequest, plan: BlockPlan, kind: CallKind) -> torch.Tensor:
-        with self.state.call_stats.record(number, None, request.query, request.key) as call:
-            choice, in_16_bits = choose(request.qkv, plan, self.state.config.precision)
-            out = run_plan(request.qkv, plan, choice, request.scale)
-            call.density = plan.density
-            call.kind = replace(kind, backend=choice.backend, reason=in_16_bits)
-        self._observe(number, SPARSE, request.qkv, plan=plan)
-        return out
-
     # ── beside a global path, where text is part of the sequence ─────────────────────────────────────────────────
 
     def _beside_global_path(
@@ -331,19 +225,8 @@ class AttentionCalls:
         call.density = density_with_text_partial(layout, groups, plan, query)
         call.kind = CallKind(SPARSE, choice.backend, in_16_bits)
         for picture in pictures:
-            self._observe(number, SPARSE, picture, layout=alone, plan=plan)
+            self.state.observe(number, SPARSE, picture, layout=alone, plan=plan)
         return out
-
-    def _observe(self, number: int, kind: str, qkv: QKV, **sparse: Any) -> None:
-        """Tell the observers of a call that ran."""
-        state = self.state
-        if not state.observers:
-            return
-        layer = state.layers[number]
-        where = state.name, layer.name, layer.block, state.forward.step, state.memories.now.branch
-        observed = ObservedCall(*where, kind, *qkv, **sparse)
-        for observer in list(state.observers):
-            observer(observed)
 
     def fused_here(self, x: torch.Tensor) -> bool:
         """Whether the family's fused kernels may run on ``x``: wanted, a GPU that Triton serves, no gradients."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime.call_stats import CallStats
 from tilewise.plugins.runtime.joint_text import TextGuide
 from tilewise.plugins.runtime.key_value_window import KeyValueWindow
-from tilewise.plugins.runtime.observers import Observer
+from tilewise.plugins.runtime.observers import ObservedCall, Observer
 from tilewise.plugins.runtime.plan_cache import PlanCache
 from tilewise.plugins.runtime.step_index import StepIndex
 
@@ -122,6 +123,18 @@ class ForwardState:
             yield
         finally:
             self.forward.global_path = before
+
+    def observe(
+        self, number: int, kind: str, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], **sparse: Any
+    ) -> None:
+        """Tell the observers of a call of layer ``number`` that ran. sparse: see ``ObservedCall``."""
+        if not self.observers:
+            return
+        layer = self.layers[number]
+        where = self.name, layer.name, layer.block, self.forward.step, self.memories.now.branch
+        observed = ObservedCall(*where, kind, *qkv, **sparse)
+        for observer in list(self.observers):
+            observer(observed)
 
     # ── which step ───────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.runtime.plan_cache import Order
 
 
@@ -27,8 +27,5 @@ class KeyValueWindow(Protocol):
     def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a chunk's keys and values, (B, S, H, D) in ``order``. Returns those of the whole window, as views."""
 
-    def plan(self, heads: int, device: torch.device) -> BlockPlan:
-        """Which blocks of the window each block of the chunk sees."""
-
-    def scale(self, head_dim: int) -> float | None:
-        """The attention scale of the method; None: the call's own."""
+    def keys(self) -> WindowKeys:
+        """How the window's chunks lie in memory; where ``reason`` is empty."""

@@ -22,9 +22,11 @@ class ObservedCall:
         branch: number of the forward within its step: 0 and 1 are conditional and unconditional where a pipeline runs both.
         kind: "sparse", "dense step" and so on, as in ``summary``.
         query, key, value: (B, S, H, D) of the samples that the plan is for, in the layout's order; of a dense call, as they came.
-        layout: the token order of a sparse call, with the text that this plan is for; None if the call was dense.
+            Over the window of a KV cache the keys and values are the window's, in its order.
+        layout: the token order of a sparse call, with the text that this plan is for; None if the call was dense, or over
+            a window.
         plan: None if the call was dense.
-        draft: (B, H, N, N) float32, the attention mass that a dynamic method expected of each pair of blocks, or None.
+        draft: (B, H, Nq, Nk) float32, the attention mass that a dynamic method expected of each pair of blocks, or None.
     """
 
     denoiser: str

@@ -14,13 +14,14 @@ was trained with for its context (0, or a little noise).
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid
+from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.models.common.rotary import Rotary
@@ -165,7 +166,8 @@ class CausalDenoiser:
         if not (self._captures and latents.is_cuda and not kwargs):
             return denoiser(latents, timestep, text, return_dict=False, **kwargs)[0]
         runs = self._patch.config.runs_at(self.step, self.steps)
-        turn = tuple(self.slots.in_time) if self.order is not None else self.slots.current
+        sparse = self._sparse if self.order is not None else None
+        turn: Hashable = self.slots.current if sparse is None else sparse.turn(self.slots.in_time)
         return self.graphs((lane, turn, self._has_memory, runs, self.reason), latents, timestep, text)
 
     def _forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -199,7 +201,12 @@ class CausalDenoiser:
         return self.slots.drop_ring()
 
     def flush(self, keep: int) -> None:
-        """Forget all frames but those of sink and memory and the last ``keep``, which stay as they are."""
+        """Forget all frames but those of sink and memory and the last ``keep``, which stay as they are.
+
+        Where chunks are stored in tile order, as sparse attention needs it, whole chunks stay: ``keep`` is rounded up.
+        """
+        if self.order is not None:
+            keep = -(-keep // self.grid.t) * self.grid.t
         change = self.slots.flush(keep)
         if self._buffers is not None:
             self._buffers.move(change.moves)
@@ -222,14 +229,9 @@ class CausalDenoiser:
         seen = slice(start, rows.stop)
         return buffers.key[self._lane, layer, :, seen], buffers.value[self._lane, layer, :, seen]
 
-    def plan(self, heads: int, device: torch.device) -> BlockPlan:
+    def keys(self) -> WindowKeys:
         assert self._sparse is not None
-        return self._sparse.plan(self.slots.in_time, self._has_memory, heads, device)
-
-    def scale(self, head_dim: int) -> float | None:
-        assert self._sparse is not None
-        frames = len(self.slots.in_time) + (self.memory if self._has_memory else 0)
-        return self._sparse.scale(frames, head_dim)
+        return self._sparse.keys(self.slots.in_time, self._has_memory)
 
     def _keep_order(self, chunk: int) -> None:
         """Decide with the first chunk in which order rows are stored; refuse one that does not fit it later.

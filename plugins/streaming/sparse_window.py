@@ -1,24 +1,20 @@
-"""Sparse attention of a chunk to the window of a KV cache: which blocks of the window each block of the chunk sees.
+"""Sparse attention of a chunk to the window of a KV cache: which methods run there, with which tile, and where the keys lie.
 
-The method plans for a grid of all frames of the window in the order of time. The chunk's rows of that plan are kept, memory and
-sink are seen whole, and keys are read where the ring has them: one plan for each turn of the ring, made once. Chunks are stored
-in tile order, each by itself, so that the blocks of a chunk stay together.
+A static method plans for a grid of all frames of the window in the order of time: one plan for each turn of the ring, made once.
+A dynamic one plans at each call. Memory and sink are seen whole. Chunks are stored in tile order, each by itself, so that the
+blocks of a chunk stay together (kernels/plans/window_keys.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-
-from tilewise.kernels.plans.block_plan import BlockPlan
-from tilewise.kernels.plans.key_subset import newest_queries, relocate_keys
 from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Grid, Layout, cached_layout, tile_counts
+from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.methods.base import DynamicMethod, Method
+from tilewise.plugins.methods.dynamic.base import FEWEST_BLOCKS, SMALLEST_TILE
 from tilewise.plugins.streaming.kv_cache import KVCache
 
 Triple = tuple[int, int, int]
@@ -41,7 +37,7 @@ class SparseWindow:
         self.memory = memory
         self.sink = cache.sink
         self.layout: Layout | None = None
-        self._plans: dict[tuple, BlockPlan] = {}
+        self._keys: dict[tuple, WindowKeys] = {}
         self.reason = self._refusal(grid, cache)
         if not self.reason:
             self.layout = cached_layout(grid, self.tile)
@@ -50,61 +46,58 @@ class SparseWindow:
         for what, frames in (("window", cache.window), ("sink", cache.sink), ("memory", self.memory)):
             if frames % grid.t:
                 return f"a {what} of {frames} latent frames is no multiple of a chunk of {grid.t}"
-        if isinstance(self.method, DynamicMethod):
-            return f"the method {self.method.name} does not plan for more keys than queries yet"
+        dynamic = isinstance(self.method, DynamicMethod)
+        if isinstance(self.method, DynamicMethod) and (refused := self.method.refuses_window()) is not None:
+            return refused
         if getattr(self.method, "dilation", (1, 1, 1)) != (1, 1, 1):
             return f"dilated windows of {self.method.name} have a token order of their own"
+        frames = cache.window + self.memory
         tile = getattr(self.method, "tile", None)
-        self.tile: Triple = tile or choose_chunk_tile(grid.shape)
+        self.tile: Triple = tile or choose_chunk_tile(grid.shape, FEWEST_BLOCKS * grid.t / frames if dynamic else 1)
         if grid.t % self.tile[0]:
             return (
                 f"tiles of {self.tile[0]} latent frames do not divide a chunk of {grid.t}; give tile=({grid.t}, h, w)"
             )
+        if isinstance(self.method, DynamicMethod):
+            return self.method.refuses_call(cached_layout(Grid(frames, grid.h, grid.w), self.tile)) or ""
         return ""
 
-    def scale(self, frames: int, head_dim: int) -> float | None:
-        """The attention scale of the method over so many frames, or None: the call's own."""
-        assert self.layout is not None
-        grid = self.layout.grid
-        return self.method.scale(cached_layout(Grid(frames, grid.h, grid.w), self.layout.tile), head_dim)
+    def turn(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """What of a turn of the ring matters to a plan. slots: where the window's frames stand, in the order of time; the chunk's
+        own come last."""
+        matters = not isinstance(self.method, DynamicMethod) or self.method.depends_on_time
+        return tuple(slots) if matters else tuple(range(len(slots)))
 
-    def plan(self, slots: Sequence[int], has_memory: bool, heads: int, device: torch.device) -> BlockPlan:
-        """The plan of a chunk over a window whose frames stand in ``slots``, in the order of time; the chunk's own come last."""
-        memory = self.memory if has_memory else 0
-        key = (tuple(slots), memory, heads, device)
-        found = self._plans.get(key)
+    def keys(self, slots: Sequence[int], has_memory: bool) -> WindowKeys:
+        """The keys of a window at a turn of the ring. slots: see ``turn``."""
+        assert self.layout is not None
+        turn, memory = self.turn(slots), self.memory // self.chunk if has_memory else 0
+        found = self._keys.get((turn, memory))
         if found is None:
-            found = self._plans[key] = self._make(slots, memory, heads, device)
+            # Chunks of the window in the order of time, by their place behind the memory.
+            places = [memory + slot // self.chunk for slot in turn[:: self.chunk]]
+            at = [*range(memory), *places]
+            order = tuple(sorted(range(len(at)), key=at.__getitem__))
+            kept = min(memory + self.sink // self.chunk, len(order))
+            found = self._keys[turn, memory] = WindowKeys(self.layout, order, kept)
         return found
 
-    def _make(self, slots: Sequence[int], memory: int, heads: int, device: torch.device) -> BlockPlan:
-        assert self.layout is not None
-        chunk, layout = self.chunk, self.layout
-        frames = memory + len(slots)
-        whole = cached_layout(Grid(frames, layout.grid.h, layout.grid.w), layout.tile)
-        method: Any = self.method
-        if hasattr(method, "tile"):
-            method = dataclasses.replace(method, tile=layout.tile)
-        plan = method.plan(whole, heads, device)
-        chunks = frames // chunk
-        always = torch.arange(whole.blocks) < (memory + self.sink) // chunk * layout.blocks
-        plan = newest_queries(plan, whole, layout, always)
-        # Where each chunk of the window begins in the buffer's view: memory first, then slots.
-        begins = [*range(0, memory, chunk), *(memory + slot for slot in slots[::chunk])]
-        at = torch.tensor(begins)[:, None] * (layout.grid.h * layout.grid.w) + layout.block_start
-        assert at.shape == (chunks, layout.blocks)
-        return relocate_keys(plan, at.flatten().to(device))
 
+def choose_chunk_tile(shape: Triple, fewest: float = 1) -> Triple:
+    """A tile of a chunk (t, h, w): whole in time if that leaves room, near 128 tokens, such that blocks are well filled.
 
-def choose_chunk_tile(shape: Triple) -> Triple:
-    """A tile of a chunk (t, h, w): whole in time if that leaves room, near 128 tokens, such that blocks are well filled."""
+    fewest: blocks that a chunk should have at least; for fewer, tiles have half as many tokens, down to 16.
+    """
+    rows = MAX_BLOCK_ROWS
+    while math.prod(shape) < fewest * rows and rows > SMALLEST_TILE:
+        rows //= 2
     frames, height, width = shape
 
     def cost(tile: Triple) -> float:
         blocks = math.prod(tile_counts(shape, tile))
-        room = blocks * MAX_BLOCK_ROWS / math.prod(shape)
+        room = blocks * rows / math.prod(shape)
         return room + 0.1 * abs(math.log(tile[1] / tile[2])) + 0.05 * math.log(frames / tile[0])
 
     times = [t for t in range(1, frames + 1) if frames % t == 0]
     sizes = itertools.product(times, range(1, min(height, 16) + 1), range(1, min(width, 16) + 1))
-    return min((tile for tile in sizes if math.prod(tile) <= MAX_BLOCK_ROWS), key=cost)
+    return min((tile for tile in sizes if math.prod(tile) <= rows), key=cost)

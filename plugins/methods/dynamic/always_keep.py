@@ -4,6 +4,9 @@
     neighbours    and the tiles that share a face with its own, in time, height and width
     first-frame   every block sees the tiles of the first latent frame, which anchor how things look
 
+Over the window of a KV cache, where a chunk's queries see the keys of all its frames, places are those in time: the first frame
+is the oldest of the window. Memory and sink are kept besides.
+
 Text is no choice: every block sees it and it sees every block.
 """
 
@@ -12,25 +15,44 @@ from __future__ import annotations
 import torch
 
 from tilewise.kernels.plans.layout import Layout
+from tilewise.kernels.plans.window_keys import WindowKeys
 
 ALWAYS_KEEP = ("self", "neighbours", "first-frame")
 
 
-def always_kept(layout: Layout, names: tuple[str, ...], device: torch.device) -> torch.Tensor:
-    """(N, N) bool on ``device``, kept with the layout and not to be written to. names: of ``ALWAYS_KEEP``."""
-    return layout.cached(("always kept", names, device), lambda: _always_kept(layout, names, device))
+def always_kept(
+    layout: Layout, names: tuple[str, ...], device: torch.device, window: WindowKeys | None = None
+) -> torch.Tensor:
+    """(Nq, Nk) bool on ``device``, kept with the layout or the window and not to be written to.
+
+    names: of ``ALWAYS_KEEP``. window: the keys, where they are not the queries' own alone.
+    """
+    kept = layout.cached if window is None else window.cached
+    return kept(("always kept", names, device), lambda: _always_kept(layout, names, device, window))
 
 
-def _always_kept(layout: Layout, names: tuple[str, ...], device: torch.device) -> torch.Tensor:
+def _always_kept(
+    layout: Layout, names: tuple[str, ...], device: torch.device, window: WindowKeys | None
+) -> torch.Tensor:
+    if window is None:
+        found = _pairs(layout, names, layout.blocks)
+    else:
+        found = _pairs(window.layout, names, layout.blocks)[:, window.in_time] | window.always
+    with torch.inference_mode(False):
+        return found.to(device)
+
+
+def _pairs(layout: Layout, names: tuple[str, ...], last: int) -> torch.Tensor:
+    """(last, N) bool: of the last query blocks of a layout."""
+    first = layout.blocks - last
     tile, text = layout.block_tile, layout.is_text
-    kept = text[:, None] | text[None, :]
-    video = ~text[:, None] & ~text[None, :]
-    apart = (tile[:, None] - tile[None, :]).abs().sum(-1)
+    kept = text[first:, None] | text[None, :]
+    video = ~text[first:, None] & ~text[None, :]
+    apart = (tile[first:, None] - tile[None, :]).abs().sum(-1)
     if "self" in names:
-        kept = kept | torch.eye(layout.blocks, dtype=torch.bool)
+        kept = kept | torch.eye(layout.blocks, dtype=torch.bool)[first:]
     if "neighbours" in names:
         kept = kept | (video & (apart <= 1))
     if "first-frame" in names:
         kept = kept | (video & (tile[None, :, 0] == 0))
-    with torch.inference_mode(False):
-        return kept.to(device)
+    return kept

@@ -6,6 +6,8 @@
 
 A method on top of this is one file that gives ``draft``: the logits of its map. Everything runs on the device of the queries
 and nothing waits for it.
+
+Queries and keys are the same tokens; or the keys are those of the window of a KV cache, of which the queries' chunk is a part.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from torch import nn
 from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.dynamic_plan import dynamic_plan
 from tilewise.kernels.plans.layout import Grid, Layout, cached_layout, tile_counts
+from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.kernels.selection.block_scores import error_logits, summary_bias
 from tilewise.kernels.selection.block_stats import BlockStats, block_stats
-from tilewise.plugins.methods.base import BlockCompensation, DynamicMethod, Method, Planned
+from tilewise.plugins.methods.base import BlockCompensation, DynamicMethod, Method, Planned, with_tile
 from tilewise.plugins.methods.dynamic.always_keep import always_kept
 from tilewise.plugins.methods.dynamic.block_logits import score_variance
 from tilewise.plugins.methods.dynamic.options import DEFAULT_TILE, Triple, checked
@@ -46,9 +49,9 @@ class DraftMap:
     """What a method expects, before anything is chosen.
 
     Attributes:
-        logits: (B, H, N, N) float32, log of the attention mass of query block i in key block j, up to a constant of the row.
+        logits: (B, H, Nq, Nk) float32, log of the attention mass of query block i in key block j, up to a constant of the row.
         keys: means and variances of the key blocks, if the method made both.
-        s2: (B, H, N, N) float32, the variance of scores within a key block, if the method knows it.
+        s2: (B, H, Nq, Nk) float32, the variance of scores within a key block, if the method knows it.
     """
 
     logits: torch.Tensor
@@ -61,7 +64,8 @@ class BlockSelectionMethod(DynamicMethod):
     """Options that such methods share.
 
     Args:
-        density: fraction of token pairs to keep, in (0, 1], text included. Default 0.25 if ``recall`` is not given.
+        density: fraction of token pairs to keep, in (0, 1], text included. Default 0.25 if ``recall`` is not given. Over the
+            window of a KV cache: of queries and all keys of the window; memory and sink are kept and count.
         recall: instead: fraction of the attention mass to keep, in (0, 1], as the draft estimates it.
         safety: with ``recall``: by how much the draft may underestimate what is lost, ≥ 1; it aims at losing (1 − recall) ÷
             safety. With the default, 3, at least 95 % of the query blocks of the demo model reach a recall of 0.8, 0.9 or 0.95
@@ -83,7 +87,7 @@ class BlockSelectionMethod(DynamicMethod):
         drift: with ``refresh`` > 1: how much estimated recall may fall before the choice is made anew at the next step, in
             [0, 1]; None: not tested.
         probe: queries a call whose recall is measured exactly, for ``summary``; 0: none.
-        min_tokens: shorter sequences stay dense, counted as "short". Default: where sparse attention begins to pay on the
+        min_tokens: calls with fewer keys stay dense, counted as "short". Default: where sparse attention begins to pay on the
             device: 12,800 on a GPU, 1024 on a CPU.
 
     Raises:
@@ -153,6 +157,15 @@ class BlockSelectionMethod(DynamicMethod):
         least = MIN_TOKENS.get(device.type, 0) if self.min_tokens is None else self.min_tokens
         return None if tokens >= least else f"{tokens} tokens, {self.name} pays from {least} on"
 
+    def refuses_window(self) -> str | None:
+        if self.refresh == 1:
+            return None
+        return f"refresh={self.refresh} keeps a choice for {self.refresh} steps, and every pass of a chunk chooses anew"
+
+    @property
+    def depends_on_time(self) -> bool:
+        return self.within is not None or not {"neighbours", "first-frame"}.isdisjoint(self.always)
+
     @property
     def compensates(self) -> bool:
         return self.compensate is not False
@@ -163,8 +176,13 @@ class BlockSelectionMethod(DynamicMethod):
 
     # ── a call ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def draft(self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float) -> DraftMap:
-        """The method's map of a call: query (B, S, H, D) and key (B, S, Hk, D) in the layout's order."""
+    def draft(
+        self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
+    ) -> DraftMap:
+        """The method's map of a call: query (B, Sq, H, D) and key (B, Sk, Hk, D).
+
+        layout: the blocks of the queries. key_layout: those of the keys; None: the same.
+        """
         raise NotImplementedError
 
     def plan_call(
@@ -176,16 +194,19 @@ class BlockSelectionMethod(DynamicMethod):
         scale: float,
         memory: dict[str, Any],
         tick: int,
+        window: WindowKeys | None = None,
     ) -> Planned:
         heads = query.shape[2]
+        keys = layout if window is None else window.layout
         _, rows, text = layout.block_table(query.device)
-        bounds = self._bounds(layout, heads, query.device)
-        drafted = self.draft(layout, query, key, scale)
+        _, key_rows, key_text = keys.block_table(query.device)
+        bounds = self._bounds(layout, heads, query.device, window)
+        drafted = self.draft(layout, query, key, scale, keys)
         logits = drafted.logits
         if bounds is not None:
             logits = logits.masked_fill(~bounds.seen_by_head(heads), -math.inf)
         share = logits.softmax(-1)
-        blocks = self._block_stats(layout, drafted, query, key, value, scale)
+        blocks = self._block_stats(layout, keys, drafted, query, key, value, scale)
         ranked = logits
         if blocks is not None and blocks.values.variance is not None:
             ranked = error_logits(logits, blocks.s2, blocks.values.variance.sum(-1).transpose(1, 2))
@@ -196,15 +217,16 @@ class BlockSelectionMethod(DynamicMethod):
         def choose() -> torch.Tensor:
             if self.density == 1 or self.recall == 1:  # exactly: a rule may stop a rounding error short of it
                 return torch.ones_like(logits, dtype=torch.bool)
-            wanted = always_kept(layout, self.always, query.device)
+            wanted = always_kept(layout, self.always, query.device, window)
             always = wanted if bounds is None else wanted & bounds.seen_by_all()
             density = self.density if self.select in ("head", "shared") else _row_density(self.density, layout)
             kept = select(
-                self.select, ranked, always, rows, density=density, recall=target, floor=self.floor, cap=self.cap
-            )
+                self.select, ranked, always, key_rows, density=density, recall=target, floor=self.floor, cap=self.cap,
+                query_rows=rows,
+            )  # fmt: skip
             if bounds is not None:  # those within the window of some heads alone
                 kept = kept | (wanted & bounds.seen_by_head(heads))
-            kept = kept | text[:, None] | text[None, :]
+            kept = kept | text[:, None] | key_text[None, :]
             return kept if bounds is None else bounds.with_a_key(kept)
 
         def recall_of(kept: torch.Tensor) -> torch.Tensor:
@@ -218,22 +240,24 @@ class BlockSelectionMethod(DynamicMethod):
         else:
             kept = choose()
             recall = recall_of(kept)
-        plan = dynamic_plan(layout, kept) if bounds is None else plan_within(bounds, kept)
+        plan = dynamic_plan(layout, kept, key_layout=keys) if bounds is None else plan_within(bounds, kept)
         if bounds is not None:
             kept = kept & bounds.seen_by_head(heads)
         skipped = None
         if blocks is not None and self.compensates:
             # What is outside the window is not skipped but invisible, and the means of a block partly outside would show it.
             seen = kept if bounds is None else kept | ~bounds.whole_by_head(heads)
-            skipped = BlockCompensation(blocks.keys.mean, blocks.values.mean, summary_bias(blocks.s2, rows, seen))
+            skipped = BlockCompensation(blocks.keys.mean, blocks.values.mean, summary_bias(blocks.s2, key_rows, seen))
         probe = None
         if self.probe:
             at = probe_rows(query.shape[1], self.probe, query.device)
-            probe = exact_recall(query, key, kept, rows, scale, at, bounds).mean()
+            probe = exact_recall(query, key, kept, (rows, key_rows), scale, at, bounds).mean()
         return Planned(plan, skipped, share, recall, probe, broken.sum(dtype=torch.float32))
 
-    def _bounds(self, layout: Layout, heads: int, device: torch.device) -> Bounds | None:
-        return None if self.within is None else _window_bounds(self.within, layout, heads, device)
+    def _bounds(
+        self, layout: Layout, heads: int, device: torch.device, window: WindowKeys | None = None
+    ) -> Bounds | None:
+        return None if self.within is None else _window_bounds(self.within, layout, heads, device, window)
 
     @property
     def ranks_by_error(self) -> bool:
@@ -243,6 +267,7 @@ class BlockSelectionMethod(DynamicMethod):
     def _block_stats(
         self,
         layout: Layout,
+        key_layout: Layout,
         drafted: DraftMap,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -252,18 +277,19 @@ class BlockSelectionMethod(DynamicMethod):
         """What ranking by error and compensation go by; what the method's map has not, is made here. None: not needed."""
         if not (self.compensates or self.ranks_by_error):
             return None
-        start, rows, _ = layout.block_table(query.device)
+        start, rows, _ = key_layout.block_table(query.device)
         keys = drafted.keys or block_stats(key, start, rows, variance=True)
         s2 = drafted.s2
         if s2 is None:
             assert keys.variance is not None
-            s2 = score_variance(block_stats(query, start, rows).mean, keys.variance, scale)
+            query_start, query_rows, _ = layout.block_table(query.device)
+            s2 = score_variance(block_stats(query, query_start, query_rows).mean, keys.variance, scale)
         return _Blocks(keys, block_stats(value, start, rows, variance=self.ranks_by_error), s2)
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Statistics of key and value blocks, and the variance of scores (B, H, N, N). values.variance: None where it is not
+    """Statistics of key and value blocks, and the variance of scores (B, H, Nq, Nk). values.variance: None where it is not
     ranked by error."""
 
     keys: BlockStats
@@ -279,16 +305,18 @@ def default_tile(shape: Triple) -> Triple:
     return (t, h, w)
 
 
-def _window_bounds(within: Method, layout: Layout, heads: int, device: torch.device) -> Bounds:
-    """The window over this layout, kept with it: one that counts tiles counts the layout's."""
-    return layout.cached(("window bounds", within, heads, device), lambda: _make_bounds(within, layout, heads, device))
+def _window_bounds(within: Method, layout: Layout, heads: int, device: torch.device, keys: WindowKeys | None) -> Bounds:
+    """The window over this layout, kept with it: one that counts tiles counts the layout's. keys: of a KV cache."""
+    within = with_tile(within, layout.tile)
 
+    def make() -> Bounds:
+        with torch.inference_mode(False):
+            if keys is None:
+                return bounds_of(within.plan(layout, heads, device))
+            return bounds_of(keys.plan(within.plan(keys.layout, heads, device)))
 
-def _make_bounds(within: Method, layout: Layout, heads: int, device: torch.device) -> Bounds:
-    if any(field.name == "tile" for field in dataclasses.fields(within)):
-        within = dataclasses.replace(within, tile=layout.tile)  # type: ignore[call-arg]
-    with torch.inference_mode(False):
-        return bounds_of(within.plan(layout, heads, device))
+    cached = layout.cached if keys is None else keys.cached
+    return cached(("window bounds", within, heads, device), make)
 
 
 def _row_density(density: float | None, layout: Layout) -> float | None:

@@ -30,13 +30,13 @@ def per_query_head(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def mean_products(query_mean: torch.Tensor, key_mean: torch.Tensor) -> torch.Tensor:
-    """(B, H, N, N): q̄ᵢ·k̄ⱼ, from block means (B, N, H, D) and (B, N, Hk, D)."""
+    """(B, H, Nq, Nk): q̄ᵢ·k̄ⱼ, from block means (B, Nq, H, D) and (B, Nk, Hk, D)."""
     H = query_mean.shape[2]
     return query_mean.transpose(1, 2) @ per_query_head(key_mean, H).transpose(2, 3)
 
 
 def score_variance(query_mean: torch.Tensor, key_variance: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B, H, N, N): sᵢⱼ², the variance of the scores of query i's mean within key block j."""
+    """(B, H, Nq, Nk): sᵢⱼ², the variance of the scores of query i's mean within key block j."""
     H = query_mean.shape[2]
     squared = (scale * query_mean).square().transpose(1, 2)
     return squared @ per_query_head(key_variance, H).transpose(2, 3)

@@ -26,7 +26,7 @@ def exact_recall(
     query: torch.Tensor,
     key: torch.Tensor,
     kept: torch.Tensor,
-    rows: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor],
     scale: float,
     at: torch.Tensor,
     bounds: Bounds | None = None,
@@ -34,14 +34,17 @@ def exact_recall(
     """(B, H, P) float32: attention mass that queries ``at`` keep.
 
     Args:
-        query: (B, S, H, D). key: (B, S, Hk, D). kept: (B, H, N, N) bool. rows: (N,) tokens of each block. at: (P,) int64.
+        query: (B, Sq, H, D). key: (B, Sk, Hk, D). kept: (B, H, Nq, Nk) bool. rows: (Nq,) and (Nk,) tokens of each block of
+            queries and keys. at: (P,) int64.
         bounds: the window that the method is bound to.
     """
     H = query.shape[2]
-    of_token = torch.repeat_interleave(rows.long(), output_size=query.shape[1])
+    of_query, of_key = (
+        torch.repeat_interleave(n.long(), output_size=x.shape[1]) for n, x in zip(rows, (query, key), strict=True)
+    )
     picked = query[:, at].float().transpose(1, 2)
     scores = scale * (picked @ per_query_head(key, H).float().transpose(2, 3))
-    seen = kept.expand(query.shape[0], H, -1, -1)[:, :, of_token[at]][..., of_token]
+    seen = kept.expand(query.shape[0], H, -1, -1)[:, :, of_query[at]][..., of_key]
     if bounds is not None:
-        scores = scores.masked_fill(~bounds.visible(at, of_token, H), -torch.inf)
+        scores = scores.masked_fill(~bounds.visible(at, of_query, of_key, H), -torch.inf)
     return (scores.softmax(-1) * seen).sum(-1)

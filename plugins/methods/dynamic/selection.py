@@ -5,11 +5,11 @@
     head     per head: the best pairs of the whole map                     (DraftAttention, arXiv 2505.14708)
     shared   per sample: the best pairs of all heads' maps together, so that a head gets what it needs
 
-All take ``logits`` (B, H, N, N) float32, the log of the attention mass of query block i in key block j up to a constant of the
-row (−inf: may not be kept), ``always`` (N, N) bool, pairs that are kept in any case and count towards the target, and ``rows``
-(N,) tokens of each block; and give (B, H, N, N) bool. A target is a ``density`` (token pairs kept) or a ``recall`` (mean mass
-kept over the rows that compete with each other). No row ever has fewer than ``floor`` ≥ 1 blocks, and one with a logit that
-is nan or +inf keeps all. None of them waits for the device.
+All take ``logits`` (B, H, Nq, Nk) float32, the log of the attention mass of query block i in key block j up to a constant of the
+row (−inf: may not be kept), ``always`` (Nq, Nk) bool, pairs that are kept in any case and count towards the target, and ``rows``
+(Nk,) tokens of each key block; and give (B, H, Nq, Nk) bool. A target is a ``density`` (token pairs kept) or a ``recall``
+(mean mass kept over the rows that compete with each other). No row ever has fewer than ``floor`` ≥ 1 blocks, and one with a
+logit that is nan or +inf keeps all. None of them waits for the device.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ def select(
     recall: float | None = None,
     floor: int = 1,
     cap: int | None = None,
+    query_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The pairs that ``rule`` keeps; see the module's docstring. cap: most blocks of a row, for "rows" only.
+    """The pairs that ``rule`` keeps; see the module's docstring.
+
+    cap: most blocks of a row, for "rows" only. query_rows: (Nq,) tokens of each query block; None: queries and keys have the
+    same blocks.
 
     Raises:
         ValueError: an unknown rule, or a target that the rule does not take.
@@ -46,18 +50,19 @@ def select(
             raise ValueError("select: 'topk' keeps a fixed number of blocks, and takes a density, not a recall")
         return topk(logits, always, density, floor)
     if rule in ("head", "shared"):
-        return best_pairs(logits, always, rows, density, recall, floor, across_heads=rule == "shared")
+        pair_rows = (rows if query_rows is None else query_rows, rows)
+        return best_pairs(logits, always, pair_rows, density, recall, floor, across_heads=rule == "shared")
     raise ValueError(f"select: unknown rule {rule!r}; there are {', '.join(RULES)}")
 
 
 def broken_rows(logits: torch.Tensor) -> torch.Tensor:
-    """(B, H, N) bool: rows with a logit that is nan or +inf, or with none that is finite."""
+    """(B, H, Nq) bool: rows with a logit that is nan or +inf, or with none that is finite."""
     worst = logits.amax(-1)  # nan wins over everything
     return ~worst.isfinite()
 
 
 def topk(logits: torch.Tensor, always: torch.Tensor, density: float, floor: int = 1) -> torch.Tensor:
-    """As many key blocks for every query block: ⌊density · N⌉, those of ``always`` first."""
+    """As many key blocks for every query block: ⌊density · Nk⌉, those of ``always`` first."""
     N = logits.shape[-1]
     count = min(N, max(round(density * N), floor, 1))
     first = logits.masked_fill(always, torch.inf)
@@ -68,7 +73,7 @@ def topk(logits: torch.Tensor, always: torch.Tensor, density: float, floor: int 
 def best_pairs(
     logits: torch.Tensor,
     always: torch.Tensor,
-    rows: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor],
     density: float | None,
     recall: float | None,
     floor: int = 1,
@@ -78,25 +83,26 @@ def best_pairs(
     """The pairs with the largest share of their row's mass, of each head's map or of all heads' maps of a sample.
 
     DraftAttention's rule leaves query blocks without any key where a head's map is steep; here such a row gets its ``floor``
-    best blocks, which are few and go beyond the target.
+    best blocks, which are few and go beyond the target. rows: of query and of key blocks.
     """
-    B, H, N, _ = logits.shape
+    B, H, M, N = logits.shape
+    queries, keys = rows
     share = logits.log_softmax(-1)
-    pairs = (rows[:, None] * rows[None, :]).to(torch.float32)
-    weight = (share.exp() * rows[:, None] if density is None else pairs).expand(B, H, N, N)
-    pools = (B, 1, H * N * N) if across_heads else (B, H, N * N)
+    pairs = (queries[:, None] * keys[None, :]).to(torch.float32)
+    weight = (share.exp() * queries[:, None] if density is None else pairs).expand(B, H, M, N)
+    pools = (B, 1, H * M * N) if across_heads else (B, H, M * N)
     flat = share.nan_to_num(nan=-torch.inf).masked_fill(always, torch.inf).reshape(pools)
     order = flat.argsort(dim=-1, descending=True, stable=True)
     w = weight.reshape(pools).nan_to_num(nan=0.0).gather(-1, order).double()
     heads = H if across_heads else 1
-    whole = float(heads) * (rows.double().sum() if density is None else rows.double().sum() ** 2)
+    whole = float(heads) * queries.double().sum() * (1 if density is None else keys.double().sum())
     target = recall if density is None else density
     assert target is not None
     summed = w.cumsum(-1)
     # By a density the pair that crosses the target is taken if more than half of it fits; by a recall it is always taken.
     enough = (summed - w if density is None else summed - w / 2) >= target * whole
     free = flat.gather(-1, order) > -torch.inf
-    kept = torch.zeros_like(free).scatter_(-1, order, ~enough & free).reshape(B, H, N, N)
+    kept = torch.zeros_like(free).scatter_(-1, order, ~enough & free).reshape(B, H, M, N)
     if floor > 0:
         best = logits.nan_to_num(nan=-torch.inf).topk(min(floor, N), dim=-1).indices
         least = torch.zeros_like(kept).scatter_(-1, best, True) & (logits > -torch.inf)

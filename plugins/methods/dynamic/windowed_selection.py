@@ -28,13 +28,15 @@ CHUNK = 1 << 22  # pairs of a query row and a key block that are counted at a ti
 class Bounds:
     """A window's plan in the forms that a dynamic method asks for, made once for a layout.
 
+    Queries are the last of the keys, as a chunk is of the frames that a KV cache has; or all of them.
+
     Attributes:
         plan: the window's.
-        seen: (G, N, N) bool, pairs of blocks of which any tokens see each other.
-        whole: (G, N, N) bool, those of which all do.
-        pairs: (G, N, M) float32, token pairs that see each other in each place of the plan's lists.
-        enough: (G, N, N) bool, pairs of blocks in which every query sees a key; None: all that any tokens see each other in.
-        nearest: (G, N, N) bool, key blocks that together show every query of a block a key; None with ``enough``.
+        seen: (G, Nq, Nk) bool, pairs of blocks of which any tokens see each other.
+        whole: (G, Nq, Nk) bool, those of which all do.
+        pairs: (G, Nq, M) float32, token pairs that see each other in each place of the plan's lists.
+        enough: (G, Nq, Nk) bool, pairs of blocks in which every query sees a key; None: all that any tokens see each other in.
+        nearest: (G, Nq, Nk) bool, key blocks that together show every query of a block a key; None with ``enough``.
     """
 
     plan: BlockPlan
@@ -45,18 +47,18 @@ class Bounds:
     nearest: torch.Tensor | None = None
 
     def whole_by_head(self, heads: int) -> torch.Tensor:
-        """(1, H or 1, N, N) bool."""
+        """(1, H or 1, Nq, Nk) bool."""
         return self._by_head(self.whole, heads)
 
     def seen_by_head(self, heads: int) -> torch.Tensor:
-        """(1, H or 1, N, N) bool."""
+        """(1, H or 1, Nq, Nk) bool."""
         return self._by_head(self.seen, heads)
 
     def _by_head(self, pairs: torch.Tensor, heads: int) -> torch.Tensor:
         return pairs[None] if self.plan.sets == 1 else pairs[self.plan.sets_of_heads(heads).long()][None]
 
     def with_a_key(self, kept: torch.Tensor) -> torch.Tensor:
-        """(B, H, N, N) bool: pairs that are kept, with those that every query of the block needs to see a key. A query block
+        """(B, H, Nq, Nk) bool: pairs that are kept, with those that every query of the block needs to see a key. A query block
         that keeps nothing is left as it is."""
         if self.enough is None or self.nearest is None:
             return kept
@@ -64,31 +66,33 @@ class Bounds:
         sure = (kept & self._by_head(self.enough, heads)).any(-1, keepdim=True)
         return kept | (self._by_head(self.nearest, heads) & kept.any(-1, keepdim=True) & ~sure)
 
-    def visible(self, at: torch.Tensor, of_token: torch.Tensor, heads: int) -> torch.Tensor:
-        """(1, H, P, S) bool: the keys within the window of queries ``at``; of_token: (S,) block of each token."""
-        whole = self.whole_by_head(heads).expand(1, heads, -1, -1)[:, :, of_token[at]][..., of_token]
+    def visible(self, at: torch.Tensor, of_query: torch.Tensor, of_key: torch.Tensor, heads: int) -> torch.Tensor:
+        """(1, H, P, Sk) bool: the keys within the window of queries ``at``; of_query, of_key: (Sq,) and (Sk,) block of each
+        token."""
+        whole = self.whole_by_head(heads).expand(1, heads, -1, -1)[:, :, of_query[at]][..., of_key]
         plan = self.plan
         if plan.row_encoding is None or plan.key_encoding is None:
             return whole
-        some = self.seen_by_head(heads).expand(1, heads, -1, -1)[:, :, of_token[at]][..., of_token]
+        some = self.seen_by_head(heads).expand(1, heads, -1, -1)[:, :, of_query[at]][..., of_key]
         agree = torch.stack([inside(plan.key_encoding, codes[:, at], plan.guard_bits) for codes in plan.row_encoding])
         return whole | (some & self._by_head(agree, heads))
 
     def seen_by_all(self) -> torch.Tensor:
-        """(N, N) bool: pairs within the window of every head."""
+        """(Nq, Nk) bool: pairs within the window of every head."""
         return self.seen.all(0)
 
 
 def bounds_of(plan: BlockPlan) -> Bounds:
     """Read a window's plan; its key blocks must be boxes of the grid, as those of tiles with at most 128 tokens are."""
     _, G, N, M = plan.index.shape
+    keys = len(plan.k_start)
     place = torch.arange(M, device=plan.device)
     listed = place < plan.ends[0, :, :, 2:]
     index = plan.index[0].long()
 
     def pairs_of(places: torch.Tensor) -> torch.Tensor:
-        found = torch.zeros(G, N, N + 1, dtype=torch.bool, device=plan.device)
-        return found.scatter_(-1, torch.where(places, index, N), True)[..., :N]
+        found = torch.zeros(G, N, keys + 1, dtype=torch.bool, device=plan.device)
+        return found.scatter_(-1, torch.where(places, index, keys), True)[..., :keys]
 
     rows = plan.q_rows[None, :, None] * plan.k_rows[index]
     pairs = torch.where(listed, rows, 0).float()
@@ -102,7 +106,7 @@ def bounds_of(plan: BlockPlan) -> Bounds:
 
 
 def _partial_pairs(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """(G, N, M) float32: token pairs that the intervals leave, and queries that see a key, if every listed block were partial.
+    """(G, Nq, M) float32: token pairs that the intervals leave, and queries that see a key, if every listed block were partial.
 
     A key block is a box, so per query row the axes multiply: Π over axes of |[lo, hi) ∩ [first, last]|. Some rows at a time:
     all of them would be S × M numbers.
@@ -128,31 +132,31 @@ def _partial_pairs(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _nearest_blocks(plan: BlockPlan, seen: torch.Tensor) -> torch.Tensor:
-    """(G, N, N) bool: the blocks of the visible keys that are nearest to each query, which is itself where it is visible.
+    """(G, Nq, Nk) bool: the blocks of the visible keys that are nearest to each query, which is itself where it is visible.
 
-    seen: (G, N, N) bool, pairs that the plan lists. A query block of which a nearest key lies in a block that is not listed, as
+    seen: (G, Nq, Nk) bool, pairs that the plan lists. A query block of which a nearest key lies in a block that is not listed, as
     where the intervals are those of other blocks alone, gets all that it lists.
     """
     assert plan.coords is not None and plan.intervals is not None
-    G, N, _ = seen.shape
-    video = plan.coords[0] >= 0
+    G, N, K = seen.shape
+    queries = plan.coords[:, -plan.q_len :]
     shape = plan.coords.amax(1).long() + 1
-    block_of_row = torch.repeat_interleave(plan.q_rows.long(), output_size=plan.q_len)
+    of_query = torch.repeat_interleave(plan.q_rows.long(), output_size=plan.q_len)
+    of_key = torch.repeat_interleave(plan.k_rows.long(), output_size=plan.k_len)
 
     def raster(coords: torch.Tensor) -> torch.Tensor:
         t, h, w = coords.clamp_min(0).long().unbind(-2)
         return (t * shape[1] + h) * shape[2] + w
 
-    # Queries and keys are the same tokens: what holds a key is what holds the query at its place.
-    block_at = torch.zeros(plan.q_len, dtype=torch.long, device=plan.device)
-    block_at.scatter_(0, torch.where(video, raster(plan.coords), plan.q_len - 1), block_of_row)
+    block_at = torch.zeros(plan.k_len, dtype=torch.long, device=plan.device)
+    block_at.scatter_(0, torch.where(plan.coords[0] >= 0, raster(plan.coords), plan.k_len - 1), of_key)
     lo = plan.intervals[:, 0::2].clamp_min(0)
     last = torch.minimum(plan.intervals[:, 1::2], shape[:, None]) - 1
-    nearest = torch.maximum(torch.minimum(plan.coords, last), lo)
-    some = (lo <= last).all(1) & video  # (G, S)
-    key_block = torch.where(some, block_at[raster(nearest).clamp_max(plan.q_len - 1)], N)
-    found = torch.zeros(G, N * (N + 1), dtype=torch.bool, device=plan.device)
-    found = found.scatter_(1, block_of_row * (N + 1) + key_block, True).view(G, N, N + 1)[..., :N]
+    nearest = torch.maximum(torch.minimum(queries, last), lo)
+    some = (lo <= last).all(1) & (queries[0] >= 0)  # (G, Sq)
+    key_block = torch.where(some, block_at[raster(nearest).clamp_max(plan.k_len - 1)], K)
+    found = torch.zeros(G, N * (K + 1), dtype=torch.bool, device=plan.device)
+    found = found.scatter_(1, of_query * (K + 1) + key_block, True).view(G, N, K + 1)[..., :K]
     return torch.where((found & ~seen).any(-1, keepdim=True), seen, found)
 
 
@@ -160,7 +164,7 @@ def plan_within(bounds: Bounds, kept: torch.Tensor) -> BlockPlan:
     """The window's plan with only the pairs of blocks that are kept.
 
     Args:
-        kept: (B, H, N, N) bool on the plan's device.
+        kept: (B, H, Nq, Nk) bool on the plan's device.
 
     Returns:
         A plan of B × H lists; ``density`` and ``work`` nan, ``device_density`` on the device, as of ``dynamic_plan``. A query
@@ -199,6 +203,6 @@ def plan_within(bounds: Bounds, kept: torch.Tensor) -> BlockPlan:
         intervals=intervals,
         density=math.nan,
         work=math.nan,
-        device_density=((pairs * chosen).double().sum() / (B * H * plan.q_len**2)).float(),
+        device_density=((pairs * chosen).double().sum() / (B * H * plan.q_len * plan.k_len)).float(),
         _cache={},
     )

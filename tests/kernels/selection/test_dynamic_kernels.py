@@ -424,6 +424,44 @@ def test_lists_of_queries_and_keys_of_two_layouts(seed):
     )
 
 
+@pytest.mark.parametrize("few", ["queries", "keys"])
+def test_scores_of_queries_and_keys_of_two_layouts(few):
+    """Each map of queries and keys together is a part of the map of all blocks, whose queries and keys are the same tokens."""
+    B, H, Hk, D = (1, 2, 1, 16) if INTERPRETED else (2, 4, 2, 16)
+    layout = Layout(Grid(2, 5, 7, text=3), (1, 4, 4), 16)
+    start, rows, _ = layout.block_table(CPU)
+    half = slice(2, 2 + layout.blocks // 2)
+    i, j = (half, slice(None)) if few == "queries" else (slice(None), half)
+    q, k = (random(B, layout.grid.tokens, n, D, seed=n) for n in (H, Hk))
+    keys = block_stats(k, start, rows, variance=True)
+    assert keys.variance is not None
+    products = torch.einsum(
+        "bihd,bjhd->bhij", block_stats(q, start, rows).mean, keys.mean.repeat_interleave(H // Hk, 2)
+    )
+    s2, spread = products.square(), keys.variance.sum(-1).transpose(1, 2)
+    seen = products > 0
+    for found, whole in (
+        (block_logits(products[:, :, i, j], s2[:, :, i, j], rows[j], 0.3), block_logits(products, s2, rows, 0.3)),
+        (error_logits(products[:, :, i, j], s2[:, :, i, j], spread[..., j]), error_logits(products, s2, spread)),
+        (summary_bias(s2[:, :, i, j], rows[j], seen[:, :, i, j]), summary_bias(s2, rows, seen)),
+    ):
+        assert torch.equal(found, whole[:, :, i, j])
+    share = naive_share(q, keys.mean, keys.variance, layout, 0.3)[:, :, i, j]
+    part = keys.mean[:, j].contiguous(), keys.variance[:, j].contiguous()
+    got = block_share(q, *part, start[i], rows[i], 0.3, queries=128, key_rows=rows[j])
+    if few == "queries":  # else each query's share of the keys that are left is another
+        torch.testing.assert_close(got.double(), share, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, torch_block_share(q, *part, start[i], rows[i], 0.3, 128, rows[j]))
+    logits, always = 3 * products[:, :, i, j], torch.eye(layout.blocks, dtype=torch.bool)[i, j]
+    for b, h, target in ((0, 1, {"recall": 0.8}), (B - 1, 0, {"density": 0.3})):
+        kept = select_rows(logits, always, rows[j], **target)[b, h]
+        for at, row in enumerate(logits[b, h].double()):
+            weight = row.softmax(-1) if "recall" in target else rows[j].double() / int(rows[j].sum())
+            aim = target.get("recall") or target["density"] - at * 0.6180339887498949 % 1 / len(row)
+            want = naive_row(row.tolist(), always[at].tolist(), weight.tolist(), aim, 1, len(row))
+            assert set(kept[at].nonzero().flatten().tolist()) == want, (b, h, at)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_summary_rows_of_keys_of_another_layout(dtype):
     queries, keys = Layout(Grid(1, 5, 7, text=3), (1, 4, 4), 16), Layout(Grid(3, 5, 7, text=20), (2, 3, 4), 32)

@@ -8,6 +8,7 @@ import torch
 import tilewise
 from tests.helpers.tiny_wan import tiny_transformer
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.methods.base import with_tile
 from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 from tilewise.plugins.streaming.kv_cache import KVCache
 from tilewise.plugins.streaming.sparse_window import SparseWindow, choose_chunk_tile
@@ -50,7 +51,8 @@ def test_the_plan_is_the_methods_mask(method, policy):
     tokens = H * W
     for slots in ([0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 4, 5, 2, 3, 6, 7]):
         has_memory = memory > 0 and len(slots) == 8
-        plan = window.plan(slots, has_memory, heads, torch.device("cpu"))
+        keys = window.keys(slots, has_memory)
+        plan = keys.plan(with_tile(method, window.layout.tile).plan(keys.layout, heads, torch.device("cpu")))
         kept = memory if has_memory else 0
         in_time = [*range(kept), *(kept + slot for slot in slots)]
         wanted = MaskedWindow(method, kept + 2).mask(len(in_time), heads)

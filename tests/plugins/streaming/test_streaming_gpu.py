@@ -11,6 +11,7 @@ from tests.helpers.causal_reference import with_list_caches
 from tests.helpers.tiny_wan import tiny_pipeline, tiny_transformer
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 from tilewise.plugins.streaming.kv_cache import KVCache
 
@@ -61,8 +62,17 @@ def test_bf16_equals_the_reference_to_rounding():
     assert (got - reference).norm() / reference.norm() < 0.03
 
 
-@pytest.mark.parametrize("method", ["dense", tilewise.STA(window=(1, 3, 3), tile=(3, 4, 8))], ids=["dense", "sta"])
-def test_a_captured_graph_gives_the_same_bits(method):
+CAPTURED = {
+    "dense": "dense",
+    "sta": tilewise.STA(window=(1, 3, 3), tile=(3, 4, 8)),
+    "draft": Draft(density=0.4, min_tokens=0),
+    "draft in a window": Draft(recall=0.8, always=("neighbours",), within=tilewise.STA(window=(2, 3, 3)), min_tokens=0),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_captured_graph_gives_the_same_bits(name):
+    method = CAPTURED[name]
     cache = KVCache(window=12, sink=3)
     model = tilewise.patch(denoiser(), method, steps=(0.0, 1.0))
     plain, _ = velocities(model, 9, cache, graph=False)

@@ -70,6 +70,8 @@ class Config:
         min_tokens: attention calls over fewer tokens stay dense, and ``summary`` counts them as "short". None: 4096 for layers
             with a feature map of their own (UNets; with ``strict``, such a layer is an error until a number is given), no limit
             for others. Dynamic methods have one of their own beside it.
+        vae: a pipeline's ``AutoencoderKLWan`` decodes and encodes in exact fused kernels too, on a GPU that Triton serves and
+            under ``torch.no_grad()``. False: it stays stock.
 
     Raises:
         ConfigError: for a range that is not 0 ≤ from ≤ to ≤ 1 or a ``blocks`` text that cannot be read.
@@ -82,6 +84,7 @@ class Config:
     fuse: bool = True
     precision: str | None = None
     min_tokens: int | None = None
+    vae: bool = True
 
     def __post_init__(self) -> None:
         try:
@@ -94,8 +97,9 @@ class Config:
             raise ConfigError(
                 f"blocks must be a string and strict true or false, got {self.blocks!r} and {self.strict!r}"
             )
-        if not isinstance(self.fuse, bool):
-            raise ConfigError(f"fuse must be true or false, got {self.fuse!r}")
+        for name in ("fuse", "vae"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.precision is not None and self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
         least = self.min_tokens
@@ -128,6 +132,7 @@ class Config:
             "fuse": self.fuse,
             "precision": self.precision,
             "min_tokens": self.min_tokens,
+            "vae": self.vae,
         }
 
     @classmethod
@@ -170,6 +175,7 @@ def resolve(
     fuse: bool | None = None,
     precision: str | None = None,
     min_tokens: int | None = None,
+    vae: bool | None = None,
 ) -> Config:
     """The config for a method name, preset name, method object or config, with the given options on top.
 
@@ -191,7 +197,7 @@ def resolve(
         raise ConfigError(f"method must be a name, a preset, a method object or a Config, got {type(method).__name__}")
     given: dict[str, Any] = {
         "steps": steps, "blocks": blocks, "strict": strict, "fuse": fuse, "precision": precision,
-        "min_tokens": min_tokens,
+        "min_tokens": min_tokens, "vae": vae,
     }  # fmt: skip
     return dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
 

@@ -3,7 +3,8 @@
 1. a forward pre-hook on the denoiser reads the grid and decides whether this step runs the method;
 2. attention processors stand in for the stock ones and answer their attention calls.
 
-Where the model's family has fused kernels for the rest of the step, a third puts them on its blocks.
+Where the model's family has fused kernels for the rest of the step, a third puts them on its blocks. A pipeline's
+``AutoencoderKLWan`` gets some of its own (``autoencoders/patched_vae.py``).
 
 One attribute on the denoiser, ``_tilewise``, holds all state; another, ``__deepcopy__``, makes copies patched ones of their own
 (``deepcopy.py``). ``unpatch`` removes them, the hooks and the processors.
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from tilewise.plugins.autoencoders.patched_vae import VaePatch, patch_on, vae_of
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.diffusers_compat import unwrapped
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
@@ -77,6 +79,7 @@ def patch(
     fuse: bool | None = None,
     precision: str | None = None,
     min_tokens: int | None = None,
+    vae: bool | None = None,
 ) -> T:
     """Replace the attention of a pipeline's denoisers in one call. Weights and classes stay untouched.
 
@@ -95,6 +98,8 @@ def patch(
             a faster step.
         precision: "int8" or "fp8": the method's attention calls with 8-bit products, on a Hopper GPU; see ``Config``.
         min_tokens: attention calls over fewer tokens stay dense, counted as "short"; see ``Config``.
+        vae: take a pipeline's ``AutoencoderKLWan`` along: it decodes and encodes in exact fused kernels, where they can run.
+            Default: what the preset or config says, otherwise True.
 
     Returns:
         ``target``. Patching a patched target replaces the earlier patch; ``unpatch`` always restores the original.
@@ -109,7 +114,14 @@ def patch(
         In each case nothing was changed.
     """
     config = resolve(
-        method, steps=steps, blocks=blocks, strict=strict, fuse=fuse, precision=precision, min_tokens=min_tokens
+        method,
+        steps=steps,
+        blocks=blocks,
+        strict=strict,
+        fuse=fuse,
+        precision=precision,
+        min_tokens=min_tokens,
+        vae=vae,
     )
     denoisers = denoisers_of(target)
     for name, denoiser in denoisers.items():
@@ -118,19 +130,25 @@ def patch(
     for name, denoiser in denoisers.items():
         _check(name, denoiser, configs[name])
     refuse_while_running("patch", denoisers)
-    previous = _configs(denoisers)
+    previous = _configs(denoisers), patch_on(vae_of(target)) is not None
     unpatch(target)
     try:
-        for name, denoiser in denoisers.items():
-            Patch(name, denoiser, target, configs[name])
+        _put_on(target, denoisers, configs, config.vae)
     except BaseException:
         unpatch(target)
-        for name, old in previous.items():
-            Patch(name, denoisers[name], target, old)
+        _put_on(target, denoisers, *previous)
         raise
     for denoiser in denoisers.values():  # compiled code does not look for hooks that come or go
         forget_compiled(denoiser)
     return target
+
+
+def _put_on(target: Any, denoisers: dict[str, nn.Module], configs: dict[str, Config], vae: bool) -> None:
+    for name, config in configs.items():
+        Patch(name, denoisers[name], target, config)
+    autoencoder = vae_of(target) if vae else None
+    if autoencoder is not None:
+        VaePatch(autoencoder)
 
 
 def _check(name: str, denoiser: nn.Module, config: Config) -> None:
@@ -155,6 +173,9 @@ def unpatch(target: T) -> T:
     """
     on = {name: denoiser for name, denoiser in _find_denoisers(target).items() if ATTRIBUTE in denoiser.__dict__}
     refuse_while_running("unpatch", on)
+    vae = vae_of(target)
+    if vae is not None and (patch := patch_on(vae)) is not None:
+        patch.remove(vae)
     for denoiser in on.values():
         forget_compiled(denoiser)  # before, as the patch's own hooks may be compiled too
         denoiser.__dict__[ATTRIBUTE].remove(denoiser)
@@ -182,19 +203,27 @@ def patched(
     fuse: bool | None = None,
     precision: str | None = None,
     min_tokens: int | None = None,
+    vae: bool | None = None,
 ) -> Iterator[T]:
     """``with patched(pipe, "sta"): …``: patch for the length of a block, then unpatch.
 
     A target that was patched before gets its earlier config back, with a new ``summary``.
     """
     denoisers = denoisers_of(target)
-    before = _configs(denoisers)
+    before = _configs(denoisers), patch_on(vae_of(target)) is not None
     patch(
-        target, method, steps=steps, blocks=blocks, strict=strict, fuse=fuse, precision=precision, min_tokens=min_tokens
+        target,
+        method,
+        steps=steps,
+        blocks=blocks,
+        strict=strict,
+        fuse=fuse,
+        precision=precision,
+        min_tokens=min_tokens,
+        vae=vae,
     )
     try:
         yield target
     finally:
         unpatch(target)
-        for name, config in before.items():
-            Patch(name, denoisers[name], target, config)
+        _put_on(target, denoisers, *before)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from tilewise.plugins.autoencoders.patched_vae import patch_on, vae_of
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.call_stats import FALLBACK, OTHER_REASONS, SPARSE, CallKind, CallRecord
@@ -38,6 +39,16 @@ class SummaryRow:
 
 
 @dataclass(frozen=True)
+class VaeRow:
+    """Calls of a patched VAE's decoder or encoder, each of one latent frame (or of one tile of it)."""
+
+    part: str  # "decoder" or "encoder"
+    calls: int
+    fused: bool
+    reason: str = ""  # why the stock code ran
+
+
+@dataclass(frozen=True)
 class Summary:
     """What the attention calls of a patched target did since it was patched."""
 
@@ -46,6 +57,7 @@ class Summary:
     grids: dict[str, str]
     skipped_layers: dict[str, str]
     notes: tuple[str, ...] = ()  # what the model's family has to say, such as where its fused kernels stay off
+    vae: tuple[VaeRow, ...] = ()  # empty if it is not patched, or was not called
 
     @property
     def calls(self) -> int:
@@ -104,6 +116,7 @@ class Summary:
             "broken": self.broken,
             "skipped_layers": self.skipped_layers,
             "notes": list(self.notes),
+            "vae": [dataclasses.asdict(row) for row in self.vae],
             "rows": [{k: _finite(v) for k, v in dataclasses.asdict(row).items()} for row in self.rows],
         }
 
@@ -121,6 +134,9 @@ class Summary:
         if self.broken:
             lines.append(f"queries or keys were not finite: {self.broken} lists of key blocks kept everything")
         lines += [f"{name} stays dense: {reason}" for name, reason in self.skipped_layers.items()]
+        for row in self.vae:
+            how = "fused" if row.fused else f"stock code ({row.reason})"
+            lines.append(f"vae.{row.part}: {row.calls} calls, {how}")
         return "\n".join([*lines, *self.notes])
 
 
@@ -210,4 +226,16 @@ def summary(target: Any) -> Summary:
             denoisers[name], fuse=patch.config.fuse, dense=patch.state.call_stats.skipped_layers
         )
     )
-    return Summary(config.to_dict(), rows, grids, skipped, notes)
+    vae, more = _vae(target)
+    return Summary(config.to_dict(), rows, grids, skipped, notes + more, vae)
+
+
+def _vae(target: Any) -> tuple[tuple[VaeRow, ...], tuple[str, ...]]:
+    """What a patched VAE's calls did, and which of its modules stay stock."""
+    patch = patch_on(vae_of(target))
+    if patch is None:
+        return (), ()
+    with patch.lock:
+        rows = [VaeRow(kind.what, calls, kind.fused, kind.reason) for kind, calls in patch.calls.items()]
+    left = tuple(f"vae.{name} runs stock code: {reason}" for name, reason in patch.left_alone.items())
+    return tuple(sorted(rows, key=lambda row: (row.part, row.reason))), left

@@ -8,6 +8,7 @@ empty. The original is not touched, not even for a moment.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -30,13 +31,9 @@ def copy_patched(patch: Patch, denoiser: nn.Module, attributes: set[str], memo: 
     Args:
         attributes: what ``patch`` added to the denoiser's own attributes.
     """
-    memo[id(patch)] = patch  # hooks that are its methods are copied as they are, and removed below
+    memo[id(patch)] = patch  # hooks that are its methods are copied as they are, and removed
     memo[id(patch.calls)] = patch.calls
-    copied: Any = type(denoiser).__new__(type(denoiser))
-    memo[id(denoiser)] = copied
-    kept = {name: value for name, value in denoiser.__dict__.items() if name not in attributes}
-    copied.__setstate__(copy.deepcopy(kept, memo))
-    _clean(copied, patch.handles, memo)
+    copied = copy_without(denoiser, patch.handles, attributes, memo)
     pipe = patch.state.pipe()
     # A denoiser that is copied alone leaves its pipeline, whose scheduler will not count its steps.
     owner = memo.get(id(pipe), copied) if pipe is not None else copied
@@ -44,7 +41,17 @@ def copy_patched(patch: Patch, denoiser: nn.Module, attributes: set[str], memo: 
     return copied
 
 
-def shallow_state(patch: Patch, denoiser: nn.Module) -> dict[str, Any]:
+def copy_without(module: nn.Module, handles: Sequence[Any], attributes: set[str], memo: dict[int, Any]) -> Any:
+    """A deep copy of a module without these of its own attributes, and without what ``handles`` had put on it."""
+    copied: Any = type(module).__new__(type(module))
+    memo[id(module)] = copied
+    kept = {name: value for name, value in module.__dict__.items() if name not in attributes}
+    copied.__setstate__(copy.deepcopy(kept, memo))
+    _clean(copied, handles, memo)
+    return copied
+
+
+def shallow_state(patch: Any, denoiser: nn.Module) -> dict[str, Any]:
     """What ``copy.copy(denoiser)`` gets. It shares modules, hooks and patch with the original, as shallow copies do, and no
     deep copy can be made of it: the patch knows the modules by the original."""
 
@@ -57,7 +64,7 @@ def shallow_state(patch: Patch, denoiser: nn.Module) -> dict[str, Any]:
     return {**{name: value for name, value in denoiser.__dict__.items() if name != STATE}, COPIER: refuse}
 
 
-def _clean(copied: nn.Module, handles: list[Any], memo: dict[int, Any]) -> None:
+def _clean(copied: nn.Module, handles: Sequence[Any], memo: dict[int, Any]) -> None:
     """Take what ``handles`` had put on the original off its copy."""
     ids = {handle.id for handle in handles if isinstance(handle, RemovableHandle)}
     for module in copied.modules():

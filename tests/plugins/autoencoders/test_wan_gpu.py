@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan
 from tests.plugins.autoencoders.test_wan_fused import random_gains
 from tilewise.kernels.fused.rms_norm_silu import rms_norm_silu, rms_norm_silu_reference
 from tilewise.kernels.fused.upsample_nearest import upsample_nearest, upsample_nearest_reference
+from tilewise.plugins.autoencoders.patched_vae import VaePatch
 from tilewise.plugins.autoencoders.streaming import streaming_decoder, streaming_encoder
 from tilewise.plugins.autoencoders.wan_checks import why_stock
 
@@ -49,6 +50,23 @@ def test_float32_equals_stock_and_chunks_the_whole(vae, batch):
         assert torch.equal(torch.cat([decoder.decode(part) for part in z.split(chunks, 2)], 2), whole)
     again = streaming_encoder(vae).encode(want)
     torch.testing.assert_close(again, vae.encode(want).latent_dist.mode(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_patched_vae_gives_the_bits_of_a_stream(vae, dtype):
+    z = latents(vae.to(dtype), dtype)
+    want = streaming_decoder(vae).decode(z)
+    stock = vae.decode(z, return_dict=False)[0]
+    patch = VaePatch(vae)
+    try:
+        frames = vae.decode(z, return_dict=False)[0]
+        moments = vae.encode(frames).latent_dist.mode()
+        assert patch.calls == {("decoder", ""): 4, ("encoder", ""): 4}
+    finally:
+        patch.remove(vae)
+    assert torch.equal(frames, want)
+    assert torch.equal(moments, streaming_encoder(vae).encode(frames))
+    assert torch.equal(vae.decode(z, return_dict=False)[0], stock)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -24,9 +23,8 @@ def test_the_demo_model_says_what_it_is_for():
 
 def test_the_demo_clip_shows_the_prompt(tmp_path):
     command = [sys.executable, "-m", "tilewise", "generate", PROMPT, "--method", "sta-balanced"]
-    command += ["--steps", "10", "--out", "demo.mp4"]
-    env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500, check=False)
+    command += ["--steps", "6", "--out", "demo.mp4"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stderr
 
     frames = read_frames(tmp_path / "demo.mp4")

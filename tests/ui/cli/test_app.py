@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import global_state
 import pytest
 import tiny_wan
 import torch
@@ -23,6 +24,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from typer.testing import CliRunner
 
 import tilewise
+from tilewise.__main__ import main
 from tilewise.pipelines.generation.generate import add_content_score
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.video import read_frames, read_settings
@@ -96,9 +98,11 @@ def test_generate_dense_twice_gives_the_same_clip(tiny_pipe_dir, tmp_path):
     assert (a == b).all()
 
 
-def test_dry_run_writes_nothing(tiny_pipe_dir, tmp_path):
-    result = cli("generate", PROMPT, "--model", tiny_pipe_dir, "--density", "0.3", "--dry-run", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_dry_run_writes_nothing(tiny_pipe_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", PROMPT, "--model", str(tiny_pipe_dir), "--density", "0.3", "--dry-run"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr
     assert files_in(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
     for word in (PROMPT, "density=0.3", "5×8×8", f"outputs/{NAME}.mp4"):
@@ -118,9 +122,9 @@ def test_explain(tiny_pipe_dir):
     assert 0 < told["density"] <= 1
 
 
-def test_env(tmp_path):
-    result = cli("env", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_env():
+    result = CliRunner().invoke(app, ["env"])
+    assert result.exit_code == 0, result.stderr
     for word in ("python", torch.__version__, "diffusers", "ffmpeg", "cpu", "chosen", "triton"):
         assert word in result.stdout
 
@@ -318,8 +322,8 @@ def test_bad_commands(words, code, tiny_pipe_dir, tmp_path, monkeypatch):
     assert CliRunner().invoke(app, words).exit_code == code
 
 
-def test_exit_codes_of_the_program(tiny_pipe_dir, tmp_path):
-    """One of each code from a real process: bad usage, a damaged model, a model that makes no picture."""
+def test_exit_codes_of_the_program(tiny_pipe_dir, tmp_path, monkeypatch, capsys):
+    """One of each code from the entry point: bad usage, a damaged model and, in a real process, a model that makes no picture."""
     damaged = shutil.copytree(tiny_pipe_dir, tmp_path / "damaged")
     weights = damaged / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -334,11 +338,20 @@ def test_exit_codes_of_the_program(tiny_pipe_dir, tmp_path):
         (damaged, [], 3, weights.name),
         (tmp_path / "broken", size, 1, "NaN"),
     ):
-        result = cli("generate", PROMPT, "--model", model, "--out", "c.mp4", *words, cwd=tmp_path / "run")
-        assert result.returncode == code, result.stderr
-        assert message in result.stderr
-        assert "Traceback" not in result.stderr
-        assert result.stdout == ""
+        command = ["generate", PROMPT, "--model", model, "--out", "c.mp4", *words]
+        if code == 1:
+            result = cli(*command, cwd=tmp_path / "run")
+            found, stdout, stderr = result.returncode, result.stdout, result.stderr
+        else:
+            monkeypatch.chdir(tmp_path / "run")
+            monkeypatch.setattr(sys, "argv", ["tilewise", *map(str, command)])
+            with global_state.restored(), pytest.raises(SystemExit) as ended:
+                main()
+            found, (stdout, stderr) = ended.value.code, capsys.readouterr()
+        assert found == code, stderr
+        assert message in stderr
+        assert "Traceback" not in stderr
+        assert stdout == ""
         assert files_in(tmp_path / "run") == []
 
 

@@ -217,6 +217,7 @@ def test_a_second_batch_in_the_folder_is_refused(tiny_pipe_dir, prompts):
     process = start(*words, cwd=prompts)
     try:
         wait_for(process, "[1/1] 00000-clip-0")
+        process.send_signal(signal.SIGSTOP)  # it holds the folder; the core is of use to the others
         for more in ([], ["--seeds", "5", "--steps", "3"], ["--overwrite"]):
             result = invoke(*words, *more)
             assert result.exit_code == 2, result.output
@@ -249,12 +250,12 @@ def test_two_processes_share_the_work(tiny_pipe_dir, prompts):
 
 def test_one_of_two_processes_is_killed_in_mid_job(tiny_pipe_dir, prompts):
     """A rerun completes exactly the missing work: nothing twice, nothing lost."""
-    rows(prompts, *[2] * 6, 800, 800)  # one long job for each process, made last
+    rows(prompts, *[2] * 6, 400, 400)  # one long job for each process, made last
     words = ["batch", "p.jsonl", "--model", tiny_pipe_dir, "--out", "o"]
     processes = ranks(words, prompts)
     try:
         wait_for(processes[1], "[4/4]")
-        time.sleep(0.5)  # well inside of the denoising
+        time.sleep(0.2)  # well inside of the denoising
         processes[1].send_signal(signal.SIGKILL)
         assert processes[1].wait() == -signal.SIGKILL
         stdout, stderr = processes[0].communicate(timeout=300)

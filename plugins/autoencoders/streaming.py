@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from tilewise.plugins.autoencoders.blended import SERVED, BlendedStreamingDecoder
+from tilewise.plugins.autoencoders.cogvideox import CogVideoXStreamingDecoder
 from tilewise.plugins.autoencoders.wan import WanStreamingDecoder, WanStreamingEncoder
 from tilewise.plugins.diffusers_compat import unwrapped, wan_vae_modules
 from tilewise.plugins.errors import UnsupportedModelError
@@ -33,7 +35,14 @@ class StreamingDecoder(Protocol):
 
         Returns:
             (B, 3, F, H, W) in −1 … 1: one frame of the clip's first latent, as many as the VAE has in a latent of every other.
+            Decoders other than Wan's may keep some for the next call.
+
+        Raises:
+            ConfigError: latents of another shape than the clip's.
         """
+
+    def flush(self) -> torch.Tensor | None:
+        """The end of the clip: frames that waited for more latents, or None."""
 
     def reset(self) -> None:
         """Begin a new clip."""
@@ -70,20 +79,29 @@ class StreamingEncoder(Protocol):
 
 
 def streaming_decoder(vae: Any, *, fuse: bool = True) -> StreamingDecoder:
-    """The decoder of one clip for a VAE.
+    """The decoder of one clip for a VAE: exact for Wan's and CogVideoX's, blended (``exact`` is False) for others with frames.
+
+    It does not tile, except where a blended one calls a VAE's own ``decode``.
 
     Args:
-        fuse: run fused kernels on a GPU that Triton serves, where they compute what the stock modules do; see
+        fuse: run fused kernels on a GPU that Triton serves, where they compute what the stock modules of a Wan VAE do; see
             ``wan_checks.why_stock``. A VAE with the fused kernels of ``tilewise.patch`` on it runs them in any case.
 
     Raises:
-        UnsupportedModelError: for a VAE that cannot go on where it stopped.
+        UnsupportedModelError: for a VAE that decodes no frames, or not in parts.
     """
     vae = unwrapped(vae)
+    name = type(vae).__name__
     if type(vae) is wan_vae_modules().autoencoder:
         return WanStreamingDecoder(vae, fuse)
+    if name == "AutoencoderKLCogVideoX":
+        return CogVideoXStreamingDecoder(vae)
+    if name in SERVED and not vae.config.get("timestep_conditioning"):
+        return BlendedStreamingDecoder(vae)
+    why = "its decoder takes a timestep" if name in SERVED else "it decodes images, or is not known here"
     raise UnsupportedModelError(
-        f"streaming: {type(vae).__name__} cannot decode a clip bit by bit here; AutoencoderKLWan can"
+        f"streaming: {name} cannot decode a clip bit by bit: {why}. Served exactly: AutoencoderKLWan, AutoencoderKLCogVideoX; "
+        f"blended: {', '.join(SERVED)}"
     )
 
 

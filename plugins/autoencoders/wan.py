@@ -7,6 +7,8 @@ are left where four chunks should give 25).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,14 +16,14 @@ import torch
 from tilewise.plugins.autoencoders.wan_checks import why_stock
 from tilewise.plugins.autoencoders.wan_fused import REPEAT, FusedPass
 from tilewise.plugins.diffusers_compat import before_call, wan_patches, wan_vae_modules
-from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.plugins.hooks.forward_override import has_own_forward
 
 GROUP = 4  # frames that the stock encoder takes at a time, after the first
 
 
 class FeatureCache:
-    """What a clip's convolutions have seen. Entries are replaced, not written to, so a shallow copy is a way back."""
+    """What a clip's convolutions have seen. Entries are replaced and not written to: a state holds what it held."""
 
     def __init__(self, module: Any) -> None:
         """module: the VAE's decoder or encoder."""
@@ -69,11 +71,25 @@ class _Clip:
         self.fuse = fuse
         self._cache = FeatureCache(module)
         self._shape: tuple[int, ...] | None = None
+        self._failed = False
 
     def reset(self) -> None:
         """Begin a new clip."""
         self._cache.reset()
-        self._shape = None
+        self._shape, self._failed = None, False
+
+    @contextmanager
+    def _call(self) -> Iterator[list[Any]]:
+        """The entries of the cache, for one call. They are changed in place: a second set of them would be gigabytes at 720p."""
+        if self._failed:
+            raise TilewiseError(
+                "streaming: an earlier call of this clip failed half-way, and its feature cache is of no use. Call reset(), or "
+                "load_state_dict() of a state from before"
+            )
+        self._failed = True
+        before_call(self.vae)
+        yield self._cache.entries
+        self._cache.begun, self._failed = True, False
 
     def _check(self, x: torch.Tensor, what: str, channels: int) -> None:
         if x.ndim != 5 or x.shape[1] != channels or not x.shape[2]:
@@ -99,7 +115,7 @@ class _Clip:
 class WanStreamingDecoder(_Clip):
     """See ``StreamingDecoder``. One latent at a time, as in the stock decoder: chunks of any size give the same bits.
 
-    An exception leaves the clip where it was before the call.
+    After an exception in mid-call the clip cannot go on: ``reset`` it, or load a state.
     """
 
     def __init__(self, vae: Any, fuse: bool = True) -> None:
@@ -109,21 +125,21 @@ class WanStreamingDecoder(_Clip):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae, frames = self.vae, []
         self._check(latents, "decode", vae.config.z_dim)
-        before_call(vae)
-        entries, first = list(self._cache.entries), not self._cache.begun
-        for latent in latents.split(1, 2):
-            frames.append(self._run(vae.decoder, vae.post_quant_conv(latent), entries, first, encode=False))
-            first = False
-        video = wan_patches(torch.cat(frames, 2), vae.config.patch_size, inverse=True).clamp(-1.0, 1.0)
-        self._cache.entries, self._cache.begun = entries, True
-        return video
+        with self._call() as entries:
+            for i, latent in enumerate(latents.split(1, 2)):
+                first = not self._cache.begun and i == 0
+                frames.append(self._run(vae.decoder, vae.post_quant_conv(latent), entries, first, encode=False))
+        return wan_patches(torch.cat(frames, 2), vae.config.patch_size, inverse=True).clamp(-1.0, 1.0)
+
+    def flush(self) -> None:
+        """Nothing waits."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self._cache.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self._cache.load_state_dict(state)
-        self._shape = None
+        self._shape, self._failed = None, False
 
 
 class WanStreamingEncoder(_Clip):
@@ -141,17 +157,15 @@ class WanStreamingEncoder(_Clip):
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         vae = self.vae
         self._check(frames, "encode", 3)
-        before_call(vae)
         waiting = frames if self._waiting is None else torch.cat([self._waiting, frames], 2)
-        entries, first, latents = list(self._cache.entries), not self._cache.begun, []
-        while waiting.shape[2] >= (1 if first else GROUP):
-            count = 1 if first else GROUP
-            group, waiting = waiting[:, :, :count], waiting[:, :, count:]
-            x = wan_patches(group, vae.config.patch_size, inverse=False)
-            moments = self._run(vae.encoder, x, entries, first, encode=True)
-            latents += [vae.quant_conv(part)[:, : vae.config.z_dim] for part in moments.split(1, 2)]
-            first = False
-        self._cache.entries, self._cache.begun, self._waiting = entries, True, waiting.clone()
+        latents, first = [], not self._cache.begun
+        with self._call() as entries:
+            while waiting.shape[2] >= (count := 1 if first else GROUP):
+                x = wan_patches(waiting[:, :, :count], vae.config.patch_size, inverse=False)
+                moments = self._run(vae.encoder, x, entries, first, encode=True)
+                latents += [vae.quant_conv(part)[:, : vae.config.z_dim] for part in moments.split(1, 2)]
+                waiting, first = waiting[:, :, count:], False
+        self._waiting = waiting.clone()
         if latents:
             return torch.cat(latents, 2)
         ratio = vae.config.scale_factor_spatial
@@ -164,4 +178,4 @@ class WanStreamingEncoder(_Clip):
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self._cache.load_state_dict({name: entry for name, entry in state.items() if name != "waiting"})
-        self._waiting, self._shape = state.get("waiting"), None
+        self._waiting, self._shape, self._failed = state.get("waiting"), None, False

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import tilewise
 from tests.helpers.tiny_wan import tiny_vae
 from tests.plugins.autoencoders.test_streaming_decode import wan22_vae
 from tilewise.plugins.autoencoders import wan_checks
@@ -137,11 +138,12 @@ def test_the_state_comes_back_bit_for_bit(vae, after):
     assert torch.equal(two.decode(z[:, :, after:]), one.decode(z[:, :, after:]))
 
 
-def test_an_exception_leaves_the_clip_where_it_was(vae, monkeypatch):
+def test_after_an_exception_a_clip_goes_on_from_a_state_only(vae, monkeypatch):
     z = latents(vae)
     whole = streaming_decoder(vae).decode(z)
     decoder = streaming_decoder(vae)
     first = decoder.decode(z[:, :, :1])
+    state = decoder.state_dict()
     calls = iter([False, True])
     real = vae.post_quant_conv.forward
 
@@ -154,7 +156,16 @@ def test_an_exception_leaves_the_clip_where_it_was(vae, monkeypatch):
         patch.setattr(type(vae.post_quant_conv), "forward", lambda self, *args: fails(*args))
         with pytest.raises(RuntimeError, match="out of memory"):
             decoder.decode(z[:, :, 1:])
+    with pytest.raises(tilewise.TilewiseError, match="failed half-way"):
+        decoder.decode(z[:, :, 1:])
+    decoder.load_state_dict(state)
     assert torch.equal(torch.cat([first, decoder.decode(z[:, :, 1:])], 2), whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(vae.post_quant_conv), "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            decoder.decode(z)
+    decoder.reset()
+    assert torch.equal(decoder.decode(z), whole)
 
 
 def test_weights_that_change_in_mid_clip_are_seen():

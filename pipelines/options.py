@@ -16,6 +16,7 @@ from tilewise.plugins.errors import ConfigError, unknown
 
 KINDS = {
     "text": "text",
+    "texts": "text, or a list of texts",
     "whole": "a whole number",
     "number": "a number",
     "flag": "true or false",
@@ -26,6 +27,7 @@ KINDS = {
 """Kinds of values, as messages call them."""
 
 _KIND_OF_TYPE = {"str": "text", "int": "whole", "float": "number", "bool": "flag", "tuple[int, int]": "size"}
+_KIND_OF_TYPE["tuple[str, ...]"] = "texts"  # an option that may be repeated
 _METADATA = "tilewise option"
 
 
@@ -64,6 +66,7 @@ class Option:
         is_text, is_bool = isinstance(value, str), isinstance(value, bool)
         valid = {
             "text": is_text,
+            "texts": is_text or (isinstance(value, list) and all(isinstance(one, str) for one in value)),
             "whole": isinstance(value, int) and not is_bool,
             "number": isinstance(value, int | float) and not is_bool,
             "flag": is_bool,

@@ -105,7 +105,7 @@ def _clip_options() -> dict[str, Option]:
     options = options_of(GenerateSettings)
     del options["prompt"]
     of_method = [
-        Option("window", "window", "Window of method sta in tiles, t,h,w, such as 3,3,3."),
+        Option("window", "window", "Window of method sta in tiles, t,h,w, such as 3,3,3; of --stream, latent frames."),
         Option("density", "number", "Fraction of token pairs to keep, in (0, 1], instead of a window."),
     ]
     dtype = Option("dtype", "text", "auto, float32, bfloat16 or float16.", shown_default="auto")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -28,6 +28,9 @@ class _Blend:
     done: int = 0
 
 
+_Change: TypeAlias = tuple[str, torch.Tensor, str, int]  # prompt, text states, how, over
+
+
 @dataclass
 class Prompts:
     """The prompt of a stream, and what is to become of it at the next chunk.
@@ -40,11 +43,13 @@ class Prompts:
     encode: Callable[[str], torch.Tensor]
     prompt: str
     states: TextStates
-    _waiting: tuple[str, torch.Tensor, str, int] | None = None
+    _waiting: _Change | None = None
+    _planned: list[tuple[int, _Change]] = field(default_factory=list, repr=False)  # (first frame, change), rising
     _blend: _Blend | None = field(default=None, repr=False)
 
-    def change(self, prompt: str, how: str, over: int) -> None:
-        """From the next chunk on. A change that is still waiting is replaced.
+    def change(self, prompt: str, how: str, over: int, frame: int | None = None) -> None:
+        """From the next chunk on, or from the first chunk on that begins at a frame of the video or after it. A change that is
+        still waiting for the same chunk is replaced.
 
         Raises:
             ConfigError: an empty prompt, an unknown ``how``, or ``over`` below 1.
@@ -55,7 +60,16 @@ class Prompts:
             raise unknown("way to change a prompt", how, CHANGES)
         if not isinstance(over, int) or over < 1:
             raise ConfigError(f"set_prompt: over must be a whole number of chunks, at least 1, not {over!r}")
-        self._waiting = prompt, self.encode(prompt), how, over
+        change = prompt, self.encode(prompt), how, over
+        if frame is None:
+            self._waiting = change
+        else:
+            self._planned = sorted([*self._planned, (frame, change)], key=lambda one: one[0])
+
+    @property
+    def planned(self) -> list[str]:
+        """The prompts whose frames have not been begun."""
+        return [change[0] for _, change in self._planned]
 
     def waiting_state(self) -> dict[str, tuple[dict[str, torch.Tensor], list[Any]]]:
         """What is not yet applied: tensors and JSON values by name."""
@@ -63,6 +77,9 @@ class Prompts:
         if self._waiting is not None:
             prompt, states, how, over = self._waiting
             found["waiting"] = {"states": states}, [prompt, how, over]
+        if self._planned:
+            of_planned = {str(i): change[1] for i, (_, change) in enumerate(self._planned)}
+            found["planned"] = of_planned, [[frame, told[0], *told[2:]] for frame, told in self._planned]
         if (blend := self._blend) is not None:
             found["blend"] = {"begin": blend.begin, "end": blend.end}, [blend.over, blend.done]
         return found
@@ -73,12 +90,20 @@ class Prompts:
         if "waiting" in state:
             tensors, (prompt, how, over) = state["waiting"]
             self._waiting = prompt, tensors["states"].to(device), how, over
+        if "planned" in state:
+            tensors, told = state["planned"]
+            self._planned = [
+                (frame, (prompt, tensors[str(i)].to(device), how, over))
+                for i, (frame, prompt, how, over) in enumerate(told)
+            ]
         if "blend" in state:
             tensors, (over, done) = state["blend"]
             self._blend = _Blend(tensors["begin"].to(device), tensors["end"].to(device), over, done)
 
-    def before_chunk(self, sampler: CausalSampler, history: History) -> None:
-        """Apply what is waiting, between two chunks."""
+    def before_chunk(self, sampler: CausalSampler, history: History, frame: int) -> None:
+        """Apply what is waiting, between two chunks. frame: number of the first one of the chunk that comes."""
+        while self._planned and self._planned[0][0] <= frame:
+            self._waiting = self._planned.pop(0)[1]
         if self._waiting is not None:
             prompt, states, how, over = self._waiting
             if how == "blend":

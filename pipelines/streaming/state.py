@@ -119,7 +119,7 @@ def restore(stream: VideoStream, state: StreamState) -> None:
     if "negative" in tensors:
         prompts.states.negative = tensors["negative"].to(device)
     prompts.load_waiting(
-        {name: (_under(name, tensors), values[name]) for name in ("waiting", "blend") if name in values}
+        {name: (_under(name, tensors), values[name]) for name in ("waiting", "planned", "blend") if name in values}
     )
     history.chunks = [(first, tensors[f"history.{i}"].to(device)) for i, first in enumerate(values["history"])]
     history.sink = tensors["sink"].to(device) if "sink" in tensors else None

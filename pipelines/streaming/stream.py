@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tilewise.kernels.plans.layout import Grid
-from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_spaces
 from tilewise.pipelines.loading.model_defaults import model_defaults
+from tilewise.pipelines.streaming.checks import cache_of, check_stream
 from tilewise.pipelines.streaming.decoding import FrameDecoder
 from tilewise.pipelines.streaming.prompts import Prompts
 from tilewise.pipelines.streaming.recipe import CausalRecipe
@@ -21,11 +20,9 @@ from tilewise.pipelines.streaming.video_stream import VideoStream
 from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike
 from tilewise.plugins.diffusers_compat import execution_device
-from tilewise.plugins.errors import ConfigError, UnsupportedModelError
-from tilewise.plugins.models.common.family import Size
-from tilewise.plugins.models.common.registry import family_of
+from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of, is_patched, patch, unpatch
-from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser, rotary_of
+from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 from tilewise.plugins.streaming.kv_cache import KVCache
 
 RECIPE = "_tilewise_recipe"  # what load_causal_checkpoint leaves on a denoiser: the recipe's dict
@@ -89,23 +86,12 @@ def stream(
         raise ConfigError(f"stream: seconds must be above 0, not {seconds!r}")
     if not fps > 0:
         raise ConfigError(f"stream: fps must be above 0, not {fps!r}")
-    for denoiser in denoisers:
-        rotary_of(denoiser)
-    space = _space_of(pipe)
     height, width = recipe.height if height is None else height, recipe.width if width is None else width
+    cache = cache or cache_of(recipe)
+    space, grid = check_stream(pipe, recipe, cache, chunk=chunk, height=height, width=width)
     first: Any = denoisers[0]
-    family = family_of(first)
-    assert family is not None
-    whole = family.grid_of_size(first, pipe, Size(height, width, 1))
-    grid = Grid(chunk, whole.h, whole.w)
     start_picture = None if image is None else _picture(image, height, width)
-    cache = cache or KVCache(
-        recipe.window, recipe.sink, recipe.memory or None, sink_position=recipe.sink_position, policy=recipe.policy
-    )
-    cache.check_chunk(max(chunk, recipe.first_chunk or 0))
     used = denoisers if recipe.boundary is not None else denoisers[:1]
-    if recipe.boundary is not None and len(denoisers) < 2:
-        raise ConfigError(f"stream: the recipe {recipe.name} has a boundary, and this pipeline one transformer")
     device = execution_device(pipe, pipe.device)
     if hasattr(pipe.vae, "_hf_hook"):
         raise ConfigError(
@@ -170,15 +156,6 @@ def _recipe_of(denoisers: list[Any], given: CausalRecipe | None) -> CausalRecipe
             "(recipe=tilewise.CausalRecipe(...))"
         )
     return CausalRecipe.from_dict(kept)
-
-
-def _space_of(pipe: Any) -> LatentSpace:
-    spaces, kind = latent_spaces(), type(pipe).__name__
-    if kind not in spaces or not hasattr(pipe, "vae"):
-        raise UnsupportedModelError(
-            f"stream: {kind} cannot stream; load the checkpoint into a WanPipeline, which its transformer belongs to"
-        )
-    return spaces[kind]
 
 
 def _encoder(pipe: Any, device: torch.device, length: int | None) -> Callable[[str], torch.Tensor]:

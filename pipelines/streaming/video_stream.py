@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from tilewise.pipelines.streaming.prompts import History, Prompts
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.sampler import CausalSampler
 from tilewise.pipelines.streaming.state import StreamState, restore, state_of
-from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.errors import ConfigError, TilewiseError
 
 
 @dataclass(frozen=True)
@@ -146,20 +147,27 @@ class VideoStream(Iterator[Chunk]):
         found = [denoiser.expected_bytes() for denoiser in self.sampler.denoisers]
         return {name: sum(one[name] for one in found) for name in ("latent", "total")}
 
-    def set_prompt(self, prompt: str, how: str = "recache", over: int = 3) -> None:
+    def set_prompt(self, prompt: str, how: str = "recache", over: int = 3, *, at: float | None = None) -> None:
         """Change the prompt from the next chunk that is begun on. Frames of the old one come out up to the chunk under way.
 
         Args:
             prompt: the new one. A change that was not yet applied is replaced.
             how: "recache": compute the keys and values of the last frames anew with it; the sink stays. "flush": forget all
                 frames but the sink and the last two. "blend": go over to it in ``over`` chunks.
+            at: seconds of the video; the change waits for the first chunk that begins then or later. Several changes may wait,
+                and where two wait for one chunk the later one counts.
 
         Raises:
-            ConfigError: an empty prompt, an unknown ``how``.
+            ConfigError: an empty prompt, an unknown ``how``, a time that is past.
             TilewiseError: the stream is closed.
         """
         self._check_open("set_prompt")
-        self.prompts.change(prompt, how, over)
+        begun = self._frames_of(self.sampler.next_frame)
+        if at is not None and not begun / self.fps <= at < math.inf:
+            raise ConfigError(
+                f"set_prompt: at={at!r} is past: frames up to {begun / self.fps:g} s of the video have been begun"
+            )
+        self.prompts.change(prompt, how, over, None if at is None else math.ceil(at * self.fps - 1e-6))
 
     def pause(self) -> None:
         """``next`` waits until another thread calls ``resume`` or ``close``. The chunk under way is finished."""
@@ -230,7 +238,7 @@ class VideoStream(Iterator[Chunk]):
                 latents, self._start = self._start, None
                 sampler.given(latents)
             else:
-                self.prompts.before_chunk(sampler, self.history)
+                self.prompts.before_chunk(sampler, self.history, self._frames_of(first))
                 latents = sampler.chunk(self._length(first), first=self.chunks == 0)
             self.history.add(first, latents)
             self.chunks += 1

@@ -48,6 +48,8 @@ class WanFamily(Family):
             return f"{type(denoiser).__name__} has {_patch_size(denoiser)[0]} latent frames a token"
         axes = (rope.t_dim, rope.h_dim, rope.w_dim)
         t, h, w = (ROPE_BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim) for dim in axes)
+        if rope.freqs_sin.is_meta:  # without weights there is nothing to compare
+            return Rotary(rope, (t, h, w))
         # θ is computed, as the tables' own rounding would be multiplied by the frame number. At position 1 they show θ.
         shown = torch.atan2(rope.freqs_sin[1].double(), rope.freqs_cos[1].double()).cpu()[0::2]
         if not torch.allclose(shown, torch.cat([t, h, w]), atol=0.01):

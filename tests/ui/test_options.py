@@ -24,6 +24,7 @@ from tilewise.pipelines.highres.settings import (
 )
 from tilewise.pipelines.highres.upscale import FRAMES
 from tilewise.pipelines.options import field_values, option, options_of
+from tilewise.pipelines.streaming.settings import STREAM_OPTIONS
 from tilewise.plugins.config import PRECISIONS as CONFIG_PRECISIONS
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.guidance.rope_scaling import SPATIAL, TEMPORAL
@@ -120,7 +121,7 @@ def test_choices_are_what_is_served():
     assert set(UPSCALES) == {*FRAMES, "latent"}
 
 
-@pytest.mark.parametrize("name", sorted({*CLIP_OPTIONS, *TWO_STAGE_OPTIONS}))
+@pytest.mark.parametrize("name", sorted({*CLIP_OPTIONS, *TWO_STAGE_OPTIONS, *STREAM_OPTIONS}))
 def test_every_option_has_help(name):
     shown = parameters("generate")[name].help
     assert shown and shown[0].isalnum() and shown.rstrip().endswith((".", ")"))

@@ -14,6 +14,7 @@ import typer
 from tilewise import __version__
 from tilewise.pipelines.generation.settings import CLIP_OPTIONS
 from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
+from tilewise.pipelines.streaming.settings import STREAM, STREAM_OPTIONS
 from tilewise.ui.cli.declared_options import declared_options
 from tilewise.ui.cli.web import ui
 from tilewise.ui.common.exit_codes import exit_codes, run_app
@@ -56,7 +57,7 @@ def _app(
 
 @app.command()
 @exit_codes
-@declared_options([*CLIP_OPTIONS.values(), HIGHRES, *TWO_STAGE_OPTIONS.values()])
+@declared_options([*CLIP_OPTIONS.values(), HIGHRES, *TWO_STAGE_OPTIONS.values(), STREAM, *STREAM_OPTIONS.values()])
 def generate(
     options: dict[str, Any],
     prompt: Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)] = None,

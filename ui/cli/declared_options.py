@@ -11,10 +11,13 @@ import typer
 
 from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
 from tilewise.pipelines.options import Option
+from tilewise.pipelines.streaming.settings import STREAM, STREAM_OPTIONS
 
-TYPES = {"whole": int, "number": float, "flag": bool}  # all others are text
+TYPES = {"whole": int, "number": float, "flag": bool, "texts": list[str]}  # all others are text
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
-PANEL = "Options of --highres"
+MODES = (HIGHRES, STREAM)
+PANELS = {**dict.fromkeys([HIGHRES.name, *TWO_STAGE_OPTIONS], "Options of --highres")}
+PANELS |= dict.fromkeys([STREAM.name, *STREAM_OPTIONS], "Options of --stream")
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -28,7 +31,7 @@ def declared_options(options: Iterable[Option]) -> Callable[[F], F]:
         @functools.wraps(command)
         def with_options(**given: Any) -> None:
             values = {option.name: given.pop(option.name) for option in declared}
-            command(**given, options={name: value for name, value in values.items() if value is not None})
+            command(**given, options={name: value for name, value in values.items() if value not in (None, [])})
 
         parameters: list[inspect.Parameter] = []
         for own in inspect.signature(command, eval_str=True).parameters.values():
@@ -47,7 +50,7 @@ def declared_options(options: Iterable[Option]) -> Callable[[F], F]:
 def _parameter(option: Option) -> inspect.Parameter:
     """None stands for what is not given: a clip made again, or a line of a batch, has its own."""
     kind: Any = TYPES.get(option.kind, str) | None
-    names = [f"--{option.name}"] if option == HIGHRES else []  # without --no-highres
+    names = [f"--{option.name}"] if option in MODES else []  # without --no-highres
     help_text = option.help
     if option.choices and not all(choice in help_text for choice in option.choices):
         help_text = f"{help_text} One of {', '.join(option.choices)}."
@@ -55,6 +58,6 @@ def _parameter(option: Option) -> inspect.Parameter:
         *names,
         help=help_text,
         show_default=option.default_text or False,
-        rich_help_panel=PANEL if option == HIGHRES or option.name in TWO_STAGE_OPTIONS else None,
+        rich_help_panel=PANELS.get(option.name),
     )
     return inspect.Parameter(option.name, KEYWORD, default=None, annotation=Annotated[kind, info])

@@ -23,9 +23,10 @@ from tilewise.pipelines.media.video import write_settings, write_video
 from tilewise.pipelines.memory.limits import possible, saving
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.generate_highres import dry_run_highres, generate_highres
+from tilewise.ui.cli.generate_stream import dry_run_stream, generate_stream
 from tilewise.ui.cli.progress import progress_bars, quiet_libraries
 from tilewise.ui.cli.request import Request, print_sameness
-from tilewise.ui.common.options import default_out, method_config, refuse_two_stage_options
+from tilewise.ui.common.options import default_out, method_config, refuse_stream_options, refuse_two_stage_options
 from tilewise.ui.common.tables import print_files, print_result, print_settings
 
 
@@ -44,6 +45,9 @@ class Work:
 def dry_run_request(request: Request) -> None:
     """Prints the settings and what the method would do. Nothing is written, and no weights are read."""
     request = _followed(request)
+    if request.options.get("stream"):
+        dry_run_stream(request)
+        return
     if request.options.get("highres"):
         dry_run_highres(request)
         return
@@ -58,6 +62,9 @@ def dry_run_request(request: Request) -> None:
 def generate_request(request: Request) -> None:
     """Makes the clip, or with --compare both clips, and reports."""
     request = _followed(request)
+    if request.options.get("stream"):
+        generate_stream(request)
+        return
     if request.options.get("highres"):
         generate_highres(request)
         return
@@ -83,8 +90,11 @@ def generate_request(request: Request) -> None:
 
 
 def _followed(request: Request) -> Request:
-    """What was made in two stages is made again in two. Raises ConfigError for options of two stages where there is one."""
+    """What was made in two stages, or streamed, is made again so. Raises ConfigError for options of these for another clip."""
     origin = request.origin()
+    if request.options.get("stream") or (origin is not None and "stream" in origin.run):
+        return dataclasses.replace(request, options={**request.options, "stream": True})
+    refuse_stream_options(request.options)
     if origin is not None and "highres" in origin.run:
         return dataclasses.replace(request, options={**request.options, "highres": True})
     refuse_two_stage_options(request.options)

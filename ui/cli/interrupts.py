@@ -1,4 +1,4 @@
-"""Ctrl-C in a batch: the first press finishes the current clip, the second stops at once."""
+"""Ctrl-C in a batch or a stream: the first press finishes the current clip or chunk, the second stops at once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from typing import Any
 
 
 class Interrupts:
-    """A context in which SIGINT is asked about instead of raised. Outside of the main thread, it changes nothing."""
+    """A context in which SIGINT is asked about instead of raised. Outside of the main thread, it changes nothing.
 
-    def __init__(self, note: Callable[[str], None]) -> None:
+    what: is finished after the first press, as the note calls it.
+    """
+
+    def __init__(self, note: Callable[[str], None], what: str = "clip") -> None:
         self.note = note
+        self._what = what
         self._count = 0
         self._working = False
         self._before: Any = None
@@ -32,11 +36,11 @@ class Interrupts:
         return self._count > 0
 
     def finish_first(self, working: bool) -> None:
-        """Says whether there is a clip at work that is worth finishing; otherwise the first Ctrl-C leaves at once."""
+        """Says whether there is something at work that is worth finishing; otherwise the first Ctrl-C leaves at once."""
         self._working = working
 
     def _interrupt(self, _: int, __: FrameType | None) -> None:
         self._count += 1
         if self._count > 1 or not self._working:
             raise KeyboardInterrupt
-        self.note("interrupted: finishing this clip; Ctrl-C again leaves at once")
+        self.note(f"interrupted: finishing this {self._what}; Ctrl-C again leaves at once")

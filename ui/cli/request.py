@@ -22,8 +22,8 @@ from tilewise.ui.common.options import config_file, out_suffix
 class Request:
     """What the command line said.
 
-    options: those that were given, by name, as `CLIP_OPTIONS` and `TWO_STAGE_OPTIONS` declare them. source: a clip whose settings
-    stand for what is not given, in place of the usual defaults.
+    options: those that were given, by name, as `CLIP_OPTIONS`, `TWO_STAGE_OPTIONS` and `STREAM_OPTIONS` declare them.
+    source: a clip whose settings stand for what is not given, in place of the usual defaults.
     """
 
     prompt: str | None
@@ -67,6 +67,11 @@ def print_sameness(clip: Clip, origin: ClipMetadata | None, source: Path | None)
     before = None if origin is None else origin.run.get("frames_sha256")
     if origin is None or before is None or clip.settings != origin.settings:
         return
-    same = frames_sha256(clip.frames) == before
+    print_same_frames(frames_sha256(clip.frames), origin, source)
+
+
+def print_same_frames(sha256: str, origin: ClipMetadata, source: Path | None) -> None:
+    """Whether frames with this checksum are those of the clip that they were made again from."""
+    same = sha256 == origin.run.get("frames_sha256")
     made = f"it was made on {origin.run.get('device_name')}, {origin.run.get('dtype')}"
     print(f"frames of {source}: {'the same, bit for bit' if same else f'not the same; {made}'}")

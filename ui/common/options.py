@@ -11,6 +11,7 @@ from tilewise.pipelines.batch.job import slug
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.highres.settings import TWO_STAGE_OPTIONS
 from tilewise.pipelines.media.files import STILL, is_still, suffix_of
+from tilewise.pipelines.streaming.settings import STREAM_OPTIONS
 from tilewise.plugins.config import Config, load_config, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.sta import STA
@@ -71,6 +72,13 @@ def _named(method: str | Mapping[str, Any]) -> Config:
         return load_config(path)
     except OSError as error:
         raise ConfigError(f"cannot read the config {method}: {error.strerror or error}") from error
+
+
+def refuse_stream_options(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError for options of streams without --stream, where they would have no effect."""
+    if names := [name for name in STREAM_OPTIONS if name in given]:
+        name = names[0].replace("_", "-")
+        raise ConfigError(f"--{name} is an option of --stream, which makes a video of any length: give --stream too")
 
 
 def refuse_two_stage_options(given: Mapping[str, Any]) -> None:

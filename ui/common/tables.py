@@ -12,6 +12,7 @@ from rich.table import Table
 from tilewise.pipelines.generation.compare import Comparison
 from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.streaming.record import Recorded
 from tilewise.plugins.config import Config
 
 
@@ -60,6 +61,23 @@ def print_result(result: Clip | Comparison) -> None:
         same = "identical" if math.isinf(result.psnr) else f"PSNR {result.psnr:.1f} dB"
         table.add_row("closeness to dense", same + ("" if result.ssim is None else f", SSIM {result.ssim:.3f}"))
     out.print(table)
+
+
+def print_stream(made: Recorded) -> None:
+    """What was streamed, how fast, and where attention was sparse."""
+    if made.summary is not None:
+        print(made.summary)
+    settings, recipe = made.work.settings, made.work.recipe
+    table = _pairs("result")
+    length = f"{made.frames} frames of {settings.height}x{settings.width}, {made.frames / settings.fps:.2f} s"
+    table.add_row("video", f"{length} at {settings.fps:g} fps")
+    table.add_row("model, method, seed", f"{settings.model}, {method_words(settings.method)}, {settings.seed}")
+    kept = f"window {recipe.window}, sink {recipe.sink}, policy {recipe.policy}"
+    table.add_row("recipe", f"{recipe.name}: chunks of {recipe.chunk} in {settings.steps} passes, {kept}")
+    seconds = made.seconds
+    table.add_row("seconds", f"{seconds['total']:.2f}, the first frames after {seconds['first']:.2f}")
+    table.add_row("frames a second", f"{made.fps:.2f}")
+    console().print(table)
 
 
 def print_files(files: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline
-from tilewise.pipelines.loading.model_folder import read_json
+from tilewise.pipelines.loading.model_folder import check_safetensors, read_json
 from tilewise.pipelines.streaming.checkpoints.containers import unwrap
 from tilewise.pipelines.streaming.checkpoints.files import find_checkpoint, read_weights
 from tilewise.pipelines.streaming.checkpoints.fit import build, check_changes, check_fit, check_writable, put
@@ -104,6 +105,27 @@ def load_causal_checkpoint(
     for module in _modules(pipe):
         setattr(module, RECIPE_ATTRIBUTE, chosen.to_dict())
     return pipe, chosen
+
+
+def recipe_of_checkpoint(
+    path: str | Path, pipe: Any, *, lora: str | Path | None = None, recipe: str | CausalRecipe | None = None
+) -> CausalRecipe:
+    """The recipe that ``load_causal_checkpoint(path, pipe, …)`` would choose. pipe: also one without weights.
+
+    Only names, and the headers of safetensors files, are read. Raises what can be raised before weights are read.
+    """
+    path = Path(path).expanduser()
+    _check_target(pipe, None, None, None)
+    files = find_checkpoint(path)
+    _check_count(len(files.transformers), len(_modules(pipe)))
+    lora_file = files.lora if lora is None else Path(lora).expanduser()
+    if lora_file is not None and not lora_file.is_file():
+        raise ModelError(f"there is no LoRA file {lora_file}")
+    for file in [*itertools.chain(*files.transformers), *([] if lora_file is None else [lora_file])]:
+        if file.suffix == ".safetensors":
+            check_safetensors(file)
+    known = recognise(path, len(files.transformers), _channels(pipe))
+    return _with_boundary(choose_recipe(path, recipe, {}, known), len(files.transformers), pipe.config)
 
 
 def _check_target(pipe: Any, base: Any, device: str | None, dtype: str | None) -> None:

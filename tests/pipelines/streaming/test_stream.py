@@ -110,6 +110,30 @@ def test_chunks_say_what_they_are_and_nothing_stays(pipe):
         video.set_prompt(BLUE)
 
 
+def test_planned_prompts_come_with_the_first_chunk_that_begins_then(pipe, tmp_path):
+    """Chunks begin at frames 0, 3, 7, 11 and 15, of 8 a second."""
+    with stream(pipe, seconds=19 / 8) as video:
+        wanted = []
+        for chunk in video:
+            wanted.append(chunk)
+            if video.frames_out in (3, 11):
+                video.set_prompt(BLUE if video.frames_out == 3 else RED, "flush")
+    with stream(pipe, seconds=19 / 8) as video:
+        video.set_prompt(RED, "flush", at=11 / 8)
+        video.set_prompt("never seen", at=0.2)
+        video.set_prompt(BLUE, "flush", at=3 / 8)  # for the same chunk, and later
+        got = [next(video)]
+        video.state_dict().save(tmp_path / "state.safetensors")
+        with pytest.raises(tilewise.ConfigError, match=r"up to 0\.375 s"):
+            video.set_prompt(BLUE, at=0.3)
+        got += list(video)
+    assert [chunk.prompt for chunk in got] == [RED, BLUE, BLUE, RED, RED] == [chunk.prompt for chunk in wanted]
+    assert all((a.frames == b.frames).all() for a, b in zip(got, wanted, strict=True))
+    with stream(pipe, seconds=19 / 8) as video:
+        video.load_state_dict(StreamState.load(tmp_path / "state.safetensors"))
+        assert (frames_of(video) == np.concatenate([chunk.frames for chunk in wanted[1:]])).all()
+
+
 @pytest.mark.parametrize("how", ["recache", "flush", "blend"])
 def test_a_prompt_changes_from_the_next_chunk_on(pipe, how):
     plain = frames_of(stream(pipe, seconds=27 / 8))

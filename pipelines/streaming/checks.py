@@ -1,0 +1,59 @@
+"""What a pipeline can stream, found without running it: a skeleton without weights will do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilewise.kernels.plans.layout import Grid
+from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_spaces
+from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.models.common.family import Size
+from tilewise.plugins.models.common.registry import family_of
+from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.streaming.causal_denoiser import rotary_of
+from tilewise.plugins.streaming.kv_cache import KVCache
+from tilewise.plugins.streaming.policies.base import policy
+
+
+def cache_of(recipe: CausalRecipe) -> KVCache:
+    """The KV cache that a recipe asks for."""
+    return KVCache(
+        recipe.window, recipe.sink, recipe.memory or None, sink_position=recipe.sink_position, policy=recipe.policy
+    )
+
+
+def check_stream(
+    pipe: Any, recipe: CausalRecipe, cache: KVCache, *, chunk: int, height: int, width: int
+) -> tuple[LatentSpace, Grid]:
+    """Whether a pipeline can stream so: its latent space, and the token grid of a chunk.
+
+    chunk: latent frames. height, width: pixels.
+
+    Raises:
+        UnsupportedModelError: a pipeline, denoiser or VAE that cannot stream.
+        ConfigError: a size that the model does not take, a cache without room for the chunk, a recipe for two denoisers
+            where there is one.
+    """
+    denoisers = list(denoisers_of(pipe).values())
+    for denoiser in denoisers:
+        rotary_of(denoiser)
+    space = _space_of(pipe)
+    first: Any = denoisers[0]
+    family = family_of(first)
+    assert family is not None
+    whole = family.grid_of_size(first, pipe, Size(height, width, 1))
+    cache.check_chunk(max(chunk, recipe.first_chunk or 0))
+    policy(cache.policy).check(cache, chunk)
+    if recipe.boundary is not None and len(denoisers) < 2:
+        raise ConfigError(f"stream: the recipe {recipe.name} has a boundary, and this pipeline one transformer")
+    return space, Grid(chunk, whole.h, whole.w)
+
+
+def _space_of(pipe: Any) -> LatentSpace:
+    spaces, kind = latent_spaces(), type(pipe).__name__
+    if kind not in spaces or not hasattr(pipe, "vae"):
+        raise UnsupportedModelError(
+            f"stream: {kind} cannot stream; load the checkpoint into a WanPipeline, which its transformer belongs to"
+        )
+    return spaces[kind]

@@ -1,0 +1,187 @@
+"""A stream that was asked for by names and numbers: checked without weights, then opened."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.loading.device import resolve_device
+from tilewise.pipelines.loading.load import load_pipeline
+from tilewise.pipelines.loading.model_defaults import model_defaults
+from tilewise.pipelines.loading.model_folder import find_model
+from tilewise.pipelines.streaming.checkpoints.known import RECIPES
+from tilewise.pipelines.streaming.checkpoints.load import load_causal_checkpoint, recipe_of_checkpoint
+from tilewise.pipelines.streaming.checks import cache_of, check_stream
+from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.pipelines.streaming.settings import StreamSettings
+from tilewise.pipelines.streaming.stream import stream
+from tilewise.pipelines.streaming.video_stream import VideoStream
+from tilewise.plugins.config import MethodLike, resolve
+from tilewise.plugins.errors import ConfigError, unknown
+
+CAUSAL_FOLDER = "causal"  # of a model folder
+SHARED = ("model", "negative", "seed", "fps", "height", "width", "max_sequence_length")  # with other clips
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamWork:
+    """A checked stream. settings: of the clip. options: as given. recipe: with what they change. checkpoint: None where the
+    model's own weights are causal."""
+
+    settings: GenerateSettings
+    options: StreamSettings
+    recipe: CausalRecipe
+    checkpoint: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What makes the stream again, beside the clip's settings: JSON values only."""
+        return {"settings": self.options.to_dict(), "recipe": self.recipe.to_dict()}
+
+    def until(self, frames: int) -> StreamWork:
+        """The work of a stream that was ended after so many frames."""
+        if frames == self.settings.frames:
+            return self
+        return dataclasses.replace(
+            self,
+            settings=dataclasses.replace(self.settings, frames=frames),
+            options=self.options.until(frames / self.settings.fps),
+        )
+
+
+def prepare(
+    skeleton: Any,
+    prompt: str,
+    options: StreamSettings,
+    *,
+    model: str,
+    method: MethodLike = "dense",
+    recipe: CausalRecipe | None = None,
+    guidance: float | None = None,
+    **shared: Any,
+) -> StreamWork:
+    """Check a stream and choose its recipe; no weights are read.
+
+    Args:
+        skeleton: the model's pipeline, with or without weights.
+        model: its name ("demo", a folder, a hub id), beside whose weights a causal checkpoint may lie.
+        method: attention inside the window.
+        recipe: of an earlier stream that is made again; None: the one that the options or the checkpoint's files name.
+        guidance: scale of the guidance; None: the recipe's.
+        shared: those of SHARED that were given.
+
+    Raises:
+        ConfigError, UnsupportedModelError, ModelError: what cannot be, or is not there.
+    """
+    checkpoint = find_causal(model, options)
+    if checkpoint is not None:
+        found = recipe_of_checkpoint(checkpoint, skeleton, lora=options.lora, recipe=recipe or options.recipe)
+    else:
+        found = recipe or _named(options.recipe)
+    found = options.applied(found)
+    if guidance is not None:
+        found = found.replace(guidance=guidance)
+    if shared.get("negative") and found.guidance == 1:
+        raise ConfigError(
+            f"the recipe {found.name} has no guidance, so that a negative prompt would change nothing; leave it out"
+        )
+    if options.seconds is None:
+        raise ConfigError("a stream needs its length: give --seconds")
+    if options.decode_device is not None:
+        resolve_device(options.decode_device)
+    height, width = (shared.get(name) or getattr(found, name) for name in ("height", "width"))
+    check_stream(skeleton, found, cache_of(found), chunk=found.chunk, height=height, width=width)
+    fps = float(found.fps if shared.get("fps") is None else shared["fps"])
+    tokens = shared.get("max_sequence_length")
+    settings = GenerateSettings(
+        prompt=prompt,
+        negative=shared.get("negative") or "",
+        model=model,
+        method=resolve(method),
+        height=height,
+        width=width,
+        frames=max(1, round(options.seconds * fps)) if fps > 0 else 1,
+        steps=len(found.timesteps),
+        guidance=found.guidance,
+        seed=shared.get("seed", 0),
+        fps=fps,
+        max_sequence_length=model_defaults(skeleton).max_sequence_length if tokens is None else tokens,
+    )
+    return StreamWork(settings, options, found, checkpoint)
+
+
+def find_causal(model: str, options: StreamSettings) -> Path | None:
+    """The causal checkpoint that options name, or that lies in a model's folder; None where the model's own weights are said to
+    be causal, by a recipe.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if options.causal is not None:
+        return Path(options.causal).expanduser()
+    source = find_model(model)
+    folder = source / CAUSAL_FOLDER if isinstance(source, Path) else None
+    if folder is not None and folder.is_dir():
+        files = list(folder.glob("*.safetensors"))
+        return files[0] if len(files) == 1 else folder  # a LoRA alone is named by its file
+    if options.recipe is None:
+        where = "" if folder is None else f", there is no folder {folder}"
+        raise ConfigError(
+            f"the model {model} comes without a causal checkpoint{where}: a stream takes weights that were trained to make video "
+            "chunk by chunk. Give one with --causal, a file or folder (docs/causal-checkpoints.md lists those that load), or a "
+            "--recipe where the model's own weights are causal"
+        )
+    if options.lora is not None:
+        raise ConfigError(
+            "--lora goes on top of a causal checkpoint: give --causal too, or the LoRA itself as --causal"
+        )
+    return None
+
+
+def load(work: StreamWork, *, device: str = "auto", dtype: str = "auto") -> Any:
+    """The pipeline of a stream, with the causal weights in it. Raises ModelError and others, as those who load it do."""
+    pipe = load_pipeline(work.settings.model, device=device, dtype=dtype)
+    if work.checkpoint is not None:
+        lora, scale = work.options.lora, work.options.lora_scale
+        load_causal_checkpoint(work.checkpoint, pipe, lora=lora, lora_scale=scale, recipe=work.recipe)
+    return pipe
+
+
+def open_stream(pipe: Any, work: StreamWork) -> VideoStream:
+    """The stream, with its changes of the prompt planned."""
+    settings, options = work.settings, work.options
+    video = stream(
+        pipe,
+        settings.prompt,
+        recipe=work.recipe,
+        method=settings.method,
+        height=settings.height,
+        width=settings.width,
+        seconds=options.seconds,
+        seed=settings.seed,
+        negative=settings.negative,
+        fps=settings.fps,
+        decode_device=options.decode_device,
+        max_sequence_length=settings.max_sequence_length,
+    )
+    try:
+        for time, prompt in options.prompts():
+            video.set_prompt(prompt, options.prompt_change, options.prompt_over, at=time)
+    except BaseException:
+        video.close()
+        raise
+    return video
+
+
+def stream_of(told: Mapping[str, Any]) -> tuple[StreamSettings, CausalRecipe]:
+    """What `StreamWork.to_dict` wrote. Raises ConfigError."""
+    return StreamSettings.from_dict(told["settings"]), CausalRecipe.from_dict(told["recipe"])
+
+
+def _named(recipe: str | None) -> CausalRecipe:
+    assert recipe is not None
+    if recipe not in RECIPES:
+        raise unknown("causal recipe", recipe, RECIPES)
+    return RECIPES[recipe]

@@ -1,0 +1,161 @@
+"""Settings of a stream that a request may name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tilewise.pipelines.generation.settings import CLIP_OPTIONS
+from tilewise.pipelines.options import Option, check_choices, option, options_of
+from tilewise.pipelines.streaming.recipe import SINK_POSITIONS, CausalRecipe
+from tilewise.plugins.errors import ConfigError, unknown
+
+# What `set_prompt` and `KVCache` take. Named here too, since importing those needs PyTorch; a test holds them together.
+CHANGES = ("recache", "flush", "blend")
+POLICIES = ("adaptive", "dual_ema", "ema", "fixed", "reference", "shot")
+RECIPES_OWN = "the recipe's"
+OF_RECIPE = ("chunk", "window", "sink", "memory", "sink_position", "policy")
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSettings:
+    """How a causal checkpoint streams. Lengths are in latent frames; None is the recipe's own.
+
+    Args:
+        causal: file or folder of the checkpoint; None: the one that comes with the model, or the model's own weights where a
+            recipe is named.
+        lora, lora_scale: a LoRA file on top, and its weight.
+        recipe: name of a published recipe; None: what the checkpoint's files say.
+        seconds: length of the video.
+        chunk, window, sink, memory, sink_position, policy: see ``CausalRecipe``.
+        prompt_at: changes of the prompt, each "TIME=TEXT" with TIME in seconds ("10s", "1.5s", "10"), rising, within the video.
+        prompt_change, prompt_over: how they are made, and in how many chunks by "blend"; see ``VideoStream.set_prompt``.
+        decode_device: where the VAE decodes; None: with the rest.
+
+    Raises:
+        ConfigError: for values that can never be right.
+    """
+
+    causal: str | None = option(
+        None,
+        help="Causal checkpoint: a file or folder.",
+        shown_default="the one in the model's folder",
+    )
+    lora: str | None = option(None, help="LoRA file on top of the causal checkpoint.")
+    lora_scale: float = option(1.0, help="Weight of the LoRA.")
+    recipe: str | None = option(
+        None, help="Name of a published recipe, self-forcing for instance.", shown_default="the checkpoint's own"
+    )
+    seconds: float | None = option(None, help="Length of the video.")
+    chunk: int | None = option(None, help="Latent frames of a chunk.", shown_default=RECIPES_OWN)
+    window: int | None = option(None, help="Latent frames that a chunk attends to.", shown_default=RECIPES_OWN)
+    sink: int | None = option(None, help="First latent frames that stay in the window.", shown_default=RECIPES_OWN)
+    memory: int | None = option(
+        None, help="Latent frames for averages of what left the window.", shown_default=RECIPES_OWN
+    )
+    sink_position: str | None = option(
+        None, help="Where the sink stands.", choices=SINK_POSITIONS, shown_default=RECIPES_OWN
+    )
+    policy: str | None = option(
+        None, help="What becomes of frames that leave the window.", choices=POLICIES, shown_default=RECIPES_OWN
+    )
+    prompt_at: tuple[str, ...] = option(
+        (),
+        help='TIME=TEXT: another prompt from then on, 10s="a blue square" for instance. Repeatable.',
+        shown_default="none",
+    )
+    prompt_change: str = option("recache", help="How the prompt changes.", choices=CHANGES)
+    prompt_over: int = option(3, help="Chunks that a change by blend takes.")
+    decode_device: str | None = option(None, help="Device of the VAE, cuda:1 for instance.", shown_default="the same")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name, least in {"chunk": 1, "window": 1, "sink": 0, "memory": 0, "prompt_over": 1}.items():
+            value = getattr(self, name)
+            if value is None and name != "prompt_over":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self.seconds is not None and not (_is_number(self.seconds) and self.seconds > 0):
+            raise ConfigError(f"seconds must be a number above 0, not {self.seconds!r}")
+        if not _is_number(self.lora_scale):
+            raise ConfigError(f"lora_scale must be a number, not {self.lora_scale!r}")
+        if isinstance(self.prompt_at, str):
+            raise ConfigError(f"prompt_at must be a list of texts, not {self.prompt_at!r}")
+        object.__setattr__(self, "prompt_at", tuple(self.prompt_at))
+        self._check_times()
+
+    def _check_times(self) -> None:
+        before = 0.0
+        for said, (time, _) in zip(self.prompt_at, self.prompts(), strict=True):
+            if time <= before:
+                what = "the video begins with the first prompt" if before == 0 else f"the one before is at {before:g} s"
+                raise ConfigError(f"--prompt-at {said!r}: the times of the prompts must rise, and {what}")
+            if self.seconds is not None and time >= self.seconds:
+                raise ConfigError(f"--prompt-at {said!r} is past the end of the video, {self.seconds:g} s")
+            before = time
+
+    def prompts(self) -> list[tuple[float, str]]:
+        """The changes of the prompt: (seconds of the video, prompt)."""
+        return [parse_prompt_at(said) for said in self.prompt_at]
+
+    def applied(self, recipe: CausalRecipe) -> CausalRecipe:
+        """A recipe with what these settings say otherwise.
+
+        Raises:
+            ConfigError: for a window without room for chunk, sink and memory.
+        """
+        return recipe.replace(**{name: value for name in OF_RECIPE if (value := getattr(self, name)) is not None})
+
+    def until(self, seconds: float) -> StreamSettings:
+        """For a video that was ended after so many seconds."""
+        kept = tuple(said for said, (time, _) in zip(self.prompt_at, self.prompts(), strict=True) if time < seconds)
+        return dataclasses.replace(self, seconds=seconds, prompt_at=kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        return {**dataclasses.asdict(self), "prompt_at": list(self.prompt_at)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StreamSettings:
+        """What `to_dict` wrote. Raises ConfigError for unknown keys."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise unknown("setting of a stream", key, names)
+        return cls(**values)
+
+
+def parse_prompt_at(said: Any) -> tuple[float, str]:
+    """(seconds, prompt) from "10s=a blue square". Raises ConfigError."""
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*s?\s*=\s*(.*\S)\s*", str(said), re.DOTALL)
+    if found is None:
+        raise ConfigError(f'--prompt-at takes TIME=TEXT such as 10s="a blue square", not {str(said)[:80]!r}')
+    return float(found[1]), found[2]
+
+
+def stream_window(said: str) -> int:
+    """Latent frames from what --window says, which for a clip is t,h,w of a method. Raises ConfigError."""
+    if re.fullmatch(r"\s*\d{1,9}\s*", said) is None:
+        raise ConfigError(
+            f"--window takes one whole number with --stream, the latent frames that a chunk attends to, not {said[:80]!r}; "
+            "a method with another window than its own is named by a config .json"
+        )
+    return int(said)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+STREAM = Option(
+    "stream",
+    "flag",
+    "A video of any length from a causal checkpoint, into a file that plays while it grows.",
+)
+STREAM_OPTIONS = {name: one for name, one in options_of(StreamSettings).items() if name not in CLIP_OPTIONS}
+"""What a request may say of a stream beside `CLIP_OPTIONS`, whose `window` counts latent frames here: the fields of
+`StreamSettings`."""

@@ -1,0 +1,255 @@
+"""`tilewise generate --stream`: a growing file, changes of the prompt, the same stream again, Ctrl-C, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_wan
+from causal_checkpoints import random_lora
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import tilewise
+from tilewise.pipelines.loading.load import load_pipeline
+from tilewise.pipelines.media.video import read_frames, read_settings
+from tilewise.pipelines.streaming import preparation
+from tilewise.ui.cli import generate_stream
+from tilewise.ui.cli.app import app
+
+RED, BLUE = "a red circle moving left", "a blue square moving right"
+RECIPE = {"chunk": 2, "window": 6, "sink": 2, "height": 32, "width": 48, "fps": 8, "timesteps": [1000, 500]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny model with a causal LoRA in its folder."""
+    folder = tiny_wan.save_tiny_pipeline(tmp_path_factory.mktemp("causal") / "m")
+    (folder / "causal").mkdir()
+    lora = {name: 0.3 * weight for name, weight in random_lora(5, width=32).items()}
+    save_file(lora, folder / "causal" / "causal_lora.safetensors")
+    (folder / "causal" / "recipe.json").write_text(json.dumps(RECIPE))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(model, tmp_path_factory) -> Path:
+    """A stream of 27 frames whose prompt changes in the middle."""
+    file = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    words = ["--model", model, "--seconds", 27 / 8, "--prompt-at", f"1.3s={BLUE}", "--seed", 7, "--sink", 1]
+    result = run(RED, "--stream", *words, "--out", file)
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"stream 3/27 frames, 0\.4 s of 3\.4 s out, [\d.]+ FPS, -?[\d.]+ s (ahead of|behind) playback", result.stderr
+    )
+    assert "stream 27/27 frames" in result.stderr and f"wrote {file}" in result.stdout
+    return file
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, ["generate", *map(str, words)])
+
+
+def expected(model: Path, **kwargs) -> np.ndarray:
+    """The same through the library: a change at 1.3 s is frame 10.4, and the chunk at frame 11 is the first after it."""
+    pipe = load_pipeline(model)
+    pipe, recipe = tilewise.load_causal_checkpoint(model / "causal" / "causal_lora.safetensors", pipe)
+    frames = []
+    with tilewise.stream(
+        pipe, RED, recipe=recipe.replace(sink=1), seconds=27 / 8, seed=7, max_sequence_length=16
+    ) as video:
+        for chunk in video:
+            frames.append(chunk.frames)
+            if video.frames_out == 11:
+                video.set_prompt(BLUE)
+    return np.concatenate(frames)
+
+
+def test_the_file_has_the_stream_and_what_makes_it_again(model, clip):
+    frames = expected(model)
+    written = read_frames(clip)
+    assert written.shape == (27, 32, 48, 3)
+    luma = np.array([0.2126, 0.7152, 0.0722])  # colours are stored at half the resolution, and these are noise
+    assert np.mean((written @ luma - frames @ luma) ** 2) < 255**2 / 10**2.8
+    record = read_settings(clip)
+    assert record == json.loads(clip.with_suffix(".json").read_text())
+    assert (record["prompt"], record["seed"], record["frames"], record["steps"]) == (RED, 7, 27, 2)
+    told = record["run"]
+    assert told["stream"]["recipe"]["sink"] == 1 and told["stream"]["recipe"]["window"] == 6
+    assert told["stream"]["settings"]["prompt_at"] == [f"1.3s={BLUE}"]
+    assert told["frames_sha256"] == hashlib.sha256(frames.tobytes()).hexdigest()
+    assert set(told["seconds"]) == {"load", "first", "total"} and told["device"] == "cpu"
+
+
+def test_the_same_stream_again_and_another_one(clip, tmp_path):
+    again = run("--from", clip, "--out", tmp_path / "again.mp4")
+    assert again.exit_code == 0, again.output
+    assert f"frames of {clip}: the same, bit for bit" in again.stdout
+    first, second = read_settings(clip), read_settings(tmp_path / "again.mp4")
+    assert second["run"]["stream"] == first["run"]["stream"]
+    assert second["run"]["frames_sha256"] == first["run"]["frames_sha256"]
+
+    words = ["--from", clip, "--stream", "--method", "sta", "--density", "0.5", "--window", "6", "--sink", 2]
+    other = run(*words, "--prompt-change", "flush", "--out", tmp_path / "other.mp4")
+    assert other.exit_code == 0, other.output
+    assert "bit for bit" not in other.stdout and "fallbacks" not in other.stderr
+    record = read_settings(tmp_path / "other.mp4")
+    assert record["seed"] == 7 and record["method"]["method"]["name"] == "sta"
+    assert record["run"]["stream"]["recipe"]["sink"] == 2
+    assert record["run"]["stream"]["settings"]["prompt_change"] == "flush"
+    assert record["run"]["frames_sha256"] != first["run"]["frames_sha256"] and record["run"]["summary"] is not None
+
+
+def test_a_prompt_that_comes_too_late_is_told(model, tmp_path):
+    words = ["--seconds", 1.25, "--prompt-at", f"1.2={BLUE}", "--recipe", "self-forcing", "--chunk", 2, "--window", 4]
+    result = run(RED, "--stream", "--model", model, *words, "--height", 32, "--width", 32, "--out", tmp_path / "c.mp4")
+    assert result.exit_code == 0, result.output
+    assert f"the prompt '{BLUE}' was to come after the last chunk had begun" in result.stderr
+    record = read_settings(tmp_path / "c.mp4")
+    assert (record["frames"], record["fps"], record["steps"]) == (20, 16, 4)  # the recipe's
+    assert record["run"]["stream"]["recipe"]["name"] == "self-forcing"
+
+
+def test_dry_run_writes_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", model, "--seconds", 4, "--prompt-at", f"2s={BLUE}", "--dry-run"]
+    result = run(RED, "--stream", *words)
+    assert result.exit_code == 0, result.output
+    for word in ("causal recipe causal_lora", "causal_lora.safetensors", "window", f"from 2 s on: {BLUE}", "32"):
+        assert word in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD = {
+    "no length": ([], 2, "give --seconds"),
+    "length 0": (["--seconds", "0"], 2, "seconds must be a number above 0"),
+    "window below chunk": (["--window", "2", "--chunk", "4"], 2, "a window of 2 latents is shorter than a chunk of 4"),
+    "sink too long": (["--sink", "5"], 2, "do not fit into a window of 6"),
+    "window of a clip": (["--window", "3,3,3"], 2, "one whole number with --stream"),
+    "policy without its sink": (["--policy", "ema", "--sink", "0"], 2, "needs a sink"),
+    "unknown policy": (["--policy", "emma"], 2, "Did you mean 'ema'"),
+    "sink position": (["--sink-position", "nowhere"], 2, "clamped"),
+    "times that fall": (["--prompt-at", "2s=a", "--prompt-at", "1s=b"], 2, "must rise"),
+    "time past the end": (["--prompt-at", "4s=a"], 2, "past the end of the video, 4 s"),
+    "time 0": (["--prompt-at", "0s=a"], 2, "begins with the first prompt"),
+    "no time": (["--prompt-at", "a red circle"], 2, "takes TIME=TEXT"),
+    "no text": (["--prompt-at", "1s= "], 2, "takes TIME=TEXT"),
+    "change": (["--prompt-change", "cut"], 2, "recache"),
+    "size": (["--height", "30"], 2, "nearest is"),
+    "picture": (["--out", "c.png"], 2, "written as .mp4"),
+    "suffix": (["--out", "c.avi"], 2, ".mp4"),
+    "directory": (["--out", "."], 2, "directory"),
+    "frames": (["--frames", "9"], 2, "a stream's length is --seconds"),
+    "steps": (["--steps", "9"], 2, "--steps cannot be used with --stream"),
+    "highres": (["--highres"], 2, "--highres cannot be used with --stream"),
+    "refresh": (["--refresh", "2"], 2, "--refresh cannot be used with --stream"),
+    "compare": (["--compare", "dense"], 2, "--compare cannot be used"),
+    "negative": (["--negative", "blurry"], 2, "has no guidance"),
+    "recipe": (["--recipe", "self-forcin"], 2, "Did you mean 'self-forcing'"),
+    "no such checkpoint": (["--causal", "nowhere.pt"], 3, "there is no causal checkpoint nowhere.pt"),
+    "no such lora": (["--lora", "nowhere.pt"], 3, "there is no LoRA file nowhere.pt"),
+    "device": (["--decode-device", "cuda:99"], 3, "cuda:99"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, model, tmp_path, monkeypatch):
+    words, code, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preparation, "load_pipeline", lambda *_, **__: pytest.fail("the weights are read"))
+    length = [] if "length" in case else ["--seconds", 4]
+    refuse(message, code, RED, "--stream", "--model", model, *length, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def refuse(message: str, code: int, *words: object) -> None:
+    result = run(*words)
+    assert result.exit_code == code, result.output
+    assert message in re.sub(r"[\s│]+", " ", result.stderr)
+    assert result.stdout == "" and "Traceback" not in result.stderr
+
+
+def test_models_without_a_causal_checkpoint(model, tiny_pipe_dir, clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preparation, "load_pipeline", lambda *_, **__: pytest.fail("the weights are read"))
+    words = [RED, "--stream", "--model", tiny_pipe_dir, "--seconds", 4]
+    refuse("Give one with --causal", 2, *words)
+    refuse("--lora goes on top", 2, *words, "--recipe", "self-forcing", "--lora", "x.safetensors")
+    refuse("give --stream too", 2, RED, "--model", model, "--seconds", 4)
+    refuse("give --stream too", 2, RED, "--model", model, "--prompt-at", "1s=a")
+    refuse("would be replaced", 2, "--from", clip, "--out", clip)
+    damaged = tmp_path / "damaged.safetensors"
+    shutil.copy(model / "causal" / "causal_lora.safetensors", damaged)
+    damaged.write_bytes(damaged.read_bytes()[:900])
+    refuse("damaged.safetensors is damaged", 3, *words, "--causal", damaged, "--recipe", "self-forcing")
+
+
+def test_a_clip_is_no_stream(tiny_pipe_dir, tmp_path):
+    file = tmp_path / "clip.mp4"
+    assert (
+        run(RED, "--model", tiny_pipe_dir, "--frames", 5, "--steps", 1, "--method", "dense", "--out", file).exit_code
+        == 0
+    )
+    refuse("is no stream", 2, "--from", file, "--stream", "--out", tmp_path / "other.mp4")
+
+
+def streaming_until(frames: int, then: Callable[[], None], model: Path, file: Path, monkeypatch):
+    """The command of an endless stream, in which something happens after so many frames."""
+
+    @contextmanager
+    def watched(notes, fps):
+        yield lambda at: then() if at.frames == frames else None
+
+    monkeypatch.setattr(generate_stream, "stream_progress", watched)
+    changes = ["--prompt-at", f"0.5s={BLUE}", "--prompt-at", f"99999s={RED}"]
+    return run(RED, "--stream", "--seconds", 100000, "--model", model, *changes, "--out", file)
+
+
+def test_ctrl_c_ends_the_stream_after_a_chunk(model, tmp_path, monkeypatch):
+    file = tmp_path / "c.mp4"
+    result = streaming_until(7, lambda: signal.raise_signal(signal.SIGINT), model, file, monkeypatch)
+    assert result.exit_code == 130, result.output
+    assert "finishing this chunk" in result.stderr and "Traceback" not in result.stderr
+    assert "interrupted after 7 of 800000 frames; the file is complete" in result.stderr
+    assert f"wrote {file}" in result.stdout
+    assert len(read_frames(file)) == 7
+    record = read_settings(file)
+    assert record == json.loads(file.with_suffix(".json").read_text())
+    told = record["run"]["stream"]["settings"]
+    assert (record["frames"], told["seconds"], told["prompt_at"]) == (7, 7 / 8, [f"0.5s={BLUE}"])
+    monkeypatch.undo()
+    again = run("--from", file, "--out", tmp_path / "again.mp4")
+    assert again.exit_code == 0 and "the same, bit for bit" in again.stdout, again.output
+
+
+def twice() -> None:
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+def terminate() -> None:
+    raise SystemExit(143)  # what the program makes of SIGTERM
+
+
+def fail() -> None:
+    raise RuntimeError("the GPU is gone")
+
+
+@pytest.mark.parametrize(("then", "code"), [(twice, 130), (terminate, 143), (fail, 1)])
+def test_what_was_made_is_in_the_file_however_the_stream_ends(then, code, model, tmp_path, monkeypatch):
+    file = tmp_path / "c.mp4"
+    result = streaming_until(7, then, model, file, monkeypatch)
+    assert result.exit_code == code, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "c.mp4"]
+    assert len(read_frames(file)) == 7
+    record = read_settings(file)  # of the whole stream, as it was begun
+    assert record == json.loads(file.with_suffix(".json").read_text())
+    assert record["frames"] == 800000 and record["run"]["stream"]["settings"]["seconds"] == 100000

@@ -1,0 +1,147 @@
+"""`tilewise generate --stream`: a video from a causal checkpoint, into a file that plays while it grows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run
+from tilewise.pipelines.generation.resolve import prompt_notes
+from tilewise.pipelines.generation.settings import DEFAULT_MODEL
+from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
+from tilewise.pipelines.loading.device import resolve_device
+from tilewise.pipelines.loading.load import load_skeleton
+from tilewise.pipelines.media.files import is_still
+from tilewise.pipelines.options import field_values
+from tilewise.pipelines.streaming.preparation import SHARED, StreamWork, load, prepare, stream_of
+from tilewise.pipelines.streaming.record import Recorded, record
+from tilewise.pipelines.streaming.settings import StreamSettings, stream_window
+from tilewise.plugins.errors import ConfigError
+from tilewise.ui.cli.interrupts import Interrupts
+from tilewise.ui.cli.progress import quiet_libraries
+from tilewise.ui.cli.request import Request, print_same_frames
+from tilewise.ui.cli.stream_progress import stream_progress
+from tilewise.ui.common.exit_codes import INTERRUPTED
+from tilewise.ui.common.options import default_out, method_config
+from tilewise.ui.common.tables import print_files, print_settings, print_stream
+
+REFUSED = {
+    "frames": "a stream's length is --seconds",
+    "steps": "its passes are the recipe's timesteps",
+    HIGHRES.name: "one stage makes a stream",
+    **dict.fromkeys(TWO_STAGE_OPTIONS, "it is an option of --highres"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A checked request."""
+
+    work: StreamWork
+    file: Path
+    dtype: str
+    origin: ClipMetadata | None
+
+
+def dry_run_stream(request: Request) -> None:
+    """Prints the settings and the recipe. Nothing is written, and no weights are read."""
+    found = _check(request, create=False)
+    print_settings(found.work.settings, str(resolve_device(request.device)), found.dtype, [found.file])
+    print(f"causal checkpoint: {found.work.checkpoint or 'the weights of the model'}")
+    print(found.work.recipe)
+    for time, prompt in found.work.options.prompts():
+        print(f"from {time:g} s on: {prompt}")
+
+
+def generate_stream(request: Request) -> None:
+    """Makes the video and reports. Ctrl-C ends it after the chunk under way, with exit code 130."""
+    notes = Console(stderr=True)
+    with quiet_libraries():
+        found = _check(request, create=True)
+        work = found.work
+        with notes.status(f"loading {work.settings.model} …"):
+            read = functools.partial(load, work, device=request.device, dtype=found.dtype)
+            pipe, run = begin_run(work.settings.model, found.dtype, read)
+        for prompt in [work.settings.prompt, *(prompt for _, prompt in work.options.prompts())]:
+            for note in prompt_notes(pipe, dataclasses.replace(work.settings, prompt=prompt)):
+                _note(notes, note)
+
+        def tell(text: str) -> None:
+            notes.print(text, highlight=False, soft_wrap=True)
+
+        with (
+            Interrupts(tell, "chunk") as interrupts,
+            stream_progress(notes, work.settings.fps) as progress,
+        ):
+            interrupts.finish_first(True)
+            made = record(pipe, work, found.file, run, progress=progress, stop=interrupts.asked)
+    if made.note is not None:
+        _note(notes, f"the video is written; the settings in it are those from its beginning: {made.note}")
+    for prompt in made.unused if made.frames == work.settings.frames else []:
+        _note(notes, f"the prompt {prompt!r} was to come after the last chunk had begun, and shows nowhere")
+    print_stream(made)
+    print_files([found.file])
+    if made.frames < work.settings.frames:
+        _note(notes, f"interrupted after {made.frames} of {work.settings.frames} frames; the file is complete")
+        raise typer.Exit(INTERRUPTED)
+    if found.origin is not None and _is_the_same(made, found.origin):
+        print_same_frames(made.frames_sha256, found.origin, request.source)
+
+
+def _check(request: Request, *, create: bool) -> _Checked:
+    """Everything that can be wrong is found here, before weights are read."""
+    given = request.options
+    if request.compare is not None:
+        raise ConfigError("--compare cannot be used with --stream")
+    for name, reason in REFUSED.items():
+        if name in given:
+            raise ConfigError(f"--{name.replace('_', '-')} cannot be used with --stream: {reason}")
+    origin = request.origin()
+    earlier: dict[str, Any] = {}
+    before, recipe = StreamSettings(), None
+    if origin is not None:
+        if "stream" not in origin.run:
+            raise ConfigError(
+                f"{request.source} is no stream, and cannot be made again as one: leave --stream or --from out"
+            )
+        before, recipe = stream_of(origin.run["stream"])
+        earlier = vars(origin.settings)
+    named = dict(given)
+    if "window" in named:
+        named["window"] = stream_window(named["window"])
+    options = dataclasses.replace(before, **field_values(StreamSettings, named))
+    if {"causal", "recipe", "lora", "model"} & set(given):
+        recipe = None  # another checkpoint has its own
+    shared = {name: {**earlier, **given}[name] for name in SHARED if name in {**earlier, **given}}
+    prompt = earlier.get("prompt") if request.prompt is None else request.prompt
+    if prompt is None:
+        raise ConfigError(
+            "there is no prompt: say what the video should show, or name a stream to make again with --from"
+        )
+    dtype = request.dtype(origin)
+    method = method_config(given.get("method", earlier.get("method", "dense")), None, given.get("density"))
+    model = shared.pop("model", DEFAULT_MODEL)
+    skeleton = load_skeleton(model)
+    work = prepare(
+        skeleton, prompt, options, model=model, method=method, recipe=recipe, guidance=given.get("guidance"), **shared
+    )
+    # An .mp4 even of one frame: a picture cannot grow.
+    file = request.out or default_out(prompt, work.settings.seed, max(2, work.settings.frames))
+    if is_still(file):
+        raise ConfigError(f"a stream is written as .mp4, not {file}")
+    request.check_files([file], work.settings, create=create)
+    return _Checked(work, file, dtype, origin)
+
+
+def _is_the_same(made: Recorded, origin: ClipMetadata) -> bool:
+    """Whether a stream was made by the same settings as the one of --from."""
+    return made.work.settings == origin.settings and made.work.to_dict() == origin.run.get("stream")
+
+
+def _note(notes: Console, text: str) -> None:
+    notes.print(f"note: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -34,6 +34,7 @@ from tilewise.pipelines.media.video import to_uint8
 from tilewise.pipelines.memory.limits import saving
 from tilewise.pipelines.memory.plan import MemoryPlan
 from tilewise.pipelines.quality.coherence import Coherence, coherence
+from tilewise.plugins.autoencoders.patched_vae import fused_vae
 from tilewise.plugins.config import MethodLike
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.guidance.dual_path import two_paths
@@ -134,7 +135,7 @@ def make(
     tell = progress or (lambda phase, done, total: None)
     options, target, space = work.options, work.target, latent_space(pipe)
     saved = ["offload"] if work.plan.offload else []
-    with saving(pipe, saved), nothing_left(pipe):
+    with saving(pipe, saved), nothing_left(pipe), fused_vae(pipe):
         with schedule_calls(pipe) as asked:
             native_latents, native_seconds, report = _stage(pipe, work.native, lambda p, *n: tell(f"native: {p}", *n))
         tell("native: decode", 0, 1)

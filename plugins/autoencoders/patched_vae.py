@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +102,21 @@ def vae_of(target: Any) -> nn.Module | None:
 def patch_on(vae: nn.Module | None) -> VaePatch | None:
     """The patch of a VAE, if there is one."""
     return None if vae is None else vae.__dict__.get(ATTRIBUTE)
+
+
+@contextmanager
+def fused_vae(target: Any) -> Iterator[None]:
+    """``with fused_vae(pipe): …``: a pipeline's ``AutoencoderKLWan`` alone is patched for the length of a block, if it is not."""
+    vae = vae_of(target)
+    added = None if vae is None or patch_on(vae) is not None else vae
+    if added is not None:
+        VaePatch(added)
+    try:
+        yield
+    finally:
+        patch = patch_on(added)  # another one, where something patched the pipeline in the block
+        if added is not None and patch is not None:
+            patch.remove(added)
 
 
 def _run_part(override: ForwardOverride, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tilewise.plugins.autoencoders.wan_checks import why_stock
-from tilewise.plugins.autoencoders.wan_fused import REPEAT, FusedPass
+from tilewise.plugins.autoencoders.wan_fused import HISTORY, REPEAT, FusedPass
 from tilewise.plugins.diffusers_compat import before_call, wan_patches, wan_vae_modules
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.plugins.hooks.forward_override import has_own_forward
@@ -133,6 +133,18 @@ class WanStreamingDecoder(_Clip):
 
     def flush(self) -> None:
         """Nothing waits."""
+
+    def memory_bytes(self, height: int, width: int, batch: int = 1) -> int:
+        """What the feature cache of a clip of so many pixels takes: two frames before each convolution over time."""
+        decoder, ratio = self.vae.decoder, self.vae.config.scale_factor_spatial
+        conv_kind = wan_vae_modules().conv
+        pixels, values = (height // ratio) * (width // ratio), 0
+        for part in (decoder.conv_in, decoder.mid_block, *decoder.up_blocks, decoder.conv_out):
+            convs = [module for module in part.modules() if isinstance(module, conv_kind)]
+            values += sum(HISTORY * conv.in_channels * pixels for conv in convs if conv.kernel_size[0] > 1)
+            if getattr(part, "upsamplers", None) or getattr(part, "upsampler", None):
+                pixels *= 4
+        return batch * values * decoder.conv_in.weight.element_size()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self._cache.state_dict()

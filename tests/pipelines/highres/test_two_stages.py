@@ -29,6 +29,8 @@ from tilewise.pipelines.highres.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
 from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.pipelines.media.video import read_frames, read_settings
+from tilewise.plugins.autoencoders import wan_checks
+from tilewise.plugins.autoencoders.wan_fused import FusedPass
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.guidance.global_path import draft_bytes
 from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
@@ -73,6 +75,20 @@ def test_two_stages(pipe):
     json.dumps(made.to_dict())
     assert np.array_equal(make(pipe).frames, made.frames)
     assert not np.array_equal(make(pipe, seed=1).frames, made.frames)
+
+
+def test_the_vae_runs_fused_in_both_stages(pipe, monkeypatch):
+    monkeypatch.setattr(wan_checks, "fuses_on", lambda device: True)
+    before, ran = set(vars(pipe.vae)) | set(vars(pipe.vae.decoder)), []
+    for name in ("decode", "encode"):
+        real = getattr(FusedPass, name)
+        monkeypatch.setattr(FusedPass, name, lambda *given, r=real, n=name: ran.append(n) or r(*given))
+    make(pipe, height=80, width=64)
+    # 3 latents of 5 frames, decoded twice; encoded a frame and four frames
+    assert ran == ["decode"] * 3 + ["encode"] * 2 + ["decode"] * 3
+    assert set(vars(pipe.vae)) | set(vars(pipe.vae.decoder)) <= before | {"_conv_num", "_conv_idx", "_feat_map"} | {
+        "_enc_conv_num", "_enc_conv_idx", "_enc_feat_map"
+    }  # fmt: skip
 
 
 def test_the_maps_of_a_draft_are_planned_for(pipe):

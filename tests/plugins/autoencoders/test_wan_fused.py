@@ -138,6 +138,15 @@ def test_the_state_comes_back_bit_for_bit(vae, after):
     assert torch.equal(two.decode(z[:, :, after:]), one.decode(z[:, :, after:]))
 
 
+def test_the_memory_of_a_clip_is_known_before(vae):
+    z = latents(vae, frames=3)
+    ratio = vae.config.scale_factor_spatial
+    decoder = streaming_decoder(vae)
+    before = decoder.memory_bytes(3 * ratio, 4 * ratio, batch=2)
+    decoder.decode(z)
+    assert before == sum(tensor.nbytes for name, tensor in decoder.state_dict().items() if name.isdigit())
+
+
 def test_after_an_exception_a_clip_goes_on_from_a_state_only(vae, monkeypatch):
     z = latents(vae)
     whole = streaming_decoder(vae).decode(z)

@@ -39,7 +39,8 @@ def rms_norm_silu_kernel(
     if out_ptr is not None:
         s = rounded.to(tl.float32)
         norm = tl.sqrt(tl.sum(s * s, 1))
-        n = s * (tl.sqrt(C * 1.0) / tl.maximum(norm, eps))[:, None]
+        ROOT: tl.constexpr = C**0.5
+        n = s * (ROOT / tl.maximum(norm, eps))[:, None]
         n *= tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
         if SILU:
             n = n / (1.0 + tl.exp(-n))

@@ -23,7 +23,7 @@ def upsample_nearest_kernel(
     first = out_ptr + ((out_frame * 2 * H + 2 * row) * (2 * W) + 2 * column) * C + columns
     tl.store(first, x, mask=mask)
     tl.store(first + C, x, mask=mask)
-    second = first + (2 * W).to(tl.int64) * C
+    second = first + 2 * W * C
     tl.store(second, x, mask=mask)
     tl.store(second + C, x, mask=mask)
 

@@ -105,8 +105,9 @@ def test_rms_norm_silu(S, C, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("frames", [1, 2])
-def test_upsample_nearest(frames, dtype):
-    x = torch.randn(2, 3, 31, 17, frames * 192, device="cuda").to(dtype)
+@pytest.mark.parametrize("size", [(31, 17), (1, 1), (1, 5), (5, 1)])
+def test_upsample_nearest(size, frames, dtype):
+    x = torch.randn(2, 3, *size, frames * 192, device="cuda").to(dtype)
     assert torch.equal(upsample_nearest(x, frames), upsample_nearest_reference(x, frames))
 
 

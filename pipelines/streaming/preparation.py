@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import load_pipeline
@@ -19,8 +21,11 @@ from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.settings import StreamSettings
 from tilewise.pipelines.streaming.stream import stream
 from tilewise.pipelines.streaming.video_stream import VideoStream
+from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike, resolve
 from tilewise.plugins.errors import ConfigError, unknown
+from tilewise.plugins.patching import denoisers_of, patched
+from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 
 CAUSAL_FOLDER = "causal"  # of a model folder
 SHARED = ("model", "negative", "seed", "fps", "height", "width", "max_sequence_length")  # with other clips
@@ -93,6 +98,7 @@ def prepare(
         resolve_device(options.decode_device)
     height, width = (shared.get(name) or getattr(found, name) for name in ("height", "width"))
     check_stream(skeleton, found, cache_of(found), chunk=found.chunk, height=height, width=width)
+    streaming_decoder(skeleton.vae, fuse=False)
     fps = float(found.fps if shared.get("fps") is None else shared["fps"])
     tokens = shared.get("max_sequence_length")
     settings = GenerateSettings(
@@ -138,6 +144,22 @@ def find_causal(model: str, options: StreamSettings) -> Path | None:
             "--lora goes on top of a causal checkpoint: give --causal too, or the LoRA itself as --causal"
         )
     return None
+
+
+def expected_cache(skeleton: Any, work: StreamWork, dtype: torch.dtype) -> tuple[dict[str, int], str]:
+    """Bytes of a stream's KV caches, as `VideoStream.cache_bytes`, and why a sparse method runs dense in them ("": it does not).
+
+    skeleton: the model's pipeline without weights. dtype: of the weights.
+    """
+    recipe, settings, cache = work.recipe, work.settings, cache_of(work.recipe)
+    _, grid = check_stream(skeleton, recipe, cache, chunk=recipe.chunk, height=settings.height, width=settings.width)
+    denoisers = list(denoisers_of(skeleton).values())[: 1 if recipe.boundary is None else 2]
+    lanes = 2 if recipe.guidance > 1 else 1
+    with patched(skeleton, settings.method, vae=False):
+        causal = [CausalDenoiser(one, cache, grid=grid, lanes=lanes) for one in denoisers]
+        found = [one.expected_bytes(dtype) for one in causal]
+        reason = "" if settings.is_dense else causal[0].reason
+    return {name: sum(one[name] for one in found) for name in ("latent", "total")}, reason
 
 
 def load(work: StreamWork, *, device: str = "auto", dtype: str = "auto") -> Any:

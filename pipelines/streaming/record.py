@@ -25,8 +25,8 @@ class Recorded:
     """A stream that was written.
 
     work: as it was made, shorter than asked for where it was ended. seconds: "first" until the first frames were there, "total".
-    fps: frames a second, of all. unused: prompts whose time came after the last chunk had begun. note: what went wrong with the
-    settings in the finished file; None: nothing.
+    fps: frames a second, of all. cache: bytes of the KV caches, "latent" and "total". unused: prompts whose time came after the
+    last chunk had begun. note: what went wrong with the settings in the finished file; None: nothing.
     """
 
     work: StreamWork
@@ -34,6 +34,7 @@ class Recorded:
     frames_sha256: str
     seconds: dict[str, float]
     fps: float
+    cache: dict[str, int]
     summary: Summary | None
     unused: list[str]
     note: str | None = None
@@ -97,6 +98,7 @@ def record(
                 report = summary(pipe)  # before the patch is off
             if ended:
                 break
+        cache = video.cache_bytes
         frames, rate, unused = video.frames_out, chunk.stats["fps"], video.prompts.planned
     total = time.perf_counter() - begun
     made = work.until(frames)
@@ -109,13 +111,14 @@ def record(
         "frames_sha256": digest.hexdigest(),
         "seconds": {**({"load": run["load"]} if "load" in run else {}), **seconds},
         "stream_fps": rate,
+        "cache_bytes": cache,
     }
     note = None
     try:
         write_settings(file, _metadata(made, run, result))
     except OutputError as error:  # it takes room for a second copy
         note = str(error)
-    return Recorded(made, frames, digest.hexdigest(), seconds, rate, report, unused, note)
+    return Recorded(made, frames, digest.hexdigest(), seconds, rate, cache, report, unused, note)
 
 
 def _metadata(work: StreamWork, run: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:

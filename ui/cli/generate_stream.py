@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -18,7 +19,7 @@ from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import load_skeleton
 from tilewise.pipelines.media.files import is_still
 from tilewise.pipelines.options import field_values
-from tilewise.pipelines.streaming.preparation import SHARED, StreamWork, load, prepare, stream_of
+from tilewise.pipelines.streaming.preparation import SHARED, StreamWork, expected_cache, load, prepare, stream_of
 from tilewise.pipelines.streaming.record import Recorded, record
 from tilewise.pipelines.streaming.settings import StreamSettings, stream_window
 from tilewise.plugins.errors import ConfigError
@@ -28,7 +29,7 @@ from tilewise.ui.cli.request import Request, print_same_frames
 from tilewise.ui.cli.stream_progress import stream_progress
 from tilewise.ui.common.exit_codes import INTERRUPTED
 from tilewise.ui.common.options import default_out, method_config
-from tilewise.ui.common.tables import print_files, print_settings, print_stream
+from tilewise.ui.common.tables import cache_words, print_files, print_settings, print_stream
 
 REFUSED = {
     "frames": "a stream's length is --seconds",
@@ -40,12 +41,13 @@ REFUSED = {
 
 @dataclasses.dataclass(frozen=True)
 class _Checked:
-    """A checked request."""
+    """A checked request. skeleton: the pipeline without weights."""
 
     work: StreamWork
     file: Path
     dtype: str
     origin: ClipMetadata | None
+    skeleton: Any
 
 
 def dry_run_stream(request: Request) -> None:
@@ -54,6 +56,10 @@ def dry_run_stream(request: Request) -> None:
     print_settings(found.work.settings, str(resolve_device(request.device)), found.dtype, [found.file])
     print(f"causal checkpoint: {found.work.checkpoint or 'the weights of the model'}")
     print(found.work.recipe)
+    cache, reason = expected_cache(found.skeleton, found.work, getattr(torch, found.dtype))
+    print(f"KV cache: {cache_words(cache)}")
+    if reason:
+        print(f"note: {found.work.settings.method.method.name} runs dense in the window: {reason}")
     for time, prompt in found.work.options.prompts():
         print(f"from {time:g} s on: {prompt}")
 
@@ -135,7 +141,7 @@ def _check(request: Request, *, create: bool) -> _Checked:
     if is_still(file):
         raise ConfigError(f"a stream is written as .mp4, not {file}")
     request.check_files([file], work.settings, create=create)
-    return _Checked(work, file, dtype, origin)
+    return _Checked(work, file, dtype, origin, skeleton)
 
 
 def _is_the_same(made: Recorded, origin: ClipMetadata) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,13 @@ def print_stream(made: Recorded) -> None:
     seconds = made.seconds
     table.add_row("seconds", f"{seconds['total']:.2f}, the first frames after {seconds['first']:.2f}")
     table.add_row("frames a second", f"{made.fps:.2f}")
+    table.add_row("KV cache", cache_words(made.cache))
     console().print(table)
+
+
+def cache_words(cache: Mapping[str, int]) -> str:
+    """Memory of a KV cache; cache: bytes, "latent" and "total"."""
+    return f"{cache['total'] / 2**20:,.1f} MiB, {cache['latent'] / 2**20:,.1f} MiB a latent frame"
 
 
 def print_files(files: list[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import tiny_wan
 from causal_checkpoints import random_lora
+from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -22,8 +24,10 @@ import tilewise
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.pipelines.streaming import preparation
+from tilewise.pipelines.streaming.record import Progress
 from tilewise.ui.cli import generate_stream
 from tilewise.ui.cli.app import app
+from tilewise.ui.cli.stream_progress import stream_progress
 
 RED, BLUE = "a red circle moving left", "a blue square moving right"
 RECIPE = {"chunk": 2, "window": 6, "sink": 2, "height": 32, "width": 48, "fps": 8, "timesteps": [1000, 500]}
@@ -125,7 +129,26 @@ def test_dry_run_writes_nothing(model, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     for word in ("causal recipe causal_lora", "causal_lora.safetensors", "window", f"from 2 s on: {BLUE}", "32"):
         assert word in result.stdout
+    cache = re.search(r"KV cache: ([\d.]+ MiB, [\d.]+ MiB a latent frame)", result.stdout)
+    assert cache and "runs dense" not in result.stdout
+    result = run(RED, "--stream", *words, "--method", "sta", "--sink", 1)
+    assert "note: sta runs dense in the window: " in result.stdout
     assert list(tmp_path.iterdir()) == []
+    made = run(RED, "--stream", "--model", model, "--seconds", 0.1, "--out", "c.mp4")
+    assert cache[1] in made.stdout and read_settings("c.mp4")["run"]["cache_bytes"]["total"] > 0
+
+
+def test_progress_on_a_terminal_and_in_a_pipe():
+    def shown(**kind) -> str:
+        out = io.StringIO()
+        with stream_progress(Console(file=out, width=100, **kind), fps=8.0) as progress:
+            for frames in (3, 7, 8):
+                progress(Progress(frames, 8, 4.25, ahead=0.5 - frames / 7))
+        return out.getvalue()
+
+    last = "stream 8/8 frames, 1.0 s of 1.0 s out, 4.25 FPS, 0.6 s behind playback"
+    assert shown().splitlines() == ["stream 3/8 frames, 0.4 s of 1.0 s out, 4.25 FPS, 0.1 s ahead of playback", last]
+    assert last in shown(force_terminal=True)
 
 
 BAD = {

@@ -138,6 +138,13 @@ def test_dry_run_writes_nothing(model, tmp_path, monkeypatch):
     assert cache[1] in made.stdout and read_settings("c.mp4")["run"]["cache_bytes"]["total"] > 0
 
 
+def test_the_bundled_model_streams_by_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(RED, "--stream", "--seconds", 4, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "causal recipe demo-causal" in result.stdout and "causal_lora.safetensors" in result.stdout
+
+
 def test_progress_on_a_terminal_and_in_a_pipe():
     def shown(**kind) -> str:
         out = io.StringIO()

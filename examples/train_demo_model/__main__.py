@@ -14,6 +14,8 @@ import torch
 
 from . import checkpoints
 from .causal.evaluation import evaluate_causal
+from .causal.lora import shrink
+from .causal.streamed import stream_causal
 from .causal.training import train_causal
 from .config import PRESETS, Config
 from .denoiser_training import train_denoiser
@@ -85,6 +87,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--prompts", type=int)
     command.add_argument("--frames", type=int)
     command.add_argument("--evaluate-seconds", type=float, help="leave the later settings out after this long")
+    command = add("shrink-causal", "write the run's LoRA with a lower rank, in float16")
+    command.add_argument("--rank", type=int, required=True)
+    command.add_argument("--to", type=Path, required=True, help="file")
+    command = add("stream-causal", "measure a LoRA of the causal mode on clips of `tilewise.stream`")
+    command.add_argument("--model", type=Path, default=Path("pipelines/demo_model"))
+    command.add_argument("--lora", type=Path, help="default: the one in the model's folder")
+    command.add_argument("--policies", default="fixed", help="of the cache, comma-separated")
+    command.add_argument("--prompts", type=int, default=8)
+    command.add_argument("--frames", type=int, default=240)
+    command.add_argument("--seconds", type=float, help="begin no clip after this long")
     text = "score an exported folder with attention methods; writes its evaluation.json and model card"
     command = machine(commands.add_parser("score", help=text, description=text))
     command.add_argument("--model", type=Path, default=Path("pipelines/demo_model"))
@@ -165,6 +177,20 @@ def main(arguments: list[str] | None = None) -> int:
             prompts=options.prompts,
             frames=options.frames,
             seconds=options.evaluate_seconds,
+        )
+    elif options.command == "shrink-causal":
+        tensors, lost = shrink(checkpoints.load(run.path("causal_lora.safetensors"))[0], options.rank)
+        checkpoints.save(options.to, tensors)
+        run.say(f"wrote {options.to}, rank {options.rank}: {lost:.2%} of the squared change is lost")
+    elif options.command == "stream-causal":
+        stream_causal(
+            run,
+            options.model,
+            options.lora or options.model / "causal" / "causal_lora.safetensors",
+            policies=options.policies.split(","),
+            prompts=options.prompts,
+            frames=options.frames,
+            seconds=options.seconds,
         )
     elif options.command == "export":
         export(run, config, options.to, options.scheduler)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from tilewise.pipelines.quality.demo_world import COLOURS, MOTIONS, PATTERNS, SHAPES
 
+from .causal.card import causal_card
 from .scenes import HELD_OUT
 
 HALF_NAMES = {"seen combinations": "seen", "unseen combinations": "unseen"}
@@ -19,6 +20,11 @@ HALF_NAMES = {"seen combinations": "seen", "unseen combinations": "unseen"}
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file, empty if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The model's own weights, without the LoRA of its causal mode."""
+    return sorted(file for file in folder.rglob("*.safetensors") if file.parent.name != "causal")
 
 
 def write_card(folder: Path) -> Path:
@@ -35,7 +41,7 @@ def model_card(folder: Path) -> str:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     training, report = read_json(folder / "training.json"), read_json(folder / "evaluation.json")
     millions = {name: f"{_parameters(folder / name) / 1e6:.1f} M" for name in ("transformer", "vae", "text_encoder")}
-    megabytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
+    megabytes = sum(file.stat().st_size for file in weight_files(folder)) / 1e6
     height, width, frames = native["height"], native["width"], native["num_frames"]
     shift = scheduler.get("flow_shift", scheduler.get("shift"))
     return f"""---
@@ -95,7 +101,7 @@ How far the first two are reached is measured below.
 Data, code and seeds: `examples/train_demo_model/`. Scheduler: {scheduler["_class_name"]}, shift {shift:g}.
 {int(HELD_OUT.sum())} of all {HELD_OUT.size} combinations of shape, colour and motion were kept out of training.
 
-## Limits
+{causal_card(folder)}## Limits
 - Only the words of its small vocabulary mean anything to it.
 - "Seen" prompts are freshly drawn scenes, but the world is so small that training has most likely had a clip with the
   same description. Only the "unseen" half asks for something new, and there only the combination is new, not its parts.

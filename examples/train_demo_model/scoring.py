@@ -20,7 +20,7 @@ from tilewise.pipelines.quality.metrics import psnr
 
 from . import checkpoints
 from .evaluation import contact_sheet, environment, generate_clips, held_out_prompts, judge, report_of
-from .model_card import read_json, write_card
+from .model_card import read_json, weight_files, write_card
 
 DENSE = "dense"
 # Measured otherwise than by this stage (by `evaluate`, or by hand): stays in the file.
@@ -94,7 +94,7 @@ def score_folder(
 def _protocol(folder: Path, count: int, seed: int, steps: int | None, guidance: float | None) -> dict[str, Any]:
     native = read_json(folder / "tilewise.json")
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in weight_files(folder):
         digest.update(file.read_bytes())
     return {
         "prompts": count,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,12 +17,15 @@ ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
+import tilewise  # noqa: E402
 from examples.train_demo_model import checkpoints  # noqa: E402
 from examples.train_demo_model.__main__ import main  # noqa: E402
 from examples.train_demo_model.captions import caption  # noqa: E402
+from examples.train_demo_model.causal import streamed  # noqa: E402
 from examples.train_demo_model.causal.attention import Layout, Rotation, Window, rotate  # noqa: E402
+from examples.train_demo_model.causal.card import causal_card  # noqa: E402
 from examples.train_demo_model.causal.clips import NEVER, Clips, draw_scenes, draw_sequences  # noqa: E402
-from examples.train_demo_model.causal.lora import add_lora, lora_parameters  # noqa: E402
+from examples.train_demo_model.causal.lora import add_lora, lora_parameters, shrink  # noqa: E402
 from examples.train_demo_model.causal.measures import borders, measure_changes, measure_clips  # noqa: E402
 from examples.train_demo_model.causal.paths import change_colours, continuing_scenes  # noqa: E402
 from examples.train_demo_model.causal.sampler import ChunkSampler, noise_levels, own_processor  # noqa: E402
@@ -29,7 +33,10 @@ from examples.train_demo_model.config import tiny  # noqa: E402
 from examples.train_demo_model.denoiser_training import build_denoiser  # noqa: E402
 from examples.train_demo_model.render import render, to_frames  # noqa: E402
 from examples.train_demo_model.scenes import sample_scenes  # noqa: E402
+from tests.helpers.tiny_wan import tiny_pipeline  # noqa: E402
 from tilewise.pipelines.quality.demo_world import MOTIONS  # noqa: E402
+from tilewise.pipelines.streaming.recipe import CausalRecipe  # noqa: E402
+from tilewise.plugins.streaming.kv_cache import KVCache  # noqa: E402
 
 GRID, WIDTH = (3, 2, 3), 32  # tokens of a chunk (latent frames, rows, columns), of the text's states
 
@@ -161,6 +168,75 @@ def test_lora_is_what_peft_loads(denoiser, tmp_path):
     assert not torch.allclose(_run(stock, latents, timestep, text), expected, atol=1e-3)
     stock.load_lora_adapter(checkpoints.load(tmp_path / "lora.safetensors")[0], prefix="transformer")
     torch.testing.assert_close(_run(stock, latents, timestep, text), expected, atol=2e-4, rtol=1e-3)
+
+
+def test_shrink_keeps_the_largest_singular_values():
+    generator = torch.Generator().manual_seed(1)
+    down, up = torch.randn(6, 20, generator=generator), torch.randn(14, 6, generator=generator)
+    tensors = {"x.lora_A.weight": down, "x.lora_B.weight": up}
+    values = torch.linalg.svdvals(up.double() @ down.double()).square()
+    for rank in (2, 5, 6):
+        small, lost = shrink(tensors, rank)
+        assert small["x.lora_A.weight"].shape == (rank, 20) and small["x.lora_B.weight"].shape == (14, rank)
+        assert lost == pytest.approx(float(values[rank:].sum() / values.sum()), abs=1e-5)
+        gone = up.double() @ down.double() - small["x.lora_B.weight"].double() @ small["x.lora_A.weight"].double()
+        assert float(gone.square().sum() / values.sum()) == pytest.approx(lost)
+
+
+def test_streamed_clips_change_their_prompt_after_the_frames_asked_for():
+    pipe = tiny_pipeline()
+    recipe = CausalRecipe(chunk=1, window=4, sink=1, height=32, width=48, fps=8, timesteps=(1000.0,))
+    pipe.transformer._tilewise_recipe = recipe.to_dict()
+    args = (pipe, "a red circle", "a blue circle", 6, 1, KVCache(4, 1), 3)
+    clip, change = streamed._clip(*args)
+    assert change == 4 and clip.shape == (2 * (change + streamed.AFTER) - 1, 32, 48, 3)
+    with tilewise.stream(pipe, "a red circle", cache=KVCache(4, 1), seed=3) as video:
+        one = np.concatenate([next(video).frames for _ in range(5)])
+    assert (clip[:7] == one[:7]).all() and (clip[7:9] != one[7:9]).any()
+
+
+def test_streams_are_measured_kept_and_on_the_card(tmp_path, monkeypatch):
+    """Of perfect clips everything is right; clips that are there are not made again."""
+    made = []
+
+    def perfect(pipe, before, after, frames, chunk, cache, seed):
+        made.append((cache.policy, before))
+        number = 5
+        length = 6 * (number + streamed.AFTER) - 1
+        scenes = continuing_scenes(512, 8, frames=length, two_objects=0.0)
+        row = int(np.flatnonzero(scenes["motion0"] == MOTIONS.index("left"))[0])
+        one = {key: values[row : row + 1] for key, values in scenes.items()}
+        changed, new = change_colours(one, 5, np.array([6 * number - 1]))
+        texts[:] = caption(one, 0)[0], caption(new, 0)[0]
+        return (to_frames(render(changed, height=64)) * 255).round().astype(np.uint8)[0], number
+
+    texts = ["", ""]
+    perfect(None, "", "", 29, 3, KVCache(12, 3), 0)
+    made.clear()
+    recipe = CausalRecipe(chunk=3, window=12, sink=3)
+    monkeypatch.setattr(streamed, "_clip", perfect)
+    monkeypatch.setattr(streamed, "load_pipeline", lambda *_, **__: None)
+    monkeypatch.setattr(streamed.tilewise, "load_causal_checkpoint", lambda *_: (None, recipe))
+    monkeypatch.setattr(streamed, "held_out_prompts", lambda *_: ([texts[0]] * 64, None))
+    monkeypatch.setattr(streamed, "recoloured", lambda *_: [texts[1]] * 64)
+    command = ["stream-causal", "--run", str(tmp_path), "--device", "cpu", "--frames", "29", "--prompts", "1"]
+    assert main([*command, "--seconds", "-1"]) == 0 and not made
+    assert main([*command, "--policies", "fixed,ema"]) == 0
+    assert main([*command, "--policies", "fixed,ema"]) == 0
+    assert made == [("fixed", texts[0]), ("ema", texts[0])]
+    report = json.loads((tmp_path / "stream_evaluation.json").read_text())["policies"]
+    assert all(report["ema"][key] == 1.0 for key in ("clips", "kept", "moving", "border_steps"))
+    assert report["ema"]["change"] == {"colour": 1.0, "colour_later": 1.0, "goes_on": 1.0}
+
+    folder = tmp_path / "model" / "causal"
+    assert causal_card(tmp_path / "model") == ""
+    shutil.copytree(ROOT / "pipelines" / "demo_model" / "causal", folder)
+    shutil.copy(tmp_path / "stream_evaluation.json", folder)
+    card = causal_card(tmp_path / "model")
+    assert "| measure | goal | fixed | ema |" in card and "| object and background kept | 90 % | 100% | 100% |" in card
+    assert "cut to 56" in card
+    (folder / "evaluation.json").unlink()
+    assert "own sampler" not in causal_card(tmp_path / "model")
 
 
 def test_paths_begin_like_the_short_clips_and_never_stop():

@@ -22,6 +22,7 @@ from tilewise.pipelines.streaming.checkpoints.lora import Change, lora_changes
 from tilewise.pipelines.streaming.checkpoints.sizes import config_of
 from tilewise.pipelines.streaming.checkpoints.wan_names import diffusers_names
 from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.plugins.diffusers_compat import unwrapped
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 
 RECIPE_ATTRIBUTE = "_tilewise_recipe"
@@ -213,11 +214,11 @@ def _check_count(have: int, wanted: int) -> None:
 
 
 def _modules(pipe: Any) -> list[Any]:
-    """The denoisers of a pipeline, out of what torch.compile wraps around them."""
+    """The denoisers of a pipeline, out of what torch.compile and PEFT wrap around them."""
     parts = [part for name in PARTS if (part := getattr(pipe, name, None)) is not None]
     if not parts:
         raise UnsupportedModelError(f"causal checkpoints need a Wan pipeline; {type(pipe).__name__} has no transformer")
-    return [getattr(part, "_orig_mod", part) for part in parts]
+    return [unwrapped(part) for part in parts]
 
 
 def _channels(pipe: Any) -> int | None:

@@ -361,4 +361,5 @@ def test_planning_waits_for_nothing_on_a_gpu(method):
     assert not torch.equal(first, out)
     torch.testing.assert_close(out, wanted, rtol=2e-2, atol=2e-2)
     dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), scale=0.125)
-    assert (out - dense.transpose(1, 2)).abs().mean() < 0.5 * dense.abs().mean()
+    # Of random keys, 0.3 of the pairs and the means of the others leave 0.72 of the output as error; a wrong row, over 1.
+    assert (out - dense.transpose(1, 2)).abs().mean() < 0.9 * dense.abs().mean()

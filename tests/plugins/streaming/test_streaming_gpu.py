@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,7 @@ def test_steady_chunks_wait_for_nothing_and_take_no_memory():
         for _ in range(12):
             chunk()
         torch.cuda.synchronize()
+        gc.collect()  # what other tests left
         before = torch.cuda.memory_allocated()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -104,7 +107,7 @@ def test_steady_chunks_wait_for_nothing_and_take_no_memory():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
-        assert torch.cuda.memory_allocated() == before and causal.next_frame == 412 * C
+        assert torch.cuda.memory_allocated() <= before and causal.next_frame == 412 * C
 
 
 def test_a_far_frame_is_as_exact_as_a_near_one():

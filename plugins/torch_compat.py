@@ -25,6 +25,11 @@ FORWARD_HOOKS = (
 copy of a patched denoiser keeps entries of hooks that are gone."""
 
 
+COMPILED_PREFIX = "_orig_mod."
+"""Stands in names of weights where a module was saved that ``torch.compile(module)`` returned. If it is renamed, checkpoints
+saved so are refused, with the names that are too many."""
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether calling a module runs hooks around its forward: ``_forward_hooks`` and ``_forward_pre_hooks``."""
     return bool(module._forward_hooks or module._forward_pre_hooks)

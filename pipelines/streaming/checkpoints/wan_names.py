@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterable, Mapping
 
 from tilewise.pipelines.errors import ModelError
+from tilewise.plugins.torch_compat import COMPILED_PREFIX
 
 # Training wrappers leave their attribute in the middle of a name: FSDP, activation checkpointing, torch.compile.
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", COMPILED_PREFIX)
 PREFIXES = ("model.", "net.", "module.", "generator.", "diffusion_model.", "transformer.", "base_model.")
 
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}

@@ -17,7 +17,7 @@ RECIPE = CausalRecipe(chunk=2, window=6, sink=2, height=32, width=48, fps=8, tim
 
 def prepared(pipe, recipe=RECIPE, **kwargs):
     options = StreamSettings(recipe="self-forcing", seconds=1)  # of the model's own weights
-    return prepare(pipe, "a red circle", options, model="demo", recipe=recipe, **kwargs)
+    return prepare(pipe, "a red circle", options, model="some/model", recipe=recipe, **kwargs)
 
 
 @pytest.mark.parametrize("changes", [{}, {"guidance": 3}, {"boundary": 0.9}, {"policy": "dual_ema", "guidance": 2}])

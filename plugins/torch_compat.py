@@ -7,7 +7,7 @@ Seen in PyTorch 2.13; pyproject.toml has no upper bound, as these have been the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -52,6 +52,28 @@ def runs_compiled(module: nn.Module) -> bool:
     an earlier patch may go on running after ``patch`` and ``unpatch``."""
     forward = module.__dict__.get("forward")
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
+
+
+def before_calls(module: nn.Module, function: Callable[[], None]) -> Callable[[], None]:
+    """Have ``function`` called before each call of a module, outside of what is compiled; returns what takes that off again.
+
+    After ``module.compile()`` calls go to ``_compiled_call_impl``, which hooks are part of. If that is renamed, a function is
+    compiled into a module's code, and may not be called again.
+    """
+    compiled = getattr(module, "_compiled_call_impl", None)
+    if compiled is None:
+        return module.register_forward_pre_hook(lambda *_: function()).remove
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        function()
+        return compiled(*args, **kwargs)
+
+    def remove() -> None:
+        if module.__dict__.get("_compiled_call_impl") is called:  # else it was compiled anew
+            module.__dict__["_compiled_call_impl"] = compiled
+
+    module.__dict__["_compiled_call_impl"] = called
+    return remove
 
 
 def is_tracing() -> bool:

@@ -16,6 +16,7 @@ from tilewise.pipelines.batch.manifest import Line
 from tilewise.pipelines.batch.ranks import World
 from tilewise.pipelines.batch.two_stage_clip import TwoStages
 from tilewise.pipelines.batch.two_stage_jobs import about, plan_job
+from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import clip_metadata, machine
 from tilewise.pipelines.generation.generate import Clip, add_content_score, generate, warm_up
 from tilewise.pipelines.generation.resolve import prompt_notes
@@ -131,7 +132,7 @@ class ClipMaker:
             peak = PeakMemory(device)
             peak.start()
             try:
-                with saving(pipe, measures):
+                with saving(pipe, measures), cancellable(pipe):
                     warm = self._warm_up(pipe, job, stages) if self._warms_up(device) else None
                     if stages is not None:
                         clip = stages.make(pipe, self.watch.progress)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from tilewise import __version__
+from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run, clip_metadata
 from tilewise.pipelines.generation.compare import Comparison, compare, side_by_side
 from tilewise.pipelines.generation.generate import Clip, add_content_score, generate
@@ -81,7 +82,7 @@ def generate_request(request: Request) -> None:
         # Tiles of the VAE show in the pixels: a clip that was made with them is made again with them.
         measures = [] if work.origin is None else work.origin.run.get("memory_saving", [])
         run["memory_saving"] = measures = [measure for measure in measures if measure in possible(pipe)]
-        with progress_bars(notes) as progress, saving(pipe, measures):
+        with progress_bars(notes) as progress, saving(pipe, measures), cancellable(pipe):
             result = compare(pipe, settings, progress) if request.compare else generate(pipe, settings, progress)
     _write(result, work.files, run)
     print_result(_score_content(pipe, result, work.files, run, notes))

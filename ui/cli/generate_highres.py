@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tilewise.pipelines.batch.job import Stages
 from tilewise.pipelines.batch.two_stage_jobs import stages_of
+from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run, clip_metadata
 from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.resolve import explain_settings, prompt_notes
@@ -71,7 +72,7 @@ def generate_highres(request: Request) -> None:
         def write_native(clip: Clip) -> None:
             write_video(found.files[1], clip.frames, clip.settings.fps, settings=clip_metadata(clip, run))
 
-        with progress_bars(notes) as progress:
+        with progress_bars(notes) as progress, cancellable(pipe):
             made = make(pipe, work, progress, write_native)
     write_video(found.files[0], made.frames, target.fps, settings=_metadata(made, run))
     made = _score_content(pipe, made, found.files, run, notes)

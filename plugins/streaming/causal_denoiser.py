@@ -361,6 +361,7 @@ class CausalDenoiser:
         plain = {
             "slots": self.slots.state_dict(),
             "has_memory": self._has_memory,
+            "sink_at": self._sink_at,
             "options": self.options.to_dict(),
             "tile_order": self.order is not None,
             "reason": self.reason,
@@ -393,7 +394,8 @@ class CausalDenoiser:
                 own[name].copy_(tensor)
         self.slots.load_state_dict(plain["slots"])
         self._has_memory = bool(plain["has_memory"])
-        self._sink_at = None
+        # Keys that stand where they were written are not turned: those turned anew differ in the last bit.
+        self._sink_at = plain["sink_at"] if tensors else None
 
 
 def rotary_of(denoiser: nn.Module) -> Rotary:

@@ -14,8 +14,9 @@ from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.pipelines.loading.model_folder import check_safetensors, read_json
+from tilewise.pipelines.loading.weight_files import read_weights
 from tilewise.pipelines.streaming.checkpoints.containers import unwrap
-from tilewise.pipelines.streaming.checkpoints.files import find_checkpoint, read_weights
+from tilewise.pipelines.streaming.checkpoints.files import find_checkpoint
 from tilewise.pipelines.streaming.checkpoints.fit import build, check_changes, check_fit, check_writable, put
 from tilewise.pipelines.streaming.checkpoints.known import choose_recipe, recognise
 from tilewise.pipelines.streaming.checkpoints.lora import Change, lora_changes

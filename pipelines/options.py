@@ -37,7 +37,8 @@ class Option:
 
     name: as users write it, with underscores. kind: one of KINDS. help: a phrase that says what it sets. choices: the valid
     values, if they can be listed. default: of the field; None where there is none. shown_default: what help texts say instead.
-    field: name of the field that it sets. optional: whether that may be None.
+    field: name of the field that it sets. optional: whether that may be None. names_file: it names a file of this machine,
+    which visitors of the page must not do: the command line and batches alone have it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Option:
     shown_default: str | None = None
     field: str = ""
     optional: bool = False
+    names_file: bool = False
 
     @property
     def default_text(self) -> str | None:
@@ -87,10 +89,12 @@ def option(
     kind: str | None = None,
     choices: tuple[str, ...] = (),
     shown_default: str | None = None,
+    names_file: bool = False,
 ) -> Any:
     """A dataclass field that users can set; see `Option`. kind: default: that of the field's annotation. name: default: the
     field's."""
-    told = {"name": name, "kind": kind, "help": help, "choices": choices, "shown_default": shown_default}
+    told: dict[str, Any] = {"name": name, "kind": kind, "help": help, "choices": choices}
+    told |= {"shown_default": shown_default, "names_file": names_file}
     return dataclasses.field(default=default, metadata={_METADATA: told})
 
 

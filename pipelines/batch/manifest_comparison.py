@@ -170,6 +170,7 @@ def _same_but_method(line: Line) -> str:
         "seed",
         "fps",
         "max_sequence_length",
+        "decode",
     )
     return json.dumps([*(line.get(name) for name in names), line["run"]["batch"]["revision"]])
 

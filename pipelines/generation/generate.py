@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import stock_call
+from tilewise.pipelines.generation.tiny_decoding import decode_latents, tiny_decoder_of
 from tilewise.pipelines.loading.model_defaults import least_steps, model_defaults
 from tilewise.pipelines.media.video import to_uint8
 from tilewise.pipelines.quality.content_detection import analyse
@@ -94,12 +95,13 @@ def run(
 ) -> tuple[Any, dict[str, float]]:
     """Calls the pipeline as it is; returns the first clip, (T, H, W, 3) in 0..1 or latents, and seconds by phase.
 
-    An image is a clip of one frame.
+    An image is a clip of one frame. With a tiny autoencoder in the settings the pipeline's own VAE does not run.
 
     A preview that raises an Exception is logged and not called again; the run goes on.
     """
     tell = progress or (lambda phase, done, total: None)
     clock = _Clock(execution_device(pipe, pipe.device))
+    tiny = tiny_decoder_of(pipe, settings.decode) if decode else None  # read before anything runs
 
     def first_forward(*_: Any) -> None:
         if "denoise" not in clock.start:
@@ -123,7 +125,9 @@ def run(
     with _forward_hooks(pipe, first_forward):
         tell("encode", 0, 1)
         clock.enter("encode")
-        output = stock_call(pipe, settings, step_done, output_type="np" if decode else "latent")
+        output = stock_call(pipe, settings, step_done, output_type="np" if decode and tiny is None else "latent")
+        if tiny is not None:
+            output = decode_latents(pipe, tiny, output, settings)[None]
         clock.enter("end")
     tell("decode", 1, 1)
     first = output[0]

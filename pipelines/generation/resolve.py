@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings
+from tilewise.pipelines.generation.tiny_decoding import resolve_decode
 from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.plugins.config import MethodLike, resolve
 from tilewise.plugins.diffusers_compat import source_of
@@ -26,13 +27,15 @@ def resolve_settings(
     seed: int = 0,
     fps: float | None = None,
     max_sequence_length: int | None = None,
+    decode: str = OWN_VAE,
 ) -> GenerateSettings:
     """Settings for a pipeline: what is not given comes from `model_defaults(pipe)`, and the size is checked.
 
     Diffusers rounds a size that the model cannot make, with a line in the log; here it is an error, so that a clip is
-    always as large as it was asked for. `pipe` may be a skeleton: no weights are run.
+    always as large as it was asked for. `pipe` may be a skeleton: no weights are run. The file of a tiny autoencoder is read.
 
-    Raises ConfigError for a bad value, or for a size, with the nearest one that the model takes.
+    Raises ConfigError for a bad value, or for a size, with the nearest one that the model takes. For a tiny autoencoder raises as
+    `tiny_decoding.read_fitting`.
     """
     native = model_defaults(pipe)
 
@@ -52,6 +55,7 @@ def resolve_settings(
         seed=seed,
         fps=float(pick(fps, native.fps)),
         max_sequence_length=pick(max_sequence_length, native.max_sequence_length),
+        decode=resolve_decode(pipe, decode),
     )
     explain_settings(pipe, settings)
     return settings

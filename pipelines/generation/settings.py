@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewise import __version__
@@ -17,10 +19,34 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1
 DEFAULT_MODEL, DEFAULT_METHOD = "demo", "sta-balanced"  # of a request that names none
 MODELS_OWN = "the model's own"
+OWN_VAE = "vae"
 METHOD_HELP = (
     "sta, draft, xattention, inward, neighborhood, dense, a preset (sta-quality, sta-balanced, sta-fast, draft-quality, "
     "draft-fast), or a config .json."
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyChoice:
+    """What `decode` says of a tiny autoencoder. sha256: of the file when it was first read; "": not read yet."""
+
+    path: Path
+    sha256: str = ""
+
+    @classmethod
+    def parse(cls, said: Any) -> TinyChoice | None:
+        """From "tiny=PATH" or "tiny=PATH@sha256:HEX"; None for the model's own VAE. Raises ConfigError for anything else."""
+        if said == OWN_VAE:
+            return None
+        found = re.fullmatch(r"\s*tiny=\s*(\S.*?)(?:@sha256:([0-9a-f]{64}))?\s*", str(said), re.DOTALL)
+        if not isinstance(said, str) or found is None:
+            raise ConfigError(
+                f"decode takes vae, the model's own, or tiny=PATH, the file of a tiny autoencoder; not {str(said)[:80]!r}"
+            )
+        return cls(Path(found[1]).expanduser(), found[2] or "")
+
+    def __str__(self) -> str:
+        return f"tiny={self.path}" + (f"@sha256:{self.sha256}" if self.sha256 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +61,10 @@ class GenerateSettings:
         steps: denoising steps. guidance: classifier-free guidance scale; 1 or less runs without.
         seed: of the starting noise, which is drawn on the CPU so that every device starts alike.
         max_sequence_length: text tokens; None for the pipeline's own.
+        decode: "vae", the model's own, or "tiny=PATH", a tiny autoencoder's file; `resolve_settings` adds its SHA-256.
 
     Raises:
-        ConfigError: for values that can never be right. Whether a model takes the size is seen by `resolve_settings`.
+        ConfigError: for values that can never be right. Whether a model takes them is seen by `resolve_settings`.
     """
 
     prompt: str = option(help="What the clip should show.")
@@ -54,6 +81,9 @@ class GenerateSettings:
     seed: int = option(help="Seed of the starting noise.", shown_default="0")
     fps: float = option(help="Frames per second on playback.", shown_default=MODELS_OWN)
     max_sequence_length: int | None = option(None, help="Text tokens of a prompt.", shown_default=MODELS_OWN)
+    decode: str = option(
+        OWN_VAE, help="What makes frames of latents: vae (the model's own), or tiny=PATH (TAEHV).", names_file=True
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -70,6 +100,7 @@ class GenerateSettings:
             raise ConfigError(f"guidance must be a number of at least 0, not {self.guidance!r}")
         if not _is_number(self.fps) or self.fps <= 0:
             raise ConfigError(f"fps must be a number above 0, not {self.fps!r}")
+        TinyChoice.parse(self.decode)
 
     @property
     def is_dense(self) -> bool:
@@ -86,12 +117,13 @@ class GenerateSettings:
         """The settings that `to_dict` wrote. Raises ConfigError for unknown or missing keys."""
         from tilewise.plugins.config import Config  # needs PyTorch, which the declarations above must not
 
-        names = [field.name for field in dataclasses.fields(cls)]
+        fields = dataclasses.fields(cls)
+        names = [field.name for field in fields]
         given = {key: value for key, value in values.items() if key not in ("tilewise", "run")}
         for key in given:
             if key not in names:
                 raise unknown("setting", key, names)
-        missing = [name for name in names if name not in given and name != "max_sequence_length"]
+        missing = [one.name for one in fields if one.name not in given and one.default is dataclasses.MISSING]
         if missing:
             raise ConfigError(f"settings are incomplete: {', '.join(missing)} missing")
         return cls(**{**given, "method": Config.from_dict(given["method"])})

@@ -14,7 +14,7 @@ import torch
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.generation.resolve import resolve_settings
-from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.highres.partial_schedule import last_steps
 from tilewise.pipelines.highres.settings import HighresSettings, pixels
@@ -79,6 +79,11 @@ def prepare(
     `pipe` may be a skeleton: `device` is then where it would run. shared: settings that both stages have.
     """
     space = latent_space(pipe)
+    if shared.get("decode", OWN_VAE) != OWN_VAE:
+        raise ConfigError(
+            "highres decodes with the model's own VAE, which it also encodes with and runs in tiles where memory asks for it; "
+            "leave decode out, or give decode=vae"
+        )
     options = options.for_model(model_defaults(pipe), global_paths(pipe))
     assert options.strength is not None
     for name, wanted in (("height", height), ("width", width)):

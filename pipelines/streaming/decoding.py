@@ -64,6 +64,8 @@ class FrameDecoder:
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         latents = latents.to(self.device, self.vae.dtype)
+        if self.decoder.normalised:
+            return self.decoder.decode(latents)
         mean, std = self.space.statistics(self.vae, latents)
         return self.decoder.decode(latents * std + mean)
 

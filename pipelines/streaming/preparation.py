@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings
+from tilewise.pipelines.generation.tiny_decoding import resolve_decode
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.pipelines.loading.model_defaults import model_defaults
@@ -28,7 +29,7 @@ from tilewise.plugins.patching import denoisers_of, patched
 from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 
 CAUSAL_FOLDER = "causal"  # of a model folder
-SHARED = ("model", "negative", "seed", "fps", "height", "width", "max_sequence_length")  # with other clips
+SHARED = ("model", "negative", "seed", "fps", "height", "width", "max_sequence_length", "decode")  # with other clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,9 @@ def prepare(
         resolve_device(options.decode_device)
     height, width = (shared.get(name) or getattr(found, name) for name in ("height", "width"))
     check_stream(skeleton, found, cache_of(found), chunk=found.chunk, height=height, width=width)
-    streaming_decoder(skeleton.vae, fuse=False)
+    decode = resolve_decode(skeleton, shared.get("decode", OWN_VAE))
+    if decode == OWN_VAE:
+        streaming_decoder(skeleton.vae, fuse=False)
     fps = float(found.fps if shared.get("fps") is None else shared["fps"])
     tokens = shared.get("max_sequence_length")
     settings = GenerateSettings(
@@ -114,6 +117,7 @@ def prepare(
         seed=shared.get("seed", 0),
         fps=fps,
         max_sequence_length=model_defaults(skeleton).max_sequence_length if tokens is None else tokens,
+        decode=decode,
     )
     return StreamWork(settings, options, found, checkpoint)
 
@@ -185,6 +189,7 @@ def open_stream(pipe: Any, work: StreamWork) -> VideoStream:
         seed=settings.seed,
         negative=settings.negative,
         fps=settings.fps,
+        decode=settings.decode,
         decode_device=options.decode_device,
         max_sequence_length=settings.max_sequence_length,
     )

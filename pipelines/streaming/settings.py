@@ -33,7 +33,7 @@ class StreamSettings:
         chunk, window, sink, memory, sink_position, policy: see ``CausalRecipe``.
         prompt_at: changes of the prompt, each "TIME=TEXT" with TIME in seconds ("10s", "1.5s", "10"), rising, within the video.
         prompt_change, prompt_over: how they are made, and in how many chunks by "blend"; see ``VideoStream.set_prompt``.
-        decode_device: where the VAE decodes; None: with the rest.
+        decode_device: where frames are decoded; None: with the rest.
 
     Raises:
         ConfigError: for values that can never be right.
@@ -69,7 +69,7 @@ class StreamSettings:
     )
     prompt_change: str = option("recache", help="How the prompt changes.", choices=CHANGES)
     prompt_over: int = option(3, help="Chunks that a change by blend takes.")
-    decode_device: str | None = option(None, help="Device of the VAE, cuda:1 for instance.", shown_default="the same")
+    decode_device: str | None = option(None, help="Device that decodes, cuda:1 for instance.", shown_default="the same")
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tilewise.pipelines.errors import OutputError
+from tilewise.plugins.autoencoders.tiny_streaming import TinyStreamingDecoder
 from tilewise.plugins.errors import ConfigError
 
 if TYPE_CHECKING:
     from tilewise.pipelines.streaming.video_stream import VideoStream
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def state_of(stream: VideoStream, *, small: bool) -> StreamState:
         "recipe": stream.recipe.to_dict(),
         "chunk": stream.chunk,
         "size": list(sampler.shape),
+        "decoder": _decoder_of(stream),
         "chunks": stream.chunks,
         "frames_out": stream.frames_out,
         "prompt": prompts.prompt,
@@ -101,12 +103,13 @@ def restore(stream: VideoStream, state: StreamState) -> None:
         "recipe": stream.recipe.to_dict(),
         "chunk": stream.chunk,
         "size": list(sampler.shape),
+        "decoder": _decoder_of(stream),
     }
     for name, value in own.items():
         if values.get(name) != value:
             raise ConfigError(
                 f"load_state_dict: the state's {name} is {values.get(name)}, this stream's {value}; make the stream "
-                "with the same checkpoint, recipe and size"
+                "with the same checkpoint, recipe, size and decoder"
             )
     if stream.chunks:
         raise ConfigError(
@@ -135,6 +138,12 @@ def restore(stream: VideoStream, state: StreamState) -> None:
         for i, told in enumerate(values["ready"])
     ]
     stream.go_on(values["chunks"], values["frames_out"], ready)
+
+
+def _decoder_of(stream: VideoStream) -> str:
+    """Which decoder goes on from a state; tiny ones differ by their files."""
+    decoder = stream.decoder.decoder
+    return decoder.name + (f" {decoder.sha256}" if isinstance(decoder, TinyStreamingDecoder) else "")
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tilewise.pipelines.generation.settings import OWN_VAE
+from tilewise.pipelines.generation.tiny_decoding import tiny_decoder_of
 from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.pipelines.streaming.checks import cache_of, check_stream
 from tilewise.pipelines.streaming.decoding import FrameDecoder
@@ -43,6 +45,7 @@ def stream(
     negative: str = "",
     image: NDArray | None = None,
     fps: float | None = None,
+    decode: str = OWN_VAE,
     decode_device: str | torch.device | None = None,
     max_sequence_length: int | None = None,
 ) -> VideoStream:
@@ -64,8 +67,9 @@ def stream(
         negative: what to avoid, where the recipe has guidance.
         image: the first frame, (H, W, 3) uint8 or float in 0 … 1, at the size of the video.
         fps: frames a second on playback, which ``seconds`` counts by. Default: the recipe's.
-        decode_device: where the VAE decodes, such as "cuda:1"; it is moved there while the stream is open. Default: where
-            it is.
+        decode: what makes frames of latents: "vae", the pipeline's own, or "tiny=PATH", the file of a tiny autoencoder.
+        decode_device: where that decodes, such as "cuda:1"; a VAE is moved there while the stream is open. Default: where the
+            VAE is.
         max_sequence_length: text tokens. Default: the model's.
 
     Returns:
@@ -74,6 +78,7 @@ def stream(
     Raises:
         ConfigError: a checkpoint that is not causal, sizes that the model does not take, options that do not fit.
         UnsupportedModelError: a pipeline or VAE that cannot stream.
+        ModelError: the file of a tiny autoencoder is missing or none.
         In each case nothing was changed.
     """
     if not isinstance(prompt, str) or not prompt.strip():
@@ -100,7 +105,8 @@ def stream(
         )
     vae_device = pipe.vae.device
     wanted = vae_device if decode_device is None else torch.device(decode_device)
-    decoder = streaming_decoder(pipe.vae)
+    tiny = tiny_decoder_of(pipe, decode, device=wanted)
+    decoder = streaming_decoder(pipe.vae) if tiny is None else tiny
 
     with contextlib.ExitStack() as undo:
         if not is_patched(pipe):
@@ -121,7 +127,7 @@ def stream(
             device=device,
             dtype=first.dtype,
         )
-        if wanted != vae_device:
+        if wanted != vae_device and tiny is None:
             undo.callback(pipe.vae.to, vae_device)
             pipe.vae.to(wanted)
         start = None if start_picture is None else space.encode(pipe, start_picture).to(device)

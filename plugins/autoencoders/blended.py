@@ -31,6 +31,7 @@ class BlendedStreamingDecoder:
 
     name = "blended"
     exact = False
+    normalised = False
 
     def __init__(self, vae: Any, overlap: int = 3) -> None:
         if overlap < 2:

@@ -20,6 +20,7 @@ class CogVideoXStreamingDecoder:
 
     name = "cogvideox"
     exact = True
+    normalised = False
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae

@@ -22,16 +22,18 @@ class StreamingDecoder(Protocol):
 
     Attributes:
         name: which decoder this is. exact: whether the frames are those of a whole decode.
+        normalised: whether it takes latents as the denoiser has them, not in the VAE's own units.
     """
 
     name: str
     exact: bool
+    normalised: bool
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The next frames of the clip.
 
         Args:
-            latents: (B, C, T, h, w) in the VAE's own units and dtype, any T ≥ 1.
+            latents: (B, C, T, h, w) in the VAE's own units (or ``normalised``) and dtype, any T ≥ 1.
 
         Returns:
             (B, 3, F, H, W) in −1 … 1: one frame of the clip's first latent, as many as the VAE has in a latent of every other.

@@ -65,6 +65,7 @@ class _Clip:
 
     name = "wan"
     exact = True
+    normalised = False
 
     def __init__(self, vae: Any, module: Any, fuse: bool) -> None:
         self.vae = vae

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tilewise.pipelines.generation.compare import Comparison
 from tilewise.pipelines.generation.generate import Clip
-from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.generation.settings import GenerateSettings, TinyChoice
 from tilewise.pipelines.streaming.record import Recorded
 from tilewise.plugins.config import Config
 
@@ -46,6 +46,7 @@ def print_result(result: Clip | Comparison) -> None:
     frames, height, width = clip.frames.shape[:3]
     table.add_row("clip", f"{frames} frames of {height}x{width}, {settings.fps:g} fps, {settings.steps} steps")
     table.add_row("model, method, seed", f"{settings.model}, {method_words(settings.method)}, {settings.seed}")
+    _add_decoder(table, settings)
     if clip.summary is not None:
         table.add_row("density where sparse", f"{clip.summary.density:.3f}")
         reasons = "\n".join(f"{count} calls: {reason}" for reason, count in clip.summary.fallbacks.items())
@@ -73,6 +74,7 @@ def print_stream(made: Recorded) -> None:
     length = f"{made.frames} frames of {settings.height}x{settings.width}, {made.frames / settings.fps:.2f} s"
     table.add_row("video", f"{length} at {settings.fps:g} fps")
     table.add_row("model, method, seed", f"{settings.model}, {method_words(settings.method)}, {settings.seed}")
+    _add_decoder(table, settings)
     kept = f"window {recipe.window}, sink {recipe.sink}, policy {recipe.policy}"
     table.add_row("recipe", f"{recipe.name}: chunks of {recipe.chunk} in {settings.steps} passes, {kept}")
     seconds = made.seconds
@@ -98,6 +100,12 @@ def _pairs(title: str) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def _add_decoder(table: Table, settings: GenerateSettings) -> None:
+    """What made the frames, where it was not the model's own VAE."""
+    if (tiny := TinyChoice.parse(settings.decode)) is not None:
+        table.add_row("decoded by", f"{tiny.path}, SHA-256 {tiny.sha256[:12]}…")
 
 
 def _content(content: dict[str, bool | None]) -> str:

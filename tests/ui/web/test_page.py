@@ -50,7 +50,7 @@ from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.server import Headers, serving
 from tilewise.ui.web.tabs.attention_picture import cell, frame_size, one_frame, strip, strip_places, token_at
 from tilewise.ui.web.tabs.attention_query import Place, draft_of_query, seen_from
-from tilewise.ui.web.tabs.batch import _config, check_rows, seed_count
+from tilewise.ui.web.tabs.batch import _config, check_rows, refuse_files, seed_count
 from tilewise.ui.web.tabs.history import past_clips
 from tilewise.ui.web.tabs.job_stream import stream
 
@@ -143,6 +143,9 @@ def test_a_batch_is_checked_before_it_is_planned():
     for field, value in (("frames", 4001), ("height", 10**9), ("steps", 10**400), ("max_sequence_length", 5000)):
         with pytest.raises(RefusedError, match="line 2: "):
             check_rows([rows[0], Row(2, {"prompt": "b", field: value})], fields, 1, Limits())
+    refuse_files(rows)
+    with pytest.raises(tilewise.ConfigError, match="line 2: decode is for the command line"):
+        refuse_files([rows[0], Row(2, {"prompt": "b", "decode": "tiny=/etc/passwd"})])
     for text in ("0", "0-3", "0-3,7", " 5 - 9 , 1"):
         assert seed_count(text) == len(parse_seeds(text))
     assert seed_count(",".join(["0-99999999999"] * 1000)) == 10**14
@@ -443,6 +446,12 @@ def test_settings_there_and_back(models, method):
 def test_what_no_control_can_say_is_not_dropped(models, field):
     settings = settings_for(models, dataclasses.replace(tilewise.resolve("sta"), **field))
     with pytest.raises(tilewise.ConfigError, match=rf"{next(iter(field))} .*tilewise generate --from"):
+        values_of(settings)
+
+
+def test_a_file_of_the_server_is_not_named_by_a_visitor(models):
+    settings = dataclasses.replace(settings_for(models), decode="tiny=/etc/passwd")
+    with pytest.raises(tilewise.ConfigError, match=r"decode 'tiny=/etc/passwd'.*tilewise generate --from"):
         values_of(settings)
 
 

@@ -22,7 +22,7 @@ from tilewise.ui.web.common.safety import Limits
 from tilewise.ui.web.jobs.models import Models
 
 METHOD_FIELDS = ("method", "options", "from_step", "to_step", "blocks")
-SETTINGS = options_of(GenerateSettings)
+SETTINGS = {name: option for name, option in options_of(GenerateSettings).items() if not option.names_file}
 FIELDS = tuple(field for name in SETTINGS for field in (METHOD_FIELDS if name == "method" else (name,)))
 """The controls, in the order in which handlers get them: the method has several, each other setting one."""
 
@@ -76,7 +76,11 @@ def values_of(settings: GenerateSettings) -> dict[str, Any]:
     values |= {"method": name_of(config), **method_values(config), "seed": str(settings.seed)}
     again = config if settings.is_dense else config_of(values)  # a schedule changes nothing where all is dense
     names = [field.name for field in dataclasses.fields(Config)]
-    refuse_lost({name: getattr(config, name) for name in names if getattr(again, name) != getattr(config, name)})
+    lost = {name: getattr(config, name) for name in names if getattr(again, name) != getattr(config, name)}
+    for name, option in options_of(GenerateSettings).items():
+        if name not in SETTINGS and getattr(settings, name) != option.default:
+            lost[name] = getattr(settings, name)
+    refuse_lost(lost)
     return values
 
 

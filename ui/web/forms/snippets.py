@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.loading.model_defaults import ModelDefaults, guider_of
 from tilewise.pipelines.media.files import suffix_of
@@ -38,7 +38,7 @@ def setting_words(settings: GenerateSettings, native: ModelDefaults, without: Co
 
     native: the model's own settings, of which some need not be said. without: settings to leave out.
     """
-    usual = {"negative": "", "fps": native.fps, "max_sequence_length": native.max_sequence_length}
+    usual = {"negative": "", "fps": native.fps, "max_sequence_length": native.max_sequence_length, "decode": OWN_VAE}
     words: list[str] = []
     for name in options_of(GenerateSettings):
         value = getattr(settings, name)

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 from tilewise.pipelines.batch.clip import Watch
-from tilewise.pipelines.batch.input import Row, read_rows
+from tilewise.pipelines.batch.input import FIELDS, Row, read_rows
 from tilewise.pipelines.batch.job import Job as Entry
 from tilewise.pipelines.batch.job import slug
 from tilewise.pipelines.batch.jobs import Tools, make_jobs, parse_seeds
@@ -101,6 +101,7 @@ class BatchTab:
                 tools = Tools(_config, models.skeleton, models.revision, self._dtype, models.device)
                 fields: dict[str, Any] = {name: getattr(settings, name) for name in SETTINGS}
                 fields |= {"method": settings.method.to_dict()}
+                refuse_files(rows)
                 # First: even planning takes long for what is too much.
                 check_rows(rows, fields, seed_count(seeds), limits)
                 plan = make_jobs(path, rows, tools, command=fields, seeds=parse_seeds(seeds.strip() or "0"))
@@ -144,6 +145,14 @@ class BatchTab:
             for e in there[:SHOWN]
         )
         return f'{told}<div class="tw-clips">{figures}</div>'
+
+
+def refuse_files(rows: Sequence[Row]) -> None:
+    """Raises ConfigError for a line that names a file: a page reads none of the server's."""
+    for row in rows:
+        for name in row.fields:
+            if FIELDS[name].names_file:
+                raise ConfigError(f"line {row.line}: {name} is for the command line, not for this page; leave it out")
 
 
 def seed_count(text: str) -> int:

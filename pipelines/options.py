@@ -21,7 +21,7 @@ KINDS = {
     "number": "a number",
     "flag": "true or false",
     "size": "a height and width such as 480x832",
-    "window": "t,h,w or [t, h, w]",
+    "numbers": "numbers such as 3,3,3 or [3, 3, 3]",
     "method": "a name or a config object",
 }
 """Kinds of values, as messages call them."""
@@ -74,11 +74,11 @@ class Option:
             "flag": is_bool,
             "size": is_text,
             "method": isinstance(value, str | Mapping),
-            "window": is_text or (isinstance(value, list) and all(type(n) is int for n in value)),
+            "numbers": is_text or _are_numbers(value),
         }[self.kind]
         if not valid:
             raise ConfigError(f"{self.name} must be {KINDS[self.kind]}, not {said[:80]!r}")
-        return ",".join(map(str, value)) if isinstance(value, list) else value
+        return _joined(value) if isinstance(value, list) else value
 
 
 def option(
@@ -141,6 +141,19 @@ def parse_size(text: str, name: str = "native") -> tuple[int, int]:
     if found is None:
         raise ConfigError(f"--{name.replace('_', '-')} takes a height and width such as 480x832, not {text[:80]!r}")
     return int(found[1]), int(found[2])
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether a JSON value is a list of numbers, or a list of such lists."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(n) in (int, float) for n in value) or all(isinstance(n, list) and _are_numbers(n) for n in value)
+
+
+def _joined(values: list[Any]) -> str:
+    """A list as the text that stands for it: "3,3,3", and lists of lists "3,3,3;1,5,5"."""
+    nested = any(isinstance(value, list) for value in values)
+    return (";" if nested else ",").join(_joined(value) if isinstance(value, list) else str(value) for value in values)
 
 
 def _number(text: str) -> Any:

@@ -17,6 +17,7 @@ from torch import nn
 from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.methods.base import Method, make_method, methods
+from tilewise.plugins.methods.option_text import option_types, parse_value
 from tilewise.plugins.presets import PRESETS
 
 DEFAULT_STEPS = (0.25, 1.0)
@@ -24,6 +25,27 @@ DEFAULT_BLOCKS = ":"
 # Tokens of a feature map below which reordering and the launches cost more than sparse attention saves (SDXL at
 # 1024² has 4096 in its largest).
 MIN_MAP_TOKENS = 4096
+
+
+# Options that every method has but dense, as command lines call them; ``steps`` is the number of denoising steps there.
+SHARED_OPTIONS: Mapping[str, Any] = {
+    "steps_sparse": tuple[float, float],
+    "blocks": str,
+    "strict": bool,
+    "fuse": bool,
+    "precision": str | None,
+    "min_tokens": int | None,
+    "vae": bool,
+}
+
+
+def option_words(method: Method) -> str:
+    """The options of a method, for messages."""
+    if method.name == "dense":
+        return "It has none: attention is dense at every step and in every block"
+    own = option_types(type(method))
+    shared = [name for name in SHARED_OPTIONS if name not in own]
+    return f"Its options: {', '.join(own)}; of every sparse method: {', '.join(shared)}"
 
 
 def select_blocks(text: str, count: int) -> list[int]:
@@ -118,6 +140,38 @@ class Config:
         denoiser's token sequence."""
         least = self.min_tokens if self.min_tokens is not None else MIN_MAP_TOKENS if own_map else 0
         return f"{tokens} tokens, fewer than min_tokens={least}" if tokens < least else None
+
+    @property
+    def option_types(self) -> Mapping[str, Any]:
+        """Name → type of the options that `with_options` takes."""
+        own = option_types(type(self.method))
+        return own if self.method.name == "dense" else {**SHARED_OPTIONS, **own}
+
+    def with_options(self, options: Mapping[str, Any]) -> Config:
+        """This config with other options: its method's, and SHARED_OPTIONS where the method has none of that name.
+
+        What excludes an option that is given, as a density does a window, goes back to its default.
+
+        options: by name. Text is read by the option's type, as on a command line; other values are taken as they are.
+
+        Raises:
+            ConfigError: for an option that there is not, with those that there are, or a value that cannot be.
+        """
+        own, kinds = option_types(type(self.method)), self.option_types
+        given: dict[str, Any] = {}
+        for name, value in options.items():
+            if name not in kinds:
+                raise ConfigError(f"method {self.method.name!r} has no option {name!r}. {option_words(self.method)}")
+            given[name] = (
+                parse_value(f"{name} of {self.method.name}", value, kinds[name]) if isinstance(value, str) else value
+            )
+        changed = {name: given.pop(name) for name in list(given) if name not in own}
+        if "steps_sparse" in changed:
+            changed["steps"] = changed.pop("steps_sparse")
+        for group in self.method.exclusive:
+            if any(given.get(name) is not None for name in group):
+                given |= {name: None for name in group if name not in given}
+        return dataclasses.replace(self, method=dataclasses.replace(self.method, **given), **changed)
 
     def prepare(self, target: Any, denoiser: nn.Module) -> Config:
         """This config, with what its method needs to know about ``denoiser`` filled in; see ``Method.prepare``."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tilewise.pipelines.generation.method_options import PREFIX, SET, field_name
 from tilewise.pipelines.generation.settings import CLIP_OPTIONS, GenerateSettings
 from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
 from tilewise.pipelines.options import Option, options_of
@@ -22,14 +23,15 @@ from tilewise.plugins.errors import ConfigError, unknown
 FIELDS = {
     "id": Option("id", "text", "A name for the clip."),
     "prompt": options_of(GenerateSettings)["prompt"],
-    **CLIP_OPTIONS,
+    **{name: one for name, one in CLIP_OPTIONS.items() if one is not SET},
     HIGHRES.name: HIGHRES,
     **TWO_STAGE_OPTIONS,
 }
-"""The columns of the input."""
+"""The columns of the input, beside "set.NAME" for options of methods (`method_options`)."""
 WHOLE_BATCH = ("out", "device", "compare", "dry_run", "seeds", "sweep")  # words of the command that no line can have
 MAX_PROMPT = 50_000  # characters; text encoders read hundreds of tokens, so that more is a mistake
 MAX_ID = 200
+MAX_OPTION = 10_000
 SHOWN = 50  # problems and line numbers that a message lists before it only counts
 
 
@@ -95,9 +97,15 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def parse_field(name: str, value: Any, *, text: bool) -> Any:
     """A field's value in its own type; with `text`, from words as in a table's cell. Raises ConfigError."""
+    if name.startswith(PREFIX):
+        return _parse_method_option(name, value)
     if name not in FIELDS:
         if name.replace("-", "_") in WHOLE_BATCH:
             raise ConfigError(f"{name!r} is for the whole batch: give --{name.replace('_', '-')} to the command")
+        if name == SET.name:
+            raise ConfigError(
+                f"{name!r} takes a name: {PREFIX}recall for the option recall of the method, for instance"
+            )
         raise unknown("field", name[:80], FIELDS)
     value = FIELDS[name].parse(value, text=text)
     if name == "prompt" and len(value) > MAX_PROMPT:
@@ -106,6 +114,23 @@ def parse_field(name: str, value: Any, *, text: bool) -> Any:
         raise ConfigError("the prompt is empty: say what the clip should show")
     if name == "id" and not (value.strip() and len(value) <= MAX_ID):
         raise ConfigError(f"an id has 1 to {MAX_ID} characters, not {len(value.strip())}")
+    return value
+
+
+def column(name: str) -> str:
+    """The field that a column or a sweep sets: "set.density" and "density" are one."""
+    name = name.strip()
+    return field_name(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else name
+
+
+def is_column(name: str) -> bool:
+    return name in FIELDS or (name.startswith(PREFIX) and len(name) > len(PREFIX))
+
+
+def _parse_method_option(name: str, value: Any) -> Any:
+    """An option of a method is read once the method is known. Raises ConfigError for what can be none, such as an empty one."""
+    if value == "" or len(json.dumps(value)) > MAX_OPTION:
+        raise ConfigError(f"{name[:80]} must be a value of at most {MAX_OPTION:,} characters")
     return value
 
 
@@ -140,10 +165,10 @@ def _read_csv(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Row]
         if not any(cell.strip() for cell in cells):
             continue
         if header is None:
-            header = [cell.strip() for cell in cells]
+            header = [column(cell) for cell in cells]
             for name in header:
-                if name not in FIELDS or header.count(name) > 1:
-                    problems.add(first, f"the header names {name!r} twice" if name in FIELDS else _why_not(name))
+                if not is_column(name) or header.count(name) > 1:
+                    problems.add(first, f"the header names {name!r} twice" if is_column(name) else _why_not(name))
             if "prompt" not in header:
                 problems.add(first, "the header (the first row) has no column 'prompt'")
             if problems.found:
@@ -170,7 +195,7 @@ def _read_jsonl(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Ro
         if isinstance(fields.get("id"), int) and not isinstance(fields["id"], bool):
             fields["id"] = str(fields["id"])
         # null is "not given", as an empty cell is
-        fields = {name: value for name, value in fields.items() if value is not None or name not in FIELDS}
+        fields = {column(name): value for name, value in fields.items() if value is not None or not is_column(name)}
         yield from _row(number, fields, problems, text=False)
 
 

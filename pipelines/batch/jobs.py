@@ -1,8 +1,8 @@
 """Turn input lines into jobs (lines × sweep × seeds), resolved against the model and validated before any weights are loaded.
 
 A field may be given by the command, by the sweep and by the line. The line wins over the sweep, the sweep over the command;
-window and density are one field in this: whoever gives one of them replaces both. Clips of one stage and of two (highres) may be
-in one batch: what the command or the sweep says of the one kind is not used for the other, and a line that says it is refused.
+window, density and recall are one field in this: whoever gives one of them replaces all. Clips of one stage and of two (highres)
+may be in one batch: what the command or the sweep says of two stages is not used for one, and a line that says it is refused.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.batch.estimate import denoising_flop
-from tilewise.pipelines.batch.input import FIELDS, Problems, Row, parse_field
+from tilewise.pipelines.batch.input import FIELDS, Problems, Row, column, parse_field
 from tilewise.pipelines.batch.job import Job, Stages, merge_equal
 from tilewise.pipelines.batch.two_stage_jobs import plan_fields, stages_flop, stages_of
 from tilewise.pipelines.errors import SetupError
+from tilewise.pipelines.generation.method_options import EITHER, PREFIX, flag, is_method_option
 from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
 from tilewise.pipelines.generation.settings import MAX_SEED, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
@@ -34,16 +35,18 @@ from tilewise.plugins.errors import ConfigError, TilewiseError, unknown
 from tilewise.plugins.explain import Explanation
 
 MAX_JOBS = 100_000  # the file names count in five digits
-ONE_STAGE = ("window", "density")  # options that clips of two stages do not have
-SHAPING = tuple(name for name in FIELDS if name not in ("id", "prompt", "negative", "seed"))
+NOT_SHAPING = ("id", "prompt", "negative", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """What jobs are resolved with. config: the config of (method, window, density). skeleton, revision: of a model's name.
-    dtype: the name of the dtype that "auto" or another name stands for here. device: where the clips will be made."""
+    """What jobs are resolved with.
 
-    config: Callable[[Any, str | None, float | None], Config]
+    config: of a method, with what the fields of a line say of it. skeleton, revision: of a model's name. dtype: the name of the
+    dtype that "auto" or another name stands for here. device: where the clips will be made.
+    """
+
+    config: Callable[[Any, Mapping[str, Any]], Config]
     skeleton: Callable[[str], Any]
     revision: Callable[[str], str]
     dtype: Callable[[str], str]
@@ -93,24 +96,39 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+WITH_COMMAS = (
+    "window",
+    "steps_sparse",
+    f"{PREFIX}tile",
+    f"{PREFIX}native",
+    f"{PREFIX}stride",
+    f"{PREFIX}dilation",
+    f"{PREFIX}always",
+)
+
+
 def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Fields with the values that they take in turn, from "method=dense,sta" or "window=3,3,3;1,5,5".
 
-    Values are separated by semicolons if there are any (or for window, whose values have commas), else by commas.
+    Values are separated by semicolons if there are any (or for fields whose values have commas), else by commas.
     Raises ConfigError for a text without values, an unknown field, or one that cannot be swept.
     """
     sweep: dict[str, list[Any]] = {}
     valid = [name for name in FIELDS if name not in ("id", "prompt", "seed")]
     for text in texts:
         name, equals, values = text.partition("=")
-        name = name.strip().replace("-", "_")
+        name = column(name.replace("-", "_"))
         if name in ("seed", "seeds"):
             raise ConfigError("seeds are swept by --seeds, such as --seeds 0-9")
-        if not equals or name not in valid:
+        if not equals and name in valid:
+            raise ConfigError(f"--sweep {name} needs values: --sweep {name}=VALUE,VALUE")
+        if name in FIELDS and name not in valid:
+            raise ConfigError(f"{name} cannot be swept: give one line of the input for each {name}")
+        if not equals or not (name in valid or is_method_option(name)):
             raise unknown("field of --sweep FIELD=VALUE,VALUE:", name[:80], valid)
         if name in sweep:
             raise ConfigError(f"--sweep {name} is given twice; list all its values in one")
-        words = [word.strip() for word in values.split(";" if ";" in values or name == "window" else ",")]
+        words = [word.strip() for word in values.split(";" if ";" in values or name in WITH_COMMAS else ",")]
         if not all(words) or len(set(words)) < len(words):
             raise ConfigError(f"--sweep {name} takes different values separated by commas, not {values[:80]!r}")
         sweep[name] = [parse_field(name, word, text=True) for word in words]
@@ -144,11 +162,17 @@ def make_jobs(
         raise ConfigError(f"lines x sweep x seeds are {total:,} clips; a batch has at most {MAX_JOBS:,}")
     jobs: list[Job] = []
     ignored: dict[str, None] = {}
+    without: dict[str, set[str]] = {}  # option of a method → methods of this batch that have none
+    used: set[str] = set()
     for row in rows:
         for swept in combinations:
             try:
                 fields, left_out = _join(base, swept, row.fields, usual_method)
                 ignored |= dict.fromkeys(left_out)
+                config = tools.config(fields["method"], {})
+                for name in _leave_out(fields, base, row.fields, config):
+                    without.setdefault(name, set()).add(config.method.name)
+                used |= fields.keys()
                 shape = resolver.shape(fields)
                 for seed in [fields["seed"]] if "seed" in fields else seeds:
                     jobs.append(_job(len(jobs), row, shape, fields, seed, tools))
@@ -159,6 +183,10 @@ def make_jobs(
             except TilewiseError as error:
                 raise type(error)(f"{path}, line {row.line}: {error}") from error
     problems.refuse()
+    for name, methods in without.items():
+        if name not in used:
+            raise ConfigError(f"{flag(name)} is an option of none of the methods here: {', '.join(sorted(methods))}")
+        ignored[f"{flag(name)} is not used where the method is {' or '.join(sorted(methods))}"] = None
     distinct = merge_equal(jobs)
     notes = list(ignored)
     if len(distinct) < len(jobs):
@@ -188,7 +216,7 @@ class _Resolver:
         self.shapes: dict[str, _Shape | ConfigError] = {}
 
     def shape(self, fields: Mapping[str, Any]) -> _Shape:
-        given = {name: fields[name] for name in SHAPING if name in fields}
+        given = {name: value for name, value in fields.items() if name not in NOT_SHAPING}
         token = json.dumps(given, sort_keys=True)
         if token not in self.shapes:
             try:
@@ -201,13 +229,15 @@ class _Resolver:
         return found
 
     def _resolve(self, fields: Mapping[str, Any]) -> _Shape:
-        config = self.tools.config(fields["method"], fields.get("window"), fields.get("density"))
+        config = self.tools.config(fields["method"], fields)
         skeleton = self.tools.skeleton(fields["model"])
         if fields.get("highres"):
             dtype = self.tools.dtype(fields.get("dtype", "auto"))
             work = plan_fields(skeleton, fields, method=config, dtype=dtype, device=self.tools.device)
             return _Shape(work.target, explain_settings(skeleton, work.target), stages_flop(skeleton, work), work)
-        shaping = {name: fields[name] for name in SHAPING if name in options_of(GenerateSettings) and name in fields}
+        shaping = {
+            name: fields[name] for name in options_of(GenerateSettings) if name in fields and name not in NOT_SHAPING
+        }
         settings = resolve_settings(skeleton, "?", **{**shaping, "method": config})
         call_arguments(skeleton, settings)
         explanation = explain_settings(skeleton, settings)
@@ -236,29 +266,37 @@ def _join(
     """
     fields: dict[str, Any] = {}
     for level in (command, swept, row):
-        if "window" in level or "density" in level:
-            fields.pop("window", None), fields.pop("density", None)
+        if any(name in level for name in EITHER):
+            for name in EITHER:
+                fields.pop(name, None)
         fields |= level
     two = fields.get("highres", False)
     fields.setdefault("method", "dense" if two else usual_method)
     notes = []
-    for name in ONE_STAGE if two else TWO_STAGE_OPTIONS:
-        if name in row and two:
-            raise ConfigError(f"{name} cannot be used with highres, whose attention is a window of the native size")
+    for name in () if two else TWO_STAGE_OPTIONS:
         if name in row:
             raise ConfigError(f"{name} is an option of highres: give highres as true too")
         if fields.pop(name, None) is not None:
-            notes.append(
-                "the command's window and density are not used where highres is"
-                if two
-                else f"the command's {name} is not used where highres is not"
-            )
-    # In `--sweep method=dense,sta --density 0.3` the density is meant for those that have one.
-    if fields["method"] == "dense" and not set(ONE_STAGE) & row.keys() and command.get("method") != "dense":
-        left_out = [fields.pop(name, None) for name in ONE_STAGE]
-        if any(value is not None for value in left_out):
-            notes.append("the command's window and density are not used where the method is dense")
+            notes.append(f"the command's {name} is not used where highres is not")
     return fields, notes
+
+
+def _leave_out(fields: dict[str, Any], command: Mapping[str, Any], row: Mapping[str, Any], config: Config) -> list[str]:
+    """Takes options out that the method of these fields has not, and that were meant for others; returns their names.
+
+    In `--sweep method=dense,sta --density 0.3` the density is for those that have one. What the line gives, or the command
+    beside the method, stays, and is refused.
+    """
+    if command.get("method") == fields["method"]:
+        return []
+    left_out = [
+        name
+        for name in fields
+        if is_method_option(name) and name not in row and name.removeprefix(PREFIX) not in config.option_types
+    ]
+    for name in left_out:
+        del fields[name]
+    return left_out
 
 
 def _job(index: int, row: Row, shape: _Shape, fields: Mapping[str, Any], seed: int, tools: Tools) -> Job:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewise import __version__
+from tilewise.pipelines.generation.method_options import METHOD_OPTIONS, SET
 from tilewise.pipelines.options import Option, option, options_of
 from tilewise.plugins.errors import ConfigError, unknown
 
@@ -136,14 +137,10 @@ def _is_number(value: Any) -> bool:
 def _clip_options() -> dict[str, Option]:
     options = options_of(GenerateSettings)
     del options["prompt"]
-    of_method = [
-        Option("window", "window", "Window of method sta in tiles, t,h,w, such as 3,3,3; of --stream, latent frames."),
-        Option("density", "number", "Fraction of token pairs to keep, in (0, 1], instead of a window."),
-    ]
     dtype = Option("dtype", "text", "auto, float32, bfloat16 or float16.", shown_default="auto")
     first = [options.pop(name) for name in ("model", "method")]
     negative, seed = options.pop("negative"), options.pop("seed")
-    return {one.name: one for one in (*first, *of_method, *options.values(), negative, seed, dtype)}
+    return {one.name: one for one in (*first, *METHOD_OPTIONS.values(), SET, *options.values(), negative, seed, dtype)}
 
 
 CLIP_OPTIONS = _clip_options()

@@ -30,6 +30,8 @@ class Method:
     """
 
     name: ClassVar[str]
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Groups of options of which at most one may be given: whoever sets one takes the others back."""
 
     def layout(self, grid: Grid) -> Layout | None:
         """Token order for a grid. None: the method leaves every attention call dense."""

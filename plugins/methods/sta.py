@@ -49,6 +49,7 @@ class STA(Method):
     density: float | None = None
 
     name: ClassVar[str] = "sta"
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (("window", "density"),)
 
     def __post_init__(self) -> None:
         if self.tile is not None:

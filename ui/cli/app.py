@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tilewise import __version__
+from tilewise.pipelines.generation.method_options import METHOD_OPTIONS, SET
 from tilewise.pipelines.generation.settings import CLIP_OPTIONS
 from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
 from tilewise.pipelines.streaming.settings import STREAM, STREAM_OPTIONS
@@ -36,7 +37,7 @@ DRY_RUN_HELP = "Print what would be done and write nothing."
 SOURCE_HELP = "Reproduce a clip: its settings, except for those given here."
 OUT_HELP = "The .mp4 to write, or .png for one frame. Default: outputs/<prompt>-<seed>.…"
 COMPARE_HELP = "'dense': also generate the dense clip, compare both, and write them side by side."
-EXPLAINED = ("model", "method", "window", "density", "height", "width", "frames", "steps")  # options of `explain`
+EXPLAINED = ("model", "method", *METHOD_OPTIONS, SET.name, "height", "width", "frames", "steps")  # options of `explain`
 PLOT_HELP = "Also plot it, to a .png, .svg or .pdf. Dynamic methods run the model for four steps."
 
 

@@ -31,7 +31,7 @@ from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.ui.cli.batch_progress import watching
 from tilewise.ui.cli.interrupts import Interrupts
 from tilewise.ui.cli.progress import quiet_libraries
-from tilewise.ui.common.options import ONE_STAGE_OPTIONS, method_config, refuse_two_stage_options
+from tilewise.ui.common.options import method_config, refuse_two_stage_options
 from tilewise.ui.common.tables import console, method_words
 
 SHOWN = 10  # failures that the summary tells about; the manifest has all
@@ -144,13 +144,9 @@ def _check(request: BatchRequest) -> Batch:
 
 
 def _refuse_useless(plan: Plan, given: Mapping[str, Any]) -> None:
-    """Options of clips of two stages where there is none, or of one stage where all have two, would have no effect."""
-    kinds = {job.highres is not None for job in plan.jobs}
-    if True not in kinds:
+    """Options of clips of two stages where there is none would have no effect."""
+    if all(job.highres is None for job in plan.jobs):
         refuse_two_stage_options({name: value for name, value in given.items() if name != "highres"})
-    for name in ONE_STAGE_OPTIONS:
-        if name in given and False not in kinds:
-            raise ConfigError(f"--{name} cannot be used with --highres")
 
 
 def _method_words(settings: GenerateSettings, stages: Stages | None) -> str:

@@ -9,9 +9,11 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from tilewise.pipelines.generation.method_options import SET, flag, parse_set
 from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
 from tilewise.pipelines.options import Option
 from tilewise.pipelines.streaming.settings import STREAM, STREAM_OPTIONS
+from tilewise.plugins.errors import ConfigError
 
 TYPES = {"whole": int, "number": float, "flag": bool, "texts": list[str]}  # all others are text
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -24,14 +26,18 @@ F = TypeVar("F", bound=Callable[..., None])
 
 def declared_options(options: Iterable[Option]) -> Callable[[F], F]:
     """Decorates a command with a parameter `options`: the command line gets one parameter for each option in its place, and the
-    command a dict of the values that were given, by name."""
+    command a dict of the values that were given, by name; of --set, "set.NAME" and so on (`parse_set`)."""
     declared = list(options)
 
     def decorate(command: F) -> F:
         @functools.wraps(command)
         def with_options(**given: Any) -> None:
             values = {option.name: given.pop(option.name) for option in declared}
-            command(**given, options={name: value for name, value in values.items() if value not in (None, [])})
+            said = {name: value for name, value in values.items() if value not in (None, [])}
+            of_method = parse_set(said.pop(SET.name, []))
+            if twice := [name for name in of_method if name in said]:
+                raise ConfigError(f"--set {twice[0]} and {flag(twice[0])} are the same: give one of them")
+            command(**given, options=said | of_method)
 
         parameters: list[inspect.Parameter] = []
         for own in inspect.signature(command, eval_str=True).parameters.values():

@@ -39,7 +39,7 @@ def explain_command(options: Mapping[str, Any], *, as_json: bool, picture: Path 
     if picture is not None:
         check_plot(picture)
     model = options.get("model", DEFAULT_MODEL)
-    config = method_config(options.get("method", DEFAULT_METHOD), options.get("window"), options.get("density"))
+    config = method_config(options.get("method", DEFAULT_METHOD), options)
     skeleton = load_skeleton(model)
     native = model_defaults(skeleton)
     explanation = explain(

@@ -112,7 +112,7 @@ def _check(request: Request, *, create: bool) -> Work:
     if prompt is None:
         raise ConfigError("there is no prompt: say what the clip should show, or name a clip to make again with --from")
     options = request.options
-    config = method_config(given.get("method", DEFAULT_METHOD), options.get("window"), options.get("density"))
+    config = method_config(given.get("method", DEFAULT_METHOD), options)
     if request.compare and config.method.name == "dense":
         raise ConfigError("--compare dense needs another method than dense")
     dtype = request.dtype(origin)

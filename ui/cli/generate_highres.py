@@ -27,7 +27,7 @@ from tilewise.pipelines.options import field_values, parse_size
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.progress import progress_bars, quiet_libraries
 from tilewise.ui.cli.request import Request, print_sameness
-from tilewise.ui.common.options import ONE_STAGE_OPTIONS, default_out, method_config
+from tilewise.ui.common.options import default_out, first_stage_method
 from tilewise.ui.common.tables import console, print_files, print_result, print_settings
 
 
@@ -86,12 +86,8 @@ def generate_highres(request: Request) -> None:
 def _check(request: Request, *, create: bool) -> _Checked:
     """Everything that can be wrong is found here, before weights are read."""
     given = request.options
-    for name, value in (
-        ("--compare", request.compare),
-        *((f"--{name}", given.get(name)) for name in ONE_STAGE_OPTIONS),
-    ):
-        if value is not None:
-            raise ConfigError(f"{name} cannot be used with --highres")
+    if request.compare is not None:
+        raise ConfigError("--compare cannot be used with --highres")
     origin = request.origin()
     earlier = {} if origin is None else _earlier(origin)
     native: Any = earlier.pop("native", None)
@@ -108,8 +104,7 @@ def _check(request: Request, *, create: bool) -> _Checked:
     dtype = request.dtype(origin)
     model = shared.get("model", DEFAULT_MODEL)
     skeleton = cast_skeleton(load_skeleton(model), getattr(torch, dtype))
-    # --method is the native stage's; the target's is the inward window.
-    method = method_config(shared.get("method", "dense"))
+    method = first_stage_method(shared.get("method", "dense"), given)
     both = {"model": model, **{name: shared[name] for name in SHARED_BY_STAGES if name in shared}}
     arguments = (prompt, height, width, native, method, options, both)
     work = prepare(skeleton, *arguments, resolve_device(request.device))

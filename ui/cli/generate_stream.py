@@ -130,7 +130,8 @@ def _check(request: Request, *, create: bool) -> _Checked:
             "there is no prompt: say what the video should show, or name a stream to make again with --from"
         )
     dtype = request.dtype(origin)
-    method = method_config(given.get("method", earlier.get("method", "dense")), None, given.get("density"))
+    of_method = {name: value for name, value in given.items() if name != "window"}  # which is the stream's
+    method = method_config(given.get("method", earlier.get("method", "dense")), of_method)
     model = shared.pop("model", DEFAULT_MODEL)
     skeleton = load_skeleton(model)
     work = prepare(

@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tilewise.pipelines.batch.job import slug
+from tilewise.pipelines.generation.method_options import flag, is_method_option, method_options
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.highres.settings import TWO_STAGE_OPTIONS
 from tilewise.pipelines.media.files import STILL, is_still, suffix_of
 from tilewise.pipelines.streaming.settings import STREAM_OPTIONS
 from tilewise.plugins.config import Config, load_config, resolve
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.methods.sta import STA
-
-ONE_STAGE_OPTIONS = ("window", "density")  # of the method, which clips of two stages do not have
 
 
-def method_config(
-    method: str | Mapping[str, Any] | Config, window: str | None = None, density: float | None = None
-) -> Config:
-    """The config of --method, with --window or --density in place of its own.
+def method_config(method: str | Mapping[str, Any] | Config, fields: Mapping[str, Any] | None = None) -> Config:
+    """The config of --method, with what the fields of a request say of the method in place of its own.
 
-    method: a name, a preset, a .json file, a config as `Config.to_dict` makes it, or a config.
+    method: a name, a preset, a .json file, a config as `Config.to_dict` makes it, or a config. fields: "window", "density",
+    "set.recall" and so on (`method_options`); others are left out.
     Raises ConfigError for unknown names, files that cannot be read, and options that the method does not have.
     """
     config = method if isinstance(method, Config) else _named(method)
-    if window is None and density is None:
-        return config
-    if not isinstance(config.method, STA):
-        raise ConfigError(f"--window and --density are options of method sta, not of {config.method.name}")
-    if window is not None and density is not None:
-        raise ConfigError("give --window or --density, not both: the density picks the window")
-    options: dict[str, Any] = {"window": None if window is None else parse_window(window), "density": density}
-    return dataclasses.replace(config, method=dataclasses.replace(config.method, **options))
+    options = method_options(fields or {})
+    return config.with_options(options) if options else config
 
 
-def parse_window(text: str) -> tuple[int, ...]:
-    """Whole numbers from "3,3,3"; the method itself checks how many and how large."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"--window takes three whole numbers t,h,w such as 3,3,3, not {text!r}") from error
+def first_stage_method(method: str | Mapping[str, Any] | Config, fields: Mapping[str, Any]) -> Config:
+    """The config of the first of two stages: --method and its options are that stage's, the second attends to inward windows.
+
+    Raises as `method_config`.
+    """
+    config = method_config(method)
+    options = [name for name in fields if is_method_option(name)]
+    if options and config.method.name == "dense":
+        raise ConfigError(
+            f"{flag(options[0])} with --highres is an option of the first stage's method, which is dense: give a --method too. "
+            "What the second stage's window covers is --highres-window"
+        )
+    return method_config(config, fields)
 
 
 def default_out(prompt: str, seed: int, frames: int) -> Path:

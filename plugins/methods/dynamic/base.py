@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -109,6 +109,8 @@ class BlockSelectionMethod(DynamicMethod):
     drift: float | None = 0.02
     probe: int = 0
     min_tokens: int | None = None
+
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (("density", "recall"),)
 
     def __post_init__(self) -> None:
         for name, value in checked(self).items():

@@ -85,10 +85,33 @@ def test_the_density_of_the_command_is_not_for_a_dense_line(tools, tiny_pipe_dir
     plan = jobs_of(tools, tiny_pipe_dir, [{}], ["method=dense,sta", "density=0.3,0.6"])
     assert [j.settings.method.method.to_dict().get("density") for j in plan.jobs] == [None, 0.3, 0.6]
     assert any("not used where the method is dense" in note for note in plan.notes)
-    with pytest.raises(InputError, match="line 1: --window and --density are options of method sta"):
+    with pytest.raises(InputError, match="line 1: method 'dense' has no option 'density'"):
         jobs_of(tools, tiny_pipe_dir, [{"method": "dense", "density": 0.3}])
-    with pytest.raises(InputError, match="options of method sta, not of dense"):
+    with pytest.raises(InputError, match="method 'dense' has no option 'density'"):
         jobs_of(tools, tiny_pipe_dir, [{}], method="dense", density=0.3)
+    with pytest.raises(
+        tilewise.ConfigError, match=r"--set recal=… is an option of none of the methods here: draft, sta"
+    ):
+        jobs_of(tools, tiny_pipe_dir, [{}], ["method=draft,sta", "set.recal=0.9"])
+
+
+def test_options_of_any_method_are_columns_and_sweeps(tools, tiny_pipe_dir):
+    rows = [
+        {"method": "draft", "set.recall": 0.9, "blocks": "1:"},
+        {"method": "draft", "density": 0.5, "set.select": "head", "steps_sparse": "0.5,1"},
+        {"method": "neighborhood", "window": "3,5,5", "set.causal": True},
+    ]
+    first, second, third = (job.settings.method for job in jobs_of(tools, tiny_pipe_dir, rows).jobs)
+    assert first == tilewise.Config(tilewise.Draft(recall=0.9), blocks="1:")
+    assert second == tilewise.Config(tilewise.Draft(density=0.5, select="head"), steps=(0.5, 1.0))
+    assert third.method == tilewise.Neighborhood(window=(3, 5, 5), causal=True)
+    swept = jobs_of(tools, tiny_pipe_dir, [{}], ["set.recall=0.8,0.9", "blocks=1:;:"], method="draft", density=0.3).jobs
+    assert [(job.settings.method.method.recall, job.settings.method.blocks) for job in swept] == [
+        (0.8, "1:"), (0.8, ":"), (0.9, "1:"), (0.9, ":"),
+    ]  # fmt: skip
+    # a schedule that the command gives is not for dense lines
+    plan = jobs_of(tools, tiny_pipe_dir, [{"method": "dense"}, {"method": "sta"}], blocks="1:")
+    assert [job.settings.method.blocks for job in plan.jobs] == [":", "1:"]
 
 
 def test_the_settings_of_a_clip_make_a_line(tools, tiny_pipe_dir):
@@ -125,10 +148,10 @@ def test_seeds():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("method", "FIELD=VALUE"),
+        ("method", "--sweep method needs values: --sweep method=VALUE,VALUE"),
         ("metod=sta", "Did you mean 'method'"),
         ("seed=1,2", "--seeds"),
-        ("prompt=a,b", "unknown field"),
+        ("prompt=a,b", "prompt cannot be swept"),
         ("steps=2,x", "steps must be a whole number"),
         ("steps=2,2", "different values"),
         ("steps=", "different values"),

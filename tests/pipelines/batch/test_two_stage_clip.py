@@ -146,9 +146,10 @@ def test_one_and_two_stages_in_one_batch(plan):
     assert [job.highres.method.method.name for job in (first, own)] == ["dense", "sta"]
     assert {job.settings.method.method.name for job in (first, own)} == {"inward"}
     assert sorted(made.notes) == [
+        "--density is not used where the method is dense",
         "the command's refresh is not used where highres is not",
-        "the command's window and density are not used where highres is",
     ]
+    assert own.highres.method.method.density == 0.4
     swept = plan({"height": 80, "width": 64}, sweep={"highres": [True, False], "refresh": [1, 5]}, method="dense")
     assert [job.highres and job.highres.options.refresh for job in swept.jobs] == [1, 5, None]
     assert [explained.jobs for explained in swept.explanations] == [1, 1, 1]
@@ -244,7 +245,7 @@ def test_bad_rows_are_refused_before_anything_runs(invoke, tmp_path, monkeypatch
         8: "draft",
         9: "such as 480x832, not 'big'",
         10: "strength 0.1 leaves none of 4 steps",
-        11: "density cannot be used with highres",
+        11: "method 'dense' has no option 'density'",
         12: "refresh is an option of highres: give highres as true too",
     }.items():
         assert any(row.startswith(f"  line {line}: ") and words in row for row in told), (line, told)
@@ -252,7 +253,7 @@ def test_bad_rows_are_refused_before_anything_runs(invoke, tmp_path, monkeypatch
     for rows, words, message in (
         ([{"prompt": "x"}], ["--strength", "0.5"], "--strength is an option of --highres"),
         ([{"prompt": "x"}], ["--sweep", "refresh=1,5"], "--refresh is an option of --highres"),
-        ([good], ["--density", "0.5"], "--density cannot be used with --highres"),
+        ([good], ["--density", "0.5"], "--density is an option of none of the methods here: dense"),
     ):
         refused = invoke(rows, *words)
         assert refused.exit_code == 2

@@ -30,7 +30,7 @@ from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.ui.cli import generate as generating
 from tilewise.ui.cli.app import app
-from tilewise.ui.common.options import default_out, method_config, parse_window
+from tilewise.ui.common.options import default_out, method_config
 
 PROMPT = "a red circle moving right"
 NAME = "a-red-circle-moving-right-0"
@@ -205,10 +205,10 @@ def test_a_config_file_as_method(tiny_pipe_dir, tmp_path):
 
 
 def test_window_and_density_replace_the_presets_own():
-    assert method_config("sta-fast", "1,3,5").method == tilewise.STA(window=(1, 3, 5))
-    assert method_config("sta", None, 0.5).method == tilewise.STA(density=0.5)
-    assert method_config("sta-fast", "3,3,3").steps == tilewise.presets()["sta-fast"].steps
-    assert parse_window(" 1, 2,3 ") == (1, 2, 3)
+    assert method_config("sta-fast", {"window": "1, 3,5"}).method == tilewise.STA(window=(1, 3, 5))
+    assert method_config("sta", {"density": 0.5}).method == tilewise.STA(density=0.5)
+    assert method_config("sta-fast", {"window": "3,3,3"}).steps == tilewise.presets()["sta-fast"].steps
+    assert method_config("draft", {"set.recall": "0.9"}).method == tilewise.Draft(recall=0.9)
 
 
 def test_default_names():
@@ -229,7 +229,41 @@ BAD = {
     "density above 1": (["--density", "1.5"], 2, "(0, 1]"),
     "density 0": (["--density", "0"], 2, "(0, 1]"),
     "window and density": (["--window", "3,3,3", "--density", "0.3"], 2, "not both"),
-    "window for dense": (["--method", "dense", "--window", "3,3,3"], 2, "options of method sta"),
+    "window for dense": (
+        ["--method", "dense", "--window", "3,3,3"],
+        2,
+        "method 'dense' has no option 'window'. It has none",
+    ),
+    "window for draft": (
+        ["--method", "draft", "--window", "3,3,3"],
+        2,
+        "no option 'window'. Its options: density, recall",
+    ),
+    "unknown option of a method": (
+        ["--method", "draft", "--set", "recal=.9"],
+        2,
+        "no option 'recal'. Its options: density, recall",
+    ),
+    "no value": (["--set", "recall"], 2, "--set takes NAME=VALUE"),
+    "an option twice": (["--set", "density=.4", "--density", ".3"], 2, "--set density and --density are the same"),
+    "a number of words": (
+        ["--method", "draft", "--set", "floor=few"],
+        2,
+        "floor of draft must be a whole number, not 'few'",
+    ),
+    "a schedule of one": (
+        ["--steps-sparse", "0.5"],
+        2,
+        "steps_sparse of sta must be two numbers such as 0.25,1, not '0.5'",
+    ),
+    "a schedule past the end": (["--steps-sparse", "0.5,2"], 2, "0 ≤ from ≤ to ≤ 1"),
+    "blocks": (["--blocks", "first"], 2, "blocks: cannot read 'first'"),
+    "a schedule for dense": (["--method", "dense", "--blocks", "1:"], 2, "method 'dense' has no option 'blocks'"),
+    "density and recall": (
+        ["--method", "draft", "--density", ".3", "--set", "recall=.9"],
+        2,
+        "give density or recall, not both",
+    ),
     "no such config": (["--method", "nowhere.json"], 2, "nowhere.json"),
     "height": (["--height", "60"], 2, "nearest is 64"),
     "frames": (["--frames", "8"], 2, "num_frames=8"),

@@ -166,7 +166,7 @@ def test_the_command_makes_the_same_work(studio, shared, own):
 @pytest.mark.parametrize(
     ("shared", "own", "words"),
     [
-        ({"method": "sta", "options": '{"window": [1, 3, 3]}'}, {}, "native stage's method"),
+        ({"max_sequence_length": None}, {}, "text tokens"),
     ],
 )
 def test_what_the_command_cannot_say_the_program_does(studio, monkeypatch, shared, own, words):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -32,18 +33,20 @@ from tilewise.pipelines.generation.cancellation import Cancelled, cancellable
 from tilewise.pipelines.generation.generate import generate
 from tilewise.pipelines.generation.preview import LatentPreview
 from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
-from tilewise.pipelines.generation.settings import METHOD_HELP
+from tilewise.pipelines.generation.settings import CLIP_OPTIONS, METHOD_HELP
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.media.video import read_frames, write_video
 from tilewise.pipelines.memory import estimate as memory_estimate
 from tilewise.pipelines.memory.estimate import estimate_memory
 from tilewise.plugins.methods.base import methods
 from tilewise.ui.cli.app import app
+from tilewise.ui.cli.declared_options import declared_options
+from tilewise.ui.common.options import method_config
 from tilewise.ui.web.common import media
 from tilewise.ui.web.common.messages import error_message
 from tilewise.ui.web.common.safety import Address, Limits, RefusedError, check_outputs, parse_auth
 from tilewise.ui.web.forms.form_parsing import choices, json_object, settings_from, settings_of, values_of
-from tilewise.ui.web.forms.snippets import command_line, python_program
+from tilewise.ui.web.forms.snippets import command_line, method_words, python_program
 from tilewise.ui.web.jobs.clips import Studio
 from tilewise.ui.web.jobs.job_queue import Job, JobQueue
 from tilewise.ui.web.jobs.models import Models
@@ -501,9 +504,31 @@ def test_the_snippets_make_the_same_clip(models, pipe, tmp_path, capsys):
         write_video(tmp_path / "expected.mp4", expected, 8)
         assert (read_frames(tmp_path / "expected.mp4") == got).all()
     # what the options cannot say, the clip can
-    assert command_line(settings, models.defaults("demo"), "float32", Path("a b.mp4")).endswith(
+    unsaid = dataclasses.replace(settings, max_sequence_length=None)
+    assert command_line(unsaid, models.defaults("demo"), "float32", Path("a b.mp4")).endswith(
         "--from 'a b.mp4' --out again.mp4"
     )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tilewise.resolve(tilewise.Draft(recall=0.9, select="head", within=tilewise.STA(window=(1, 3, 3))), blocks="1:"),
+        tilewise.resolve(tilewise.STA(window=((1, 2, 3), (3, 3, 3))), steps=(0.5, 0.75), strict=True, precision="int8"),
+        tilewise.resolve(tilewise.XAttention(stride=8, drift=None, always=("self", "first-frame"))),
+        tilewise.resolve(tilewise.Inward(native=(8, 8), temperature=False), fuse=False, min_tokens=0),
+        tilewise.resolve(tilewise.Neighborhood(window=(3, 5, 5), causal=(True, False, False)), vae=False),
+    ],
+    ids=lambda config: config.method.name,
+)
+def test_every_option_of_a_method_can_be_said(config):
+    """The words that the page shows for a method make it again, through the command's own parameters."""
+    said: list[dict] = []
+    command = typer.Typer()
+    command.command()(declared_options(CLIP_OPTIONS.values())(lambda options: said.append(options)))
+    result = CliRunner().invoke(command, method_words(config))
+    assert result.exit_code == 0, result.output
+    assert method_config(said[0]["method"], said[0]) == config
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def command_line(work: Work, native: ModelDefaults, dtype: str) -> str:
     first, options = work.native, work.options
     method = method_words(first.method)
     shared = setting_words(first, native, without=("height", "width"))
-    if method is None or len(method) > 2 or shared is None:  # --window and --density are not for two stages
+    if method is None or shared is None:
         lost = "the options of the native stage's method" if shared is not None else "text tokens"
         return f"# tilewise generate --highres has no option for {lost}: run the Python program below"
     words = ["tilewise", "generate", "--model", first.model, *method, "--highres"]

@@ -8,14 +8,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from tilewise.pipelines.generation.method_options import PREFIX, field_name, flag
 from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.loading.model_defaults import ModelDefaults, guider_of
 from tilewise.pipelines.media.files import suffix_of
 from tilewise.pipelines.options import options_of
-from tilewise.plugins.config import Config, presets, resolve
+from tilewise.plugins.config import SHARED_OPTIONS, Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import methods
+from tilewise.plugins.methods.option_text import format_value
 from tilewise.plugins.models.common.native_size import call_parameters
 from tilewise.ui.common.options import method_config
 
@@ -53,23 +55,37 @@ def setting_words(settings: GenerateSettings, native: ModelDefaults, without: Co
 
 def method_words(config: Config) -> list[str] | None:
     """The options of the command that stand for a method, or None if it takes more than they can say."""
+    best: tuple[str, dict[str, str]] | None = None
     for name in (*presets(), *methods()):
         if resolve(name).method.name != config.method.name:
             continue
-        options = config.method.to_dict()
-        for option in (None, "density", "window"):
-            value = None if option is None else options.get(option)
-            if option is not None and value is None:
-                continue
-            text: Any = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
-            window, density = (text if option == wanted else None for wanted in ("window", "density"))
-            try:
-                same = method_config(name, window, density) == config
-            except (ConfigError, TypeError):
-                continue
-            if same:
-                return ["--method", name] + ([] if option is None else [f"--{option}", str(text)])
-    return None
+        fields = _differences(resolve(name), config)
+        try:
+            same = method_config(name, fields) == config
+        except ConfigError:
+            continue
+        if same and (best is None or len(fields) < len(best[1])):
+            best = name, fields
+    if best is None:
+        return None
+    words = ["--method", best[0]]
+    for field, text in best[1].items():
+        words += ["--set", f"{field.removeprefix(PREFIX)}={text}"] if field.startswith(PREFIX) else [flag(field), text]
+    return words
+
+
+def _differences(base: Config, config: Config) -> dict[str, str]:
+    """Fields of a request (`method_options`) that make one config of another, as text; those that are none exclude others."""
+    options, usual = config.method.to_dict(), base.method.to_dict()
+    changed = {name: value for name, value in options.items() if value != usual[name] and value is not None}
+    changed |= {
+        option: getattr(config, option)
+        for option in SHARED_OPTIONS
+        if option != "steps_sparse" and option not in options and getattr(config, option) != getattr(base, option)
+    }
+    if config.steps != base.steps:
+        changed["steps_sparse"] = config.steps
+    return {field_name(name): format_value(value) for name, value in changed.items()}
 
 
 def python_program(pipe: Any, settings: GenerateSettings, dtype: str) -> str:

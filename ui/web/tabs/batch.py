@@ -207,10 +207,10 @@ class _Shown(Watch):
         self.job.tell(self.prefix + phase, done, total)
 
 
-def _config(method: Any, window: str | None, density: float | None) -> Config:
+def _config(method: Any, fields: Mapping[str, Any]) -> Config:
     """As on the command line, but for files: a page reads none of the server's."""
     if isinstance(method, str) and config_file(method) is not None:
         raise ConfigError("a method is a name or a config object here, not a file")
     if isinstance(method, Mapping | str | Config):
-        return method_config(method, window, density)
+        return method_config(method, fields)
     raise ConfigError("a method is a name or a config object")

@@ -27,5 +27,5 @@ def unknown(what: str, name: object, valid: Iterable[str]) -> ConfigError:
     names = sorted(valid)
     close = difflib.get_close_matches(str(name), names, n=max(1, len(names)), cutoff=0.5)
     ordered = close + [n for n in names if n not in close]
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = f" Did you mean {close[0]!r}?" if close and close[0] != name else ""
     return ConfigError(f"unknown {what} {name!r}.{hint} Valid: {', '.join(ordered) or 'none'}")

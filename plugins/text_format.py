@@ -20,7 +20,8 @@ def ranges(numbers: list[int]) -> str:
 
 
 def render(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=110, force_terminal=False)
+    # Names and reasons are no markup: "[1, 2]" or "[bold]" stay as they are.
+    console = Console(file=io.StringIO(), width=110, force_terminal=False, markup=False, emoji=False, highlight=False)
     console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ WHOLE_BATCH = ("out", "device", "compare", "dry_run", "seeds", "sweep")  # words
 MAX_PROMPT = 50_000  # characters; text encoders read hundreds of tokens, so that more is a mistake
 MAX_ID = 200
 MAX_OPTION = 10_000
+DELIMITERS = (",", ";", "\t", "|")  # of CSV files: spreadsheets write the second where the comma is for decimals
 SHOWN = 50  # problems and line numbers that a message lists before it only counts
 
 
@@ -72,10 +74,17 @@ class Problems:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The lines of an input file.
+    """The lines of an input file. Raises as `read_input`, and InputError for lines that cannot be, all mistakes at once."""
+    rows, problems = read_input(path)
+    problems.refuse()
+    return rows
 
-    Raises InputError for what cannot be (suffix, encoding, malformed lines, unknown fields, values of the wrong kind,
-    repeated ids, no prompt at all), all mistakes at once; ConfigError if the file cannot be read.
+
+def read_input(path: str | Path) -> tuple[list[Row], Problems]:
+    """The good lines of an input file, and what is wrong with the others: encoding, malformed lines, unknown fields, values of
+    the wrong kind, repeated ids.
+
+    Raises InputError for another suffix and a file without any prompt, ConfigError for one that cannot be read.
     """
     path = Path(path)
     readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
@@ -89,10 +98,9 @@ def read_rows(path: str | Path) -> list[Row]:
         raise ConfigError(f"cannot read the input {path}: {error.strerror or error}") from error
     rows = list(reader(lines, problems))
     _check_ids(rows, problems)
-    problems.refuse()
-    if not rows:
+    if not rows and not problems.found:
         raise InputError(f"{path} holds no prompts: one a line is wanted")
-    return rows
+    return rows, problems
 
 
 def parse_field(name: str, value: Any, *, text: bool) -> Any:
@@ -151,33 +159,58 @@ def _read_txt(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Row]
 
 
 def _read_csv(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Row]:
-    table = csv.reader((line + "\n" for _, line in lines), strict=True)
+    texts = [text + "\n" for _, text in lines]
+    delimiter = _delimiter(texts)
     header: list[str] | None = None
-    while True:
-        first = lines[table.line_num][0] if table.line_num < len(lines) else 0
+    start = malformed = 0
+    while start < len(texts) and malformed < SHOWN:
+        table = csv.reader(itertools.islice(texts, start, None), strict=True, delimiter=delimiter)
+        first = start
         try:
-            cells = next(table)
-        except StopIteration:
+            for cells in table:
+                number, first = lines[first][0], start + table.line_num
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if header is None:
+                    header = [column(cell) for cell in cells]
+                    if not _good_header(header, number, problems):
+                        return
+                elif len(cells) != len(header):
+                    words = f"{len(cells)} cells where the header has {len(header)}, separated by {delimiter!r}"
+                    problems.add(number, f"{words}; quote cells that hold one")
+                else:
+                    fields = {name: cell.strip() for name, cell in zip(header, cells, strict=True) if cell.strip()}
+                    yield from _row(number, fields, problems, text=True)
             return
-        except csv.Error as error:  # where the next row begins cannot be known, so that this is the last one read
-            problems.add(first, f"malformed CSV: {error}")
-            return
-        if not any(cell.strip() for cell in cells):
-            continue
-        if header is None:
-            header = [column(cell) for cell in cells]
-            for name in header:
-                if not is_column(name) or header.count(name) > 1:
-                    problems.add(first, f"the header names {name!r} twice" if is_column(name) else _why_not(name))
-            if "prompt" not in header:
-                problems.add(first, "the header (the first row) has no column 'prompt'")
-            if problems.found:
+        except csv.Error as error:  # where this row ends cannot be known: the next line is taken for a new one
+            problems.add(lines[first][0], f"malformed CSV: {error}")
+            if header is None:
                 return
-        elif len(cells) != len(header):
-            problems.add(first, f"{len(cells)} cells where the header has {len(header)}; quote cells that hold commas")
-        else:
-            fields = {name: cell.strip() for name, cell in zip(header, cells, strict=True) if cell.strip()}
-            yield from _row(first, fields, problems, text=True)
+            start, malformed = first + 1, malformed + 1
+
+
+def _good_header(header: list[str], number: int, problems: Problems) -> bool:
+    for name in header:
+        if not is_column(name) or header.count(name) > 1:
+            problems.add(number, f"the header names {name!r} twice" if is_column(name) else _why_not(name))
+    if "prompt" not in header:
+        named = " ".join("a tab" if one == "\t" else one for one in DELIMITERS)
+        problems.add(
+            number, f"the header (the first row) has no column 'prompt'; cells are separated by one of {named}"
+        )
+    return not problems.found
+
+
+def _delimiter(texts: Sequence[str]) -> str:
+    """What separates the cells: that of DELIMITERS by which the header has the most columns that there are."""
+    header = next((text for text in texts if text.strip()), "")
+    if len(header) > csv.field_size_limit():
+        return DELIMITERS[0]
+
+    def known(delimiter: str) -> int:
+        return sum(is_column(column(cell)) for cell in next(csv.reader([header], delimiter=delimiter), []))
+
+    return max(DELIMITERS, key=known)
 
 
 def _read_jsonl(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Row]:

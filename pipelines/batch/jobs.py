@@ -144,15 +144,17 @@ def make_jobs(
     sweep: Mapping[str, Sequence[Any]] | None = None,
     seeds: Sequence[int] = (0,),
     usual_method: str = "dense",
+    problems: Problems | None = None,
 ) -> Plan:
     """The jobs of a batch, in the order of rows, then sweep, then seeds.
 
     command: fields for every row that the row and the sweep do not give; None is not given. usual_method: where nobody gives
-    one; the native stage of two is dense then.
+    one; the native stage of two is dense then. problems: what is wrong with other lines of the input, told with what is found
+    here.
     Raises InputError with every line that cannot be, SetupError for a model that is not there.
     """
     resolver = _Resolver(tools)
-    problems = Problems(path)
+    problems = problems or Problems(path)
     base = {name: value for name, value in command.items() if value is not None}
     combinations = [
         dict(zip(sweep or {}, values, strict=True)) for values in itertools.product(*(sweep or {}).values())

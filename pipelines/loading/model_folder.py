@@ -19,18 +19,19 @@ WEIGHTS = ("*.safetensors", "*.bin")
 def find_model(model: str | Path) -> Path | str:
     """A local folder as a Path, or a hub id (org/name) as a str.
 
-    model: "demo" (the bundled model), a folder, or a hub id. A folder of that name wins over both.
+    model: "demo" (the bundled model), a folder, or a hub id. A folder wins over a hub id of the same name, not over the bundled
+    model: a folder called demo is "./demo", or a Path.
     Raises ModelError if it is none of them.
     """
+    if model == "demo":
+        if DEMO_FOLDER.is_dir():
+            return DEMO_FOLDER
+        raise ModelError(f"the bundled demo model is not here: there is no folder {DEMO_FOLDER}")
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise ModelError(f"the model {model} is a file; a diffusers folder (with model_index.json) is wanted")
-    if str(model) == "demo":
-        if DEMO_FOLDER.is_dir():
-            return DEMO_FOLDER
-        raise ModelError(f"the bundled demo model is not here: there is no folder {DEMO_FOLDER}")
     if HUB_ID.fullmatch(str(model)):
         return str(model)
     raise ModelError(f"there is no model folder {model}; give 'demo', a diffusers folder, or a hub id such as org/name")

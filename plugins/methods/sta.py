@@ -84,7 +84,7 @@ class STA(Method):
         if layout.blocks > MAX_BLOCKS:
             raise ConfigError(
                 f"STA: tile {layout.tile} cuts the grid {layout.grid} into {layout.blocks} blocks, more than {MAX_BLOCKS}; "
-                "give a larger tile"
+                "give a larger tile, or make a smaller clip"
             )
         windows = self.windows(layout)
         # Heads with the same window share one set of lists.

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from tilewise.pipelines.batch.estimate import Estimate, estimate
-from tilewise.pipelines.batch.input import lines_words, read_rows
+from tilewise.pipelines.batch.input import lines_words, read_input
 from tilewise.pipelines.batch.job import Job, Stages
 from tilewise.pipelines.batch.jobs import Plan, Tools, make_jobs, parse_seeds, parse_sweep
 from tilewise.pipelines.batch.manifest import NAME, read_manifest
@@ -32,7 +31,8 @@ from tilewise.ui.cli.batch_progress import watching
 from tilewise.ui.cli.interrupts import Interrupts
 from tilewise.ui.cli.progress import quiet_libraries
 from tilewise.ui.common.options import method_config, refuse_two_stage_options
-from tilewise.ui.common.tables import console, method_words
+from tilewise.ui.common.tables import method_words
+from tilewise.ui.common.terminal import say, standard_error, standard_output
 
 SHOWN = 10  # failures that the summary tells about; the manifest has all
 
@@ -76,25 +76,25 @@ def dry_run_batch(request: BatchRequest) -> None:
         return
     known = read_manifest(batch.folder)
     done = {key for key, line in known.items() if line["status"] == "done"} if not batch.options.overwrite else set()
-    console().print(_job_table(batch.plan.jobs, done))
+    standard_output().print(_job_table(batch.plan.jobs, done))
     for plan in batch.plan.explanations:
         settings = plan.settings
         size = f"{settings.frames} frames of {settings.height}x{settings.width}, {settings.steps} steps"
         jobs = f"{plan.jobs} {'job' if plan.jobs == 1 else 'jobs'}"
-        print(f"\n{jobs}: {settings.model}, {_method_words(settings, plan.stages)}, {size}")
-        print(plan.explanation)
+        say(f"\n{jobs}: {settings.model}, {_method_words(settings, plan.stages)}, {size}")
+        say(plan.explanation)
         if plan.work is not None:
-            print(f"{plan.work.plan}; without the text encoder, which was not loaded")
+            say(f"{plan.work.plan}; without the text encoder, which was not loaded")
     pending = [job for job in batch.plan.jobs if job.key not in done]
-    print()
-    console().print(_estimate_table(batch, pending, estimate(pending, known.values(), batch.device)))
+    say()
+    standard_output().print(_estimate_table(batch, pending, estimate(pending, known.values(), batch.device)))
     for note in batch.plan.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def batch_request(request: BatchRequest) -> None:
     """Makes the clips, and raises BatchError if some could not be made, KeyboardInterrupt if it was interrupted."""
-    notes = Console(stderr=True)
+    notes = standard_error()
     with quiet_libraries():
         batch = _check(request)
         check_writable(batch.folder / NAME, suffix=".jsonl")
@@ -121,7 +121,7 @@ def _check(request: BatchRequest) -> Batch:
     if request.max_failures is not None and (request.max_failures < 1 or request.fail_fast):
         raise ConfigError("--max-failures takes a number of at least 1, or else --fail-fast, which is --max-failures 1")
     seeds, sweep = parse_seeds(request.seeds), parse_sweep(request.sweep)
-    rows = read_rows(request.input)
+    rows, problems = read_input(request.input)
     tools = Tools(
         config=method_config,
         device=device,
@@ -130,12 +130,15 @@ def _check(request: BatchRequest) -> Batch:
         dtype=lambda name: str(resolve_dtype(name, device)).removeprefix("torch."),
     )
     fields = {"model": DEFAULT_MODEL, **request.options}
-    plan = make_jobs(request.input, rows, tools, command=fields, sweep=sweep, seeds=seeds, usual_method=DEFAULT_METHOD)
+    plan = make_jobs(
+        request.input, rows, tools,
+        command=fields, sweep=sweep, seeds=seeds, usual_method=DEFAULT_METHOD, problems=problems,
+    )  # fmt: skip
     _refuse_useless(plan, fields | sweep)
     ffmpeg_path()
     folder = request.out or Path("outputs") / request.input.stem
     for model in {job.settings.model for job in plan.jobs}:
-        if folder.absolute() == Path(model).expanduser().absolute():
+        if model != DEFAULT_MODEL and folder.absolute() == Path(model).expanduser().absolute():
             raise ConfigError(f"the folder {folder} of --out would stand in for the model {model}; give another one")
     check_writable(folder / NAME, suffix=".jsonl", create=False)
     limit = 1 if request.fail_fast else request.max_failures
@@ -156,11 +159,9 @@ def _method_words(settings: GenerateSettings, stages: Stages | None) -> str:
 def _report(batch: Batch, outcome: Outcome) -> None:
     total = len(batch.plan.jobs)
     share = f" (process {batch.world.rank} of {batch.world.size})" if batch.world.size > 1 else ""
-    print(
-        f"{outcome.made} made, {outcome.kept + outcome.taken_over} there already, {len(outcome.failed)} failed{share}"
-    )
+    say(f"{outcome.made} made, {outcome.kept + outcome.taken_over} there already, {len(outcome.failed)} failed{share}")
     if not batch.world.rank:
-        print(
+        say(
             f"{total - outcome.missing} of {total} clips are in {batch.folder}; their metadata is in {batch.folder / NAME}"
         )
     if outcome.stopped == "interrupted":

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tilewise.pipelines.batch.job import Job
 from tilewise.pipelines.batch.manifest import Line, spent
 from tilewise.pipelines.batch.ranks import World
 from tilewise.pipelines.batch.run import Watch
+from tilewise.ui.common.terminal import shown
 
 
 class Shown(Watch):
@@ -53,7 +53,7 @@ class Shown(Watch):
         self.say(f"note: {text}", "yellow")
 
     def say(self, text: str, style: str = "") -> None:
-        self.console.print(self.prefix + escape(text), style=style, highlight=False, soft_wrap=True)
+        self.console.print(self.prefix + text, style=style, soft_wrap=True)
 
 
 class Quiet(Shown):
@@ -87,11 +87,11 @@ class Bars(Quiet):
         self.bars.update(self.all, total=total, completed=done)
 
     def loading(self, model: str) -> None:
-        self.bars.reset(self.steps, description=escape(f"loading {model}"), total=None, visible=True)
+        self.bars.reset(self.steps, description=shown(f"loading {model}"), total=None, visible=True)
 
     def started(self, job: Job) -> None:
         super().started(job)
-        self.bars.reset(self.steps, description=escape(job.file), total=None, visible=True)
+        self.bars.reset(self.steps, description=shown(job.file), total=None, visible=True)
 
     def progress(self, phase: str, done: int, total: int) -> None:
         self.bars.update(self.steps, description=phase, completed=done, total=total, visible=True)
@@ -115,7 +115,7 @@ def watching(console: Console, world: World) -> Iterator[Shown]:
         yield Quiet(console, world)
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.0f}/{task.total}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -17,7 +16,7 @@ from tilewise.pipelines.media.video import ffmpeg_path, read_frames
 from tilewise.pipelines.quality.coherence import repetition
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.html_report import COLUMNS, table_cells, write_html
-from tilewise.ui.common.tables import console
+from tilewise.ui.common.terminal import say, standard_error, standard_output
 
 
 def compare_command(manifests: Sequence[Path], out: Path, embed: int) -> None:
@@ -27,7 +26,7 @@ def compare_command(manifests: Sequence[Path], out: Path, embed: int) -> None:
     groups = read_groups(manifests)
     ffmpeg_path()
     check_writable(out, suffix=".html")
-    notes = Console(stderr=True)
+    notes = standard_error()
     shown = track(measured(groups), "measuring", len(groups), console=notes, disable=not notes.is_terminal)
     found = list(shown)
     rows = method_rows(found)
@@ -36,22 +35,22 @@ def compare_command(manifests: Sequence[Path], out: Path, embed: int) -> None:
         table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     for row in rows:
         table.add_row(*table_cells(row))
-    console().print(table)
+    standard_output().print(table)
     for line in repetition_lines(found):
-        print(line)
+        say(line)
     coherent = coherence_rows(found)
     if coherent:
-        print("past the training size (means over clips):")
+        say("past the training size (means over clips):")
     for told in coherent:
-        print(f"  {told}")
+        say(f"  {told}")
     with replacing(out) as part, part.open("w", encoding="utf-8") as file:
         left_out = write_html(file, out.parent, found, rows, embed * 2**20)
     damaged = sum(clip.damaged for group in found for clip in group.clips)
     if damaged:
-        print(f"{damaged} clips are missing or not as their manifest says; they are not measured")
+        say(f"{damaged} clips are missing or not as their manifest says; they are not measured")
     if left_out - damaged:
-        print(f"{left_out - damaged} clips are linked, not inside: they are more than --embed {embed} MiB")
-    print(f"wrote {out}")
+        say(f"{left_out - damaged} clips are linked, not inside: they are more than --embed {embed} MiB")
+    say(f"wrote {out}")
 
 
 def repetition_lines(groups: Sequence[Group]) -> list[str]:

@@ -15,14 +15,14 @@ from tilewise.kernels.attention.dispatch import available_backends
 from tilewise.pipelines.errors import FFmpegError
 from tilewise.pipelines.loading.model_folder import DEMO_FOLDER
 from tilewise.pipelines.media.video import ffmpeg_path
-from tilewise.ui.common.tables import console
+from tilewise.ui.common.terminal import standard_output
 
 LIBRARIES = ("tilewise", "torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "imageio-ffmpeg")
 
 
 def environment_command() -> None:
     """Prints versions, devices and backends."""
-    out = console()
+    out = standard_output()
     out.print(_versions())
     _print_devices(out)
     out.print(f"demo model: {'bundled' if DEMO_FOLDER.is_dir() else 'missing'} ({DEMO_FOLDER})", soft_wrap=True)

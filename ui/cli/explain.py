@@ -25,6 +25,7 @@ from tilewise.plugins.patching import denoisers_of, patched
 from tilewise.plugins.watch import watch
 from tilewise.ui.cli.plot import Drawn, check_plot, plot
 from tilewise.ui.common.options import method_config
+from tilewise.ui.common.terminal import say
 
 # A dynamic method's picture comes from a short run: the third of four steps, when the clip has taken shape.
 PLOT_STEPS, PLOT_STEP = 4, 2
@@ -50,7 +51,7 @@ def explain_command(options: Mapping[str, Any], *, as_json: bool, picture: Path 
         num_inference_steps=options.get("steps", native.steps),
         method=config,
     )
-    print(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
+    say(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
     if picture is not None:
         if isinstance(config.method, DynamicMethod):
             drawn = _of_a_run(model, config, explanation)
@@ -58,7 +59,7 @@ def explain_command(options: Mapping[str, Any], *, as_json: bool, picture: Path 
             drawn = _of_the_plan(skeleton, config, explanation)
         plot(drawn, picture)
         if not as_json:
-            print(f"wrote {picture}")
+            say(f"wrote {picture}")
 
 
 def _of_the_plan(skeleton: Any, config: Config, explanation: Explanation) -> Drawn:

@@ -7,8 +7,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tilewise import __version__
 from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run, clip_metadata
@@ -29,6 +27,7 @@ from tilewise.ui.cli.progress import progress_bars, quiet_libraries
 from tilewise.ui.cli.request import Request, print_sameness
 from tilewise.ui.common.options import default_out, method_config, refuse_stream_options, refuse_two_stage_options
 from tilewise.ui.common.tables import print_files, print_result, print_settings
+from tilewise.ui.common.terminal import Terminal, say, standard_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +54,9 @@ def dry_run_request(request: Request) -> None:
     work = _check(request, create=False)
     device = resolve_device(request.device)
     print_settings(work.settings, str(device), work.dtype, work.files)
-    print(explain_settings(work.skeleton, work.settings))
+    say(explain_settings(work.skeleton, work.settings))
     for note in size_notes(work.skeleton, work.settings.height, work.settings.width):
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def generate_request(request: Request) -> None:
@@ -69,7 +68,7 @@ def generate_request(request: Request) -> None:
     if request.options.get("highres"):
         generate_highres(request)
         return
-    notes = Console(stderr=True)
+    notes = standard_error()
     with quiet_libraries():
         work = _check(request, create=True)
         settings = work.settings
@@ -78,7 +77,7 @@ def generate_request(request: Request) -> None:
             pipe, run = begin_run(settings.model, work.dtype, load)
         notes_of_size = size_notes(pipe, settings.height, settings.width)
         for note in [*prompt_notes(pipe, settings), *notes_of_size, *_origin_notes(work)]:
-            notes.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+            notes.note(note)
         # Tiles of the VAE show in the pixels: a clip that was made with them is made again with them.
         measures = [] if work.origin is None else work.origin.run.get("memory_saving", [])
         run["memory_saving"] = measures = [measure for measure in measures if measure in possible(pipe)]
@@ -142,7 +141,7 @@ def _write(result: Clip | Comparison, files: list[Path], run: dict[str, Any]) ->
 
 
 def _score_content(
-    pipe: Any, result: Clip | Comparison, files: list[Path], run: dict[str, Any], notes: Console
+    pipe: Any, result: Clip | Comparison, files: list[Path], run: dict[str, Any], notes: Terminal
 ) -> Clip | Comparison:
     """The result with what the clips show, which is also added to the files.
 
@@ -158,8 +157,7 @@ def _score_content(
             for file, metadata in zip(files, _file_metadata(seen, run), strict=True):
                 write_settings(file, metadata)
     except Exception as error:
-        text = f"note: the clip is written, but could not be scored: {str(error) or type(error).__name__}"
-        notes.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        notes.note(f"the clip is written, but could not be scored: {str(error) or type(error).__name__}")
         return result
     return seen
 

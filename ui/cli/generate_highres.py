@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from tilewise.pipelines.batch.job import Stages
 from tilewise.pipelines.batch.two_stage_jobs import stages_of
@@ -28,7 +27,8 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.progress import progress_bars, quiet_libraries
 from tilewise.ui.cli.request import Request, print_sameness
 from tilewise.ui.common.options import default_out, first_stage_method
-from tilewise.ui.common.tables import console, print_files, print_result, print_settings
+from tilewise.ui.common.tables import print_files, print_result, print_settings
+from tilewise.ui.common.terminal import Terminal, say, standard_error, standard_output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +49,15 @@ def dry_run_highres(request: Request) -> None:
     device = str(resolve_device(request.device))
     print_settings(found.work.native, device, found.dtype, [found.files[1]])
     print_settings(found.work.target, device, found.dtype, [found.files[0]])
-    print(explain_settings(found.skeleton, found.work.target))
-    print(f"{found.work.plan}; without the text encoder, which was not loaded")
+    say(explain_settings(found.skeleton, found.work.target))
+    say(f"{found.work.plan}; without the text encoder, which was not loaded")
     for note in found.work.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def generate_highres(request: Request) -> None:
     """Makes both clips and reports. The native one is written as soon as it is there: it stays if the rest is stopped."""
-    notes = Console(stderr=True)
+    notes = standard_error()
     with quiet_libraries():
         found = _check(request, create=True)
         model = found.work.target.model
@@ -66,8 +66,9 @@ def generate_highres(request: Request) -> None:
             pipe, run = begin_run(model, found.dtype, load)
         work = _tiled_alike(prepare(pipe, *found.arguments), found.origin)
         target = work.target
-        for note in [str(work.plan), *(f"note: {text}" for text in [*prompt_notes(pipe, target), *work.notes])]:
-            notes.print(note, style="yellow", highlight=False, soft_wrap=True)
+        notes.print(str(work.plan), style="yellow", soft_wrap=True)
+        for note in [*prompt_notes(pipe, target), *work.notes]:
+            notes.note(note)
 
         def write_native(clip: Clip) -> None:
             write_video(found.files[1], clip.frames, clip.settings.fps, settings=clip_metadata(clip, run))
@@ -149,7 +150,9 @@ def _metadata(made: HighresClip, run: dict[str, Any]) -> dict[str, Any]:
     return clip_metadata(made.clip, {**run, "highres": made.to_dict()})
 
 
-def _score_content(pipe: Any, made: HighresClip, files: list[Path], run: dict[str, Any], notes: Console) -> HighresClip:
+def _score_content(
+    pipe: Any, made: HighresClip, files: list[Path], run: dict[str, Any], notes: Terminal
+) -> HighresClip:
     """With what the clips show, which is also added to their files; what goes wrong here is only noted."""
     try:
         seen = add_content_score(pipe, made)
@@ -158,14 +161,13 @@ def _score_content(pipe: Any, made: HighresClip, files: list[Path], run: dict[st
             write_settings(files[1], clip_metadata(seen.native, run))
         return seen
     except Exception as error:
-        text = f"note: the clips are written, but could not be scored: {str(error) or type(error).__name__}"
-        notes.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        notes.note(f"the clips are written, but could not be scored: {str(error) or type(error).__name__}")
         return made
 
 
 def _print_stages(made: HighresClip) -> None:
     forwards = made.forwards
-    print_to = console()
+    print_to = standard_output()
     print_to.print(str(made.coherence), soft_wrap=True)
     print_to.print(
         f"forwards at the target: {forwards['refreshed']} with the full path, {forwards['reused']} with its cached "

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import typer
-from rich.console import Console
 
 from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run
 from tilewise.pipelines.generation.resolve import prompt_notes
@@ -30,6 +29,7 @@ from tilewise.ui.cli.stream_progress import stream_progress
 from tilewise.ui.common.exit_codes import INTERRUPTED
 from tilewise.ui.common.options import default_out, method_config
 from tilewise.ui.common.tables import cache_words, print_files, print_settings, print_stream
+from tilewise.ui.common.terminal import say, standard_error
 
 REFUSED = {
     "frames": "a stream's length is --seconds",
@@ -54,19 +54,19 @@ def dry_run_stream(request: Request) -> None:
     """Prints the settings and the recipe. Nothing is written, and no weights are read."""
     found = _check(request, create=False)
     print_settings(found.work.settings, str(resolve_device(request.device)), found.dtype, [found.file])
-    print(f"causal checkpoint: {found.work.checkpoint or 'the weights of the model'}")
-    print(found.work.recipe)
+    say(f"causal checkpoint: {found.work.checkpoint or 'the weights of the model'}")
+    say(found.work.recipe)
     cache, reason = expected_cache(found.skeleton, found.work, getattr(torch, found.dtype))
-    print(f"KV cache: {cache_words(cache)}")
+    say(f"KV cache: {cache_words(cache)}")
     if reason:
-        print(f"note: {found.work.settings.method.method.name} runs dense in the window: {reason}")
+        say(f"note: {found.work.settings.method.method.name} runs dense in the window: {reason}")
     for time, prompt in found.work.options.prompts():
-        print(f"from {time:g} s on: {prompt}")
+        say(f"from {time:g} s on: {prompt}")
 
 
 def generate_stream(request: Request) -> None:
     """Makes the video and reports. Ctrl-C ends it after the chunk under way, with exit code 130."""
-    notes = Console(stderr=True)
+    notes = standard_error()
     with quiet_libraries():
         found = _check(request, create=True)
         work = found.work
@@ -75,10 +75,10 @@ def generate_stream(request: Request) -> None:
             pipe, run = begin_run(work.settings.model, found.dtype, read)
         for prompt in [work.settings.prompt, *(prompt for _, prompt in work.options.prompts())]:
             for note in prompt_notes(pipe, dataclasses.replace(work.settings, prompt=prompt)):
-                _note(notes, note)
+                notes.note(note)
 
         def tell(text: str) -> None:
-            notes.print(text, highlight=False, soft_wrap=True)
+            notes.print(text, soft_wrap=True)
 
         with (
             Interrupts(tell, "chunk") as interrupts,
@@ -87,13 +87,13 @@ def generate_stream(request: Request) -> None:
             interrupts.finish_first(True)
             made = record(pipe, work, found.file, run, progress=progress, stop=interrupts.asked)
     if made.note is not None:
-        _note(notes, f"the video is written; the settings in it are those from its beginning: {made.note}")
+        notes.note(f"the video is written; the settings in it are those from its beginning: {made.note}")
     for prompt in made.unused if made.frames == work.settings.frames else []:
-        _note(notes, f"the prompt {prompt!r} was to come after the last chunk had begun, and shows nowhere")
+        notes.note(f"the prompt {prompt!r} was to come after the last chunk had begun, and shows nowhere")
     print_stream(made)
     print_files([found.file])
     if made.frames < work.settings.frames:
-        _note(notes, f"interrupted after {made.frames} of {work.settings.frames} frames; the file is complete")
+        notes.note(f"interrupted after {made.frames} of {work.settings.frames} frames; the file is complete")
         raise typer.Exit(INTERRUPTED)
     if found.origin is not None and _is_the_same(made, found.origin):
         print_same_frames(made.frames_sha256, found.origin, request.source)
@@ -148,7 +148,3 @@ def _check(request: Request, *, create: bool) -> _Checked:
 def _is_the_same(made: Recorded, origin: ClipMetadata) -> bool:
     """Whether a stream was made by the same settings as the one of --from."""
     return made.work.settings == origin.settings and made.work.to_dict() == origin.run.get("stream")
-
-
-def _note(notes: Console, text: str) -> None:
-    notes.print(f"note: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)

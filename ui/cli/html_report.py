@@ -121,7 +121,9 @@ def _heading(group: Group) -> str:
     button = "<button type=button>Play all together</button>" if len(group.clips) > 1 else ""
     prompt = line["prompt"] if len(line["prompt"]) <= 1000 else line["prompt"][:1000] + " …"
     about = f"{line['model']}, {size}"
-    return f'<section><h2>{escape(prompt)}</h2><div class=dim>{escape(about)}</div>{button}<div class="clips">'
+    return (
+        f'<section><h2 dir="auto">{escape(prompt)}</h2><div class=dim>{escape(about)}</div>{button}<div class="clips">'
+    )
 
 
 def _figure(clip: ComparedClip, folder: Path, more: Sequence[str], *, inside: bool) -> str:

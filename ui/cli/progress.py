@@ -18,7 +18,7 @@ def progress_bars(console: Console) -> Iterator[Any]:
         yield _progress_lines(console)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeElapsedColumn(),
@@ -39,7 +39,7 @@ def progress_bars(console: Console) -> Iterator[Any]:
 def _progress_lines(console: Console) -> Any:
     def progress(phase: str, done: int, total: int) -> None:
         if done in (0, total):
-            console.print(f"{phase} {done}/{total}", highlight=False)
+            console.print(f"{phase} {done}/{total}")
 
     return progress
 

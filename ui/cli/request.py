@@ -16,6 +16,7 @@ from tilewise.pipelines.media.video import ffmpeg_path
 from tilewise.pipelines.options import options_of
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.common.options import config_file, out_suffix
+from tilewise.ui.common.terminal import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,4 +75,4 @@ def print_same_frames(sha256: str, origin: ClipMetadata, source: Path | None) ->
     """Whether frames with this checksum are those of the clip that they were made again from."""
     same = sha256 == origin.run.get("frames_sha256")
     made = f"it was made on {origin.run.get('device_name')}, {origin.run.get('dtype')}"
-    print(f"frames of {source}: {'the same, bit for bit' if same else f'not the same; {made}'}")
+    say(f"frames of {source}: {'the same, bit for bit' if same else f'not the same; {made}'}")

@@ -38,6 +38,6 @@ def stream_progress(console: Console, fps: float) -> Iterator[Callable[[Progress
         now = time.monotonic()
         if said is None or now - said >= SECONDS or at.frames >= at.total:
             said = now
-            console.print(words(at, fps), highlight=False, soft_wrap=True)
+            console.print(words(at, fps), soft_wrap=True)
 
     yield say

@@ -16,6 +16,8 @@ from typing import Any, NoReturn, TypeVar
 
 import typer
 
+from tilewise.ui.common.terminal import shown
+
 OK, FAILED, USAGE, ENVIRONMENT, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 DEBUG = "TILEWISE_DEBUG"
 
@@ -95,4 +97,4 @@ def _message(error: Exception, code: int) -> str:
 
 
 def _complain(message: str) -> None:
-    typer.echo(f"tilewise: {message}", err=True)
+    typer.echo(f"tilewise: {shown(message)}", err=True)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from tilewise.pipelines.generation.compare import Comparison
@@ -15,14 +14,7 @@ from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.settings import GenerateSettings, TinyChoice
 from tilewise.pipelines.streaming.record import Recorded
 from tilewise.plugins.config import Config
-
-
-def console() -> Console:
-    """Standard output. Into a pipe or file it is wide enough that no table cell is cut."""
-    out = Console(highlight=False)
-    if not out.is_terminal:
-        out.width = 160
-    return out
+from tilewise.ui.common.terminal import say, standard_output
 
 
 def print_settings(settings: GenerateSettings, device: str, dtype: str, files: list[Path]) -> None:
@@ -32,15 +24,15 @@ def print_settings(settings: GenerateSettings, device: str, dtype: str, files: l
         table.add_row(name, method_words(settings.method) if name == "method" else _text(value))
     table.add_row("device", f"{device}, {dtype}")
     table.add_row("would write", "\n".join(str(file) for file in files))
-    console().print(table)
+    standard_output().print(table)
 
 
 def print_result(result: Clip | Comparison) -> None:
     """What ran, where it was sparse, how long it took and, for a comparison, against what."""
     clip = result.sparse if isinstance(result, Comparison) else result
-    out = console()
+    out = standard_output()
     if clip.summary is not None:
-        print(clip.summary)
+        say(clip.summary)
     table = _pairs("result")
     settings = clip.settings
     frames, height, width = clip.frames.shape[:3]
@@ -68,7 +60,7 @@ def print_result(result: Clip | Comparison) -> None:
 def print_stream(made: Recorded) -> None:
     """What was streamed, how fast, and where attention was sparse."""
     if made.summary is not None:
-        print(made.summary)
+        say(made.summary)
     settings, recipe = made.work.settings, made.work.recipe
     table = _pairs("result")
     length = f"{made.frames} frames of {settings.height}x{settings.width}, {made.frames / settings.fps:.2f} s"
@@ -81,7 +73,7 @@ def print_stream(made: Recorded) -> None:
     table.add_row("seconds", f"{seconds['total']:.2f}, the first frames after {seconds['first']:.2f}")
     table.add_row("frames a second", f"{made.fps:.2f}")
     table.add_row("KV cache", cache_words(made.cache))
-    console().print(table)
+    standard_output().print(table)
 
 
 def cache_words(cache: Mapping[str, int]) -> str:
@@ -92,7 +84,7 @@ def cache_words(cache: Mapping[str, int]) -> str:
 def print_files(files: list[Path]) -> None:
     """One line each, never wrapped, so that they can be copied."""
     for file in files:
-        print(f"wrote {file}")
+        say(f"wrote {file}")
 
 
 def _pairs(title: str) -> Table:

@@ -22,7 +22,7 @@ from torch import nn
 
 from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.dynamic_plan import dynamic_plan
-from tilewise.kernels.plans.layout import Grid, Layout, cached_layout, tile_counts
+from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Grid, Layout, cached_layout, tile_counts
 from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.kernels.selection.block_scores import error_logits, summary_bias
 from tilewise.kernels.selection.block_stats import BlockStats, block_stats
@@ -153,7 +153,11 @@ class BlockSelectionMethod(DynamicMethod):
     def refuses_call(self, layout: Layout) -> str | None:
         if layout.blocks <= MAX_BLOCKS:
             return None
-        return f"tile {layout.tile} cuts {layout.grid} into {layout.blocks} blocks, more than {MAX_BLOCKS}; give a larger tile"
+        room = math.prod(layout.tile) < MAX_BLOCK_ROWS  # a tile is one block of a kernel, and has at most as many rows
+        try_this = (
+            f"give a tile of up to {MAX_BLOCK_ROWS} tokens, or make a smaller clip" if room else "make a smaller clip"
+        )
+        return f"tile {layout.tile} cuts {layout.grid} into {layout.blocks} blocks, more than {MAX_BLOCKS}; {try_this}"
 
     def stays_dense(self, tokens: int, device: torch.device) -> str | None:
         least = MIN_TOKENS.get(device.type, 0) if self.min_tokens is None else self.min_tokens

@@ -10,6 +10,8 @@ from torch import nn
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import ConfigError
 
+LARGEST = 100_000  # pixels of a side, and frames: past anything that fits into memory
+
 
 class Rule(NamedTuple):
     """``given`` must be a positive multiple of ``step``, plus ``offset``."""
@@ -28,9 +30,12 @@ class Rule(NamedTuple):
 
 
 def wrong_sizes(*rules: Rule) -> list[str]:
-    """What is wrong with each size that breaks its rule, with the nearest one that does not."""
-    broken = [rule for rule in rules if rule.given != rule.nearest]
-    return [f"{rule.name}={rule.given} must be {rule}, the nearest is {rule.nearest}" for rule in broken]
+    """What is wrong with each size that breaks its rule, with the nearest one that does not, or is past LARGEST."""
+    large = [
+        f"{rule.name}={rule.given} is too large, at most {LARGEST} is taken" for rule in rules if rule.given > LARGEST
+    ]
+    broken = [rule for rule in rules if rule.given != rule.nearest and rule.given <= LARGEST]
+    return large + [f"{rule.name}={rule.given} must be {rule}, the nearest is {rule.nearest}" for rule in broken]
 
 
 def refuse(denoiser: nn.Module, wrong: list[str]) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import tilewise
-from tilewise.pipelines.batch.input import MAX_PROMPT, InputError, read_rows
+from tilewise.pipelines.batch.input import MAX_PROMPT, InputError, read_input, read_rows
 
 
 def rows_of(tmp_path, name, content):
@@ -133,6 +133,8 @@ def test_no_prompts(tmp_path, content):
         ("id,seed\n1,2\n", "no column 'prompt'"),
         ("prompt,prompt\na,b\n", "names 'prompt' twice"),
         ("prompt,seed\nx,1\ny\nz,1,2\n", "lines 3"),
+        ("prompt;seed\nx;1;2\n", "3 cells where the header has 2, separated by ';'"),
+        ("prompts;seed\nx;1\n", "cells are separated by one of , ; a tab |"),
         ("prompt,seed\nx,one\n", "seed must be a whole number, not 'one'"),
         ("prompt,seed\nx,1.5\n", "seed must be a whole number, not '1.5'"),
         ('prompt,seed\n"x,1\n', "line 2: malformed CSV"),
@@ -142,6 +144,28 @@ def test_no_prompts(tmp_path, content):
 def test_bad_csv(tmp_path, content, words):
     told = refusal(tmp_path, "a.csv", content)
     assert words.replace("lines 3", "line 3: 1 cells where the header has 2") in told
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_csv_of_any_delimiter(tmp_path, delimiter):
+    content = f'"prompt"{delimiter}set.recall{delimiter}set.density\n"a; b, c|d\te"{delimiter}0.9{delimiter}\n'
+    assert rows_of(tmp_path, "a.csv", content) == [(2, {"prompt": "a; b, c|d\te", "set.recall": "0.9"})]
+
+
+def test_all_malformed_lines_of_a_table_are_told_at_once(tmp_path):
+    content = 'prompt,seed\nfine,1\n"x"y,2\nfine,3\n"open,4\nfine,5,6\nfine,two\n'
+    told = refusal(tmp_path, "a.csv", content)
+    for line, words in {3: "malformed CSV", 5: "malformed CSV", 6: "3 cells", 7: "seed must be"}.items():
+        assert any(row.startswith(f"  line {line}: ") and words in row for row in told.splitlines()), (line, told)
+    assert len(told.splitlines()) == 5
+    rows, problems = read_input(tmp_path / "a.csv")
+    assert [(row.line, row.fields["seed"]) for row in rows] == [(2, 1), (4, 3)]
+    assert len(problems.found) >= 3
+
+
+def test_a_table_that_is_malformed_throughout_is_read_in_no_time(tmp_path):
+    told = refusal(tmp_path, "a.csv", "prompt\n" + '"x"y\n' * 20_000)
+    assert "and 40 more" in told
 
 
 def test_files_that_cannot_be_read(tmp_path):

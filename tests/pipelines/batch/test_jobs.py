@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import tilewise
 from tilewise.pipelines.batch import job as job_module
 from tilewise.pipelines.batch.estimate import denoising_flop, estimate
-from tilewise.pipelines.batch.input import InputError, Row
+from tilewise.pipelines.batch.input import InputError, Row, read_input
 from tilewise.pipelines.batch.job import CLIP_NAME, Job, slug
 from tilewise.pipelines.batch.jobs import Tools, make_jobs, parse_seeds, parse_sweep
 from tilewise.pipelines.batch.ranks import World, owned, world_from_environment
@@ -132,6 +132,17 @@ def test_what_the_model_refuses_is_told_by_line(tools, tiny_pipe_dir):
         assert words in told
     with pytest.raises(ModelError, match=r"line 2: .*/nowhere"):
         jobs_of(tools, tiny_pipe_dir, [{}, {"model": "/nowhere"}])
+
+
+def test_what_cannot_be_read_and_what_cannot_be_made_are_told_together(tools, tiny_pipe_dir, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "x", "method": "stta"}\n{"prompt": \n{"prompt": "y", "height": 60}\n')
+    rows, problems = read_input(path)
+    with pytest.raises(InputError) as caught:
+        make_jobs(path, rows, tools, command={"model": str(tiny_pipe_dir), "method": "sta"}, problems=problems)
+    told = str(caught.value)
+    for words in ("line 1: unknown method", "line 2: malformed JSON", "line 3: WanTransformer3DModel does not take"):
+        assert words in told
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "-1", "1-", "0,0", "0-5,3", f"{2**63}", "0-100000000", "1.5"])

@@ -108,6 +108,13 @@ def test_missing_models(load, tmp_path, monkeypatch):
             load(model)
 
 
+def test_a_folder_called_demo_needs_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert model_folder.find_model("demo") == model_folder.DEMO_FOLDER
+    assert model_folder.find_model("./demo") == model_folder.find_model(Path("demo")) == Path("demo")
+
+
 def test_demo_is_a_folder_beside_the_code():
     assert Path(model_folder.__file__).parents[1] / "demo_model" == model_folder.DEMO_FOLDER
 

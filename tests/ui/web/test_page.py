@@ -223,8 +223,8 @@ def test_only_models_of_the_list(models):
 def test_a_batch_reads_no_file_of_the_server(tmp_path):
     (tmp_path / "x.json").write_text('{"method": "dense"}')
     with pytest.raises(tilewise.ConfigError, match="not a file"):
-        _config(str(tmp_path / "x.json"), None, None)
-    assert _config({"method": "dense"}, None, None).method == tilewise.Dense()
+        _config(str(tmp_path / "x.json"), {})
+    assert _config({"method": "dense"}, {}).method == tilewise.Dense()
 
 
 def test_a_port_that_is_taken_is_a_sentence(tmp_path):

@@ -26,7 +26,7 @@ settings = resolve_settings(
 )
 result = compare(pipe, settings)
 
-print(f"{options.method}: {result.speedup['denoise']:.2f} × in denoising, {result.speedup['total']:.2f} × in all")
+print(f"{options.method}: {result.speedup_words('denoise')} denoising, {result.speedup_words('total')} in all")
 print(f"PSNR {result.psnr:.1f} dB, SSIM {result.ssim:.3f} against dense")
 path = write_video(check_writable(options.out), side_by_side(result.dense.frames, result.sparse.frames), settings.fps)
 print(f"wrote {path}: dense left, {options.method} right")

@@ -19,6 +19,7 @@ from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Method
 from tilewise.plugins.models.common.family import AttentionLayer, Size
+from tilewise.plugins.models.common.native_size import usual_steps
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.attention_processor import why_not
@@ -59,6 +60,9 @@ class Explanation:
     dense_steps: int
     rows: list[ExplainRow]
     notes: list[str]
+    warnings: tuple[
+        str, ...
+    ] = ()  # those of the notes that say that the method changes nothing, or makes nothing faster
 
     @property
     def density(self) -> float:
@@ -83,6 +87,7 @@ class Explanation:
             "density": None if math.isnan(self.density) else self.density,
             "denoisers": rows,
             "notes": self.notes,
+            "warnings": list(self.warnings),
         }
 
     def __str__(self) -> str:
@@ -119,7 +124,7 @@ def explain(
     height: int,
     width: int,
     num_frames: int,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = None,
     method: MethodLike | None = None,
     steps: tuple[float, float] | None = None,
     blocks: str | None = None,
@@ -132,7 +137,7 @@ def explain(
     Args:
         target: a pipeline or denoiser, patched or not.
         height, width: pixels. num_frames: frames.
-        num_inference_steps: denoising steps.
+        num_inference_steps: denoising steps. None: the model's own number, and a note says so.
         method, steps, blocks: as for ``patch``; default: what the target is patched with.
         strength: as the pipeline takes it, for image- and video-to-video, which enters the schedule part-way.
 
@@ -141,6 +146,9 @@ def explain(
             take (with the nearest one).
         UnsupportedModelError: for a target that no family serves.
     """
+    own_steps = num_inference_steps is None
+    if num_inference_steps is None:
+        num_inference_steps = usual_steps(target)
     if num_inference_steps < 1:
         raise ConfigError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
     denoisers = denoisers_of(target)
@@ -170,12 +178,51 @@ def explain(
                 dense[layer.name] = why
         notes += [f"{name}.{layer} stays dense: {why}" for layer, why in dense.items()]
         notes += [f"{name}: {note}" for note in family.notes(denoiser, fuse=config.fuse, dense=dense)]
+    if own_steps:
+        notes.append(f"steps are counted for {num_inference_steps}, the model's own: num_inference_steps was not given")
     first, total = _schedule(target, num_inference_steps, strength, notes)
     sparse = sum(config.runs_at(step, total) for step in range(first, total))
     if all(row.tile is None for row in rows):
         sparse = 0
     shape = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps}
-    return Explanation(config.to_dict(), shape, sparse, total - first - sparse, rows, notes)
+    warnings = _warnings(config, rows, sparse, total - first)
+    return Explanation(config.to_dict(), shape, sparse, total - first - sparse, rows, [*warnings, *notes], warnings)
+
+
+def _warnings(config: Config, rows: list[ExplainRow], sparse: int, steps: int) -> tuple[str, ...]:
+    """Where a method was asked for and does not run, or computes no less than dense attention."""
+    name = config.method.name
+    if name == "dense":
+        return ()
+    if all(row.tile is None for row in rows):
+        return (f"{name} never runs: {rows[0].backend_reason}",) if rows else ()
+    if not sparse:
+        low, high = config.steps
+        count = "the only step" if steps == 1 else f"none of the {steps} steps"
+        verb = "is outside" if steps == 1 else "is within"
+        return (
+            f"{name} never runs: {count} {verb} the part from {low:g} to {high:g} of the schedule, so that all is dense",
+        )
+    if not any(row.sparse_layers for row in rows):
+        return (f"{name} never runs: blocks {config.blocks!r} select none of the blocks",)
+    found = [f"{row.denoiser}: {name} runs nowhere: {row.backend_reason}" for row in rows if row.tile is None]
+    found += [
+        f"{row.denoiser}: {row.backend_reason}" for row in rows if row.tile is not None and row.backend == "stock"
+    ]
+    for row in rows:
+        if not row.sparse_layers:
+            continue
+        if row.density > 1 - 1e-9:
+            work = "" if math.isnan(row.work) else f" (work {row.work:.2f})"
+            found.append(
+                f"{row.denoiser}: {name} leaves no token pair out{work}: method dense computes the same with less work"
+            )
+        elif row.work >= 1 and row.backend not in ("torch", "stock"):  # those compute no more than the kept pairs
+            found.append(
+                f"{row.denoiser}: {name} keeps {row.density:.3f} of the token pairs, but its kernel computes {row.work:.2f} "
+                "times as many as dense attention, in blocks that are partly filled: a larger size or a smaller window is faster"
+            )
+    return tuple(found)
 
 
 def _schedule(pipe: Any, steps: int, strength: float, notes: list[str]) -> tuple[int, int]:

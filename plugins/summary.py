@@ -64,6 +64,11 @@ class Summary:
         return sum(row.calls for row in self.rows)
 
     @property
+    def ran(self) -> bool:
+        """Whether any call ran the method. The method dense has none to run: then it is True."""
+        return self.method["method"]["name"] == "dense" or any(row.kind == SPARSE for row in self.rows)
+
+    @property
     def fused_calls(self) -> int:
         """Attention calls around which the model family's fused kernels ran: all, where nothing stood in their way."""
         return sum(row.calls for row in self.rows if row.fused)
@@ -126,6 +131,8 @@ class Summary:
             kind = f"{r.kind}: {r.reason}" if r.reason else r.kind
             table.add_row(r.denoiser, r.layers, kind, str(r.calls), f"{r.density:.3f}", r.backend, f"{r.seconds:.2f}")
         lines = [render(table) if self.rows else "no attention call yet: run the pipeline first"]
+        if self.rows and not self.ran:
+            lines.append(f"{self.method['method']['name']} never ran: every call was dense, as the kinds above say")
         if self.fused_calls:
             lines.append(f"fused kernels ran around {self.fused_calls} of {self.calls} attention calls")
         if self.recall is not None:

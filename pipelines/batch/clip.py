@@ -21,6 +21,7 @@ from tilewise.pipelines.generation.clip_metadata import clip_metadata, machine
 from tilewise.pipelines.generation.generate import Clip, add_content_score, generate, warm_up
 from tilewise.pipelines.generation.resolve import prompt_notes
 from tilewise.pipelines.highres.preparation import Work
+from tilewise.pipelines.loading.model_defaults import size_notes
 from tilewise.pipelines.media.video import write_video
 from tilewise.pipelines.memory.limits import PeakMemory, free_memory, is_out_of_memory, possible, saving
 from tilewise.plugins.errors import ConfigError
@@ -99,6 +100,8 @@ class ClipMaker:
         """Generates and writes a clip; returns its metadata, as the file holds it."""
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         notes = prompt_notes(pipe, job.settings)
+        if job.highres is None:
+            notes += size_notes(pipe, job.settings.height, job.settings.width, job.settings.frames)
         place = {"rank": self.world.rank, "world_size": self.world.size}
         shared = {**machine(pipe.device, job.dtype), "started": started, **place}
         stages = None

@@ -60,19 +60,24 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class MethodRow:
-    """One method over all groups; medians, None where nothing could be measured. same: clips with exactly dense's pixels, which
-    the PSNR (infinite there) leaves out."""
+    """One method over all groups; medians, None where nothing could be measured. speedups: of each clip that was measured. same:
+    clips with exactly dense's pixels, which the PSNR (infinite there) leaves out."""
 
     method: str
     clips: int
     density: float
     seconds: float
-    speedup: float | None
+    speedups: tuple[float, ...]
     psnr: float | None
     same: int
     ssim: float | None
     shown: float | None
     fallbacks: int
+
+    @property
+    def speedup(self) -> float | None:
+        """The median."""
+        return _median(self.speedups)
 
 
 def read_groups(manifests: Sequence[Path]) -> list[Group]:
@@ -112,7 +117,7 @@ def method_rows(groups: Sequence[Group]) -> list[MethodRow]:
             len(clips),
             statistics.median(clip.line["run"]["density"] for clip in clips),
             statistics.median(spent(clip.line, "denoise") for clip in clips),
-            _median([clip.speedup for clip in clips]),
+            tuple(clip.speedup for clip in clips if clip.speedup is not None),
             _median(finite),
             sum(clip.psnr is not None and math.isinf(clip.psnr) for clip in clips if not clip.is_dense),
             _median([clip.ssim for clip in clips]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,10 @@ GAP = 4
 class Comparison:
     """A sparse and a dense clip from the same seed.
 
-    speedup: "denoise" and "total", dense seconds / sparse seconds. psnr: dB, infinite for identical clips.
-    ssim: in [-1, 1], None for frames below 11 x 11 pixels. repetition: "sparse" and "dense", how much each clip shows the same
-    thing several times (`coherence.repetition`): what a window makes of a large picture.
+    speedup: "denoise" and "total", dense seconds / sparse seconds; of several runs the median. runs: the same of each
+    run. psnr: dB, infinite for identical clips. ssim: in [-1, 1], None for frames below 11 x 11 pixels. repetition: "sparse" and
+    "dense", how much each clip shows the same thing several times (`coherence.repetition`): what a window makes of a large
+    picture.
     """
 
     sparse: Clip
@@ -36,11 +39,17 @@ class Comparison:
     psnr: float
     ssim: float | None
     repetition: dict[str, float] = dataclasses.field(default_factory=dict)
+    runs: tuple[dict[str, float], ...] = ()
+
+    def speedup_words(self, phase: str) -> str:
+        """The speed-up of "denoise" or "total" with the number of runs and their spread."""
+        return speedup_words([run[phase] for run in self.runs] or [self.speedup[phase]])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only, without the frames; psnr is null for identical clips, content for clips that were not scored."""
         return {
             "speedup": self.speedup,
+            "runs": list(self.runs),
             "psnr": self.psnr if math.isfinite(self.psnr) else None,
             "ssim": self.ssim,
             "repetition": self.repetition,
@@ -49,16 +58,28 @@ class Comparison:
         }
 
 
-def compare(pipe: Any, settings: GenerateSettings, progress: Progress | None = None) -> Comparison:
+def speedup_words(values: Sequence[float], of: str = "run") -> str:
+    """ "1.73x (median of 3 runs, 1.60 to 1.90)", or "1.04x (one run)" for a single one. of: what was measured."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}x (one {of})"
+    spread = f"{min(values):.2f} to {max(values):.2f}"
+    return f"{statistics.median(values):.2f}x (median of {len(values)} {of}s, {spread})"
+
+
+def compare(pipe: Any, settings: GenerateSettings, progress: Progress | None = None, *, runs: int = 1) -> Comparison:
     """Generates with the method of `settings` and dense, from the same noise.
+
+    runs: how often both are timed, one after the other in turn; the clips are of the first, as those of the others are the same.
 
     Timing is fair in that neither pays for being first: before the two measured runs, one denoising step of each is run
     and thrown away, at the full size (the dense one is decoded too). That loads libraries, compiles or picks kernels
     and fills the allocators' pools. Building the method's plan is part of the measured run: every real run has to.
 
     progress: called as in `generate`, with the phase named "dense: denoise" and the like; the warm-up is one phase.
-    Raises ConfigError if the method itself is dense, and whatever `generate` raises.
+    Raises ConfigError if the method itself is dense or there is no run, and whatever `generate` raises.
     """
+    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
+        raise ConfigError(f"runs must be a whole number of at least 1, not {runs!r}")
     if settings.is_dense:
         raise ConfigError("comparing dense with dense says nothing; choose another method")
     refuse_patched(pipe)  # before the warm-up, which would run on the wrong method
@@ -68,16 +89,25 @@ def compare(pipe: Any, settings: GenerateSettings, progress: Progress | None = N
 
     warm_up(pipe, settings, progress)
 
-    dense = generate(pipe, reference, lambda phase, *count: tell(f"dense: {phase}", *count))
-    sparse = generate(pipe, settings, lambda phase, *count: tell(f"{name}: {phase}", *count))
+    pairs = []
+    for number in range(1, runs + 1):
+        which = f", run {number} of {runs}" if runs > 1 else ""
+        first = generate(pipe, reference, lambda phase, *count, which=which: tell(f"dense: {phase}{which}", *count))
+        second = generate(pipe, settings, lambda phase, *count, which=which: tell(f"{name}: {phase}{which}", *count))
+        pairs.append((first, second))
+    dense, sparse = pairs[0]
+    times = tuple(
+        {phase: a.seconds[phase] / max(b.seconds[phase], 1e-9) for phase in ("denoise", "total")} for a, b in pairs
+    )
     large = min(sparse.frames.shape[1:3]) >= 11
     return Comparison(
         sparse,
         dense,
-        {phase: dense.seconds[phase] / max(sparse.seconds[phase], 1e-9) for phase in ("denoise", "total")},
+        {phase: statistics.median(run[phase] for run in times) for phase in ("denoise", "total")},
         psnr(sparse.frames, dense.frames),
         ssim(sparse.frames, dense.frames) if large else None,
         {"sparse": repetition(sparse.frames), "dense": repetition(dense.frames)},
+        times,
     )
 
 

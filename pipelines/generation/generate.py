@@ -162,11 +162,11 @@ def add_content_score(pipe: Any, clip: Clip) -> Clip:
 
 
 def content_score(pipe: Any, settings: GenerateSettings, frames: NDArray[np.uint8]) -> dict[str, bool | None] | None:
-    """What of the prompt a clip (T, H, W, 3) shows, by the detector; None if it cannot judge this model or prompt."""
+    """What of the prompt a clip (T, H, W, 3) shows, by the detector; None if it cannot judge this model. All is None for a
+    prompt that it cannot read."""
     if model_defaults(pipe).world != "shapes":
         return None
-    expected = parse_prompt(settings.prompt)
-    return score(analyse(frames), expected) if expected.objects else None
+    return score(analyse(frames), parse_prompt(settings.prompt))
 
 
 @contextlib.contextmanager

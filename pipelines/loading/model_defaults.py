@@ -124,13 +124,27 @@ def takes_guidance(pipe: Any) -> bool:
     return bool({"guidance_scale", "true_cfg_scale"} & set(call_parameters(pipe))) or guider_of(pipe) is not None
 
 
-def size_notes(pipe: Any, height: int, width: int) -> list[str]:
-    """What a size past the model's own will look like, for models that `highres` serves."""
+def size_notes(pipe: Any, height: int, width: int, frames: int | None = None) -> list[str]:
+    """What a size past the model's own will look like, for models that `highres` serves; any other size than its own, for the
+    bundled model and those like it, which know one alone."""
     native = model_defaults(pipe)
+    own, asked = (native.height, native.width, native.num_frames), (height, width, frames or native.num_frames)
+    if native.world is not None and asked != own:
+        sizes = [f"{w}×{h} with {t} frames" for h, w, t in (asked, own)]
+        return [
+            f"{sizes[0]} is not this model's own size: it was trained at {sizes[1]} alone, and what it draws at another one "
+            "says little about the method"
+            + (highres_hint(pipe) if max(height / own[0], width / own[1]) >= PAST else "")
+        ]
     past = max(height / native.height, width / native.width)
-    if past < PAST or type(pipe).__name__ not in latent_spaces():
+    if past < PAST or not (hint := highres_hint(pipe)):
         return []
     return [
         f"{width}×{height} is {past:.3g} times as long as the {native.width}×{native.height} that the model was "
-        "trained at, where it may blur or show things twice; --highres makes such a clip by two stages"
+        f"trained at, where it may blur or show things twice{hint}"
     ]
+
+
+def highres_hint(pipe: Any) -> str:
+    """What to try for a size past the model's own; nothing for models that `highres` does not serve."""
+    return "; --highres makes such a clip by two stages" if type(pipe).__name__ in latent_spaces() else ""

@@ -9,6 +9,8 @@ import torch
 
 import tilewise
 from tilewise.kernels.plans.layout import Grid
+from tilewise.pipelines.loading.load import load_skeleton
+from tilewise.plugins import explain as explaining
 from tilewise.plugins.config import Config, resolve, select_blocks
 from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.methods.sta import STA, axis_density, choose_tile, choose_window
@@ -175,7 +177,7 @@ def test_explain_names_the_nearest_size(tiny_pipe):
 
 
 def test_explain_says_what_would_stay_dense_and_why(tiny_pipe):
-    size = {"height": 64, "width": 64, "num_frames": 9, "method": "sta"}
+    size = {"height": 64, "width": 64, "num_frames": 9, "method": "sta", "num_inference_steps": 4}
     assert tilewise.explain(tiny_pipe, **size).rows[0].backend == "torch"
     tiny_pipe.transformer.blocks[0].attn1.processor = object()
     assert tilewise.explain(tiny_pipe, **size).notes == [
@@ -185,7 +187,68 @@ def test_explain_says_what_would_stay_dense_and_why(tiny_pipe):
     assert row.backend == "stock"
     assert "every call would fall back: dtype must be" in row.backend_reason
     with pytest.raises(tilewise.ConfigError, match="num_inference_steps must be at least 1"):
-        tilewise.explain(tiny_pipe, **size, num_inference_steps=0)
+        tilewise.explain(tiny_pipe, **{**size, "num_inference_steps": 0})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        (
+            STA(),
+            {"num_inference_steps": 1},
+            "sta never runs: the only step is outside the part from 0.25 to 1 of the schedule",
+        ),
+        (STA(), {"steps": (0.5, 0.5)}, "sta never runs: none of the 4 steps is within the part from 0.5 to 0.5"),
+        (STA(), {"blocks": "9:"}, "sta never runs: blocks '9:' select none of the blocks"),
+        (tilewise.Draft(), {}, "draft never runs: 320 tokens, draft pays from 1024 on"),
+        (tilewise.Config(STA(), min_tokens=1000), {}, "sta never runs: 320 tokens, fewer than min_tokens=1000"),
+        (
+            STA(window=(99, 99, 99)),
+            {},
+            "method dense computes the same with less work",
+        ),
+        (STA(window=(1, 1, 1)), {}, None),
+        ("dense", {}, None),
+    ],
+)
+def test_explain_warns_where_a_method_changes_nothing(tiny_pipe, method, options, words):
+    options = {"num_inference_steps": 4, **options}
+    told = tilewise.explain(tiny_pipe, height=64, width=64, num_frames=9, method=method, **options)
+    if words is None:
+        assert told.warnings == ()
+        return
+    assert len(told.warnings) == 1
+    assert words in told.warnings[0]
+    assert told.notes[0] == told.warnings[0]
+    assert words in " ".join(str(told).split())
+    assert told.to_dict()["warnings"] == list(told.warnings)
+
+
+def test_explain_warns_where_a_kernel_computes_more_than_dense(tiny_pipe, monkeypatch):
+    """Its blocks are padded: on a small grid a window of half of the pairs is more work than all of them."""
+    monkeypatch.setattr(explaining, "_expected_backend", lambda *_: ("triton", "the kernel"))
+    told = tilewise.explain(tiny_pipe, height=64, width=64, num_frames=9, method="sta", num_inference_steps=4)
+    assert told.rows[0].density < 0.6 and told.rows[0].work > 1
+    assert "but its kernel computes 1.44 times as many as dense attention" in told.warnings[0]
+
+
+def test_explain_counts_the_models_own_steps_and_says_so(tiny_pipe, tiny_pipe_dir):
+    size = {"height": 64, "width": 64, "num_frames": 9, "method": "sta"}
+    told = tilewise.explain(tiny_pipe, **size)
+    assert told.sparse_steps + told.dense_steps == told.size["num_inference_steps"] == 50
+    assert told.notes == ["steps are counted for 50, the model's own: num_inference_steps was not given"]
+    assert tilewise.explain(load_skeleton(tiny_pipe_dir), **size).size["num_inference_steps"] == 4  # tilewise.json
+    assert tilewise.explain(tiny_pipe, **size, num_inference_steps=4).notes == []
+
+
+def test_a_summary_says_that_a_method_never_ran(tiny_pipe):
+    call = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 1, "output_type": "latent"}
+    for steps, ran in (((0.25, 1.0), False), ((0.0, 1.0), True)):
+        with tilewise.patched(tiny_pipe, STA(window=(1, 1, 1)), steps=steps):
+            tiny_pipe("a red circle", **call)
+            report = tilewise.summary(tiny_pipe)
+        assert report.ran == ran
+        assert ("sta never ran: every call was dense" in str(report)) != ran
 
 
 def test_a_tile_that_is_too_small_for_the_grid_is_refused():

@@ -65,13 +65,14 @@ def generate(
     source: Annotated[Path | None, typer.Option("--from", help=SOURCE_HELP, show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help=OUT_HELP, show_default=False)] = None,
     compare: Annotated[str | None, typer.Option(help=COMPARE_HELP)] = None,
+    runs: Annotated[int, typer.Option(help="With --compare: how often both are timed.")] = 1,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
 ) -> None:
     """Generate a clip (mp4) from a prompt, or reproduce one from its file."""
     from tilewise.ui.cli.generate import Request, dry_run_request, generate_request
 
-    request = Request(prompt, options, source, out, compare, device)
+    request = Request(prompt, options, source, out, compare, device, runs)
     (dry_run_request if dry_run else generate_request)(request)
 
 

@@ -55,7 +55,7 @@ def dry_run_request(request: Request) -> None:
     device = resolve_device(request.device)
     print_settings(work.settings, str(device), work.dtype, work.files)
     say(explain_settings(work.skeleton, work.settings))
-    for note in size_notes(work.skeleton, work.settings.height, work.settings.width):
+    for note in _size_notes(work):
         say(f"note: {note}")
 
 
@@ -75,14 +75,17 @@ def generate_request(request: Request) -> None:
         with notes.status(f"loading {settings.model} …"):
             load = functools.partial(load_pipeline, settings.model, device=request.device, dtype=work.dtype)
             pipe, run = begin_run(settings.model, work.dtype, load)
-        notes_of_size = size_notes(pipe, settings.height, settings.width)
-        for note in [*prompt_notes(pipe, settings), *notes_of_size, *_origin_notes(work)]:
+        warnings = explain_settings(work.skeleton, settings).warnings
+        for note in [*prompt_notes(pipe, settings), *_size_notes(work), *warnings, *_origin_notes(work)]:
             notes.note(note)
         # Tiles of the VAE show in the pixels: a clip that was made with them is made again with them.
         measures = [] if work.origin is None else work.origin.run.get("memory_saving", [])
         run["memory_saving"] = measures = [measure for measure in measures if measure in possible(pipe)]
         with progress_bars(notes) as progress, saving(pipe, measures), cancellable(pipe):
-            result = compare(pipe, settings, progress) if request.compare else generate(pipe, settings, progress)
+            if request.compare:
+                result: Clip | Comparison = compare(pipe, settings, progress, runs=request.runs)
+            else:
+                result = generate(pipe, settings, progress)
     _write(result, work.files, run)
     print_result(_score_content(pipe, result, work.files, run, notes))
     print_files(work.files)
@@ -103,6 +106,10 @@ def _followed(request: Request) -> Request:
 
 def _check(request: Request, *, create: bool) -> Work:
     """Everything that can be wrong is found here, before weights are read."""
+    if request.runs < 1:
+        raise ConfigError(f"--runs takes a whole number of at least 1, not {request.runs}")
+    if request.runs > 1 and request.compare is None:
+        raise ConfigError("--runs is how often --compare times both clips: give --compare dense too")
     if request.compare not in (None, "dense"):
         raise ConfigError(f"--compare takes 'dense', not {request.compare!r}")
     origin = request.origin()
@@ -124,6 +131,10 @@ def _check(request: Request, *, create: bool) -> Work:
         files += [files[0].with_stem(f"{files[0].stem}-{kind}") for kind in ("dense", "side-by-side")]
     request.check_files(files, settings, create=create)
     return Work(skeleton, settings, files, dtype, origin)
+
+
+def _size_notes(work: Work) -> list[str]:
+    return size_notes(work.skeleton, work.settings.height, work.settings.width, work.settings.frames)
 
 
 def _origin_notes(work: Work) -> list[str]:

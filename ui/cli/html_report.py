@@ -22,6 +22,7 @@ from tilewise import __version__
 from tilewise.pipelines.batch.coherence_comparison import coherence_rows, coherence_words
 from tilewise.pipelines.batch.manifest import spent
 from tilewise.pipelines.batch.manifest_comparison import ComparedClip, Group, MethodRow
+from tilewise.pipelines.generation.compare import speedup_words
 from tilewise.pipelines.media.files import is_still
 from tilewise.pipelines.media.video import read_frames
 
@@ -68,8 +69,8 @@ def write_html(file: IO[str], folder: Path, groups: Sequence[Group], rows: Seque
                f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>')  # fmt: skip
     clips = sum(len(group.clips) for group in groups)
     file.write(f"<h1>{clips} clips, {len(rows)} methods</h1>{_table(rows)}")
-    file.write("<p class=dim>Medians over clips. Speed-up: denoising, against the dense clip of the same prompt and seed on "
-               "the same kind of device. PSNR and SSIM say how far a clip is from the dense one, not which of them is better; "
+    file.write("<p class=dim>Medians over clips. Speed-up: denoising, one run against the dense clip of the same prompt and seed "
+               "on the same kind of device. PSNR and SSIM say how far a clip is from the dense one, not which of them is better; "
                "they are measured on the compressed files.</p>")  # fmt: skip
     coherent = coherence_rows(groups)
     if coherent:
@@ -98,7 +99,7 @@ def table_cells(row: MethodRow) -> list[str]:
         str(row.clips),
         f"{row.density:.3f}",
         f"{row.seconds:.2f}",
-        "" if row.speedup is None else f"{row.speedup:.2f}×",
+        speedup_words(row.speedups, "clip") if row.speedups else "",
         close,
         "" if row.ssim is None else f"{row.ssim:.3f}",
         "" if row.shown is None else f"{100 * row.shown:.0f} %",
@@ -130,7 +131,7 @@ def _figure(clip: ComparedClip, folder: Path, more: Sequence[str], *, inside: bo
     """A clip with its caption; more: words for the end of that."""
     words = [f"density {clip.line['run']['density']:.3f}", f"{spent(clip.line, 'denoise'):.2f} s"]
     if clip.speedup is not None:
-        words.append(f"{clip.speedup:.2f}× faster" if clip.speedup >= 1 else f"{1 / clip.speedup:.2f}× slower")
+        words.append(f"{speedup_words([clip.speedup])} as fast as dense")
     if clip.psnr is not None:
         words.append("identical to dense" if math.isinf(clip.psnr) else f"PSNR {clip.psnr:.1f} dB")
     if clip.ssim is not None and clip.psnr is not None and math.isfinite(clip.psnr):

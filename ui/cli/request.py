@@ -24,7 +24,8 @@ class Request:
     """What the command line said.
 
     options: those that were given, by name, as `CLIP_OPTIONS`, `TWO_STAGE_OPTIONS` and `STREAM_OPTIONS` declare them.
-    source: a clip whose settings stand for what is not given, in place of the usual defaults.
+    source: a clip whose settings stand for what is not given, in place of the usual defaults. runs: of --compare, how often both
+    clips are timed.
     """
 
     prompt: str | None
@@ -33,6 +34,7 @@ class Request:
     out: Path | None = None
     compare: str | None = None
     device: str = "auto"
+    runs: int = 1
 
     @property
     def settings(self) -> dict[str, Any]:

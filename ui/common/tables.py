@@ -12,6 +12,7 @@ from rich.table import Table
 from tilewise.pipelines.generation.compare import Comparison
 from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.settings import GenerateSettings, TinyChoice
+from tilewise.pipelines.quality.content_score import parse_prompt
 from tilewise.pipelines.streaming.record import Recorded
 from tilewise.plugins.config import Config
 from tilewise.ui.common.terminal import say, standard_output
@@ -40,18 +41,20 @@ def print_result(result: Clip | Comparison) -> None:
     table.add_row("model, method, seed", f"{settings.model}, {method_words(settings.method)}, {settings.seed}")
     _add_decoder(table, settings)
     if clip.summary is not None:
-        table.add_row("density where sparse", f"{clip.summary.density:.3f}")
+        table.add_row(
+            "density where sparse", f"{clip.summary.density:.3f}" if clip.summary.ran else "the method never ran"
+        )
         reasons = "\n".join(f"{count} calls: {reason}" for reason, count in clip.summary.fallbacks.items())
         table.add_row("fallbacks to dense", reasons or "none")
     table.add_row("seconds", _seconds(clip))
     if clip.content is not None:
-        table.add_row("prompt shown", _content(clip.content))
+        table.add_row("prompt shown", content_words(clip.content, settings.prompt))
     if isinstance(result, Comparison):
         if result.dense.content is not None:
-            table.add_row("prompt shown, dense", _content(result.dense.content))
+            table.add_row("prompt shown, dense", content_words(result.dense.content, settings.prompt))
         table.add_row("seconds, dense", _seconds(result.dense))
-        speedup = result.speedup
-        table.add_row("speed-up over dense", f"{speedup['denoise']:.2f}x denoising, {speedup['total']:.2f}x in all")
+        words = f"{result.speedup_words('denoise')} denoising, {result.speedup_words('total')} in all"
+        table.add_row("speed-up over dense", words)
         same = "identical" if math.isinf(result.psnr) else f"PSNR {result.psnr:.1f} dB"
         table.add_row("closeness to dense", same + ("" if result.ssim is None else f", SSIM {result.ssim:.3f}"))
     out.print(table)
@@ -100,10 +103,15 @@ def _add_decoder(table: Table, settings: GenerateSettings) -> None:
         table.add_row("decoded by", f"{tiny.path}, SHA-256 {tiny.sha256[:12]}…")
 
 
-def _content(content: dict[str, bool | None]) -> str:
-    """What the detector found of the prompt, leaving out what the prompt does not say."""
-    words = {True: "yes", False: "no"}
-    return ", ".join(f"{name.replace('_', ' ')} {words[right]}" for name, right in content.items() if right is not None)
+def content_words(content: Mapping[str, bool | None], prompt: str) -> str:
+    """What the detector found of the prompt, leaving out what the prompt does not say; "unknown" where it was not understood."""
+    found = {name: "yes" if right else "no" for name, right in content.items() if right is not None}
+    if content.get("count") is None:
+        unread = ", ".join(parse_prompt(prompt).unread)
+        found["count"] = (
+            f"unknown ({f'not understood: {unread}' if unread else 'more objects of a colour than are told apart'})"
+        )
+    return ", ".join(f"{name.replace('_', ' ')} {word}" for name, word in found.items())
 
 
 def method_words(config: Config) -> str:

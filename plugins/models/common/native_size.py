@@ -22,6 +22,7 @@ from tilewise.plugins.models.common.registry import family_of
 
 NATIVE_FILE = "tilewise.json"
 VIDEO_FRAMES = 81
+USUAL_STEPS = 50
 # (height, width) of pipelines that have their default in the code of their call alone.
 IN_THE_CODE = {"ZImagePipeline": (1024, 1024)}
 
@@ -77,6 +78,22 @@ def _usual_size(pipe: Any) -> tuple[int | None, int | None]:
 def usual_frames(pipe: Any) -> int:
     """Frames of a clip where neither the model nor its pipeline's call says how many: 1 where the call takes no number."""
     return VIDEO_FRAMES if "num_frames" in call_parameters(pipe) else 1
+
+
+def usual_steps(target: Any) -> int:
+    """Denoising steps that a pipeline takes by default: its model's ``tilewise.json``, or its call; 50 where neither says."""
+    if isinstance(target, nn.Module):
+        return USUAL_STEPS
+    file = native_file(target)
+    try:
+        told = json.loads(file.read_text("utf-8")).get("steps") if file.is_file() else None
+    except (OSError, ValueError, AttributeError):
+        told = None  # whoever needs the file says what is wrong with it
+    if isinstance(told, int) and told > 0:
+        return told
+    parameter = call_parameters(target).get("num_inference_steps")
+    usual = None if parameter is None else parameter.default
+    return usual if isinstance(usual, int) else USUAL_STEPS
 
 
 def native_grid(pipe: Any, denoiser: nn.Module) -> Grid:

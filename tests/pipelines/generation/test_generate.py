@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ import torch
 
 import tilewise
 from tilewise.pipelines.errors import OutputError
-from tilewise.pipelines.generation.compare import compare, side_by_side
+from tilewise.pipelines.generation.compare import compare, side_by_side, speedup_words
 from tilewise.pipelines.generation.generate import add_content_score, content_score, generate
 from tilewise.pipelines.generation.resolve import prompt_notes, resolve_settings
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
+from tilewise.pipelines.loading.model_defaults import size_notes
 from tilewise.pipelines.quality.metrics import psnr
 
 PROMPT = "a red circle moving right"
@@ -150,6 +152,21 @@ def test_compare(tiny_pipe):
     assert not tilewise.is_patched(tiny_pipe)
 
 
+def test_a_speedup_is_said_with_its_runs(tiny_pipe):
+    settings = settings_for(tiny_pipe, tilewise.STA(window=(1, 2, 2)), steps=1)
+    phases = []
+    result = compare(tiny_pipe, settings, lambda phase, done, total: phases.append(phase), runs=3)
+    assert [len(result.runs), result.to_dict()["runs"][0]["total"]] == [3, result.runs[0]["total"]]
+    assert result.speedup["total"] == statistics.median(run["total"] for run in result.runs)
+    assert "dense: denoise, run 3 of 3" in phases
+    low, high = (pick(run["total"] for run in result.runs) for pick in (min, max))
+    assert result.speedup_words("total").endswith(f"x (median of 3 runs, {low:.2f} to {high:.2f})")
+    assert speedup_words([1.04]) == "1.04x (one run)"
+    assert speedup_words([1.0, 2.0], "clip") == "1.50x (median of 2 clips, 1.00 to 2.00)"
+    with pytest.raises(tilewise.ConfigError, match="runs must be a whole number of at least 1, not 0"):
+        compare(tiny_pipe, settings, runs=0)
+
+
 def test_compare_with_a_window_that_sees_everything(tiny_pipe):
     result = compare(tiny_pipe, settings_for(tiny_pipe, tilewise.STA(window=(99, 99, 99))))
     assert result.psnr > 60  # only rounding of the last bit of a byte can differ
@@ -244,7 +261,19 @@ def test_content_is_judged_only_in_the_world_of_shapes(tmp_path, tiny_pipe):
     shapes = load_skeleton(tiny_wan.save_tiny_pipeline(tmp_path / "m", native={"world": "shapes"}))
     found = content_score(shapes, settings_for(shapes), frames)
     assert found["colour"] is False
-    assert content_score(shapes, dataclasses.replace(settings_for(shapes), prompt="something else"), frames) is None
+    unread = content_score(shapes, dataclasses.replace(settings_for(shapes), prompt="something else"), frames)
+    assert unread is not None and set(unread.values()) == {None}
+
+
+def test_a_model_of_one_size_says_so_at_another(tmp_path, tiny_pipe):
+    shapes = load_skeleton(tiny_wan.save_tiny_pipeline(tmp_path / "m", native={"world": "shapes"}))
+    assert size_notes(shapes, 64, 64, 9) == size_notes(shapes, 64, 64) == []
+    for size, words in {(64, 64, 17): "64×64 with 17 frames", (64, 48, 9): "48×64 with 9 frames"}.items():
+        [note] = size_notes(shapes, *size)
+        assert note.startswith(f"{words} is not this model's own size: it was trained at 64×64 with 9 frames alone")
+        assert "--highres" not in note
+    assert "--highres" in size_notes(shapes, 128, 128, 9)[0]
+    assert size_notes(tiny_pipe, 64, 64, 17) == []
 
 
 def test_judging_is_a_step_of_its_own(tmp_path):

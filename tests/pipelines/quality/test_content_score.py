@@ -131,6 +131,41 @@ def test_parse_prompt(text, objects, colour, pattern):
     assert parse_prompt(text) == wanted
 
 
+def seen(*colours):
+    objects = tuple(DetectedObject(colour, "square", "left", 1.0, np.zeros((9, 3))) for colour in colours)
+    return ClipContent(objects, "white", "plain")
+
+
+@pytest.mark.parametrize(
+    ("text", "colours", "count"),
+    [
+        ("two blue squares moving left", ["blue"], False),  # drawn as one
+        ("two blue squares moving left", ["blue", "blue"], True),
+        ("2 blue boxes and a red square", ["blue", "blue", "red"], True),
+        ("a pair of red squares", ["red"], False),
+        ("one blue square", ["blue"], True),
+        ("three blue squares", ["blue", "blue"], None),  # of one colour, more than are told apart
+        ("three blue squares", ["blue"], False),
+        ("blue squares", ["blue"], None),  # how many is not said
+        ("several blue squares", ["blue", "blue"], None),
+        ("a blue square and a dog", ["blue"], None),
+        ("a blue square 🐕 犬", ["blue"], None),
+        ("a zebra", [], None),
+    ],
+)
+def test_counts_are_read_or_unknown(text, colours, count):
+    result = score(seen(*colours), parse_prompt(text))
+    assert result["count"] is count
+    if count is not None and "three" not in text:
+        assert result["colour"] is count
+        assert result["shape"] is count
+
+
+def test_what_is_said_of_two_is_said_of_both():
+    parsed = parse_prompt("two red squares growing on white")
+    assert parsed.objects == (ExpectedObject("red", "square", "growing"),) * 2
+
+
 def test_every_training_caption_is_understood():
     from examples.train_demo_model.captions import ATTRIBUTES, NOT_SAID
     from tilewise.pipelines.quality.demo_world import MOTIONS, PATTERNS, SHAPES
@@ -141,6 +176,7 @@ def test_every_training_caption_is_understood():
     for text, row in zip(texts, labels, strict=True):
         answers = dict(zip(ATTRIBUTES, row.tolist(), strict=True))
         parsed = parse_prompt(text)
+        assert parsed.unread == ()
         found = {"background": parsed.background_colour, "pattern": parsed.background_pattern}
         wanted = {
             "background": None if answers["background"] == NOT_SAID else tuple(COLOURS)[answers["background"]],
@@ -166,7 +202,7 @@ def thing(colour, shape=None, motion=None):
         ("a blue star and a red circle", [("red", "circle"), ("blue", "star")], True, True, None),
         # Told apart by colour, even where the shapes would fit better the other way round.
         ("a blue star and a red circle", [("blue", "circle"), ("red", "star")], True, False, None),
-        ("two red circles and a red circle moving up", [("red", "circle", "up"), ("red", "circle")], True, True, True),
+        ("a red circle and a red circle moving up", [("red", "circle", "up"), ("red", "circle")], True, True, True),
         # The only red object is needed by the second; the first must do with none.
         ("a circle and a red star", [("red", "circle")], True, False, None),
         ("a red circle and a red circle", [("red", "circle")], False, False, None),

@@ -179,6 +179,9 @@ def test_what_the_clip_shows_is_added_once_it_is_written(shapes_dir, tmp_path, m
         assert set(record["run"]["content"]) >= {"colour", "shape", "motion"}
     assert record["run"]["comparison"]["content"]["dense"] is not None
     assert "prompt shown, dense" in result.stdout
+    assert "note: sta never runs: the only step is outside the part from 0.4 to 1" in result.stderr
+    assert "the method never ran" in result.stdout
+    assert result.stdout.count("(one run)") == 2
 
 
 def test_a_failing_judge_is_a_note(shapes_dir, tmp_path, monkeypatch):
@@ -274,6 +277,8 @@ BAD = {
     "suffix": (["--out", "clip.avi"], 2, ".mp4"),
     "directory": (["--out", "."], 2, "directory"),
     "unwritable": (["--out", "/proc/clip.mp4"], 2, "cannot write /proc/clip.mp4"),
+    "runs without compare": (["--runs", "3"], 2, "give --compare dense too"),
+    "no runs": (["--compare", "dense", "--runs", "0"], 2, "--runs takes a whole number of at least 1"),
     "compare with": (["--compare", "sta"], 2, "takes 'dense'"),
     "compare dense": (["--method", "dense", "--compare", "dense"], 2, "another method"),
     "unknown device": (["--device", "gpu"], 2, "unknown device"),

@@ -77,7 +77,9 @@ def method_words(config: Config) -> list[str] | None:
 def _differences(base: Config, config: Config) -> dict[str, str]:
     """Fields of a request (`method_options`) that make one config of another, as text; those that are none exclude others."""
     options, usual = config.method.to_dict(), base.method.to_dict()
-    changed = {name: value for name, value in options.items() if value != usual[name] and value is not None}
+    groups = [group for group in config.method.exclusive if any(options[name] is not None for name in group)]
+    taken_back = {name for group in groups for name in group if options[name] is None}
+    changed = {name: value for name, value in options.items() if value != usual[name] and name not in taken_back}
     changed |= {
         option: getattr(config, option)
         for option in SHARED_OPTIONS

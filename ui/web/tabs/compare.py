@@ -71,8 +71,8 @@ def pair_html(pair: Pair) -> str:
     found = pair.comparison
     same = "identical" if math.isinf(found.psnr) else f"{found.psnr:.1f} dB"
     rows = [
-        ("speed-up, denoising", f"<b>{found.speedup['denoise']:.2f}×</b>"),
-        ("speed-up, in all", f"{found.speedup['total']:.2f}×"),
+        ("speed-up, denoising", f"<b>{escape(found.speedup_words('denoise'))}</b>"),
+        ("speed-up, in all", escape(found.speedup_words("total"))),
         ("PSNR", escape(same)),
         ("SSIM", "–" if found.ssim is None else f"{found.ssim:.3f}"),
         ("seconds, dense", _seconds(pair.dense)),

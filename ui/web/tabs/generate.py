@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from tilewise.ui.common.tables import method_words
+from tilewise.ui.common.tables import content_words, method_words
 from tilewise.ui.web.common import media
 from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.forms.controls import Controls
@@ -91,8 +91,7 @@ def result_html(made: Made) -> str:
     if run.get("peak_memory", {}).get("bytes"):
         rows.append(("peak memory", escape(f"{media.size(run['peak_memory']['bytes'])} ({run['peak_memory']['of']})")))
     if run["content"]:
-        words = [f"{k.replace('_', ' ')} {'yes' if v else 'no'}" for k, v in run["content"].items() if v is not None]
-        rows.append(("prompt shown", escape(", ".join(words))))
+        rows.append(("prompt shown", escape(content_words(run["content"], settings.prompt))))
     notes = "".join(f"<p>{escape(note)}</p>" for note in run["notes"])
     player = media.video(made.path, f"the clip: {settings.prompt}", version=version)
     return f'<div class="tw-result">{player}<div>{media.table(rows)}{notes}{media.download(made.path)}</div></div>'

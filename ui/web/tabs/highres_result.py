@@ -9,7 +9,7 @@ from typing import Any
 
 from tilewise.pipelines.batch.job import Stages
 from tilewise.pipelines.quality.coherence import Coherence
-from tilewise.ui.common.tables import method_words
+from tilewise.ui.common.tables import content_words, method_words
 from tilewise.ui.web.common import media
 from tilewise.ui.web.forms.highres_form import path_words
 
@@ -37,8 +37,7 @@ def stages_html(path: Path, metadata: Mapping[str, Any]) -> str:
     if (objects := told.get("objects")) is not None:
         rows.insert(5, ("objects found", f"{objects['clip']}, in the native clip {objects['native']}"))
     if run["content"]:
-        shown = [f"{k.replace('_', ' ')} {'yes' if v else 'no'}" for k, v in run["content"].items() if v is not None]
-        rows.append(("prompt shown", ", ".join(shown)))
+        rows.append(("prompt shown", content_words(run["content"], metadata["prompt"])))
     if run["peak_memory"].get("bytes"):
         rows.append(("peak memory", f"{media.size(run['peak_memory']['bytes'])} ({run['peak_memory']['of']})"))
     rows.append(("device", f"{run['device_name']}, {run['dtype']}"))

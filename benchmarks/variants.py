@@ -56,6 +56,8 @@ def variants(density: float) -> dict[str, Method]:
         "xattention": XAttention(**plain),
         "xattention, compensated": XAttention(**common),
         "STA": STA(density=density),
+        "STA, far field of tiles": STA(density=density, far="tiles"),
+        "STA, far field of cells": STA(density=density, far="cells"),
         "random blocks": RandomBlocks(**plain),
         "random blocks, compensated": RandomBlocks(**common),
     }

@@ -38,6 +38,7 @@ class ExplainRow:
     tiles: tuple[int, int, int] | None
     options: dict[str, Any]
     density: float  # nan where it is only decided at each call, by a recall
+    cost: float  # with the pairs of a query and a mean; nan likewise
     work: float  # nan where the plan is made at each call
     sparse_blocks: str
     dense_blocks: str
@@ -70,21 +71,30 @@ class Explanation:
 
         By pairs and not by rows: the levels of a UNet have maps of different sizes.
         """
-        rows = [(row.sparse_layers * row.tokens**2, row.density) for row in self.rows if row.sparse_layers]
+        return self._mean("density")
+
+    @property
+    def cost(self) -> float:
+        """The same, with the pairs of a query and a mean that stands for keys which it does not see."""
+        return self._mean("cost")
+
+    def _mean(self, name: str) -> float:
+        rows = [(row.sparse_layers * row.tokens**2, getattr(row, name)) for row in self.rows if row.sparse_layers]
         pairs = sum(pairs for pairs, _ in rows)
-        return sum(pairs * density for pairs, density in rows) / pairs if pairs else 1.0
+        return sum(pairs * value for pairs, value in rows) / pairs if pairs else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: numbers that only a call decides are None."""
         rows = [dataclasses.asdict(row) for row in self.rows]
         for row in rows:
-            row |= {name: None for name in ("density", "work") if math.isnan(row[name])}
+            row |= {name: None for name in ("density", "cost", "work") if math.isnan(row[name])}
         return {
             "config": self.config,
             "size": self.size,
             "sparse_steps": self.sparse_steps,
             "dense_steps": self.dense_steps,
             "density": None if math.isnan(self.density) else self.density,
+            "cost": None if math.isnan(self.cost) else self.cost,
             "denoisers": rows,
             "notes": self.notes,
             "warnings": list(self.warnings),
@@ -110,6 +120,7 @@ class Explanation:
             return "decided at each call" if math.isnan(value) else f"{value:.3f}"
 
         line("density (kept pairs)", [share(r.density) for r in self.rows])
+        line("cost (means counted too)", [share(r.cost) for r in self.rows])
         line("work (computed pairs)", [share(r.work) for r in self.rows])
         line("steps", [f"{self.sparse_steps} sparse, {self.dense_steps} dense" for _ in self.rows])
         line("sparse blocks", [r.sparse_blocks or "none" for r in self.rows])
@@ -290,12 +301,12 @@ def family_layers(denoiser: torch.nn.Module) -> list[AttentionLayer]:
     return family.layers(denoiser)
 
 
-def _kept(method: Method, layout: Layout, heads: int) -> tuple[float, float]:
-    """(density, work) of a method on a layout, as far as they are known before anything runs."""
+def _kept(method: Method, layout: Layout, heads: int) -> tuple[float, float, float]:
+    """(density, cost, work) of a method on a layout, as far as they are known before anything runs."""
     if isinstance(method, DynamicMethod):
-        return method.expected_density(layout, heads), math.nan
+        return method.expected_density(layout, heads), method.expected_cost(layout, heads), math.nan
     plan = method.plan(layout, heads, torch.device("cpu"))
-    return plan.density, plan.work
+    return plan.density, plan.cost, plan.work
 
 
 def _explain_row(
@@ -323,13 +334,14 @@ def _explain_row(
             {},
             1.0,
             1.0,
+            1.0,
             "",
             everything,
             "stock",
             short or "the method is dense",
             0,
         )
-    density, work = _kept(config.method, layout, layers[0].heads)
+    density, cost, work = _kept(config.method, layout, layers[0].heads)
     backend, reason = _expected_backend(denoiser, layers[0])
     return ExplainRow(
         denoiser=name,
@@ -340,6 +352,7 @@ def _explain_row(
         tiles=layout.tiles,
         options=config.method.describe(layout),
         density=density,
+        cost=cost,
         work=work,
         sparse_blocks=ranges([b for b in blocks if b in selected]),
         dense_blocks=ranges([b for b in blocks if b not in selected]),

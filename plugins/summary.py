@@ -35,6 +35,7 @@ class SummaryRow:
     fused: bool = False  # whether fused kernels made the queries and keys of these calls
     recall: float | None = None  # attention mass kept, as a dynamic method estimates it
     probe: float | None = None  # the same, measured exactly on the method's probe rows
+    cost: float = math.nan  # as density, with the pairs of a query and a mean that stands for keys
     broken: int = 0  # lists of key blocks that kept everything, because queries or keys were not finite
 
 
@@ -79,6 +80,11 @@ class Summary:
         return _density([row for row in self.rows if row.kind == SPARSE])
 
     @property
+    def cost(self) -> float:
+        """The same, with the pairs of a query and a mean that stands for keys which it does not see."""
+        return _density([row for row in self.rows if row.kind == SPARSE], "cost")
+
+    @property
     def overall_density(self) -> float:
         """Kept ÷ all token pairs over every call, dense ones included."""
         return _density(self.rows)
@@ -113,6 +119,7 @@ class Summary:
             "method": self.method,
             "grids": self.grids,
             "density": self.density,
+            "cost": self.cost,
             "overall_density": self.overall_density,
             "fallbacks": self.fallbacks,
             "fused_calls": self.fused_calls,
@@ -126,10 +133,13 @@ class Summary:
         }
 
     def __str__(self) -> str:
-        table = Table("denoiser", "blocks", "kind", "calls", "density", "backend", "seconds", title="attention calls")
+        table = Table(
+            "denoiser", "blocks", "kind", "calls", "density", "cost", "backend", "seconds", title="attention calls"
+        )
         for r in self.rows:
             kind = f"{r.kind}: {r.reason}" if r.reason else r.kind
-            table.add_row(r.denoiser, r.layers, kind, str(r.calls), f"{r.density:.3f}", r.backend, f"{r.seconds:.2f}")
+            shares = f"{r.density:.3f}", f"{r.cost:.3f}"
+            table.add_row(r.denoiser, r.layers, kind, str(r.calls), *shares, r.backend, f"{r.seconds:.2f}")
         lines = [render(table) if self.rows else "no attention call yet: run the pipeline first"]
         if self.rows and not self.ran:
             lines.append(f"{self.method['method']['name']} never ran: every call was dense, as the kinds above say")
@@ -157,12 +167,12 @@ def _mean(rows: list[SummaryRow], name: str, weight: str) -> float | None:
     return sum(value * w for value, w in found) / sum(w for _, w in found) if found else None
 
 
-def _density(rows: list[SummaryRow]) -> float:
+def _density(rows: list[SummaryRow], name: str = "density") -> float:
     """Kept ÷ all token pairs of rows whose density is known; 1.0 if there is none.
 
     By pairs and not by calls: the layers of a UNet attend over maps of different sizes.
     """
-    mean = _mean([row for row in rows if not math.isnan(row.density)], "density", "pairs")
+    mean = _mean([row for row in rows if not math.isnan(row.density)], name, "pairs")
     return 1.0 if mean is None else mean
 
 
@@ -187,6 +197,7 @@ def _row(denoiser: str, kind: CallKind, found: list[tuple[int, CallRecord]]) -> 
         queries=sum(record.queries for record in records),
         pairs=sum(record.pairs for record in records),
         density=kept / known if known else math.nan,
+        cost=sum(record.cost_pairs() for record in records) / known if known else math.nan,
         backend=kind.backend,
         seconds=sum(record.seconds() for record in records),
         reason=reason,

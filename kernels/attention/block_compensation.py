@@ -37,8 +37,8 @@ def add_block_compensation(
         out: (B, S, H, D) of q's dtype: what ``block_sparse_attention(..., return_lse=True)`` gave.
         lse: (B, H, S) float32, natural, from there as well.
         key_mean, value_mean: (B, Nk, Hk, D) float32, Hk dividing H: see ``block_stats``.
-        bias: (B, H, Nq, Nk) float32 for query block i and key block j; −inf where j was seen.
-        layout: of the queries. The keys' blocks may be another layout's.
+        bias: (B, H, Nq, Nk) float32 for query block i and key block j; −inf where j was seen. May be expanded over B and H.
+        layout: of the queries. The keys' blocks may be another layout's, or cells.
         scale: of the attention call.
 
     Returns:

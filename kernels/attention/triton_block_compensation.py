@@ -23,7 +23,8 @@ MOST = tl.constexpr(2.0**14)  # of all weights: what float16 holds, twice over
 @triton.jit
 def add_block_compensation_kernel(
     q_ptr, seen_ptr, lse_ptr, key_ptr, value_ptr, bias_ptr, start_ptr, rows_ptr, out_ptr, heavy_ptr,
-    stride_qb, stride_qs, stride_qh, stride_ob, stride_os, stride_oh, S, H, N, padded, group, scale_log2, log2e,
+    stride_qb, stride_qs, stride_qh, stride_ob, stride_os, stride_oh, stride_bb, stride_bh,
+    S, H, N, padded, group, scale_log2, log2e,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     ONLINE: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +49,7 @@ def add_block_compensation_kernel(
     m = tl.maximum(m, -1e30)  # a query that saw nothing: its weight of 1 falls away as soon as there is a summary row
     total = tl.full((BLOCK_M,), 1.0, tl.float32)
     means_at = (batch * (H // group) + head // group) * padded * D + column[None, :]
-    bias_at = bias_ptr + block * N
+    bias_at = bias_ptr + batch * stride_bb + head.to(tl.int64) * stride_bh + i.to(tl.int64) * N
     for j0 in range(0, N, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         bias = tl.load(bias_at + j, mask=j < N, other=float("-inf")) * log2e
@@ -92,14 +93,16 @@ def triton_add_block_compensation(
     merged = torch.empty((B, S, H, D), dtype=out.dtype, device=out.device)
     if out.stride(3) != 1:
         out = out.contiguous()
+    if bias.stride(3) != 1 or bias.stride(2) != N:  # samples and heads may share one: strides of 0
+        bias = bias.contiguous()
     heavy = torch.empty((B, H, len(start)), dtype=torch.int8, device=out.device)
     if merged.numel():
         with torch.cuda.device_of(q):
             for online in (False, True):
                 add_block_compensation_kernel[(len(start), B * H)](
-                    q, out, lse.contiguous(), keys, values, bias.contiguous(), start, rows, merged, heavy,
+                    q, out, lse.contiguous(), keys, values, bias, start, rows, merged, heavy,
                     q.stride(0), q.stride(1), q.stride(2), out.stride(0), out.stride(1), out.stride(2),
-                    S, H, N, keys.shape[2], H // Hk, scale * LOG2E, LOG2E,
+                    bias.stride(0), bias.stride(1), S, H, N, keys.shape[2], H // Hk, scale * LOG2E, LOG2E,
                     D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_M=128, ONLINE=online,
                     PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **config,
                 )  # fmt: skip

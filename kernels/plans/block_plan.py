@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from tilewise.kernels.plans.cells import FarField
 from tilewise.kernels.plans.interval_encoding import encode_coords, encode_intervals, encoding_fields, inside
 from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Layout
 
@@ -51,6 +52,7 @@ class BlockPlan:
         density: token pairs that the mask keeps ÷ all pairs, in (0, 1]; mean over heads. nan where only the device knows it.
         work: token pairs in listed blocks, at full block size, ÷ all pairs: what a kernel computes. ≥ density, or nan as it is.
         device_density: () float32, the density of a plan made at a call (dynamic_plan.py), not yet waited for; or None.
+        far: means that stand for the keys which are not visible (far_field.py); None: those are left out.
     """
 
     q_start: torch.Tensor
@@ -72,6 +74,7 @@ class BlockPlan:
     row_encoding: torch.Tensor | None = None
     guard_bits: int = 0
     device_density: torch.Tensor | None = None
+    far: FarField | None = None
     _cache: dict = field(default_factory=dict, repr=False)  # what a backend derives from a plan, kept with it
 
     @property
@@ -81,6 +84,11 @@ class BlockPlan:
     @property
     def device(self) -> torch.device:
         return self.index.device
+
+    @property
+    def cost(self) -> float:
+        """Pairs that attention computes ÷ all token pairs: those that are kept, and those of a query and a mean."""
+        return self.density if self.far is None else self.density + self.far.share
 
     @cached_property
     def is_dense(self) -> bool:
@@ -98,7 +106,7 @@ class BlockPlan:
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan with its tensors on ``device``."""
         moved: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            name: value.to(device) if isinstance(value, torch.Tensor | FarField) else value
             for name, value in self.__dict__.items()
             if name in self.__dataclass_fields__ and name != "_cache"
         }
@@ -291,6 +299,20 @@ def _intervals_hold_for_all(
     outside = ((last < lo_min) | (first >= hi_max)).any(1)
     agrees = torch.where(full, inside, partial | outside)
     return bool((agrees | keys.is_text.to(plan.device) | ~tested[..., None]).all())
+
+
+def block_maps(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """(full, partial) of a plan, (P, G, Nq, Nk) bool each, as ``plan_from_block_map`` takes them."""
+    listed = torch.arange(plan.index.shape[-1], device=plan.device)
+    in_full, in_all = listed < plan.ends[..., 1:2], listed < plan.ends[..., 2:3]
+    shape = (*plan.index.shape[:3], len(plan.k_start))
+    maps = []
+    for wanted in (in_full, in_all & ~in_full):
+        # Entries past a list's end hold numbers of other blocks: those are sent to a column that is cut off.
+        at = torch.where(wanted, plan.index.long(), shape[3])
+        whole = torch.zeros(*shape[:3], shape[3] + 1, dtype=torch.bool, device=plan.device)
+        maps.append(whole.scatter_(-1, at, True)[..., :-1])
+    return maps[0], maps[1]
 
 
 def block_reduce(x: torch.Tensor, rows: torch.Tensor, how: str) -> torch.Tensor:

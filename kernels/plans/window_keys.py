@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tilewise.kernels.plans.block_plan import BlockPlan, plan_from_block_map
+from tilewise.kernels.plans.block_plan import BlockPlan, block_maps, plan_from_block_map
 from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
 
 T = TypeVar("T")
@@ -87,20 +87,6 @@ class WindowKeys:
         """A plan over ``layout``, for the queries of the newest chunk and the keys in memory; ``kept`` chunks are seen whole."""
         newest = newest_queries(whole, self.layout, self.chunk, self.always)
         return reorder_key_blocks(newest, self.in_time)
-
-
-def block_maps(plan: BlockPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """(full, partial) of a plan, (P, G, Nq, Nk) bool each, as ``plan_from_block_map`` takes them."""
-    listed = torch.arange(plan.index.shape[-1], device=plan.device)
-    in_full, in_all = listed < plan.ends[..., 1:2], listed < plan.ends[..., 2:3]
-    shape = (*plan.index.shape[:3], len(plan.k_start))
-    maps = []
-    for wanted in (in_full, in_all & ~in_full):
-        # Entries past a list's end hold numbers of other blocks: those are sent to a column that is cut off.
-        at = torch.where(wanted, plan.index.long(), shape[3])
-        whole = torch.zeros(*shape[:3], shape[3] + 1, dtype=torch.bool, device=plan.device)
-        maps.append(whole.scatter_(-1, at, True)[..., :-1])
-    return maps[0], maps[1]
 
 
 def newest_queries(plan: BlockPlan, whole: Layout, newest: Layout, always: torch.Tensor) -> BlockPlan:

@@ -67,6 +67,10 @@ class Method:
             ConfigError: saying what would fit.
         """
 
+    def refuses_window(self) -> str | None:
+        """Why calls over the window of a KV cache cannot run, or None."""
+        return None
+
     def describe(self, layout: Layout) -> dict[str, Any]:
         """What ``explain`` says about the method on this layout, beyond grid, tile and density."""
         return {}
@@ -142,6 +146,10 @@ class DynamicMethod(Method):
     def expected_density(self, layout: Layout, heads: int) -> float:
         """Kept ÷ all token pairs, as far as it is known before anything runs; nan if only a call decides."""
         return math.nan
+
+    def expected_cost(self, layout: Layout, heads: int) -> float:
+        """The same, with the pairs of a query and a mean that stands for keys. Default: there are none."""
+        return self.expected_density(layout, heads)
 
     def refuses_call(self, layout: Layout) -> str | None:
         """Why a call over this layout cannot run, or None. It falls back to dense, counted."""

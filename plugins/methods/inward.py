@@ -27,7 +27,8 @@ from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
 from tilewise.kernels.plans.tiling import choose_tile_for_window
 from tilewise.kernels.plans.window import window_plan
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.methods.base import Method, register
+from tilewise.plugins.methods.base import register
+from tilewise.plugins.methods.windows import WindowMethod
 from tilewise.plugins.models.common.native_size import native_grid
 from tilewise.plugins.models.common.registry import family_of
 
@@ -36,7 +37,7 @@ MAX_BLOCKS = 12_288  # block maps are N × N: beyond this, building one takes gi
 
 @register
 @dataclass(frozen=True)
-class Inward(Method):
+class Inward(WindowMethod):
     """Inward-shifted window of the native size, exact to the token.
 
     Args:
@@ -44,6 +45,7 @@ class Inward(Method):
             pipeline is patched.
         temperature: whether attention is sharpened by the paper's scale. Only where the window leaves something out: on a
             grid of the native size or smaller the method is dense attention, unchanged.
+        far, cell: what stands for the keys outside the window: see ``WindowMethod``.
 
     Raises:
         ConfigError: for sizes below 1; later, for a bare denoiser patched without ``native``.
@@ -55,6 +57,7 @@ class Inward(Method):
     name: ClassVar[str] = "inward"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.temperature, bool):
             raise ConfigError(f"inward: temperature must be true or false, got {self.temperature!r}")
         native = self.native
@@ -94,7 +97,7 @@ class Inward(Method):
         return grid.t, min(h, grid.h), min(w, grid.w)
 
     def layout(self, grid: Grid) -> Layout:
-        return cached_layout(grid, choose_tile_for_window(grid, self.window(grid)))
+        return self.with_cells(cached_layout(grid, choose_tile_for_window(grid, self.window(grid))))
 
     def check_layout(self, layout: Layout) -> None:
         """Raises ConfigError for one that is too large to be planned."""
@@ -105,7 +108,8 @@ class Inward(Method):
 
     def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
         self.check_layout(layout)
-        return window_plan(layout, [self.window(layout.grid)], unit="token", device=device)
+        plan = window_plan(layout, [self.window(layout.grid)], unit="token", device=device)
+        return self.with_far(plan, layout)
 
     def scale(self, layout: Layout, head_dim: int) -> float | None:
         """What queries times keys are multiplied with; None: as the model has it, 1 / sqrt(head_dim)."""
@@ -115,4 +119,4 @@ class Inward(Method):
         return math.sqrt(math.log(2 * tokens, tokens) / head_dim) if tokens > 1 else None
 
     def describe(self, layout: Layout) -> dict[str, Any]:
-        return {"window (tokens)": self.window(layout.grid)}
+        return {"window (tokens)": self.window(layout.grid), **self.describe_far(layout)}

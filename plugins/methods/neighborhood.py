@@ -18,8 +18,9 @@ from tilewise.kernels.plans.dilated import axes_plan, axis_windows, dilated_layo
 from tilewise.kernels.plans.layout import Grid, Layout, cached_layout
 from tilewise.kernels.plans.tiling import choose_tile_for_window
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.methods.base import Method, register
+from tilewise.plugins.methods.base import register
 from tilewise.plugins.methods.inward import MAX_BLOCKS
+from tilewise.plugins.methods.windows import WindowMethod
 
 Triple = tuple[int, int, int]
 AXES = ("t", "h", "w")
@@ -27,7 +28,7 @@ AXES = ("t", "h", "w")
 
 @register
 @dataclass(frozen=True)
-class Neighborhood(Method):
+class Neighborhood(WindowMethod):
     """Neighborhood attention.
 
     Args:
@@ -37,10 +38,11 @@ class Neighborhood(Method):
         causal: (t, h, w), whether a query sees nothing behind itself on an axis, whose window then ends at the query. True: on
             t alone, so that it sees no later frame. (NATTEN's ``is_causal=True`` is ``(True, True, True)`` here; its tuples mean
             the same.)
+        far, cell: what stands for the keys outside the window: see ``WindowMethod``. Not with a causal axis or a dilation.
 
     Raises:
-        ConfigError: for values below 1, a causal axis with a window shorter than its stride; on a grid with text tokens in the
-            same sequence, for a dilation.
+        ConfigError: for values below 1, a causal axis with a window shorter than its stride, a far field with a causal axis or a
+            dilation; on a grid with text tokens in the same sequence, for a dilation.
     """
 
     window: Triple = (9, 15, 15)
@@ -51,6 +53,7 @@ class Neighborhood(Method):
     name: ClassVar[str] = "neighborhood"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for what in ("window", "stride", "dilation"):
             value = getattr(self, what)
             good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3
@@ -74,6 +77,12 @@ class Neighborhood(Method):
                     "see nothing. Give a stride of at most the window"
                 )
 
+        if self.far is not None and (any(self.causal_axes) or self.dilation != (1, 1, 1)):
+            raise ConfigError(
+                f"neighborhood: far={self.far!r} would show what a causal axis or a dilation hides: use it with causal=False "
+                f"and dilation (1, 1, 1), got causal={self.causal} and dilation {self.dilation}"
+            )
+
     @property
     def causal_axes(self) -> tuple[bool, bool, bool]:
         """Whether t, h and w are causal."""
@@ -81,7 +90,7 @@ class Neighborhood(Method):
 
     def layout(self, grid: Grid) -> Layout:
         if self.dilation == (1, 1, 1):
-            return cached_layout(grid, choose_tile_for_window(grid, self.window, self.stride))
+            return self.with_cells(cached_layout(grid, choose_tile_for_window(grid, self.window, self.stride)))
         if grid.text:
             raise ConfigError(
                 f"neighborhood: the grid {grid} has text tokens in the same sequence, which dilation {self.dilation} does not "
@@ -102,7 +111,13 @@ class Neighborhood(Method):
             # A stride longer than a (short) causal axis would be refused there: one group is all that is left of it.
             stride = min(stride, length) if causal else stride
             axes.append(axis_windows(length, window, stride, dilation, causal))
-        return axes_plan(layout, axes, device)
+        return self.with_far(axes_plan(layout, axes, device), layout)
 
     def describe(self, layout: Layout) -> dict[str, Any]:
-        return {"window (tokens)": self.window, "stride": self.stride, "dilation": self.dilation, "causal": self.causal}
+        window = {
+            "window (tokens)": self.window,
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "causal": self.causal,
+        }
+        return {**window, **self.describe_far(layout)}

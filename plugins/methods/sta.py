@@ -20,7 +20,8 @@ from tilewise.kernels.plans.layout import Grid, Layout, cached_layout, tile_coun
 from tilewise.kernels.plans.tiling import window_work
 from tilewise.kernels.plans.window import window_interval, window_plan
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.methods.base import Method, register
+from tilewise.plugins.methods.base import register
+from tilewise.plugins.methods.windows import WindowMethod
 
 Triple: TypeAlias = tuple[int, int, int]
 DEFAULT_WINDOW: Triple = (3, 3, 3)
@@ -30,7 +31,7 @@ MAX_BLOCKS = 12_288  # block maps are N × N: beyond this, building one takes gi
 
 @register
 @dataclass(frozen=True)
-class STA(Method):
+class STA(WindowMethod):
     """Sliding tile attention.
 
     Args:
@@ -39,6 +40,7 @@ class STA(Method):
         tile: tile in tokens (t, h, w). Default: chosen for the grid, near the paper's (6, 8, 8) where the grid is large, and
             finer with ``density``, so that there are windows to pick from.
         density: instead of ``window``: pick the window that keeps at most this fraction of token pairs, in (0, 1].
+        far, cell: what stands for the keys outside the window: see ``WindowMethod``.
 
     Raises:
         ConfigError: for values outside those ranges, or for both ``window`` and ``density``.
@@ -52,6 +54,7 @@ class STA(Method):
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (("window", "density"),)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tile is not None:
             object.__setattr__(self, "tile", _triple("tile", self.tile, "tokens"))
         if self.density is not None:
@@ -65,7 +68,7 @@ class STA(Method):
             object.__setattr__(self, "window", _windows(self.window))
 
     def layout(self, grid: Grid) -> Layout:
-        return cached_layout(grid, self.tile or choose_tile(grid, 4 if self.density is None else 8))
+        return self.with_cells(cached_layout(grid, self.tile or choose_tile(grid, 4 if self.density is None else 8)))
 
     def windows(self, layout: Layout) -> tuple[Triple, ...]:
         """One window that all heads share, or one a head."""
@@ -90,11 +93,11 @@ class STA(Method):
         # Heads with the same window share one set of lists.
         distinct = list(dict.fromkeys(windows))
         head_set = torch.tensor([distinct.index(w) for w in windows]) if len(distinct) > 1 else None
-        return window_plan(layout, distinct, unit="tile", head_set=head_set, device=device)
+        return self.with_far(window_plan(layout, distinct, unit="tile", head_set=head_set, device=device), layout)
 
     def describe(self, layout: Layout) -> dict[str, Any]:
         windows = self.windows(layout)
-        return {"window": windows[0] if len(windows) == 1 else list(windows)}
+        return {"window": windows[0] if len(windows) == 1 else list(windows), **self.describe_far(layout)}
 
 
 @lru_cache(maxsize=256)

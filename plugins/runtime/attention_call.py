@@ -51,7 +51,9 @@ from tilewise.plugins.runtime.sparse_call import (
     PRECISIONS,
     QKV,
     Part,
+    mean_cost,
     mean_density,
+    means_for_key,
     measured,
     reordered,
     run_parts,
@@ -135,7 +137,7 @@ class AttentionCalls:
                     whole = reordered(request.qkv, there)
                 else:
                     whole = request.query, request.key, reorder_tokens([request.value], there)[0]
-                call.density = prepared.density
+                call.density, call.cost = prepared.density, prepared.cost
                 if prepared.parts is None:
                     out = self._planned_now(call, number, prepared, whole, request.fused)
                 else:
@@ -146,9 +148,8 @@ class AttentionCalls:
 
     def _run(self, number: int, parts: list[Part], whole: QKV, scale: float | None) -> torch.Tensor:
         first = parts[0]
-        if (
-            first.group.tokens is first.group.samples is first.planned.compensation is None
-        ):  # one plan, and nothing beside it
+        alone = first.group.tokens is first.group.samples is first.planned.compensation is first.plan.far is None
+        if alone:  # one plan, and nothing beside it
             taken: list[Any] = [whole]
             if first.choice.backend in PRECISIONS:
                 out = run_parts(parts, taken, whole, scale)
@@ -180,9 +181,9 @@ class AttentionCalls:
         parts, kind = self.planner.parts_of(groups, layouts, planned, taken, fused)
         out = self._run(number, parts, whole, scale)
         if isinstance(method, DynamicMethod):
-            call.values = measured(parts, query.shape[0])
+            call.values, call.means = measured(parts, query.shape[0]), means_for_key(parts, query.shape[0])
         else:
-            call.density = mean_density(parts, query.shape[0])
+            call.density, call.cost = mean_density(parts, query.shape[0]), mean_cost(parts, query.shape[0])
         call.kind = kind
         return out
 
@@ -222,7 +223,8 @@ class AttentionCalls:
         pictures = pictures_of(layout, groups, taken)
         (choice,), in_16_bits = self.planner.choose_backends(pictures[:1], [Planned(plan)])
         out = attend_with_text_partial(layout, groups, taken, pictures, whole, plan, choice, partial, prepared.scale)
-        call.density = density_with_text_partial(layout, groups, plan, query)
+        call.density = density_with_text_partial(layout, groups, plan.density, query)
+        call.cost = density_with_text_partial(layout, groups, plan.cost, query)
         call.kind = CallKind(SPARSE, choice.backend, in_16_bits)
         for picture in pictures:
             self.state.observe(number, SPARSE, picture, layout=alone, plan=plan)

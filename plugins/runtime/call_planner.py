@@ -15,7 +15,7 @@ from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.call_stats import DENSE_LAYER, FALLBACK, SHORT, SPARSE, CallKind
 from tilewise.plugins.runtime.forward_state import ForwardState
 from tilewise.plugins.runtime.plan_cache import Order
-from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, mean_density, reordered
+from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, mean_cost, mean_density, reordered
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Prepared:
 
     layout: the token order of its plans. order: (permutation, inverse) into it from the model's own.
     groups: of samples, by the tokens that the mask leaves them. parts: their static plans; None: planned at each call.
-    kind, density: what the call counts as; None: known when it has run.
+    kind, density, cost: what the call counts as; None: known when it has run.
     """
 
     layout: Layout
@@ -34,6 +34,7 @@ class Prepared:
     parts: list[Part] | None = None
     kind: CallKind | None = None
     density: float | None = None
+    cost: float | None = None
 
 
 class CallPlanner:
@@ -72,7 +73,10 @@ class CallPlanner:
             parts, kind = self.parts_of(groups, layouts, planned, taken, request.fused)
         except UnsupportedPlanError as error:
             return CallKind(FALLBACK, reason=str(error))
-        return replace(prepared, parts=parts, kind=kind, density=mean_density(parts, query.shape[0]))
+        batch = query.shape[0]
+        return replace(
+            prepared, parts=parts, kind=kind, density=mean_density(parts, batch), cost=mean_cost(parts, batch)
+        )
 
     def parts_of(
         self, groups: list[Group], layouts: list[Layout], planned: list[Planned], taken: list[QKV], fused: bool

@@ -101,6 +101,8 @@ class CallRecord:
         pairs: token pairs of all of them, the same way: Σ batch · queries · keys.
         known: token pairs of the calls whose density was known before they ran.
         kept: how many of ``known`` were kept, in the mean over heads.
+        cost: the same with pairs of a query and a mean.
+        means: Σ pairs · means ÷ keys, over the calls whose density only the device knows.
         measurements: the rest's density, which only the device knows; a call captured into a CUDA graph has none.
         reasons_differ: whether the calls' reasons are not all the one that is shown, but only alike but for numbers.
     """
@@ -110,24 +112,35 @@ class CallRecord:
     pairs: int = 0
     known: int = 0
     kept: float = 0.0
+    cost: float = 0.0
+    means: float = 0.0
     wall: float = 0.0
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     measurements: Measurements = field(default_factory=Measurements)
     reasons_differ: bool = False
 
-    def count(self, queries: int, pairs: int, density: float | None) -> None:
-        """Add a call; density: None where only the device knows it."""
+    def count(self, queries: int, pairs: int, call: Call) -> None:
+        """Add a call."""
         self.calls += 1
         self.queries += queries
         self.pairs += pairs
-        if density is not None:
+        if call.density is None:
+            self.means += call.means * pairs
+        else:
             self.known += pairs
-            self.kept += density * pairs
+            self.kept += call.density * pairs
+            self.cost += (call.density if call.cost is None else call.cost) * pairs
 
     def kept_pairs(self) -> tuple[float, int]:
         """(token pairs that were kept, token pairs of the calls whose density is known); waits for the device."""
         kept, pairs = self.measurements.total("density")
         return self.kept + kept, self.known + pairs
+
+    def cost_pairs(self) -> float:
+        """Of the same calls, the pairs that were kept and those of a query and a mean: a mean for each block that is skipped."""
+        kept, pairs = self.measurements.total("density")
+        unknown = self.pairs - self.known
+        return self.cost + kept + ((pairs - kept) * self.means / unknown if unknown else 0.0)
 
     def add_time(self, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
         """Keep a pair of device events; fold those that are long done, so that a long session does not pile them up."""
@@ -157,12 +170,16 @@ class Call:
 
     Attributes:
         density: kept ÷ all token pairs; None where only the device knows it.
+        cost: the same with pairs of a query and a mean; None: as density.
+        means: where only the device knows the density, means ÷ keys: one for each block that is skipped.
         values: what a dynamic call measured, () tensors by name.
     """
 
     def __init__(self, kind: CallKind | None) -> None:
         self.kind = kind
         self.density: float | None = 1.0
+        self.cost: float | None = None
+        self.means = 0.0
         self.values: dict[str, torch.Tensor] = {}
 
 
@@ -210,7 +227,7 @@ class CallStats:
         pairs = queries * key.shape[1]
         with self.lock:
             record = self._record_of(layer, call.kind)
-            record.count(queries, pairs, call.density)
+            record.count(queries, pairs, call)
             if captured:
                 return
             record.measurements.add(call.values, pairs, queries)

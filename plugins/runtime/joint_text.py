@@ -25,7 +25,7 @@ from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.masks.additive_padding_mask import attend_all
 from tilewise.plugins.masks.padding_mask import Group, shares_of
-from tilewise.plugins.runtime.sparse_call import QKV, run_plan
+from tilewise.plugins.runtime.sparse_call import QKV, add_means, far_means, run_plan
 
 TextPartial = tuple[torch.Tensor, torch.Tensor]  # (B, V, H, D) and (B, H, V) float32: t and τ of V picture queries
 
@@ -92,18 +92,21 @@ def attend_with_text_partial(
         t, tau = partial if group.samples is None else (partial[0][group.samples], partial[1][group.samples])
         piece = out if alone else torch.empty_like(part[0], memory_format=torch.contiguous_format)
         merge_attention(inside, lse, t, tau, into=piece[:, picture])
+        if (far := far_means(seen, plan)) is not None:
+            lse = torch.logaddexp(lse, tau)
+            piece[:, picture] = add_means(seen[0], piece[:, picture], lse, far, layout.with_text(0), scale)
         piece[:, text] = attend_all(part[0][:, text], part[1], part[2], scale)
         if not alone:
             group.put(out, piece)
     return out
 
 
-def density_with_text_partial(layout: Layout, groups: list[Group], plan: BlockPlan, query: torch.Tensor) -> float:
-    """Kept ÷ all token pairs: the window's, and everything with text, whichever path's it is."""
+def density_with_text_partial(layout: Layout, groups: list[Group], density: float, query: torch.Tensor) -> float:
+    """Kept ÷ all token pairs: the window's, whose ``density`` (or cost) is given, and all with text, whichever path's it is."""
     video = layout.grid.video
     shares = shares_of(groups, query.shape[0])
     whole = sum(share * (video + group.text) ** 2 for share, group in zip(shares, groups, strict=True))
-    return 1 - (1 - plan.density) * video**2 / whole
+    return 1 - (1 - density) * video**2 / whole
 
 
 def pictures_of(layout: Layout, groups: list[Group], parts: list[QKV]) -> list[QKV]:

@@ -1,7 +1,7 @@
 """Running the plans of one attention call: each group of samples by its own plan.
 
 A plan's kernel answers most calls alone. Two things are merged into its softmax by their log-sum-exp where there are any: the
-means that stand for the blocks that a dynamic method skips, and keys that a mask weighs down.
+means that stand for the blocks that a dynamic method skips or for what a window leaves out, and keys that a mask weighs down.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit
 from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
+from tilewise.kernels.selection.block_stats import block_stats
 from tilewise.plugins.masks.additive_padding_mask import add_weighed, attend_all
 from tilewise.plugins.masks.padding_mask import Group, shares_of
-from tilewise.plugins.methods.base import Planned
+from tilewise.plugins.methods.base import BlockCompensation, Planned
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -78,19 +79,38 @@ def run_part(
     qkv: QKV, part: Part, scale: float | None, weighed: tuple[torch.Tensor, torch.Tensor, float] | None = None
 ) -> torch.Tensor:
     """Attention by one plan, the means of the blocks that it skips, and keys that a mask weighs down by eᶜ, with values."""
-    skipped = part.planned.compensation
+    skipped = part.planned.compensation or far_means(qkv, part.plan)
     if skipped is None and weighed is None:
         return run_plan(qkv, part.plan, part.choice, scale)
     out, lse = run_plan(qkv, part.plan, part.choice, scale, return_lse=True)
     if weighed is not None:
         keys, values, weight = weighed
         out, lse = add_weighed(qkv[0], keys, values, out, lse, weight, scale, part.layout)
-    if skipped is None:
-        return out
-    scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
-    return add_block_compensation(
-        qkv[0], out, lse, skipped.key_mean, skipped.value_mean, skipped.bias, part.layout, scale
-    )
+    return out if skipped is None else add_means(qkv[0], out, lse, skipped, part.layout, scale)
+
+
+def add_means(
+    query: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    means: BlockCompensation,
+    layout: Layout,
+    scale: float | None,
+) -> torch.Tensor:
+    """Merge means that stand for keys which a plan did not show into its output. layout: of the queries."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return add_block_compensation(query, out, lse, means.key_mean, means.value_mean, means.bias, layout, scale)
+
+
+def far_means(qkv: QKV, plan: BlockPlan) -> BlockCompensation | None:
+    """The means of the cells that stand for what a plan does not show; None if it has no far field."""
+    far, (q, k, v) = plan.far, qkv
+    if far is None:
+        return None
+    batch, heads = q.shape[0], q.shape[2]
+    sets = far.bias if plan.sets == 1 else far.bias[plan.sets_of_heads(heads).long()]
+    key, value = (block_stats(x, far.start, far.rows).mean for x in (k, v))
+    return BlockCompensation(key, value, sets[None].expand(batch, heads, -1, -1))
 
 
 def run_parts(parts: list[Part], taken: list[QKV], whole: QKV, scale: float | None) -> torch.Tensor:
@@ -113,9 +133,24 @@ def run_parts(parts: list[Part], taken: list[QKV], whole: QKV, scale: float | No
 
 def mean_density(parts: list[Part], batch: int) -> float:
     """Kept ÷ all token pairs, over the samples of a batch, of which groups may have different numbers of tokens."""
+    return _by_pairs(parts, batch, [part.plan.density for part in parts])
+
+
+def mean_cost(parts: list[Part], batch: int) -> float:
+    """The same, pairs of a query and a mean of the far field counted too."""
+    return _by_pairs(parts, batch, [part.plan.cost for part in parts])
+
+
+def _by_pairs(parts: list[Part], batch: int, values: list[float]) -> float:
     shares = shares_of([part.group for part in parts], batch)
     pairs = [share * part.plan.q_len * part.plan.k_len for share, part in zip(shares, parts, strict=True)]
-    return sum(n * part.plan.density for n, part in zip(pairs, parts, strict=True)) / sum(pairs)
+    return sum(n * value for n, value in zip(pairs, values, strict=True)) / sum(pairs)
+
+
+def means_for_key(parts: list[Part], batch: int) -> float:
+    """Means ÷ keys where a dynamic plan has a mean for each block that it skips; 0 where it has none."""
+    blocks = [0.0 if part.planned.compensation is None else len(part.plan.k_rows) / part.plan.k_len for part in parts]
+    return _by_pairs(parts, batch, blocks)
 
 
 def measured(parts: list[Part], batch: int) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ from tilewise.plugins.runtime.call_stats import (
 from tilewise.plugins.runtime.dense_call import Stock, attend_dense, forbid
 from tilewise.plugins.runtime.forward_state import ForwardState
 from tilewise.plugins.runtime.key_value_window import KeyValueWindow
-from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, measured, reordered, run_part
+from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, means_for_key, measured, reordered, run_part
 from tilewise.plugins.torch_compat import overriding_mode
 
 
@@ -113,9 +113,10 @@ def _sparse(state: ForwardState, number: int, window: KeyValueWindow, request: A
         part = Part(Group(None, None, 0), keys.chunk, planned, choice)
         out = run_part(qkv, part, scale)
         if isinstance(method, DynamicMethod):
-            call.density, call.values = None, measured([part], query.shape[0])
+            call.density, call.cost, call.values = None, None, measured([part], query.shape[0])
+            call.means = means_for_key([part], query.shape[0])
         else:
-            call.density = planned.plan.density
+            call.density, call.cost = planned.plan.density, planned.plan.cost
         call.kind = CallKind(SPARSE, choice.backend, in_16_bits, request.fused)
     state.observe(number, SPARSE, qkv, plan=planned.plan, draft=planned.draft)
     return out

@@ -47,7 +47,7 @@ class SparseWindow:
             if frames % grid.t:
                 return f"a {what} of {frames} latent frames is no multiple of a chunk of {grid.t}"
         dynamic = isinstance(self.method, DynamicMethod)
-        if isinstance(self.method, DynamicMethod) and (refused := self.method.refuses_window()) is not None:
+        if (refused := self.method.refuses_window()) is not None:
             return refused
         if getattr(self.method, "dilation", (1, 1, 1)) != (1, 1, 1):
             return f"dilated windows of {self.method.name} have a token order of their own"

@@ -150,6 +150,10 @@ class BlockSelectionMethod(DynamicMethod):
         bounds = self._bounds(layout, heads, torch.device("cpu"))
         return self.density if bounds is None else min(self.density, bounds.plan.density)
 
+    def expected_cost(self, layout: Layout, heads: int) -> float:
+        density = self.expected_density(layout, heads)
+        return density + (1 - density) * layout.blocks / layout.grid.tokens if self.compensates else density
+
     def refuses_call(self, layout: Layout) -> str | None:
         if layout.blocks <= MAX_BLOCKS:
             return None
@@ -251,14 +255,19 @@ class BlockSelectionMethod(DynamicMethod):
             kept = kept & bounds.seen_by_head(heads)
         skipped = None
         if blocks is not None and self.compensates:
-            # What is outside the window is not skipped but invisible, and the means of a block partly outside would show it.
-            seen = kept if bounds is None else kept | ~bounds.whole_by_head(heads)
+            seen = kept if bounds is None else kept | self._hidden(bounds, heads)
             skipped = BlockCompensation(blocks.keys.mean, blocks.values.mean, summary_bias(blocks.s2, key_rows, seen))
         probe = None
         if self.probe:
             at = probe_rows(query.shape[1], self.probe, query.device)
             probe = exact_recall(query, key, kept, (rows, key_rows), scale, at, bounds).mean()
         return Planned(plan, skipped, share, recall, probe, broken.sum(dtype=torch.float32))
+
+    def _hidden(self, bounds: Bounds, heads: int) -> torch.Tensor:
+        """(1, H or 1, Nq, Nk) bool: blocks that no mean stands for. What is outside the window is not skipped but invisible,
+        unless the window has a far field; and the mean of a block partly outside would show what is."""
+        whole = bounds.whole_by_head(heads)
+        return ~whole if getattr(self.within, "far", None) is None else bounds.seen_by_head(heads) & ~whole
 
     def _bounds(
         self, layout: Layout, heads: int, device: torch.device, window: WindowKeys | None = None

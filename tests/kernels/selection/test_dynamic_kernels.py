@@ -385,6 +385,17 @@ def test_summary_rows_are_merged_exactly(layout, dtype, heads):
     torch.testing.assert_close(reference, want, rtol=tolerance, atol=tolerance)
 
 
+def test_one_bias_for_all_samples_and_heads():
+    layout, B, H, N = LAYOUTS[-1], 2, 3, 5
+    S = layout.grid.tokens
+    q, out, lse = random(B, S, H, 16), random(B, S, H, 16, seed=1), random(B, H, S, seed=2)
+    means = random(B, N, H, 16, seed=3), random(B, N, H, 16, seed=4)
+    bias = random(1, 1, layout.blocks, N, seed=5).expand(B, H, -1, -1)
+    got = add_block_compensation(q, out, lse, *means, bias, layout, 0.25)
+    want = add_block_compensation(q, out, lse, *means, bias.contiguous(), layout, 0.25)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("head_dim", [1, 8, 12] if INTERPRETED else [*range(1, 18), 33, 80])
 def test_head_dims(head_dim):
     """Means, shares and summary rows of any number of channels; NaN behind each head."""

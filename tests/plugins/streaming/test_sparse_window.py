@@ -104,6 +104,7 @@ def test_a_small_window_changes_the_output_and_is_counted():
         ("sta", KVCache(window=6, sink=1), "sink of 1 latent frames is no multiple"),
         (tilewise.STA(tile=(4, 2, 2)), KVCache(window=6), "do not divide a chunk"),
         (tilewise.Neighborhood(dilation=(1, 2, 2)), KVCache(window=6), "dilated windows"),
+        (tilewise.STA(tile=(2, 2, 2), far="tiles"), KVCache(window=6), "the far field of sta"),
     ],
 )
 def test_what_cannot_be_sparse_is_dense_and_counted(method, cache, reason):

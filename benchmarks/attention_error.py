@@ -30,6 +30,7 @@ from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.plugins.methods.base import DynamicMethod, Method, Planned
 from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod
 from tilewise.plugins.runtime.observers import ObservedCall
+from tilewise.plugins.runtime.sparse_call import far_means
 
 SECTION = "attention error"
 STEPS, TAKEN = 8, (2, 5)  # of a short run: the clip's layout is settled; its details are
@@ -82,7 +83,7 @@ def answer(method: Method, grid: Grid, call: ObservedCall) -> tuple[torch.Tensor
         planned = Planned(method.plan(layout, q.shape[2], q.device))
         density = planned.plan.density
     out, lse = block_sparse_attention(q, k, v, planned.plan, return_lse=True)
-    if (s := planned.compensation) is not None:
+    if (s := planned.compensation or far_means((q, k, v), planned.plan)) is not None:
         out = add_block_compensation(q, out, lse, s.key_mean, s.value_mean, s.bias, layout, scale)
     return out.index_select(1, layout.inverse.to(out.device)), planned, density
 

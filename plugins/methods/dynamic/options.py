@@ -61,10 +61,11 @@ def checked(g: Any) -> dict[str, Any]:
     if g.drift is not None and not (_is_number(g.drift) and 0 <= g.drift <= 1):
         raise ConfigError(f"{g.name}: drift must be a fall of recall in [0, 1], or null, got {g.drift!r}")
     found["within"] = within = _window_method(g.name, g.within, found.get("tile"))
-    if getattr(within, "far", None) is not None and (within.far != "tiles" or g.compensate is False):
+    far = getattr(within, "far", None)
+    if far is not None and (far != "tiles" or g.compensate is False):
         raise ConfigError(
             f"{g.name}: the far field of within is this method's summary rows: give far='tiles' and leave compensate on, got "
-            f"far={within.far!r} and compensate={g.compensate}"
+            f"far={far!r} and compensate={g.compensate}"
         )
     return found
 

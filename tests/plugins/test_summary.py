@@ -128,14 +128,14 @@ def test_to_dict_has_every_number(model):
     report = tilewise.summary(model)
     told = report.to_dict()
     assert told == {
-        "method": report.method, "grids": {}, "density": 0.5, "overall_density": 0.75, "fallbacks": {"why": 1},
+        "method": report.method, "grids": {}, "density": 0.5, "cost": 0.5, "overall_density": 0.75, "fallbacks": {"why": 1},
         "fused_calls": 1, "recall": 0.25, "probe": None, "broken": 1, "skipped_layers": {}, "notes": [], "vae": [],
         "rows": told["rows"],
     }  # fmt: skip
     assert told["rows"][1] == {
         "denoiser": "denoiser", "layers": "0", "kind": SPARSE, "calls": 1, "queries": 4, "pairs": 16, "density": 0.5,
         "backend": "triton", "seconds": report.rows[1].seconds, "reason": "", "fused": True, "recall": 0.25, "probe": None,
-        "broken": 1,
+        "broken": 1, "cost": 0.5,
     }  # fmt: skip
 
 

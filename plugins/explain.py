@@ -120,7 +120,8 @@ class Explanation:
             return "decided at each call" if math.isnan(value) else f"{value:.3f}"
 
         line("density (kept pairs)", [share(r.density) for r in self.rows])
-        line("cost (means counted too)", [share(r.cost) for r in self.rows])
+        if any(share(r.cost) != share(r.density) for r in self.rows):
+            line("cost (means counted too)", [share(r.cost) for r in self.rows])
         line("work (computed pairs)", [share(r.work) for r in self.rows])
         line("steps", [f"{self.sparse_steps} sparse, {self.dense_steps} dense" for _ in self.rows])
         line("sparse blocks", [r.sparse_blocks or "none" for r in self.rows])

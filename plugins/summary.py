@@ -133,13 +133,13 @@ class Summary:
         }
 
     def __str__(self) -> str:
-        table = Table(
-            "denoiser", "blocks", "kind", "calls", "density", "cost", "backend", "seconds", title="attention calls"
-        )
+        means = any(f"{r.cost:.3f}" != f"{r.density:.3f}" for r in self.rows)  # whether there are any to count
+        shares = ("density", "cost") if means else ("density",)
+        table = Table("denoiser", "blocks", "kind", "calls", *shares, "backend", "seconds", title="attention calls")
         for r in self.rows:
             kind = f"{r.kind}: {r.reason}" if r.reason else r.kind
-            shares = f"{r.density:.3f}", f"{r.cost:.3f}"
-            table.add_row(r.denoiser, r.layers, kind, str(r.calls), *shares, r.backend, f"{r.seconds:.2f}")
+            numbers = [f"{getattr(r, share):.3f}" for share in shares]
+            table.add_row(r.denoiser, r.layers, kind, str(r.calls), *numbers, r.backend, f"{r.seconds:.2f}")
         lines = [render(table) if self.rows else "no attention call yet: run the pipeline first"]
         if self.rows and not self.ran:
             lines.append(f"{self.method['method']['name']} never ran: every call was dense, as the kinds above say")

@@ -275,17 +275,17 @@ def _schedule(pipe: Any, steps: int, strength: float, notes: list[str]) -> tuple
     return total - len(left), total
 
 
-def _expected_device(denoiser: torch.nn.Module) -> torch.device:
+def expected_device(denoiser: torch.nn.Module) -> torch.device:
     device = next(denoiser.parameters()).device
     if device.type == "meta":  # not loaded yet: where the weights would be put
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return device
 
 
-def _expected_backend(denoiser: torch.nn.Module, layer: AttentionLayer) -> tuple[str, str]:
+def expected_backend(denoiser: torch.nn.Module, layer: AttentionLayer) -> tuple[str, str]:
     """(backend, reason) that attention calls of a denoiser would get."""
     weight = next(denoiser.parameters())
-    device = _expected_device(denoiser)
+    device = expected_device(denoiser)
     if weight.device.type == "meta":
         pass
     elif unfit := unsupported(layer.head_dim, weight.dtype):
@@ -320,7 +320,7 @@ def _explain_row(
     layout = config.method.layout(grid)
     short = config.too_few(grid.tokens, layers[0].downsample is not None)
     if layout is not None and isinstance(config.method, DynamicMethod):
-        short = short or config.method.stays_dense(grid.tokens, _expected_device(denoiser))
+        short = short or config.method.stays_dense(grid.tokens, expected_device(denoiser))
         if why := config.method.refuses_call(layout):
             short = f"every call would fall back: {why}"
     if layout is None or short:
@@ -343,7 +343,7 @@ def _explain_row(
             0,
         )
     density, cost, work = _kept(config.method, layout, layers[0].heads)
-    backend, reason = _expected_backend(denoiser, layers[0])
+    backend, reason = expected_backend(denoiser, layers[0])
     return ExplainRow(
         denoiser=name,
         model=model,

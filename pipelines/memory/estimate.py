@@ -59,6 +59,23 @@ def estimate_memory(
     skeleton: Any, settings: GenerateSettings, explanation: Explanation, dtype: torch.dtype
 ) -> MemoryEstimate:
     """For one clip, all parts of the pipeline on the device. skeleton: from `load_skeleton`. dtype: as for `load_pipeline`."""
+    weights, notes = weight_bytes(skeleton, dtype)
+    decode = None
+    try:
+        with _DECODING:
+            decode = _decode_bytes(skeleton, settings.height, settings.width, settings.frames)
+    except (
+        Exception
+    ) as error:  # a VAE that cannot run without weights, or of another kind: the rest is still worth telling
+        notes.append(
+            f"the decode is not counted: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
+        )
+    tokens = max(row.tokens for row in explanation.rows)
+    return MemoryEstimate(weights, forward_bytes(skeleton, tokens, dtype), decode, tuple(notes))
+
+
+def weight_bytes(skeleton: Any, dtype: torch.dtype) -> tuple[int, list[str]]:
+    """The weights of all parts of a pipeline that is still to be loaded, and what is not counted. dtype: for `load_pipeline`."""
     notes = []
     weights = 0
     for name, part in skeleton.components.items():
@@ -71,23 +88,13 @@ def estimate_memory(
             weights += (numbers or 0) * dtype.itemsize
             if numbers is None:
                 notes.append(f"{name} is not counted: its files are not here")
-    decode = None
-    try:
-        with _DECODING:
-            decode = _decode_bytes(skeleton, settings.height, settings.width, settings.frames)
-    except (
-        Exception
-    ) as error:  # a VAE that cannot run without weights, or of another kind: the rest is still worth telling
-        notes.append(
-            f"the decode is not counted: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
-        )
-    return MemoryEstimate(weights, _denoise_bytes(skeleton, explanation, dtype), decode, tuple(notes))
+    return weights, notes
 
 
-def _denoise_bytes(skeleton: Any, explanation: Explanation, dtype: torch.dtype) -> int:
-    tokens = max(row.tokens for row in explanation.rows)
+def forward_bytes(pipe: Any, tokens: int, dtype: torch.dtype) -> int:
+    """About the activations of a denoiser forward over so many tokens."""
     most = 0.0
-    for denoiser in denoisers_of(skeleton).values():
+    for denoiser in denoisers_of(pipe).values():
         family = family_of(denoiser)
         assert family is not None
         width = max((layer.heads * layer.head_dim for layer in family.layers(denoiser)), default=0)

@@ -227,14 +227,14 @@ def vae_bytes(pipe: Any, height: int, width: int, frames: int) -> int:
     each = 3 * height * width * vae.dtype.itemsize
     if each > UNTOLD:
         return 2 * each * frames
-    decoding = _decode_peak(space, kind, config, vae.dtype, latent_frames, *picture)
-    encoding = _encode_peak(space, kind, config, vae.dtype, run, height, width)
+    decoding = decode_peak(space, kind, config, vae.dtype, latent_frames, *picture)
+    encoding = encode_peak(space, kind, config, vae.dtype, run, height, width)
     # The clip: twice while it grows, once where it is read.
     return max(decoding + 2 * each * (frames - run), encoding + each * (frames - run))
 
 
 @lru_cache(maxsize=32)
-def _decode_peak(space: LatentSpace, kind: Any, config: str, dtype: torch.dtype, *latents: int) -> int:
+def decode_peak(space: LatentSpace, kind: Any, config: str, dtype: torch.dtype, *latents: int) -> int:
     """Peak of the live tensors of a decode of (1, C, *latents) by a VAE of a config."""
     model = _weightless(kind, config, dtype)
     with torch.no_grad(), _LiveTensors() as live:
@@ -243,7 +243,7 @@ def _decode_peak(space: LatentSpace, kind: Any, config: str, dtype: torch.dtype,
 
 
 @lru_cache(maxsize=32)
-def _encode_peak(space: LatentSpace, kind: Any, config: str, dtype: torch.dtype, *video: int) -> int:
+def encode_peak(space: LatentSpace, kind: Any, config: str, dtype: torch.dtype, *video: int) -> int:
     """The same of an encode of (1, 3, *video)."""
     model = _weightless(kind, config, dtype)
     with torch.no_grad(), _LiveTensors() as live:
@@ -266,6 +266,14 @@ def device_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     return host_bytes() + psutil.Process().memory_info().rss
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a device can still give this process, beyond what it holds."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return host_bytes()
 
 
 def host_bytes() -> int:

@@ -24,5 +24,12 @@ def parse_bytes(text: str | int | float) -> int:
     return size
 
 
+def amount(size: float) -> str:
+    """In the largest unit that it has one of, up to GiB: "1.07 GiB", "3.4 MiB"."""
+    if size >= 2**30:
+        return gib(size)
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
+
+
 def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"

@@ -15,12 +15,31 @@ from tilewise.plugins.streaming.causal_denoiser import rotary_of
 from tilewise.plugins.streaming.kv_cache import KVCache
 from tilewise.plugins.streaming.policies.base import policy
 
+RECIPE = "_tilewise_recipe"  # what load_causal_checkpoint leaves on a denoiser: the recipe's dict
 
-def cache_of(recipe: CausalRecipe) -> KVCache:
-    """The KV cache that a recipe asks for."""
+
+def recipe_of(pipe: Any, given: CausalRecipe | None) -> CausalRecipe:
+    """The recipe of a pipeline's checkpoint.
+
+    Raises ConfigError where there is none, as the checkpoint is then a bidirectional one for all that is known."""
+    if given is not None:
+        return given
+    kept = getattr(next(iter(denoisers_of(pipe).values())), RECIPE, None)
+    if kept is None:
+        raise ConfigError(
+            "stream: these weights are not known to be causal, and a model that was trained on whole clips makes noise chunk by "
+            "chunk. Load a causal checkpoint into the pipeline (tilewise.load_causal_checkpoint), or say how yours makes video "
+            "(recipe=tilewise.CausalRecipe(...))"
+        )
+    return CausalRecipe.from_dict(kept)
+
+
+def cache_of(recipe: CausalRecipe, storage: str = "model") -> KVCache:
+    """The KV cache that a recipe asks for. storage: see ``KVCache``."""
     return KVCache(
-        recipe.window, recipe.sink, recipe.memory or None, sink_position=recipe.sink_position, policy=recipe.policy
-    )
+        recipe.window, recipe.sink, recipe.memory or None, sink_position=recipe.sink_position, policy=recipe.policy,
+        storage=storage,
+    )  # fmt: skip
 
 
 def check_stream(

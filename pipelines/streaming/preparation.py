@@ -18,6 +18,8 @@ from tilewise.pipelines.loading.model_folder import find_model
 from tilewise.pipelines.streaming.checkpoints.known import RECIPES
 from tilewise.pipelines.streaming.checkpoints.load import load_causal_checkpoint, recipe_of_checkpoint
 from tilewise.pipelines.streaming.checks import cache_of, check_stream
+from tilewise.pipelines.streaming.explain import StreamExplanation, explain_stream
+from tilewise.pipelines.streaming.memory import memory_of
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.settings import StreamSettings
 from tilewise.pipelines.streaming.stream import stream
@@ -25,8 +27,7 @@ from tilewise.pipelines.streaming.video_stream import VideoStream
 from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike, resolve
 from tilewise.plugins.errors import ConfigError, unknown
-from tilewise.plugins.patching import denoisers_of, patched
-from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
+from tilewise.plugins.streaming.kv_cache import KVCache
 
 CAUSAL_FOLDER = "causal"  # of a model folder
 SHARED = ("model", "negative", "seed", "fps", "height", "width", "max_sequence_length", "decode")  # with other clips
@@ -41,6 +42,11 @@ class StreamWork:
     options: StreamSettings
     recipe: CausalRecipe
     checkpoint: Path | None
+
+    @property
+    def cache(self) -> KVCache:
+        """The KV cache."""
+        return cache_of(self.recipe, self.options.storage)
 
     def to_dict(self) -> dict[str, Any]:
         """What makes the stream again, beside the clip's settings: JSON values only."""
@@ -81,14 +87,7 @@ def prepare(
     Raises:
         ConfigError, UnsupportedModelError, ModelError: what cannot be, or is not there.
     """
-    checkpoint = find_causal(model, options)
-    if checkpoint is not None:
-        found = recipe_of_checkpoint(checkpoint, skeleton, lora=options.lora, recipe=recipe or options.recipe)
-    else:
-        found = recipe or _named(options.recipe)
-    found = options.applied(found)
-    if guidance is not None:
-        found = found.replace(guidance=guidance)
+    found, checkpoint = recipe_for(skeleton, options, model=model, recipe=recipe, guidance=guidance)
     if shared.get("negative") and found.guidance == 1:
         raise ConfigError(
             f"the recipe {found.name} has no guidance, so that a negative prompt would change nothing; leave it out"
@@ -98,7 +97,7 @@ def prepare(
     if options.decode_device is not None:
         resolve_device(options.decode_device)
     height, width = (shared.get(name) or getattr(found, name) for name in ("height", "width"))
-    check_stream(skeleton, found, cache_of(found), chunk=found.chunk, height=height, width=width)
+    check_stream(skeleton, found, cache_of(found, options.storage), chunk=found.chunk, height=height, width=width)
     decode = resolve_decode(skeleton, shared.get("decode", OWN_VAE))
     if decode == OWN_VAE:
         streaming_decoder(skeleton.vae, fuse=False)
@@ -150,20 +149,42 @@ def find_causal(model: str, options: StreamSettings) -> Path | None:
     return None
 
 
-def expected_cache(skeleton: Any, work: StreamWork, dtype: torch.dtype) -> tuple[dict[str, int], str]:
-    """Bytes of a stream's KV caches, as `VideoStream.cache_bytes`, and why a sparse method runs dense in them ("": it does not).
+def recipe_for(
+    skeleton: Any,
+    options: StreamSettings,
+    *,
+    model: str,
+    recipe: CausalRecipe | None = None,
+    guidance: float | None = None,
+) -> tuple[CausalRecipe, Path | None]:
+    """The recipe of a stream with what its options change, and the causal checkpoint; arguments and errors as for `prepare`."""
+    checkpoint = find_causal(model, options)
+    if checkpoint is not None:
+        found = recipe_of_checkpoint(checkpoint, skeleton, lora=options.lora, recipe=recipe or options.recipe)
+    else:
+        found = recipe or _named(options.recipe)
+    found = options.applied(found)
+    return found if guidance is None else found.replace(guidance=guidance), checkpoint
 
-    skeleton: the model's pipeline without weights. dtype: of the weights.
-    """
-    recipe, settings, cache = work.recipe, work.settings, cache_of(work.recipe)
-    _, grid = check_stream(skeleton, recipe, cache, chunk=recipe.chunk, height=settings.height, width=settings.width)
-    denoisers = list(denoisers_of(skeleton).values())[: 1 if recipe.boundary is None else 2]
-    lanes = 2 if recipe.guidance > 1 else 1
-    with patched(skeleton, settings.method, vae=False):
-        causal = [CausalDenoiser(one, cache, grid=grid, lanes=lanes) for one in denoisers]
-        found = [one.expected_bytes(dtype) for one in causal]
-        reason = "" if settings.is_dense else causal[0].reason
-    return {name: sum(one[name] for one in found) for name in ("latent", "total")}, reason
+
+def explain_work(skeleton: Any, work: StreamWork, device: torch.device) -> StreamExplanation:
+    """`explain_stream` of a stream that is to be made. skeleton: the model's pipeline, in the types that it will have. device:
+    where it will be loaded."""
+    settings = work.settings
+    return explain_stream(
+        skeleton, recipe=work.recipe, method=settings.method, cache=work.cache, height=settings.height, width=settings.width,
+        device=device, decode=settings.decode, decode_device=work.options.decode_device,
+    )  # fmt: skip
+
+
+def check_memory(skeleton: Any, work: StreamWork, device: torch.device) -> None:
+    """Refuse a stream that the device has no room for, before weights are read. Raises ConfigError; arguments: `explain_work`."""
+    recipe, cache, size = work.recipe, work.cache, (work.settings.height, work.settings.width)
+    space, grid = check_stream(skeleton, recipe, cache, chunk=recipe.chunk, height=size[0], width=size[1])
+    memory_of(
+        skeleton, space, recipe, cache, grid, size, device=device, decode_device=work.options.decode_device,
+        own_vae=work.settings.decode == OWN_VAE, exact=False,
+    ).check()  # fmt: skip
 
 
 def load(work: StreamWork, *, device: str = "auto", dtype: str = "auto") -> Any:
@@ -183,6 +204,7 @@ def open_stream(pipe: Any, work: StreamWork) -> VideoStream:
         settings.prompt,
         recipe=work.recipe,
         method=settings.method,
+        cache=work.cache,
         height=settings.height,
         width=settings.width,
         seconds=options.seconds,

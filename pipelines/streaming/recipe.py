@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewise.plugins.errors import ConfigError, unknown
+from tilewise.plugins.streaming.kv_cache import SINK_POSITIONS
 
-SINK_POSITIONS = ("clamped", "absolute")
 SOLVERS = ("renoise", "unipc", "euler")
 TRAIN_STEPS = 1000.0  # timesteps are counted from 0 (clean) to this (pure noise)
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from tilewise.pipelines.generation.settings import CLIP_OPTIONS
 from tilewise.pipelines.options import Option, check_choices, option, options_of
-from tilewise.pipelines.streaming.recipe import SINK_POSITIONS, CausalRecipe
+from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.plugins.errors import ConfigError, unknown
+from tilewise.plugins.streaming.kv_cache import SINK_POSITIONS, STORAGES
 
-# What `set_prompt` and `KVCache` take. Named here too, since importing those needs PyTorch; a test holds them together.
+# What `set_prompt` takes, and the policies. Named here too, since importing those needs PyTorch; a test holds them together.
 CHANGES = ("recache", "flush", "blend")
 POLICIES = ("adaptive", "dual_ema", "ema", "fixed", "reference", "shot")
 RECIPES_OWN = "the recipe's"
@@ -30,7 +31,7 @@ class StreamSettings:
         lora, lora_scale: a LoRA file on top, and its weight.
         recipe: name of a published recipe; None: what the checkpoint's files say.
         seconds: length of the video.
-        chunk, window, sink, memory, sink_position, policy: see ``CausalRecipe``.
+        chunk, window, sink, memory, sink_position, policy: see ``CausalRecipe``. storage: see ``KVCache``.
         prompt_at: changes of the prompt, each "TIME=TEXT" with TIME in seconds ("10s", "1.5s", "10"), rising, within the video.
         prompt_change, prompt_over: how they are made, and in how many chunks by "blend"; see ``VideoStream.set_prompt``.
         decode_device: where frames are decoded; None: with the rest.
@@ -61,6 +62,9 @@ class StreamSettings:
     )
     policy: str | None = option(
         None, help="What becomes of frames that leave the window.", choices=POLICIES, shown_default=RECIPES_OWN
+    )
+    storage: str = option(
+        "model", help="Keys and values of the window: in the model's dtype, or in 8 bits.", choices=STORAGES
     )
     prompt_at: tuple[str, ...] = option(
         (),

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from tilewise.pipelines.generation.settings import OWN_VAE
 from tilewise.pipelines.generation.tiny_decoding import tiny_decoder_of
 from tilewise.pipelines.loading.model_defaults import model_defaults
-from tilewise.pipelines.streaming.checks import cache_of, check_stream
+from tilewise.pipelines.streaming.checks import cache_of, check_stream, recipe_of
 from tilewise.pipelines.streaming.decoding import FrameDecoder
+from tilewise.pipelines.streaming.memory import denoisers_used, lanes_of, memory_of
 from tilewise.pipelines.streaming.prompts import Prompts
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.sampler import CausalSampler, TextStates
@@ -26,8 +27,6 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of, is_patched, patch, unpatch
 from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 from tilewise.plugins.streaming.kv_cache import KVCache
-
-RECIPE = "_tilewise_recipe"  # what load_causal_checkpoint leaves on a denoiser: the recipe's dict
 
 
 def stream(
@@ -76,15 +75,15 @@ def stream(
         An iterator of ``Chunk``, and a context manager.
 
     Raises:
-        ConfigError: a checkpoint that is not causal, sizes that the model does not take, options that do not fit.
+        ConfigError: a checkpoint that is not causal, sizes that the model does not take, options that do not fit, more memory
+            than the device has (``explain_stream`` tells how much).
         UnsupportedModelError: a pipeline or VAE that cannot stream.
         ModelError: the file of a tiny autoencoder is missing or none.
         In each case nothing was changed.
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise ConfigError("stream: the prompt is empty: say what the video should show")
-    denoisers = list(denoisers_of(pipe).values())
-    recipe = _recipe_of(denoisers, recipe)
+    recipe = recipe_of(pipe, recipe)
     chunk = recipe.chunk if chunk is None else chunk
     fps = float(recipe.fps) if fps is None else fps
     if seconds is not None and not seconds > 0:
@@ -94,9 +93,8 @@ def stream(
     height, width = recipe.height if height is None else height, recipe.width if width is None else width
     cache = cache or cache_of(recipe)
     space, grid = check_stream(pipe, recipe, cache, chunk=chunk, height=height, width=width)
-    first: Any = denoisers[0]
     start_picture = None if image is None else _picture(image, height, width)
-    used = denoisers if recipe.boundary is not None else denoisers[:1]
+    used = list(denoisers_used(pipe, recipe).values())
     device = execution_device(pipe, pipe.device)
     if hasattr(pipe.vae, "_hf_hook"):
         raise ConfigError(
@@ -107,12 +105,16 @@ def stream(
     wanted = vae_device if decode_device is None else torch.device(decode_device)
     tiny = tiny_decoder_of(pipe, decode, device=wanted)
     decoder = streaming_decoder(pipe.vae) if tiny is None else tiny
+    memory_of(
+        pipe, space, recipe, cache, grid, (height, width), device=device, decode_device=wanted, own_vae=tiny is None,
+        exact=False,
+    ).check()  # fmt: skip
 
     with contextlib.ExitStack() as undo:
         if not is_patched(pipe):
             patch(pipe, method)
             undo.callback(unpatch, pipe)
-        lanes = 2 if recipe.guidance > 1 else 1
+        lanes = lanes_of(recipe)
         causal = [undo.enter_context(CausalDenoiser(one, cache, grid=grid, lanes=lanes)) for one in used]
         length = model_defaults(pipe).max_sequence_length if max_sequence_length is None else max_sequence_length
         encode = _encoder(pipe, device, length)
@@ -122,10 +124,10 @@ def stream(
             causal,
             recipe,
             states,
-            shape=(first.config.in_channels, height // spatial, width // spatial),
+            shape=(used[0].config.in_channels, height // spatial, width // spatial),
             generator=torch.Generator(device).manual_seed(seed),
             device=device,
-            dtype=first.dtype,
+            dtype=used[0].dtype,
         )
         if wanted != vae_device and tiny is None:
             undo.callback(pipe.vae.to, vae_device)
@@ -146,22 +148,6 @@ def stream(
             ahead=1 if device.type == "cuda" else 0,
             start=start,
         )
-
-
-def _recipe_of(denoisers: list[Any], given: CausalRecipe | None) -> CausalRecipe:
-    """The recipe of a pipeline's checkpoint.
-
-    Raises ConfigError where there is none, as the checkpoint is then a bidirectional one for all that is known."""
-    if given is not None:
-        return given
-    kept = getattr(denoisers[0], RECIPE, None)
-    if kept is None:
-        raise ConfigError(
-            "stream: these weights are not known to be causal, and a model that was trained on whole clips makes noise chunk by "
-            "chunk. Load a causal checkpoint into the pipeline (tilewise.load_causal_checkpoint), or say how yours makes video "
-            "(recipe=tilewise.CausalRecipe(...))"
-        )
-    return CausalRecipe.from_dict(kept)
 
 
 def _encoder(pipe: Any, device: torch.device, length: int | None) -> Callable[[str], torch.Tensor]:

@@ -144,8 +144,8 @@ class VideoStream(Iterator[Chunk]):
     @property
     def cache_bytes(self) -> dict[str, int]:
         """Memory that the KV caches take, known before the first chunk: "latent": of one latent frame, "total": of all."""
-        found = [denoiser.expected_bytes() for denoiser in self.sampler.denoisers]
-        return {name: sum(one[name] for one in found) for name in ("latent", "total")}
+        plans = [denoiser.cache_plan() for denoiser in self.sampler.denoisers]
+        return {"latent": sum(plan.latent for plan in plans), "total": sum(plan.total for plan in plans)}
 
     def set_prompt(self, prompt: str, how: str = "recache", over: int = 3, *, at: float | None = None) -> None:
         """Change the prompt from the next chunk that is begun on. Frames of the old one come out up to the chunk under way.

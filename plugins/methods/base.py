@@ -143,8 +143,9 @@ class DynamicMethod(Method):
         """Whether ``memory`` is used at all: only then are steps and branches told apart."""
         return False
 
-    def expected_density(self, layout: Layout, heads: int) -> float:
-        """Kept ÷ all token pairs, as far as it is known before anything runs; nan if only a call decides."""
+    def expected_density(self, layout: Layout, heads: int, window: WindowKeys | None = None) -> float:
+        """Kept ÷ all token pairs, as far as it is known before anything runs; nan if only a call decides. window: the keys, where
+        they are those of a KV cache."""
         return math.nan
 
     def expected_cost(self, layout: Layout, heads: int) -> float:

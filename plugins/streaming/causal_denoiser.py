@@ -28,8 +28,9 @@ from tilewise.plugins.models.common.rotary import Rotary
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
 from tilewise.plugins.runtime.plan_cache import Order
 from tilewise.plugins.streaming.buffers import Buffers
+from tilewise.plugins.streaming.cache_plan import CachePlan, plan_cache
 from tilewise.plugins.streaming.graphs import ForwardGraphs
-from tilewise.plugins.streaming.kv_cache import CacheShape, KVCache
+from tilewise.plugins.streaming.kv_cache import KVCache
 from tilewise.plugins.streaming.policies.base import Event, Kept, policy
 from tilewise.plugins.streaming.slots import Slots
 from tilewise.plugins.streaming.sparse_window import SparseWindow
@@ -220,14 +221,10 @@ class CausalDenoiser:
 
     def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._buffers is None:
-            self._buffers = self._allocate(key)
+            self._buffers = self._allocate(key.dtype, key.device)
         buffers = self._buffers
-        rows = buffers.rows(self.slots.current)
-        for buffer, new in ((buffers.key, key), (buffers.value, value)):
-            buffer[self._lane, layer, :, rows].copy_(new)
         start = 0 if self._has_memory else self.memory * buffers.shape.tokens
-        seen = slice(start, rows.stop)
-        return buffers.key[self._lane, layer, :, seen], buffers.value[self._lane, layer, :, seen]
+        return buffers.extend(self._lane, layer, self.slots.current, start, key, value)
 
     def keys(self) -> WindowKeys:
         assert self._sparse is not None
@@ -300,12 +297,8 @@ class CausalDenoiser:
 
     # ── tables and buffers ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _allocate(self, key: torch.Tensor) -> Buffers:
-        options = self.options
-        return Buffers(
-            self.shape(key.dtype), self.rotary, window=options.window, sink=options.sink, memory=self.memory,
-            averages=self.policy.averages, device=key.device, frame_of_row=self._frame_of_row(),
-        )  # fmt: skip
+    def _allocate(self, dtype: torch.dtype, device: torch.device) -> Buffers:
+        return Buffers(self.cache_plan(dtype), self.rotary, device=device, frame_of_row=self._frame_of_row())
 
     def _frame_of_row(self) -> torch.Tensor | None:
         if self.order is None:
@@ -314,17 +307,13 @@ class CausalDenoiser:
         tokens = self.grid.h * self.grid.w
         return (self._sparse.layout.permutation // tokens).view(self.grid.t, tokens).cpu()
 
-    def shape(self, dtype: torch.dtype) -> CacheShape:
-        """The sizes of the cache for keys of a dtype."""
-        return shape_of(self._patch.layers, self.rotary, self.grid, lanes=self.lanes, batch=self.batch, dtype=dtype)
-
-    def expected_bytes(self, dtype: torch.dtype | None = None) -> dict[str, int]:
-        """Memory that the cache will take: "latent": of one latent frame, "total": of all. dtype: of keys; the denoiser's own."""
+    def cache_plan(self, dtype: torch.dtype | None = None) -> CachePlan:
+        """The sizes of the cache, known before the first pass. dtype: of keys; the denoiser's own."""
         denoiser: Any = self.denoiser
-        shape = self.shape(denoiser.dtype if dtype is None else dtype)
-        frame, kept = shape.bytes_per_frame(), self.memory + self.options.sink
-        masters = kept * shape.bytes_per_kept_frame(self.policy.averages)
-        return {"latent": frame, "total": (self.memory + self.options.window) * frame + masters}
+        return plan_cache(
+            self._patch.layers, self.rotary, self.options, self.grid, memory=self.memory, averages=self.policy.averages,
+            lanes=self.lanes, batch=self.batch, dtype=denoiser.dtype if dtype is None else dtype,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -363,6 +352,7 @@ class CausalDenoiser:
             "has_memory": self._has_memory,
             "sink_at": self._sink_at,
             "options": self.options.to_dict(),
+            "dtype": None if self._buffers is None else str(self._buffers.shape.dtype).removeprefix("torch."),
             "tile_order": self.order is not None,
             "reason": self.reason,
         }
@@ -382,8 +372,8 @@ class CausalDenoiser:
         if plain["tile_order"]:
             self._keep_order(self.grid.t)
         if tensors:
-            example = next(self.denoiser.parameters())
-            self._buffers = self._allocate(tensors["key"].to(example.device)[0, 0])
+            device = next(self.denoiser.parameters()).device
+            self._buffers = self._allocate(getattr(torch, plain["dtype"]), device)
             own = self._buffers.tensors()
             if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
                 raise ConfigError(
@@ -411,14 +401,3 @@ def rotary_of(denoiser: nn.Module) -> Rotary:
             f"streaming: {type(denoiser).__name__} cannot run with a KV cache: {found}. Wan 2.1 and 2.2 and SkyReels-V2 can"
         )
     return found
-
-
-def shape_of(
-    layers: list[Any], rotary: Rotary, grid: Grid, *, lanes: int, batch: int, dtype: torch.dtype
-) -> CacheShape:
-    """The sizes of a cache for the self-attention layers of a denoiser."""
-    first = layers[0]
-    return CacheShape(
-        layers=len(layers), lanes=lanes, batch=batch, tokens=grid.h * grid.w, heads=first.heads, head_dim=first.head_dim,
-        time_channels=rotary.time_channels, dtype=dtype,
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a KV cache keeps: how many latent frames, which policy, at which positions, and how much memory that takes.
+"""What a KV cache keeps: how many latent frames, which policy, and at which positions.
 
 The window of a chunk of c latent frames, W in all, in the order in which a layer's buffer has them:
 
@@ -14,11 +14,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from tilewise.plugins.errors import ConfigError
 
 SINK_POSITIONS = ("clamped", "absolute")
+STORAGES = ("model", "fp8")
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class KVCache:
             (LongLive-infinity, Reward Forcing). "absolute": at their own positions, further back with every chunk
             (LongLive, arXiv 2509.22622).
         policy: what becomes of frames that leave; a name of ``policies()``.
+        storage: "model": keys and values in the model's dtype. "fp8": in 8 bits with scales, about half of bfloat16's memory; see
+            ``storage.py``. A chunk's own are seen as they are, those of frames before it in 8 bits.
 
     Raises:
         ConfigError: for lengths or names that cannot be.
@@ -43,6 +44,7 @@ class KVCache:
     memory: int | None = None
     sink_position: str = "clamped"
     policy: str = "fixed"
+    storage: str = "model"
 
     def __post_init__(self) -> None:
         for name in ("window", "sink", "memory"):
@@ -59,10 +61,10 @@ class KVCache:
                 f"KVCache: a sink of {self.sink} latent frames leaves no room in a window of {self.window}; make the window "
                 "larger, or the sink smaller"
             )
-        if self.sink_position not in SINK_POSITIONS:
-            raise ConfigError(
-                f"KVCache: sink_position must be one of {', '.join(SINK_POSITIONS)}, got {self.sink_position!r}"
-            )
+        for name, known in (("sink_position", SINK_POSITIONS), ("storage", STORAGES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(f"KVCache: {name} must be one of {', '.join(known)}, got {value!r}")
 
     def check_chunk(self, chunk: int) -> None:
         """Refuse a chunk of so many latent frames, if the window has no room for it.
@@ -81,42 +83,3 @@ class KVCache:
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """The sizes that decide how much memory a cache takes.
-
-    Attributes:
-        layers: self-attention layers. lanes: forwards of a step that each have keys of their own (conditional and
-            unconditional: 2). batch: samples.
-        tokens: of a latent frame. heads, head_dim: of keys. time_channels: see ``Rotary``.
-        dtype: of keys and values.
-    """
-
-    layers: int
-    lanes: int
-    batch: int
-    tokens: int
-    heads: int
-    head_dim: int
-    time_channels: int
-    dtype: torch.dtype
-
-    @property
-    def master_dtype(self) -> torch.dtype:
-        """Of un-rotated keys, from which kept ones are rotated anew."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    def bytes_per_frame(self) -> int:
-        """Keys and values of one latent frame, all layers and lanes."""
-        return 2 * self._rows * self.heads * self.head_dim * self.dtype.itemsize
-
-    def bytes_per_kept_frame(self, averages: bool) -> int:
-        """The un-rotated master of one frame of the sink or memory, which comes on top. averages: with keys and values whole."""
-        channels = 2 * self.head_dim if averages else self.time_channels
-        return self._rows * self.heads * channels * self.master_dtype.itemsize
-
-    @property
-    def _rows(self) -> int:
-        return self.layers * self.lanes * self.batch * self.tokens

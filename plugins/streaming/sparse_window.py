@@ -11,9 +11,11 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import torch
+
 from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Grid, Layout, cached_layout, tile_counts
 from tilewise.kernels.plans.window_keys import WindowKeys
-from tilewise.plugins.methods.base import DynamicMethod, Method
+from tilewise.plugins.methods.base import DynamicMethod, Method, with_tile
 from tilewise.plugins.methods.dynamic.base import FEWEST_BLOCKS, SMALLEST_TILE
 from tilewise.plugins.streaming.kv_cache import KVCache
 
@@ -34,6 +36,7 @@ class SparseWindow:
     def __init__(self, method: Method, grid: Grid, cache: KVCache, memory: int) -> None:
         self.method = method
         self.chunk = grid.t
+        self.window = cache.window
         self.memory = memory
         self.sink = cache.sink
         self.layout: Layout | None = None
@@ -81,6 +84,22 @@ class SparseWindow:
             kept = min(memory + self.sink // self.chunk, len(order))
             found = self._keys[turn, memory] = WindowKeys(self.layout, order, kept)
         return found
+
+    @property
+    def full(self) -> WindowKeys:
+        """The keys of a full window, at the first turn of its ring."""
+        return self.keys(range(self.window), self.memory > 0)
+
+    def expected(self, heads: int) -> tuple[float, float]:
+        """(kept, computed) ÷ all token pairs of a call over a full window, memory and sink included, as far as they are known
+        before anything runs; nan where only a call decides."""
+        assert self.layout is not None
+        keys = self.full
+        if isinstance(self.method, DynamicMethod):
+            return self.method.expected_density(self.layout, heads, keys), math.nan
+        device = torch.device("cpu")
+        plan = keys.plan(with_tile(self.method, keys.chunk.tile).plan(keys.layout, heads, device))
+        return plan.density, plan.work
 
 
 def choose_chunk_tile(shape: Triple, fewest: float = 1) -> Triple:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewise.pipelines.highres.two_stages import highres
     from tilewise.pipelines.streaming.checkpoints.load import load_causal_checkpoint
+    from tilewise.pipelines.streaming.explain import explain_stream
     from tilewise.pipelines.streaming.recipe import CausalRecipe
     from tilewise.pipelines.streaming.stream import stream
     from tilewise.plugins.config import Config, load_config, presets, resolve, save_config
@@ -53,6 +54,7 @@ __all__ = [
     "UnsupportedModelError",
     "XAttention",
     "explain",
+    "explain_stream",
     "highres",
     "is_patched",
     "load_causal_checkpoint",
@@ -94,6 +96,7 @@ _NAMES_BY_MODULE = {
 }
 _MODULES = {name: f"tilewise.plugins.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
 _MODULES["stream"] = "tilewise.pipelines.streaming.stream"
+_MODULES["explain_stream"] = "tilewise.pipelines.streaming.explain"
 _MODULES["highres"] = "tilewise.pipelines.highres.two_stages"
 _MODULES["load_causal_checkpoint"] = "tilewise.pipelines.streaming.checkpoints.load"
 _MODULES["CausalRecipe"] = "tilewise.pipelines.streaming.recipe"

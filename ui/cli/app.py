@@ -38,6 +38,17 @@ SOURCE_HELP = "Reproduce a clip: its settings, except for those given here."
 OUT_HELP = "The .mp4 to write, or .png for one frame. Default: outputs/<prompt>-<seed>.…"
 COMPARE_HELP = "'dense': also generate the dense clip, compare both, and write them side by side."
 EXPLAINED = ("model", "method", *METHOD_OPTIONS, SET.name, "height", "width", "frames", "steps")  # options of `explain`
+STREAM_EXPLAINED = (
+    "causal",
+    "recipe",
+    "chunk",
+    "sink",
+    "memory",
+    "sink_position",
+    "policy",
+    "storage",
+    "decode_device",
+)
 PLOT_HELP = "Also plot it, to a .png, .svg or .pdf. Dynamic methods run the model for four steps."
 
 
@@ -125,7 +136,13 @@ def compare(
 
 @app.command()
 @exit_codes
-@declared_options(CLIP_OPTIONS[name] for name in EXPLAINED)
+@declared_options(
+    [
+        *(CLIP_OPTIONS[name] for name in (*EXPLAINED, "guidance", "dtype", "decode")),
+        STREAM,
+        *(STREAM_OPTIONS[name] for name in STREAM_EXPLAINED),
+    ]
+)
 def explain(
     options: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -133,11 +150,15 @@ def explain(
 ) -> None:
     """Show what a method would do: grid, tiles, window, density, and what stays dense and why.
 
+    With --stream, what it would do in the window of a stream, and the memory of that (--guidance, --dtype and --decode count there alone).
+
     Runs no weights, except for a --plot of a dynamic method.
     """
     from tilewise.ui.cli.explain import explain_command
+    from tilewise.ui.cli.explain_stream import explain_stream_command
 
-    explain_command(options, as_json=as_json, picture=plot)
+    command = explain_stream_command if options.get("stream") else explain_command
+    command(options, as_json=as_json, picture=plot)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of, patched
 from tilewise.plugins.watch import watch
 from tilewise.ui.cli.plot import Drawn, check_plot, plot
-from tilewise.ui.common.options import method_config
+from tilewise.ui.common.options import method_config, refuse_stream_options
 from tilewise.ui.common.terminal import say
 
 # A dynamic method's picture comes from a short run: the third of four steps, when the clip has taken shape.
@@ -37,6 +37,11 @@ def explain_command(options: Mapping[str, Any], *, as_json: bool, picture: Path 
 
     Raises ImportError for a picture without matplotlib, OutputPathError, and ConfigError where nothing would be sparse.
     """
+    refuse_stream_options(options)
+    if names := [name for name in ("guidance", "dtype", "decode") if name in options]:
+        raise ConfigError(
+            f"--{names[0]} says something of the memory of a stream alone: give --stream too, or leave it out"
+        )
     if picture is not None:
         check_plot(picture)
     model = options.get("model", DEFAULT_MODEL)

@@ -15,10 +15,18 @@ from tilewise.pipelines.generation.resolve import prompt_notes
 from tilewise.pipelines.generation.settings import DEFAULT_MODEL
 from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
 from tilewise.pipelines.loading.device import resolve_device
-from tilewise.pipelines.loading.load import load_skeleton
+from tilewise.pipelines.loading.load import cast_skeleton, load_skeleton
 from tilewise.pipelines.media.files import is_still
 from tilewise.pipelines.options import field_values
-from tilewise.pipelines.streaming.preparation import SHARED, StreamWork, expected_cache, load, prepare, stream_of
+from tilewise.pipelines.streaming.preparation import (
+    SHARED,
+    StreamWork,
+    check_memory,
+    explain_work,
+    load,
+    prepare,
+    stream_of,
+)
 from tilewise.pipelines.streaming.record import Recorded, record
 from tilewise.pipelines.streaming.settings import StreamSettings, stream_window
 from tilewise.plugins.errors import ConfigError
@@ -28,7 +36,7 @@ from tilewise.ui.cli.request import Request, print_same_frames
 from tilewise.ui.cli.stream_progress import stream_progress
 from tilewise.ui.common.exit_codes import INTERRUPTED
 from tilewise.ui.common.options import default_out, method_config
-from tilewise.ui.common.tables import cache_words, print_files, print_settings, print_stream
+from tilewise.ui.common.tables import print_files, print_settings, print_stream
 from tilewise.ui.common.terminal import say, standard_error
 
 REFUSED = {
@@ -56,12 +64,11 @@ def dry_run_stream(request: Request) -> None:
     print_settings(found.work.settings, str(resolve_device(request.device)), found.dtype, [found.file])
     say(f"causal checkpoint: {found.work.checkpoint or 'the weights of the model'}")
     say(found.work.recipe)
-    cache, reason = expected_cache(found.skeleton, found.work, getattr(torch, found.dtype))
-    say(f"KV cache: {cache_words(cache)}")
-    if reason:
-        say(f"note: {found.work.settings.method.method.name} runs dense in the window: {reason}")
+    explanation = explain_work(found.skeleton, found.work, resolve_device(request.device))
+    say(explanation)
     for time, prompt in found.work.options.prompts():
         say(f"from {time:g} s on: {prompt}")
+    explanation.memory.check()
 
 
 def generate_stream(request: Request) -> None:
@@ -133,7 +140,7 @@ def _check(request: Request, *, create: bool) -> _Checked:
     of_method = {name: value for name, value in given.items() if name != "window"}  # which is the stream's
     method = method_config(given.get("method", earlier.get("method", "dense")), of_method)
     model = shared.pop("model", DEFAULT_MODEL)
-    skeleton = load_skeleton(model)
+    skeleton = cast_skeleton(load_skeleton(model), getattr(torch, dtype))
     work = prepare(
         skeleton, prompt, options, model=model, method=method, recipe=recipe, guidance=given.get("guidance"), **shared
     )
@@ -141,6 +148,8 @@ def _check(request: Request, *, create: bool) -> _Checked:
     file = request.out or default_out(prompt, work.settings.seed, max(2, work.settings.frames))
     if is_still(file):
         raise ConfigError(f"a stream is written as .mp4, not {file}")
+    if create:
+        check_memory(skeleton, work, resolve_device(request.device))
     request.check_files([file], work.settings, create=create)
     return _Checked(work, file, dtype, origin, skeleton)
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from tilewise.pipelines.generation.compare import Comparison
 from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.settings import GenerateSettings, TinyChoice
+from tilewise.pipelines.memory.units import amount
 from tilewise.pipelines.quality.content_score import parse_prompt
 from tilewise.pipelines.streaming.record import Recorded
 from tilewise.plugins.config import Config
@@ -70,7 +71,7 @@ def print_stream(made: Recorded) -> None:
     table.add_row("video", f"{length} at {settings.fps:g} fps")
     table.add_row("model, method, seed", f"{settings.model}, {method_words(settings.method)}, {settings.seed}")
     _add_decoder(table, settings)
-    kept = f"window {recipe.window}, sink {recipe.sink}, policy {recipe.policy}"
+    kept = f"window {recipe.window}, sink {recipe.sink}, policy {recipe.policy}, stored as {made.work.cache.storage}"
     table.add_row("recipe", f"{recipe.name}: chunks of {recipe.chunk} in {settings.steps} passes, {kept}")
     seconds = made.seconds
     table.add_row("seconds", f"{seconds['total']:.2f}, the first frames after {seconds['first']:.2f}")
@@ -81,7 +82,7 @@ def print_stream(made: Recorded) -> None:
 
 def cache_words(cache: Mapping[str, int]) -> str:
     """Memory of a KV cache; cache: bytes, "latent" and "total"."""
-    return f"{cache['total'] / 2**20:,.1f} MiB, {cache['latent'] / 2**20:,.1f} MiB a latent frame"
+    return f"{amount(cache['total'])}, {amount(cache['latent'])} a latent frame"
 
 
 def print_files(files: list[Path]) -> None:

@@ -144,11 +144,18 @@ class BlockSelectionMethod(DynamicMethod):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"name": self.name, **fields, "within": within}
 
-    def expected_density(self, layout: Layout, heads: int) -> float:
+    def expected_density(self, layout: Layout, heads: int, window: WindowKeys | None = None) -> float:
         if self.density is None:
             return math.nan
-        bounds = self._bounds(layout, heads, torch.device("cpu"))
-        return self.density if bounds is None else min(self.density, bounds.plan.density)
+        device = torch.device("cpu")
+        bounds = self._bounds(layout, heads, device, window)
+        found = self.density if bounds is None else min(self.density, bounds.plan.density)
+        if window is None:
+            return found
+        rows = [table.block_table(device)[1].double() for table in (layout, window.layout)]
+        always = always_kept(layout, self.always, device, window).double()
+        least = rows[0] @ always @ rows[1] / (rows[0].sum() * rows[1].sum())
+        return max(found, float(least))  # memory and sink are kept whatever the density
 
     def expected_cost(self, layout: Layout, heads: int) -> float:
         density = self.expected_density(layout, heads)

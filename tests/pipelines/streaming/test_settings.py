@@ -42,7 +42,15 @@ def test_changes_that_cannot_be_read(said):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"chunk": 0}, {"sink": True}, {"seconds": -1}, {"lora_scale": "x"}, {"prompt_at": "1s=a"}, {"prompt_over": 0}],
+    [
+        {"chunk": 0},
+        {"sink": True},
+        {"seconds": -1},
+        {"lora_scale": "x"},
+        {"prompt_at": "1s=a"},
+        {"prompt_over": 0},
+        {"storage": "fp4"},
+    ],
 )
 def test_values_that_cannot_be(bad):
     with pytest.raises(ConfigError):

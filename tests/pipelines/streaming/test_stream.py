@@ -155,7 +155,7 @@ def test_recache_computes_the_window_with_the_new_prompt(pipe):
         chunks = [next(video) for _ in range(4)]
         video.set_prompt(BLUE)
         next(video)
-        key = video.sampler.denoisers[0]._buffers.key.clone()
+        key = video.sampler.denoisers[0]._buffers.key.data.clone()
         slots = dict(zip(video.sampler.denoisers[0].slots.frames, range(6), strict=True))
         sink, ring = key[0, 1, :, :48], [key[0, 1, :, 24 * slots[f] : 24 * slots[f] + 24] for f in (6, 7)]
     with stream(pipe, BLUE) as other:
@@ -165,8 +165,8 @@ def test_recache_computes_the_window_with_the_new_prompt(pipe):
                 sampler.given(chunk.latents)
         own = sampler.denoisers[0]
         at = dict(zip(own.slots.frames, range(6), strict=True))
-        wanted = [own._buffers.key[0, 1, :, 24 * at[f] : 24 * at[f] + 24] for f in (6, 7)]
-        assert not torch.allclose(own._buffers.key[0, 1, :, :48], sink, atol=1e-3)
+        wanted = [own._buffers.key.data[0, 1, :, 24 * at[f] : 24 * at[f] + 24] for f in (6, 7)]
+        assert not torch.allclose(own._buffers.key.data[0, 1, :, :48], sink, atol=1e-3)
     # The second layer's keys depend on the text. They also saw a sink of the old prompt: near, and far from the old ones.
     for a, b in zip(ring, wanted, strict=True):
         assert (a - b).abs().mean() < 0.2 * b.abs().mean()

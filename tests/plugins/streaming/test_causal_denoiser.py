@@ -130,7 +130,7 @@ def test_lanes_do_not_see_each_other():
 def test_memory_stays_flat_and_is_known_before():
     model = tilewise.patch(denoiser(torch.float32), "dense")
     with CausalDenoiser(model, KVCache(window=5, sink=1), grid=Grid(1, H, W)) as causal:
-        expected = causal.expected_bytes()["total"]
+        expected = causal.cache_plan().total
         part, at, text = latents(1, 8).float(), torch.zeros(1), TEXT[:1].float()
         for _ in range(1200):
             causal.begin()

@@ -91,7 +91,7 @@ def clip(frames: int, seed: int) -> torch.Tensor:
 def test_averages_follow_their_formula(name, update):
     video = clip(16, 2)
     got, causal = cached_run(video, KVCache(window=6, sink=C, policy=name))
-    assert causal.nbytes == causal.expected_bytes()["total"]
+    assert causal.nbytes == causal.cache_plan().total
     wanted = reference_run(video, 6, update)
     assert (got - wanted).abs().max() < 1e-9
     if name != "fixed":

@@ -102,13 +102,15 @@ def test_the_same_stream_again_and_another_one(clip, tmp_path):
     assert second["run"]["frames_sha256"] == first["run"]["frames_sha256"]
 
     words = ["--from", clip, "--stream", "--method", "sta", "--density", "0.5", "--window", "6", "--sink", 2]
-    other = run(*words, "--prompt-change", "flush", "--out", tmp_path / "other.mp4")
+    other = run(*words, "--prompt-change", "flush", "--storage", "fp8", "--out", tmp_path / "other.mp4")
     assert other.exit_code == 0, other.output
     assert "bit for bit" not in other.stdout and "fallbacks" not in other.stderr
     record = read_settings(tmp_path / "other.mp4")
     assert record["seed"] == 7 and record["method"]["method"]["name"] == "sta"
     assert record["run"]["stream"]["recipe"]["sink"] == 2
-    assert record["run"]["stream"]["settings"]["prompt_change"] == "flush"
+    told = record["run"]["stream"]["settings"]
+    assert (told["prompt_change"], told["storage"]) == ("flush", "fp8") and "stored as fp8" in other.stdout
+    assert record["run"]["cache_bytes"]["latent"] < first["run"]["cache_bytes"]["latent"] / 3
     assert record["run"]["frames_sha256"] != first["run"]["frames_sha256"] and record["run"]["summary"] is not None
 
 
@@ -129,13 +131,13 @@ def test_dry_run_writes_nothing(model, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     for word in ("causal recipe causal_lora", "causal_lora.safetensors", "window", f"from 2 s on: {BLUE}", "32"):
         assert word in result.stdout
-    cache = re.search(r"KV cache: ([\d.]+ MiB, [\d.]+ MiB a latent frame)", result.stdout)
-    assert cache and "runs dense" not in result.stdout
+    cache = re.search(r"memory: [\d.]+ MiB needed on cpu \(weights .*, KV cache ([\d.]+ KiB), .* free", result.stdout)
+    assert cache and "dense blocks 0-1: the method is dense" in re.sub(r"[\s│]+", " ", result.stdout)
     result = run(RED, "--stream", *words, "--method", "sta", "--sink", 1)
-    assert "note: sta runs dense in the window: " in result.stdout
+    assert "0-1: a sink of 1 latent frames is no multiple of a chunk of 2" in result.stdout
     assert list(tmp_path.iterdir()) == []
     made = run(RED, "--stream", "--model", model, "--seconds", 0.1, "--out", "c.mp4")
-    assert cache[1] in made.stdout and read_settings("c.mp4")["run"]["cache_bytes"]["total"] > 0
+    assert f"{cache[1]}, " in made.stdout and read_settings("c.mp4")["run"]["cache_bytes"]["total"] > 0
 
 
 def test_the_bundled_model_streams_by_itself(tmp_path, monkeypatch):

@@ -129,16 +129,18 @@ def plan_stream(
 
 
 def _of_a_decode(pipe: Any, space: LatentSpace, chunk: int, size: tuple[int, int]) -> int:
-    vae = unwrapped(pipe.vae)
+    vae: Any = unwrapped(pipe.vae)
     spatial, temporal = space.factors(pipe)
     config = json.dumps(dict(vae.config), sort_keys=True, default=str)
     shape = min(2, chunk), *(side // spatial for side in size)
     more = 2 * 3 * max(0, chunk - 2) * temporal * size[0] * size[1] * vae.dtype.itemsize  # twice, while they are joined
-    return decode_peak(space, type(vae), config, vae.dtype, *shape) + more
+    kind: Any = type(vae)
+    return decode_peak(space, kind, config, vae.dtype, *shape) + more
 
 
 def _most_of_a_decode(pipe: Any, space: LatentSpace, size: tuple[int, int]) -> int:
     """More than a decode of Wan's VAE takes."""
-    vae = unwrapped(pipe.vae)
+    vae: Any = unwrapped(pipe.vae)
     width = vae.config.get("decoder_base_dim") or vae.config.base_dim
-    return MOST_COPIES * width * space.factors(pipe)[1] * size[0] * size[1] * vae.dtype.itemsize
+    most: int = MOST_COPIES * width * space.factors(pipe)[1] * size[0] * size[1] * vae.dtype.itemsize
+    return most

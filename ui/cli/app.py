@@ -150,7 +150,8 @@ def explain(
 ) -> None:
     """Show what a method would do: grid, tiles, window, density, and what stays dense and why.
 
-    With --stream, what it would do in the window of a stream, and the memory of that (--guidance, --dtype and --decode count there alone).
+    With --stream, what it would do in the window of a stream, and the memory of that. --guidance, --dtype and --decode count
+    there alone.
 
     Runs no weights, except for a --plot of a dynamic method.
     """

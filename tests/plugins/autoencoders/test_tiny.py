@@ -37,17 +37,14 @@ def test_a_clip_is_that_of_the_published_modules(kind):
 
 
 @pytest.mark.parametrize("kind", ["2.1", "2.2 super"])
-@pytest.mark.parametrize("chunks", [[1, 1, 1, 1, 1], [3, 2], [2, 3], [4, 1]])
+@pytest.mark.parametrize("chunks", [[1, 1, 1, 1], [3, 1], [1, 3]])
 def test_chunks_of_any_size_give_the_bits_of_a_whole_decode(kind, chunks):
     decoder = tiny_decoder(published_weights(2, **KINDS[kind]))
-    z = latents(decoder.shape.channels, 5, torch.float32)
-    whole = TinyStreamingDecoder(decoder).decode(z)
-    one = TinyStreamingDecoder(decoder)
-    parts = []
-    for part in z.split(chunks, 2):
-        parts.append(one.decode(part))
-        other = TinyStreamingDecoder(decoder)  # another clip of the same decoder
-        assert torch.equal(other.decode(z), whole)
+    z = latents(decoder.shape.channels, 4, torch.float32)
+    one, other = TinyStreamingDecoder(decoder), TinyStreamingDecoder(decoder)
+    parts = [one.decode(part) for part in z.split(chunks, 2)[:1]]
+    whole = other.decode(z)  # another clip of the same decoder, in between
+    parts += [one.decode(part) for part in z.split(chunks, 2)[1:]]
     assert torch.equal(torch.cat(parts, 2), whole) and one.flush() is None
     one.reset()
     assert torch.equal(one.decode(z), whole)

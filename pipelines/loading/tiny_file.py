@@ -33,8 +33,8 @@ def read_tiny_file(path: str | Path) -> TinyFile:
     path = Path(path).expanduser().absolute()
     if not path.is_file():
         raise ModelError(
-            f"there is no file {path} of a tiny autoencoder; taew2_1 (Wan 2.1) and taew2_2 (Wan 2.2 5B) are published at "
-            "https://github.com/madebyollin/taehv"
+            f"there is no file {path} of a tiny autoencoder: give decode as tiny=PATH with its path. taew2_1 (Wan "
+            "2.1) and taew2_2 (Wan 2.2 5B) are published at https://github.com/madebyollin/taehv"
         )
     if path.suffix not in SUFFIXES:
         raise ModelError(f"{path} is no file of weights: its name ends in none of {', '.join(SUFFIXES)}")

@@ -23,19 +23,22 @@ from tilewise.pipelines.generation.resolve import prompt_notes
 from tilewise.pipelines.highres.preparation import Work
 from tilewise.pipelines.loading.model_defaults import size_notes
 from tilewise.pipelines.media.video import write_video
-from tilewise.pipelines.memory.limits import PeakMemory, free_memory, is_out_of_memory, possible, saving
+from tilewise.pipelines.memory.limits import PeakMemory
+from tilewise.pipelines.memory.options import MemoryOptions
+from tilewise.pipelines.memory.retry import within_memory
+from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """overwrite: make every clip again. max_failures: stop after so many failed jobs (of one process); None is never.
-    retry_oom: with too little memory, try again with the measures of `memory`. warm_up: the fewest steps, thrown
+    memory: how to stay within it; offloading is the pipeline's when it is loaded. warm_up: the fewest steps, thrown
     away, for each method and size before the first is timed; None: on a GPU only, where the first run compiles."""
 
     overwrite: bool = False
     max_failures: int | None = None
-    retry_oom: bool = False
+    memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
     warm_up: bool | None = None
 
 
@@ -103,7 +106,7 @@ class ClipMaker:
         if job.highres is None:
             notes += size_notes(pipe, job.settings.height, job.settings.width, job.settings.frames)
         place = {"rank": self.world.rank, "world_size": self.world.size}
-        shared = {**machine(pipe.device, job.dtype), "started": started, **place}
+        shared = {**machine(execution_device(pipe, pipe.device), job.dtype), "started": started, **place}
         stages = None
         if job.highres is not None:
             notes += self.works[job.shape].notes
@@ -127,32 +130,28 @@ class ClipMaker:
         """Generates; where memory does not suffice and it was asked for, again with one more measure, until none is left.
 
         What sufficed for one clip is where the next of the same shape begins."""
-        measures = list(self.measures.get(job.shape, ()))
-        taken = [] if stages is None else stages.measures
-        device = pipe.device  # asked before any offload moves it
-        retries = 0
-        while True:
-            peak = PeakMemory(device)
+        device = execution_device(pipe, pipe.device)
+        peak = PeakMemory(device)
+
+        def make() -> tuple[Clip, float | None]:
             peak.start()
-            try:
-                with saving(pipe, measures), cancellable(pipe):
-                    warm = self._warm_up(pipe, job, stages) if self._warms_up(device) else None
-                    if stages is not None:
-                        clip = stages.make(pipe, self.watch.progress)
-                    else:
-                        clip = generate(pipe, job.settings, self.watch.progress)
-                self.measures[job.shape] = tuple(measures)
-                told = {"peak_memory": peak.read(), "memory_saving": measures, "oom_retries": retries}
-                return clip, {"warm_up": warm, **told}
-            except Exception as error:
-                left = [measure for measure in possible(pipe) if measure not in (*measures, *taken)]
-                if not (self.options.retry_oom and is_out_of_memory(error) and left):
-                    raise
-            # Here the error is gone, and with it what its traceback kept on the GPU.
-            free_memory()
-            retries += 1
-            measures.append(left[0])
-            self.watch.note(f"{job.file}: out of GPU memory; trying again with {' and '.join(measures)}")
+            with cancellable(pipe):
+                warm = self._warm_up(pipe, job, stages) if self._warms_up(device) else None
+                if stages is not None:
+                    return stages.make(pipe, self.watch.progress), warm
+                return generate(pipe, job.settings, self.watch.progress), warm
+
+        (clip, warm), measures, retries = within_memory(
+            pipe,
+            make,
+            self.measures.get(job.shape, self.options.memory.measures),
+            retry=self.options.memory.retry_oom,
+            taken=() if stages is None else stages.measures,
+            note=lambda text: self.watch.note(f"{job.file}: {text}"),
+        )
+        self.measures[job.shape] = tuple(measures)
+        told = {"memory_saving": measures, "offload": self.options.memory.offload, "oom_retries": retries}
+        return clip, {"warm_up": warm, "peak_memory": peak.read(), **told}
 
     def _warms_up(self, device: torch.device) -> bool:
         wanted = self.options.warm_up

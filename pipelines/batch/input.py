@@ -29,7 +29,8 @@ FIELDS = {
     **TWO_STAGE_OPTIONS,
 }
 """The columns of the input, beside "set.NAME" for options of methods (`method_options`)."""
-WHOLE_BATCH = ("out", "device", "compare", "dry_run", "seeds", "sweep")  # words of the command that no line can have
+# Words of the command that no line can have.
+WHOLE_BATCH = ("out", "device", "compare", "dry_run", "seeds", "sweep", "offload", "vae_tiling", "retry_oom")
 MAX_PROMPT = 50_000  # characters; text encoders read hundreds of tokens, so that more is a mistake
 MAX_ID = 200
 MAX_OPTION = 10_000

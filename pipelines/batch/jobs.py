@@ -25,7 +25,7 @@ from tilewise.pipelines.batch.two_stage_jobs import plan_fields, stages_flop, st
 from tilewise.pipelines.errors import SetupError
 from tilewise.pipelines.generation.method_options import EITHER, PREFIX, flag, is_method_option
 from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
-from tilewise.pipelines.generation.settings import MAX_SEED, GenerateSettings
+from tilewise.pipelines.generation.settings import MAX_SEED, RANDOM_SEED, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.highres.preparation import Work
 from tilewise.pipelines.highres.settings import TWO_STAGE_OPTIONS
@@ -81,6 +81,10 @@ class Plan:
 def parse_seeds(text: str) -> list[int]:
     """Seeds from "7", "0-9" or "0-3,7", in that order. Raises ConfigError for anything else, and for a seed given twice."""
     seeds: list[int] = []
+    if text.strip() == RANDOM_SEED:
+        raise ConfigError(
+            "--seeds takes numbers: a batch is resumed by its seeds, and random ones would be others in each run"
+        )
     for word in text.split(","):
         found = re.fullmatch(r"\s*(\d{1,19})(?:\s*-\s*(\d{1,19}))?\s*", word)
         low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)

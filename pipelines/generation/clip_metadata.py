@@ -21,6 +21,7 @@ from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.device import device_name
 from tilewise.pipelines.media.video import read_settings
+from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
 
 LIBRARIES = ("tilewise", "torch", "triton", "diffusers", "transformers", "accelerate")
@@ -67,7 +68,11 @@ def begin_run(
     begin = time.perf_counter()
     tell(model)
     pipe = load()
-    return pipe, {**machine(pipe.device, dtype), "started": started, "load": time.perf_counter() - begin}
+    return pipe, {
+        **machine(execution_device(pipe, pipe.device), dtype),
+        "started": started,
+        "load": time.perf_counter() - begin,
+    }
 
 
 @functools.cache

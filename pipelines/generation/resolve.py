@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings
+from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings, parse_seed
 from tilewise.pipelines.generation.tiny_decoding import resolve_decode
 from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.plugins.config import MethodLike, resolve
@@ -24,7 +24,7 @@ def resolve_settings(
     frames: int | None = None,
     steps: int | None = None,
     guidance: float | None = None,
-    seed: int = 0,
+    seed: int | str = 0,
     fps: float | None = None,
     max_sequence_length: int | None = None,
     decode: str = OWN_VAE,
@@ -32,7 +32,8 @@ def resolve_settings(
     """Settings for a pipeline: what is not given comes from `model_defaults(pipe)`, and the size is checked.
 
     Diffusers rounds a size that the model cannot make, with a line in the log; here it is an error, so that a clip is
-    always as large as it was asked for. `pipe` may be a skeleton: no weights are run. The file of a tiny autoencoder is read.
+    always as large as it was asked for. The seed may be "random". `pipe` may be a skeleton: no weights are run. The file of a
+    tiny autoencoder is read.
 
     Raises ConfigError for a bad value, or for a size, with the nearest one that the model takes. For a tiny autoencoder raises as
     `tiny_decoding.read_fitting`.
@@ -52,7 +53,7 @@ def resolve_settings(
         frames=pick(frames, native.num_frames),
         steps=pick(steps, native.steps),
         guidance=float(pick(guidance, native.guidance)),
-        seed=seed,
+        seed=parse_seed(seed),
         fps=float(pick(fps, native.fps)),
         max_sequence_length=pick(max_sequence_length, native.max_sequence_length),
         decode=resolve_decode(pipe, decode),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 DEFAULT_MODEL, DEFAULT_METHOD = "demo", "sta-balanced"  # of a request that names none
+RANDOM_SEED = "random"
 MODELS_OWN = "the model's own"
 OWN_VAE = "vae"
 METHOD_HELP = (
@@ -79,7 +81,7 @@ class GenerateSettings:
     frames: int = option(help="Frames of the clip.", shown_default=MODELS_OWN)
     steps: int = option(help="Denoising steps.", shown_default=MODELS_OWN)
     guidance: float = option(help="Guidance scale; 1 turns guidance off.", shown_default=MODELS_OWN)
-    seed: int = option(help="Seed of the starting noise.", shown_default="0")
+    seed: int = option(help="Seed of the starting noise, a number or random.", shown_default="0")
     fps: float = option(help="Frames per second on playback.", shown_default=MODELS_OWN)
     max_sequence_length: int | None = option(None, help="Text tokens of a prompt.", shown_default=MODELS_OWN)
     decode: str = option(
@@ -128,6 +130,17 @@ class GenerateSettings:
         if missing:
             raise ConfigError(f"settings are incomplete: {', '.join(missing)} missing")
         return cls(**{**given, "method": Config.from_dict(given["method"])})
+
+
+def parse_seed(said: str | int) -> int:
+    """A seed from "7", or a new one for "random"; `GenerateSettings` checks its range. Raises ConfigError for other text."""
+    if isinstance(said, int):
+        return said
+    if said.strip().lower() == RANDOM_SEED:
+        return secrets.randbelow(2**32)
+    if not re.fullmatch(r"\s*[+-]?[0-9]{1,30}\s*", said):
+        raise ConfigError(f"seed takes a whole number, or {RANDOM_SEED}, not {said[:80]!r}")
+    return int(said)
 
 
 def _is_number(value: Any) -> bool:

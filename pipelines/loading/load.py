@@ -12,6 +12,8 @@ import torch
 from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.model_folder import check_folder, find_model
+from tilewise.pipelines.loading.offload import check_offload
+from tilewise.pipelines.loading.offload import offload as apply_offload
 
 # They lose detail below float32, and their pipelines decode in the VAE's own type. Not all do: Flux, for one, hands over its
 # latents as they are.
@@ -26,6 +28,7 @@ def load_pipeline(
     dtype: str = "auto",
     parts: Mapping[str, Any] | None = None,
     pipeline_class: str = "DiffusionPipeline",
+    offload: str = "none",
 ) -> Any:
     """A diffusers pipeline on its device, ready to run and to patch.
 
@@ -35,11 +38,14 @@ def load_pipeline(
     FLOAT32_VAES.
     parts: components that are there already; the model's own are not read, nor need they be there.
     pipeline_class: of diffusers, where it is not the one that the model names.
+    offload: "none", "model", "group" or "sequential": weights that are not at work stay in host memory (`offload.py`).
 
-    Raises ModelError (missing, damaged, no network), DeviceError (not on this machine), ConfigError (no such dtype).
+    Raises ModelError (missing, damaged, no network), DeviceError (not on this machine), ConfigError (no such dtype, no GPU
+    to keep weights off).
     """
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
+    check_offload(offload, where)
     parts = dict(parts or {})
     source = _check_source(model, tuple(parts))
     import diffusers
@@ -55,7 +61,7 @@ def load_pipeline(
         # Left out and put in afterwards: diffusers looks up the classes that the model names for parts that it is handed.
         pipe = loader.from_pretrained(str(source), dtype=dtypes, **dict.fromkeys(parts))
     pipe.register_modules(**parts)
-    pipe.to(where)
+    apply_offload(pipe, offload, where)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,4 +1,5 @@
-"""The command line: `tilewise generate`, `tilewise batch`, `tilewise compare`, `tilewise explain`, `tilewise env`.
+"""The command line: `tilewise generate`, `tilewise batch`, `tilewise compare`, `tilewise explain`, `tilewise presets`,
+`tilewise env`.
 
 Only typer and rich are imported here; torch and diffusers come in with the command that needs them, so that --help and
 usage errors answer at once.
@@ -15,6 +16,7 @@ from tilewise import __version__
 from tilewise.pipelines.generation.method_options import METHOD_OPTIONS, SET
 from tilewise.pipelines.generation.settings import CLIP_OPTIONS
 from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
+from tilewise.pipelines.memory.options import MEMORY_OPTIONS
 from tilewise.pipelines.streaming.settings import STREAM, STREAM_OPTIONS
 from tilewise.ui.cli.declared_options import declared_options
 from tilewise.ui.cli.web import ui
@@ -25,18 +27,19 @@ app = typer.Typer(
     help="Sparse attention for diffusers video pipelines: patched in one call, gone without a trace.",
     add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 INPUT_HELP = "A .txt (one prompt per line, # comments), .csv or .jsonl file. Fields of a line override the options."
 SWEEP_HELP = "Make every clip with each value: method=dense,sta or window=3,3,3;1,5,5. Repeatable."
-RETRY_HELP = "When out of GPU memory, retry with VAE tiling, then with offloading as well."
 WARM_UP_HELP = "Run a few discarded steps before each method and size is timed."
 DEVICE_HELP = "auto, cpu, cuda or cuda:N."
 DRY_RUN_HELP = "Print what would be done and write nothing."
 SOURCE_HELP = "Reproduce a clip: its settings, except for those given here."
 OUT_HELP = "The .mp4 to write, or .png for one frame. Default: outputs/<prompt>-<seed>.…"
 COMPARE_HELP = "'dense': also generate the dense clip, compare both, and write them side by side."
+OF_BOTH = [*CLIP_OPTIONS.values(), *MEMORY_OPTIONS.values(), HIGHRES, *TWO_STAGE_OPTIONS.values()]
 EXPLAINED = ("model", "method", *METHOD_OPTIONS, SET.name, "height", "width", "frames", "steps")  # options of `explain`
 STREAM_EXPLAINED = (
     "causal",
@@ -69,7 +72,18 @@ def _app(
 
 @app.command()
 @exit_codes
-@declared_options([*CLIP_OPTIONS.values(), HIGHRES, *TWO_STAGE_OPTIONS.values(), STREAM, *STREAM_OPTIONS.values()])
+@declared_options(
+    option
+    for options in (
+        CLIP_OPTIONS,
+        MEMORY_OPTIONS,
+        {HIGHRES.name: HIGHRES},
+        TWO_STAGE_OPTIONS,
+        {STREAM.name: STREAM},
+        STREAM_OPTIONS,
+    )
+    for option in options.values()
+)
 def generate(
     options: dict[str, Any],
     prompt: Annotated[str | None, typer.Argument(help="What the clip should show.", show_default=False)] = None,
@@ -89,9 +103,7 @@ def generate(
 
 @app.command()
 @exit_codes
-@declared_options(
-    option for option in (*CLIP_OPTIONS.values(), HIGHRES, *TWO_STAGE_OPTIONS.values()) if option.name != "seed"
-)
+@declared_options(option for option in OF_BOTH if option.name != "seed")
 def batch(
     options: dict[str, Any],
     input: Annotated[Path, typer.Argument(help=INPUT_HELP, show_default=False)],
@@ -103,7 +115,6 @@ def batch(
     max_failures: Annotated[
         int | None, typer.Option(help="Stop after this many failures (counted per process).")
     ] = None,
-    retry_oom: Annotated[bool, typer.Option("--retry-oom", help=RETRY_HELP)] = False,
     warm_up: Annotated[bool | None, typer.Option(help=WARM_UP_HELP, show_default="on a GPU")] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
@@ -114,7 +125,7 @@ def batch(
     """
     from tilewise.ui.cli.batch import BatchRequest, batch_request, dry_run_batch
 
-    policy = (overwrite, fail_fast, max_failures, retry_oom, warm_up)
+    policy = (overwrite, fail_fast, max_failures, warm_up)
     request = BatchRequest(input, out, seeds, sweep or [], options, device, *policy)
     (dry_run_batch if dry_run else batch_request)(request)
 
@@ -160,6 +171,15 @@ def explain(
 
     command = explain_stream_command if options.get("stream") else explain_command
     command(options, as_json=as_json, picture=plot)
+
+
+@app.command()
+@exit_codes
+def presets(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the presets, and the options of every method with their types and defaults."""
+    from tilewise.ui.cli.presets import presets_command
+
+    presets_command(as_json=as_json)
 
 
 @app.command()

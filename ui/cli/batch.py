@@ -23,9 +23,11 @@ from tilewise.pipelines.batch.run import Options, Outcome, run_batch
 from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL, GenerateSettings
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
+from tilewise.pipelines.loading.offload import check_offload
 from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.media.video import ffmpeg_path
+from tilewise.pipelines.memory.options import MEMORY_OPTIONS, memory_options
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.ui.cli.batch_progress import watching
 from tilewise.ui.cli.interrupts import Interrupts
@@ -54,7 +56,6 @@ class BatchRequest:
     overwrite: bool = False
     fail_fast: bool = False
     max_failures: int | None = None
-    retry_oom: bool = False
     warm_up: bool | None = None
 
 
@@ -100,7 +101,8 @@ def batch_request(request: BatchRequest) -> None:
         check_writable(batch.folder / NAME, suffix=".jsonl")
 
         def load(model: str, dtype: str) -> Any:
-            return load_pipeline(model, device=str(batch.device), dtype=dtype)
+            offload = batch.options.memory.offload
+            return load_pipeline(model, device=str(batch.device), dtype=dtype, offload=offload)
 
         with watching(notes, batch.world) as watch, Interrupts(watch.note) as interrupts:
             if not batch.world.rank:
@@ -129,7 +131,9 @@ def _check(request: BatchRequest) -> Batch:
         revision=functools.cache(model_revision),
         dtype=lambda name: str(resolve_dtype(name, device)).removeprefix("torch."),
     )
-    fields = {"model": DEFAULT_MODEL, **request.options}
+    memory = memory_options(request.options)
+    check_offload(memory.offload, device)
+    fields = {"model": DEFAULT_MODEL, **{name: v for name, v in request.options.items() if name not in MEMORY_OPTIONS}}
     plan = make_jobs(
         request.input, rows, tools,
         command=fields, sweep=sweep, seeds=seeds, usual_method=DEFAULT_METHOD, problems=problems,
@@ -142,7 +146,7 @@ def _check(request: BatchRequest) -> Batch:
             raise ConfigError(f"the folder {folder} of --out would stand in for the model {model}; give another one")
     check_writable(folder / NAME, suffix=".jsonl", create=False)
     limit = 1 if request.fail_fast else request.max_failures
-    options = Options(request.overwrite, limit, request.retry_oom, request.warm_up)
+    options = Options(request.overwrite, limit, memory, request.warm_up)
     return Batch(plan, folder, device, world, options)
 
 

@@ -10,7 +10,9 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from tilewise.pipelines.generation.method_options import SET, flag, parse_set
+from tilewise.pipelines.generation.settings import parse_seed
 from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
+from tilewise.pipelines.memory.options import MEMORY_OPTIONS
 from tilewise.pipelines.options import Option
 from tilewise.pipelines.streaming.settings import STREAM, STREAM_OPTIONS
 from tilewise.plugins.errors import ConfigError
@@ -19,7 +21,10 @@ TYPES = {"whole": int, "number": float, "flag": bool, "texts": list[str]}  # all
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 MODES = (HIGHRES, STREAM)
 PANELS = {**dict.fromkeys([HIGHRES.name, *TWO_STAGE_OPTIONS], "Options of --highres")}
+PANELS |= dict.fromkeys(MEMORY_OPTIONS, "Memory")
 PANELS |= dict.fromkeys([STREAM.name, *STREAM_OPTIONS], "Options of --stream")
+
+SEED = "seed"  # a number, or "random"
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -34,6 +39,8 @@ def declared_options(options: Iterable[Option]) -> Callable[[F], F]:
         def with_options(**given: Any) -> None:
             values = {option.name: given.pop(option.name) for option in declared}
             said = {name: value for name, value in values.items() if value not in (None, [])}
+            if SEED in said:
+                said[SEED] = parse_seed(said[SEED])
             of_method = parse_set(said.pop(SET.name, []))
             if twice := [name for name in of_method if name in said]:
                 raise ConfigError(f"--set {twice[0]} and {flag(twice[0])} are the same: give one of them")
@@ -55,7 +62,7 @@ def declared_options(options: Iterable[Option]) -> Callable[[F], F]:
 
 def _parameter(option: Option) -> inspect.Parameter:
     """None stands for what is not given: a clip made again, or a line of a batch, has its own."""
-    kind: Any = TYPES.get(option.kind, str) | None
+    kind: Any = (str if option.name == SEED else TYPES.get(option.kind, str)) | None
     names = [f"--{option.name}"] if option in MODES else []  # without --no-highres
     help_text = option.help
     if option.choices and not all(choice in help_text for choice in option.choices):

@@ -19,7 +19,8 @@ from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.model_defaults import size_notes
 from tilewise.pipelines.media.video import write_settings, write_video
-from tilewise.pipelines.memory.limits import possible, saving
+from tilewise.pipelines.memory.options import MemoryOptions, check_memory
+from tilewise.pipelines.memory.retry import within_memory
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.generate_highres import dry_run_highres, generate_highres
 from tilewise.ui.cli.generate_stream import dry_run_stream, generate_stream
@@ -40,6 +41,7 @@ class Work:
     files: list[Path]
     dtype: str
     origin: ClipMetadata | None
+    memory: MemoryOptions
 
 
 def dry_run_request(request: Request) -> None:
@@ -73,19 +75,24 @@ def generate_request(request: Request) -> None:
         work = _check(request, create=True)
         settings = work.settings
         with notes.status(f"loading {settings.model} …"):
-            load = functools.partial(load_pipeline, settings.model, device=request.device, dtype=work.dtype)
+            where = {"device": request.device, "dtype": work.dtype, "offload": work.memory.offload}
+            load = functools.partial(load_pipeline, settings.model, **where)
             pipe, run = begin_run(settings.model, work.dtype, load)
         warnings = explain_settings(work.skeleton, settings).warnings
         for note in [*prompt_notes(pipe, settings), *_size_notes(work), *warnings, *_origin_notes(work)]:
             notes.note(note)
-        # Tiles of the VAE show in the pixels: a clip that was made with them is made again with them.
-        measures = [] if work.origin is None else work.origin.run.get("memory_saving", [])
-        run["memory_saving"] = measures = [measure for measure in measures if measure in possible(pipe)]
-        with progress_bars(notes) as progress, saving(pipe, measures), cancellable(pipe):
-            if request.compare:
-                result: Clip | Comparison = compare(pipe, settings, progress, runs=request.runs)
-            else:
-                result = generate(pipe, settings, progress)
+        with progress_bars(notes) as progress:
+
+            def make() -> Clip | Comparison:
+                with cancellable(pipe):
+                    if request.compare:
+                        return compare(pipe, settings, progress, runs=request.runs)
+                    return generate(pipe, settings, progress)
+
+            result, run["memory_saving"], run["oom_retries"] = within_memory(
+                pipe, make, work.memory.measures, retry=work.memory.retry_oom, note=notes.note
+            )
+            run["offload"] = work.memory.offload
     _write(result, work.files, run)
     print_result(_score_content(pipe, result, work.files, run, notes))
     print_files(work.files)
@@ -122,15 +129,17 @@ def _check(request: Request, *, create: bool) -> Work:
     if request.compare and config.method.name == "dense":
         raise ConfigError("--compare dense needs another method than dense")
     dtype = request.dtype(origin)
+    memory = request.memory(origin)
     model = given.get("model", DEFAULT_MODEL)
     skeleton = load_skeleton(model)
     settings = resolve_settings(skeleton, **{**given, "prompt": prompt, "method": config, "model": model})
     call_arguments(skeleton, settings)
+    check_memory(skeleton, memory, resolve_device(request.device))
     files = [request.out or default_out(settings.prompt, settings.seed, settings.frames)]
     if request.compare:
         files += [files[0].with_stem(f"{files[0].stem}-{kind}") for kind in ("dense", "side-by-side")]
     request.check_files(files, settings, create=create)
-    return Work(skeleton, settings, files, dtype, origin)
+    return Work(skeleton, settings, files, dtype, origin, memory)
 
 
 def _size_notes(work: Work) -> list[str]:

@@ -22,6 +22,8 @@ from tilewise.pipelines.highres.two_stages import HighresClip, add_content_score
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import cast_skeleton, load_pipeline, load_skeleton
 from tilewise.pipelines.media.video import write_settings, write_video
+from tilewise.pipelines.memory.options import MemoryOptions, check_memory
+from tilewise.pipelines.memory.retry import within_memory
 from tilewise.pipelines.options import field_values, parse_size
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.progress import progress_bars, quiet_libraries
@@ -41,6 +43,7 @@ class _Checked:
     files: list[Path]
     dtype: str
     origin: ClipMetadata | None
+    memory: MemoryOptions
 
 
 def dry_run_highres(request: Request) -> None:
@@ -62,9 +65,10 @@ def generate_highres(request: Request) -> None:
         found = _check(request, create=True)
         model = found.work.target.model
         with notes.status(f"loading {model} …"):
-            load = functools.partial(load_pipeline, model, device=request.device, dtype=found.dtype)
+            where = {"device": request.device, "dtype": found.dtype, "offload": found.memory.offload}
+            load = functools.partial(load_pipeline, model, **where)
             pipe, run = begin_run(model, found.dtype, load)
-        work = _tiled_alike(prepare(pipe, *found.arguments), found.origin)
+        work = _tiled(prepare(pipe, *found.arguments), found.origin, found.memory)
         target = work.target
         notes.print(str(work.plan), style="yellow", soft_wrap=True)
         for note in [*prompt_notes(pipe, target), *work.notes]:
@@ -73,8 +77,17 @@ def generate_highres(request: Request) -> None:
         def write_native(clip: Clip) -> None:
             write_video(found.files[1], clip.frames, clip.settings.fps, settings=clip_metadata(clip, run))
 
-        with progress_bars(notes) as progress, cancellable(pipe):
-            made = make(pipe, work, progress, write_native)
+        with progress_bars(notes) as progress:
+
+            def make_both() -> HighresClip:
+                with cancellable(pipe):
+                    return make(pipe, work, progress, write_native)
+
+            taken = [name for name, on in (("vae-tiling", work.plan.vae_tiling), ("offload", work.plan.offload)) if on]
+            made, run["memory_saving"], run["oom_retries"] = within_memory(
+                pipe, make_both, retry=found.memory.retry_oom, taken=taken, note=notes.note
+            )
+            run["offload"] = found.memory.offload
     write_video(found.files[0], made.frames, target.fps, settings=_metadata(made, run))
     made = _score_content(pipe, made, found.files, run, notes)
     print_result(made.clip)
@@ -107,12 +120,14 @@ def _check(request: Request, *, create: bool) -> _Checked:
     skeleton = cast_skeleton(load_skeleton(model), getattr(torch, dtype))
     method = first_stage_method(shared.get("method", "dense"), given)
     both = {"model": model, **{name: shared[name] for name in SHARED_BY_STAGES if name in shared}}
+    memory = request.memory(origin)
+    check_memory(skeleton, memory, resolve_device(request.device))
     arguments = (prompt, height, width, native, method, options, both)
     work = prepare(skeleton, *arguments, resolve_device(request.device))
     file = request.out or default_out(prompt, work.target.seed, work.target.frames)
     files = [file, file.with_stem(f"{file.stem}-native")]
     request.check_files(files, work.target, create=create)
-    return _Checked(skeleton, work, arguments, files, dtype, origin)
+    return _Checked(skeleton, work, arguments, files, dtype, origin, memory)
 
 
 def _earlier(origin: ClipMetadata) -> dict[str, Any]:
@@ -127,12 +142,15 @@ def _earlier(origin: ClipMetadata) -> dict[str, Any]:
     return {**settings, "method": stages.method, "native": native, "options": stages.options.to_dict()}
 
 
-def _tiled_alike(work: Work, origin: ClipMetadata | None) -> Work:
-    """With the VAE in tiles where it was for the clip of --from: they show in the pixels."""
+def _tiled(work: Work, origin: ClipMetadata | None, memory: MemoryOptions) -> Work:
+    """With the VAE in tiles where that was asked for, or was so for the clip of --from: they show in the pixels."""
     told = None if origin is None else origin.run.get("highres")
     if origin is None or told is None or _size(origin.settings) != _size(work.target):
-        return work
-    tiles = {name: getattr(work.plan, name) or bool(told["plan"].get(name)) for name in ("vae_tiling", "native_tiling")}
+        told = {"plan": {}}
+    tiles = {
+        name: getattr(work.plan, name) or memory.vae_tiling or bool(told["plan"].get(name))
+        for name in ("vae_tiling", "native_tiling")
+    }
     return dataclasses.replace(work, plan=dataclasses.replace(work.plan, **tiles))
 
 

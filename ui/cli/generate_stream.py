@@ -17,6 +17,7 @@ from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import cast_skeleton, load_skeleton
 from tilewise.pipelines.media.files import is_still
+from tilewise.pipelines.memory.options import MEMORY_OPTIONS
 from tilewise.pipelines.options import field_values
 from tilewise.pipelines.streaming.preparation import (
     SHARED,
@@ -42,6 +43,9 @@ from tilewise.ui.common.terminal import say, standard_error
 REFUSED = {
     "frames": "a stream's length is --seconds",
     "steps": "its passes are the recipe's timesteps",
+    **dict.fromkeys(
+        MEMORY_OPTIONS, "a stream keeps all of the model on the device, and says how much memory its cache takes"
+    ),
     HIGHRES.name: "one stage makes a stream",
     **dict.fromkeys(TWO_STAGE_OPTIONS, "it is an option of --highres"),
 }

@@ -13,6 +13,7 @@ from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.media.files import check_sidecar, check_writable
 from tilewise.pipelines.media.video import ffmpeg_path
+from tilewise.pipelines.memory.options import MemoryOptions, memory_options
 from tilewise.pipelines.options import options_of
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.common.options import config_file, out_suffix
@@ -44,6 +45,10 @@ class Request:
     def origin(self) -> ClipMetadata | None:
         """What the clip of --from says."""
         return None if self.source is None else read_clip_metadata(self.source)
+
+    def memory(self, origin: ClipMetadata | None) -> MemoryOptions:
+        """What was given of `MemoryOptions`, and tiles of the VAE as for the clip of --from."""
+        return memory_options(self.options, None if origin is None else origin.run)
 
     def dtype(self, origin: ClipMetadata | None) -> str:
         """The dtype of the weights by its full name: as given, else as for the clip of --from."""

@@ -25,7 +25,9 @@ from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.media.files import replacing
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.pipelines.memory import limits as memory
+from tilewise.pipelines.memory import retry as retrying
 from tilewise.pipelines.memory.limits import PeakMemory, possible, saving
+from tilewise.pipelines.memory.options import MemoryOptions
 from tilewise.ui.common.options import method_config
 
 
@@ -325,14 +327,14 @@ def short_of_memory(monkeypatch, needed):
 
     monkeypatch.setattr(batch_clip, "generate", attempt)
     monkeypatch.setitem(memory._SWITCHES, "offload", offload)
-    for module in (memory, batch_clip):
+    for module in (memory, retrying):
         monkeypatch.setattr(module, "possible", lambda pipe: ["vae-tiling"] * (not pipe.vae.use_tiling) + ["offload"])
     return tries
 
 
 def test_retry_oom_tries_tiling_then_offload_and_says_so(go, jobs, monkeypatch, pipe):
     tries = short_of_memory(monkeypatch, {"vae-tiling", "offload"})
-    outcome, seen = go(jobs[:2], retry_oom=True)
+    outcome, seen = go(jobs[:2], memory=MemoryOptions(retry_oom=True))
     assert (outcome.made, outcome.failed) == (2, [])
     # The second clip, of the same shape, begins where the first one succeeded.
     assert tries == [(0, False, False), (0, True, False), (0, True, True), (1, True, True)]
@@ -355,7 +357,7 @@ def test_without_retry_oom_the_clip_fails(go, jobs, monkeypatch):
 
 def test_retry_oom_gives_up_when_nothing_is_left(go, jobs, monkeypatch):
     tries = short_of_memory(monkeypatch, {"more"})
-    outcome, _ = go(jobs[:1], retry_oom=True)
+    outcome, _ = go(jobs[:1], memory=MemoryOptions(retry_oom=True))
     assert len(tries) == 3
     assert isinstance(outcome.failed[0][1], torch.OutOfMemoryError)
 

@@ -19,6 +19,7 @@ from tilewise.pipelines.generation.clip_metadata import frames_sha256
 from tilewise.pipelines.highres.two_stages import highres
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.media.video import read_frames, read_settings
+from tilewise.pipelines.memory.options import MemoryOptions
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli import batch as batching
 from tilewise.ui.cli.app import app
@@ -329,7 +330,7 @@ def test_short_of_memory_it_is_tried_again_in_tiles(plan, pipe, tmp_path, monkey
 
     monkeypatch.setattr(batch_highres, "make", tight)
     jobs = plan({"height": 80, "width": 64, "highres": True}).jobs
-    outcome = run_batch(jobs, tmp_path / "o", lambda *_: pipe, options=Options(retry_oom=True))
+    outcome = run_batch(jobs, tmp_path / "o", lambda *_: pipe, options=Options(memory=MemoryOptions(retry_oom=True)))
     assert (outcome.made, tiles, pipe.vae.use_tiling) == (1, [False, True], False)
     [line] = lines(tmp_path / "o")
     assert (line["run"]["memory_saving"], line["run"]["oom_retries"]) == (["vae-tiling"], 1)

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import global_state
+import numpy as np
 import pytest
 import tiny_wan
 import torch
@@ -25,7 +26,7 @@ from typer.testing import CliRunner
 
 import tilewise
 from tilewise.__main__ import main
-from tilewise.pipelines.generation.generate import add_content_score
+from tilewise.pipelines.generation.generate import Clip, add_content_score
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.ui.cli import generate as generating
@@ -34,6 +35,8 @@ from tilewise.ui.common.options import default_out, method_config
 
 PROMPT = "a red circle moving right"
 NAME = "a-red-circle-moving-right-0"
+FRAMES = np.zeros((9, 64, 64, 3), np.uint8)
+SECONDS = {"encode": 0.1, "denoise": 1.0, "decode": 0.2, "total": 1.3}
 COMMAND = [sys.executable, "-m", "tilewise"]
 
 
@@ -120,6 +123,68 @@ def test_explain(tiny_pipe_dir):
     assert told["size"] == {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 4}
     assert told["denoisers"][0]["tokens"] == 9 * 8 * 8
     assert 0 < told["density"] <= 1
+
+
+def test_a_random_seed_is_drawn_said_and_stored(tiny_pipe_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(generating, "generate", lambda pipe, settings, *_: Clip(FRAMES, SECONDS, None, settings))
+    seeds = set()
+    for name in ("a.mp4", "b.mp4"):
+        words = ["generate", PROMPT, "--model", str(tiny_pipe_dir), "--seed", "random", "--out", str(tmp_path / name)]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.stderr
+        seed = read_settings(tmp_path / name)["seed"]
+        assert f", {seed} " in result.stdout
+        seeds.add(seed)
+    assert len(seeds) == 2
+    again = CliRunner().invoke(
+        app, ["generate", "--from", str(tmp_path / "a.mp4"), "--dry-run", "--out", str(tmp_path / "c.mp4")]
+    )
+    assert str(read_settings(tmp_path / "a.mp4")["seed"]) in again.stdout
+
+
+def test_out_of_memory_is_tried_again_where_that_is_asked_for(tiny_pipe_dir, tmp_path, monkeypatch):
+    tiled = []
+
+    def tight(pipe, settings, *_):
+        tiled.append(pipe.vae.use_tiling)
+        if not pipe.vae.use_tiling:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 1 GiB")
+        return Clip(FRAMES, SECONDS, None, settings)
+
+    monkeypatch.setattr(generating, "generate", tight)
+    out = tmp_path / "clip.mp4"
+    words = ["generate", PROMPT, "--model", str(tiny_pipe_dir), "--out", str(out)]
+    assert CliRunner().invoke(app, words).exit_code == 1
+    result = CliRunner().invoke(app, [*words, "--retry-oom"])
+    assert result.exit_code == 0, result.stderr
+    assert "note: out of GPU memory; trying again with vae-tiling" in result.stderr
+    run = read_settings(out)["run"]
+    assert (run["memory_saving"], run["oom_retries"], run["offload"]) == (["vae-tiling"], 1, "none")
+    result = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "tiled.mp4"), "--vae-tiling"])
+    assert result.exit_code == 0, result.stderr
+    assert tiled == [False, False, True, True]
+
+
+def test_presets_and_options_are_listed():
+    result = CliRunner().invoke(app, ["presets"])
+    assert result.exit_code == 0, result.stderr
+    for word in (
+        *tilewise.presets(),
+        *tilewise.methods(),
+        "stride",
+        "three whole numbers such as 3,3,3",
+        "steps_sparse",
+    ):
+        assert word in result.stdout
+    told = json.loads(CliRunner().invoke(app, ["presets", "--json"]).stdout)
+    assert {name: tilewise.Config.from_dict(one) for name, one in told.items()} == tilewise.presets()
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["batch"], ["presets"]])
+def test_h_is_help(command):
+    long, short = (CliRunner().invoke(app, [*command, word]) for word in ("--help", "-h"))
+    assert short.exit_code == 0
+    assert short.stdout == long.stdout
 
 
 def test_env():
@@ -284,6 +349,17 @@ BAD = {
     "unknown device": (["--device", "gpu"], 2, "unknown device"),
     "unknown dtype": (["--dtype", "int8"], 2, "unknown dtype"),
     "unknown option": (["--widow", "3,3,3"], 2, "--window"),
+    "way of offloading": (
+        ["--offload", "gpu"],
+        2,
+        "unknown offload 'gpu'. Did you mean 'group'?",
+    ),
+    "offload on a CPU": (
+        ["--offload", "model"],
+        2,
+        "--offload model keeps weights off a GPU, and this runs on the CPU",
+    ),
+    "a seed of words": (["--seed", "lucky"], 2, "seed takes a whole number, or random, not 'lucky'"),
     "no such device": (["--device", "cuda:99"], 3, "cuda:99"),
     "no such model": (["--model", "/nowhere"], 3, "/nowhere"),
 }

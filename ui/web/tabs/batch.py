@@ -151,7 +151,7 @@ def refuse_files(rows: Sequence[Row]) -> None:
     """Raises ConfigError for a line that names a file: a page reads none of the server's."""
     for row in rows:
         for name in row.fields:
-            if FIELDS[name].names_file:
+            if name in FIELDS and FIELDS[name].names_file:
                 raise ConfigError(f"line {row.line}: {name} is for the command line, not for this page; leave it out")
 
 

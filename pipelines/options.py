@@ -78,6 +78,8 @@ class Option:
         }[self.kind]
         if not valid:
             raise ConfigError(f"{self.name} must be {KINDS[self.kind]}, not {said[:80]!r}")
+        if self.kind == "texts":
+            return value if isinstance(value, list) else [part.strip() for part in value.split(";")]
         return _joined(value) if isinstance(value, list) else value
 
 

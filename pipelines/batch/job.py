@@ -7,8 +7,8 @@ A clip that is made by two stages (``highres``) is known by both: its settings a
 it as {file's name}-native.
 
 The key says what is to be made, not in which order or under which name: a job that moves to another line of the input, or
-runs on another machine, keeps it. The model counts by its revision and a tiny autoencoder by its SHA-256, because a name does not
-say which weights it stands for.
+runs on another machine, keeps it. The model counts by its revision, a tiny autoencoder and a LoRA by their SHA-256, because a
+name does not say which weights it stands for.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from tilewise import __version__
 from tilewise.pipelines.generation.settings import GenerateSettings, TinyChoice
 from tilewise.pipelines.highres.settings import HighresSettings
+from tilewise.pipelines.loading.loras import LoraChoice
 from tilewise.pipelines.media.files import suffix_of
 from tilewise.plugins.config import Config
 
@@ -86,12 +87,16 @@ class Job:
     @cached_property
     def key(self) -> str:
         """64 hex digits; equal for jobs that make the same clip."""
-        settings = {name: value for name, value in self.settings.to_dict().items() if name not in ("model", "decode")}
+        settings = {
+            name: value for name, value in self.settings.to_dict().items() if name not in ("model", "decode", "lora")
+        }
         identity = {**settings, "tilewise": __version__, "dtype": self.dtype, "revision": self.revision}
         if self.highres is not None:
             identity["highres"] = self.highres.to_dict()
         if (tiny := TinyChoice.parse(self.settings.decode)) is not None:
             identity["decode"] = tiny.sha256
+        if self.settings.lora:
+            identity["lora"] = [(one.sha256, one.weight) for one in map(LoraChoice.parse, self.settings.lora)]
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

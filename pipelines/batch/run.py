@@ -32,8 +32,8 @@ from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.pipelines.memory.limits import free_memory, is_out_of_memory
 
 PART = re.compile(rf"\.({CLIP_NAME.pattern}|manifest\.jsonl)\.\d+-[0-9a-f]{{6}}\.part")
-Load = Callable[[str, str], Any]
-"""Called as load(model, dtype); gives a pipeline on its device."""
+Load = Callable[[str, str, tuple[str, ...]], Any]
+"""Called as load(model, dtype, loras); gives a pipeline on its device, with the LoRAs in its weights."""
 
 
 class DiskFullError(OutputError):
@@ -130,10 +130,11 @@ class _Run:
         pending = [job for job in owned(self.jobs, self.world) if not self._is_done(job, known.get(job.key))]
         done = 0 if self.options.overwrite else _count_done(self.jobs, known) + self.outcome.taken_over
         self.watch.begin(len(self.jobs), done, len(pending))
-        models = list(dict.fromkeys((job.settings.model, job.dtype) for job in pending))
-        for model, dtype in models:
-            batch = [job for job in pending if (job.settings.model, job.dtype) == (model, dtype)]
-            if not self._make_all(model, dtype, batch):
+        pipelines: dict[tuple[str, str, tuple[str, ...]], list[Job]] = {}
+        for job in pending:
+            pipelines.setdefault((job.settings.model, job.dtype, job.settings.lora), []).append(job)
+        for (model, dtype, loras), batch in pipelines.items():
+            if not self._make_all(model, dtype, loras, batch):
                 break
         return self.outcome
 
@@ -175,11 +176,11 @@ class _Run:
         except (OutputError, KeyError, TypeError, ValueError):
             return None
 
-    def _make_all(self, model: str, dtype: str, jobs: Sequence[Job]) -> bool:
+    def _make_all(self, model: str, dtype: str, loras: tuple[str, ...], jobs: Sequence[Job]) -> bool:
         """Makes the clips of one model; False to stop the batch."""
         if self._should_stop():
             return False
-        pipe, told = begin_run(model, dtype, functools.partial(self.load, model, dtype), self.watch.loading)
+        pipe, told = begin_run(model, dtype, functools.partial(self.load, model, dtype, loras), self.watch.loading)
         load_seconds = told["load"]
         try:
             self.maker.new_pipeline(pipe, jobs)

@@ -17,6 +17,7 @@ from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import stock_call
 from tilewise.pipelines.generation.tiny_decoding import decode_latents, tiny_decoder_of
+from tilewise.pipelines.loading.loras import require_loras
 from tilewise.pipelines.loading.model_defaults import least_steps, model_defaults
 from tilewise.pipelines.media.video import to_uint8
 from tilewise.pipelines.quality.content_detection import analyse
@@ -61,10 +62,11 @@ def generate(
     Method "dense" runs the stock pipeline without any patch. Whatever happens, KeyboardInterrupt included, the pipeline
     is usable and unpatched afterwards; `cancellation.cancellable` stops it from another thread.
 
-    Raises ConfigError if the pipeline is already patched (which method was meant?), UnsupportedModelError for a
-    pipeline that needs more than text, OutputError if the model's output is not a picture (NaN).
+    Raises ConfigError if the pipeline is already patched (which method was meant?) or has other LoRAs, UnsupportedModelError for
+    a pipeline that needs more than text, OutputError if the model's output is not a picture (NaN).
     """
     refuse_patched(pipe)
+    require_loras(pipe, settings.lora)
     report = None
     if settings.is_dense:
         output, seconds = run(pipe, settings, progress, preview=preview)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings, parse_seed
 from tilewise.pipelines.generation.tiny_decoding import resolve_decode
+from tilewise.pipelines.loading.loras import check_loras, merged_loras, resolve_lora
 from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.plugins.config import MethodLike, resolve
 from tilewise.plugins.diffusers_compat import source_of
@@ -28,12 +30,13 @@ def resolve_settings(
     fps: float | None = None,
     max_sequence_length: int | None = None,
     decode: str = OWN_VAE,
+    lora: Sequence[str] | None = None,
 ) -> GenerateSettings:
     """Settings for a pipeline: what is not given comes from `model_defaults(pipe)`, and the size is checked.
 
     Diffusers rounds a size that the model cannot make, with a line in the log; here it is an error, so that a clip is
     always as large as it was asked for. The seed may be "random". `pipe` may be a skeleton: no weights are run. The file of a
-    tiny autoencoder is read.
+    tiny autoencoder and those of LoRAs are read. lora: default: those that `load_pipeline` merged into the pipeline.
 
     Raises ConfigError for a bad value, or for a size, with the nearest one that the model takes. For a tiny autoencoder raises as
     `tiny_decoding.read_fitting`.
@@ -57,7 +60,9 @@ def resolve_settings(
         fps=float(pick(fps, native.fps)),
         max_sequence_length=pick(max_sequence_length, native.max_sequence_length),
         decode=resolve_decode(pipe, decode),
+        lora=merged_loras(pipe) if lora is None else tuple(map(resolve_lora, lora)),
     )
+    check_loras(pipe, settings.lora)
     explain_settings(pipe, settings)
     return settings
 

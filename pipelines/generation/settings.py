@@ -64,6 +64,7 @@ class GenerateSettings:
         steps: denoising steps. guidance: classifier-free guidance scale; 1 or less runs without.
         seed: of the starting noise, which is drawn on the CPU so that every device starts alike.
         max_sequence_length: text tokens; None for the pipeline's own.
+        lora: LoRAs in the model's weights, "PATH" or "PATH:WEIGHT" each; `resolve_settings` adds their SHA-256.
         decode: "vae", the model's own, or "tiny=PATH", a tiny autoencoder's file; `resolve_settings` adds its SHA-256.
 
     Raises:
@@ -88,6 +89,13 @@ class GenerateSettings:
         OWN_VAE, help="What makes frames of latents: vae (the model's own), or tiny=PATH (TAEHV).", names_file=True
     )
 
+    lora: tuple[str, ...] = option(
+        (),
+        help="PATH or PATH:WEIGHT: a LoRA, style.safetensors:0.8 for instance. Repeatable.",
+        shown_default="none",
+        names_file=True,
+    )
+
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ConfigError("the prompt is empty: say what the clip should show")
@@ -104,6 +112,9 @@ class GenerateSettings:
         if not _is_number(self.fps) or self.fps <= 0:
             raise ConfigError(f"fps must be a number above 0, not {self.fps!r}")
         TinyChoice.parse(self.decode)
+        if isinstance(self.lora, str) or not all(isinstance(one, str) for one in self.lora):
+            raise ConfigError(f"lora must be a list of texts, not {self.lora!r}")
+        object.__setattr__(self, "lora", tuple(self.lora))
 
     @property
     def is_dense(self) -> bool:
@@ -113,7 +124,7 @@ class GenerateSettings:
     def to_dict(self) -> dict[str, Any]:
         """JSON values only; "tilewise" is the version that made it. A clip's file adds "run": how it went."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"tilewise": __version__, **values, "method": self.method.to_dict()}
+        return {"tilewise": __version__, **values, "lora": list(self.lora), "method": self.method.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerateSettings:

@@ -30,6 +30,7 @@ from tilewise.pipelines.highres.preparation import Work, few_steps, prepare, tra
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.highres.upscale import upscale_frames, upscale_latents
 from tilewise.pipelines.latent_spaces.base import latent_space, tiled
+from tilewise.pipelines.loading.loras import require_loras
 from tilewise.pipelines.media.video import to_uint8
 from tilewise.pipelines.memory.limits import saving
 from tilewise.pipelines.memory.plan import MemoryPlan
@@ -133,6 +134,7 @@ def make(
 ) -> HighresClip:
     """Runs what `prepare` decided; see `highres`."""
     tell = progress or (lambda phase, done, total: None)
+    require_loras(pipe, work.target.lora)
     options, target, space = work.options, work.target, latent_space(pipe)
     saved = ["offload"] if work.plan.offload else []
     with saving(pipe, saved), nothing_left(pipe), fused_vae(pipe):

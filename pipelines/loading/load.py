@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
+from tilewise.pipelines.loading.loras import merge_loras
 from tilewise.pipelines.loading.model_folder import check_folder, find_model
 from tilewise.pipelines.loading.offload import check_offload
 from tilewise.pipelines.loading.offload import offload as apply_offload
@@ -29,6 +30,7 @@ def load_pipeline(
     parts: Mapping[str, Any] | None = None,
     pipeline_class: str = "DiffusionPipeline",
     offload: str = "none",
+    loras: Sequence[str] = (),
 ) -> Any:
     """A diffusers pipeline on its device, ready to run and to patch.
 
@@ -38,6 +40,7 @@ def load_pipeline(
     FLOAT32_VAES.
     parts: components that are there already; the model's own are not read, nor need they be there.
     pipeline_class: of diffusers, where it is not the one that the model names.
+    loras: "PATH" or "PATH:WEIGHT" each, merged into the weights (`loras.py`).
     offload: "none", "model", "group" or "sequential": weights that are not at work stay in host memory (`offload.py`).
 
     Raises ModelError (missing, damaged, no network), DeviceError (not on this machine), ConfigError (no such dtype, no GPU
@@ -61,6 +64,7 @@ def load_pipeline(
         # Left out and put in afterwards: diffusers looks up the classes that the model names for parts that it is handed.
         pipe = loader.from_pretrained(str(source), dtype=dtypes, **dict.fromkeys(parts))
     pipe.register_modules(**parts)
+    merge_loras(pipe, loras)
     apply_offload(pipe, offload, where)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -13,10 +13,11 @@ from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings
 from tilewise.pipelines.generation.tiny_decoding import resolve_decode
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import load_pipeline
+from tilewise.pipelines.loading.loras import LoraChoice, resolve_lora
 from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.pipelines.loading.model_folder import find_model
 from tilewise.pipelines.streaming.checkpoints.known import RECIPES
-from tilewise.pipelines.streaming.checkpoints.load import load_causal_checkpoint, recipe_of_checkpoint
+from tilewise.pipelines.streaming.checkpoints.load import load_causal_checkpoint, merge_lora, recipe_of_checkpoint
 from tilewise.pipelines.streaming.checks import cache_of, check_stream
 from tilewise.pipelines.streaming.explain import StreamExplanation, explain_stream
 from tilewise.pipelines.streaming.memory import memory_of
@@ -30,7 +31,17 @@ from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.streaming.kv_cache import KVCache
 
 CAUSAL_FOLDER = "causal"  # of a model folder
-SHARED = ("model", "negative", "seed", "fps", "height", "width", "max_sequence_length", "decode")  # with other clips
+SHARED = (
+    "model",
+    "negative",
+    "seed",
+    "fps",
+    "height",
+    "width",
+    "max_sequence_length",
+    "decode",
+    "lora",
+)  # with other clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +128,7 @@ def prepare(
         fps=fps,
         max_sequence_length=model_defaults(skeleton).max_sequence_length if tokens is None else tokens,
         decode=decode,
+        lora=tuple(map(resolve_lora, shared.get("lora") or ())),
     )
     return StreamWork(settings, options, found, checkpoint)
 
@@ -142,10 +154,6 @@ def find_causal(model: str, options: StreamSettings) -> Path | None:
             "chunk by chunk. Give one with --causal, a file or folder (docs/causal-checkpoints.md lists those that load), or a "
             "--recipe where the model's own weights are causal"
         )
-    if options.lora is not None:
-        raise ConfigError(
-            "--lora goes on top of a causal checkpoint: give --causal too, or the LoRA itself as --causal"
-        )
     return None
 
 
@@ -160,7 +168,7 @@ def recipe_for(
     """The recipe of a stream with what its options change, and the causal checkpoint; arguments and errors as for `prepare`."""
     checkpoint = find_causal(model, options)
     if checkpoint is not None:
-        found = recipe_of_checkpoint(checkpoint, skeleton, lora=options.lora, recipe=recipe or options.recipe)
+        found = recipe_of_checkpoint(checkpoint, skeleton, recipe=recipe or options.recipe)
     else:
         found = recipe or _named(options.recipe)
     found = options.applied(found)
@@ -191,8 +199,9 @@ def load(work: StreamWork, *, device: str = "auto", dtype: str = "auto") -> Any:
     """The pipeline of a stream, with the causal weights in it. Raises ModelError and others, as those who load it do."""
     pipe = load_pipeline(work.settings.model, device=device, dtype=dtype)
     if work.checkpoint is not None:
-        lora, scale = work.options.lora, work.options.lora_scale
-        load_causal_checkpoint(work.checkpoint, pipe, lora=lora, lora_scale=scale, recipe=work.recipe)
+        load_causal_checkpoint(work.checkpoint, pipe, recipe=work.recipe)
+    for choice in map(LoraChoice.parse, work.settings.lora):
+        merge_lora(pipe, choice.path, choice.weight)
     return pipe
 
 

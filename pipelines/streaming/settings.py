@@ -28,7 +28,6 @@ class StreamSettings:
     Args:
         causal: file or folder of the checkpoint; None: the one that comes with the model, or the model's own weights where a
             recipe is named.
-        lora, lora_scale: a LoRA file on top, and its weight.
         recipe: name of a published recipe; None: what the checkpoint's files say.
         seconds: length of the video.
         chunk, window, sink, memory, sink_position, policy: see ``CausalRecipe``. storage: see ``KVCache``.
@@ -45,8 +44,6 @@ class StreamSettings:
         help="Causal checkpoint: a file or folder.",
         shown_default="the one in the model's folder",
     )
-    lora: str | None = option(None, help="LoRA file on top of the causal checkpoint.")
-    lora_scale: float = option(1.0, help="Weight of the LoRA.")
     recipe: str | None = option(
         None, help="Name of a published recipe, self-forcing for instance.", shown_default="the checkpoint's own"
     )
@@ -85,8 +82,6 @@ class StreamSettings:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
         if self.seconds is not None and not (_is_number(self.seconds) and self.seconds > 0):
             raise ConfigError(f"seconds must be a number above 0, not {self.seconds!r}")
-        if not _is_number(self.lora_scale):
-            raise ConfigError(f"lora_scale must be a number, not {self.lora_scale!r}")
         if isinstance(self.prompt_at, str):
             raise ConfigError(f"prompt_at must be a list of texts, not {self.prompt_at!r}")
         object.__setattr__(self, "prompt_at", tuple(self.prompt_at))

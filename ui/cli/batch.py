@@ -100,9 +100,9 @@ def batch_request(request: BatchRequest) -> None:
         batch = _check(request)
         check_writable(batch.folder / NAME, suffix=".jsonl")
 
-        def load(model: str, dtype: str) -> Any:
+        def load(model: str, dtype: str, loras: tuple[str, ...]) -> Any:
             offload = batch.options.memory.offload
-            return load_pipeline(model, device=str(batch.device), dtype=dtype, offload=offload)
+            return load_pipeline(model, device=str(batch.device), dtype=dtype, offload=offload, loras=loras)
 
         with watching(notes, batch.world) as watch, Interrupts(watch.note) as interrupts:
             if not batch.world.rank:

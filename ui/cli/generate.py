@@ -75,7 +75,12 @@ def generate_request(request: Request) -> None:
         work = _check(request, create=True)
         settings = work.settings
         with notes.status(f"loading {settings.model} …"):
-            where = {"device": request.device, "dtype": work.dtype, "offload": work.memory.offload}
+            where = {
+                "device": request.device,
+                "dtype": work.dtype,
+                "offload": work.memory.offload,
+                "loras": settings.lora,
+            }
             load = functools.partial(load_pipeline, settings.model, **where)
             pipe, run = begin_run(settings.model, work.dtype, load)
         warnings = explain_settings(work.skeleton, settings).warnings

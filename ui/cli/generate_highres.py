@@ -66,7 +66,7 @@ def generate_highres(request: Request) -> None:
         model = found.work.target.model
         with notes.status(f"loading {model} …"):
             where = {"device": request.device, "dtype": found.dtype, "offload": found.memory.offload}
-            load = functools.partial(load_pipeline, model, **where)
+            load = functools.partial(load_pipeline, model, loras=found.work.target.lora, **where)
             pipe, run = begin_run(model, found.dtype, load)
         work = _tiled(prepare(pipe, *found.arguments), found.origin, found.memory)
         target = work.target

@@ -109,6 +109,15 @@ def load_causal_checkpoint(
     return pipe, chosen
 
 
+def merge_lora(pipe: Any, file: str | Path, weight: float = 1.0) -> None:
+    """Merges a LoRA of any published layout into the weights of a pipeline with one Wan denoiser, on top of what is in them.
+
+    Raises ModelError for a file that is missing, none, or for other weights; nothing was changed then.
+    """
+    bare = _Denoiser(str(file), {}, {}, {})
+    _put(pipe, _with_lora([bare], Path(file).expanduser()), weight)
+
+
 def recipe_of_checkpoint(
     path: str | Path, pipe: Any, *, lora: str | Path | None = None, recipe: str | CausalRecipe | None = None
 ) -> CausalRecipe:

@@ -71,7 +71,7 @@ def go(pipe, tmp_path):
     def run(jobs, stop=lambda: False, world=None, **options):
         seen = Seen()
         outcome = run_batch(
-            jobs, tmp_path / "out", lambda model, dtype: pipe,
+            jobs, tmp_path / "out", lambda *_: pipe,
             options=Options(**options), watch=seen, stop=stop, world=world,
         )  # fmt: skip
         return outcome, seen

@@ -20,7 +20,7 @@ def test_names_that_are_listed_without_torch_are_those_that_there_are():
 
 
 def test_json_and_back():
-    made = StreamSettings(seconds=20, sink=0, prompt_at=["10s=a = b", "12.5=c"], lora_scale=0.5)
+    made = StreamSettings(seconds=20, sink=0, prompt_at=["10s=a = b", "12.5=c"], prompt_over=2)
     assert StreamSettings.from_dict(made.to_dict()) == made
     assert made.prompts() == [(10.0, "a = b"), (12.5, "c")]
     assert made.until(12).prompt_at == ("10s=a = b",) and made.until(12).seconds == 12
@@ -46,7 +46,6 @@ def test_changes_that_cannot_be_read(said):
         {"chunk": 0},
         {"sink": True},
         {"seconds": -1},
-        {"lora_scale": "x"},
         {"prompt_at": "1s=a"},
         {"prompt_over": 0},
         {"storage": "fp4"},

@@ -15,16 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_wan
-from causal_checkpoints import random_lora
+import torch
+from causal_checkpoints import random_lora, with_lora
 from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import tilewise
-from tilewise.pipelines.loading.load import load_pipeline
+from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
+from tilewise.pipelines.loading.loras import LoraChoice
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.pipelines.streaming import preparation
 from tilewise.pipelines.streaming.record import Progress
+from tilewise.pipelines.streaming.settings import StreamSettings
 from tilewise.ui.cli import generate_stream
 from tilewise.ui.cli.app import app
 from tilewise.ui.cli.stream_progress import stream_progress
@@ -202,6 +205,24 @@ def test_bad_input(case, model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_loras_on_top_of_a_causal_checkpoint(model, tmp_path):
+    """Each with its weight, after the causal one; the same words as for a clip."""
+    lora = {name: 0.1 * weight for name, weight in random_lora(9, width=32).items()}
+    save_file(lora, tmp_path / "style.safetensors")
+    loras = ["--lora", f"{tmp_path / 'style.safetensors'}:0.5", "--lora", f"{tmp_path / 'style.safetensors'}:0.25"]
+    result = run(RED, "--stream", "--model", model, "--seconds", 0.3, *loras, "--out", tmp_path / "a.mp4")
+    assert result.exit_code == 0, result.output
+    record = read_settings(tmp_path / "a.mp4")
+    assert [LoraChoice.parse(said).weight for said in record["lora"]] == [0.5, 0.25]
+    skeleton = load_skeleton(model)
+    options = StreamSettings(seconds=0.3)
+    both = preparation.load(preparation.prepare(skeleton, RED, options, model=str(model), lora=record["lora"]))
+    plain = preparation.load(preparation.prepare(skeleton, RED, options, model=str(model)))
+    wanted = with_lora(plain.transformer.state_dict(), lora, 0.75)
+    for name, weight in both.transformer.state_dict().items():
+        torch.testing.assert_close(weight.double(), wanted[name].double(), rtol=1e-5, atol=1e-5)
+
+
 def refuse(message: str, code: int, *words: object) -> None:
     result = run(*words)
     assert result.exit_code == code, result.output
@@ -214,7 +235,7 @@ def test_models_without_a_causal_checkpoint(model, tiny_pipe_dir, clip, tmp_path
     monkeypatch.setattr(preparation, "load_pipeline", lambda *_, **__: pytest.fail("the weights are read"))
     words = [RED, "--stream", "--model", tiny_pipe_dir, "--seconds", 4]
     refuse("Give one with --causal", 2, *words)
-    refuse("--lora goes on top", 2, *words, "--recipe", "self-forcing", "--lora", "x.safetensors")
+    refuse("there is no LoRA file", 3, *words, "--recipe", "self-forcing", "--lora", "x.safetensors")
     refuse("give --stream too", 2, RED, "--model", model, "--seconds", 4)
     refuse("give --stream too", 2, RED, "--model", model, "--prompt-at", "1s=a")
     refuse("would be replaced", 2, "--from", clip, "--out", clip)

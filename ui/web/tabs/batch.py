@@ -122,7 +122,7 @@ class BatchTab:
         models = self.controls.models
         with contextlib.ExitStack() as stack:
 
-            def load(model: str, _: str) -> Any:
+            def load(model: str, *_: Any) -> Any:
                 stack.close()
                 pipe = models.pipeline(model)[0]
                 stack.enter_context(cancellable(pipe, job.cancelled))

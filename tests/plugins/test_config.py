@@ -226,7 +226,7 @@ def test_explain_warns_where_a_method_changes_nothing(tiny_pipe, method, options
 
 def test_explain_warns_where_a_kernel_computes_more_than_dense(tiny_pipe, monkeypatch):
     """Its blocks are padded: on a small grid a window of half of the pairs is more work than all of them."""
-    monkeypatch.setattr(explaining, "_expected_backend", lambda *_: ("triton", "the kernel"))
+    monkeypatch.setattr(explaining, "expected_backend", lambda *_: ("triton", "the kernel"))
     told = tilewise.explain(tiny_pipe, height=64, width=64, num_frames=9, method="sta", num_inference_steps=4)
     assert told.rows[0].density < 0.6 and told.rows[0].work > 1
     assert "but its kernel computes 1.44 times as many as dense attention" in told.warnings[0]

@@ -272,11 +272,15 @@ def replaced(model, make, places):
     runs_as_explained(pipe, places)
 
 
-WAYS = (plain, cancelled, from_pipe, shared, part_way, replaced)
+# One scheduler of each kind: those that count their own steps and those that do not, of one order and of two, with timesteps that
+# are equal, and of flow matching.
+KINDS = ("DDIMScheduler", "PNDMScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "CogVideoXDPMScheduler",
+         "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")  # fmt: skip
+CASES = [(name, way) for way in (plain, part_way) for name in SCHEDULERS]
+CASES += [(name, way) for way in (cancelled, from_pipe, shared, replaced) for name in KINDS]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("name", "way"), CASES, ids=lambda case: getattr(case, "__name__", case))
 @pytest.mark.slow
 def test_explain_says_what_runs(model, places, name, way):
     way(model, functools.partial(scheduler_of, name), places)
@@ -298,8 +302,7 @@ def test_timesteps_that_are_copied(model, places, name):
     runs_as_explained(pipe, places, 8, strength=0.5)
 
 
-@pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("name", "guided"), [*((n, True) for n in SCHEDULERS), *((n, False) for n in KINDS)])
 @pytest.mark.slow
 def test_nothing_is_kept_after_a_run(model, name, guided):
     pipe = tilewise.patch(Loop(model, scheduler_of(name)), KEEPS, steps=(0, 1), strict=True)

@@ -44,20 +44,30 @@ def check(case: Case, q, k, v, dtype=torch.float32, scale=None):
     torch.testing.assert_close(lse.double(), want_lse, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+# The interpreter is slow: there, cases that no other test of it has.
+ORACLE = [
+    c
+    for c in CASES
+    if not INTERPRETED or c.name not in ("full window", "ragged, odd window", "heads share windows", "one frame")
+]
+
+
+@pytest.mark.parametrize("case", ORACLE, ids=lambda case: case.name)
 def test_matches_the_oracle(case):
     check(case, *case.tensors())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["ragged, even window", "text first", "token window"])
+@pytest.mark.parametrize(
+    "name", ["token window"] if INTERPRETED else ["ragged, even window", "text first", "token window"]
+)
 def test_half_precision(name, dtype):
     # Triton's interpreter computes bfloat16 products wrongly, so there only float16 is tested; bfloat16 is, on a GPU.
     case = CASES[CASE_IDS.index(name)]
     check(case, *case.tensors(dtype), dtype=dtype)
 
 
-HEAD_DIMS = [1, 5, 8, 12, 16, 40, 64, 80, 96, 128, 256] if INTERPRETED else [*range(1, 18), 20, 40, 80, 99, 160, 256]
+HEAD_DIMS = [1, 12, 40, 96, 256] if INTERPRETED else [*range(1, 18), 20, 40, 80, 99, 160, 256]
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -94,7 +104,7 @@ def test_scale_is_used():
     check(case, *case.tensors(), scale=0.03)
 
 
-@pytest.mark.parametrize("name", ["ragged, even window", "token window", "one frame"])
+@pytest.mark.parametrize("name", ["ragged, even window", "token window", "one frame"][1 if INTERPRETED else 0 :])
 def test_memory_outside_the_tensors_is_never_used(name):
     """Rows before and after each sample, and the tail of each head, hold NaN."""
     case = CASES[CASE_IDS.index(name)]
@@ -133,7 +143,7 @@ def test_all_keys_of_another_sequence(queries, keys):
 
 
 # In the interpreter, small ones: text of queries and of keys, lists of samples and of heads, with and without partial blocks.
-@pytest.mark.parametrize("seed", [3, 7, 15, 20, 22, 29] if INTERPRETED else range(40))
+@pytest.mark.parametrize("seed", [3, 15, 22, 29] if INTERPRETED else range(40))
 def test_queries_and_keys_of_two_layouts(seed):
     """Ragged maps of random shapes with partial blocks, text on either side, lists of samples and heads, grouped queries."""
     case = two_layouts(seed)

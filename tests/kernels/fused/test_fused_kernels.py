@@ -77,7 +77,9 @@ def oracle(x, weight, cos, sin, heads, eps, across, interleaved):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("across", [True, False])
-@pytest.mark.parametrize(("heads", "depth", "full"), [(3, 16, True), (2, 24, False), (5, 8, True), (1, 64, False)][:FEW])
+@pytest.mark.parametrize(
+    ("heads", "depth", "full"), [(3, 16, True), (2, 24, False), (5, 8, True), (1, 64, False)][:FEW]
+)
 def test_qk_norm_rope(heads, depth, full, across, interleaved, dtype):
     B, S, C = 2, 7, heads * depth
     generator = torch.Generator().manual_seed(heads)

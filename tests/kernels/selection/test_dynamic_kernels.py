@@ -32,7 +32,7 @@ LAYOUTS = [
 ]
 SHARES = [(dtype, spread, queries) for dtype in DTYPES for spread in (1.0, 4.0) for queries in (128, 8)]
 if INTERPRETED:  # slow: a few of each
-    LAYOUTS = LAYOUTS[2:]
+    LAYOUTS = LAYOUTS[3:]
     SHARES = [(torch.float32, 1.0, 128), (torch.float32, 4.0, 8), (torch.float16, 4.0, 128)]
 CPU = torch.device("cpu")
 
@@ -340,9 +340,10 @@ def test_shares_refuse_means_that_do_not_fit(change):
         )
 
 
+@pytest.mark.skipif(INTERPRETED, reason="needs long rows, which are slow there")
 def test_selection_is_the_same_in_one_precision_and_another():
     """The two ways of finding the set agree on rows long enough for rounding to matter."""
-    N = 24 if INTERPRETED else 130
+    N = 130
     logits, rows = 3 * random(1, 1, N, N, seed=8), torch.full((N,), 64, dtype=torch.int32)
     always = torch.eye(N, dtype=torch.bool)
     for mass, target in ((True, 0.9), (False, 0.25)):

@@ -51,26 +51,26 @@ def results_of(clips):
 
 @pytest.mark.slow
 def test_single_objects():
-    means = results_of((text, as_bytes(clip)) for text, clip in rendered(75, 101))
+    means = results_of((text, as_bytes(clip)) for text, clip in rendered(40, 101))
     assert min(value for key, value in means.items() if key != "everything") >= 0.98, means
 
 
 @pytest.mark.slow
 def test_single_objects_blurred_and_noisy():
     rng = np.random.default_rng(0)
-    means = results_of((text, degraded(clip, rng)) for text, clip in rendered(30, 102))
+    means = results_of((text, degraded(clip, rng)) for text, clip in rendered(16, 102))
     assert min(value for key, value in means.items() if key != "everything") >= 0.98, means
 
 
 @pytest.mark.slow
 def test_larger_frames():
-    means = results_of((text, as_bytes(clip)) for text, clip in rendered(6, 103, size=256))
+    means = results_of((text, as_bytes(clip)) for text, clip in rendered(4, 103, size=256))
     assert min(means.values()) == 1.0, means
 
 
 @pytest.mark.slow
 def test_two_objects():
-    means = results_of((text, as_bytes(clip)) for text, clip in rendered(40, 104, two_objects=1.0))
+    means = results_of((text, as_bytes(clip)) for text, clip in rendered(24, 104, two_objects=1.0))
     assert min(value for key, value in means.items() if key != "everything") >= 0.9, means
 
 

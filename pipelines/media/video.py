@@ -115,8 +115,18 @@ def read_frames(path: str | Path) -> NDArray[np.uint8]:
     """
     if is_still(path):
         return read_still(path)[0]
+    return _decoded(path, ["-fps_mode", "passthrough"])
+
+
+def read_first_frame(path: str | Path) -> NDArray[np.uint8]:
+    """The first frame of a clip, uint8 (H, W, 3). Raises as `read_frames`."""
+    return read_still(path)[0][0] if is_still(path) else _decoded(path, ["-frames:v", "1"])[0]
+
+
+def _decoded(path: str | Path, which: list[str]) -> NDArray[np.uint8]:
+    """Frames (T, H, W, 3) of a video file. which: arguments for ffmpeg that choose them."""
     # A PPM picture is a header and the raw pixels: sizes come with the frames, none is parsed out of ffmpeg's log.
-    arguments = ["-i", str(Path(path).absolute()), "-fps_mode", "passthrough"]
+    arguments = ["-i", str(Path(path).absolute()), *which]
     data = _run([*arguments, "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"], path)
     frames = []
     position = 0

@@ -44,11 +44,11 @@ def page_ids(tmp_path_factory) -> set[str]:
     from tilewise.ui.web.common.safety import Limits
     from tilewise.ui.web.jobs.job_queue import JobQueue
     from tilewise.ui.web.jobs.models import Models
-    from tilewise.ui.web.page import build_page
+    from tilewise.ui.web.page import Page
 
     with global_state.restored():  # Gradio sets environment variables
-        page = build_page(Models(["demo"], device="cpu"), Limits(), JobQueue(1), tmp_path_factory.mktemp("outputs"))
-    return {block.elem_id for block in page.blocks.values() if getattr(block, "elem_id", None)}
+        page = Page(Models(["demo"], device="cpu"), Limits(), JobQueue(1), tmp_path_factory.mktemp("outputs"))
+    return {block.elem_id for block in page.blocks.blocks.values() if getattr(block, "elem_id", None)}
 
 
 def missing(settings, command_line, columns, ids, prefix="") -> list[str]:

@@ -25,13 +25,15 @@ from tilewise.pipelines.batch.manifest_comparison import ComparedClip, Group, Me
 from tilewise.pipelines.generation.compare import speedup_words
 from tilewise.pipelines.media.files import is_still
 from tilewise.pipelines.media.video import read_frames
+from tilewise.ui.common.plural import counted
 
 THUMBNAIL = 320  # pixels, the longer side
 
 STYLE = """
 :root{color-scheme:light dark;--line:#8886;--soft:#8881}
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1400px;padding:0 1rem}
-table{border-collapse:collapse;margin:1rem 0}th,td{border-bottom:1px solid var(--line);padding:.3rem .7rem;text-align:right}
+.wide{overflow-x:auto}table{border-collapse:collapse;margin:1rem 0}
+th,td{border-bottom:1px solid var(--line);padding:.3rem .7rem;text-align:right}
 th:first-child,td:first-child{text-align:left}section{border-top:1px solid var(--line);margin-top:2rem;padding-top:1rem}
 .clips{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;max-width:100%;flex:1 1 260px}
 video,img{width:100%;height:auto;background:var(--soft);image-rendering:auto}figcaption{font-size:.87rem;overflow-wrap:anywhere}
@@ -66,9 +68,10 @@ def write_html(file: IO[str], folder: Path, groups: Sequence[Group], rows: Seque
     policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     file.write(f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>tilewise compare</title>'
                f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-               f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>')  # fmt: skip
+               f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+               f"<style>{STYLE}</style></head><body>")  # fmt: skip
     clips = sum(len(group.clips) for group in groups)
-    file.write(f"<h1>{clips} clips, {len(rows)} methods</h1>{_table(rows)}")
+    file.write(f"<h1>{counted(clips, 'clip')}, {counted(len(rows), 'method')}</h1>{_table(rows)}")
     file.write("<p class=dim>Medians over clips. Speed-up: denoising, one run against the dense clip of the same prompt and seed "
                "on the same kind of device. PSNR and SSIM say how far a clip is from the dense one, not which of them is better; "
                "they are measured on the compressed files.</p>")  # fmt: skip
@@ -113,12 +116,14 @@ COLUMNS = ["method", "clips", "density", "denoise, s", "speed-up", "PSNR, dB", "
 def _table(rows: Sequence[MethodRow]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in table_cells(row))}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class=wide tabindex=0 role=region aria-label="medians by method">{table}</div>'
 
 
 def _heading(group: Group) -> str:
     line = group.clips[0].line
-    size = f"{line['frames']} frames of {line['height']}×{line['width']}, {line['steps']} steps, seed {line['seed']}"
+    frames, steps = counted(line["frames"], "frame"), counted(line["steps"], "step")
+    size = f"{frames} of {line['height']}×{line['width']}, {steps}, seed {line['seed']}"
     button = "<button type=button>Play all together</button>" if len(group.clips) > 1 else ""
     prompt = line["prompt"] if len(line["prompt"]) <= 1000 else line["prompt"][:1000] + " …"
     about = f"{line['model']}, {size}"

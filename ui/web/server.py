@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ POLICY = (
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
     "worker-src 'self' blob:; object-src 'none'; frame-ancestors 'none'; form-action 'self'"
 )
-UPLOAD = "2mb"
+SHOWN = (b"video/", b"image/png", b"image/webp", b"image/jpeg", b"image/gif")  # files that the page itself shows
+UPLOAD = "64mb"  # of a clip whose settings are read, or of a list of prompts; uploads are swept
 
 
 class Headers:
@@ -54,10 +56,20 @@ class Headers:
                     (b"x-content-type-options", b"nosniff"),
                     (b"referrer-policy", b"no-referrer"),
                 ]
-                message = {**message, "headers": [*message["headers"], *more]}
+                own = list(message["headers"])
+                if must_be_saved(scope.get("path", ""), dict(own).get(b"content-type", b"")):
+                    own = [header for header in own if header[0] != b"content-disposition"]
+                    more.append((b"content-disposition", b"attachment"))
+                message = {**message, "headers": [*own, *more]}
             await send(message)
 
         await self.app(scope, receive, told)
+
+
+def must_be_saved(path: str, content_type: bytes) -> bool:
+    """Whether an answer is a file that a browser must not show as a page of this site: it could act as whoever opened it."""
+    is_file = re.search(r"/file[=/]", path) is not None
+    return is_file and not content_type.startswith(SHOWN)
 
 
 def names_this_machine(host: str) -> bool:
@@ -106,48 +118,52 @@ def serving(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Iterator[str]:
-    """Serves the page while the block runs; gives its URL. Work under way is cancelled at the end.
+    """Serves the page while the block runs; gives its URL. A job under way is interrupted at the end, and the list of jobs kept.
 
     Raises ConfigError and SetupError before anything listens, for what cannot be: models, outputs, device.
     """
     folder = check_outputs(outputs)
-    with tempfile.TemporaryDirectory(prefix="tilewise-ui-") as private, _environment(private):
+    with contextlib.ExitStack() as stack:
+        private = stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewise-ui-"))
+        stack.enter_context(_environment(private))
         models = Models(model_names, device, dtype)
-        from tilewise.ui.web.page import CSS, SCRIPT, build_page, theme
+        from tilewise.ui.web.page import Page, look, theme
+        from tilewise.ui.web.tabs.example import FOLDER as EXAMPLE
 
-        job_queue = JobQueue(limits.waiting)
-        page = build_page(models, limits, job_queue, folder)
+        job_queue = JobQueue(limits.waiting, folder)
+        stack.callback(models.unload)
+        stack.callback(job_queue.close)
+        built = Page(models, limits, job_queue, folder)
+        page = built.blocks
         page.queue(max_size=None, default_concurrency_limit=None, api_open=False)
         from starlette.middleware import Middleware
 
-        try:
-            _, url, _ = _launched(
-                page,
-                server_name=address.host,
-                server_port=address.port or None,
-                auth=address.auth,
-                share=False,
-                allowed_paths=[str(folder)],
-                max_file_size=UPLOAD,
-                show_error=False,
-                footer_links=["settings"],
-                enable_monitoring=False,
-                ssr_mode=False,
-                pwa=False,
-                mcp_server=False,
-                quiet=True,
-                inbrowser=False,
-                prevent_thread_lock=True,
-                theme=theme(),
-                css=CSS,
-                head=SCRIPT,
-                app_kwargs={"middleware": [Middleware(Headers, local=address.is_local)]},
-            )
-            yield url
-        finally:
-            job_queue.close()
-            page.close(verbose=False)
-            models.unload()
+        stack.callback(page.close, verbose=False)
+        stack.callback(job_queue.close)  # before the page, whose streams say what became of the jobs
+        _, url, _ = _launched(
+            page,
+            server_name=address.host,
+            server_port=address.port or None,
+            auth=address.auth,
+            share=False,
+            allowed_paths=[str(folder), str(EXAMPLE)],
+            max_file_size=UPLOAD,
+            show_error=False,
+            footer_links=[],
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            quiet=True,
+            inbrowser=False,
+            prevent_thread_lock=True,
+            theme=theme(),
+            css=look("style.css"),
+            head=built.head,
+            app_kwargs={"middleware": [Middleware(Headers, local=address.is_local)]},
+        )
+        job_queue.start()  # not before it is sure that there will be a page
+        yield url
 
 
 def _launched(page: Any, **options: Any) -> tuple[Any, str, str]:

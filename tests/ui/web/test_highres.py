@@ -40,12 +40,12 @@ from tilewise.ui.web.forms.highres_form import (
     settings_dict,
     stages_in,
 )
-from tilewise.ui.web.jobs.job_queue import Job
+from tilewise.ui.web.jobs.job import Job
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.server import serving
 from tilewise.ui.web.tabs.highres import HighresStudio
 from tilewise.ui.web.tabs.highres_result import stages_html
-from tilewise.ui.web.tabs.history import past_clips
+from tilewise.ui.web.tabs.past_clips import past_clips
 
 PROMPT = "-a red circle moving right"
 OWN = {"height": 64, "width": 80, "strength": None, "refresh": 2, "global_path": "dense", "guided": "all"}
@@ -346,7 +346,7 @@ def test_in_a_browser(browser, tmp_path):
         page.set_default_timeout(30_000)
         page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(url)
+        page.goto(f"{url}?height=48&width=48&frames=5&steps=4&tab=highres")
         page.locator("#plan table").wait_for()
 
         def fill(name: str, value: object) -> None:
@@ -354,9 +354,6 @@ def test_in_a_browser(browser, tmp_path):
             field.fill(str(value))
             field.press("Tab")
 
-        for name, value in {"height": 48, "width": 48, "frames": 5, "steps": 4}.items():
-            fill(name, value)
-        page.get_by_role("tab", name="High resolution", exact=True).click()
         plan, result = page.locator("#highres-plan"), page.locator("#highres-result")
         fill("highres-height", 32)
         fill("highres-width", 64)
@@ -394,7 +391,7 @@ def test_in_a_browser(browser, tmp_path):
             page.get_by_role("tab", name="High resolution", exact=True).click()
             fill(name, value)
         page.get_by_role("tab", name="History", exact=True).click()
-        page.locator("#history").get_by_label("two stages, from 48×48").first.check()
+        page.locator("#history").get_by_label("two stages, from 48×48").first.click()
         page.locator("#history-clip video").nth(1).wait_for()
         page.locator("#use-again").click()
         expect(page.locator("#history-words")).to_contain_text("those of High resolution")

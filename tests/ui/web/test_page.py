@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[ui]'")
+
 
 import tilewise
 from tilewise.kernels.plans.layout import Grid
@@ -48,14 +48,14 @@ from tilewise.ui.web.common.safety import Address, Limits, RefusedError, check_o
 from tilewise.ui.web.forms.form_parsing import choices, json_object, settings_from, settings_of, values_of
 from tilewise.ui.web.forms.snippets import command_line, method_words, python_program
 from tilewise.ui.web.jobs.clips import Studio
-from tilewise.ui.web.jobs.job_queue import Job, JobQueue
+from tilewise.ui.web.jobs.job import Job
+from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.server import Headers, serving
 from tilewise.ui.web.tabs.attention_picture import cell, frame_size, one_frame, strip, strip_places, token_at
 from tilewise.ui.web.tabs.attention_query import Place, draft_of_query, seen_from
 from tilewise.ui.web.tabs.batch import _config, check_rows, refuse_files, seed_count
 from tilewise.ui.web.tabs.history import past_clips
-from tilewise.ui.web.tabs.job_stream import stream
 
 SMALL = {"height": 64, "width": 64, "frames": 9, "steps": 2}
 PROMPT = "a red circle moving right"
@@ -247,57 +247,7 @@ def test_sentences():
     assert "/secret/path" not in error_message(RuntimeError("/secret/path"))
 
 
-# --- jobs ---------------------------------------------------------------------------------------------------------
-
-
-def test_jobs_run_one_at_a_time_and_in_order():
-    job_queue, running, order = JobQueue(waiting=5), [], []
-
-    def work(name):
-        def run(job: Job) -> str:
-            running.append(name)
-            assert len(running) == 1
-            job.tell("denoise", 1, 2)
-            time.sleep(0.02)
-            running.remove(name)
-            order.append(name)
-            return name
-
-        return run
-
-    jobs = [job_queue.submit(f"owner {n}", work(n)) for n in range(4)]
-    with pytest.raises(RefusedError, match="already"):
-        job_queue.submit("owner 3", work(9))
-    states = list(job_queue.watch(jobs[3]))
-    assert [job.future.result() for job in jobs] == order == [0, 1, 2, 3]
-    assert any(state.ahead for state in states)
-    job_queue.close()
-
-
-def test_cancelling_frees_the_desk_whether_at_work_or_waiting():
-    job_queue, begun = JobQueue(waiting=1), threading.Event()
-
-    def endless(job: Job) -> None:
-        begun.set()
-        while True:
-            job.tell("denoise", 1, 100)
-            time.sleep(0.005)
-
-    first = job_queue.submit("a", endless)
-    begun.wait(5)
-    second = job_queue.submit("b", endless)
-    with pytest.raises(RefusedError, match="waiting"):
-        job_queue.submit("c", endless)
-    assert job_queue.cancel("b")
-    assert list(job_queue.watch(second))[-1].ahead != 0  # the watcher of a job that waits is told at once
-    assert not first.future.done()
-    assert job_queue.cancel("a")
-    third = job_queue.submit("a", lambda job: "next")
-    assert third.future.result(5) == "next"
-    for job in (first, second):
-        assert isinstance(job.future.exception(5), Cancelled)
-    assert not job_queue.cancel("nobody")
-    job_queue.close()
+# --- clips --------------------------------------------------------------------------------------------------------
 
 
 def test_jobs_around_a_cancelled_one_are_as_each_alone(models, tmp_path):
@@ -308,10 +258,10 @@ def test_jobs_around_a_cancelled_one_are_as_each_alone(models, tmp_path):
     def frames(made):
         return read_frames(made.path)[0]
 
-    alone = frames(Studio(models, tmp_path / "alone").clip(wanted, Job("nobody")))
-    studio, job_queue = Studio(models, tmp_path / "queue"), JobQueue(waiting=3)
+    alone = frames(Studio(models, tmp_path / "alone").clip(wanted, Job("clip")))
+    studio, job_queue, made = Studio(models, tmp_path / "queue"), JobQueue(waiting=3), []
 
-    def cancelled_at_work(job: Job):
+    def cancelled_at_work(values, job: Job):
         tell = job.tell
 
         def cancel_in_denoising(phase: str, done: int, total: int) -> None:
@@ -320,67 +270,18 @@ def test_jobs_around_a_cancelled_one_are_as_each_alone(models, tmp_path):
             tell(phase, done, total)
 
         job.tell = cancel_in_denoising
-        return studio.clip(dataclasses.replace(wanted, seed=1), job)
+        studio.clip(dataclasses.replace(wanted, seed=1), job)
 
-    def clip(job: Job):
-        return studio.clip(wanted, job)
+    def clip(values, job: Job):
+        made.append(studio.clip(wanted, job))
+        return {}
 
-    jobs = [job_queue.submit(f"owner {n}", work) for n, work in enumerate((clip, cancelled_at_work, clip))]
-    assert isinstance(jobs[1].future.exception(60), Cancelled)
-    for job in (jobs[0], jobs[2]):
-        assert np.array_equal(frames(job.future.result(60)), alone)
-    job_queue.close()
-
-
-def test_who_stops_watching_cancels():
-    job_queue = JobQueue(waiting=1)
-
-    def endless(job: Job) -> None:
-        while True:
-            job.tell("denoise", 1, 100)
-            time.sleep(0.005)
-
-    job = job_queue.submit("a", endless)
-    watcher = job_queue.watch(job)
-    next(watcher)
-    watcher.close()
-    assert isinstance(job.future.exception(5), Cancelled)
-    job_queue.close()
-
-
-def test_a_failure_is_the_jobs_alone():
-    job_queue = JobQueue(waiting=1)
-
-    def broken(job: Job) -> None:
-        raise RuntimeError("broken")
-
-    job = job_queue.submit("a", broken)
-    list(job_queue.watch(job))
-    assert str(job.future.exception()) == "broken"
-    assert job_queue.submit("a", lambda job: 1).future.result(5) == 1
-    job_queue.close()
-
-
-def test_a_job_that_was_done_before_it_heard_of_the_cancelling_has_its_result():
-    job_queue = JobQueue(waiting=1)
-
-    def deaf(job: Job) -> str:
-        while not job.cancelled():
-            time.sleep(0.005)
-        return "written"
-
-    def endless(job: Job) -> None:
-        while True:
-            job.tell("denoise", 1, 100)
-            time.sleep(0.005)
-
-    for work, status, result in ((deaf, "", "written"), (endless, "kept", None)):
-        told = stream(job_queue, "a", work, "cancelled; kept")
-        for _ in range(3):
-            next(told)
-        job_queue.cancel("a")
-        last = list(told)[-1]
-        assert status in last[0] and last[2] == result
+    job_queue.register("clip", clip)
+    job_queue.register("cancelled", cancelled_at_work)
+    jobs = [job_queue.submit(kind, "", {}) for kind in ("clip", "cancelled", "clip")]
+    assert [job.join(60) for job in jobs] == ["done", "cancelled", "done"]
+    for one in made:
+        assert np.array_equal(frames(one), alone)
     job_queue.close()
 
 
@@ -393,9 +294,9 @@ def test_a_preview_that_fails_does_not_fail_the_clip(models, pipe, tmp_path, mon
 
     monkeypatch.setattr(models, "_loaded", ("demo", pipe, LatentPreview(pipe)))
     monkeypatch.setattr(LatentPreview, "frames", broken)
-    made = Studio(models, tmp_path).clip(settings_for(models, steps=3), Job("a"))
+    made = Studio(models, tmp_path).clip(settings_for(models, steps=3), Job("clip"))
     assert asked == [1] and made.path.is_file()
-    assert [note for note in made.metadata["run"]["notes"] if "no live preview from step 1 on: no picture" in note]
+    assert [note for note in made.run["notes"] if "no live preview from step 1 on: no picture" in note]
 
     # a line that was written by something else hides no other
     manifest = tmp_path / "ui" / "manifest.jsonl"

@@ -38,6 +38,18 @@ def video(path: Path, label: str, *, version: str, autoplay: bool = True) -> str
     )
 
 
+def figure(path: Path, label: str, caption: str, *, version: str) -> str:
+    """A player with a caption (HTML) and a link to the file."""
+    link = download(path, "Download")
+    return f"<figure>{video(path, label, version=version)}<figcaption>{caption}<br>{link}</figcaption></figure>"
+
+
+def pair(figures: Sequence[str]) -> str:
+    """Players that page.js starts, stops and moves together."""
+    button = '<p class="tw-pair-buttons"><button type="button" class="tw-play">Play or pause both</button></p>'
+    return f'<div class="tw-pair" data-sync>{"".join(figures)}{button if len(figures) > 1 else ""}</div>'
+
+
 def download(path: Path, words: str = "") -> str:
     words = words or ("Download the picture (png)" if is_still(path) else "Download the clip (mp4)")
     source, name = escape(file_url(path), quote=True), escape(path.name, quote=True)
@@ -110,4 +122,4 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     """Bytes in words."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,39 +14,50 @@ from tilewise.plugins.methods.base import methods
 from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.common.safety import Limits
 from tilewise.ui.web.forms import plan_panel
-from tilewise.ui.web.forms.form_parsing import FIELDS, SETTINGS, choices, method_values, settings_of
+from tilewise.ui.web.forms.form_parsing import FIELDS, METHOD_FIELDS, SETTINGS, choices, method_values, settings_of
+from tilewise.ui.web.forms.method_controls import MethodControls
 from tilewise.ui.web.forms.option_controls import control
 from tilewise.ui.web.forms.slider import Slider
 from tilewise.ui.web.jobs.models import Models
 
 PROMPT = "a red circle moving right on a blue background"  # in the words of the demo model
 METHOD = "sta-balanced"
+SIZED = ("height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")  # controls that a model sets
 
 
 class Controls:
-    """Built inside a gr.Blocks. `inputs`: the components in the order of FIELDS. `panel`: the plan."""
+    """Built inside a gr.Blocks. `inputs`: the components in the order of FIELDS. `panel`: the plan.
 
-    def __init__(self, models: Models, limits: Limits) -> None:
+    prompt: its text box, which stands elsewhere on the page.
+    """
+
+    def __init__(self, models: Models, limits: Limits, prompt: Any) -> None:
         self.models, self.limits = models, limits
         native = models.defaults(models.names[0])
         first = method_values(resolve(METHOD))
-        made: dict[str, Any] = {}
-        made["model"] = gr.Dropdown(models.names, value=models.names[0], label="Model", elem_id="model")
-        made["prompt"] = gr.Textbox(PROMPT, label="Prompt", lines=2, max_lines=6, elem_id="prompt")
+        made: dict[str, Any] = {"prompt": prompt}
+        made["model"] = gr.Dropdown(
+            models.names, value=models.names[0], label="Model", elem_id="model", visible=len(models.names) > 1
+        )
         made["method"] = gr.Dropdown(choices(), value=METHOD, label="Attention method", elem_id="method")
+        self.kept = MethodControls(resolve(METHOD))
+        made |= self.kept.components
         with gr.Row():
             made["height"] = Slider(16, 2160, native.height, step=16, label="Height, pixels", elem_id="height")
             made["width"] = Slider(16, 3840, native.width, step=16, label="Width, pixels", elem_id="width")
         with gr.Row():
             made["frames"] = Slider(1, 257, native.num_frames, step=4, label="Frames", elem_id="frames")
             made["steps"] = Slider(1, 100, native.steps, step=1, label="Steps", elem_id="steps")
-        with gr.Row():
-            made["seed"] = gr.Textbox("0", label="Seed", elem_id="seed")
-            made["guidance"] = gr.Number(native.guidance, label="Guidance (1: none)", elem_id="guidance")
+        with gr.Row(elem_id="seed-row"):
+            made["seed"] = gr.Textbox("0", label="Seed", elem_id="seed", min_width=80, scale=3)
+            self.dice = gr.Button("Random", elem_id="dice", min_width=84, scale=0)
+            made["guidance"] = gr.Number(
+                native.guidance, label="Guidance (1: none)", elem_id="guidance", min_width=80, scale=3
+            )
         with gr.Accordion("More", open=False, elem_id="more"):
             made["negative"] = gr.Textbox("", label="What the clip should not show", elem_id="negative")
             made["options"] = gr.Textbox(
-                first["options"], label="Options of the method, as JSON", elem_id="options", max_lines=4
+                first["options"], label="Other options of the method, as JSON", elem_id="options", max_lines=4
             )
             with gr.Row():
                 made["from_step"] = Slider(
@@ -66,7 +78,8 @@ class Controls:
             # A setting without a control of its own above.
             made |= {name: control(option) for name, option in SETTINGS.items() if name not in made}
         self.components = made
-        self.panel = gr.HTML(label="Plan", elem_id="plan")
+        with gr.Accordion("Plan", open=True, elem_id="plan-box"):
+            self.panel = gr.HTML(label="Plan", elem_id="plan")
 
     @property
     def inputs(self) -> list[Any]:
@@ -75,17 +88,19 @@ class Controls:
     def values(self, given: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(FIELDS, given, strict=True))
 
-    def wire(self, page: gr.Blocks) -> None:
-        """The plan follows every control; another model or method brings its own settings."""
+    def wire(self, opened: Any) -> None:
+        """The plan follows every control, and the event `opened`; another model or method brings its own settings."""
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        moved = [page.load, *(component.change for component in self.inputs)]
+        opened.then(self.plan, self.inputs, [self.panel], **quiet)
+        moved = [component.change for component in self.inputs]
         gr.on(moved, self.plan, self.inputs, [self.panel], trigger_mode="always_last", **quiet)
-        own = [self.components[name] for name in ("options", "from_step", "to_step", "blocks")]
+        self.kept.wire(self.components["method"])
+        self.dice.click(random_seed, None, [self.components["seed"]], **quiet)
+        own = [self.components[name] for name in METHOD_FIELDS[1:]]
         # .input is for the user's own choice: settings that are loaded as a whole bring their options along.
         self.components["method"].input(self.method_chosen, [self.components["method"]], own, **quiet)
-        sized = ("height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")
-        sized_components = [self.components[name] for name in sized]
-        self.components["model"].input(self.model_chosen, [self.components["model"]], sized_components, **quiet)
+        sized = [self.components[name] for name in SIZED]
+        self.components["model"].input(self.model_chosen, [self.components["model"]], sized, **quiet)
 
     def plan(self, *given: Any) -> str:
         try:
@@ -100,16 +115,30 @@ class Controls:
         try:
             values = method_values(resolve(str(name)))
         except TilewiseError:
-            return [gr.skip()] * 4
-        return [values[field] for field in ("options", "from_step", "to_step", "blocks")]
+            return [gr.skip()] * len(METHOD_FIELDS[1:])
+        return [values[field] for field in METHOD_FIELDS[1:]]
 
     def model_chosen(self, name: str) -> list[Any]:
         try:
-            native = self.models.defaults(str(name))
+            return list(self.model_values(str(name)).values())
         except TilewiseError:
-            return [gr.skip()] * 7
+            return [gr.skip()] * len(SIZED)
+
+    def model_values(self, name: str) -> dict[str, Any]:
+        """What the controls of SIZED say for a model of its own. Raises RefusedError for one that is not offered."""
+        native = self.models.defaults(name)
         shape = [native.height, native.width, native.num_frames, native.steps]
-        return [*shape, native.guidance, native.fps, native.max_sequence_length]
+        return dict(zip(SIZED, [*shape, native.guidance, native.fps, native.max_sequence_length], strict=True))
+
+
+def prompt_box() -> Any:
+    """The prompt, inside a gr.Blocks."""
+    return gr.Textbox(PROMPT, label="Prompt", lines=3, max_lines=8, elem_id="prompt")
+
+
+def random_seed() -> str:
+    """One of those that are short enough to be told."""
+    return str(secrets.randbelow(2**31))
 
 
 def method_help() -> str:

@@ -19,9 +19,11 @@ from tilewise.plugins.config import Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import make_method, methods
 from tilewise.ui.web.common.safety import Limits
+from tilewise.ui.web.forms.method_controls import FIELDS as MEASURE_FIELDS
+from tilewise.ui.web.forms.method_controls import MEASURES, is_per_head, measure_values, measured, measures_of
 from tilewise.ui.web.jobs.models import Models
 
-METHOD_FIELDS = ("method", "options", "from_step", "to_step", "blocks")
+METHOD_FIELDS = ("method", *MEASURE_FIELDS, "options", "from_step", "to_step", "blocks")
 SETTINGS = {name: option for name, option in options_of(GenerateSettings).items() if not option.names_file}
 FIELDS = tuple(field for name in SETTINGS for field in (METHOD_FIELDS if name == "method" else (name,)))
 """The controls, in the order in which handlers get them: the method has several, each other setting one."""
@@ -56,12 +58,18 @@ def config_of(values: Mapping[str, Any]) -> Config:
     base = resolve(name) if name in (*presets(), *methods()) else None
     if base is None:
         raise ConfigError(f"there is no method or preset {name!r} here")
-    options = _options(values["options"])
+    options = _options(values["options"]) or {}
     if base.method.name == "dense":
         if options:
             raise ConfigError(f"dense has no options, not {', '.join(options)}")
         return resolve("dense")
-    method = base.method if options is None else make_method(base.method.name, options)
+    for measure in measures_of(name):
+        if measure in options and not is_per_head(options[measure]):
+            raise ConfigError(
+                f"{measure} has a control of its own, where the method is chosen; take it out of the options"
+            )
+    kept = {} if any(measure in options for measure in MEASURES) else measured(name, values)
+    method = make_method(base.method.name, {**options, **kept})
     steps = (_number("from", values["from_step"]), _number("to", values["to_step"]))
     return dataclasses.replace(base, method=method, steps=steps, blocks=str(values["blocks"] or ":"))
 
@@ -95,8 +103,11 @@ def refuse_lost(lost: Mapping[str, Any]) -> None:
 
 def method_values(config: Config) -> dict[str, Any]:
     """Options and schedule of a method, for their controls."""
-    options = {key: value for key, value in config.method.to_dict().items() if key != "name"}
+    own = {key: value for key, value in config.method.to_dict().items() if key != "name"}
+    measures = measures_of(config.method.name)
+    options = {key: value for key, value in own.items() if key not in measures or is_per_head(value)}
     return {
+        **measure_values(config),
         "options": json.dumps(options) if options else "{}",
         "from_step": config.steps[0],
         "to_step": config.steps[1],
@@ -141,10 +152,10 @@ def _options(text: Any) -> dict[str, Any] | None:
         value = json.loads(str(text))
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f'the options of the method are no JSON object such as {{"window": [3, 3, 3]}}: {error}'
+            f'the options of the method are no JSON object such as {{"tile": [6, 8, 8]}}: {error}'
         ) from error
     if not isinstance(value, dict):
-        raise ConfigError('the options of the method are a JSON object such as {"window": [3, 3, 3]}')
+        raise ConfigError('the options of the method are a JSON object such as {"tile": [6, 8, 8]}')
     return value
 
 

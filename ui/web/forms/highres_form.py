@@ -26,7 +26,7 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.guidance.global_path import global_paths
 from tilewise.ui.web.common.media import bar, table
 from tilewise.ui.web.common.safety import Limits
-from tilewise.ui.web.forms.form_parsing import _whole, refuse_lost, settings_of
+from tilewise.ui.web.forms.form_parsing import _whole, refuse_lost, settings_from, settings_of
 from tilewise.ui.web.forms.option_controls import given_values, said_values
 from tilewise.ui.web.forms.snippets import _method_expression, method_words, setting_words
 from tilewise.ui.web.jobs.models import Models
@@ -45,6 +45,11 @@ class HighresRequest:
     width: int
     options: HighresSettings
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, which `request_from` reads."""
+        size = {"height": self.height, "width": self.width}
+        return {"native": self.native.to_dict(), **size, "options": self.options.to_dict()}
+
     def work(self, pipe: Any, device: torch.device | None = None) -> Work:
         """As `prepare`, for a loaded pipeline, or for a skeleton with the device that it would run on."""
         first = self.native
@@ -61,6 +66,15 @@ def highres_request(models: Models, limits: Limits, values: Mapping[str, Any], o
     limits.check_work(height, width, native.frames, native.steps)
     options = HighresSettings(**field_values(HighresSettings, given_values(OPTIONS, said)))
     return HighresRequest(native, height, width, options)
+
+
+def request_from(told: Mapping[str, Any], models: Models, limits: Limits) -> HighresRequest:
+    """What `HighresRequest.to_dict` wrote, checked as in `highres_request`."""
+    native = settings_from(told["native"], models)
+    limits.check(native)
+    height, width = (_whole(f"target {name}", told[name]) or 0 for name in ("height", "width"))
+    limits.check_work(height, width, native.frames, native.steps)
+    return HighresRequest(native, height, width, HighresSettings.from_dict(told["options"]))
 
 
 def stages_in(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Stages] | None:

@@ -11,6 +11,7 @@ from tilewise.pipelines.generation.resolve import explain_settings
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.device import resolve_dtype
 from tilewise.pipelines.memory.estimate import MemoryEstimate, estimate_memory
+from tilewise.pipelines.memory.plan import device_bytes
 from tilewise.plugins.explain import ExplainRow, Explanation
 from tilewise.ui.web.common.media import bar, size, table
 from tilewise.ui.web.jobs.models import Models
@@ -81,8 +82,6 @@ def _plain(value: object) -> str:
 def _memory(memory: MemoryEstimate, device: torch.device) -> str:
     decode = "?" if memory.decode is None else size(memory.decode)
     words = f"{size(memory.total)}: weights {size(memory.weights)}, then {size(memory.denoise)} denoising, {decode} decoding"
-    if device.type != "cuda":
-        return escape(words)
-    there = torch.cuda.get_device_properties(device).total_memory
-    warning = " – more than there is" if memory.total > there else ""
-    return bar(memory.total / there, f"{words}; the GPU has {size(there)}{warning}")
+    there = device_bytes(device)
+    warning = ": more than there is, so it will not be started" if memory.total > there else ""
+    return bar(memory.total / there, f"{words}; there are {size(there)}{warning}")

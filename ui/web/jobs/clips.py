@@ -11,18 +11,20 @@ import torch
 from tilewise.pipelines.batch import manifest
 from tilewise.pipelines.batch.estimate import denoising_flop
 from tilewise.pipelines.generation.cancellation import cancellable
-from tilewise.pipelines.generation.compare import Comparison, compare
+from tilewise.pipelines.generation.clip_metadata import read_clip_metadata
+from tilewise.pipelines.generation.compare import compare
 from tilewise.pipelines.generation.generate import Clip, add_content_score, generate, run
 from tilewise.pipelines.generation.resolve import explain_settings, prompt_notes
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.media.video import ffmpeg_path, to_uint8
 from tilewise.pipelines.memory.limits import PeakMemory
+from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import patched
 from tilewise.plugins.summary import summary
 from tilewise.plugins.watch import WatchedCall, watch
 from tilewise.ui.web.common.media import Preview
-from tilewise.ui.web.jobs.job_queue import Job
+from tilewise.ui.web.jobs.job import Job
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.jobs.output_store import OutputStore
 
@@ -31,31 +33,43 @@ FOLDER = "ui"  # of the output folder
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A clip on disk. summary: what its attention calls did, as text; None for dense."""
+    """A clip on disk. run: how it went, the "run" of its metadata."""
 
     path: Path
-    metadata: dict[str, Any]
     settings: GenerateSettings
-    summary: str | None
+    run: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Made:
+        """A clip that was made earlier. Raises ConfigError where it is no longer there, and as `read_clip_metadata`."""
+        told = read_clip_metadata(path)
+        return cls(path, told.settings, told.run)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A clip and the dense one of the same seed, with what `compare` measured."""
-
-    sparse: Made
-    dense: Made
-    comparison: Comparison
+def find_clip(outputs: Path, name: Any) -> Made:
+    """The clip that a job made, by its name within the outputs. Raises ConfigError if it is no longer there."""
+    path = (outputs / str(name)).resolve()
+    if not path.is_relative_to(outputs):  # the list of jobs may have been edited
+        raise ConfigError(f"there is no clip {str(name)[:80]!r} in the outputs")
+    return Made.read(path)
 
 
 class Studio:
     """Makes clips into a folder. `outputs`: absolute; the clips of the page go to a folder in it."""
 
     def __init__(self, models: Models, outputs: Path) -> None:
-        self.models = models
+        self.models, self.outputs = models, outputs
         self.store = OutputStore(models, outputs / FOLDER)
         ffmpeg_path()
         check_writable(self.store.folder / manifest.NAME, suffix=".jsonl")
+
+    def name(self, made: Made) -> str:
+        """What the list of jobs calls a clip."""
+        return made.path.relative_to(self.outputs).as_posix()
+
+    def find(self, name: Any) -> Made:
+        """As `find_clip`, in this folder."""
+        return find_clip(self.outputs, name)
 
     def clip(self, settings: GenerateSettings, job: Job) -> Made:
         """One clip. On the worker's thread; raises Cancelled soon after the job is cancelled."""
@@ -78,14 +92,15 @@ class Studio:
             clip = generate(pipe, settings, job.tell, preview=show)
         return self._write(pipe, clip, {**told, "peak_memory": peak.read(), "notes": notes})
 
-    def pair(self, settings: GenerateSettings, job: Job) -> Pair:
-        """The clip of the method and the dense one, from the same noise, timed fairly (see `compare`)."""
+    def pair(self, settings: GenerateSettings, job: Job) -> tuple[Made, Made, dict[str, Any]]:
+        """The clip of the method and the dense one, from the same noise, timed fairly (see `compare`), and the numbers."""
         pipe, told, notes = self._prepare(settings, job)
         with cancellable(pipe, job.cancelled):
             result = compare(pipe, settings, job.tell)
         told = {**told, "notes": notes}
-        sparse = self._write(pipe, result.sparse, {**told, "comparison": result.to_dict()})
-        return Pair(sparse, self._write(pipe, result.dense, told), result)
+        numbers = result.to_dict()
+        sparse = self._write(pipe, result.sparse, {**told, "comparison": numbers})
+        return sparse, self._write(pipe, result.dense, told), numbers
 
     def watched(self, settings: GenerateSettings, block: int, job: Job) -> tuple[Made, list[WatchedCall]]:
         """A clip, and what each attention call of one transformer block did at each step."""
@@ -109,4 +124,4 @@ class Studio:
         flop = denoising_flop(skeleton, settings, explain_settings(skeleton, settings))
         with self.store.alone():
             path, metadata = self.store.put(self.store.place(settings, flop), clip, run)
-        return Made(path, metadata, settings, None if clip.summary is None else str(clip.summary))
+        return Made(path, settings, metadata["run"])

@@ -1,173 +1,175 @@
-"""A queue of jobs. One runs on the device at a time, in order of arrival; its owner can watch and cancel it.
+"""The queue of jobs. One runs on the device at a time, in order of arrival; whoever opens the page can watch and cancel it.
 
-All visitors share one worker thread. Their handlers only watch: what a visitor sees is a stream of `State`, ended by the job's
-result or by what it raised.
+Jobs outlast the tab that asked for them, and the server: the list is on disk. A job that ran when the server stopped is said to
+be interrupted; those that waited run when it is started again. Browser tabs only watch: they get a stream of `State`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from tilewise.pipelines.generation.cancellation import Cancelled
-from tilewise.ui.web.common.messages import log_unexpected
+from tilewise.ui.common.plural import counted
+from tilewise.ui.web.common.messages import LOG, error_message, log_unexpected
 from tilewise.ui.web.common.safety import RefusedError
+from tilewise.ui.web.jobs.job import CANCELLED, DONE, ENDED, FAILED, INTERRUPTED, RUNNING, WAITING, Job, State, now
+from tilewise.ui.web.jobs.job_file import JobFile
 
-TICK = 0.5  # seconds after which a watcher is told anew although nothing happened: the time left goes on
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What a job shows: how many jobs are ahead of it (None: it is at work), its phase with steps, a preview, notes, seconds."""
-
-    ahead: int | None = None
-    phase: str = ""
-    done: int = 0
-    total: int = 0
-    picture: Any = None
-    seconds: float = 0.0
-    phase_seconds: float = 0.0
-
-    @property
-    def left(self) -> float | None:
-        """Seconds until the phase ends at the pace so far; None before the first step."""
-        return self.phase_seconds * (self.total - self.done) / self.done if self.done and self.total > 1 else None
-
-
-class Job:
-    """Work of one visitor. The worker calls `tell` and `show` as it goes on, and gives up soon after `cancelled()`."""
-
-    def __init__(self, owner: str) -> None:
-        self.owner = owner
-        self.future: Future[Any] = Future()
-        self.running = False
-        self._cancel = threading.Event()
-        self._changed = threading.Condition()
-        self._state = State()
-        self._started = self._phase_started = time.perf_counter()
-        self._version = 0
-
-    def cancel(self) -> None:
-        self._cancel.set()
-        self.touch()
-
-    def cancelled(self) -> bool:
-        return self._cancel.is_set()
-
-    def start(self) -> None:
-        self.running = True
-        self._started = self._phase_started = time.perf_counter()
-
-    def tell(self, phase: str, done: int, total: int) -> None:
-        """As the progress of `generate`; raises Cancelled if the owner has cancelled."""
-        if self.cancelled():
-            raise Cancelled("stopped on request")
-        if phase != self._state.phase or done == 0:
-            self._phase_started = time.perf_counter()
-        self.touch(phase=phase, done=done, total=total)
-
-    def show(self, picture: Any) -> None:
-        """A new preview."""
-        self.touch(picture=picture)
-
-    def state(self, ahead: int | None) -> State:
-        now = time.perf_counter()
-        seconds, in_phase = now - self._started, now - self._phase_started
-        return dataclasses.replace(self._state, ahead=ahead, seconds=seconds, phase_seconds=in_phase)
-
-    def wait(self, seen: int) -> int:
-        """Returns after something changed since `seen`, or after TICK; with the number of what is seen now."""
-        with self._changed:
-            if self._version == seen:
-                self._changed.wait(TICK)
-            return self._version
-
-    def touch(self, **changes: Any) -> None:
-        """Changes the state, and wakes who waits for a change."""
-        with self._changed:
-            self._state = dataclasses.replace(self._state, **changes)
-            self._version += 1
-            self._changed.notify_all()
+Work: TypeAlias = Callable[[Mapping[str, Any], Job], Mapping[str, Any]]
+"""Does a job from its values, which are checked anew: they may come from an edited file. Gives the result, JSON values."""
 
 
 class JobQueue:
-    """Takes jobs. waiting: how many may wait at a time; one more is refused."""
+    """waiting: how many may wait at a time; one more is refused. folder: where the list is kept; None: nowhere.
 
-    def __init__(self, waiting: int) -> None:
+    problems: what was wrong with the list on disk, in sentences.
+    """
+
+    def __init__(self, waiting: int, folder: Path | None = None) -> None:
         self.waiting = waiting
-        self._lock = threading.Lock()
+        self.problems: list[str] = []
+        self.version = 0  # of the list: another one after each change
+        self._kinds: dict[str, Work] = {}
+        self._lock = threading.RLock()
         self._jobs: list[Job] = []
+        self._closed = False
+        self._file = None if folder is None else JobFile(folder)
         # One thread for all work: PyTorch makes a pool of threads for each that calls it.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="device")
 
-    def submit(self, owner: str, work: Callable[[Job], Any]) -> Job:
-        """Queues work. Raises RefusedError if the owner has a job already, or too many wait."""
-        job = Job(owner)
+    def register(self, kind: str, work: Work) -> None:
+        """What does the jobs of a kind."""
+        self._kinds[kind] = work
+
+    def start(self) -> None:
+        """Takes up the list on disk; all kinds are registered by now."""
+        if self._file is None:
+            return
         with self._lock:
-            if any(other.owner == owner and not other.cancelled() for other in self._jobs):
-                raise RefusedError("this page is at work for you already; cancel that, or wait for it")
-            wanted = [other for other in self._jobs if not other.cancelled()]
-            if len(wanted) > self.waiting:
-                raise RefusedError(f"{len(wanted) - 1} jobs are waiting for the device already; try again later")
+            earlier, self.problems = self._file.load()
+            for problem in self.problems:
+                LOG.warning("%s", problem)
+            for job in earlier:
+                if job.status == RUNNING:
+                    job.status, job.ended = INTERRUPTED, now()
+            self._jobs = earlier + self._jobs
+            for job in earlier:
+                job.on_keep = self._save
+                if job.status == WAITING:
+                    self._worker.submit(self._run, job)
+            self._save()
+
+    def submit(self, kind: str, title: str, values: Mapping[str, Any]) -> Job:
+        """Queues work. Raises RefusedError if too many wait."""
+        job = Job(kind, title, values)
+        job.on_keep = self._save
+        with self._lock:
+            wait = [other for other in self._jobs if other.status == WAITING]
+            at_work = any(other.status == RUNNING for other in self._jobs)
+            if len(wait) - (not at_work) >= self.waiting:
+                raise RefusedError(
+                    f"{counted(self.waiting, 'job')} already {'waits' if self.waiting == 1 else 'wait'} for the device; "
+                    "try again later, or cancel one under Jobs"
+                )
             self._jobs.append(job)
-        self._worker.submit(self._run, job, work)
+            self._save()
+            self._worker.submit(self._run, job)
         return job
 
-    def watch(self, job: Job) -> Iterator[State]:
-        """States until the job has ended; then `job.future` holds what came of it. A watcher that goes away cancels."""
-        seen = -1
-        try:
-            while not job.future.done():
-                seen = job.wait(seen)
-                yield job.state(self._ahead(job))
-                if job.cancelled() and not job.running:
-                    return
-        finally:
-            if not job.future.done():
-                job.cancel()
+    def again(self, name: str) -> Job:
+        """Queues the work of an ended job once more. Raises RefusedError as `submit`, and for one that is not known."""
+        job = self.find(name)
+        if job is None or job.status not in ENDED:
+            raise RefusedError("only a job that has ended can be run again")
+        return self.submit(job.kind, job.title, job.values)
 
-    def cancel(self, owner: str) -> bool:
-        """Cancels what an owner has queued or at work; whether there was anything."""
+    def find(self, name: str) -> Job | None:
         with self._lock:
-            found = [job for job in self._jobs if job.owner == owner]
-        for job in found:
+            return next((job for job in self._jobs if job.id == name), None)
+
+    def jobs(self) -> list[Job]:
+        """All, the latest first."""
+        with self._lock:
+            return self._jobs[::-1]
+
+    def watch(self, job: Job) -> Iterator[State]:
+        """States until the job has ended. Who stops watching leaves the job alone."""
+        seen = -1
+        while job.status not in ENDED:
+            seen = job.wait(seen)
+            yield job.state(self.ahead(job))
+
+    def ahead(self, job: Job) -> int | None:
+        """How many jobs come before one that waits; None for one that does not wait."""
+        with self._lock:
+            if job.status != WAITING or job not in self._jobs:
+                return None
+            return sum(other.status in (WAITING, RUNNING) for other in self._jobs[: self._jobs.index(job)])
+
+    def cancel(self, name: str) -> bool:
+        """Cancels a job that waits or runs; whether there was such a one. One that waits has ended when this returns."""
+        with self._lock:
+            job = self.find(name)
+            if job is None or job.status in ENDED:
+                return False
             job.cancel()
-        return bool(found)
+            if job.status == WAITING:
+                self._end(job, CANCELLED)
+        return True
+
+    def clear(self) -> None:
+        """Forgets the jobs that have ended; their clips stay."""
+        with self._lock:
+            self._jobs = [job for job in self._jobs if job.status not in ENDED]
+            self.problems = []
+            self._save()
 
     def close(self) -> None:
-        """Cancels everything and waits for the worker."""
+        """Interrupts the job at work and waits for the worker. Jobs that wait keep their place in the list on disk."""
         with self._lock:
-            found = list(self._jobs)
-        for job in found:
-            job.cancel()
-        self._worker.shutdown(wait=True)
+            self._closed = True
+            for job in self._jobs:
+                if job.status == RUNNING:
+                    job.interrupt()
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        if self._file is not None:
+            self._file.close()
 
-    def _ahead(self, job: Job) -> int | None:
+    def _run(self, job: Job) -> None:
         with self._lock:
-            waiting = [other for other in self._jobs if not other.cancelled() or other.running]
-            return None if job.running or job not in waiting else waiting.index(job)
-
-    def _run(self, job: Job, work: Callable[[Job], Any]) -> None:
-        failure: BaseException | None = None
-        result = None
-        try:
-            if job.cancelled():
-                raise Cancelled("stopped on request")
+            if self._closed or job.status != WAITING:
+                return
             job.start()
-            result = work(job)
-        except BaseException as error:
-            log_unexpected(error)
-            # A traceback would keep the run's tensors alive for as long as somebody holds the job.
-            error.__traceback__ = None
-            failure = error
+            self._save()
+        status, error = DONE, None
+        try:
+            if job.kind not in self._kinds:
+                raise RefusedError(f"this version of the page has no jobs of the kind {job.kind!r:.40}")
+            job.keep(**self._kinds[job.kind](job.values, job))
+        except Cancelled:
+            status = CANCELLED
+        except BaseException as failure:
+            log_unexpected(failure)
+            # Not the error itself: its traceback would keep the run's tensors alive for as long as the job is known.
+            status, error = FAILED, error_message(failure)
         with self._lock:
-            self._jobs.remove(job)
-        if failure is None:
-            job.future.set_result(result)
-        else:
-            job.future.set_exception(failure)
-        job.touch()
+            self._end(job, status, error)
+
+    def _end(self, job: Job, status: str, error: str | None = None) -> None:
+        job.end(status, error)
+        self._save()
+
+    def _save(self) -> None:
+        with self._lock:
+            self.version += 1
+            if self._file is None:
+                return
+            try:
+                self._jobs = self._file.save(self._jobs)
+            except (OSError, ValueError) as error:  # the work goes on: a clip is worth more than the list
+                self.problems = [f"the list of jobs cannot be written: {error}"]
+                LOG.warning("%s", self.problems[0])

@@ -16,7 +16,7 @@ from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.memory.limits import free_memory
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.web.common.safety import RefusedError
-from tilewise.ui.web.jobs.job_queue import Job
+from tilewise.ui.web.jobs.job import Job
 
 
 class Models:

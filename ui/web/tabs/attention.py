@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -23,28 +23,33 @@ from tilewise.ui.web.common import media
 from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.common.safety import RefusedError
 from tilewise.ui.web.forms.controls import Controls
-from tilewise.ui.web.forms.form_parsing import settings_of
+from tilewise.ui.web.forms.form_parsing import settings_from, settings_of
 from tilewise.ui.web.forms.slider import Slider
 from tilewise.ui.web.jobs.clips import Studio
+from tilewise.ui.web.jobs.fit import check_fits
+from tilewise.ui.web.jobs.job import DONE, Job
 from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.tabs import attention_picture as picture
 from tilewise.ui.web.tabs.attention_query import Place, Seen, layer_at, seen_from
-from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
+from tilewise.ui.web.tabs.job_view import JobView
 
 ABOUT = """Click a position in the picture. The bright outline marks **what the query there attends to**, in every latent frame of
 the clip. Everything outside it is skipped, which saves the time. The sliders do the same from the keyboard."""
 PLACE = ("t", "h", "w", "head", "step", "block")
 LEAST = (0, 0, 0, 0, 1, 0)
 MAX_WATCHED = 2_000_000  # tokens x steps: what a watched block decided is kept in memory
-MAX_KEPT = 4  # visitors whose watched run is kept
+MAX_KEPT = 4  # watched runs whose calls are kept
+KIND = "watch"
 
 
 class AttentionTab:
     """Built inside a gr.Tab. `clip`: the gr.State of the visitor's last clip, which the region is drawn over."""
 
-    def __init__(self, controls: Controls, job_queue: JobQueue, studio: Studio, clip: gr.State, tab: gr.Tab) -> None:
-        self.controls, self.job_queue, self.studio = controls, job_queue, studio
-        self._watched: dict[str, tuple[GenerateSettings, list[WatchedCall]]] = {}  # by owner, the last run of each
+    def __init__(
+        self, controls: Controls, job_queue: JobQueue, studio: Studio, clip: gr.State, tab: gr.Tab, job: Any
+    ) -> None:
+        self.controls, self.studio = controls, studio
+        self._watched: dict[str, tuple[GenerateSettings, list[WatchedCall]]] = {}  # by job, the last runs
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
@@ -72,10 +77,13 @@ class AttentionTab:
         gr.Markdown(
             "**Attention that the method expected** at each position, for methods that select blocks while the model runs"
         )
-        with gr.Row():
+        with gr.Row(elem_classes=["tw-buttons"]):
             go = gr.Button("Watch a run of this block", elem_id="watch")
-            stop = gr.Button("Cancel", variant="stop", elem_id="watch-cancel")
+            stop = gr.Button("Cancel", elem_id="watch-cancel", interactive=False)
         status = gr.HTML(elem_id="watch-status")
+        preview = gr.HTML()
+        job_queue.register(KIND, self.work)
+        self.view = JobView(job_queue, KIND, job, self.start, self.result, [gr.skip()])
         draft = gr.Image(
             label="What the method expected", show_label=False, type="pil", interactive=False, format="webp", visible=False,
             buttons=["fullscreen"], elem_id="attention-draft", alt_text="the low-resolution map of the query",
@@ -83,7 +91,7 @@ class AttentionTab:
         # The query's place is kept here, by the server, and the sliders show it. A drawing takes its time, and reads the place as
         # it begins: one that was asked for before a click cannot put the query back.
         begun, place = gr.State(False), gr.State(tuple(first))  # begun: whether the tab was ever shown
-        inputs = [begun, clip, place, *sliders, *controls.inputs]
+        inputs = [begun, clip, self.view.job, place, *sliders, *controls.inputs]
         outputs = [large, film, draft, words, *sliders]
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         quiet: dict[str, Any] = {"queue": False, **hidden}
@@ -101,9 +109,8 @@ class AttentionTab:
         here = [place, *controls.inputs]
         large.select(self.picked, here, place, **told)
         film.select(self.picked_in_strip, here, place, **told)
-        run = go.click(self.watch, here, [status, clip], **told)
-        run.then(self.draw, inputs, outputs, **quiet)
-        stop.click(self.cancel, None, [status], **quiet)
+        _, followed = self.view.wire(go, stop, here, status, preview, [clip])
+        followed.then(self.draw, inputs, outputs, **quiet)
 
     def _first(self) -> tuple[list[int], list[int]]:
         """Where the query stands at first, and the most of each: the middle of the first model, last step and block."""
@@ -114,38 +121,42 @@ class AttentionTab:
         most = [grid.t - 1, grid.h - 1, grid.w - 1, extent.heads - 1, extent.steps, extent.blocks - 1]
         return [grid.t // 2, grid.h // 2, grid.w // 2, 0, extent.steps, extent.blocks - 1], most
 
-    def watch(self, request: gr.Request, place: Sequence[Any], *given: Any) -> Iterator[list[Any]]:
-        """Runs the settings and keeps what the block's attention calls decided, until this visitor's next."""
-        try:
-            settings, seen = self._seen(place, given)
-            if seen.extent.grid.tokens * settings.steps > MAX_WATCHED:
-                raise RefusedError("so large a run cannot be watched here; take a smaller size or fewer steps")
-            if settings.is_dense:
-                raise RefusedError("dense sees everything: there is nothing to watch")
-            owner = owner_of(request)
-            work = functools.partial(self.studio.watched, settings, seen.place.block)
-            for status, _, made in stream(self.job_queue, owner, work):
-                if made is not None:
-                    self._watched.pop(owner, None)
-                    while len(self._watched) >= MAX_KEPT:
-                        del self._watched[next(iter(self._watched))]
-                    self._watched[owner] = settings, made[1]
-                    yield ["", str(made[0].path)]
-                else:
-                    yield [status, gr.skip()]
-        except Exception as error:
-            log_unexpected(error)
-            yield [error_html(error), gr.skip()]
+    def start(self, place: Sequence[Any], *given: Any) -> tuple[str, dict[str, Any]]:
+        settings, seen = self._seen(place, given)
+        self._check(settings, seen.extent.grid.tokens)
+        check_fits(self.controls.models, settings)
+        return settings.prompt[:200], {"settings": settings.to_dict(), "block": seen.place.block}
 
-    def cancel(self, request: gr.Request) -> Any:
-        return cancel(self.job_queue, request)
+    def work(self, values: Mapping[str, Any], job: Job) -> dict[str, Any]:
+        """Runs the settings and keeps what the block's attention calls decided, until a few more were watched."""
+        models, limits = self.controls.models, self.controls.limits
+        settings = settings_from(values["settings"], models)
+        limits.check(settings)
+        check_fits(models, settings)
+        block = int(values["block"])
+        self._check(settings, layer_at(models.skeleton(settings.model), settings, block)[1].grid.tokens)
+        made, calls = self.studio.watched(settings, block, job)
+        while len(self._watched) >= MAX_KEPT:
+            del self._watched[next(iter(self._watched))]
+        self._watched[job.id] = settings, calls
+        return {"clip": self.studio.name(made)}
 
-    def draw(self, request: gr.Request, begun: bool, clip: str | None, place: Sequence[Any], *given: Any) -> list[Any]:
+    def result(self, job: Job) -> list[Any]:
+        """The clip."""
+        return [str(self.studio.find(job.result["clip"]).path)] if job.status == DONE else self.view.nothing
+
+    def _check(self, settings: GenerateSettings, tokens: int) -> None:
+        if tokens * settings.steps > MAX_WATCHED:
+            raise RefusedError("so large a run cannot be watched here; take a smaller size or fewer steps")
+        if settings.is_dense:
+            raise RefusedError("dense sees everything: there is nothing to watch")
+
+    def draw(self, begun: bool, clip: str | None, job: str, place: Sequence[Any], *given: Any) -> list[Any]:
         if not begun:  # nobody has looked yet
             return [gr.skip()] * (4 + len(PLACE))
         try:
             sliders, values = given[: len(PLACE)], given[len(PLACE) :]
-            settings, seen = self._seen(place, values, owner_of(request))
+            settings, seen = self._seen(place, values, str(job))
             frames = clip_frames(clip, settings)
             large, film, expected = pictures(seen, frames, settings)
             draft = gr.update(value=self._kept(expected), visible=expected is not None)
@@ -194,11 +205,12 @@ class AttentionTab:
         values["prompt"] = values["prompt"] or "-"
         return settings_of(self.controls.models, self.controls.limits, values)
 
-    def _seen(self, at: Sequence[Any], given: Sequence[Any], owner: str = "") -> tuple[GenerateSettings, Seen]:
-        """The settings, and what the query at a place (the numbers of a `Place`) sees; a place outside is moved inside."""
+    def _seen(self, at: Sequence[Any], given: Sequence[Any], job: str = "") -> tuple[GenerateSettings, Seen]:
+        """The settings, and what the query at a place (the numbers of a `Place`) sees; a place outside is moved inside.
+        job: the watched run, if there is one."""
         settings = self._settings(given)
         place = Place(*(int(n or 0) for n in at))
-        of, calls = self._watched.get(owner, (None, []))
+        of, calls = self._watched.get(job, (None, []))
         same = of is not None and dataclasses.replace(of, fps=settings.fps) == settings
         models = self.controls.models
         kept = calls if same else ()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.memory.limits import PeakMemory
 from tilewise.plugins.errors import TilewiseError
 from tilewise.ui.web.common.messages import error_html, log_unexpected
+from tilewise.ui.web.common.summary_table import summary_html
 from tilewise.ui.web.forms.controls import Controls
 from tilewise.ui.web.forms.highres_form import (
     OPTIONS,
@@ -33,20 +33,25 @@ from tilewise.ui.web.forms.highres_form import (
     plan_html,
     planned,
     python_program,
+    request_from,
     settings_dict,
 )
 from tilewise.ui.web.forms.option_controls import control
 from tilewise.ui.web.forms.slider import Slider
-from tilewise.ui.web.jobs.job_queue import Job, JobQueue
+from tilewise.ui.web.jobs.clips import find_clip
+from tilewise.ui.web.jobs.job import DONE, Job
+from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.jobs.output_store import OutputStore
+from tilewise.ui.web.tabs.generate import again_box
 from tilewise.ui.web.tabs.highres_result import figure, stages_html
-from tilewise.ui.web.tabs.job_stream import cancel, owner_of, stream
+from tilewise.ui.web.tabs.job_view import QUIET, JobView
 
 MAIN = ("strength", "refresh", "global_path", "guided")  # options that are shown at once
+KIND = "highres"
 FOLDER = "highres"  # of the output folder
 CANCELLED = "cancelled; a native clip that was finished is kept"
-ABOUT = """The settings on the left, attention method included, make a clip at the model's own size. The clip at the target size
+ABOUT = """The settings, attention method included, make a clip at the model's own size. The clip at the target size
 starts from it: each query attends to a window of the native size, guided by a path that sees the whole frame. Both clips are
 written to the folder `highres` of the outputs."""
 
@@ -58,7 +63,6 @@ class HighresMade:
     work: Work
     path: Path
     metadata: dict[str, Any]
-    summary: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ class HighresStudio:
     """Makes clips of two stages into a folder of `outputs`."""
 
     def __init__(self, models: Models, outputs: Path) -> None:
-        self.models, self.store = models, OutputStore(models, outputs / FOLDER)
+        self.models, self.outputs, self.store = models, outputs, OutputStore(models, outputs / FOLDER)
         self._lock = threading.Lock()
         self._skeletons: dict[str, Any] = {}
 
@@ -101,6 +105,7 @@ class HighresStudio:
             words = f"native stage, {native['height']}×{native['width']}; the target follows"
             version = native["run"]["frames_sha256"][:12]
             job.show(NativeShown(figure(stages.native_path, words, native["prompt"], version)))
+            job.keep(native=stages.native_path.relative_to(self.outputs).as_posix())
 
         stages = TwoStages(self.store.folder / place.file, work, run, show)
         for file in (stages.native_path, self.store.folder / place.file, self.store.folder / NAME):
@@ -116,13 +121,15 @@ class HighresStudio:
             notes.append(f"the clips could not be scored: {error or type(error).__name__}")
         with self.store.alone():
             path, metadata = self.store.put(place, clip, {**run, "highres": stages.to_dict()})
-        return HighresMade(work, path, metadata, str(clip.summary))
+        return HighresMade(work, path, metadata)
 
 
 class HighresTab:
     """Built inside a gr.Tab, which is `tab`."""
 
-    def __init__(self, controls: Controls, job_queue: JobQueue, models: Models, outputs: Path, tab: gr.Tab) -> None:
+    def __init__(
+        self, controls: Controls, job_queue: JobQueue, models: Models, outputs: Path, tab: gr.Tab, job: Any
+    ) -> None:
         self.controls, self.job_queue, self.models = controls, job_queue, models
         self.studio = HighresStudio(models, outputs)
         gr.Markdown(ABOUT)
@@ -138,28 +145,28 @@ class HighresTab:
             more = [control(option, "highres-") for name, option in OPTIONS.items() if name not in MAIN]
         plan = gr.HTML(elem_id="highres-plan")
         with gr.Row():
-            go = gr.Button("Generate", variant="primary", elem_id="highres")
-            stop = gr.Button("Cancel", variant="stop", elem_id="highres-cancel")
+            go = gr.Button("Generate in high resolution", variant="primary", elem_id="highres")
+            stop = gr.Button("Cancel", elem_id="highres-cancel", interactive=False)
         status = gr.HTML(elem_id="highres-status")
         native = gr.HTML(elem_id="highres-native")
         result = gr.HTML(elem_id="highres-result")
         with gr.Accordion("Summary: what the attention calls of the second stage did", open=False):
-            summary = gr.Code(language=None, label="Summary", interactive=False, elem_id="highres-summary")
-        with gr.Accordion("The same clip again: settings, command, program", open=False, elem_id="highres-again"):
-            settings = gr.Code(language="json", label="Settings", interactive=False, elem_id="highres-settings")
-            command = gr.Code(language="shell", label="Command", interactive=False, elem_id="highres-command")
-            program = gr.Code(language="python", label="Python", interactive=False, elem_id="highres-program")
+            summary = gr.HTML(elem_id="highres-summary")
+        settings, command, program = again_box("highres-")
         made = dict(zip((*MAIN, *(name for name in OPTIONS if name not in MAIN)), [*first, *more], strict=True))
         self.own = own = [height, width, *(made[name] for name in OPTIONS)]  # in the order of FIELDS
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         inputs = [*own, *controls.inputs]
-        moved = [tab.select, *(component.change for component in inputs)]
-        gr.on(moved, self.plan, inputs, [plan], queue=False, trigger_mode="always_last", **quiet)
+        begun = gr.State(False)  # whether the tab was ever shown: planning takes its time
+        tab.select(lambda: True, None, begun, **QUIET)  # Gradio tells of a State's change from its queue alone
+        moved = [begun.change, *(component.change for component in inputs)]
+        gr.on(moved, self.plan, [begun, *inputs], [plan], trigger_mode="always_last", **quiet)
         model = controls.components["model"]
-        model.input(self.target, [model], [height, width], queue=False, **quiet)
-        outputs_ = [status, native, result, summary, settings, command, program]
-        go.click(self.run, inputs, outputs_, concurrency_limit=None, **quiet)
-        stop.click(self.cancel, None, [status], queue=False, **quiet)
+        model.input(self.target, [model], [height, width], **quiet)
+        job_queue.register(KIND, self.work)
+        nothing = ["", "", None, None, None]
+        self.view = JobView(job_queue, KIND, job, self.start, self.result, nothing, CANCELLED)
+        self.view.wire(go, stop, inputs, status, native, [result, summary, settings, command, program])
 
     def target(self, model: str) -> list[Any]:
         """Twice the model's own size."""
@@ -169,7 +176,9 @@ class HighresTab:
             return [gr.skip()] * 2
         return [2 * native.height, 2 * native.width]
 
-    def plan(self, *given: Any) -> str:
+    def plan(self, begun: bool, *given: Any) -> Any:
+        if not begun:
+            return gr.skip()
         try:
             return plan_html(
                 self._planned(given, prompt="-")[1], self.studio.skeleton(str(self._values(given)["model"]))
@@ -178,30 +187,32 @@ class HighresTab:
             log_unexpected(error)
             return error_html(error)
 
-    def run(self, request: gr.Request, *given: Any) -> Iterator[list[Any]]:
-        nothing = [gr.skip()] * 5
-        try:
-            clip_request, _ = self._planned(given)
-            work = functools.partial(self.studio.clip, clip_request)
-            yield [""] * 7  # what is shown must not be taken for what comes
-            for status, native, made in stream(self.job_queue, owner_of(request), work, CANCELLED):
-                if made is None:  # the native clip stays, whatever becomes of the other
-                    yield [status, native or gr.skip(), *nothing]
-                else:
-                    yield ["", "", *self.shown(made)]
-        except Exception as error:
-            log_unexpected(error)
-            yield [error_html(error), gr.skip(), *nothing]
+    def start(self, *given: Any) -> tuple[str, dict[str, Any]]:
+        clip_request, _ = self._planned(given)
+        return clip_request.native.prompt[:200], clip_request.to_dict()
 
-    def cancel(self, request: gr.Request) -> Any:
-        return cancel(self.job_queue, request)
+    def work(self, values: Mapping[str, Any], job: Job) -> dict[str, Any]:
+        clip_request = request_from(values, self.models, self.controls.limits)
+        self._plan_of(clip_request)
+        made = self.studio.clip(clip_request, job)
+        return {"clip": made.path.relative_to(self.studio.outputs).as_posix()}
 
-    def shown(self, made: HighresMade) -> list[Any]:
-        """Result, summary, settings, command, program."""
-        native, dtype = self.models.defaults(made.work.native.model), self.models.dtype
-        told = json.dumps(settings_dict(made.work), indent=2)
-        again = [command_line(made.work, native, dtype), python_program(made.work, native, dtype)]
-        return [stages_html(made.path, made.metadata), made.summary, told, *again]
+    def result(self, job: Job) -> list[Any]:
+        """Result, summary, settings, command, program. A native clip that was finished is shown, whatever became of the other."""
+        if job.status != DONE:
+            if "native" not in job.result:
+                return self.view.nothing
+            first = find_clip(self.studio.outputs, job.result["native"])
+            told = first.settings
+            words = f"native stage, {told.height}×{told.width}"
+            return [figure(first.path, words, told.prompt, first.run["frames_sha256"][:12]), *self.view.nothing[1:]]
+        made = find_clip(self.studio.outputs, job.result["clip"])
+        work = self._plan_of(request_from(job.values, self.models, self.controls.limits))
+        native, dtype = self.models.defaults(work.native.model), self.models.dtype
+        told_settings = json.dumps(settings_dict(work), indent=2)
+        again = [command_line(work, native, dtype), python_program(work, native, dtype)]
+        metadata = {**made.settings.to_dict(), "run": made.run}
+        return [stages_html(made.path, metadata), summary_html(made.run.get("summary")), told_settings, *again]
 
     def _values(self, given: Any) -> dict[str, Any]:
         return self.controls.values(given[len(self.own) :])
@@ -211,4 +222,8 @@ class HighresTab:
         values, limits = self._values(given), self.controls.limits
         values["prompt"] = values["prompt"] or prompt
         clip_request = highres_request(self.models, limits, values, given[: len(self.own)])
-        return clip_request, planned(self.models, limits, clip_request, self.studio.skeleton(clip_request.native.model))
+        return clip_request, self._plan_of(clip_request)
+
+    def _plan_of(self, clip_request: HighresRequest) -> Work:
+        skeleton = self.studio.skeleton(clip_request.native.model)
+        return planned(self.models, self.controls.limits, clip_request, skeleton)

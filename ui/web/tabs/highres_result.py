@@ -9,6 +9,7 @@ from typing import Any
 
 from tilewise.pipelines.batch.job import Stages
 from tilewise.pipelines.quality.coherence import Coherence
+from tilewise.ui.common.plural import counted
 from tilewise.ui.common.tables import content_words, method_words
 from tilewise.ui.web.common import media
 from tilewise.ui.web.forms.highres_form import path_words
@@ -21,7 +22,7 @@ def stages_html(path: Path, metadata: Mapping[str, Any]) -> str:
     seconds = ", ".join(f"{name} {value:.2f}" for name, value in run["seconds"].items() if value)
     found = {name: value for name, value in told["coherence"].items() if name != "excess"}
     guided = f"{forwards['refreshed']} with it, {forwards['reused']} with its cached cross-attention, "
-    clip = f"{metadata['frames']} frames of {metadata['height']}×{metadata['width']}, {metadata['fps']:g} a second"
+    clip = f"{counted(metadata['frames'], 'frame')} of {metadata['height']}×{metadata['width']}, {metadata['fps']:g} a second"
     native = (
         f"{stages.height}×{stages.width}, {method_words(stages.method)}, {told['native']['seconds']['total']:.2f} s"
     )
@@ -32,7 +33,10 @@ def stages_html(path: Path, metadata: Mapping[str, Any]) -> str:
         ("seconds of the second stage", seconds),
         ("coherence", str(Coherence(**found))),
         ("full path", f"{path_words(stages.options)}; forwards: {guided}{forwards['unguided']} without"),
-        ("fallbacks to dense", "; ".join(f"{n} calls: {why}" for why, n in run["fallbacks"].items()) or "none"),
+        (
+            "fallbacks to dense",
+            "; ".join(f"{counted(n, 'call')}: {why}" for why, n in run["fallbacks"].items()) or "none",
+        ),
     ]
     if (objects := told.get("objects")) is not None:
         rows.insert(5, ("objects found", f"{objects['clip']}, in the native clip {objects['native']}"))
@@ -46,14 +50,12 @@ def stages_html(path: Path, metadata: Mapping[str, Any]) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in run["notes"])
     version, first = run["frames_sha256"][:12], path.with_name(told["native"]["file"])
     prompt = str(metadata["prompt"])
-    figures = figure(path, f"at the target, {metadata['height']}×{metadata['width']}", prompt, version)
+    figures = [figure(path, f"at the target, {metadata['height']}×{metadata['width']}", prompt, version)]
     if first.is_file():
-        figures = figure(first, f"native stage, {stages.height}×{stages.width}", prompt, version) + figures
-    button = '<p class="tw-pair-buttons"><button type="button" class="tw-play">Play or pause both</button></p>'
-    return f'<div class="tw-pair" data-sync>{figures}{button}</div>{media.table(cells)}{notes}'
+        figures.insert(0, figure(first, f"native stage, {stages.height}×{stages.width}", prompt, version))
+    return f"{media.pair(figures)}{media.table(cells)}{notes}"
 
 
 def figure(path: Path, words: str, prompt: str, version: str) -> str:
     """One clip with a link to it. version: another one for other content under the same name."""
-    player = media.video(path, f"{words}: {prompt}", version=version)
-    return f"<figure>{player}<figcaption>{escape(words)}<br>{media.download(path, 'Download')}</figcaption></figure>"
+    return media.figure(path, f"{words}: {prompt}", escape(words), version=version)

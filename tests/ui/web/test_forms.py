@@ -1,0 +1,191 @@
+"""What the page makes of values and says in HTML, without a browser: measures of methods, its address, thumbnails, tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[ui]'")
+
+import gradio as gr
+import numpy as np
+
+import tilewise
+from tilewise.pipelines.media.video import write_video
+from tilewise.ui.common.plural import counted
+from tilewise.ui.web.common.safety import RefusedError
+from tilewise.ui.web.common.summary_table import summary_html
+from tilewise.ui.web.forms.form_parsing import config_of, method_values
+from tilewise.ui.web.forms.method_controls import MethodControls, measures_of
+from tilewise.ui.web.forms.url_state import UrlState
+from tilewise.ui.web.jobs import fit
+from tilewise.ui.web.server import must_be_saved
+from tilewise.ui.web.tabs.history import settings_in_file
+from tilewise.ui.web.tabs.past_clips import Past, gallery_html
+
+
+@pytest.mark.parametrize(
+    ("method", "measure"),
+    [
+        (tilewise.STA(density=0.3), "density"),
+        (tilewise.STA(window=(1, 2, 3)), "window"),
+        (tilewise.STA(window=((1, 1, 1),) * 4), "window"),  # one a head: no three fields can say it
+        (tilewise.Draft(recall=0.8), "recall"),
+        (tilewise.Draft(density=0.6, refresh=2), "density"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_how_much_is_kept_has_its_own_controls(method, measure):
+    config = dataclasses.replace(tilewise.resolve("sta"), method=method)
+    said = {"method": method.name, **json.loads(json.dumps(method_values(config)))}
+    assert said["measure"] == measure
+    assert (measure in json.loads(said["options"])) == ("((" in str(method))
+    assert config_of(said) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"options": '{"density": 0.2}'}, "density has a control of its own"),
+        ({"options": '{"window": [3, 3, 3]}'}, "window has a control of its own"),
+        ({"measure": "window", "window_t": 1.5}, "whole numbers t, h, w"), ({"measure": "window", "window_h": None}, "window h"),
+        ({"density": "much"}, "density must be a number"), ({"density": float("inf")}, "density must be a number"),
+        ({"density": 0}, "density must be in"), ({"measure": "window", "window_w": 0}, "window"),
+    ],
+)  # fmt: skip
+def test_measures_that_cannot_be(changes, words):
+    with pytest.raises(tilewise.ConfigError, match=words):
+        config_of({"method": "sta", **method_values(tilewise.resolve("sta-fast")), **changes})
+
+
+def test_only_what_a_method_has_is_shown():
+    assert measures_of("sta-fast") == ["density", "window"] and measures_of("draft") == ["density", "recall"]
+    assert measures_of("dense") == measures_of("nonsense") == []
+    with gr.Blocks():
+        controls = MethodControls(tilewise.resolve("sta-fast"))
+    for name, measure, shown in (
+        ("sta", "window", "window"),
+        ("draft", "window", "density"),
+        ("dense", "density", None),
+        ("neighborhood", "density", "window"),
+    ):
+        radio, *rest = controls.show(name, measure)
+        assert radio["visible"] == (len(measures_of(name)) > 1)
+        assert [update["visible"] for update in rest] == [shown == each for each in ("density", "recall", "window")]
+
+
+def test_the_address_says_what_controls_say_and_nothing_else():
+    with gr.Blocks():
+        fields = {
+            "prompt": gr.Textbox("a"), "height": gr.Slider(16, 64, 32), "method": gr.Dropdown(["sta", "dense"], value="sta"),
+            "guided": gr.Radio(["all", "cond"], value="all"), "fps": gr.Number(8), "temperature": gr.Checkbox(True),
+        }  # fmt: skip
+        state = UrlState(fields)
+    script = state.script()
+    assert '"start": {"prompt": "a", "height": 32' in script
+    said = {
+        "prompt": "</script>",
+        "height": "48",
+        "method": "dense",
+        "guided": "cond",
+        "fps": "7.5",
+        "temperature": "false",
+    }
+    assert state.read(said, {}) == ["</script>", 48, "dense", "cond", 7.5, False]
+    for odd in ({"height": "nan"}, {"height": "x"}, {"method": "/etc"}, {"guided": ""}, {"prompt": "x" * 2001}, {}):
+        assert state.read(odd, {}) == [gr.skip()] * 6
+    assert state.read({}, {"height": 16})[1] == 16
+    fields["prompt"].value = "</script><script>alert(1)"
+    assert "</script><script>alert" not in state.script()
+
+
+def test_neighbours_differences_are_marked(tmp_path):
+    clip = write_video(tmp_path / "c.png", np.full((1, 16, 24, 3), 90, np.uint8), 8)
+    method = tilewise.resolve("sta-fast").to_dict()
+    line = {
+        "prompt": "a <b>", "method": method, "seed": 1, "frames": 1, "height": 16, "width": 24, "steps": 2, "guidance": 3.0,
+        "fps": 8, "model": "demo", "run": {"started": "2026-01-01T10:00:00"},
+    }  # fmt: skip
+    clips = [
+        Past("3", clip, {**line, "seed": 2, "guidance": 4.0}),
+        Past("2", clip, {**line, "seed": 2}),
+        Past("1", tmp_path / "gone.png", line),
+    ]
+    (tmp_path / "gone.png").write_text("no picture")
+    cards = gallery_html(clips, tmp_path / "cache", "2").split('<button type="button"')[1:]
+    assert ["<mark>seed 2</mark>" in card for card in cards] == [False, True, False]
+    assert ["<mark>guidance 4.0</mark>" in card for card in cards] == [True, False, False]
+    assert ["<img" in card for card in cards] == [True, True, False]
+    assert ['aria-pressed="true"' in card for card in cards] == [False, True, False]
+    assert all("a &lt;b&gt;" in card and "1 frame of 16×24" in card for card in cards)
+
+
+def test_settings_are_read_from_files_that_hold_them(tmp_path):
+    clip = write_video(tmp_path / "c.png", np.zeros((1, 16, 16, 3), np.uint8), 8, settings={"prompt": "x"})
+    assert settings_in_file(str(clip)) == {"prompt": "x"}
+    (tmp_path / "c.json").write_text('{"prompt": "y"}')
+    assert settings_in_file(str(tmp_path / "c.json")) == {"prompt": "y"}
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
+    plain = write_video(tmp_path / "plain.png", np.zeros((1, 16, 16, 3), np.uint8), 8)
+    for path, words in (
+        (tmp_path / "bad.json", "not UTF-8"),
+        (tmp_path / "x.exe", "not from x.exe"),
+        (plain, "no settings"),
+    ):
+        with pytest.raises(tilewise.TilewiseError, match=words):
+            settings_in_file(str(path))
+
+
+def test_a_summary_is_a_table():
+    row = {"denoiser": "transformer", "layers": "1-7", "kind": "fallback", "calls": 1200, "density": None, "backend": "torch",
+           "seconds": 1.234, "reason": "a <reason>"}  # fmt: skip
+    html = summary_html(
+        {"rows": [row], "recall": 0.9, "broken": 1, "vae": [], "notes": ["a note"], "skipped_layers": {}}
+    )
+    for words in (
+        "fallback: a &lt;reason&gt;",
+        "1,200",
+        "<td>–</td>",
+        "1.23",
+        "estimated: 0.900",
+        "1 list of",
+        "a note",
+    ):
+        assert words in html
+    assert "dense" in summary_html(None)
+
+
+def test_a_clip_that_cannot_fit_is_refused_with_its_numbers(monkeypatch):
+    memory = SimpleNamespace(total=2003 * 2**30, weights=3 * 2**30, denoise=2000 * 2**30, decode=None)
+    models = SimpleNamespace(skeleton=lambda name: None, dtype="float32", device="cpu")
+    for name, value in {"estimate_memory": memory, "explain_settings": None, "resolve_dtype": None}.items():
+        monkeypatch.setattr(fit, name, lambda *_, value=value: value)
+    monkeypatch.setattr(fit, "device_bytes", lambda _: 23 * 2**30)
+    settings = SimpleNamespace(model="demo")
+    with pytest.raises(RefusedError, match=r"about 2,003\.0 GiB .*there are 23\.0 GiB: take a smaller size"):
+        fit.check_fits(models, settings)
+    memory.total = 22 * 2**30
+    fit.check_fits(models, settings)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "saved"),
+    [
+        ("/gradio_api/file=/o/a.html", b"text/html; charset=utf-8", True),
+        ("/gradio_api/file=/o/a.svg", b"image/svg+xml", True),
+        ("/file=/o/a.json", b"application/json", True),
+        ("/gradio_api/file=/o/a.mp4", b"video/mp4", False),
+        ("/gradio_api/file/o/a.png", b"image/png", False),
+        ("/", b"text/html", False),
+        ("/assets/a.js", b"text/javascript", False),
+    ],
+)
+def test_only_clips_and_pictures_are_shown_by_a_browser(path, kind, saved):
+    assert must_be_saved(path, kind) is saved
+
+
+def test_counts():
+    assert [counted(n, "frame") for n in (0, 1, 2, 1025)] == ["0 frames", "1 frame", "2 frames", "1,025 frames"]

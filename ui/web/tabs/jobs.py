@@ -36,14 +36,14 @@ class JobsTab:
     def __init__(self, job_queue: JobQueue, line: Any, boxes: Mapping[str, Any], tabs: Any) -> None:
         self.job_queue, self.kinds = job_queue, list(boxes)
         words = gr.HTML(elem_id="jobs-words")
-        self.list = action_html(jobs_html(job_queue), elem_id="jobs")
+        self.shown = action_html(jobs_html(job_queue), elem_id="jobs")
         with gr.Row(elem_classes=["tw-buttons"]):
             clear = gr.Button("Clear ended jobs from this list", size="sm", elem_id="jobs-clear")
         seen = gr.State(-1)
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        drawn = [self.list, line, seen]
+        drawn = [self.shown, line, seen]
         gr.Timer(POLL).tick(self.look, [seen], drawn, **quiet)
-        done = self.list.click(self.act, None, [words, tabs, *boxes.values()], **quiet)
+        done = self.shown.click(self.act, None, [words, tabs, *boxes.values()], **quiet)
         done.then(self.draw, None, drawn, **quiet)
         clear.click(self.clear, None, [words], **quiet).then(self.draw, None, drawn, **quiet)
         line.click(lambda: gr.Tabs(selected="jobs"), None, [tabs], **quiet)

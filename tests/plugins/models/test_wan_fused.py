@@ -650,7 +650,7 @@ def replaced_forward(model):
 @pytest.mark.parametrize("alter", [another_processor, another_attention, another_forward, replaced_forward])
 def test_fused_kernels_that_stay_off_are_reported(alter):
     model = tiny_transformer(num_layers=2)
-    size = {"height": 64, "width": 64, "num_frames": 9}
+    size = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 4}
     assert not tilewise.explain(model, **size, method="sta").notes
     says = f"denoiser: fused kernels are off in {alter(model)}"
     told = tilewise.explain(model, **size, method="sta")
@@ -669,7 +669,8 @@ def test_nothing_is_reported_of_the_stock_model(fuse):
     model = tiny_transformer(num_layers=2)
     with tilewise.patched(model, "sta", fuse=fuse):
         assert tilewise.summary(model).notes == ()
-        assert tilewise.explain(model, height=64, width=64, num_frames=9).notes == []
+        told = tilewise.explain(model, height=64, width=64, num_frames=9, num_inference_steps=4)
+        assert told.notes == []
 
 
 # ── in a patched denoiser: queries and keys come out of the kernel in tile order ─────────────────────────────────────

@@ -684,6 +684,6 @@ def test_explain_of_schedules_that_cannot_be_made(model):
     assert (told.sparse_steps, told.dense_steps) == (1500, 500)
     assert "DDIMScheduler.set_timesteps(2000) failed" in str(told)
     moved = say(Loop(model, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)), num_inference_steps=8)
-    assert (moved.sparse_steps, moved.dense_steps, moved.notes) == (6, 2, [])
+    assert (moved.sparse_steps, moved.dense_steps) == (6, 2) and "timesteps" not in str(moved.notes)
     twice = say(Loop(model, HeunDiscreteScheduler()), num_inference_steps=6)
-    assert twice.notes == ["HeunDiscreteScheduler calls the denoiser at 11 timesteps in 6 steps"]
+    assert "HeunDiscreteScheduler calls the denoiser at 11 timesteps in 6 steps" in twice.notes

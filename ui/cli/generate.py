@@ -75,13 +75,10 @@ def generate_request(request: Request) -> None:
         work = _check(request, create=True)
         settings = work.settings
         with notes.status(f"loading {settings.model} …"):
-            where = {
-                "device": request.device,
-                "dtype": work.dtype,
-                "offload": work.memory.offload,
-                "loras": settings.lora,
-            }
-            load = functools.partial(load_pipeline, settings.model, **where)
+            load = functools.partial(
+                load_pipeline, settings.model, device=request.device, dtype=work.dtype, offload=work.memory.offload,
+                loras=settings.lora,
+            )  # fmt: skip
             pipe, run = begin_run(settings.model, work.dtype, load)
         warnings = explain_settings(work.skeleton, settings).warnings
         for note in [*prompt_notes(pipe, settings), *_size_notes(work), *warnings, *_origin_notes(work)]:

@@ -65,8 +65,10 @@ def generate_highres(request: Request) -> None:
         found = _check(request, create=True)
         model = found.work.target.model
         with notes.status(f"loading {model} …"):
-            where = {"device": request.device, "dtype": found.dtype, "offload": found.memory.offload}
-            load = functools.partial(load_pipeline, model, loras=found.work.target.lora, **where)
+            load = functools.partial(
+                load_pipeline, model, device=request.device, dtype=found.dtype, offload=found.memory.offload,
+                loras=found.work.target.lora,
+            )  # fmt: skip
             pipe, run = begin_run(model, found.dtype, load)
         work = _tiled(prepare(pipe, *found.arguments), found.origin, found.memory)
         target = work.target

@@ -74,13 +74,15 @@ class Option:
             "flag": is_bool,
             "size": is_text,
             "method": isinstance(value, str | Mapping),
-            "numbers": is_text or _are_numbers(value),
+            "numbers": is_text or _are_numbers(value if isinstance(value, list) else [value]),
         }[self.kind]
         if not valid:
             raise ConfigError(f"{self.name} must be {KINDS[self.kind]}, not {said[:80]!r}")
         if self.kind == "texts":
             return value if isinstance(value, list) else [part.strip() for part in value.split(";")]
-        return _joined(value) if isinstance(value, list) else value
+        if self.kind == "numbers" and not is_text:
+            return _joined(value if isinstance(value, list) else [value])
+        return value
 
 
 def option(

@@ -14,6 +14,7 @@ from tilewise.pipelines.batch.input import lines_words
 from tilewise.pipelines.batch.job import Job
 from tilewise.pipelines.batch.manifest import Line
 from tilewise.pipelines.batch.ranks import World
+from tilewise.pipelines.batch.stream_clip import make_stream
 from tilewise.pipelines.batch.two_stage_clip import TwoStages
 from tilewise.pipelines.batch.two_stage_jobs import about, plan_job
 from tilewise.pipelines.generation.cancellation import cancellable
@@ -102,11 +103,12 @@ class ClipMaker:
     def make(self, pipe: Any, job: Job, load_seconds: float) -> dict[str, Any]:
         """Generates and writes a clip; returns its metadata, as the file holds it."""
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        if job.stream is not None:
+            return self._make_stream(pipe, job, load_seconds, started)
         notes = prompt_notes(pipe, job.settings)
         if job.highres is None:
             notes += size_notes(pipe, job.settings.height, job.settings.width, job.settings.frames)
-        place = {"rank": self.world.rank, "world_size": self.world.size}
-        shared = {**machine(execution_device(pipe, pipe.device), job.dtype), "started": started, **place}
+        shared = self._place(pipe, job, started)
         stages = None
         if job.highres is not None:
             notes += self.works[job.shape].notes
@@ -125,6 +127,22 @@ class ClipMaker:
         metadata = clip_metadata(clip, {**told, "batch": job.to_dict()})
         write_video(self.folder / job.file, clip.frames, clip.settings.fps, settings=metadata, beside=False)
         return metadata
+
+    def _make_stream(self, pipe: Any, job: Job, load_seconds: float, started: str) -> dict[str, Any]:
+        assert job.stream is not None
+        prompts = [job.settings.prompt, *(prompt for _, prompt in job.stream.work.options.prompts())]
+        told = [prompt_notes(pipe, dataclasses.replace(job.settings, prompt=prompt)) for prompt in prompts]
+        notes = list(dict.fromkeys(note for of_prompt in told for note in of_prompt))
+        run = {**self._place(pipe, job, started), "load": load_seconds, "notes": notes, "batch": job.to_dict()}
+        made = make_stream(self.folder, pipe, job, run, self.watch.progress)
+        for note in [*notes, *(f"the prompt {text!r} came after the last chunk had begun" for text in made.unused)]:
+            self.watch.note(f"{job.file}: {note}")
+        return made.metadata
+
+    def _place(self, pipe: Any, job: Job, started: str) -> dict[str, Any]:
+        """What the metadata says of when and where."""
+        place = {"rank": self.world.rank, "world_size": self.world.size}
+        return {**machine(execution_device(pipe, pipe.device), job.dtype), "started": started, **place}
 
     def _within_memory(self, pipe: Any, job: Job, stages: TwoStages | None) -> tuple[Clip, dict[str, Any]]:
         """Generates; where memory does not suffice and it was asked for, again with one more measure, until none is left.

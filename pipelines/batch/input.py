@@ -19,6 +19,7 @@ from tilewise.pipelines.generation.method_options import PREFIX, SET, field_name
 from tilewise.pipelines.generation.settings import CLIP_OPTIONS, GenerateSettings
 from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
 from tilewise.pipelines.options import Option, options_of
+from tilewise.pipelines.streaming.settings import STREAM, STREAM_OPTIONS
 from tilewise.plugins.errors import ConfigError, unknown
 
 FIELDS = {
@@ -27,6 +28,8 @@ FIELDS = {
     **{name: one for name, one in CLIP_OPTIONS.items() if one is not SET},
     HIGHRES.name: HIGHRES,
     **TWO_STAGE_OPTIONS,
+    STREAM.name: STREAM,
+    **STREAM_OPTIONS,
 }
 """The columns of the input, beside "set.NAME" for options of methods (`method_options`)."""
 # Words of the command that no line can have.

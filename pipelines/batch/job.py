@@ -4,7 +4,7 @@
     file = {index:05d}-{slug}-{seed}-{first 8 hex digits of the key}.mp4      (or .png, for one frame)
 
 A clip that is made by two stages (``highres``) is known by both: its settings are the target's, and its native stage lies beside
-it as {file's name}-native.
+it as {file's name}-native. A stream is known by its recipe and cache too, and by its causal checkpoint's content.
 
 The key says what is to be made, not in which order or under which name: a job that moves to another line of the input, or
 runs on another machine, keeps it. The model counts by its revision, a tiny autoencoder and a LoRA by their SHA-256, because a
@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import Any
 
 from tilewise import __version__
+from tilewise.pipelines.batch.stream_jobs import Streamed
 from tilewise.pipelines.generation.settings import GenerateSettings, TinyChoice
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.loading.loras import LoraChoice
@@ -72,7 +73,7 @@ class Job:
     index: place in the batch, from 0. lines: where in the input it was asked for; several lines may ask for the same. ids: the
     input's own names for it, one for each of those lines that has one. settings: all resolved. dtype: of the weights,
     "float32" and the like. revision: of the model, as `model_revision` gives it. flop: estimated floating-point operations of
-    the denoising. highres: for a clip of two stages, whose target `settings` are then.
+    the denoising. highres: for a clip of two stages, whose target `settings` are then. stream: for a stream.
     """
 
     index: int
@@ -83,6 +84,7 @@ class Job:
     revision: str
     flop: float
     highres: Stages | None = None
+    stream: Streamed | None = None
 
     @cached_property
     def key(self) -> str:
@@ -93,6 +95,8 @@ class Job:
         identity = {**settings, "tilewise": __version__, "dtype": self.dtype, "revision": self.revision}
         if self.highres is not None:
             identity["highres"] = self.highres.to_dict()
+        if self.stream is not None:
+            identity["stream"] = self.stream.to_dict()
         if (tiny := TinyChoice.parse(self.settings.decode)) is not None:
             identity["decode"] = tiny.sha256
         if self.settings.lora:
@@ -103,7 +107,7 @@ class Job:
     @cached_property
     def shape(self) -> str:
         """Equal for jobs that differ in prompt and seed only: what holds for one of them holds for all."""
-        return repr((dataclasses.replace(self.settings, prompt="?", negative="", seed=0), self.highres))
+        return repr((dataclasses.replace(self.settings, prompt="?", negative="", seed=0), self.highres, self.stream))
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -115,7 +119,13 @@ class Job:
     def file(self) -> str:
         """Name of the clip within the batch's folder."""
         words = slug(self.ids[0] if self.ids else self.settings.prompt)
-        return f"{self.index:05d}-{words}-{self.settings.seed}-{self.key[:8]}{suffix_of(self.settings.frames)}"
+        suffix = suffix_of(self.settings.frames) if self.stream is None else ".mp4"  # a picture cannot grow
+        return f"{self.index:05d}-{words}-{self.settings.seed}-{self.key[:8]}{suffix}"
+
+    @property
+    def loaded(self) -> tuple[Any, ...]:
+        """Equal for jobs that one loaded pipeline makes."""
+        return self.settings.model, self.dtype, self.settings.lora, self.stream and self.stream.loaded
 
     def to_dict(self) -> dict[str, Any]:
         """What the clip's metadata says about its place in the batch."""

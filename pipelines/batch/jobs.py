@@ -2,7 +2,8 @@
 
 A field may be given by the command, by the sweep and by the line. The line wins over the sweep, the sweep over the command;
 window, density and recall are one field in this: whoever gives one of them replaces all. Clips of one stage and of two (highres)
-may be in one batch: what the command or the sweep says of two stages is not used for one, and a line that says it is refused.
+and streams may be in one batch: what the command or the sweep says of another kind is not used, and a line that says it is
+refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from tilewise.pipelines.batch.estimate import denoising_flop
 from tilewise.pipelines.batch.input import FIELDS, Problems, Row, column, parse_field
 from tilewise.pipelines.batch.job import Job, Stages, merge_equal
+from tilewise.pipelines.batch.stream_jobs import Streamed, plan_stream, stream_flop
 from tilewise.pipelines.batch.two_stage_jobs import plan_fields, stages_flop, stages_of
 from tilewise.pipelines.errors import SetupError
 from tilewise.pipelines.generation.method_options import EITHER, PREFIX, flag, is_method_option
@@ -30,6 +32,9 @@ from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.highres.preparation import Work
 from tilewise.pipelines.highres.settings import TWO_STAGE_OPTIONS
 from tilewise.pipelines.options import options_of
+from tilewise.pipelines.streaming.explain import StreamExplanation
+from tilewise.pipelines.streaming.preparation import check_negative
+from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS, STREAM_OPTIONS
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError, unknown
 from tilewise.plugins.explain import Explanation
@@ -56,12 +61,13 @@ class Tools:
 @dataclasses.dataclass(frozen=True)
 class Explained:
     """What would run for jobs of one model, size and method, and how many those are. work: for clips of two stages, how they are
-    made."""
+    made. stream: for streams."""
 
-    explanation: Explanation
+    explanation: Explanation | StreamExplanation
     settings: GenerateSettings
     jobs: int
     work: Work | None = None
+    stream: Streamed | None = None
 
     @property
     def stages(self) -> Stages | None:
@@ -205,9 +211,10 @@ class _Shape:
     """What jobs share that differ in prompt and seed only: resolved and explained once."""
 
     settings: GenerateSettings
-    explanation: Explanation
+    explanation: Explanation | StreamExplanation
     flop: float
     work: Work | None = None
+    stream: Streamed | None = None
 
     @property
     def stages(self) -> Stages | None:
@@ -235,8 +242,14 @@ class _Resolver:
         return found
 
     def _resolve(self, fields: Mapping[str, Any]) -> _Shape:
-        config = self.tools.config(fields["method"], fields)
+        streams = fields.get("stream", False)
+        of_method = {name: value for name, value in fields.items() if not (streams and name == "window")}
+        config = self.tools.config(fields["method"], of_method)
         skeleton = self.tools.skeleton(fields["model"])
+        if streams:
+            dtype = self.tools.dtype(fields.get("dtype", "auto"))
+            stream, told = plan_stream(skeleton, fields, method=config, dtype=dtype, device=self.tools.device)
+            return _Shape(stream.work.settings, told, stream_flop(skeleton, stream, told), stream=stream)
         if fields.get("highres"):
             dtype = self.tools.dtype(fields.get("dtype", "auto"))
             work = plan_fields(skeleton, fields, method=config, dtype=dtype, device=self.tools.device)
@@ -250,16 +263,19 @@ class _Resolver:
         return _Shape(settings, explanation, denoising_flop(skeleton, settings, explanation))
 
     def explanations(self, jobs: Sequence[Job]) -> list[Explained]:
-        def token(settings: GenerateSettings, stages: Stages | None) -> str:
+        def token(settings: GenerateSettings, stages: Stages | None, stream: Streamed | None) -> str:
             alike = dataclasses.replace(settings, prompt="?", negative="", seed=0, guidance=1.0)
-            return json.dumps([alike.to_dict(), stages and stages.to_dict()], sort_keys=True)
+            told = [alike.to_dict(), stages and stages.to_dict(), stream and stream.to_dict()]
+            return json.dumps(told, sort_keys=True)
 
-        counts = Counter(token(job.settings, job.highres) for job in jobs)
+        counts = Counter(token(job.settings, job.highres, job.stream) for job in jobs)
         found: dict[str, Explained] = {}
         for shape in self.shapes.values():
             if isinstance(shape, _Shape):
-                name = token(shape.settings, shape.stages)
-                found.setdefault(name, Explained(shape.explanation, shape.settings, counts[name], shape.work))
+                name = token(shape.settings, shape.stages, shape.stream)
+                found.setdefault(
+                    name, Explained(shape.explanation, shape.settings, counts[name], shape.work, shape.stream)
+                )
         return [entry for entry in found.values() if entry.jobs]
 
 
@@ -270,20 +286,29 @@ def _join(
 
     Raises ConfigError where the line itself gives what is not for it.
     """
+    two, streams = ({**command, **swept, **row}.get(kind, False) for kind in ("highres", "stream"))
+    if two and streams:
+        raise ConfigError("highres and stream are two ways to make a clip: give one of them")
+    either = [name for name in EITHER if not (streams and name == "window")]  # a stream's window counts latent frames
     fields: dict[str, Any] = {}
     for level in (command, swept, row):
-        if any(name in level for name in EITHER):
-            for name in EITHER:
+        if any(name in level for name in either):
+            for name in either:
                 fields.pop(name, None)
         fields |= level
-    two = fields.get("highres", False)
-    fields.setdefault("method", "dense" if two else usual_method)
+    fields.setdefault("method", "dense" if two or streams else usual_method)
     notes = []
-    for name in () if two else TWO_STAGE_OPTIONS:
+    for kind, used, options in (("highres", two, TWO_STAGE_OPTIONS), ("stream", streams, STREAM_OPTIONS)):
+        for name in () if used else options:
+            if name in row:
+                raise ConfigError(f"{name} is an option of {kind}: give {kind} as true too")
+            if fields.pop(name, None) is not None:
+                notes.append(f"the command's {name} is not used where {kind} is not")
+    for name, why in NOT_OF_STREAMS.items() if streams else ():
         if name in row:
-            raise ConfigError(f"{name} is an option of highres: give highres as true too")
+            raise ConfigError(f"{name} cannot be used with stream: {why}")
         if fields.pop(name, None) is not None:
-            notes.append(f"the command's {name} is not used where highres is not")
+            notes.append(f"the command's {name} is not used where stream is")
     return fields, notes
 
 
@@ -298,7 +323,10 @@ def _leave_out(fields: dict[str, Any], command: Mapping[str, Any], row: Mapping[
     left_out = [
         name
         for name in fields
-        if is_method_option(name) and name not in row and name.removeprefix(PREFIX) not in config.option_types
+        if is_method_option(name)
+        and name not in row
+        and name.removeprefix(PREFIX) not in config.option_types
+        and not (name == "window" and fields.get("stream"))
     ]
     for name in left_out:
         del fields[name]
@@ -309,7 +337,9 @@ def _job(index: int, row: Row, shape: _Shape, fields: Mapping[str, Any], seed: i
     settings = dataclasses.replace(
         shape.settings, prompt=fields["prompt"], negative=fields.get("negative", ""), seed=seed
     )
+    if shape.stream is not None:
+        check_negative(shape.stream.work.recipe, settings.negative)
     dtype = tools.dtype(fields.get("dtype", "auto"))
     revision = tools.revision(fields["model"])
     ids = (fields["id"],) if "id" in fields else ()
-    return Job(index, (row.line,), ids, settings, dtype, revision, shape.flop, shape.stages)
+    return Job(index, (row.line,), ids, settings, dtype, revision, shape.flop, shape.stages, shape.stream)

@@ -129,9 +129,19 @@ def method_rows(groups: Sequence[Group]) -> list[MethodRow]:
 
 
 def method_name(line: Line) -> str:
-    """A method with the options that it was given and its schedule, in a few words; of two stages, how each is made."""
-    stages = line["run"].get("highres")
+    """A method with the options that it was given and its schedule, in a few words; of two stages, how each is made; of a stream,
+    also its cache."""
+    stages, stream = line["run"].get("highres"), line["run"].get("stream")
+    if stream is not None:
+        return stream_name(line["method"], stream)
     return _config_name(line["method"]) if stages is None else stages_name(stages)
+
+
+def stream_name(config: Mapping[str, Any], stream: Mapping[str, Any]) -> str:
+    """How a stream is made (``StreamWork.to_dict``). config: attention in the window."""
+    recipe, storage = stream["recipe"], stream["settings"].get("storage", "model")
+    kept = [f"window {recipe['window']}", f"sink {recipe['sink']}", f"policy {recipe['policy']}"]
+    return ", ".join(["stream", _config_name(config), *kept, *([storage] if storage != "model" else [])])
 
 
 def _config_name(config: Mapping[str, Any]) -> str:
@@ -177,7 +187,7 @@ def _same_but_method(line: Line) -> str:
         "max_sequence_length",
         "decode",
     )
-    return json.dumps([*(line.get(name) for name in names), line["run"]["batch"]["revision"]])
+    return json.dumps([*(line.get(name) for name in names), line["run"]["batch"]["revision"], "stream" in line["run"]])
 
 
 def _following(lines: Iterable[Line]) -> set[str]:

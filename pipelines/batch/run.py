@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import gc
 import hashlib
 import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +30,7 @@ from tilewise.pipelines.generation.clip_metadata import begin_run
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.pipelines.memory.limits import free_memory, is_out_of_memory
+from tilewise.pipelines.streaming.preparation import put_weights
 
 PART = re.compile(rf"\.({CLIP_NAME.pattern}|manifest\.jsonl)\.\d+-[0-9a-f]{{6}}\.part")
 Load = Callable[[str, str, tuple[str, ...]], Any]
@@ -95,7 +96,9 @@ def run_batch(
 def _tidy(folder: Path) -> None:
     """Removes what a process that was killed left half-written, and merges shards. Nobody else is at work in the folder."""
     for path in folder.iterdir():
-        if PART.fullmatch(path.name):
+        if PART.fullmatch(path.name) and path.is_dir():  # of a stream
+            shutil.rmtree(path, ignore_errors=True)
+        elif PART.fullmatch(path.name):
             # Another process may be at the door: that tries whether it can write here, and removes that file itself.
             path.unlink(missing_ok=True)
     manifest.merge(folder)
@@ -130,11 +133,8 @@ class _Run:
         pending = [job for job in owned(self.jobs, self.world) if not self._is_done(job, known.get(job.key))]
         done = 0 if self.options.overwrite else _count_done(self.jobs, known) + self.outcome.taken_over
         self.watch.begin(len(self.jobs), done, len(pending))
-        pipelines: dict[tuple[str, str, tuple[str, ...]], list[Job]] = {}
-        for job in pending:
-            pipelines.setdefault((job.settings.model, job.dtype, job.settings.lora), []).append(job)
-        for (model, dtype, loras), batch in pipelines.items():
-            if not self._make_all(model, dtype, loras, batch):
+        for loaded in dict.fromkeys(job.loaded for job in pending):
+            if not self._make_all([job for job in pending if job.loaded == loaded]):
                 break
         return self.outcome
 
@@ -176,11 +176,19 @@ class _Run:
         except (OutputError, KeyError, TypeError, ValueError):
             return None
 
-    def _make_all(self, model: str, dtype: str, loras: tuple[str, ...], jobs: Sequence[Job]) -> bool:
-        """Makes the clips of one model; False to stop the batch."""
+    def _make_all(self, jobs: Sequence[Job]) -> bool:
+        """Makes the clips of one loaded pipeline; False to stop the batch."""
         if self._should_stop():
             return False
-        pipe, told = begin_run(model, dtype, functools.partial(self.load, model, dtype, loras), self.watch.loading)
+        model, dtype, stream = jobs[0].settings.model, jobs[0].dtype, jobs[0].stream
+
+        def read() -> Any:
+            pipe = self.load(model, dtype, jobs[0].settings.lora if stream is None else ())
+            if stream is not None:
+                put_weights(pipe, stream.work)
+            return pipe
+
+        pipe, told = begin_run(model, dtype, read, self.watch.loading)
         load_seconds = told["load"]
         try:
             self.maker.new_pipeline(pipe, jobs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,6 +50,26 @@ def fingerprint(folder: Path) -> str:
                     digest.update(piece)
     except OSError as error:
         raise ModelError(f"cannot read the model {folder}: {error}") from error
+    return digest.hexdigest()
+
+
+def weights_fingerprint(paths: Sequence[Path]) -> str:
+    """SHA-256 over (samples of) files of weights, or of all those in folders; not over where they lie.
+
+    Raises ModelError for a path that cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        for path in paths:
+            files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+            for file in files:
+                size = file.stat().st_size
+                name = file.relative_to(path).as_posix() if path.is_dir() else ""
+                digest.update(f"{name}\0{size}\0".encode())
+                with file.open("rb") as stream:
+                    for piece in _samples(stream, size, file.suffix):
+                        digest.update(piece)
+    except OSError as error:
+        raise ModelError(f"cannot read weights: {error}") from error
     return digest.hexdigest()
 
 

@@ -34,11 +34,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
     try:
         yield part
-        _sync(part)
-        os.replace(part, path)
-        _sync(path.parent)
+        move_into_place(part, path)
     finally:
         part.unlink(missing_ok=True)  # after the rename there is none left
+
+
+def move_into_place(part: Path, path: Path) -> None:
+    """Renames a finished file to `path`, on the same disk; its data is on disk before."""
+    _sync(part)
+    os.replace(part, path)
+    _sync(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:

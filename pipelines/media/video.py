@@ -72,20 +72,23 @@ def write_video(
     return path
 
 
-def write_settings(path: str | Path, settings: Mapping[str, Any]) -> None:
+def write_settings(path: str | Path, settings: Mapping[str, Any], *, beside: bool = True) -> None:
     """Puts other settings into and beside a clip that `write_video` wrote; the pictures are not encoded again.
+
+    beside: also in a JSON file beside it.
 
     Raises OutputError if that fails, and leaves the clip as it was; FFmpegError without ffmpeg.
     """
     path = Path(path)
     if is_still(path):
-        write_still(path, read_still(path)[0], settings, lambda: _write_sidecar(path, settings))
+        write_still(path, read_still(path)[0], settings, lambda: _write_sidecar(path, settings) if beside else None)
         return
     try:
         with _metadata(settings) as metadata, replacing(path) as part:
             copy = ["-y", "-i", str(path.absolute()), *metadata, "-map", "0", "-c", "copy", *MP4]
             _run([*copy, str(part.absolute())], path)
-            _write_sidecar(path, settings)
+            if beside:
+                _write_sidecar(path, settings)
     except OSError as error:
         raise OutputError(f"could not write {path}: {error}") from error
 

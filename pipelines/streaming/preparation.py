@@ -99,10 +99,7 @@ def prepare(
         ConfigError, UnsupportedModelError, ModelError: what cannot be, or is not there.
     """
     found, checkpoint = recipe_for(skeleton, options, model=model, recipe=recipe, guidance=guidance)
-    if shared.get("negative") and found.guidance == 1:
-        raise ConfigError(
-            f"the recipe {found.name} has no guidance, so that a negative prompt would change nothing; leave it out"
-        )
+    check_negative(found, shared.get("negative"))
     if options.seconds is None:
         raise ConfigError("a stream needs its length: give --seconds")
     if options.decode_device is not None:
@@ -131,6 +128,14 @@ def prepare(
         lora=tuple(map(resolve_lora, shared.get("lora") or ())),
     )
     return StreamWork(settings, options, found, checkpoint)
+
+
+def check_negative(recipe: CausalRecipe, negative: str | None) -> None:
+    """Raises ConfigError for a negative prompt that would change nothing."""
+    if negative and recipe.guidance == 1:
+        raise ConfigError(
+            f"the recipe {recipe.name} has no guidance, so that a negative prompt would change nothing; leave it out"
+        )
 
 
 def find_causal(model: str, options: StreamSettings) -> Path | None:
@@ -198,11 +203,16 @@ def check_memory(skeleton: Any, work: StreamWork, device: torch.device) -> None:
 def load(work: StreamWork, *, device: str = "auto", dtype: str = "auto") -> Any:
     """The pipeline of a stream, with the causal weights in it. Raises ModelError and others, as those who load it do."""
     pipe = load_pipeline(work.settings.model, device=device, dtype=dtype)
+    put_weights(pipe, work)
+    return pipe
+
+
+def put_weights(pipe: Any, work: StreamWork) -> None:
+    """Put the causal weights into a loaded pipeline. Raises as `load_causal_checkpoint`."""
     if work.checkpoint is not None:
         load_causal_checkpoint(work.checkpoint, pipe, recipe=work.recipe)
     for choice in map(LoraChoice.parse, work.settings.lora):
         merge_lora(pipe, choice.path, choice.weight)
-    return pipe
 
 
 def open_stream(pipe: Any, work: StreamWork) -> VideoStream:

@@ -24,9 +24,11 @@ from tilewise.plugins.summary import Summary, summary
 class Recorded:
     """A stream that was written.
 
-    work: as it was made, shorter than asked for where it was ended. seconds: "first" until the first frames were there, "total".
+    work: as it was made, shorter than asked for where it was ended. seconds: "first" until the first frames were there, "denoise"
+    and "decode" by the chunks' clocks, which may run at the same time, "total".
     fps: frames a second, of all. cache: bytes of the KV caches, "latent" and "total". unused: prompts whose time came after the
-    last chunk had begun. note: what went wrong with the settings in the finished file; None: nothing.
+    last chunk had begun. metadata: settings and run, as the file has them. note: what went wrong with the settings in the
+    finished file; None: nothing.
     """
 
     work: StreamWork
@@ -37,6 +39,7 @@ class Recorded:
     cache: dict[str, int]
     summary: Summary | None
     unused: list[str]
+    metadata: dict[str, Any]
     note: str | None = None
 
 
@@ -59,6 +62,8 @@ def record(
     *,
     progress: Callable[[Progress], None] = lambda at: None,
     stop: Callable[[], bool] = lambda: False,
+    beside: bool = True,
+    at_end: Callable[[], Mapping[str, Any]] = dict,
 ) -> Recorded:
     """Make the stream and write it to an .mp4 file, which is complete however the stream ends.
 
@@ -69,6 +74,7 @@ def record(
         pipe: from ``load``.
         run: what the caller knows about the run; "load", the seconds that loading took, goes to the other seconds.
         progress: called after each chunk. stop: asked after each chunk; the stream ends where it is true.
+        beside: write the settings as JSON beside the file too. at_end: what else is known of the run in the end.
 
     Raises:
         OutputError: the file cannot go on; what is in it plays.
@@ -79,6 +85,7 @@ def record(
     first = None
     digest = hashlib.sha256()
     report = None
+    phases = {"denoise": 0.0, "decode": 0.0}
     started = _metadata(work, run, {})
     with (
         open_stream(pipe, work) as video,
@@ -90,7 +97,10 @@ def record(
             now = time.perf_counter()
             if first is None:
                 first = now
-                _write_beside(file, started)
+                if beside:
+                    _write_beside(file, started)
+            for phase in phases:
+                phases[phase] += chunk.stats[phase]
             ahead = video.frames_out / settings.fps - (now - first)
             progress(Progress(video.frames_out, settings.frames, chunk.stats["fps"], ahead))
             ended = stop()
@@ -102,7 +112,7 @@ def record(
         frames, rate, unused = video.frames_out, chunk.stats["fps"], video.prompts.planned
     total = time.perf_counter() - begun
     made = work.until(frames)
-    seconds = {"first": (first or begun) - begun, "total": total}
+    seconds = {"first": (first or begun) - begun, **phases, "total": total}
     result = {
         "density": 1.0 if report is None else report.density,
         "fallbacks": {} if report is None else report.fallbacks,
@@ -112,13 +122,16 @@ def record(
         "seconds": {**({"load": run["load"]} if "load" in run else {}), **seconds},
         "stream_fps": rate,
         "cache_bytes": cache,
+        "unused_prompts": unused,
+        **at_end(),
     }
     note = None
+    metadata = _metadata(made, run, result)
     try:
-        write_settings(file, _metadata(made, run, result))
+        write_settings(file, metadata, beside=beside)
     except OutputError as error:  # it takes room for a second copy
         note = str(error)
-    return Recorded(made, frames, digest.hexdigest(), seconds, rate, cache, report, unused, note)
+    return Recorded(made, frames, digest.hexdigest(), seconds, rate, cache, report, unused, metadata, note)
 
 
 def _metadata(work: StreamWork, run: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:

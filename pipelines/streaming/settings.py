@@ -42,6 +42,7 @@ class StreamSettings:
     causal: str | None = option(
         None,
         help="Causal checkpoint: a file or folder.",
+        names_file=True,
         shown_default="the one in the model's folder",
     )
     recipe: str | None = option(
@@ -158,3 +159,5 @@ STREAM = Option(
 STREAM_OPTIONS = {name: one for name, one in options_of(StreamSettings).items() if name not in CLIP_OPTIONS}
 """What a request may say of a stream beside `CLIP_OPTIONS`, whose `window` counts latent frames here: the fields of
 `StreamSettings`."""
+NOT_OF_STREAMS = {"frames": "a stream's length is seconds", "steps": "its passes are the recipe's timesteps"}
+"""Options of clips that streams do not have, and why."""

@@ -5,8 +5,13 @@ The names are written out here for one block, one by one, from the published fil
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
-from tiny_wan import tiny_transformer
+from safetensors.torch import save_file
+from tiny_wan import save_tiny_pipeline, tiny_transformer
 
 WIDTH = 256  # two heads of 128, the head size of every published model
 
@@ -125,3 +130,13 @@ def with_lora(
             change = lora[f"{module}.lora_B.weight"].double() @ lora[name].double()
             changed[names[module.removeprefix("base_model.model.") + ".weight"]] += scale * change
     return changed
+
+
+def save_causal_pipeline(folder: Path, recipe: dict[str, Any]) -> Path:
+    """A tiny pipeline with a causal LoRA in its folder."""
+    save_tiny_pipeline(folder)
+    (folder / "causal").mkdir()
+    lora = {name: 0.3 * weight for name, weight in random_lora(5, width=32).items()}
+    save_file(lora, folder / "causal" / "causal_lora.safetensors")
+    (folder / "causal" / "recipe.json").write_text(json.dumps(recipe))
+    return folder

@@ -103,7 +103,7 @@ def generate(
 
 @app.command()
 @exit_codes
-@declared_options(option for option in OF_BOTH if option.name != "seed")
+@declared_options(option for option in (*OF_BOTH, STREAM, *STREAM_OPTIONS.values()) if option.name != "seed")
 def batch(
     options: dict[str, Any],
     input: Annotated[Path, typer.Argument(help=INPUT_HELP, show_default=False)],

@@ -17,9 +17,10 @@ from tilewise.pipelines.batch.input import lines_words, read_input
 from tilewise.pipelines.batch.job import Job, Stages
 from tilewise.pipelines.batch.jobs import Plan, Tools, make_jobs, parse_seeds, parse_sweep
 from tilewise.pipelines.batch.manifest import NAME, read_manifest
-from tilewise.pipelines.batch.manifest_comparison import stages_name
+from tilewise.pipelines.batch.manifest_comparison import stages_name, stream_name
 from tilewise.pipelines.batch.ranks import World, world_from_environment
 from tilewise.pipelines.batch.run import Options, Outcome, run_batch
+from tilewise.pipelines.batch.stream_jobs import Streamed
 from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL, GenerateSettings
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
@@ -28,11 +29,12 @@ from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.media.video import ffmpeg_path
 from tilewise.pipelines.memory.options import MEMORY_OPTIONS, memory_options
+from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.ui.cli.batch_progress import watching
 from tilewise.ui.cli.interrupts import Interrupts
 from tilewise.ui.cli.progress import quiet_libraries
-from tilewise.ui.common.options import method_config, refuse_two_stage_options
+from tilewise.ui.common.options import method_config, refuse_stream_options, refuse_two_stage_options
 from tilewise.ui.common.tables import method_words
 from tilewise.ui.common.terminal import say, standard_error, standard_output
 
@@ -82,7 +84,7 @@ def dry_run_batch(request: BatchRequest) -> None:
         settings = plan.settings
         size = f"{settings.frames} frames of {settings.height}x{settings.width}, {settings.steps} steps"
         jobs = f"{plan.jobs} {'job' if plan.jobs == 1 else 'jobs'}"
-        say(f"\n{jobs}: {settings.model}, {_method_words(settings, plan.stages)}, {size}")
+        say(f"\n{jobs}: {settings.model}, {_method_words(settings, plan.stages, plan.stream)}, {size}")
         say(plan.explanation)
         if plan.work is not None:
             say(f"{plan.work.plan}; without the text encoder, which was not loaded")
@@ -151,12 +153,19 @@ def _check(request: BatchRequest) -> Batch:
 
 
 def _refuse_useless(plan: Plan, given: Mapping[str, Any]) -> None:
-    """Options of clips of two stages where there is none would have no effect."""
+    """Options of clips of two stages or of streams where there is none, or that no stream has, would have no effect."""
     if all(job.highres is None for job in plan.jobs):
         refuse_two_stage_options({name: value for name, value in given.items() if name != "highres"})
+    if all(job.stream is None for job in plan.jobs):
+        refuse_stream_options(given)
+    for name, why in NOT_OF_STREAMS.items() if all(job.stream is not None for job in plan.jobs) else ():
+        if name in given:
+            raise ConfigError(f"--{name} cannot be used with --stream: {why}")
 
 
-def _method_words(settings: GenerateSettings, stages: Stages | None) -> str:
+def _method_words(settings: GenerateSettings, stages: Stages | None, stream: Streamed | None) -> str:
+    if stream is not None:
+        return stream_name(settings.method.to_dict(), stream.work.to_dict())
     return method_words(settings.method) if stages is None else stages_name(stages.to_dict())
 
 
@@ -190,7 +199,7 @@ def _job_table(jobs: Sequence[Job], done: set[str]) -> Table:
         size = f"{settings.frames}x{settings.height}x{settings.width}"
         lines = ",".join(map(str, job.lines[:5])) + ("…" if len(job.lines) > 5 else "")
         state = "done" if job.key in done else "to make"
-        method = _method_words(settings, job.highres)
+        method = _method_words(settings, job.highres, job.stream)
         table.add_row(job.file, lines, str(settings.seed), method, size, str(settings.steps), state)
     return table
 

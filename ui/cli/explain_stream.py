@@ -14,19 +14,17 @@ from tilewise.pipelines.options import field_values
 from tilewise.pipelines.streaming.checks import cache_of
 from tilewise.pipelines.streaming.explain import explain_stream
 from tilewise.pipelines.streaming.preparation import recipe_for
-from tilewise.pipelines.streaming.settings import StreamSettings, stream_window
+from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS, StreamSettings, stream_window
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.common.options import method_config
 from tilewise.ui.common.terminal import say
-
-REFUSED = {"frames": "its length changes nothing here", "steps": "its passes are the recipe's timesteps"}
 
 
 def explain_stream_command(options: Mapping[str, Any], *, as_json: bool, picture: Path | None = None) -> None:
     """Prints what a stream would do. Raises ConfigError for options that say nothing of one, and as `prepare` does."""
     if picture is not None:
         raise ConfigError("--plot draws the plan of a clip; leave --stream out")
-    for name, reason in REFUSED.items():
+    for name, reason in NOT_OF_STREAMS.items():
         if name in options:
             raise ConfigError(f"--{name} cannot be used with --stream: {reason}")
     device = resolve_device("auto")

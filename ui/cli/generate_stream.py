@@ -29,7 +29,7 @@ from tilewise.pipelines.streaming.preparation import (
     stream_of,
 )
 from tilewise.pipelines.streaming.record import Recorded, record
-from tilewise.pipelines.streaming.settings import StreamSettings, stream_window
+from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS, StreamSettings, stream_window
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.interrupts import Interrupts
 from tilewise.ui.cli.progress import quiet_libraries
@@ -41,8 +41,7 @@ from tilewise.ui.common.tables import print_files, print_settings, print_stream
 from tilewise.ui.common.terminal import say, standard_error
 
 REFUSED = {
-    "frames": "a stream's length is --seconds",
-    "steps": "its passes are the recipe's timesteps",
+    **NOT_OF_STREAMS,
     **dict.fromkeys(
         MEMORY_OPTIONS, "a stream keeps all of the model on the device, and says how much memory its cache takes"
     ),

@@ -23,6 +23,7 @@ from tilewise.pipelines.batch.run import Outcome, run_batch
 from tilewise.pipelines.generation.cancellation import Cancelled, cancellable
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.options import options_of
+from tilewise.pipelines.streaming.settings import STREAM, STREAM_OPTIONS
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.ui.common.options import config_file, method_config
@@ -169,10 +170,11 @@ def result_html(folder: Path, job: Job) -> str:
 
 
 def refuse_files(rows: Sequence[Row]) -> None:
-    """Raises ConfigError for a line that names a file: a page reads none of the server's."""
+    """Raises ConfigError for a line that names a file: a page reads none of the server's; and for one of a stream, which puts
+    other weights into a model that all visitors share."""
     for row in rows:
         for name in row.fields:
-            if name in FIELDS and FIELDS[name].names_file:
+            if name in FIELDS and (FIELDS[name].names_file or name in (STREAM.name, *STREAM_OPTIONS)):
                 raise ConfigError(f"line {row.line}: {name} is for the command line, not for this page; leave it out")
 
 

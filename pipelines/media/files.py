@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -37,6 +38,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         move_into_place(part, path)
     finally:
         part.unlink(missing_ok=True)  # after the rename there is none left
+
+
+def could_not_write(path: str | Path, error: Exception) -> str:
+    """A sentence on why a file could not be written; of a full disk, which one."""
+    if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return f"could not write {path}: {error}"
+    folder = Path(path).absolute().parent
+    disk = next(one for one in (folder, *folder.parents) if one.is_mount() or one == one.parent)
+    return f"could not write {path}: the disk mounted at {disk} is full ({error.strerror})"
 
 
 def move_into_place(part: Path, path: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewise.pipelines.errors import FFmpegError, OutputError
-from tilewise.pipelines.media.files import check_writable
+from tilewise.pipelines.media.files import check_writable, could_not_write
 from tilewise.pipelines.media.fragments import FragmentCutter, with_comment
 from tilewise.pipelines.media.video import (
     COLOUR,
@@ -84,7 +84,7 @@ class GrowingVideo:
         try:
             self._file: BinaryIO = open(self.path, "wb", buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise OutputError(f"could not write {self.path}: {error}") from error
+            raise OutputError(could_not_write(self.path, error)) from error
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         gop = max(1, int(fps * FRAGMENT_SECONDS))
         frames = f"{width + width % 2}x{height + height % 2}"
@@ -232,7 +232,8 @@ class GrowingVideo:
                     self._append_piece(rest)
                 os.fsync(self._file.fileno())
             except (OSError, ValueError) as error:  # ValueError: closed by a `close` that was interrupted
-                self._error = OutputError(f"could not write {self.path}: {error}; what is in it plays")
+                self._error = OutputError(f"{could_not_write(self.path, error)}; what is in it plays")
+                self._error.__cause__ = error
                 with contextlib.suppress(OSError, ValueError):
                     self._file.truncate(self._length)  # a fragment that did not fit
 

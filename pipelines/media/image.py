@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from tilewise.pipelines.errors import OutputError
-from tilewise.pipelines.media.files import STILL, replacing
+from tilewise.pipelines.media.files import STILL, could_not_write, replacing
 
 CHUNK = "tilewise"  # keyword of the text chunk
 
@@ -36,7 +36,7 @@ def write_still(
             Image.fromarray(frames[0]).save(part, format="PNG", pnginfo=chunks)
             before()
     except OSError as error:
-        raise OutputError(f"could not write {path}: {error}") from error
+        raise OutputError(could_not_write(path, error)) from error
 
 
 def read_still(path: str | Path) -> tuple[NDArray[np.uint8], dict[str, Any] | None]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewise.pipelines.errors import FFmpegError, OutputError
-from tilewise.pipelines.media.files import is_still, replacing, sidecar, write_text
+from tilewise.pipelines.media.files import could_not_write, is_still, replacing, sidecar, write_text
 from tilewise.pipelines.media.image import read_still, write_still
 
 # RGB is converted by the rules of HD video and labelled so; without labels players guess by size, and colours shift.
@@ -68,7 +68,7 @@ def write_video(
             if beside:
                 _write_sidecar(path, settings)
     except OSError as error:
-        raise OutputError(f"could not write {path}: {error}") from error
+        raise OutputError(could_not_write(path, error)) from error
     return path
 
 
@@ -90,7 +90,7 @@ def write_settings(path: str | Path, settings: Mapping[str, Any], *, beside: boo
             if beside:
                 _write_sidecar(path, settings)
     except OSError as error:
-        raise OutputError(f"could not write {path}: {error}") from error
+        raise OutputError(could_not_write(path, error)) from error
 
 
 def read_settings(path: str | Path) -> dict[str, Any] | None:

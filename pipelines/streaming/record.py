@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tilewise.pipelines.errors import OutputError
-from tilewise.pipelines.media.files import sidecar, write_text
+from tilewise.pipelines.media.files import could_not_write, sidecar, write_text
 from tilewise.pipelines.media.growing_video import GrowingVideo
 from tilewise.pipelines.media.video import write_settings
 from tilewise.pipelines.streaming.preparation import StreamWork, open_stream
@@ -143,4 +143,4 @@ def _write_beside(file: Path, metadata: dict[str, Any]) -> None:
     try:
         write_text(sidecar(file), json.dumps(metadata, indent=2, allow_nan=False) + "\n")
     except OSError as error:
-        raise OutputError(f"could not write {sidecar(file)}: {error}") from error
+        raise OutputError(could_not_write(sidecar(file), error)) from error

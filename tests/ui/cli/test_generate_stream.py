@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import re
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -300,3 +302,20 @@ def test_what_was_made_is_in_the_file_however_the_stream_ends(then, code, model,
     record = read_settings(file)  # of the whole stream, as it was begun
     assert record == json.loads(file.with_suffix(".json").read_text())
     assert record["frames"] == 800000 and record["run"]["stream"]["settings"]["seconds"] == 100000
+
+
+def test_a_full_disk_in_mid_stream(model, tmp_path, monkeypatch):
+    """No file may grow past 9 KB: ended by one sentence, and what fits plays."""
+    limits, file = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "c.mp4"
+    try:
+        fill = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9_000, limits[1]))
+        result = streaming_until(7, fill, model, file, monkeypatch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 1, result.output
+    told = [line for line in result.stderr.splitlines() if not line.startswith("stream ")]
+    assert told == [f"tilewise: could not write {file}: [Errno 27] File too large; what is in it plays"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "c.mp4"]
+    frames = len(read_frames(file))
+    assert frames >= 4 and frames % 4 == 0 and file.stat().st_size <= 9_000  # fragments of half a second
+    assert read_settings(file) == json.loads(file.with_suffix(".json").read_text())

@@ -12,6 +12,7 @@ One attribute on the denoiser, ``_tilewise``, holds all state; another, ``__deep
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -148,7 +149,9 @@ def _put_on(target: Any, denoisers: dict[str, nn.Module], configs: dict[str, Con
         Patch(name, denoisers[name], target, config)
     autoencoder = vae_of(target) if vae else None
     if autoencoder is not None:
-        VaePatch(autoencoder)
+        on = VaePatch(autoencoder), weakref.ref(autoencoder)
+        for name in configs:
+            denoisers[name].__dict__[ATTRIBUTE].vae = on
 
 
 def _check(name: str, denoiser: nn.Module, config: Config) -> None:
@@ -166,7 +169,8 @@ def _configs(denoisers: dict[str, nn.Module]) -> dict[str, Config]:
 
 
 def unpatch(target: T) -> T:
-    """Take the patch off: processors are put back by identity, hooks and state are removed. Harmless if there is none.
+    """Take the patch off: processors are put back by identity, hooks and state are removed. Harmless if there is none. A VAE that
+    was taken along is restored too, also where the pipeline has another one since.
 
     Raises:
         TilewiseError: another thread is in a forward of a patched denoiser. Nothing was changed.
@@ -176,6 +180,11 @@ def unpatch(target: T) -> T:
     vae = vae_of(target)
     if vae is not None and (patch := patch_on(vae)) is not None:
         patch.remove(vae)
+    for denoiser in on.values():
+        if (taken_along := denoiser.__dict__[ATTRIBUTE].vae) is not None:  # it may not be the pipeline's any more
+            former = taken_along[1]()
+            if (patch := patch_on(former)) is not None and patch is taken_along[0]:
+                patch.remove(former)
     for denoiser in on.values():
         forget_compiled(denoiser)  # before, as the patch's own hooks may be compiled too
         denoiser.__dict__[ATTRIBUTE].remove(denoiser)

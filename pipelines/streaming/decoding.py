@@ -71,6 +71,9 @@ class FrameDecoder:
 
 
 def _to_uint8(video: torch.Tensor) -> torch.Tensor:
-    """(1, 3, F, H, W) in −1 … 1 to uint8 (F, H, W, 3), rounded as diffusers' video processor and our files do."""
+    """(1, 3, F, H, W) in −1 … 1 to uint8 (F, H, W, 3), in float32 whatever the VAE's dtype, rounded as our files are.
+
+    Diffusers' video processor computes in the VAE's dtype: equal for float32, a level or two off for others.
+    """
     pixels = (video[0].float() / 2 + 0.5).clamp(0, 1)
     return (pixels * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()

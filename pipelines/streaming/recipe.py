@@ -30,8 +30,8 @@ class CausalRecipe:
     warp, shift: whether timesteps pass through σ' = s·σ / (1 + (s − 1)·σ), and its s. Where warp is false, they are
     noise levels already.
     context_noise: timestep of the pass over a finished chunk that writes its keys and values; 0 is clean.
-    window: latents that a chunk attends to, sink, memory and the chunk itself included.
-    sink: latents at the beginning that stay. memory: latents for averages of what was evicted.
+    window: latents that a chunk attends to, sink and the chunk itself included. Memory comes on top, as in ``KVCache``.
+    sink: latents at the beginning that stay. memory: latents for averages of what was evicted; 0: as many as the policy keeps.
     sink_position: "clamped" (just before the window) or "absolute" (where the sink was made).
     policy: what happens to an evicted chunk; the name of a cache policy.
     solver: "renoise" (x0 = x − σ·v, then fresh noise to the next σ), "unipc" or "euler".
@@ -111,12 +111,10 @@ class CausalRecipe:
                 f"causal recipe: a window of {self.window} latents is shorter than a chunk of {largest}: "
                 "the window holds the chunk that is being made; give a longer window or a shorter chunk"
             )
-        kept = self.sink + self.memory
-        if kept > self.window - self.chunk:
-            of = f"a sink of {self.sink}" + (f" and a memory of {self.memory}" if self.memory else "")
+        if self.sink > self.window - largest:
             raise ConfigError(
-                f"causal recipe: {of} latents and a chunk of {self.chunk} do not fit into a window of {self.window}; "
-                f"sink and memory may have {self.window - self.chunk} together"
+                f"causal recipe: a sink of {self.sink} latents and a chunk of {largest} do not fit into a window of "
+                f"{self.window}; the sink may have {self.window - largest}"
             )
 
     def sigmas(self, first: bool = False) -> tuple[float, ...]:

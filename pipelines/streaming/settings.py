@@ -53,7 +53,7 @@ class StreamSettings:
     window: int | None = option(None, help="Latent frames that a chunk attends to.", shown_default=RECIPES_OWN)
     sink: int | None = option(None, help="First latent frames that stay in the window.", shown_default=RECIPES_OWN)
     memory: int | None = option(
-        None, help="Latent frames for averages of what left the window.", shown_default=RECIPES_OWN
+        None, help="Latent frames beside the window, for averages of what left it.", shown_default=RECIPES_OWN
     )
     sink_position: str | None = option(
         None, help="Where the sink stands.", choices=SINK_POSITIONS, shown_default=RECIPES_OWN

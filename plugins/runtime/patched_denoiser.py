@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tilewise.plugins.autoencoders.patched_vae import VaePatch
 from tilewise.plugins.config import Config, select_blocks
 from tilewise.plugins.diffusers_compat import SAVED_PROCESSORS, is_sharded
 from tilewise.plugins.errors import FallbackError, TilewiseError
@@ -54,6 +55,8 @@ class Patch:
         self._handles: list[Any] = []
         self._replacing = threading.Lock()
         self.left_alone: dict[str, Any] = {}  # processors that are not taken over, by layer name
+        # What the pipeline's VAE got with it, and that VAE; it is not kept alive.
+        self.vae: tuple[VaePatch, weakref.ref[nn.Module]] | None = None
         self._install(denoiser)
 
     # ── putting on and taking off ────────────────────────────────────────────────────────────────────────────────

@@ -9,8 +9,10 @@ from fractions import Fraction
 
 import pytest
 
+from tilewise.pipelines.streaming.checks import cache_of
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.streaming.kv_cache import KVCache
 
 
 def warped(timestep: int, shift: int) -> float:
@@ -62,8 +64,8 @@ def test_json_and_back():
     [
         ({"window": 2}, "window of 2 latents is shorter than a chunk of 3"),
         ({"first_chunk": 22}, "shorter than a chunk of 22"),
-        ({"sink": 19}, "sink of 19 latents and a chunk of 3 do not fit into a window of 21.*have 18 together"),
-        ({"sink": 9, "memory": 10}, "sink of 9 and a memory of 10"),
+        ({"sink": 19}, "sink of 19 latents and a chunk of 3 do not fit into a window of 21.*may have 18"),
+        ({"sink": 9, "first_chunk": 13}, "sink of 9 latents and a chunk of 13 .* may have 8"),
         ({"chunk": 0}, "chunk must be a whole number from 1 on, not 0"),
         ({"chunk": 1.5}, "chunk must be a whole number"),
         ({"sink": -1}, "sink must be a whole number from 0 on"),
@@ -103,3 +105,18 @@ def test_it_reads_well():
 def test_importing_it_brings_in_no_torch():
     code = "import sys, tilewise.pipelines.streaming.recipe; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("window", "sink", "chunk"), [(6, 2, 2), (4, 2, 2), (4, 3, 2), (9, 3, 6), (9, 4, 6)])
+def test_recipe_and_cache_count_alike(window, sink, chunk):
+    """Sink and chunk are inside the window, what the policy keeps in memory is on top: one takes what the other does."""
+    cache = KVCache(window, sink, 2 * chunk, policy="dual_ema")
+    fields = {"window": window, "sink": sink, "chunk": chunk, "memory": 2 * chunk, "policy": "dual_ema"}
+    if sink + chunk <= window:
+        cache.check_chunk(chunk)
+        assert cache_of(CausalRecipe(**fields)) == cache
+        return
+    with pytest.raises(ConfigError, match="does not fit in a window"):
+        cache.check_chunk(chunk)
+    with pytest.raises(ConfigError, match="do not fit into a window"):
+        CausalRecipe(**fields)

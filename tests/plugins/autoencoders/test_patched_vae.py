@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import tiny_wan
@@ -64,6 +65,34 @@ def test_on_a_cpu_the_stock_code_runs_and_is_counted(pipe):
     assert report.to_dict()["vae"][0] == {"part": "decoder", "calls": 3, "fused": False, "reason": reason}
     tilewise.unpatch(pipe)
     assert traces(pipe.vae) == before
+
+
+def test_a_vae_that_was_replaced_since_is_restored(pipe):
+    before, old = traces(pipe.vae), pipe.vae
+    tilewise.patch(pipe, "dense")
+    pipe.vae = tiny_wan.tiny_vae(3)
+    new = traces(pipe.vae)
+    assert traces(old) != before
+    tilewise.unpatch(pipe)
+    assert traces(old) == before and traces(pipe.vae) == new
+
+    other = tiny_wan.tiny_pipeline()
+    tilewise.patch(pipe, "dense")
+    other.vae = pipe.vae
+    pipe.vae = old
+    tilewise.patch(other, "dense")  # the VAE is this pipeline's now, and so is what is on it
+    tilewise.unpatch(pipe)
+    assert traces(old) == before and traces(other.vae) != new
+    tilewise.unpatch(other)
+    assert traces(other.vae) == new
+
+
+def test_a_vae_that_is_gone_does_no_harm(pipe):
+    tilewise.patch(pipe, "dense")
+    pipe.vae = None
+    gc.collect()
+    tilewise.unpatch(pipe)
+    assert not tilewise.is_patched(pipe)
 
 
 @pytest.mark.usefixtures("fused_on_the_cpu")

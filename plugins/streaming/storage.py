@@ -140,7 +140,7 @@ class EightBitRows:
 def exponent_of(largest: torch.Tensor) -> torch.Tensor:
     """e (…) int32 of the largest magnitude of a row, float32: the least with largest ≤ 448 · 2^e. Within what a byte holds."""
     mantissa, exponent = torch.frexp(largest)  # in [0.5, 1), largest = mantissa · 2^exponent
-    return (exponent - torch.where(mantissa <= 0.875, 9, 8)).clamp(-120, 120).to(torch.int32)
+    return (exponent.to(torch.int32) - 8 - (mantissa <= 0.875).to(torch.int32)).clamp(-120, 120)
 
 
 def power_of_two(exponent: torch.Tensor) -> torch.Tensor:

@@ -72,10 +72,12 @@ CAPTURED = {
 }
 
 
-@pytest.mark.parametrize("name", CAPTURED)
-def test_a_captured_graph_gives_the_same_bits(name):
+@pytest.mark.parametrize(
+    ("name", "storage"), [*((name, "model") for name in CAPTURED), ("dense", "fp8"), ("sta", "fp8")]
+)
+def test_a_captured_graph_gives_the_same_bits(name, storage):
     method = CAPTURED[name]
-    cache = KVCache(window=12, sink=3)
+    cache = KVCache(window=12, sink=3, storage=storage)
     model = tilewise.patch(denoiser(), method, steps=(0.0, 1.0))
     plain, _ = velocities(model, 9, cache, graph=False)
     captured, causal = velocities(model, 9, cache, graph=True)
@@ -83,11 +85,12 @@ def test_a_captured_graph_gives_the_same_bits(name):
     assert torch.equal(plain, captured)
 
 
-def test_steady_chunks_wait_for_nothing_and_take_no_memory():
+@pytest.mark.parametrize("storage", ["model", "fp8"])
+def test_steady_chunks_wait_for_nothing_and_take_no_memory(storage):
     model = tilewise.patch(denoiser(), "dense")
     part = torch.randn(1, 4, C, 2 * H, 2 * W, device="cuda", dtype=torch.bfloat16)
     at, text = torch.full((1,), 300.0, device="cuda"), torch.randn(1, 6, 32, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad(), CausalDenoiser(model, KVCache(window=12, sink=3), grid=Grid(C, H, W)) as causal:
+    with torch.no_grad(), CausalDenoiser(model, KVCache(12, 3, storage=storage), grid=Grid(C, H, W)) as causal:
 
         def chunk() -> None:
             causal.begin()

@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/tilewise generate "a red circle moving right on a blue background" --method sta-balanced --compare dense --out outputs/demo.mp4
+	$(BIN)/tilewise generate "a red circle moving right on a blue background" --method sta-balanced --compare dense --out outputs/demo.mp4 --force
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

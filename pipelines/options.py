@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -137,6 +138,13 @@ def check_choices(settings: Any) -> None:
         value = getattr(settings, one.field)
         if one.choices and not (value is None and one.default is None) and value not in one.choices:
             raise unknown(one.name.replace("_", " "), value, one.choices)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 10**300 if isinstance(value, int) else math.isfinite(value)
 
 
 def parse_size(text: str, name: str = "native") -> tuple[int, int]:

@@ -22,6 +22,7 @@ from tilewise.plugins.presets import PRESETS
 
 DEFAULT_STEPS = (0.25, 1.0)
 DEFAULT_BLOCKS = ":"
+MOST_BLOCKS = 1000  # characters: models have tens of blocks
 # Tokens of a feature map below which reordering and the launches cost more than sparse attention saves (SDXL at
 # 1024² has 4096 in its largest).
 MIN_MAP_TOKENS = 4096
@@ -122,7 +123,12 @@ class Config:
         for name in ("fuse", "vae"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if self.precision is not None and self.precision not in PRECISIONS:
+        if len(self.blocks) > MOST_BLOCKS:
+            raise ConfigError(
+                f"blocks has {len(self.blocks):,} characters, at most {MOST_BLOCKS:,} are taken; write ranges such as 0:40, not "
+                "each number"
+            )
+        if self.precision is not None and (not isinstance(self.precision, str) or self.precision not in PRECISIONS):
             raise unknown("precision", self.precision, PRECISIONS)
         least = self.min_tokens
         if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
@@ -190,7 +196,7 @@ class Config:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Config:
+    def from_dict(cls, data: Any) -> Config:
         """A config from a dictionary as ``to_dict`` returns it. ``method`` may be just a name.
 
         Raises:
@@ -277,7 +283,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     """
     try:
         return Config.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a JSON file: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class VaeRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the attention calls of a patched target did since it was patched."""
+    """What the attention calls of a patched target did. since: when it was patched, or its summary reset (UTC, ISO 8601)."""
 
     method: dict[str, Any]
     rows: list[SummaryRow]
@@ -59,6 +60,7 @@ class Summary:
     skipped_layers: dict[str, str]
     notes: tuple[str, ...] = ()  # what the model's family has to say, such as where its fused kernels stay off
     vae: tuple[VaeRow, ...] = ()  # empty if it is not patched, or was not called
+    since: str = dataclasses.field(default="", compare=False)
 
     @property
     def calls(self) -> int:
@@ -117,6 +119,7 @@ class Summary:
         """JSON values; null for a number that is not known, or is none (the probe of activations that are not finite)."""
         return {
             "method": self.method,
+            "since": self.since,
             "grids": self.grids,
             "density": self.density,
             "cost": self.cost,
@@ -154,6 +157,8 @@ class Summary:
         for row in self.vae:
             how = "fused" if row.fused else f"stock code ({row.reason})"
             lines.append(f"vae.{row.part}: {row.calls} calls, {how}")
+        if self.since:
+            lines.append(f"counted since {self.since.removesuffix('+00:00').replace('T', ' ')} UTC")
         return "\n".join([*lines, *self.notes])
 
 
@@ -217,8 +222,9 @@ def _groups(patch: Patch) -> list[tuple[CallKind, list[tuple[int, CallRecord]]]]
     return [(kind, records) for (kind, _), records in found.items()]
 
 
-def summary(target: Any) -> Summary:
-    """What ran since ``target`` was patched: per group of layers its calls, density, backend, seconds and fallbacks.
+def summary(target: Any, *, reset: bool = False) -> Summary:
+    """What ran since ``target`` was patched, or the last reset: per group of layers its calls, density, backend, seconds and
+    fallbacks. reset: begin to count anew after this, for one run of several for instance.
 
     Seconds are spent inside attention calls: wall clock on a CPU, device time on a GPU (waits for the GPU to finish).
 
@@ -230,9 +236,13 @@ def summary(target: Any) -> Summary:
         raise ConfigError("summary: the target is not patched; call tilewise.patch(target, method) and run it first")
     rows: list[SummaryRow] = []
     skipped: dict[str, str] = {}
+    since = datetime.datetime.now(datetime.UTC)
     for name, patch in patches.items():
         with patch.state.call_stats.lock:  # another thread may be in a forward
             rows += [_row(name, kind, found) for kind, found in _groups(patch)]
+            since = min(since, patch.state.call_stats.since)
+            if reset:
+                patch.state.call_stats.restart()
         skipped |= {f"{name}.{layer}": reason for layer, reason in patch.state.call_stats.skipped_layers.items()}
     config = next(iter(patches.values())).config
     grids = {name: str(patch.state.grid) for name, patch in patches.items() if patch.state.grid is not None}
@@ -244,16 +254,19 @@ def summary(target: Any) -> Summary:
             denoisers[name], fuse=patch.config.fuse, dense=patch.state.call_stats.skipped_layers
         )
     )
-    vae, more = _vae(target)
-    return Summary(config.to_dict(), rows, grids, skipped, notes + more, vae)
+    vae, more = _vae(target, reset)
+    begun = since.isoformat(timespec="seconds")
+    return Summary(config.to_dict(), rows, grids, skipped, notes + more, vae, begun)
 
 
-def _vae(target: Any) -> tuple[tuple[VaeRow, ...], tuple[str, ...]]:
+def _vae(target: Any, reset: bool) -> tuple[tuple[VaeRow, ...], tuple[str, ...]]:
     """What a patched VAE's calls did, and which of its modules stay stock."""
     patch = patch_on(vae_of(target))
     if patch is None:
         return (), ()
     with patch.lock:
         rows = [VaeRow(kind.what, calls, kind.fused, kind.reason) for kind, calls in patch.calls.items()]
+        if reset:
+            patch.calls.clear()
     left = tuple(f"vae.{name} runs stock code: {reason}" for name, reason in patch.left_alone.items())
     return tuple(sorted(rows, key=lambda row: (row.part, row.reason))), left

@@ -23,7 +23,7 @@ from tilewise.pipelines.generation.generate import Clip, add_content_score, gene
 from tilewise.pipelines.generation.resolve import prompt_notes
 from tilewise.pipelines.highres.preparation import Work
 from tilewise.pipelines.loading.model_defaults import size_notes
-from tilewise.pipelines.media.video import write_video
+from tilewise.pipelines.media.rescue import write_or_rescue
 from tilewise.pipelines.memory.limits import PeakMemory
 from tilewise.pipelines.memory.options import MemoryOptions
 from tilewise.pipelines.memory.retry import within_memory
@@ -125,7 +125,7 @@ class ClipMaker:
         if stages is not None:
             told["highres"] = stages.to_dict()
         metadata = clip_metadata(clip, {**told, "batch": job.to_dict()})
-        write_video(self.folder / job.file, clip.frames, clip.settings.fps, settings=metadata, beside=False)
+        write_or_rescue(self.folder / job.file, clip.frames, clip.settings.fps, settings=metadata, beside=False)
         return metadata
 
     def _make_stream(self, pipe: Any, job: Job, load_seconds: float, started: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewise.pipelines.generation.method_options import PREFIX, SET, field_name
-from tilewise.pipelines.generation.settings import CLIP_OPTIONS, GenerateSettings
+from tilewise.pipelines.generation.settings import CLIP_OPTIONS, GenerateSettings, check_text
 from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
 from tilewise.pipelines.options import Option, options_of
 from tilewise.pipelines.streaming.settings import STREAM, STREAM_OPTIONS
@@ -34,7 +34,6 @@ FIELDS = {
 """The columns of the input, beside "set.NAME" for options of methods (`method_options`)."""
 # Words of the command that no line can have.
 WHOLE_BATCH = ("out", "device", "compare", "dry_run", "seeds", "sweep", "offload", "vae_tiling", "retry_oom")
-MAX_PROMPT = 50_000  # characters; text encoders read hundreds of tokens, so that more is a mistake
 MAX_ID = 200
 MAX_OPTION = 10_000
 DELIMITERS = (",", ";", "\t", "|")  # of CSV files: spreadsheets write the second where the comma is for decimals
@@ -120,8 +119,8 @@ def parse_field(name: str, value: Any, *, text: bool) -> Any:
             )
         raise unknown("field", name[:80], FIELDS)
     value = FIELDS[name].parse(value, text=text)
-    if name == "prompt" and len(value) > MAX_PROMPT:
-        raise ConfigError(f"the prompt has {len(value):,} characters; at most {MAX_PROMPT:,} are taken")
+    if FIELDS[name].kind == "text":
+        check_text(name, value)
     if name == "prompt" and not value.strip():
         raise ConfigError("the prompt is empty: say what the clip should show")
     if name == "id" and not (value.strip() and len(value) <= MAX_ID):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -28,15 +28,20 @@ from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.loading.loras import LoraChoice
 from tilewise.pipelines.media.files import suffix_of
 from tilewise.plugins.config import Config
+from tilewise.plugins.errors import ConfigError
 
-SLUG_LENGTH = 60
-CLIP_NAME = re.compile(r"\d{5,}-[a-z0-9-]+-\d+-[0-9a-f]{8}(-native)?\.(mp4|png)")
+SLUG_BYTES = (
+    60  # 60 letters of English, 20 of Japanese: with what else is in a name below the 143 of encrypted file systems
+)
 
 
 def slug(text: str) -> str:
-    """The words of a text as a piece of a file name: [a-z0-9-] only, at most 60 characters, "clip" if nothing is left."""
-    words = re.sub(r"[^a-z0-9]+", "-", text[: 20 * SLUG_LENGTH].lower()).strip("-")
-    return words[:SLUG_LENGTH].rstrip("-") or "clip"
+    """The words of a text as a piece of a file name: letters and digits of any script, in lower case, and "-" between words; at
+    most 60 bytes of UTF-8, "clip" if nothing is left."""
+    known = unicodedata.normalize("NFC", text[: 20 * SLUG_BYTES]).lower()
+    # L, M and N: letters, marks on letters (vowels of Hindi and Thai are such) and digits.
+    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in known).split()
+    return "-".join(words).encode()[:SLUG_BYTES].decode(errors="ignore").rstrip("-") or "clip"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +65,12 @@ class Stages:
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> Stages:
-        """What `to_dict` or `HighresClip.to_dict` wrote. Raises ConfigError for options that there are not."""
-        native = told["native"]
-        method, options = Config.from_dict(native["method"]), HighresSettings.from_dict(told["options"])
-        return cls(native["height"], native["width"], method, options)
+        """What `to_dict` or `HighresClip.to_dict` wrote. Raises ConfigError for anything else."""
+        native, options = (told.get(name) if isinstance(told, Mapping) else None for name in ("native", "options"))
+        if not isinstance(native, Mapping) or not isinstance(options, Mapping) or {"height", "width"} - native.keys():
+            raise ConfigError("what the clip says of its two stages (highres) is incomplete, or of another kind")
+        method = Config.from_dict(native.get("method"))
+        return cls(native["height"], native["width"], method, HighresSettings.from_dict(options))
 
 
 @dataclasses.dataclass(frozen=True)

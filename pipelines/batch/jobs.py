@@ -31,6 +31,8 @@ from tilewise.pipelines.generation.settings import MAX_SEED, RANDOM_SEED, Genera
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.highres.preparation import Work
 from tilewise.pipelines.highres.settings import TWO_STAGE_OPTIONS
+from tilewise.pipelines.memory.fit import check_fit
+from tilewise.pipelines.memory.options import NOTHING_SAVED, MemoryOptions
 from tilewise.pipelines.options import options_of
 from tilewise.pipelines.streaming.explain import StreamExplanation
 from tilewise.pipelines.streaming.preparation import check_negative
@@ -48,7 +50,8 @@ class Tools:
     """What jobs are resolved with.
 
     config: of a method, with what the fields of a line say of it. skeleton, revision: of a model's name. dtype: the name of the
-    dtype that "auto" or another name stands for here. device: where the clips will be made.
+    dtype that "auto" or another name stands for here. device: where the clips will be made. memory: what of it
+    may be saved.
     """
 
     config: Callable[[Any, Mapping[str, Any]], Config]
@@ -56,6 +59,7 @@ class Tools:
     revision: Callable[[str], str]
     dtype: Callable[[str], str]
     device: torch.device
+    memory: MemoryOptions = NOTHING_SAVED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +264,8 @@ class _Resolver:
         settings = resolve_settings(skeleton, "?", **{**shaping, "method": config})
         call_arguments(skeleton, settings)
         explanation = explain_settings(skeleton, settings)
+        dtype = getattr(torch, self.tools.dtype(fields.get("dtype", "auto")))
+        check_fit(skeleton, settings, explanation, dtype, self.tools.device, self.tools.memory)
         return _Shape(settings, explanation, denoising_flop(skeleton, settings, explanation))
 
     def explanations(self, jobs: Sequence[Job]) -> list[Explained]:

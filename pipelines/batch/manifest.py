@@ -6,15 +6,19 @@
 A line is written only after its clip is whole on disk, and is on disk itself before the next clip begins. With several
 processes each appends to a shard of its own (manifest.rank-00001.jsonl); `merge` joins the shards into manifest.jsonl. Of
 several lines about one key the last counts, but a failure never takes the place of a clip that was made.
+
+A line that cannot be read is left out, and said; `merge` keeps it aside in manifest.damaged.txt. Its clip tells by its own
+metadata what it is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,13 +27,30 @@ from tilewise.plugins.errors import ConfigError
 
 FORMAT = 1
 NAME = "manifest.jsonl"
+DAMAGED = "manifest.damaged.txt"
 SHARD = re.compile(r"manifest\.rank-\d{5}\.jsonl")
 
 Line: TypeAlias = dict[str, Any]
+Note: TypeAlias = Callable[[str], None]
 
 
 class ManifestError(ConfigError):
-    """A manifest that cannot be understood; the message names file and line."""
+    """A manifest that cannot be read, or is of a later format; the message names the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """Of one manifest or shard. damaged: (number from 1, bytes, what is wrong) of lines that cannot be read. torn: whether the
+    last line is cut off, or lacks its end; a line that is cut off is in neither list."""
+
+    path: Path
+    lines: list[Line]
+    damaged: list[tuple[int, bytes, str]]
+    torn: bool = False
+
+    def tell(self, note: Note, where: str = "") -> None:
+        for number, _, reason in self.damaged:
+            note(f"{self.path}, line {number} is damaged ({reason}) and left out{where}")
 
 
 def shard_path(folder: Path, rank: int, world_size: int) -> Path:
@@ -42,15 +63,18 @@ def key_of(line: Mapping[str, Any]) -> str:
     return line["run"]["batch"]["key"]
 
 
-def read_manifest(folder: Path) -> dict[str, Line]:
+def read_manifest(folder: Path, note: Note = lambda text: None) -> dict[str, Line]:
     """What a folder's manifest says, shards included: the line that counts, by key. Empty if there is none.
 
-    A last line that is torn (the machine stopped in mid-write) is left out. Raises ManifestError for any other line that
-    cannot be read, and for a manifest of a later format.
+    A last line that is torn (the machine stopped in mid-write) is left out, and so is one that is damaged, which `note` is told.
+    Raises ManifestError for a manifest that cannot be read, or of a later format.
     """
     # Shards first: while another process merges, their lines are for a moment in both places, never in neither.
-    shards = [read_lines(path)[0] for path in _shards(folder)]
-    return _counting([read_lines(folder / NAME)[0], *shards])
+    shards = [read_lines(path) for path in _shards(folder)]
+    contents = [read_lines(folder / NAME), *shards]
+    for content in contents:
+        content.tell(note)
+    return _counting(content.lines for content in contents)
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
@@ -60,6 +84,8 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(handle).st_size
+        if size and not _ends_with_newline(path):  # a line that was cut off takes no other with it
+            data = b"\n" + data
         try:
             done = 0
             while done < len(data):
@@ -74,46 +100,52 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
         _sync_folder(path.parent)
 
 
-def merge(folder: Path) -> None:
-    """Joins shards into the manifest and mends a torn end. Only for whoever is alone in the folder.
+def merge(folder: Path, note: Note = lambda text: None) -> None:
+    """Joins shards into the manifest, mends a torn end and puts damaged lines aside. Only for whoever is alone in the folder.
 
-    Safe against a stop at any point: the joined manifest is whole on disk before the shards go.
+    Safe against a stop at any point: the joined manifest is whole on disk before the shards go. note: told of damaged lines.
     """
     path = folder / NAME
-    lines, torn = read_lines(path)
     shards = _shards(folder)
-    found = _counting([lines, *(read_lines(shard)[0] for shard in shards)])
-    if torn or shards or len(found) < len(lines):
+    contents = [read_lines(one) for one in (path, *shards)]
+    found = _counting(content.lines for content in contents)
+    damaged = [data for content in contents for _, data, _ in content.damaged]
+    if damaged:
+        with (folder / DAMAGED).open("ab") as aside:
+            aside.writelines(data + b"\n" for data in damaged)
+            aside.flush()
+            os.fsync(aside.fileno())
+        for content in contents:
+            content.tell(note, f"; it is kept in {folder / DAMAGED}")
+    if contents[0].torn or shards or damaged or len(found) < len(contents[0].lines):
         write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in found.values()))
     for shard in shards:
         shard.unlink()
 
 
-def read_lines(path: Path) -> tuple[list[Line], bool]:
-    """The lines of one manifest or shard, and whether its last line is torn (which is then not among them)."""
+def read_lines(path: Path) -> Content:
+    """The lines of one manifest or shard. Raises as `read_manifest`."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return [], False
+        return Content(path, [], [])
     except OSError as error:
         raise ManifestError(f"cannot read {path}: {error.strerror or error}") from error
     pieces = data.split(b"\n")
     lines: list[Line] = []
+    damaged: list[tuple[int, bytes, str]] = []
     for number, piece in enumerate(pieces, 1):
         if not piece.strip():
             continue
         try:
             lines.append(_checked(json.loads(piece)))
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ManifestError):
-                raise ManifestError(f"{path}, line {number}: {error}") from None
-            if not any(rest.strip() for rest in pieces[number:]):
-                return lines, True
-            raise ManifestError(
-                f"{path}, line {number} is damaged, and it is not the last; repair or remove that line, and its clip will "
-                "be made again"
-            ) from error
-    return lines, not data.endswith(b"\n") and bool(data)
+        except ManifestError as error:
+            raise ManifestError(f"{path}, line {number}: {error}") from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if number == len(pieces):  # without an end
+                return Content(path, lines, damaged, torn=True)
+            damaged.append((number, piece, f"{type(error).__name__}: {error}"[:80]))
+    return Content(path, lines, damaged, torn=not data.endswith(b"\n") and bool(data))
 
 
 def spent(line: Mapping[str, Any], phase: str) -> float:
@@ -162,7 +194,8 @@ def _checked(line: Any) -> Line:
             f"format {version} is of a later tilewise; this one knows {FORMAT}. Update it, or give another --out folder"
         )
     done = line["status"] == "done"
-    if not isinstance(key_of(line), str) or (done and not all(name in line for name in ("file", "bytes", "sha256"))):
+    needed = ("tilewise", *(("file", "bytes", "sha256") if done else ()))
+    if not isinstance(key_of(line), str) or not all(name in line for name in needed):
         raise ValueError("incomplete")
     return line
 
@@ -184,6 +217,12 @@ def _shards(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if SHARD.fullmatch(path.name))
     except FileNotFoundError:
         return []
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tilewise.pipelines.batch.manifest import NAME, Line, clip_path, is_whole, read_manifest, spent
+from tilewise.pipelines.batch.manifest import NAME, Line, Note, clip_path, is_whole, read_manifest, spent
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.media.video import read_frames
@@ -80,14 +80,17 @@ class MethodRow:
         return _median(self.speedups)
 
 
-def read_groups(manifests: Sequence[Path]) -> list[Group]:
-    """The clips of manifests (files, or folders that hold one), grouped. Raises ConfigError if there is none at all."""
+def read_groups(manifests: Sequence[Path], note: Note = lambda text: None) -> list[Group]:
+    """The clips of manifests (files, or folders that hold one), grouped. Raises ConfigError if there is none at all.
+
+    note: told of lines that cannot be read, and are left out.
+    """
     groups: dict[str, dict[str, tuple[Path, Line]]] = {}
     for given in manifests:
         folder = given if given.is_dir() else given.parent
         if not given.is_dir() and given.name != NAME:
             raise ConfigError(f"{given} is no manifest: give {NAME}, or the folder that holds it")
-        for key, line in read_manifest(folder).items():
+        for key, line in read_manifest(folder, note).items():
             path = clip_path(folder, line)
             if line["status"] == "done" and path is not None:
                 groups.setdefault(_same_but_method(line), {})[key] = (path, line)

@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import gc
 import hashlib
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,16 +22,16 @@ import torch
 from tilewise.pipelines.batch import manifest
 from tilewise.pipelines.batch.clip import ClipMaker, Options, Watch
 from tilewise.pipelines.batch.folder_lock import FolderLock
-from tilewise.pipelines.batch.job import CLIP_NAME, Job
+from tilewise.pipelines.batch.job import Job
 from tilewise.pipelines.batch.ranks import World, owned
 from tilewise.pipelines.errors import OutputError, SetupError
 from tilewise.pipelines.generation.clip_metadata import begin_run
-from tilewise.pipelines.media.files import check_writable
+from tilewise.pipelines.media.files import PART, check_writable, remove_stale
+from tilewise.pipelines.media.rescue import RescuedError
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.pipelines.memory.limits import free_memory, is_out_of_memory
 from tilewise.pipelines.streaming.preparation import put_weights
 
-PART = re.compile(rf"\.({CLIP_NAME.pattern}|manifest\.jsonl)\.\d+-[0-9a-f]{{6}}\.part")
 Load = Callable[[str, str, tuple[str, ...]], Any]
 """Called as load(model, dtype, loras); gives a pipeline on its device, with the LoRAs in its weights."""
 
@@ -75,7 +74,7 @@ def run_batch(
     check_writable(folder / manifest.NAME, suffix=".jsonl")
     keys = hashlib.sha256("".join(job.key for job in jobs).encode()).hexdigest()
     lock = FolderLock(folder, f"{world.size} processes, jobs {keys}", world.rank, world.size)
-    lock.enter(lambda: _tidy(folder))
+    lock.enter(lambda: _tidy(folder, watch))
     try:
         outcome = _Run(jobs, folder, load, options, world, watch, stop).work()
         lock.stop_working()
@@ -86,22 +85,20 @@ def run_batch(
                 outcome.stopped = "interrupted"
             time.sleep(0.5)
     finally:
-        lock.leave(lambda: _tidy(folder))
+        lock.leave(lambda: _tidy(folder, watch))
     done = _count_done(jobs, manifest.read_manifest(folder))
     watch.overall(done)
     outcome.missing = len(jobs) - done
     return outcome
 
 
-def _tidy(folder: Path) -> None:
+def _tidy(folder: Path, watch: Watch) -> None:
     """Removes what a process that was killed left half-written, and merges shards. Nobody else is at work in the folder."""
+    remove_stale(folder)
     for path in folder.iterdir():
         if PART.fullmatch(path.name) and path.is_dir():  # of a stream
             shutil.rmtree(path, ignore_errors=True)
-        elif PART.fullmatch(path.name):
-            # Another process may be at the door: that tries whether it can write here, and removes that file itself.
-            path.unlink(missing_ok=True)
-    manifest.merge(folder)
+    manifest.merge(folder, watch.note)
 
 
 def _count_done(jobs: Sequence[Job], known: dict[str, manifest.Line]) -> int:
@@ -222,7 +219,7 @@ class _Run:
             raise
         except Exception as error:
             if _is_disk_full(error):
-                raise self._disk_full() from error
+                raise self._disk_full(error) from error
             self._fail(job, error)
             if _is_device_lost(error):
                 raise
@@ -235,15 +232,16 @@ class _Run:
         try:
             manifest.append(self.shard, manifest.failed_line(metadata, error))
         except OSError as full:
-            raise self._disk_full() if _is_disk_full(full) else full from error
+            raise self._disk_full(error) if _is_disk_full(full) else full from error
         self.outcome.failed.append((job, error))
         error.__traceback__ = None  # it would keep the run's tensors alive
         self.watch.failed(job, error)
         free_memory()
 
-    def _disk_full(self) -> DiskFullError:
+    def _disk_full(self, error: Exception) -> DiskFullError:
+        saved = f", the clip at work in {error.frames}" if isinstance(error, RescuedError) else ""
         return DiskFullError(
-            f"no space left in {self.folder}; what is made so far is kept. Free some space and run the same command again"
+            f"no space left in {self.folder}; what is made so far is kept{saved}. Free some space and run the same command again"
         )
 
 

@@ -11,7 +11,7 @@ from tilewise.pipelines.generation.generate import Clip, Progress
 from tilewise.pipelines.highres.preparation import Work, few_steps
 from tilewise.pipelines.highres.two_stages import HighresClip, add_content_score, make, warm_up
 from tilewise.pipelines.loading.model_defaults import model_defaults
-from tilewise.pipelines.media.video import write_video
+from tilewise.pipelines.media.rescue import write_or_rescue
 from tilewise.pipelines.quality.content_detection import analyse
 from tilewise.pipelines.quality.content_score import parse_prompt
 
@@ -70,7 +70,7 @@ class TwoStages:
 
     def _write_native(self, clip: Clip) -> dict[str, Any]:
         metadata = clip_metadata(clip, self.run)
-        write_video(self.native_path, clip.frames, clip.settings.fps, settings=metadata, beside=False)
+        write_or_rescue(self.native_path, clip.frames, clip.settings.fps, settings=metadata, beside=False)
         return metadata
 
 

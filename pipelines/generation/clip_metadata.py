@@ -101,8 +101,20 @@ def read_clip_metadata(path: str | Path) -> ClipMetadata:
     if metadata is None or "tilewise" not in metadata:
         raise ConfigError(f"{path} holds no settings of tilewise: only clips that it wrote can be made again")
     run = metadata.get("run")
+    run = run if isinstance(run, dict) else {}
     try:
         settings = GenerateSettings.from_dict(metadata)
+        _check_run(run)
     except ConfigError as error:
-        raise ConfigError(f"{path}, written by tilewise {metadata['tilewise']}: {error}") from error
-    return ClipMetadata(settings, run if isinstance(run, dict) else {}, str(metadata["tilewise"]))
+        version = str(metadata["tilewise"])[:40]
+        raise ConfigError(f"{path}, written by tilewise {version}: {error}") from error
+    return ClipMetadata(settings, run, str(metadata["tilewise"]))
+
+
+def _check_run(run: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what is read of a run and has another type than `clip_metadata` writes."""
+    dtype, measures = run.get("dtype"), run.get("memory_saving", [])
+    if not (dtype is None or isinstance(dtype, str)):
+        raise ConfigError(f"dtype must be text, not {str(dtype)[:40]!r}")
+    if not (isinstance(measures, list) and all(isinstance(one, str) for one in measures)):
+        raise ConfigError(f"memory_saving must be a list of texts, not {str(measures)[:40]!r}")

@@ -45,6 +45,9 @@ class Comparison:
         """The speed-up of "denoise" or "total" with the number of runs and their spread."""
         return speedup_words([run[phase] for run in self.runs] or [self.speedup[phase]])
 
+    def __repr__(self) -> str:
+        return f"Comparison({self.sparse!r}, {self.dense!r})"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values only, without the frames; psnr is null for identical clips, content for clips that were not scored."""
         return {

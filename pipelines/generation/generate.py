@@ -53,6 +53,11 @@ class Clip:
     settings: GenerateSettings
     content: dict[str, bool | None] | None = None
 
+    def __repr__(self) -> str:
+        count, height, width = self.frames.shape[:3]
+        size = f"{count} frame{'s' * (count != 1)} of {height}×{width}"
+        return f"Clip({size}, {self.settings.method.method.name}, {self.seconds['total']:.1f} s)"
+
 
 def generate(
     pipe: Any, settings: GenerateSettings, progress: Progress | None = None, *, preview: Preview | None = None

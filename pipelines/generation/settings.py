@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -12,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from tilewise import __version__
 from tilewise.pipelines.generation.method_options import METHOD_OPTIONS, SET
-from tilewise.pipelines.options import Option, option, options_of
+from tilewise.pipelines.media.files import LEAST_FPS, MOST_FPS
+from tilewise.pipelines.options import Option, is_number, option, options_of
 from tilewise.plugins.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from tilewise.plugins.config import Config
 
 MAX_SEED = 2**63 - 1
+# Beyond these a value is a mistake, and takes a machine's memory or hours before anything else says so.
+MAX_PROMPT = 50_000  # characters; text encoders read hundreds of tokens
+MOST = {"height": 2**16, "width": 2**16, "frames": 10**7, "steps": 10**6, "max_sequence_length": 2**13}
 DEFAULT_MODEL, DEFAULT_METHOD = "demo", "sta-balanced"  # of a request that names none
 RANDOM_SEED = "random"
 MODELS_OWN = "the model's own"
@@ -97,20 +100,24 @@ class GenerateSettings:
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
+        for name in ("prompt", "negative", "model"):
+            check_text(name, getattr(self, name))
+        if not self.prompt.strip():
             raise ConfigError("the prompt is empty: say what the clip should show")
         for name in ("height", "width", "frames", "steps", "max_sequence_length"):
             value = getattr(self, name)
             if name == "max_sequence_length" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
-            raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, not {self.seed!r}")
-        if not _is_number(self.guidance) or self.guidance < 0:
-            raise ConfigError(f"guidance must be a number of at least 0, not {self.guidance!r}")
-        if not _is_number(self.fps) or self.fps <= 0:
-            raise ConfigError(f"fps must be a number above 0, not {self.fps!r}")
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {_told(value)}")
+            if value > MOST[name]:
+                raise ConfigError(f"{name} must be at most {MOST[name]:,}, not {_told(value)}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, not {_told(self.seed)}")
+        if not is_number(self.guidance) or self.guidance < 0:
+            raise ConfigError(f"guidance must be a number of at least 0, not {_told(self.guidance)}")
+        if not is_number(self.fps) or not LEAST_FPS <= self.fps <= MOST_FPS:
+            raise ConfigError(f"fps must be a number from {LEAST_FPS:g} to {MOST_FPS:g}, not {_told(self.fps)}")
         TinyChoice.parse(self.decode)
         if isinstance(self.lora, str) or not all(isinstance(one, str) for one in self.lora):
             raise ConfigError(f"lora must be a list of texts, not {self.lora!r}")
@@ -154,8 +161,24 @@ def parse_seed(said: str | int) -> int:
     return int(said)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def check_text(name: str, text: Any) -> None:
+    """Raises ConfigError for what is no text, is longer than any prompt, or cannot be written as UTF-8."""
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} must be text, not {_told(text)}")
+    if len(text) > MAX_PROMPT:
+        raise ConfigError(f"the {name} has {len(text):,} characters; at most {MAX_PROMPT:,} are taken")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the {name} is no valid Unicode: {text[error.start]!a} at position {error.start + 1} is half of a character; "
+            "save or type it as UTF-8"
+        ) from error
+
+
+def _told(value: Any) -> str:
+    """A value as a message says it, however long or odd it is."""
+    return ascii(value)[:80] if not isinstance(value, int) or abs(value) < 10**80 else "that many"
 
 
 def _clip_options() -> dict[str, Option]:

@@ -60,6 +60,9 @@ class HighresClip:
     coherence: Coherence
     forwards: dict[str, int]
 
+    def __repr__(self) -> str:
+        return f"HighresClip({self.clip!r}, native {self.native!r})"
+
     @property
     def frames(self) -> NDArray[np.uint8]:
         """uint8 (T, H, W, 3)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,11 @@ def _loading(refused: str) -> Iterator[None]:
     """
     try:
         yield
+    except pickle.UnpicklingError as error:  # whose own text is advice to switch the check off
+        raise ModelError(
+            f"{refused}: a weight file of it (.bin) is damaged, or a pickle of other things than tensors, which could run any "
+            "program when it is loaded. Take the model as .safetensors"
+        ) from error
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
         raise ModelError(f"{refused}: {_first_line(error)}") from error
 

@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is damaged: a JSON object was expected, not {type(value).__name__}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,11 @@ from pathlib import Path
 from tilewise.pipelines.errors import OutputPathError
 
 STILL = ".png"  # a clip of one frame
+LEAST_FPS, MOST_FPS = (
+    0.01,
+    1000.0,
+)  # of what is written: ffmpeg counts time in whole ticks, and players do not show more
+PART = re.compile(r"\..+\.\d+-[0-9a-f]{6}\.part", re.DOTALL)  # a file that is being written
 
 
 def is_still(path: str | Path) -> bool:
@@ -32,12 +39,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
     If the block raises anything, KeyboardInterrupt included, the .part file is removed and `path` is left as it was.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
+    part, handle = _new_part(path)
     try:
         yield part
         move_into_place(part, path)
     finally:
         part.unlink(missing_ok=True)  # after the rename there is none left
+        os.close(handle)
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes what processes that were killed left half-written in a folder.
+
+    A process holds a lock (flock) on each of its .part files, which the system drops when it ends, however it ends: one that can
+    be locked is nobody's any more. On a file system without locks nothing is removed.
+    """
+    for path in folder.iterdir():
+        if not PART.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(handle)
 
 
 def could_not_write(path: str | Path, error: Exception) -> str:
@@ -75,7 +101,8 @@ def check_writable(path: str | Path, *, suffix: str = ".mp4", create: bool = Tru
     """Makes sure, before long work, that `path` can be written later, and returns it as a Path.
 
     The parent folder is created if need be, and a file is really written there and removed: permission bits do not tell
-    about read-only mounts or root. With `create=False` nothing is touched, and only what can be seen is checked.
+    about read-only mounts or root. What killed processes left half-written in the folder is removed too. With `create=False`
+    nothing is touched, and only what can be seen is checked.
 
     Raises OutputPathError for another suffix than `suffix`, a directory, a read-only file, or a folder that cannot be made
     or written to.
@@ -95,11 +122,10 @@ def check_writable(path: str | Path, *, suffix: str = ".mp4", create: bool = Tru
     try:
         if create:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part"
-            try:
-                probe.write_bytes(b"")
-            finally:
-                probe.unlink(missing_ok=True)
+            remove_stale(folder)
+            probe, handle = _new_part(path)
+            probe.unlink()
+            os.close(handle)
         else:
             if not os.access(existing, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied", str(existing))
@@ -123,6 +149,18 @@ def check_sidecar(path: str | Path, *, keep: Path | None = None, create: bool = 
             "choose another name for the clip"
         )
     check_writable(target, suffix=".json", create=create)
+
+
+def _new_part(path: Path) -> tuple[Path, int]:
+    """A new file beside `path` to write its content to, and the handle that holds its lock."""
+    while True:
+        part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
+        handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with contextlib.suppress(OSError):  # where there are no locks, nobody takes it for stale either
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_nlink:  # else it was taken for stale just before the lock
+            return part, handle
+        os.close(handle)
 
 
 def _sync(path: Path) -> None:

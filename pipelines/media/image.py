@@ -52,6 +52,6 @@ def read_still(path: str | Path) -> tuple[NDArray[np.uint8], dict[str, Any] | No
         raise OutputError(f"could not read {path} as a picture: {error}") from error
     try:
         settings = json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, RecursionError):
         settings = None  # someone else's
     return pixels, settings if isinstance(settings, dict) else None

@@ -4,7 +4,6 @@ models make, may also be a png (``still``): every function here takes either, an
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -20,7 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewise.pipelines.errors import FFmpegError, OutputError
-from tilewise.pipelines.media.files import could_not_write, is_still, replacing, sidecar, write_text
+from tilewise.pipelines.media.files import (
+    LEAST_FPS,
+    MOST_FPS,
+    could_not_write,
+    is_still,
+    replacing,
+    sidecar,
+    write_text,
+)
 from tilewise.pipelines.media.image import read_still, write_still
 
 # RGB is converted by the rules of HD video and labelled so; without labels players guess by size, and colours shift.
@@ -63,8 +70,8 @@ def write_video(
     command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-"]
     encode = ["-an", "-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", *COLOUR, *MP4]
     try:
-        with _metadata(settings) as metadata, replacing(path) as part:
-            _feed([*command, *metadata, *encode, str(part.absolute())], clip)
+        with _metadata(settings) as (metadata, handles), replacing(path) as part:
+            _feed([*command, *metadata, *encode, str(part.absolute())], clip, handles)
             if beside:
                 _write_sidecar(path, settings)
     except OSError as error:
@@ -84,9 +91,9 @@ def write_settings(path: str | Path, settings: Mapping[str, Any], *, beside: boo
         write_still(path, read_still(path)[0], settings, lambda: _write_sidecar(path, settings) if beside else None)
         return
     try:
-        with _metadata(settings) as metadata, replacing(path) as part:
+        with _metadata(settings) as (metadata, handles), replacing(path) as part:
             copy = ["-y", "-i", str(path.absolute()), *metadata, "-map", "0", "-c", "copy", *MP4]
-            _run([*copy, str(part.absolute())], path)
+            _run([*copy, str(part.absolute())], path, handles)
             if beside:
                 _write_sidecar(path, settings)
     except OSError as error:
@@ -106,7 +113,7 @@ def read_settings(path: str | Path) -> dict[str, Any] | None:
         return None
     try:
         settings = json.loads(comment)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # someone else's comment
     return settings if isinstance(settings, dict) else None
 
@@ -147,9 +154,9 @@ def _decoded(path: str | Path, which: list[str]) -> NDArray[np.uint8]:
 
 
 def check_fps(fps: float) -> None:
-    """Raises ValueError for frames a second that are not above 0 and finite."""
-    if not (fps > 0 and math.isfinite(fps)):
-        raise ValueError(f"fps must be above 0, not {fps}")
+    """Raises ValueError for frames a second that no file is written with."""
+    if not LEAST_FPS <= fps <= MOST_FPS:
+        raise ValueError(f"fps must be from {LEAST_FPS:g} to {MOST_FPS:g}, not {fps}")
 
 
 def to_uint8(frames: NDArray) -> NDArray[np.uint8]:
@@ -193,17 +200,18 @@ def warn_of_padding(height: int, width: int, *, stacklevel: int) -> None:
 
 
 @contextmanager
-def _metadata(settings: Mapping[str, Any] | None) -> Iterator[list[str]]:
-    """Arguments that give ffmpeg the settings as its second input: one argument could not hold more than 128 KiB."""
+def _metadata(settings: Mapping[str, Any] | None) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+    """Arguments that give ffmpeg the settings as its second input, for one argument could not hold more than 128 KiB; and the
+    handles that it inherits for that. The file has no name, so that it is gone however this process ends."""
     if settings is None:
-        yield []
+        yield [], ()
         return
     # Its own escape: a backslash before the characters that mean something in the format, line ends among them.
     comment = re.sub(r"[=;#\\\n]", r"\\\g<0>", json.dumps(settings, allow_nan=False))
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".ffmetadata") as file:
+    with tempfile.TemporaryFile("w", encoding="utf-8") as file:
         file.write(f";FFMETADATA1\ncomment={comment}\n")
         file.flush()
-        yield ["-f", "ffmetadata", "-i", file.name, "-map_metadata", "1"]
+        yield ["-f", "ffmetadata", "-i", f"/dev/fd/{file.fileno()}", "-map_metadata", "1"], (file.fileno(),)
 
 
 def _write_sidecar(path: Path, settings: Mapping[str, Any] | None) -> None:
@@ -211,11 +219,16 @@ def _write_sidecar(path: Path, settings: Mapping[str, Any] | None) -> None:
         write_text(sidecar(path), json.dumps(settings, indent=2, allow_nan=False) + "\n")
 
 
-def _feed(command: list[str], clip: NDArray[np.uint8]) -> None:
+def _feed(command: list[str], clip: NDArray[np.uint8], handles: tuple[int, ...] = ()) -> None:
     # A session of its own: Ctrl-C in the terminal must reach us alone, or ffmpeg would finish a shorter file by itself.
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=handles,
         )
         assert process.stdin is not None
         try:
@@ -235,11 +248,11 @@ def _feed(command: list[str], clip: NDArray[np.uint8]) -> None:
             raise OutputError(f"ffmpeg stopped with status {status}: {tail(log.read())}")
 
 
-def _run(arguments: list[str], path: str | Path) -> bytes:
+def _run(arguments: list[str], path: str | Path, handles: tuple[int, ...] = ()) -> bytes:
     if not os.path.isfile(path):
         raise OutputError(f"there is no file {path}")
     command = [ffmpeg_path(), "-hide_banner", "-loglevel", "error", "-nostdin", *arguments]
-    result = subprocess.run(command, capture_output=True, check=False)
+    result = subprocess.run(command, capture_output=True, check=False, pass_fds=handles)
     if result.returncode != 0:
         raise OutputError(f"could not read {path} as a clip: {tail(result.stderr)}")
     return result.stdout

@@ -43,12 +43,14 @@ _DECODING = (
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes. denoise, decode: beyond the weights; decode is None where it cannot be told. notes: what is not counted."""
+    """Bytes. denoise, decode: beyond the weights; decode is None where it cannot be told. notes: what is not counted. largest: of
+    the weights, those of the largest part."""
 
     weights: int
     denoise: int
     decode: int | None
     notes: tuple[str, ...]
+    largest: int = 0
 
     @property
     def total(self) -> int:
@@ -56,14 +58,16 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    skeleton: Any, settings: GenerateSettings, explanation: Explanation, dtype: torch.dtype
+    skeleton: Any, settings: GenerateSettings, explanation: Explanation, dtype: torch.dtype, *, decode: bool = True
 ) -> MemoryEstimate:
-    """For one clip, all parts of the pipeline on the device. skeleton: from `load_skeleton`. dtype: as for `load_pipeline`."""
-    weights, notes = weight_bytes(skeleton, dtype)
-    decode = None
+    """For one clip, all parts of the pipeline on the device. skeleton: from `load_skeleton`. dtype: as for `load_pipeline`.
+    decode: whether that is run too, which takes a second."""
+    parts, notes = weight_bytes(skeleton, dtype)
+    decoding = None
     try:
-        with _DECODING:
-            decode = _decode_bytes(skeleton, settings.height, settings.width, settings.frames)
+        if decode:
+            with _DECODING:
+                decoding = _decode_bytes(skeleton, settings.height, settings.width, settings.frames)
     except (
         Exception
     ) as error:  # a VAE that cannot run without weights, or of another kind: the rest is still worth telling
@@ -71,24 +75,25 @@ def estimate_memory(
             f"the decode is not counted: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
         )
     tokens = max(row.tokens for row in explanation.rows)
-    return MemoryEstimate(weights, forward_bytes(skeleton, tokens, dtype), decode, tuple(notes))
+    denoising = forward_bytes(skeleton, tokens, dtype)
+    return MemoryEstimate(sum(parts), denoising, decoding, tuple(notes), max(parts))
 
 
-def weight_bytes(skeleton: Any, dtype: torch.dtype) -> tuple[int, list[str]]:
-    """The weights of all parts of a pipeline that is still to be loaded, and what is not counted. dtype: for `load_pipeline`."""
+def weight_bytes(skeleton: Any, dtype: torch.dtype) -> tuple[list[int], list[str]]:
+    """The weights of each part of a pipeline that is still to be loaded, and what is not counted. dtype: for `load_pipeline`."""
     notes = []
-    weights = 0
+    parts = [0]
     for name, part in skeleton.components.items():
         if isinstance(part, nn.Module):
             size = 4 if type(part).__name__ in FLOAT32_VAES else dtype.itemsize
-            weights += sum(weight.numel() for weight in part.parameters()) * size
+            parts.append(sum(weight.numel() for weight in part.parameters()) * size)
         elif part is None and name.startswith(("text_encoder", "image_encoder")):
             folder = Path(source_of(skeleton)) / name
             numbers = _numbers_in(folder)
-            weights += (numbers or 0) * dtype.itemsize
+            parts.append((numbers or 0) * dtype.itemsize)
             if numbers is None:
                 notes.append(f"{name} is not counted: its files are not here")
-    return weights, notes
+    return parts, notes
 
 
 def forward_bytes(pipe: Any, tokens: int, dtype: torch.dtype) -> int:

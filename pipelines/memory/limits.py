@@ -12,7 +12,8 @@ import torch
 
 from tilewise.plugins.errors import ConfigError
 
-MEASURES = ("vae-tiling", "offload")
+TILING, OFFLOAD = "vae-tiling", "offload"
+MEASURES = (TILING, OFFLOAD)
 """What --retry-oom tries, in this order and each on top of the last. vae-tiling decodes in overlapping tiles, which changes
 pixels slightly where they are blended; offload keeps on the GPU only the part of the pipeline that is at work: slower, same
 pixels."""
@@ -38,8 +39,10 @@ def possible(pipe: Any) -> list[str]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the GPU's memory did not suffice."""
-    return isinstance(error, torch.OutOfMemoryError)
+    """Whether an error says that memory, of a GPU or the machine, did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # PyTorch has no class for it
 
 
 def free_memory() -> None:
@@ -92,4 +95,4 @@ def _offload(pipe: Any) -> Any:
     return undo
 
 
-_SWITCHES = {"vae-tiling": _tiling, "offload": _offload}
+_SWITCHES = {TILING: _tiling, OFFLOAD: _offload}

@@ -41,6 +41,7 @@ def check_memory(skeleton: Any, options: MemoryOptions, device: Any) -> None:
         raise ConfigError(f"--vae-tiling cannot be used with {type(skeleton).__name__}, whose VAE has no tiles")
 
 
+NOTHING_SAVED = MemoryOptions()
 MEMORY_OPTIONS: dict[str, Option] = options_of(MemoryOptions)
 
 

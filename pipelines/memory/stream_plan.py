@@ -113,7 +113,8 @@ def plan_stream(
             seconds.
     """
     denoiser: Any = pipe.transformer
-    to_load, notes = weight_bytes(pipe, denoiser.dtype) if denoiser.device.type == "meta" else (0, [])
+    parts, notes = weight_bytes(pipe, denoiser.dtype) if denoiser.device.type == "meta" else ([], [])
+    to_load = sum(parts)
     forward = max(forward_bytes(pipe, tokens, denoiser.dtype), between)
     plan = StreamMemory(
         str(device), free_bytes(device), to_load, cache, forward, 0, latent, window, chunk + sink, more, tuple(notes)

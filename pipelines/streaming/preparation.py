@@ -244,7 +244,9 @@ def open_stream(pipe: Any, work: StreamWork) -> VideoStream:
 
 
 def stream_of(told: Mapping[str, Any]) -> tuple[StreamSettings, CausalRecipe]:
-    """What `StreamWork.to_dict` wrote. Raises ConfigError."""
+    """What `StreamWork.to_dict` wrote. Raises ConfigError for anything else."""
+    if not isinstance(told, Mapping) or not all(isinstance(told.get(name), Mapping) for name in ("settings", "recipe")):
+        raise ConfigError("what the clip says of its stream is incomplete, or of another kind")
     return StreamSettings.from_dict(told["settings"]), CausalRecipe.from_dict(told["recipe"])
 
 

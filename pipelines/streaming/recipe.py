@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tilewise.pipelines.options import is_number
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.streaming.kv_cache import SINK_POSITIONS
 
@@ -73,7 +73,7 @@ class CausalRecipe:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_number(value):
                 raise ConfigError(f"causal recipe: {name} must be a number, not {value!r}")
             object.__setattr__(self, name, float(value))
         if not isinstance(self.warp, bool):

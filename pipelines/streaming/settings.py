@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from tilewise.pipelines.generation.settings import CLIP_OPTIONS
-from tilewise.pipelines.options import Option, check_choices, option, options_of
+from tilewise.pipelines.generation.settings import CLIP_OPTIONS, check_text
+from tilewise.pipelines.options import Option, check_choices, is_number, option, options_of
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.streaming.kv_cache import SINK_POSITIONS, STORAGES
@@ -81,10 +80,12 @@ class StreamSettings:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        if self.seconds is not None and not (_is_number(self.seconds) and self.seconds > 0):
+        if self.seconds is not None and not (is_number(self.seconds) and self.seconds > 0):
             raise ConfigError(f"seconds must be a number above 0, not {self.seconds!r}")
-        if isinstance(self.prompt_at, str):
+        if not isinstance(self.prompt_at, list | tuple):
             raise ConfigError(f"prompt_at must be a list of texts, not {self.prompt_at!r}")
+        for said in self.prompt_at:
+            check_text("text of prompt_at", said)
         object.__setattr__(self, "prompt_at", tuple(self.prompt_at))
         self._check_times()
 
@@ -145,10 +146,6 @@ def stream_window(said: str) -> int:
             "a method with another window than its own is named by a config .json"
         )
     return int(said)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 STREAM = Option(

@@ -23,6 +23,7 @@ from torch import nn
 from tilewise.plugins.autoencoders import wan_checks
 from tilewise.plugins.autoencoders.wan_fused import FusedPass
 from tilewise.plugins.diffusers_compat import another, unwrapped, wan_vae_modules
+from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.hooks.deepcopy import COPIER, STATE, copy_without, shallow_state
 from tilewise.plugins.hooks.forward_override import ForwardOverride, override_forward
 from tilewise.plugins.torch_compat import runs_compiled
@@ -84,6 +85,12 @@ class VaePatch:
     @property
     def handles(self) -> list[ForwardOverride]:
         return list(self._handles)
+
+    def __reduce__(self) -> Any:
+        raise TilewiseError(
+            "a patched VAE cannot be pickled or saved with torch.save, nor its pipeline: its forwards belong to the patch. Call "
+            "tilewise.unpatch first, or save the weights alone with save_pretrained or state_dict"
+        )
 
     def count(self, what: str, reason: str | None) -> None:
         with self.lock:

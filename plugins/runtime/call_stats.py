@@ -5,6 +5,7 @@ Counts and sums only, by layer and kind of call: their size depends on the model
 
 from __future__ import annotations
 
+import datetime
 import re
 import threading
 import time
@@ -186,16 +187,23 @@ class Call:
 class CallStats:
     """Records by (layer number, kind of call). Threads add to the same records.
 
-    lock: held while a record is changed, and by who reads several.
+    lock: held while a record is changed, and by who reads several. since: when counting began, UTC.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.since = datetime.datetime.now(datetime.UTC)
         self.records: dict[tuple[int, CallKind], CallRecord] = defaultdict(CallRecord)
         self.skipped_layers: dict[str, str] = {}  # layers never taken over, with the reason
         self._reasons: dict[int, dict[str, str]] = defaultdict(
             dict
         )  # of a layer: wording → the first reason of that wording
+
+    def restart(self) -> None:
+        """Count anew. Only with ``lock`` held. Layers that were never taken over stay known."""
+        self.records.clear()
+        self._reasons.clear()
+        self.since = datetime.datetime.now(datetime.UTC)
 
     @contextmanager
     def record(self, layer: int, kind: CallKind | None, query: torch.Tensor, key: torch.Tensor) -> Iterator[Call]:

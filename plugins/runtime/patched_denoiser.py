@@ -142,10 +142,10 @@ class Patch:
     # ── during a forward; torch.compile traces all of it, so nothing here may go by the step ─────────────────────
 
     def _before(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if denoiser.training and torch.is_grad_enabled():
+        if denoiser.training:
             raise TilewiseError(
-                f"{self.name} is patched, which is for inference: attention has no backward pass. Call it under torch.no_grad(), "
-                "or call tilewise.unpatch before training"
+                f"{self.name} is in training mode, and patched, which is for inference: attention has no backward pass. Call its "
+                "eval() to sample, or tilewise.unpatch before training"
             )
         timestep = self.family.timestep(args, kwargs)
         grid, refused = self._grid(denoiser, args, kwargs)

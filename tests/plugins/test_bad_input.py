@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -119,12 +121,25 @@ def training_inputs() -> dict[str, Any]:
 @pytest.mark.parametrize("method", [SMALL, "dense"], ids=["sta", "dense"])
 def test_training_is_refused_at_the_call(method):
     model = tilewise.patch(tiny_wan.tiny_transformer().train(), method, steps=(0, 1))
-    with pytest.raises(tilewise.TilewiseError, match=r"for inference.*torch\.no_grad\(\).*unpatch before training"):
+    refused = r"for inference.*eval\(\).*unpatch before training"
+    with pytest.raises(tilewise.TilewiseError, match=refused):
         model(**training_inputs())
-    with torch.no_grad():  # a sample in between, as training scripts make
-        model(**training_inputs())
+    with torch.no_grad():  # as pipelines call it
+        with pytest.raises(tilewise.TilewiseError, match=refused):
+            model(**training_inputs())
+        model.eval()(**training_inputs())  # a sample in between, as training scripts make
+    model.train()
     tilewise.unpatch(model)(**training_inputs())[0].sum().backward()
     assert model.blocks[0].attn1.to_q.weight.grad is not None
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda it: torch.save(it, io.BytesIO())], ids=["pickle", "torch.save"])
+@pytest.mark.parametrize("part", ["pipeline", "transformer", "vae"])
+def test_what_is_patched_cannot_be_pickled(part, save):
+    pipe = tilewise.patch(tiny_wan.tiny_pipeline(), SMALL)
+    with pytest.raises(tilewise.TilewiseError, match=r"tilewise\.unpatch first"):
+        save(pipe if part == "pipeline" else getattr(pipe, part))
+    save(getattr(tilewise.unpatch(pipe), "vae" if part == "pipeline" else part))
 
 
 def test_gradients_of_an_evaluated_model_are_refused_where_they_are_asked_for():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from typing import Any
 
@@ -62,6 +63,22 @@ def test_an_unpatched_target_and_one_that_has_not_run(model):
     tilewise.unpatch(model)
     with pytest.raises(tilewise.ConfigError, match="not patched"):
         tilewise.summary(model)
+
+
+def test_a_summary_can_be_reset_and_says_since_when(model):
+    patched_at = tilewise.summary(model).since
+    count(model, 0, CallKind(SPARSE, "torch"), 4, 0.5)
+    count(model, 0, CallKind(FALLBACK, reason="a mask of 5 x 4"), 4)
+    stats_of(model).skipped_layers["blocks.1"] = "own processor"
+    stats_of(model).since -= datetime.timedelta(hours=1)
+    before = tilewise.summary(model, reset=True)
+    assert before.calls == 2 and before.since < patched_at
+    assert f"counted since {before.since[:10]} {before.since[11:19]} UTC" in str(before)
+    after = tilewise.summary(model)
+    assert (after.calls, after.fallbacks, after.skipped_layers) == (0, {}, before.skipped_layers)
+    assert after.since >= patched_at and after.to_dict()["since"] == after.since
+    count(model, 0, CallKind(FALLBACK, reason="a mask of 7 x 4"), 4)
+    assert tilewise.summary(model).fallbacks == {"a mask of 7 x 4": 1}
 
 
 def test_means_are_weighed_by_pairs_and_rows(model):

@@ -37,7 +37,8 @@ WARM_UP_HELP = "Run a few discarded steps before each method and size is timed."
 DEVICE_HELP = "auto, cpu, cuda or cuda:N."
 DRY_RUN_HELP = "Print what would be done and write nothing."
 SOURCE_HELP = "Reproduce a clip: its settings, except for those given here."
-OUT_HELP = "The .mp4 to write, or .png for one frame. Default: outputs/<prompt>-<seed>.…"
+OUT_HELP = "The .mp4 to write, or .png for one frame. Default: outputs/<prompt>-<seed>.…, numbered until it is free."
+FORCE_HELP = "Replace files that are there."
 COMPARE_HELP = "'dense': also generate the dense clip, compare both, and write them side by side."
 OF_BOTH = [*CLIP_OPTIONS.values(), *MEMORY_OPTIONS.values(), HIGHRES, *TWO_STAGE_OPTIONS.values()]
 EXPLAINED = ("model", "method", *METHOD_OPTIONS, SET.name, "height", "width", "frames", "steps")  # options of `explain`
@@ -92,12 +93,13 @@ def generate(
     compare: Annotated[str | None, typer.Option(help=COMPARE_HELP)] = None,
     runs: Annotated[int, typer.Option(help="With --compare: how often both are timed.")] = 1,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
 ) -> None:
     """Generate a clip (mp4) from a prompt, or reproduce one from its file."""
     from tilewise.ui.cli.generate import Request, dry_run_request, generate_request
 
-    request = Request(prompt, options, source, out, compare, device, runs)
+    request = Request(prompt, options, source, out, compare, device, runs, force)
     (dry_run_request if dry_run else generate_request)(request)
 
 
@@ -136,13 +138,16 @@ def compare(
     manifests: Annotated[
         list[Path], typer.Argument(help="manifest.jsonl files, or folders of batches.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(help="The .html to write.")] = Path("comparison.html"),
+    out: Annotated[
+        Path | None, typer.Option(help="The .html to write. Default: comparison.html, numbered until it is free.")
+    ] = None,
     embed: Annotated[int, typer.Option(help="MiB of clips to put into the report; the rest is linked.")] = 200,
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
     """Compare the methods of batches: a table, and a report (HTML, one file) with the clips side by side."""
     from tilewise.ui.cli.compare import compare_command
 
-    compare_command(manifests, out, embed)
+    compare_command(manifests, out, embed, force=force)
 
 
 @app.command()
@@ -158,6 +163,7 @@ def explain(
     options: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help=PLOT_HELP, show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
 ) -> None:
     """Show what a method would do: grid, tiles, window, density, and what stays dense and why.
 
@@ -169,8 +175,10 @@ def explain(
     from tilewise.ui.cli.explain import explain_command
     from tilewise.ui.cli.explain_stream import explain_stream_command
 
-    command = explain_stream_command if options.get("stream") else explain_command
-    command(options, as_json=as_json, picture=plot)
+    if options.get("stream"):
+        explain_stream_command(options, as_json=as_json, picture=plot)
+    else:
+        explain_command(options, as_json=as_json, picture=plot, force=force)
 
 
 @app.command()

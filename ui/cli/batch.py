@@ -28,9 +28,14 @@ from tilewise.pipelines.loading.offload import check_offload
 from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.media.video import ffmpeg_path
+from tilewise.pipelines.memory.estimate import estimate_memory
+from tilewise.pipelines.memory.fit import memory_words
 from tilewise.pipelines.memory.options import MEMORY_OPTIONS, memory_options
+from tilewise.pipelines.memory.plan import device_bytes
+from tilewise.pipelines.memory.units import gib
 from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS
 from tilewise.plugins.errors import ConfigError, TilewiseError
+from tilewise.plugins.explain import Explanation
 from tilewise.ui.cli.batch_progress import watching
 from tilewise.ui.cli.interrupts import Interrupts
 from tilewise.ui.cli.progress import quiet_libraries
@@ -77,9 +82,10 @@ def dry_run_batch(request: BatchRequest) -> None:
     batch = _check(request)
     if batch.world.rank:
         return
-    known = read_manifest(batch.folder)
+    known = read_manifest(batch.folder, batch.plan.notes.append)
     done = {key for key, line in known.items() if line["status"] == "done"} if not batch.options.overwrite else set()
     standard_output().print(_job_table(batch.plan.jobs, done))
+    skeleton = functools.cache(load_skeleton)
     for plan in batch.plan.explanations:
         settings = plan.settings
         size = f"{settings.frames} frames of {settings.height}x{settings.width}, {settings.steps} steps"
@@ -88,6 +94,10 @@ def dry_run_batch(request: BatchRequest) -> None:
         say(plan.explanation)
         if plan.work is not None:
             say(f"{plan.work.plan}; without the text encoder, which was not loaded")
+        elif isinstance(plan.explanation, Explanation):  # that of a stream tells its memory
+            dtype = next(job.dtype for job in batch.plan.jobs if job.settings.model == settings.model)
+            memory = estimate_memory(skeleton(settings.model), settings, plan.explanation, getattr(torch, dtype))
+            say(f"memory: about {gib(memory.total)} of {gib(device_bytes(batch.device))} ({memory_words(memory)})")
     pending = [job for job in batch.plan.jobs if job.key not in done]
     say()
     standard_output().print(_estimate_table(batch, pending, estimate(pending, known.values(), batch.device)))
@@ -126,14 +136,15 @@ def _check(request: BatchRequest) -> Batch:
         raise ConfigError("--max-failures takes a number of at least 1, or else --fail-fast, which is --max-failures 1")
     seeds, sweep = parse_seeds(request.seeds), parse_sweep(request.sweep)
     rows, problems = read_input(request.input)
+    memory = memory_options(request.options)
     tools = Tools(
         config=method_config,
         device=device,
         skeleton=functools.cache(load_skeleton),
         revision=functools.cache(model_revision),
         dtype=lambda name: str(resolve_dtype(name, device)).removeprefix("torch."),
+        memory=memory,
     )
-    memory = memory_options(request.options)
     check_offload(memory.offload, device)
     fields = {"model": DEFAULT_MODEL, **{name: v for name, v in request.options.items() if name not in MEMORY_OPTIONS}}
     plan = make_jobs(

@@ -12,21 +12,26 @@ from rich.table import Table
 from tilewise.pipelines.batch.coherence_comparison import coherence_rows
 from tilewise.pipelines.batch.manifest_comparison import Group, measured, method_rows, read_groups
 from tilewise.pipelines.media.files import check_writable, replacing
+from tilewise.pipelines.media.output_names import Outputs
 from tilewise.pipelines.media.video import ffmpeg_path, read_frames
 from tilewise.pipelines.quality.coherence import repetition
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.html_report import COLUMNS, table_cells, write_html
 from tilewise.ui.common.terminal import say, standard_error, standard_output
 
+REPORT = Path("comparison.html")
 
-def compare_command(manifests: Sequence[Path], out: Path, embed: int) -> None:
+
+def compare_command(manifests: Sequence[Path], out: Path | None, embed: int, *, force: bool = False) -> None:
     """Prints a row a method, and writes the HTML report. embed: MiB of clips that go into the file."""
     if embed < 0:
         raise ConfigError(f"--embed takes a size in MiB of at least 0, not {embed}")
-    groups = read_groups(manifests)
-    ffmpeg_path()
-    check_writable(out, suffix=".html")
     notes = standard_error()
+    groups = read_groups(manifests, notes.note)
+    ffmpeg_path()
+    outputs = Outputs(out or REPORT, given=out is not None, force=force, settings=False).free()
+    check_writable(outputs.file, suffix=".html")
+    outputs.check()
     shown = track(measured(groups), "measuring", len(groups), console=notes, disable=not notes.is_terminal)
     found = list(shown)
     rows = method_rows(found)
@@ -43,14 +48,14 @@ def compare_command(manifests: Sequence[Path], out: Path, embed: int) -> None:
         say("past the training size (means over clips):")
     for told in coherent:
         say(f"  {told}")
-    with replacing(out) as part, part.open("w", encoding="utf-8") as file:
-        left_out = write_html(file, out.parent, found, rows, embed * 2**20)
+    with outputs.claimed() as (report,), replacing(report) as part, part.open("w", encoding="utf-8") as file:
+        left_out = write_html(file, report.parent, found, rows, embed * 2**20)
     damaged = sum(clip.damaged for group in found for clip in group.clips)
     if damaged:
         say(f"{damaged} clips are missing or not as their manifest says; they are not measured")
     if left_out - damaged:
         say(f"{left_out - damaged} clips are linked, not inside: they are more than --embed {embed} MiB")
-    say(f"wrote {out}")
+    say(f"wrote {report}")
 
 
 def repetition_lines(groups: Sequence[Group]) -> list[str]:

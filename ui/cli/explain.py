@@ -24,15 +24,18 @@ from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of, patched
 from tilewise.plugins.watch import watch
 from tilewise.ui.cli.plot import Drawn, check_plot, plot
+from tilewise.ui.cli.progress import progress_bars, quiet_libraries
 from tilewise.ui.common.options import method_config, refuse_stream_options
-from tilewise.ui.common.terminal import say
+from tilewise.ui.common.terminal import say, standard_error
 
 # A dynamic method's picture comes from a short run: the third of four steps, when the clip has taken shape.
 PLOT_STEPS, PLOT_STEP = 4, 2
 PROMPT = "a red circle moving right on a blue striped background"
 
 
-def explain_command(options: Mapping[str, Any], *, as_json: bool, picture: Path | None = None) -> None:
+def explain_command(
+    options: Mapping[str, Any], *, as_json: bool, picture: Path | None = None, force: bool = False
+) -> None:
     """Prints what a method would do with a model at a size, and draws it; a picture of a dynamic method runs the model.
 
     Raises ImportError for a picture without matplotlib, OutputPathError, and ConfigError where nothing would be sparse.
@@ -43,7 +46,7 @@ def explain_command(options: Mapping[str, Any], *, as_json: bool, picture: Path 
             f"--{names[0]} says something of the memory of a stream alone: give --stream too, or leave it out"
         )
     if picture is not None:
-        check_plot(picture)
+        check_plot(picture, force=force)
     model = options.get("model", DEFAULT_MODEL)
     config = method_config(options.get("method", DEFAULT_METHOD), options)
     skeleton = load_skeleton(model)
@@ -59,7 +62,8 @@ def explain_command(options: Mapping[str, Any], *, as_json: bool, picture: Path 
     say(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
     if picture is not None:
         if isinstance(config.method, DynamicMethod):
-            drawn = _of_a_run(model, config, explanation)
+            with quiet_libraries():
+                drawn = _of_a_run(model, config, explanation)
         else:
             drawn = _of_the_plan(skeleton, config, explanation)
         plot(drawn, picture)
@@ -84,7 +88,9 @@ def _of_the_plan(skeleton: Any, config: Config, explanation: Explanation) -> Dra
 
 def _of_a_run(model: str, config: Config, explanation: Explanation) -> Drawn:
     """What a dynamic method chose in the middle block of a short run."""
-    pipe = load_pipeline(model)
+    notes = standard_error()
+    with notes.status(f"loading {model} …"):
+        pipe = load_pipeline(model)
     size = explanation.size
     config = dataclasses.replace(config, steps=(PLOT_STEP / PLOT_STEPS, 1.0), blocks=":")
     settings = resolve_settings(
@@ -95,8 +101,12 @@ def _of_a_run(model: str, config: Config, explanation: Explanation) -> Drawn:
     assert family is not None
     blocks = [layer.block for layer in family.layers(next(iter(denoisers_of(pipe).values())))]
     block = sorted(set(blocks))[len(set(blocks)) // 2]
-    with patched(pipe, config), watch(pipe, layers=[block], steps=[PLOT_STEP]) as calls:
-        run(pipe, settings, decode=False)
+    with (
+        progress_bars(notes) as progress,
+        patched(pipe, config),
+        watch(pipe, layers=[block], steps=[PLOT_STEP]) as calls,
+    ):
+        run(pipe, settings, progress, decode=False)
     call = next((call for call in calls if call.plan is not None), None)
     if call is None or call.plan is None or call.layout is None:
         kinds = ", ".join(sorted({call.kind for call in calls})) or "none"

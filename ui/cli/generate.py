@@ -7,7 +7,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tilewise import __version__
+from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run, clip_metadata
 from tilewise.pipelines.generation.compare import Comparison, compare, side_by_side
@@ -18,27 +21,33 @@ from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.model_defaults import size_notes
-from tilewise.pipelines.media.video import write_settings, write_video
+from tilewise.pipelines.media.output_names import Outputs
+from tilewise.pipelines.media.rescue import write_or_rescue
+from tilewise.pipelines.media.video import write_settings
+from tilewise.pipelines.memory.estimate import estimate_memory
+from tilewise.pipelines.memory.fit import check_fit, memory_words
 from tilewise.pipelines.memory.options import MemoryOptions, check_memory
+from tilewise.pipelines.memory.plan import device_bytes
 from tilewise.pipelines.memory.retry import within_memory
+from tilewise.pipelines.memory.units import gib
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.generate_highres import dry_run_highres, generate_highres
 from tilewise.ui.cli.generate_stream import dry_run_stream, generate_stream
 from tilewise.ui.cli.progress import progress_bars, quiet_libraries
 from tilewise.ui.cli.request import Request, print_sameness
-from tilewise.ui.common.options import default_out, method_config, refuse_stream_options, refuse_two_stage_options
+from tilewise.ui.common.options import method_config, refuse_stream_options, refuse_two_stage_options
 from tilewise.ui.common.tables import print_files, print_result, print_settings
 from tilewise.ui.common.terminal import Terminal, say, standard_error
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A checked request. skeleton: the pipeline without weights. files: what will be written. dtype: by name. origin: what the
+    """A checked request. skeleton: the pipeline without weights. outputs: what will be written. dtype: by name. origin: what the
     clip of --from says."""
 
     skeleton: Any
     settings: GenerateSettings
-    files: list[Path]
+    outputs: Outputs
     dtype: str
     origin: ClipMetadata | None
     memory: MemoryOptions
@@ -55,9 +64,12 @@ def dry_run_request(request: Request) -> None:
         return
     work = _check(request, create=False)
     device = resolve_device(request.device)
-    print_settings(work.settings, str(device), work.dtype, work.files)
-    say(explain_settings(work.skeleton, work.settings))
-    for note in _size_notes(work):
+    print_settings(work.settings, str(device), work.dtype, work.outputs.files)
+    explanation = explain_settings(work.skeleton, work.settings)
+    say(explanation)
+    memory = estimate_memory(work.skeleton, work.settings, explanation, getattr(torch, work.dtype))
+    say(f"memory: about {gib(memory.total)} of {gib(device_bytes(device))} ({memory_words(memory)})")
+    for note in [*memory.notes, *_size_notes(work)]:
         say(f"note: {note}")
 
 
@@ -95,9 +107,10 @@ def generate_request(request: Request) -> None:
                 pipe, make, work.memory.measures, retry=work.memory.retry_oom, note=notes.note
             )
             run["offload"] = work.memory.offload
-    _write(result, work.files, run)
-    print_result(_score_content(pipe, result, work.files, run, notes))
-    print_files(work.files)
+    with work.outputs.claimed() as files:
+        _write(result, files, run)
+    print_result(_score_content(pipe, result, files, run, notes))
+    print_files(files)
     print_sameness(_clips(result)[0], work.origin, request.source)
 
 
@@ -136,12 +149,11 @@ def _check(request: Request, *, create: bool) -> Work:
     skeleton = load_skeleton(model)
     settings = resolve_settings(skeleton, **{**given, "prompt": prompt, "method": config, "model": model})
     call_arguments(skeleton, settings)
-    check_memory(skeleton, memory, resolve_device(request.device))
-    files = [request.out or default_out(settings.prompt, settings.seed, settings.frames)]
-    if request.compare:
-        files += [files[0].with_stem(f"{files[0].stem}-{kind}") for kind in ("dense", "side-by-side")]
-    request.check_files(files, settings, create=create)
-    return Work(skeleton, settings, files, dtype, origin, memory)
+    device = resolve_device(request.device)
+    check_memory(skeleton, memory, device)
+    check_fit(skeleton, settings, explain_settings(skeleton, settings), getattr(torch, dtype), device, memory)
+    endings = ("-dense", "-side-by-side") if request.compare else ()
+    return Work(skeleton, settings, request.outputs(settings, *endings, create=create), dtype, origin, memory)
 
 
 def _size_notes(work: Work) -> list[str]:
@@ -158,8 +170,14 @@ def _write(result: Clip | Comparison, files: list[Path], run: dict[str, Any]) ->
     frames = [clip.frames for clip in _clips(result)]
     if isinstance(result, Comparison):
         frames[2] = side_by_side(frames[1], frames[0], ("dense", result.sparse.settings.method.method.name))
+    failed: list[OutputError] = []
     for file, clip, pictures, metadata in zip(files, _clips(result), frames, _file_metadata(result, run), strict=True):
-        write_video(file, pictures, clip.settings.fps, settings=metadata)
+        try:
+            write_or_rescue(file, pictures, clip.settings.fps, settings=metadata)
+        except OutputError as error:
+            failed.append(error)
+    if failed:
+        raise OutputError("\n".join(map(str, failed))) from failed[0]
 
 
 def _score_content(

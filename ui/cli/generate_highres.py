@@ -21,26 +21,29 @@ from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.highres.two_stages import HighresClip, add_content_score, make
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import cast_skeleton, load_pipeline, load_skeleton
-from tilewise.pipelines.media.video import write_settings, write_video
+from tilewise.pipelines.media.output_names import Outputs
+from tilewise.pipelines.media.rescue import write_or_rescue
+from tilewise.pipelines.media.video import write_settings
 from tilewise.pipelines.memory.options import MemoryOptions, check_memory
 from tilewise.pipelines.memory.retry import within_memory
 from tilewise.pipelines.options import field_values, parse_size
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.progress import progress_bars, quiet_libraries
 from tilewise.ui.cli.request import Request, print_sameness
-from tilewise.ui.common.options import default_out, first_stage_method
+from tilewise.ui.common.options import first_stage_method
 from tilewise.ui.common.tables import print_files, print_result, print_settings
 from tilewise.ui.common.terminal import Terminal, say, standard_error, standard_output
 
 
 @dataclasses.dataclass(frozen=True)
 class _Checked:
-    """A checked request. arguments: of `prepare`, for the loaded pipeline. files: the clip, and its native stage's."""
+    """A checked request. arguments: of `prepare`, for the loaded pipeline. outputs: the clip, and its native
+    stage's."""
 
     skeleton: Any
     work: Work
     arguments: tuple
-    files: list[Path]
+    outputs: Outputs
     dtype: str
     origin: ClipMetadata | None
     memory: MemoryOptions
@@ -50,8 +53,9 @@ def dry_run_highres(request: Request) -> None:
     """Prints both stages' settings and the plan of memory. Nothing is written, and no weights are read."""
     found = _check(request, create=False)
     device = str(resolve_device(request.device))
-    print_settings(found.work.native, device, found.dtype, [found.files[1]])
-    print_settings(found.work.target, device, found.dtype, [found.files[0]])
+    target, native = found.outputs.files
+    print_settings(found.work.native, device, found.dtype, [native])
+    print_settings(found.work.target, device, found.dtype, [target])
     say(explain_settings(found.skeleton, found.work.target))
     say(f"{found.work.plan}; without the text encoder, which was not loaded")
     for note in found.work.notes:
@@ -76,25 +80,29 @@ def generate_highres(request: Request) -> None:
         for note in [*prompt_notes(pipe, target), *work.notes]:
             notes.note(note)
 
-        def write_native(clip: Clip) -> None:
-            write_video(found.files[1], clip.frames, clip.settings.fps, settings=clip_metadata(clip, run))
+        with found.outputs.claimed() as files:
 
-        with progress_bars(notes) as progress:
+            def write_native(clip: Clip) -> None:
+                write_or_rescue(files[1], clip.frames, clip.settings.fps, settings=clip_metadata(clip, run))
 
-            def make_both() -> HighresClip:
-                with cancellable(pipe):
-                    return make(pipe, work, progress, write_native)
+            with progress_bars(notes) as progress:
 
-            taken = [name for name, on in (("vae-tiling", work.plan.vae_tiling), ("offload", work.plan.offload)) if on]
-            made, run["memory_saving"], run["oom_retries"] = within_memory(
-                pipe, make_both, retry=found.memory.retry_oom, taken=taken, note=notes.note
-            )
-            run["offload"] = found.memory.offload
-    write_video(found.files[0], made.frames, target.fps, settings=_metadata(made, run))
-    made = _score_content(pipe, made, found.files, run, notes)
+                def make_both() -> HighresClip:
+                    with cancellable(pipe):
+                        return make(pipe, work, progress, write_native)
+
+                taken = [
+                    name for name, on in (("vae-tiling", work.plan.vae_tiling), ("offload", work.plan.offload)) if on
+                ]
+                made, run["memory_saving"], run["oom_retries"] = within_memory(
+                    pipe, make_both, retry=found.memory.retry_oom, taken=taken, note=notes.note
+                )
+                run["offload"] = found.memory.offload
+            write_or_rescue(files[0], made.frames, target.fps, settings=_metadata(made, run))
+    made = _score_content(pipe, made, files, run, notes)
     print_result(made.clip)
     _print_stages(made)
-    print_files(found.files)
+    print_files(files)
     if found.origin is not None and _is_the_same(work, found.origin):
         print_sameness(made.clip, found.origin, request.source)
 
@@ -126,10 +134,8 @@ def _check(request: Request, *, create: bool) -> _Checked:
     check_memory(skeleton, memory, resolve_device(request.device))
     arguments = (prompt, height, width, native, method, options, both)
     work = prepare(skeleton, *arguments, resolve_device(request.device))
-    file = request.out or default_out(prompt, work.target.seed, work.target.frames)
-    files = [file, file.with_stem(f"{file.stem}-native")]
-    request.check_files(files, work.target, create=create)
-    return _Checked(skeleton, work, arguments, files, dtype, origin, memory)
+    outputs = request.outputs(work.target, "-native", create=create)
+    return _Checked(skeleton, work, arguments, outputs, dtype, origin, memory)
 
 
 def _earlier(origin: ClipMetadata) -> dict[str, Any]:

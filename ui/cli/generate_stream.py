@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import cast_skeleton, load_skeleton
 from tilewise.pipelines.media.files import is_still
+from tilewise.pipelines.media.output_names import Outputs
 from tilewise.pipelines.memory.options import MEMORY_OPTIONS
 from tilewise.pipelines.options import field_values
 from tilewise.pipelines.streaming.preparation import (
@@ -36,7 +36,7 @@ from tilewise.ui.cli.progress import quiet_libraries
 from tilewise.ui.cli.request import Request, print_same_frames
 from tilewise.ui.cli.stream_progress import stream_progress
 from tilewise.ui.common.exit_codes import INTERRUPTED
-from tilewise.ui.common.options import default_out, method_config
+from tilewise.ui.common.options import method_config
 from tilewise.ui.common.tables import print_files, print_settings, print_stream
 from tilewise.ui.common.terminal import say, standard_error
 
@@ -55,7 +55,7 @@ class _Checked:
     """A checked request. skeleton: the pipeline without weights."""
 
     work: StreamWork
-    file: Path
+    outputs: Outputs
     dtype: str
     origin: ClipMetadata | None
     skeleton: Any
@@ -64,7 +64,7 @@ class _Checked:
 def dry_run_stream(request: Request) -> None:
     """Prints the settings and the recipe. Nothing is written, and no weights are read."""
     found = _check(request, create=False)
-    print_settings(found.work.settings, str(resolve_device(request.device)), found.dtype, [found.file])
+    print_settings(found.work.settings, str(resolve_device(request.device)), found.dtype, found.outputs.files)
     say(f"causal checkpoint: {found.work.checkpoint or 'the weights of the model'}")
     say(found.work.recipe)
     explanation = explain_work(found.skeleton, found.work, resolve_device(request.device))
@@ -93,15 +93,16 @@ def generate_stream(request: Request) -> None:
         with (
             Interrupts(tell, "chunk") as interrupts,
             stream_progress(notes, work.settings.fps) as progress,
+            found.outputs.claimed() as files,
         ):
             interrupts.finish_first(True)
-            made = record(pipe, work, found.file, run, progress=progress, stop=interrupts.asked)
+            made = record(pipe, work, files[0], run, progress=progress, stop=interrupts.asked)
     if made.note is not None:
         notes.note(f"the video is written; the settings in it are those from its beginning: {made.note}")
     for prompt in made.unused if made.frames == work.settings.frames else []:
         notes.note(f"the prompt {prompt!r} was to come after the last chunk had begun, and shows nowhere")
     print_stream(made)
-    print_files([found.file])
+    print_files(files)
     if made.frames < work.settings.frames:
         notes.note(f"interrupted after {made.frames} of {work.settings.frames} frames; the file is complete")
         raise typer.Exit(INTERRUPTED)
@@ -147,14 +148,13 @@ def _check(request: Request, *, create: bool) -> _Checked:
     work = prepare(
         skeleton, prompt, options, model=model, method=method, recipe=recipe, guidance=given.get("guidance"), **shared
     )
+    if request.out is not None and is_still(request.out):
+        raise ConfigError(f"a stream is written as .mp4, not {request.out}")
     # An .mp4 even of one frame: a picture cannot grow.
-    file = request.out or default_out(prompt, work.settings.seed, max(2, work.settings.frames))
-    if is_still(file):
-        raise ConfigError(f"a stream is written as .mp4, not {file}")
     if create:
         check_memory(skeleton, work, resolve_device(request.device))
-    request.check_files([file], work.settings, create=create)
-    return _Checked(work, file, dtype, origin, skeleton)
+    outputs = request.outputs(work.settings, create=create, suffix=".mp4")
+    return _Checked(work, outputs, dtype, origin, skeleton)
 
 
 def _is_the_same(made: Recorded, origin: ClipMetadata) -> bool:

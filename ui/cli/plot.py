@@ -12,6 +12,7 @@ from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
 from tilewise.kernels.plans.query_visibility import region_of_query
 from tilewise.pipelines.media.files import check_writable, replacing
+from tilewise.pipelines.media.output_names import Outputs
 
 FORMATS = (".png", ".svg", ".pdf")
 MOST_FRAMES = 6  # of a clip that are drawn
@@ -28,10 +29,11 @@ class Drawn:
     where: str
 
 
-def check_plot(out: Path) -> None:
+def check_plot(out: Path, *, force: bool = False) -> None:
     """Find out before any work whether the picture can be drawn and written.
 
-    Raises ImportError where matplotlib is missing, OutputPathError for a file that cannot be written or has another ending.
+    Raises ImportError where matplotlib is missing, OutputPathError for a file that cannot be written, has another ending, or is
+    there and not to be replaced (`force`).
     """
     try:
         import matplotlib  # noqa: F401
@@ -39,6 +41,7 @@ def check_plot(out: Path) -> None:
         hint = "pip install 'tilewise[plot]', or in a clone of it pip install '.[plot]'"
         raise ImportError(f"{error}; --plot needs Matplotlib: {hint}") from error
     check_writable(out, suffix=out.suffix if out.suffix in FORMATS else FORMATS[0])
+    Outputs(out, given=True, force=force, settings=False).check()
 
 
 def kept_blocks(plan: BlockPlan, head: int) -> torch.Tensor:

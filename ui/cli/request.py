@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.media.files import check_sidecar, check_writable
+from tilewise.pipelines.media.output_names import Outputs
 from tilewise.pipelines.media.video import ffmpeg_path
 from tilewise.pipelines.memory.options import MemoryOptions, memory_options
 from tilewise.pipelines.options import options_of
 from tilewise.plugins.errors import ConfigError
-from tilewise.ui.common.options import config_file, out_suffix
+from tilewise.ui.common.options import config_file, default_out, out_suffix
 from tilewise.ui.common.terminal import say
 
 
@@ -26,7 +26,7 @@ class Request:
 
     options: those that were given, by name, as `CLIP_OPTIONS`, `TWO_STAGE_OPTIONS` and `STREAM_OPTIONS` declare them.
     source: a clip whose settings stand for what is not given, in place of the usual defaults. runs: of --compare, how often both
-    clips are timed.
+    clips are timed. force: replace files that are there.
     """
 
     prompt: str | None
@@ -36,6 +36,7 @@ class Request:
     compare: str | None = None
     device: str = "auto"
     runs: int = 1
+    force: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -55,11 +56,18 @@ class Request:
         name = self.options.get("dtype") or (origin.run.get("dtype") if origin else None) or "auto"
         return str(resolve_dtype(name, resolve_device(self.device))).removeprefix("torch.")
 
-    def check_files(self, files: Sequence[Path], settings: GenerateSettings, *, create: bool) -> None:
-        """Raises ConfigError for files that cannot be written or must not be replaced, SetupError without ffmpeg.
+    def outputs(self, settings: GenerateSettings, *endings: str, create: bool, suffix: str | None = None) -> Outputs:
+        """Where the clips go, checked: as --out says, or a name that is free. endings: of those beside it, such as "-dense".
 
-        create: make their folders, but none while another file may be refused.
+        create: make their folders, but none while another file may be refused. suffix: of a clip that --out does not name;
+        default: as its length asks for.
+        Raises ConfigError for files that cannot be written or must not be replaced, SetupError without ffmpeg.
         """
+        file = self.out or default_out(settings.prompt, settings.seed, settings.frames)
+        if suffix is not None and self.out is None:
+            file = file.with_suffix(suffix)
+        outputs = Outputs(file, endings, given=self.out is not None, force=self.force).free()
+        files = outputs.files
         if self.source is not None and any(file.exists() and file.samefile(self.source) for file in files):
             raise ConfigError(f"the clip of --from, {self.source}, would be replaced; give another --out")
         method = self.options.get("method")
@@ -67,7 +75,9 @@ class Request:
             for file in files:
                 check_writable(file, suffix=out_suffix(file, settings), create=creating)
                 check_sidecar(file, keep=None if method is None else config_file(method), create=creating)
+            outputs.check()
         ffmpeg_path()
+        return outputs
 
 
 def print_sameness(clip: Clip, origin: ClipMetadata | None, source: Path | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 import traceback
@@ -20,6 +21,7 @@ from tilewise.ui.common.terminal import shown
 
 OK, FAILED, USAGE, ENVIRONMENT, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 DEBUG = "TILEWISE_DEBUG"
+LONGEST = 1000  # characters of a line of a message: values that it repeats may be longer than anybody reads
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -34,6 +36,10 @@ def exit_codes(command: F) -> F:
         except KeyboardInterrupt:
             _complain("interrupted; nothing was left half-written")
             raise typer.Exit(INTERRUPTED) from None
+        except SystemExit as ended:
+            if ended.code == TERMINATED:
+                _complain("terminated; nothing was left half-written")
+            raise
         except typer.Exit:
             raise
         except Exception as error:
@@ -89,12 +95,26 @@ def _message(error: Exception, code: int) -> str:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, TilewiseError):
         return text
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"out of GPU memory: try fewer frames or a smaller size\n{text.splitlines()[0]}"
+    if "torch" in sys.modules and _is_out_of_memory(error):
+        asked = re.search(r"(?i)tried to allocate ([\d.]+ \w+)", text)
+        tried = f" ({asked[1]} more were asked for)" if asked else ""
+        return (
+            f"out of memory{tried}: give fewer frames or a smaller size; a batch tries again with less, by --retry-oom"
+        )
     if isinstance(error, ImportError):
         return f"a library is missing: {text}"
     return f"{type(error).__name__}: {text}\nSet {DEBUG}=1 for the traceback."
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    from tilewise.pipelines.memory.limits import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
 def _complain(message: str) -> None:
-    typer.echo(f"tilewise: {shown(message)}", err=True)
+    lines = [
+        line if len(line) <= LONGEST else f"{line[:LONGEST]} … ({len(line):,} characters)"
+        for line in message.split("\n")
+    ]
+    typer.echo("tilewise: " + shown("\n".join(lines)), err=True)

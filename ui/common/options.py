@@ -44,7 +44,7 @@ def first_stage_method(method: str | Mapping[str, Any] | Config, fields: Mapping
 
 
 def default_out(prompt: str, seed: int, frames: int) -> Path:
-    """outputs/<the prompt's words>-<seed>.mp4, or .png for one frame"""
+    """outputs/<the prompt's words>-<seed>.mp4, or .png for one frame: where a clip goes if that name is free"""
     return Path("outputs") / f"{slug(prompt)}-{seed}{suffix_of(frames)}"
 
 

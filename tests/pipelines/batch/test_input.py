@@ -7,7 +7,8 @@ import json
 import pytest
 
 import tilewise
-from tilewise.pipelines.batch.input import MAX_PROMPT, InputError, read_input, read_rows
+from tilewise.pipelines.batch.input import InputError, read_input, read_rows
+from tilewise.pipelines.generation.settings import MAX_PROMPT
 
 
 def rows_of(tmp_path, name, content):

@@ -19,7 +19,7 @@ import tilewise
 from tilewise.pipelines.batch import job as job_module
 from tilewise.pipelines.batch.estimate import denoising_flop, estimate
 from tilewise.pipelines.batch.input import InputError, Row, read_input
-from tilewise.pipelines.batch.job import CLIP_NAME, Job, slug
+from tilewise.pipelines.batch.job import Job, slug
 from tilewise.pipelines.batch.jobs import Tools, make_jobs, parse_seeds, parse_sweep
 from tilewise.pipelines.batch.ranks import World, owned, world_from_environment
 from tilewise.pipelines.errors import ModelError
@@ -216,11 +216,10 @@ def test_file_names(tools, tiny_pipe_dir):
         "00000-a-red-circle-0",
         "00001-etc-passwd-1",
         "00002-abs-2",
-        "00003-clip-0",
+        "00003-円-0",
         f"00004-{'x' * 60}-{2**63 - 1}",
     ]
     for job in jobs:
-        assert CLIP_NAME.fullmatch(job.file)
         assert job.file.endswith(f"-{job.key[:8]}.mp4")
     assert slug("A  red_CIRCLE!") == "a-red-circle"
 

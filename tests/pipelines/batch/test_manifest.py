@@ -54,18 +54,32 @@ def test_a_torn_last_line_is_left_out_and_mended(tmp_path, cut):
     assert len(path.read_text().splitlines()) == len(expected) + 1
 
 
-def test_any_other_damaged_line_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "damaged",
+    ['{"manifest": 1', "[]", "{}", '"text"', '{"manifest": 1, "status": "done", "run": {"batch": {"key": "x"}}}',
+     "[" * 100_000, "\x00", "\udcff", json.dumps({**line("x"), "run": None})],
+)  # fmt: skip
+def test_any_other_damaged_line_is_left_out_said_and_kept_aside(tmp_path, damaged):
     path = tmp_path / "manifest.jsonl"
-    for damaged in (
-        '{"manifest": 1',
-        "[]",
-        "{}",
-        '"text"',
-        '{"manifest": 1, "status": "done", "run": {"batch": {"key": "x"}}}',
-    ):
-        path.write_text(f"{json.dumps(line('a'))}\n{damaged}\n{json.dumps(line('b'))}\n")
-        with pytest.raises(manifest.ManifestError, match=r"manifest\.jsonl, line 2 is damaged"):
-            manifest.read_manifest(tmp_path)
+    piece = damaged.encode(errors="surrogateescape")
+    whole = [json.dumps(line(key)).encode() for key in "ab"]
+    path.write_bytes(b"\n".join([whole[0], piece, whole[1], b""]))
+    told: list[str] = []
+    assert set(manifest.read_manifest(tmp_path, told.append)) == set("ab")
+    assert len(told) == 1 and told[0].startswith(f"{path}, line 2 is damaged (") and "left out" in told[0]
+    manifest.merge(tmp_path, told.append)
+    assert "manifest.damaged.txt" in told[1]
+    assert (tmp_path / manifest.DAMAGED).read_bytes() == piece + b"\n"
+    assert path.read_bytes() == b"\n".join([*whole, b""])
+    manifest.merge(tmp_path, told.append)
+    assert len(told) == 2
+
+
+def test_a_line_is_not_glued_to_one_that_was_cut_off(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(json.dumps(line("a")) + "\n" + json.dumps(line("b"))[:20])
+    manifest.append(path, line("c"))
+    assert set(manifest.read_manifest(tmp_path)) == set("ac")
 
 
 def test_a_manifest_of_a_later_format(tmp_path):

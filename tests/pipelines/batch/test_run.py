@@ -22,7 +22,7 @@ from tilewise.pipelines.generation.clip_metadata import frames_sha256, read_clip
 from tilewise.pipelines.generation.generate import generate
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.revision import model_revision
-from tilewise.pipelines.media.files import replacing
+from tilewise.pipelines.media.files import PART, replacing
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.pipelines.memory import limits as memory
 from tilewise.pipelines.memory import retry as retrying
@@ -176,7 +176,7 @@ def test_what_a_killed_process_left_is_removed(go, jobs):
     go(jobs[:1])
     assert clips(go.folder) == [".mine.part", jobs[0].file, "mine.mp4"]
     with replacing(go.folder / jobs[0].file) as part:  # the names are really of this form
-        assert batch_module.PART.fullmatch(part.name)
+        assert PART.fullmatch(part.name)
         part.write_text("x")
 
 
@@ -229,7 +229,7 @@ def test_leaving_at_once_leaves_nothing_half(go, jobs, monkeypatch, error):
             raise error
 
     go(jobs[:1])
-    monkeypatch.setattr(batch_clip, "write_video", leave)
+    monkeypatch.setattr(batch_clip, "write_or_rescue", leave)
     with pytest.raises(error):
         go(jobs)
     assert clips(go.folder) == [jobs[0].file]
@@ -248,7 +248,7 @@ def test_a_full_disk_ends_the_batch_cleanly(go, jobs, monkeypatch, error):
         raise error
 
     go(jobs[:1])
-    monkeypatch.setattr(batch_clip, "write_video", full)
+    monkeypatch.setattr(batch_clip, "write_or_rescue", full)
     with pytest.raises(DiskFullError, match="run the same command again"):
         go(jobs)
     monkeypatch.undo()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import statistics
 
 import numpy as np
@@ -18,6 +19,8 @@ from tilewise.pipelines.generation.compare import compare, side_by_side, speedup
 from tilewise.pipelines.generation.generate import add_content_score, content_score, generate
 from tilewise.pipelines.generation.resolve import prompt_notes, resolve_settings
 from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.highres.settings import HighresSettings
+from tilewise.pipelines.highres.two_stages import HighresClip
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.model_defaults import size_notes
 from tilewise.pipelines.quality.metrics import psnr
@@ -55,6 +58,9 @@ def stock_frames(pipe, settings) -> np.ndarray:
 def test_dense_is_the_stock_pipeline(tiny_pipe):
     settings = settings_for(tiny_pipe, "dense", seed=5)
     clip = generate(tiny_pipe, settings)
+    assert re.fullmatch(r"Clip\(9 frames of 64×64, dense, \d+\.\d s\)", repr(clip))
+    made = HighresClip(clip, clip, HighresSettings(), None, None, {})
+    assert repr(made) == f"HighresClip({clip!r}, native {clip!r})"
     assert clip.frames.shape == (9, 64, 64, 3)
     assert clip.frames.dtype == np.uint8
     assert clip.summary is None

@@ -281,8 +281,10 @@ def test_window_and_density_replace_the_presets_own():
 
 def test_default_names():
     assert default_out("A red circle, moving right!", 7, 9) == Path("outputs/a-red-circle-moving-right-7.mp4")
-    assert default_out("円", 0, 1) == Path("outputs/clip-0.png")
+    assert default_out("円を描く", 0, 1) == Path("outputs/円を描く-0.png")
+    assert default_out("!? …", 0, 1) == Path("outputs/clip-0.png")
     assert len(default_out("x/../" * 100, 0, 9).name) <= 70
+    assert len(os.fsencode(default_out("円" * 100, 0, 9).name)) <= 70
     assert default_out("../../etc", 0, 9).parent == Path("outputs")
 
 
@@ -503,7 +505,18 @@ def test_debugging_shows_the_traceback(tiny_pipe_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_while_denoising(tiny_pipe_dir, tmp_path, sent, code):
     (tmp_path / "clip.mp4").write_text("an older clip")
-    command = [*COMMAND, "generate", PROMPT, "--model", str(tiny_pipe_dir), "--steps", "100000", "--out", "clip.mp4"]
+    command = [
+        *COMMAND,
+        "generate",
+        PROMPT,
+        "--model",
+        str(tiny_pipe_dir),
+        "--steps",
+        "100000",
+        "--out",
+        "clip.mp4",
+        "--force",
+    ]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -516,7 +529,8 @@ def test_interrupted_while_denoising(tiny_pipe_dir, tmp_path, sent, code):
         process.kill()
     assert process.returncode == code, stderr
     assert stdout == ""
-    assert "Traceback" not in stderr
+    said = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[sent]
+    assert stderr == f"tilewise: {said}; nothing was left half-written\n"
     assert files_in(tmp_path) == ["clip.mp4"]
     assert (tmp_path / "clip.mp4").read_text() == "an older clip"
 

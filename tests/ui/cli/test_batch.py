@@ -163,13 +163,20 @@ def test_failures_are_told_and_the_exit_code_says_so(tiny_pipe_dir, prompts, mon
 def test_a_manifest_that_is_damaged_or_of_a_later_format(tiny_pipe_dir, prompts):
     words = ["batch", "p.txt", "--model", tiny_pipe_dir, "--out", "o", *SMALL]
     (prompts / "o").mkdir()
-    for content, message in {'{"manifest": 9}\n': "later tilewise", "{}\n{}\n": "line 1 is damaged"}.items():
-        (prompts / "o" / "manifest.jsonl").write_text(content)
-        for more in ([], ["--dry-run"]):
-            result = invoke(*words, *more)
-            assert result.exit_code == 2
-            assert message in result.stderr
-            assert (prompts / "o" / "manifest.jsonl").read_text() == content
+    path = prompts / "o" / "manifest.jsonl"
+    path.write_text('{"manifest": 9}\n')
+    for more in ([], ["--dry-run"]):
+        result = invoke(*words, *more)
+        assert result.exit_code == 2
+        assert "later tilewise" in result.stderr
+        assert path.read_text() == '{"manifest": 9}\n'
+    path.write_text("{}\n{}\n")
+    dry = invoke(*words, "--dry-run")
+    assert dry.exit_code == 0 and "line 1 is damaged" in dry.stdout
+    made = invoke(*words)
+    assert made.exit_code == 0 and "line 2 is damaged" in made.stderr
+    assert path.with_name("manifest.damaged.txt").read_text() == "{}\n{}\n"
+    assert len(path.read_text().splitlines()) == 2 and "2 made" in made.stdout
 
 
 # --- signals ------------------------------------------------------------------------------------------------------

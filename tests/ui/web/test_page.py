@@ -308,6 +308,14 @@ def test_a_preview_that_fails_does_not_fail_the_clip(models, pipe, tmp_path, mon
     assert [past.path for past in found] == [made.path]
     assert len(problems) == 1 and "frames" in problems[0]
 
+    # nor does one that is damaged, in History or for the next clip, which puts it aside
+    manifest.write_text("{broken\n" + json.dumps(line) + "\n")
+    found, problems = past_clips(tmp_path)
+    assert [past.path for past in found] == [made.path] and "line 1 is damaged" in problems[0]
+    with Studio(models, tmp_path).store.alone():
+        assert manifest.read_text() == json.dumps(line) + "\n"
+    assert manifest.with_name("manifest.damaged.txt").read_text() == "{broken\n"
+
 
 @pytest.mark.parametrize("where", ["denoise", "decode"])
 def test_a_pipeline_stops_within_a_step_and_is_as_before(tiny_pipe, where):

@@ -6,8 +6,7 @@ import dataclasses
 import ipaddress
 from pathlib import Path
 
-from tilewise.pipelines.batch.input import MAX_PROMPT
-from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.generation.settings import MAX_PROMPT, GenerateSettings
 from tilewise.plugins.errors import ConfigError, TilewiseError
 
 MAX_WORK = 10**10  # pixels x frames x steps: 81 frames of 1080 x 1920 in 50 steps are 8.4e9

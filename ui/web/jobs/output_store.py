@@ -17,7 +17,7 @@ from tilewise.pipelines.batch.job import Job, Stages
 from tilewise.pipelines.generation.clip_metadata import clip_metadata
 from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.settings import GenerateSettings
-from tilewise.pipelines.media.video import write_video
+from tilewise.pipelines.media.rescue import write_or_rescue
 from tilewise.ui.web.jobs.models import Models
 
 LOCK = ".ui.lock"
@@ -47,7 +47,7 @@ class OutputStore:
         seconds = {"load": run.get("load", 0.0), "warm_up": 0.0, **clip.seconds}
         metadata = clip_metadata(clip, {**DEFAULTS, **told, "seconds": seconds, "batch": job.to_dict()})
         path = self.folder / job.file
-        write_video(path, clip.frames, clip.settings.fps, settings=metadata, beside=False)
+        write_or_rescue(path, clip.frames, clip.settings.fps, settings=metadata, beside=False)
         manifest.append(self.folder / manifest.NAME, manifest.done_line(path, metadata))
         return path, metadata
 
@@ -59,4 +59,5 @@ class OutputStore:
         with self._lock, (self.folder / LOCK).open("a") as handle:
             with contextlib.suppress(OSError):  # on a file system without locks, one page a folder is the user's affair
                 fcntl.flock(handle, fcntl.LOCK_EX)
+            manifest.merge(self.folder)  # puts damaged lines aside
             yield  # closing it gives the lock back

@@ -84,10 +84,11 @@ class Past:
 def past_clips(outputs: Path, most: int = MOST) -> tuple[list[Past], list[str]]:
     """The latest clips whose files are there, and what could not be read."""
     folders = [outputs, *sorted(path for path in outputs.iterdir() if path.is_dir())] if outputs.is_dir() else []
-    found, problems = [], []
+    found: list[Past] = []
+    problems: list[str] = []
     for folder in folders:
         try:
-            lines = read_manifest(folder)
+            lines = read_manifest(folder, problems.append)
         except ManifestError as error:
             problems.append(str(error))
             continue

@@ -23,14 +23,17 @@ options = parser.parse_args()
 
 pipe = load_pipeline(options.model)  # any diffusers pipeline will do: WanPipeline.from_pretrained(…) as well
 native = model_defaults(pipe)
-size = {"height": native.height, "width": native.width, "num_frames": native.num_frames}
+size = {"height": native.height, "width": native.width}
 steps = options.steps or native.steps
 
-print(tilewise.explain(pipe, **size, num_inference_steps=steps, method="sta-balanced"))  # runs nothing
+print(
+    tilewise.explain(pipe, **size, frames=native.num_frames, num_inference_steps=steps, method="sta-balanced")
+)  # runs nothing
 tilewise.patch(pipe, "sta-balanced")
 frames = pipe(
     options.prompt,
     **size,
+    num_frames=native.num_frames,
     num_inference_steps=steps,
     guidance_scale=native.guidance,
     generator=torch.Generator().manual_seed(0),

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -138,12 +139,13 @@ def explain(
     *,
     height: int,
     width: int,
-    num_frames: int,
+    frames: int | None = None,
     num_inference_steps: int | None = None,
     method: MethodLike | None = None,
     steps: tuple[float, float] | None = None,
     blocks: str | None = None,
     strength: float = 1.0,
+    num_frames: int | None = None,
 ) -> Explanation:
     """What a pipeline call of this size would do with a method: grid, tiles, density, what stays dense and why.
 
@@ -151,17 +153,21 @@ def explain(
 
     Args:
         target: a pipeline or denoiser, patched or not.
-        height, width: pixels. num_frames: frames.
+        height, width: pixels. frames: of the clip; 1 for images.
         num_inference_steps: denoising steps. None: the model's own number, and a note says so.
         method, steps, blocks: as for ``patch``; default: what the target is patched with.
         strength: as the pipeline takes it, for image- and video-to-video, which enters the schedule part-way.
+        num_frames: ``frames`` by its old name, until the next release.
 
     Raises:
         ConfigError: for an option that cannot be, a strength of a pipeline that takes none, or a size that the model does not
             take (with the nearest one).
         UnsupportedModelError: for a target that no family serves.
     """
-    own_steps = num_inference_steps is None
+    frames = _frames(frames, num_frames)
+    own_steps = num_inference_steps is None and not isinstance(
+        target, torch.nn.Module
+    )  # which has no number of its own
     if num_inference_steps is None:
         num_inference_steps = usual_steps(target)
     if num_inference_steps < 1:
@@ -173,7 +179,7 @@ def explain(
             raise ConfigError("explain: the target is not patched; give method=")
         method = next(iter(patches.values())).config
     config = resolve(method, steps=steps, blocks=blocks)
-    size = Size(height, width, num_frames)
+    size = Size(height, width, frames)
     rows, notes = [], []
     given = config
     for name, denoiser in denoisers.items():
@@ -204,9 +210,22 @@ def explain(
     sparse = sum(config.runs_at(step, total) for step in range(first, total))
     if all(row.tile is None for row in rows):
         sparse = 0
-    shape = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps}
-    warnings = _warnings(config, rows, sparse, total - first)
-    return Explanation(config.to_dict(), shape, sparse, total - first - sparse, rows, [*warnings, *notes], warnings)
+    shape = {"height": height, "width": width, "frames": frames, "num_inference_steps": num_inference_steps}
+    useless = _warnings(config, rows, sparse, total - first)
+    return Explanation(config.to_dict(), shape, sparse, total - first - sparse, rows, [*useless, *notes], useless)
+
+
+def _frames(frames: int | None, num_frames: int | None) -> int:
+    """The number of frames by either name. Raises ConfigError for both or none."""
+    if num_frames is not None:
+        if frames is not None:
+            raise ConfigError("explain: num_frames is the old name of frames: give frames alone")
+        note = "explain(num_frames=…) is explain(frames=…) now; the old name goes with the next release"
+        warnings.warn(note, FutureWarning, stacklevel=3)
+    found = frames if num_frames is None else num_frames
+    if found is None:
+        raise ConfigError("explain needs frames=, the length of the clip; 1 for images")
+    return found
 
 
 def _warnings(config: Config, rows: list[ExplainRow], sparse: int, steps: int) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -17,15 +18,21 @@ import diffusers
 import pytest
 import tiny_wan
 import torch
+import typer
+from typer.testing import CliRunner
 
 import tilewise
 from benchmarks import family_inputs
+from tilewise.pipelines.media.video import read_frames
 from tilewise.plugins.methods import base
+from tilewise.ui.cli.app import app
+from tilewise.ui.common.options import method_config
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 WRITTEN = [*PAGES, DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SHELL = re.compile(r"^```\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RESULTS = re.compile(r"<!-- results .*?<!-- /results -->", re.DOTALL)
 FILE = re.compile(r"(?<![\w/.-])(?:kernels|plugins|pipelines|ui|src|tests|examples|benchmarks|docs)/[\w/.-]*\w/?")
 NAME = re.compile(r"(?<![\w/.-])tilewise\.(?:kernels|plugins|pipelines|ui)(?:\.\w+)+")
@@ -102,6 +109,40 @@ def test_code_runs(page, no_downloads, monkeypatch, capsys):
             assert report.calls
             assert not report.fallbacks
             assert not report.skipped_layers
+    if page.stem == "getting-started":
+        assert read_frames("circle.mp4").shape == (17, 128, 128, 3)
+        assert "2/2" in capsys.readouterr().err  # the bar of the denoising steps
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The `tilewise …` lines of a page's blocks, as words; "…" stands for a prompt or a model."""
+    lines = [line for block in SHELL.findall(RESULTS.sub("", page.read_text())) for line in block.splitlines()]
+    found = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("tilewise ")]
+    return [words[1:] for words in found]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
+def test_commands_that_a_page_shows_can_be_given(page, monkeypatch):
+    """Every option is one of the command's, of its type, and one that the method has."""
+    asked: list[dict[str, Any]] = []
+    for name in ("generate_request", "dry_run_request"):
+        monkeypatch.setattr(f"tilewise.ui.cli.generate.{name}", lambda request: asked.append(request.options))
+    for name in ("batch_request", "dry_run_batch"):
+        monkeypatch.setattr(f"tilewise.ui.cli.batch.{name}", lambda request: asked.append(request.options))
+    monkeypatch.setattr("tilewise.ui.cli.explain.explain_command", lambda options, **_: asked.append(options))
+    for words in commands_of(page):
+        if words[0] not in ("generate", "batch", "explain"):
+            typer.main.get_command(app).commands[words[0]].make_context(words[0], words[1:])
+            continue
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, f"tilewise {shlex.join(words)}: {result.output}"
+        if not asked:  # explain --stream, which has no window or density of a method
+            continue
+        options = asked.pop()
+        of_method = {key: value for key, value in options.items() if key != "window" or not options.get("stream")}
+        method = options.get("method", "sta-balanced")
+        if not str(method).endswith(".json"):
+            method_config(method, of_method)
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)

@@ -73,7 +73,7 @@ def explain_settings(pipe: Any, settings: GenerateSettings) -> Explanation:
         pipe,
         height=settings.height,
         width=settings.width,
-        num_frames=settings.frames,
+        frames=settings.frames,
         num_inference_steps=settings.steps,
         method=settings.method,
     )

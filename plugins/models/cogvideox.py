@@ -47,7 +47,7 @@ class CogVideoXFamily(Family):
         for name, given, step, offset in (
             ("height", size.height, pixels, 0),
             ("width", size.width, pixels, 0),
-            ("num_frames", size.num_frames, temporal, 1),
+            ("frames", size.num_frames, temporal, 1),
         ):
             nearest = max(offset or step, offset + step * round((given - offset) / step))
             rule = f"a multiple of {step}" if offset == 0 else f"{step}·k + 1"

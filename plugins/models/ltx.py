@@ -70,7 +70,7 @@ class LTXFamily(Family):
             wrong_sizes(
                 Rule("height", size.height, side),
                 Rule("width", size.width, side),
-                Rule("num_frames", size.num_frames, frames, 1),
+                Rule("frames", size.num_frames, frames, 1),
             ),
         )
         latents = (size.num_frames - 1) // temporal + 1

@@ -87,7 +87,7 @@ class WanFamily(Family):
             # The pipelines' own check asks for 16, whatever the VAE; then they round down to whole patches, silently.
             Rule("height", size.height, math.lcm(self.pixels, spatial * ph)),
             Rule("width", size.width, math.lcm(self.pixels, spatial * pw)),
-            Rule("num_frames", size.num_frames, temporal * pt, 1),
+            Rule("frames", size.num_frames, temporal * pt, 1),
         )
         refuse(denoiser, wrong)
         frames = (size.num_frames - 1) // temporal + 1

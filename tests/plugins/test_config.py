@@ -169,15 +169,15 @@ def test_explain_runs_nothing_and_agrees_with_summary(tiny_pipe):
 
 def test_explain_names_the_nearest_size(tiny_pipe):
     with pytest.raises(tilewise.ConfigError) as caught:
-        tilewise.explain(tiny_pipe, height=60, width=65, num_frames=8, method="sta")
-    for said in ("height=60 must be a multiple of 16, the nearest is 64", "width=65", "num_frames=8 must be 2·k + 1"):
+        tilewise.explain(tiny_pipe, height=60, width=65, frames=8, method="sta")
+    for said in ("height=60 must be a multiple of 16, the nearest is 64", "width=65", "frames=8 must be 2·k + 1"):
         assert said in str(caught.value)
     with pytest.raises(tilewise.ConfigError, match="not patched; give method="):
-        tilewise.explain(tiny_pipe, height=64, width=64, num_frames=9)
+        tilewise.explain(tiny_pipe, height=64, width=64, frames=9)
 
 
 def test_explain_says_what_would_stay_dense_and_why(tiny_pipe):
-    size = {"height": 64, "width": 64, "num_frames": 9, "method": "sta", "num_inference_steps": 4}
+    size = {"height": 64, "width": 64, "frames": 9, "method": "sta", "num_inference_steps": 4}
     assert tilewise.explain(tiny_pipe, **size).rows[0].backend == "torch"
     tiny_pipe.transformer.blocks[0].attn1.processor = object()
     assert tilewise.explain(tiny_pipe, **size).notes == [
@@ -213,7 +213,7 @@ def test_explain_says_what_would_stay_dense_and_why(tiny_pipe):
 )
 def test_explain_warns_where_a_method_changes_nothing(tiny_pipe, method, options, words):
     options = {"num_inference_steps": 4, **options}
-    told = tilewise.explain(tiny_pipe, height=64, width=64, num_frames=9, method=method, **options)
+    told = tilewise.explain(tiny_pipe, height=64, width=64, frames=9, method=method, **options)
     if words is None:
         assert told.warnings == ()
         return
@@ -227,18 +227,29 @@ def test_explain_warns_where_a_method_changes_nothing(tiny_pipe, method, options
 def test_explain_warns_where_a_kernel_computes_more_than_dense(tiny_pipe, monkeypatch):
     """Its blocks are padded: on a small grid a window of half of the pairs is more work than all of them."""
     monkeypatch.setattr(explaining, "expected_backend", lambda *_: ("triton", "the kernel"))
-    told = tilewise.explain(tiny_pipe, height=64, width=64, num_frames=9, method="sta", num_inference_steps=4)
+    told = tilewise.explain(tiny_pipe, height=64, width=64, frames=9, method="sta", num_inference_steps=4)
     assert told.rows[0].density < 0.6 and told.rows[0].work > 1
     assert "but its kernel computes 1.44 times as many as dense attention" in told.warnings[0]
 
 
 def test_explain_counts_the_models_own_steps_and_says_so(tiny_pipe, tiny_pipe_dir):
-    size = {"height": 64, "width": 64, "num_frames": 9, "method": "sta"}
+    size = {"height": 64, "width": 64, "frames": 9, "method": "sta"}
     told = tilewise.explain(tiny_pipe, **size)
     assert told.sparse_steps + told.dense_steps == told.size["num_inference_steps"] == 50
     assert told.notes == ["steps are counted for 50, the model's own: num_inference_steps was not given"]
     assert tilewise.explain(load_skeleton(tiny_pipe_dir), **size).size["num_inference_steps"] == 4  # tilewise.json
     assert tilewise.explain(tiny_pipe, **size, num_inference_steps=4).notes == []
+
+
+def test_frames_by_its_old_name(tiny_pipe):
+    size = {"height": 64, "width": 64, "method": "sta", "num_inference_steps": 4}
+    with pytest.warns(FutureWarning, match=r"explain\(num_frames=…\) is explain\(frames=…\) now"):
+        told = tilewise.explain(tiny_pipe, **size, num_frames=9)
+    assert told == tilewise.explain(tiny_pipe, **size, frames=9)
+    assert told.size["frames"] == 9
+    for wrong, words in (({"frames": 9, "num_frames": 9}, "give frames alone"), ({}, "explain needs frames=")):
+        with pytest.raises(tilewise.ConfigError, match=words):
+            tilewise.explain(tiny_pipe, **size, **wrong)
 
 
 def test_a_summary_says_that_a_method_never_ran(tiny_pipe):

@@ -514,7 +514,7 @@ def test_unknown_targets_are_refused_untouched():
     class Pipe:
         transformer = Other()
 
-    for call in (lambda x: tilewise.patch(x, "sta"), lambda x: tilewise.explain(x, height=64, width=64, num_frames=9)):
+    for call in (lambda x: tilewise.patch(x, "sta"), lambda x: tilewise.explain(x, height=64, width=64, frames=9)):
         with pytest.raises(
             tilewise.UnsupportedModelError, match=r"Other, which no family adapter serves .*WanTransformer3D"
         ):

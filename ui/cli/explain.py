@@ -55,7 +55,7 @@ def explain_command(
         skeleton,
         height=options.get("height", native.height),
         width=options.get("width", native.width),
-        num_frames=options.get("frames", native.num_frames),
+        frames=options.get("frames", native.num_frames),
         num_inference_steps=options.get("steps", native.steps),
         method=config,
     )
@@ -76,7 +76,7 @@ def _of_the_plan(skeleton: Any, config: Config, explanation: Explanation) -> Dra
     _, denoiser = next(iter(denoisers_of(skeleton).items()))
     family = family_of(denoiser)
     assert family is not None
-    size = Size(explanation.size["height"], explanation.size["width"], explanation.size["num_frames"])
+    size = Size(explanation.size["height"], explanation.size["width"], explanation.size["frames"])
     layer = family.layers(denoiser)[0]
     method = config.prepare(skeleton, denoiser).method
     layout = method.layout(layer.grid(family.grid_of_size(denoiser, skeleton, size)))
@@ -94,7 +94,7 @@ def _of_a_run(model: str, config: Config, explanation: Explanation) -> Drawn:
     size = explanation.size
     config = dataclasses.replace(config, steps=(PLOT_STEP / PLOT_STEPS, 1.0), blocks=":")
     settings = resolve_settings(
-        pipe, PROMPT, method=config, height=size["height"], width=size["width"], frames=size["num_frames"],
+        pipe, PROMPT, method=config, height=size["height"], width=size["width"], frames=size["frames"],
         steps=PLOT_STEPS,
     )  # fmt: skip
     family = family_of(next(iter(denoisers_of(pipe).values())))

@@ -42,8 +42,8 @@ def check_size(denoiser: nn.Module, pipe: Any, size: Size, *, height: int, width
     rules = [Rule("height", size.height, height), Rule("width", size.width, width)]
     images = type(pipe).__name__.endswith(("TextToImagePipeline", "T2IPipeline", "I2IPipeline"))
     if not images:
-        rules.append(Rule("num_frames", size.num_frames, frames, 1))
+        rules.append(Rule("frames", size.num_frames, frames, 1))
     wrong = wrong_sizes(*rules)
     if images and size.num_frames != 1:
-        wrong.append(f"num_frames={size.num_frames} must be 1: it makes images")
+        wrong.append(f"frames={size.num_frames} must be 1: it makes images")
     refuse(denoiser, wrong)

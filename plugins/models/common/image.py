@@ -23,6 +23,6 @@ def image_tokens(denoiser: nn.Module, size: Size, pixels: int) -> tuple[int, int
     """
     wrong = wrong_sizes(Rule("height", size.height, pixels), Rule("width", size.width, pixels))
     if size.num_frames != 1:
-        wrong.append(f"num_frames={size.num_frames} must be 1: it makes images")
+        wrong.append(f"frames={size.num_frames} must be 1: it makes images")
     refuse(denoiser, wrong)
     return size.height // pixels, size.width // pixels

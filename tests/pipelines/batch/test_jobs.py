@@ -128,7 +128,7 @@ def test_what_the_model_refuses_is_told_by_line(tools, tiny_pipe_dir):
         jobs_of(tools, tiny_pipe_dir, rows)
     told = str(caught.value)
     assert "lines 2, 4: " in told
-    for words in ("nearest is 64", "line 3: unknown", "Did you mean 'sta'", "line 5: seed must", "num_frames=8"):
+    for words in ("nearest is 64", "line 3: unknown", "Did you mean 'sta'", "line 5: seed must", "frames=8"):
         assert words in told
     with pytest.raises(ModelError, match=r"line 2: .*/nowhere"):
         jobs_of(tools, tiny_pipe_dir, [{}, {"model": "/nowhere"}])
@@ -344,7 +344,7 @@ def test_layers_with_grids_of_their_own_are_counted():
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=8, cross_attention_dim=32,
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=(1, 2),
     )  # fmt: skip
-    explanation = tilewise.explain(unet, height=256, width=256, num_frames=1, num_inference_steps=3, method="dense")
+    explanation = tilewise.explain(unet, height=256, width=256, frames=1, num_inference_steps=3, method="dense")
     assert [row.tokens for row in explanation.rows] == [32 * 32, 16 * 16]
     attention = 3 * 4 * 1024**2 * 32 + 4 * 4 * 256**2 * 64  # one layer down, two up; the same and one in the middle
     linear = 2 * sum(p.numel() for p in unet.parameters()) * 1024

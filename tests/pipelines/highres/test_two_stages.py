@@ -251,7 +251,7 @@ def test_what_is_cut_off_leaves_nothing_on_the_device(pipe, monkeypatch, at):
     ("options", "match"),
     [
         ({"height": 120}, r"height=120 must be a multiple of 16, the nearest is 128"),
-        ({"frames": 6}, "num_frames=6 must be"),
+        ({"frames": 6}, "frames=6 must be"),
         ({"width": 96.0}, "width must be a whole number"),
         ({"height": 32}, "height 32 is smaller than the native stage's 64"),
         ({"height": 16384, "width": 16384}, r"a clip of 16384×16384 pixels and 5 frames does not fit: .*GiB"),

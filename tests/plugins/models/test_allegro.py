@@ -115,14 +115,14 @@ def test_pipeline():
     tilewise.patch(pipe, family_checks.FULL, strict=True)
     torch.testing.assert_close(run(), stock, atol=1e-3, rtol=1e-3)
     assert {row.kind: row.calls for row in tilewise.summary(pipe).rows} == {DENSE_STEP: 1 * 2, SPARSE: 3 * 2}
-    told = tilewise.explain(pipe, height=80, width=112, num_frames=10).rows[0]
+    told = tilewise.explain(pipe, height=80, width=112, frames=10).rows[0]
     assert (told.grid, pipe.transformer._tilewise.state.grid) == ("3×5×7", Grid(3, 5, 7))
     tilewise.unpatch(pipe)
     assert torch.equal(run(), stock)
 
 
 def test_explain():
-    told = tilewise.explain(denoiser(), height=720, width=1280, num_frames=88, method="sta").rows[0]
+    told = tilewise.explain(denoiser(), height=720, width=1280, frames=88, method="sta").rows[0]
     assert told.grid == "22×45×80"
     with pytest.raises(tilewise.ConfigError, match="height=728 must be a multiple of 16"):
-        tilewise.explain(denoiser(), height=728, width=1280, num_frames=88, method="sta")
+        tilewise.explain(denoiser(), height=728, width=1280, frames=88, method="sta")

@@ -282,7 +282,7 @@ def test_pipeline(version):
         ).frames  # fmt: skip
 
     stock = run()
-    grid = tilewise.explain(pipe, height=80, width=112, num_frames=frames, method="sta").rows[0]
+    grid = tilewise.explain(pipe, height=80, width=112, frames=frames, method="sta").rows[0]
     tilewise.patch(pipe, family_checks.FULL, steps=(0, 1), strict=True)
     torch.testing.assert_close(run(), stock, atol=1e-4, rtol=1e-4)
     summary = tilewise.summary(pipe)
@@ -299,17 +299,17 @@ def test_pipeline(version):
 
 def test_sizes():
     model = denoiser(sample_height=60, sample_width=90, max_text_seq_length=226)
-    row = tilewise.explain(model, height=480, width=720, num_frames=49, method="sta").rows[0]
+    row = tilewise.explain(model, height=480, width=720, frames=49, method="sta").rows[0]
     assert (row.grid, row.tokens) == ("13×30×45 + 226 text", 13 * 30 * 45 + 226)
     later = denoiser("1.5", sample_height=300, sample_width=300)
-    row = tilewise.explain(later, height=768, width=1360, num_frames=81, method="sta").rows[0]
+    row = tilewise.explain(later, height=768, width=1360, frames=81, method="sta").rows[0]
     assert row.grid == f"11×48×85 + {TEXT} text"
     with pytest.raises(ConfigError, match=r"height=488 must be a multiple of 16, the nearest is 4(80|96)") as error:
-        tilewise.explain(model, height=488, width=720, num_frames=50, method="sta")
-    assert "num_frames=50 must be 4·k + 1, the nearest is 49" in str(error.value)
+        tilewise.explain(model, height=488, width=720, frames=50, method="sta")
+    assert "frames=50 must be 4·k + 1, the nearest is 49" in str(error.value)
     with pytest.raises(ConfigError, match="width=2560 must be at most 2400, the nearest is 2400"):
-        tilewise.explain(later, height=768, width=2560, num_frames=81, method="sta")
+        tilewise.explain(later, height=768, width=2560, frames=81, method="sta")
     learned = denoiser(sample_height=60, sample_width=90, use_learned_positional_embeddings=True)
-    assert tilewise.explain(learned, height=480, width=720, num_frames=49, method="sta").rows
+    assert tilewise.explain(learned, height=480, width=720, frames=49, method="sta").rows
     with pytest.raises(ConfigError, match="height=768 must be the size that its positions were learned for"):
-        tilewise.explain(learned, height=768, width=720, num_frames=49, method="sta")
+        tilewise.explain(learned, height=768, width=720, frames=49, method="sta")

@@ -188,13 +188,13 @@ def test_pipeline(kind):
 
 
 def test_explain():
-    told = tilewise.explain(denoiser("1.0"), height=704, width=1280, num_frames=121, method="sta").rows[0]
+    told = tilewise.explain(denoiser("1.0"), height=704, width=1280, frames=121, method="sta").rows[0]
     assert told.grid == "16×44×80"
-    told = tilewise.explain(denoiser("2"), height=704, width=1280, num_frames=93, method="sta").rows[0]
+    told = tilewise.explain(denoiser("2"), height=704, width=1280, frames=93, method="sta").rows[0]
     assert told.grid == "24×44×80"
-    with pytest.raises(tilewise.ConfigError, match="num_frames=92 must be 4·k \\+ 1, the nearest is 93"):
-        tilewise.explain(denoiser("2"), height=704, width=1280, num_frames=92, method="sta")
+    with pytest.raises(tilewise.ConfigError, match="frames=92 must be 4·k \\+ 1, the nearest is 93"):
+        tilewise.explain(denoiser("2"), height=704, width=1280, frames=92, method="sta")
     image = pipeline(Cosmos2TextToImagePipeline)
-    assert tilewise.explain(image, height=64, width=96, num_frames=1, method="sta").rows[0].grid == "1×16×24"
-    with pytest.raises(tilewise.ConfigError, match="num_frames=5 must be 1: it makes images"):
-        tilewise.explain(image, height=64, width=96, num_frames=5, method="sta")
+    assert tilewise.explain(image, height=64, width=96, frames=1, method="sta").rows[0].grid == "1×16×24"
+    with pytest.raises(tilewise.ConfigError, match="frames=5 must be 1: it makes images"):
+        tilewise.explain(image, height=64, width=96, frames=5, method="sta")

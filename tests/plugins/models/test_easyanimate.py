@@ -107,7 +107,7 @@ def test_pipeline():
     tilewise.patch(pipe, family_checks.FULL, strict=True)
     torch.testing.assert_close(run(), stock, atol=1e-4, rtol=1e-4)
     assert {row.kind: row.calls for row in tilewise.summary(pipe).rows} == {DENSE_STEP: 1 * 2, SPARSE: 3 * 2}
-    told = tilewise.explain(pipe, height=5 * side, width=7 * side, num_frames=9).rows[0]
+    told = tilewise.explain(pipe, height=5 * side, width=7 * side, frames=9).rows[0]
     grid = pipe.transformer._tilewise.state.grid
     assert told.grid == f"{grid.t}×5×7 + 256 text"
     assert grid == expected(grid.t, 5, 7)
@@ -116,7 +116,7 @@ def test_pipeline():
 
 
 def test_explain():
-    told = tilewise.explain(denoiser(), height=576, width=1008, num_frames=49, method="sta").rows[0]
+    told = tilewise.explain(denoiser(), height=576, width=1008, frames=49, method="sta").rows[0]
     assert told.grid == "13×36×63 + 256 text"
     with pytest.raises(tilewise.ConfigError, match="height=570 must be a multiple of 16, the nearest is 576"):
-        tilewise.explain(denoiser(), height=570, width=1008, num_frames=49, method="sta")
+        tilewise.explain(denoiser(), height=570, width=1008, frames=49, method="sta")

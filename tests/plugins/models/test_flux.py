@@ -209,15 +209,15 @@ def test_pipeline():
 
 def test_explain():
     pipe = pipeline()
-    row = tilewise.explain(pipe, height=36, width=44, num_frames=1, method=family_checks.SMALL).rows[0]
+    row = tilewise.explain(pipe, height=36, width=44, frames=1, method=family_checks.SMALL).rows[0]
     assert row.grid == "1×9×11 + 512 text"
     for wrong, said in (
         ({"height": 38}, "height=38 must be a multiple of 4"),
-        ({"num_frames": 5}, "num_frames=5 must be 1"),
+        ({"num_frames": 5}, "frames=5 must be 1"),
     ):
         with pytest.raises(ConfigError, match=said):
             tilewise.explain(pipe, **{"height": 36, "width": 44, "num_frames": 1} | wrong, method="sta")
-    assert tilewise.explain(tiny(), height=1024, width=1024, num_frames=1, method="sta").rows[0].tokens == 64 * 64 + 512
+    assert tilewise.explain(tiny(), height=1024, width=1024, frames=1, method="sta").rows[0].tokens == 64 * 64 + 512
 
 
 def test_a_dense_step_is_dense(model):

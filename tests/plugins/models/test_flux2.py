@@ -103,4 +103,4 @@ def test_pipeline():
         "num_inference_steps": 4,
     }
     image_checks.pipeline_full_window_is_dense(pipe, call)
-    assert tilewise.explain(pipe, height=144, width=176, num_frames=1, method="sta").rows[0].grid == "1×9×11 + 512 text"
+    assert tilewise.explain(pipe, height=144, width=176, frames=1, method="sta").rows[0].grid == "1×9×11 + 512 text"

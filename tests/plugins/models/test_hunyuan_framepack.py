@@ -236,18 +236,18 @@ def test_a_pipeline():
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     calls = {row.kind: row.calls for row in tilewise.summary(pipe).rows}
     assert calls == {DENSE_STEP: 2 * 2 * 4, SPARSE: 2 * 2 * 4}
-    made = tilewise.explain(pipe, height=96, width=112, num_frames=18)
+    made = tilewise.explain(pipe, height=96, width=112, frames=18)
     assert made.rows[0].grid == str(Grid(9, 6, 7, 2 * 42 + 12 + 4 * 4 + 4 + 256))
     tilewise.unpatch(pipe)
     assert all(torch.equal(again, theirs) for again, theirs in zip(generate(), stock, strict=True))
 
 
 def test_sizes(model):
-    made = tilewise.explain(model, height=640, width=608, num_frames=90, method="sta")
+    made = tilewise.explain(model, height=640, width=608, frames=90, method="sta")
     history = 2 * 40 * 38 + 20 * 19 + 4 * 10 * 10
     assert made.rows[0].grid == str(Grid(9, 40, 38, history + 729 + 256))
     with pytest.raises(ConfigError, match="height=650 must be a multiple of 16, the nearest is 656"):
-        tilewise.explain(model, height=650, width=608, num_frames=90, method="sta")
+        tilewise.explain(model, height=650, width=608, frames=90, method="sta")
 
 
 def test_strict():

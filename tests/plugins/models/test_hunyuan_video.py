@@ -261,13 +261,13 @@ def test_first_block_cache(first):
 
 @pytest.mark.parametrize(("kind", "text"), [(None, 256), ("latent_concat", 288 + 252), ("token_replace", 144 + 252)])
 def test_sizes(kind, text):
-    made = tilewise.explain(tiny(kind), height=720, width=1280, num_frames=129, method="sta")
+    made = tilewise.explain(tiny(kind), height=720, width=1280, frames=129, method="sta")
     assert made.rows[0].grid == str(Grid(33, 45, 80, text))
     assert made.rows[0].sparse_blocks == "0-3"
 
 
 def test_wrong_sizes():
     with pytest.raises(
-        ConfigError, match=r"height=725 must be a multiple of 16, the nearest is 720; num_frames=128 .* is 129"
+        ConfigError, match=r"height=725 must be a multiple of 16, the nearest is 720; frames=128 .* is 129"
     ):
-        tilewise.explain(pipeline(), height=725, width=1280, num_frames=128, method="sta")
+        tilewise.explain(pipeline(), height=725, width=1280, frames=128, method="sta")

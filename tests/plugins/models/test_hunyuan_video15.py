@@ -224,12 +224,12 @@ def test_a_pipeline_with_guidance():
 
 
 def test_sizes(model):
-    made = tilewise.explain(model, height=720, width=1280, num_frames=121, method="sta")
+    made = tilewise.explain(model, height=720, width=1280, frames=121, method="sta")
     assert made.rows[0].grid == str(Grid(31, 45, 80, 1000 + 256 + 729))
     with pytest.raises(
-        ConfigError, match=r"width=1270 must be a multiple of 16, the nearest is 1264; num_frames=120 .* is 121"
+        ConfigError, match=r"width=1270 must be a multiple of 16, the nearest is 1264; frames=120 .* is 121"
     ):
-        tilewise.explain(model, height=720, width=1270, num_frames=120, method="sta")
+        tilewise.explain(model, height=720, width=1270, frames=120, method="sta")
 
 
 def doubled(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):

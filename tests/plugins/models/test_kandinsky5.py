@@ -174,13 +174,13 @@ def test_pipeline():
 
 
 def test_explain():
-    told = tilewise.explain(denoiser(), height=512, width=768, num_frames=121, method="sta").rows[0]
+    told = tilewise.explain(denoiser(), height=512, width=768, frames=121, method="sta").rows[0]
     assert told.grid == "31×32×48"
     with pytest.raises(tilewise.ConfigError, match="width=760 must be a multiple of 16, the nearest is 768"):
-        tilewise.explain(denoiser(), height=512, width=760, num_frames=121, method="sta")
+        tilewise.explain(denoiser(), height=512, width=760, frames=121, method="sta")
     with pytest.raises(tilewise.ConfigError, match="31×96×144 tokens, it has positions for 128×128×128"):
-        tilewise.explain(denoiser(), height=1536, width=2304, num_frames=121, method="sta")
+        tilewise.explain(denoiser(), height=1536, width=2304, frames=121, method="sta")
     images = pipeline(kind=Kandinsky5T2IPipeline)
-    assert tilewise.explain(images, height=768, width=1280, num_frames=1, method="sta").rows[0].grid == "1×48×80"
+    assert tilewise.explain(images, height=768, width=1280, frames=1, method="sta").rows[0].grid == "1×48×80"
     with pytest.raises(tilewise.ConfigError, match="the nearest shape that it knows, 1280×768"):
-        tilewise.explain(images, height=320, width=512, num_frames=1, method="sta")
+        tilewise.explain(images, height=320, width=512, frames=1, method="sta")

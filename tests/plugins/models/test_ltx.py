@@ -321,12 +321,12 @@ def test_ltx_compiles_with_a_break_where_positions_are_read():
 
 
 def test_explain_and_sizes():
-    explained = tilewise.explain(ltx(), height=512, width=704, num_frames=161, method="sta")
+    explained = tilewise.explain(ltx(), height=512, width=704, frames=161, method="sta")
     assert explained.rows[0].grid == "21×16×22"
     for model in (ltx(), ltx2()):
         with pytest.raises(ConfigError, match=r"height=500 must be a multiple of 32, the nearest is 512") as error:
-            tilewise.explain(model, height=500, width=704, num_frames=160, method="sta")
-        assert "num_frames=160 must be 8·k + 1, the nearest is 161" in str(error.value)
+            tilewise.explain(model, height=500, width=704, frames=160, method="sta")
+        assert "frames=160 must be 8·k + 1, the nearest is 161" in str(error.value)
 
 
 # ── pipelines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -368,7 +368,7 @@ def test_pipeline(kind):
         ).frames  # fmt: skip
 
     stock = run()
-    row = tilewise.explain(pipe, height=64, width=96, num_frames=9, method="sta").rows[0]
+    row = tilewise.explain(pipe, height=64, width=96, frames=9, method="sta").rows[0]
     assert row.grid == "3×16×24"
     tilewise.patch(pipe, family_checks.FULL, steps=(0, 1), strict=True)
     torch.testing.assert_close(run(), stock, atol=1e-4, rtol=1e-4)

@@ -145,8 +145,8 @@ def test_pipeline():
 
 
 def test_explain():
-    told = tilewise.explain(denoiser(max_sequence_length=256), height=480, width=848, num_frames=163, method="sta")
+    told = tilewise.explain(denoiser(max_sequence_length=256), height=480, width=848, frames=163, method="sta")
     assert told.rows[0].grid == "28×30×53 + 256 text"
     assert not told.notes
-    with pytest.raises(tilewise.ConfigError, match=r"height=488 must be a multiple of 16.*num_frames=160 must be 6·k"):
-        tilewise.explain(denoiser(), height=488, width=848, num_frames=160, method="sta")
+    with pytest.raises(tilewise.ConfigError, match=r"height=488 must be a multiple of 16.*frames=160 must be 6·k"):
+        tilewise.explain(denoiser(), height=488, width=848, frames=160, method="sta")

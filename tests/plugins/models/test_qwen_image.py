@@ -122,10 +122,10 @@ def test_pipeline_with_two_prompts_and_guidance():
 
 def test_explain():
     pipe = pipeline()
-    row = tilewise.explain(pipe, height=144, width=176, num_frames=1, method=family_checks.SMALL).rows[0]
+    row = tilewise.explain(pipe, height=144, width=176, frames=1, method=family_checks.SMALL).rows[0]
     assert row.grid == "1×9×11 + 512 text"
     with pytest.raises(ConfigError, match="width=100 must be a multiple of 16, the nearest is 96"):
-        tilewise.explain(pipe, height=144, width=100, num_frames=1, method="sta")
+        tilewise.explain(pipe, height=144, width=100, frames=1, method="sta")
 
 
 def test_one_mask_is_read_a_forward_although_each_layer_makes_its_own(model, monkeypatch):

@@ -100,9 +100,9 @@ def test_pipeline_with_guidance_in_one_batch():
 
 def test_explain():
     pipe = pipeline()
-    row = tilewise.explain(pipe, height=144, width=176, num_frames=1, method=family_checks.SMALL).rows[0]
+    row = tilewise.explain(pipe, height=144, width=176, frames=1, method=family_checks.SMALL).rows[0]
     assert row.grid == "1×9×11 + 333 text"
     with pytest.raises(ConfigError, match="height=140 must be a multiple of 16, the nearest is 144"):
-        tilewise.explain(pipe, height=140, width=176, num_frames=1, method="sta")
+        tilewise.explain(pipe, height=140, width=176, frames=1, method="sta")
     with pytest.raises(ConfigError, match="positions for 40×40"):
-        tilewise.explain(pipe, height=656, width=176, num_frames=1, method="sta")
+        tilewise.explain(pipe, height=656, width=176, frames=1, method="sta")

@@ -152,7 +152,7 @@ def test_diffusion_forcing_pipeline(long):
 
 
 def test_explain():
-    told = tilewise.explain(denoiser(), height=544, width=960, num_frames=97, method="sta").rows[0]
+    told = tilewise.explain(denoiser(), height=544, width=960, frames=97, method="sta").rows[0]
     assert told.grid == "25×34×60"
     with pytest.raises(tilewise.ConfigError, match="height=540 must be a multiple of 16, the nearest is 544"):
-        tilewise.explain(denoiser(), height=540, width=960, num_frames=97, method="sta")
+        tilewise.explain(denoiser(), height=540, width=960, frames=97, method="sta")

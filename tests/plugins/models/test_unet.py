@@ -168,19 +168,19 @@ def test_density_is_a_share_of_token_pairs(sparse_from):
     assert sum(row.queries for row in report.rows) == 2 * (3 * 256 + 8 * 64)
     assert sum(row.calls for row in report.rows) == 11
     assert report.density == (pytest.approx(report.overall_density) if sparse_from == 1 else 0.25)
-    told = tilewise.explain(model, height=128, width=128, num_frames=1)
+    told = tilewise.explain(model, height=128, width=128, frames=1)
     assert told.density == pytest.approx(report.density)
     assert [row.sparse_layers for row in told.rows] == ([3, 8] if sparse_from == 1 else [3, 0])
 
 
 def test_explain_shows_each_level():
     rows = tilewise.explain(
-        unet_2d(), height=1024, width=1280, num_frames=1, method=tilewise.STA(window=(1, 3, 3)), steps=(0, 1)
+        unet_2d(), height=1024, width=1280, frames=1, method=tilewise.STA(window=(1, 3, 3)), steps=(0, 1)
     ).rows
     assert [(row.denoiser, row.grid) for row in rows] == [("denoiser, 1/1", "1×128×160"), ("denoiser, 1/2", "1×64×80")]
     assert all(row.density < 1 for row in rows)
     with pytest.raises(tilewise.ConfigError, match="height=500 must be a multiple of 8, the nearest is 496"):
-        tilewise.explain(unet_2d(), height=500, width=512, num_frames=1, method="sta")
+        tilewise.explain(unet_2d(), height=500, width=512, frames=1, method="sta")
 
 
 @pytest.mark.compile

@@ -30,5 +30,5 @@ def test_wan(shape, head_dim):
         for method in (tilewise.Draft(recall=1.0, min_tokens=0), tilewise.XAttention(density=1.0, min_tokens=0)):
             with tilewise.patched(model, method, steps=(0, 1), strict=True):
                 torch.testing.assert_close(family_checks.forward(model, inputs), stock, atol=2e-5, rtol=2e-5)
-        (row,) = tilewise.explain(model, height=128, width=128, num_frames=5, method="sta").rows
+        (row,) = tilewise.explain(model, height=128, width=128, frames=5, method="sta").rows
         assert "head dimension" not in row.backend_reason

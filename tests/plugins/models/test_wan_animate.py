@@ -103,7 +103,7 @@ def test_blocks_are_copies_of_wans_and_not_fused():
 
 
 def test_explain_counts_the_reference_frame():
-    told = tilewise.explain(denoiser(), height=480, width=832, num_frames=77, method="sta").rows[0]
+    told = tilewise.explain(denoiser(), height=480, width=832, frames=77, method="sta").rows[0]
     assert told.grid == "21×30×52"
-    with pytest.raises(tilewise.ConfigError, match="num_frames=80 must be 4·k"):
-        tilewise.explain(denoiser(), height=480, width=832, num_frames=80, method="sta")
+    with pytest.raises(tilewise.ConfigError, match="frames=80 must be 4·k"):
+        tilewise.explain(denoiser(), height=480, width=832, frames=80, method="sta")

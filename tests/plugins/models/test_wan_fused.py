@@ -669,7 +669,7 @@ def test_nothing_is_reported_of_the_stock_model(fuse):
     model = tiny_transformer(num_layers=2)
     with tilewise.patched(model, "sta", fuse=fuse):
         assert tilewise.summary(model).notes == ()
-        told = tilewise.explain(model, height=64, width=64, num_frames=9, num_inference_steps=4)
+        told = tilewise.explain(model, height=64, width=64, frames=9, num_inference_steps=4)
         assert told.notes == []
 
 

@@ -122,7 +122,7 @@ def test_pipeline():
 
 
 def test_explain():
-    told = tilewise.explain(pipeline(), height=20, width=28, num_frames=5, method="sta").rows[0]
+    told = tilewise.explain(pipeline(), height=20, width=28, frames=5, method="sta").rows[0]
     assert (told.grid, told.sparse_blocks) == ("3×5×7", "0-2")
     with pytest.raises(tilewise.ConfigError, match="height=21 must be a multiple of 4, the nearest is 20"):
-        tilewise.explain(pipeline(), height=21, width=28, num_frames=5, method="sta")
+        tilewise.explain(pipeline(), height=21, width=28, frames=5, method="sta")

@@ -110,9 +110,9 @@ def test_pipeline_with_guidance_in_one_batch():
         "num_inference_steps": 4,
     }
     image_checks.pipeline_full_window_is_dense(pipe, call)
-    assert tilewise.explain(pipe, height=144, width=176, num_frames=1, method="sta").rows[0].grid == "1×9×11 + 541 text"
+    assert tilewise.explain(pipe, height=144, width=176, frames=1, method="sta").rows[0].grid == "1×9×11 + 541 text"
     with pytest.raises(ConfigError, match="multiple of 16"):
-        tilewise.explain(pipe, height=150, width=176, num_frames=1, method="sta")
+        tilewise.explain(pipe, height=150, width=176, frames=1, method="sta")
     most = pipe.transformer.config.axes_lens
     with pytest.raises(ConfigError, match=f"positions for {'×'.join(map(str, most))}"):
-        tilewise.explain(pipe, height=144, width=16 * most[2] + 16, num_frames=1, method="sta")
+        tilewise.explain(pipe, height=144, width=16 * most[2] + 16, frames=1, method="sta")

@@ -458,7 +458,7 @@ def test_stable_diffusion(kind, strength, places):
     options = {"skip_prk_steps": True} if kind is PNDMScheduler else {}
     pipe = tilewise.patch(stable_diffusion(cls, kind(**options)), SMALL, min_tokens=0)
     call = {"height": 16, "width": 16} if strength == 1 else {"image": torch.zeros(1, 3, 16, 16), "strength": strength}
-    told = tilewise.explain(pipe, height=16, width=16, num_frames=1, num_inference_steps=8, strength=strength)
+    told = tilewise.explain(pipe, height=16, width=16, frames=1, num_inference_steps=8, strength=strength)
     embeds = torch.zeros(1, 5, 32)
     pipe(
         prompt_embeds=embeds, negative_prompt_embeds=embeds, num_inference_steps=8, output_type="latent", **call
@@ -480,7 +480,7 @@ def test_wan_video_to_video_of_a_pipeline_that_is_gone(places):
     pipe = WanVideoToVideoPipeline.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)
     gc.collect()
-    told = tilewise.explain(pipe, height=32, width=32, num_frames=5, num_inference_steps=8, strength=0.8)
+    told = tilewise.explain(pipe, height=32, width=32, frames=5, num_inference_steps=8, strength=0.8)
     assert (told.sparse_steps, told.dense_steps) == (6, 0)
     assert "strength 0.8 leaves 6 of 8 timesteps" in str(told)
     places.clear()

@@ -120,7 +120,7 @@ def test_explain(tiny_pipe_dir):
     result = CliRunner().invoke(app, [*words, "--json"])
     assert result.exit_code == 0
     told = json.loads(result.stdout)
-    assert told["size"] == {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 4}
+    assert told["size"] == {"height": 64, "width": 64, "frames": 17, "num_inference_steps": 4}
     assert told["denoisers"][0]["tokens"] == 9 * 8 * 8
     assert 0 < told["density"] <= 1
 
@@ -336,7 +336,7 @@ BAD = {
     ),
     "no such config": (["--method", "nowhere.json"], 2, "nowhere.json"),
     "height": (["--height", "60"], 2, "nearest is 64"),
-    "frames": (["--frames", "8"], 2, "num_frames=8"),
+    "frames": (["--frames", "8"], 2, "frames=8"),
     "frames past anything": (["--frames", "1000000000"], 2, "=1000000000 is too large, at most 100000 is taken"),
     "steps": (["--steps", "0"], 2, "steps must be a whole number of at least 1, not 0"),
     "not a number": (["--steps", "many"], 2, "--steps"),

@@ -129,15 +129,14 @@ def test_commands_that_a_page_shows_can_be_given(page, monkeypatch):
         monkeypatch.setattr(f"tilewise.ui.cli.generate.{name}", lambda request: asked.append(request.options))
     for name in ("batch_request", "dry_run_batch"):
         monkeypatch.setattr(f"tilewise.ui.cli.batch.{name}", lambda request: asked.append(request.options))
-    monkeypatch.setattr("tilewise.ui.cli.explain.explain_command", lambda options, **_: asked.append(options))
+    for name in ("explain.explain_command", "explain_stream.explain_stream_command"):
+        monkeypatch.setattr(f"tilewise.ui.cli.{name}", lambda options, **_: asked.append(options))
     for words in commands_of(page):
         if words[0] not in ("generate", "batch", "explain"):
             typer.main.get_command(app).commands[words[0]].make_context(words[0], words[1:])
             continue
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, f"tilewise {shlex.join(words)}: {result.output}"
-        if not asked:  # explain --stream, which has no window or density of a method
-            continue
         options = asked.pop()
         of_method = {key: value for key, value in options.items() if key != "window" or not options.get("stream")}
         method = options.get("method", "sta-balanced")

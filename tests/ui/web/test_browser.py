@@ -20,6 +20,7 @@ if CHROMIUM is None:
 
 from tilewise.pipelines.batch.manifest import read_manifest  # noqa: E402
 from tilewise.ui.web.common.safety import Address, Limits  # noqa: E402
+from tilewise.ui.web.page import TABS  # noqa: E402
 from tilewise.ui.web.server import serving  # noqa: E402
 
 expect = playwright.expect
@@ -334,14 +335,14 @@ def test_a_batch_of_prompts(visitor, outputs):
     expect(visitor.page.locator("#batch-status").get_by_role("alert")).to_contain_text("0-9 or 0-3,7")
 
 
-def test_dark_keyboard_and_labels(browser, url):
+def test_dark_keyboard_labels_and_a_phone(browser, url):
     dark = Visitor(browser, url, color_scheme="dark")
     dark.open()
     page = dark.page
     colours = page.evaluate("() => { const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]; }")
     bright = [sum(int(n) for n in c[c.index("(") + 1 : -1].split(",")[:3]) for c in colours]
     assert bright[0] > 400 > bright[1]
-    for name in ("Compare", "See the attention", "Batch", "History", "Jobs", "Generate"):
+    for name in TABS.values():
         dark.tab(name)
         page.wait_for_timeout(150)
         unnamed = page.evaluate(
@@ -351,6 +352,19 @@ def test_dark_keyboard_and_labels(browser, url):
             && !e.querySelector('img[alt]:not([alt=""])') && !e.closest('label')).map((e) => e.outerHTML)"""
         )
         assert unnamed == [], name
+    page.set_viewport_size({"width": 390, "height": 844})
+    for name in TABS.values():  # each can be reached, and nothing is cut
+        dark.tab(name)
+        page.wait_for_timeout(150)
+        cut = page.evaluate(
+            """() => [...document.querySelectorAll('.gradio-container *')].filter((e) => { const box = e.getBoundingClientRect();
+            return e.offsetParent && box.width > 0 && (box.right > 391 || box.left < -1) && !e.closest('.tw-wide, .cm-editor')
+            && getComputedStyle(e).position !== 'absolute'; }).map((e) => e.outerHTML.slice(0, 200))"""
+        )
+        assert cut == [] and page.evaluate("() => document.documentElement.scrollWidth") <= 390, name
+    dark.tab("Generate")
+    box = page.locator("#generate").bounding_box()
+    assert box["y"] + box["height"] < 600  # right after the prompt
     page.locator("#generate").focus()
     page.keyboard.press("Enter")
     page.locator("#result .tw-result video").wait_for()

@@ -12,8 +12,11 @@ pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[u
 
 import gradio as gr
 import numpy as np
+import torch
 
 import tilewise
+from tilewise.pipelines.generation.resolve import resolve_settings
+from tilewise.pipelines.loading.load import load_skeleton
 from tilewise.pipelines.media.video import write_video
 from tilewise.ui.common.plural import counted
 from tilewise.ui.web.common.safety import RefusedError
@@ -158,17 +161,14 @@ def test_a_summary_is_a_table():
     assert "dense" in summary_html(None)
 
 
-def test_a_clip_that_cannot_fit_is_refused_with_its_numbers(monkeypatch):
-    memory = SimpleNamespace(total=2003 * 2**30, weights=3 * 2**30, denoise=2000 * 2**30, decode=None)
-    models = SimpleNamespace(skeleton=lambda name: None, dtype="float32", device="cpu")
-    for name, value in {"estimate_memory": memory, "explain_settings": None, "resolve_dtype": None}.items():
-        monkeypatch.setattr(fit, name, lambda *_, value=value: value)
-    monkeypatch.setattr(fit, "device_bytes", lambda _: 23 * 2**30)
-    settings = SimpleNamespace(model="demo")
-    with pytest.raises(RefusedError, match=r"about 2,003\.0 GiB .*there are 23\.0 GiB: take a smaller size"):
+def test_a_clip_that_cannot_fit_is_refused_with_its_numbers(tiny_pipe_dir, monkeypatch):
+    monkeypatch.setattr("tilewise.pipelines.memory.fit.device_bytes", lambda device: 2**30)
+    skeleton = load_skeleton(tiny_pipe_dir)
+    models = SimpleNamespace(skeleton=lambda name: skeleton, dtype="float32", device=torch.device("cpu"))
+    settings = resolve_settings(skeleton, "x", method="dense", height=2048, width=2048, frames=101)
+    with pytest.raises(RefusedError, match=r"does not fit: it needs about 6\.61 GiB, and cpu has 1\.00 GiB"):
         fit.check_fits(models, settings)
-    memory.total = 22 * 2**30
-    fit.check_fits(models, settings)
+    fit.check_fits(models, resolve_settings(skeleton, "x", method="dense"))
 
 
 @pytest.mark.parametrize(

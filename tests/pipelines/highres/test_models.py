@@ -254,6 +254,7 @@ def test_latents_there_and_back(case):
     torch.testing.assert_close((again * std + mean).view_as(stock_latents), stock_latents, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", [ltx, hunyuan_video, flux, mochi], indirect=True, ids=lambda kind: kind.__name__)
 def test_warmed_up(case):
     """The fewest steps: not every schedule can be made of one."""
     pipe, size = case

@@ -87,7 +87,11 @@ def no_downloads(monkeypatch, tmp_path):
 
 def blocks_of(page: Path) -> list[str]:
     """The page's Python, with less work of the same kind."""
-    less = {"steps=20": "steps=2", "height=256, width=256": "height=144, width=160"}
+    less = {
+        "width=256, steps=20": "width=256, steps=2, frames=5",
+        "steps=20": "steps=2",
+        "height=256, width=256": "height=144, width=160",
+    }
     blocks = BLOCK.findall(page.read_text())
     for large, small in less.items():
         blocks = [block.replace(large, small) for block in blocks]

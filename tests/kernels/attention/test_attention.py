@@ -48,7 +48,8 @@ def check(case: Case, q, k, v, dtype=torch.float32, scale=None):
 ORACLE = [
     c
     for c in CASES
-    if not INTERPRETED or c.name not in ("full window", "ragged, odd window", "heads share windows", "one frame")
+    if not INTERPRETED
+    or c.name not in ("full window", "ragged, odd window", "heads share windows", "one frame", "grouped queries")
 ]
 
 
@@ -230,6 +231,7 @@ def test_rows_without_keys_are_zero(partial):
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="slow there; plans of two layouts are of samples too")
 def test_a_plan_per_sample_and_independence_of_batch_and_head():
     layout = Layout(Grid(2, 4, 4), (1, 2, 2), 16)
     N = layout.blocks

@@ -498,7 +498,7 @@ def test_debugging_shows_the_traceback(tiny_pipe_dir, tmp_path, monkeypatch):
     assert "ModelError" in result.stderr
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143)])  # Ctrl-C: of a batch, in test_batch.py
 def test_interrupted_while_denoising(tiny_pipe_dir, tmp_path, sent, code):
     (tmp_path / "clip.mp4").write_text("an older clip")
     command = [

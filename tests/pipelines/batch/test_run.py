@@ -257,7 +257,7 @@ def test_a_full_disk_ends_the_batch_cleanly(go, jobs, monkeypatch, error):
 
 
 def test_a_model_that_does_not_load_is_an_error_and_the_folder_is_free(go, jobs, tmp_path):
-    def fail(model, dtype):
+    def fail(model, dtype, loras):
         raise ModelError("damaged")
 
     with pytest.raises(ModelError):
@@ -270,7 +270,7 @@ def test_models_are_loaded_one_after_the_other(tiny_pipe_dir, tmp_path, pipe):
     jobs[1] = type(jobs[1])(**{**vars(jobs[1]), "dtype": "bfloat16"})
     loaded = []
 
-    def load(model, dtype):
+    def load(model, dtype, loras):
         loaded.append(dtype)
         return pipe
 

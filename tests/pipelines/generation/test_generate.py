@@ -242,7 +242,7 @@ def test_bad_settings(tiny_pipe, bad):
 
 
 def test_a_refused_size_comes_with_the_nearest(tiny_pipe):
-    with pytest.raises(tilewise.ConfigError, match=r"height.*64.*num_frames.*(9|11)"):
+    with pytest.raises(tilewise.ConfigError, match=r"height.*64.*frames.*(9|11)"):
         settings_for(tiny_pipe, height=60, frames=10)
 
 

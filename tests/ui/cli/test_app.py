@@ -337,7 +337,7 @@ BAD = {
     "no such config": (["--method", "nowhere.json"], 2, "nowhere.json"),
     "height": (["--height", "60"], 2, "nearest is 64"),
     "frames": (["--frames", "8"], 2, "frames=8"),
-    "frames past anything": (["--frames", "1000000000"], 2, "=1000000000 is too large, at most 100000 is taken"),
+    "frames past anything": (["--frames", "1000000000"], 2, "frames must be at most 10,000,000, not 1000000000"),
     "steps": (["--steps", "0"], 2, "steps must be a whole number of at least 1, not 0"),
     "not a number": (["--steps", "many"], 2, "--steps"),
     "seed": (["--seed", "-1"], 2, "seed"),

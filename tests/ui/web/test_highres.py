@@ -317,7 +317,7 @@ def test_stages_that_the_page_cannot_say_or_read(studio):
     with pytest.raises(tilewise.ConfigError, match=r"no control for flow_shift None, with which"):
         own_values(settings_from(target, studio.models), stages, studio.skeleton("demo"))
     for broken in ({**told, "native": None}, {**told, "highres": {"sharpness": 1}}, {"run": {"highres": {}}}):
-        with pytest.raises(tilewise.ConfigError, match=r"cannot be read|sharpness"):
+        with pytest.raises(tilewise.ConfigError, match=r"cannot be read|sharpness|incomplete"):
             stages_in(broken)
 
 

@@ -40,7 +40,8 @@ def setting_words(settings: GenerateSettings, native: ModelDefaults, without: Co
 
     native: the model's own settings, of which some need not be said. without: settings to leave out.
     """
-    usual = {"negative": "", "fps": native.fps, "max_sequence_length": native.max_sequence_length, "decode": OWN_VAE}
+    usual = {"negative": "", "fps": native.fps, "max_sequence_length": native.max_sequence_length, "decode": OWN_VAE,
+             "lora": ()}  # fmt: skip
     words: list[str] = []
     for name in options_of(GenerateSettings):
         value = getattr(settings, name)
@@ -49,7 +50,8 @@ def setting_words(settings: GenerateSettings, native: ModelDefaults, without: Co
         if value is None:
             return None
         flag = f"--{name.replace('_', '-')}"
-        words += [f"{flag}={value}"] if isinstance(value, str) else [flag, repr(value)]
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [f"{flag}={one}"] if isinstance(one, str) else [flag, repr(one)]
     return words
 
 

@@ -180,7 +180,9 @@ def test_the_table_has_a_line_for_each_row_with_its_reason(model):
     assert "denoiser blocks kind calls density backend seconds" in lines
     assert "denoiser 0 sparse 1 0.250 torch 0.00" in lines
     assert "denoiser 1 fallback: why 1 1.000 stock 0.00" in lines
-    assert lines[-2] == "denoiser.blocks.0.attn1 stays dense: it is another's" and lines[-1].startswith("counted since 20")
+    assert lines[-2] == "denoiser.blocks.0.attn1 stays dense: it is another's" and lines[-1].startswith(
+        "counted since 20"
+    )
 
 
 # ── a run with fallbacks ─────────────────────────────────────────────────────────────────────────────────────────────

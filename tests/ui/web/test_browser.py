@@ -66,11 +66,13 @@ class Visitor:
         if not request.url.startswith((self.url, "data:", "blob:")):
             self.wrong.append(f"a request to {request.url}")
 
-    def open(self, steps: int = 2, **settings: object) -> None:
+    def open(self, steps: int = 2, tab: str = "generate", **settings: object) -> None:
         """The page with settings from its address; those of a clip that takes a second, unless others are given."""
         query = {"height": 64, "width": 64, "frames": 9, "steps": steps, **settings}
         self.page.goto(f"{self.url}?{urlencode(query)}")
         expect(self.page.locator("#plan")).to_contain_text("5×8×8")
+        if tab != "generate":
+            self.tab(TABS[tab])
 
     def number(self, name: str, value: object) -> None:
         field = self.page.locator(f"#{name} input[type=number], #{name} textarea, #{name} input[type=text]").first
@@ -117,7 +119,7 @@ def clip_path(visitor: Visitor, where: str = "#result .tw-result") -> Path:
 
 
 def test_generate_shows_a_preview_and_then_plays_the_clip(visitor, outputs):
-    visitor.open(steps=6, prompt=PROMPT, seed=5)
+    visitor.open(steps=200, prompt=PROMPT, seed=5)  # long enough to be seen at work
     page = visitor.page
     expect(page.locator("#cancel")).to_be_disabled()
     page.locator("#generate").click()
@@ -130,7 +132,7 @@ def test_generate_shows_a_preview_and_then_plays_the_clip(visitor, outputs):
     )
     expect(page.locator("#preview img")).to_have_count(0)
     settings = visitor.settings()
-    assert (settings["prompt"], settings["seed"], settings["steps"], settings["height"]) == (PROMPT, 5, 6, 64)
+    assert (settings["prompt"], settings["seed"], settings["steps"], settings["height"]) == (PROMPT, 5, 200, 64)
     assert clip_path(visitor).parent == outputs / "ui"
     assert "--method sta-balanced --height 64" in visitor.code("command")
     assert "tilewise.patch(pipe, 'sta-balanced')" in visitor.code("program")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shlex
@@ -164,15 +163,9 @@ def test_the_command_makes_the_same_work(studio, shared, own):
     assert generating_highres._check(request, create=False).work == work
 
 
-def test_what_the_command_cannot_say_the_program_does(studio, monkeypatch):
-    """A clip may have been made with the pipeline's own number of text tokens; the controls always name one."""
-    request = request_for(studio.models)
-    request = dataclasses.replace(request, native=dataclasses.replace(request.native, max_sequence_length=None))
-    work = planned(studio.models, LIMITS, request, studio.skeleton("demo"))
-    native = studio.models.defaults("demo")
-    command = command_line(work, native, "float32")
-    assert command.startswith("#")
-    assert "text tokens" in command
+def test_the_program_makes_what_the_command_makes(studio, monkeypatch):
+    work, native = plan_for(studio, {"max_sequence_length": 16}), studio.models.defaults("demo")
+    assert "--max-sequence-length 16" in command_line(work, native, "float32")
     _assert_program_makes(work, python_program(work, native, "float32"), studio, monkeypatch)
 
 
@@ -344,8 +337,9 @@ def test_in_a_browser(browser, tmp_path):
         page.set_default_timeout(30_000)
         page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(f"{url}?height=48&width=48&frames=5&steps=4&tab=highres")
+        page.goto(f"{url}?height=48&width=48&frames=5&steps=4")
         page.locator("#plan table").wait_for()
+        page.get_by_role("tab", name="High resolution", exact=True).click()
 
         def fill(name: str, value: object) -> None:
             field = page.locator(f"#{name} input[type=number], #{name} textarea, #{name} input[type=text]").first

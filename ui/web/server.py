@@ -128,7 +128,6 @@ def serving(
         stack.enter_context(_environment(private))
         models = Models(model_names, device, dtype)
         from tilewise.ui.web.page import Page, look, theme
-        from tilewise.ui.web.tabs.example import FOLDER as EXAMPLE
 
         job_queue = JobQueue(limits.waiting, folder)
         stack.callback(models.unload)
@@ -146,7 +145,7 @@ def serving(
             server_port=address.port or None,
             auth=address.auth,
             share=False,
-            allowed_paths=[str(folder), str(EXAMPLE)],
+            allowed_paths=[str(folder)],
             max_file_size=UPLOAD,
             show_error=False,
             footer_links=[],

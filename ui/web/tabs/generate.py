@@ -20,7 +20,6 @@ from tilewise.ui.web.jobs.clips import Made, Studio
 from tilewise.ui.web.jobs.fit import check_fits
 from tilewise.ui.web.jobs.job import DONE, Job
 from tilewise.ui.web.jobs.job_queue import JobQueue
-from tilewise.ui.web.tabs.example import example_html
 from tilewise.ui.web.tabs.job_view import JobView
 
 KIND = "generate"
@@ -38,7 +37,7 @@ class GenerateTab:
         self.controls, self.studio = controls, studio
         status = gr.HTML(elem_id="status")
         preview = gr.HTML(elem_id="preview")
-        result = gr.HTML(example_html(), elem_id="result")
+        result = gr.HTML(elem_id="result")
         with gr.Accordion("Summary: what the attention calls did", open=False, elem_id="summary-box"):
             summary = gr.HTML(elem_id="summary")
         settings, command, program = again_box()

@@ -43,11 +43,7 @@ def fingerprint(folder: Path) -> str:
     try:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and _counts(path, folder))
         for file in files:
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(folder).as_posix()}\0{size}\0".encode())
-            with file.open("rb") as stream:
-                for piece in _samples(stream, size, file.suffix):
-                    digest.update(piece)
+            _add(digest, file.relative_to(folder).as_posix(), file)
     except OSError as error:
         raise ModelError(f"cannot read the model {folder}: {error}") from error
     return digest.hexdigest()
@@ -62,15 +58,19 @@ def weights_fingerprint(paths: Sequence[Path]) -> str:
         for path in paths:
             files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
             for file in files:
-                size = file.stat().st_size
-                name = file.relative_to(path).as_posix() if path.is_dir() else ""
-                digest.update(f"{name}\0{size}\0".encode())
-                with file.open("rb") as stream:
-                    for piece in _samples(stream, size, file.suffix):
-                        digest.update(piece)
+                _add(digest, file.relative_to(path).as_posix() if path.is_dir() else "", file)
     except OSError as error:
         raise ModelError(f"cannot read weights: {error}") from error
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, file: Path) -> None:
+    """Hash a file's name, size and (samples of) contents."""
+    size = file.stat().st_size
+    digest.update(f"{name}\0{size}\0".encode())
+    with file.open("rb") as stream:
+        for piece in _samples(stream, size, file.suffix):
+            digest.update(piece)
 
 
 def _counts(path: Path, folder: Path) -> bool:

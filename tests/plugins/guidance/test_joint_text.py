@@ -395,3 +395,18 @@ def test_a_gpu_agrees_with_the_cpu(name):
             out[device] = [family_checks.forward(model, each).cpu() for each in (first, later)]
         assert on["denoiser"].counts.reused == 1
     torch.testing.assert_close(out["cuda"], out["cpu"], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan video, prompts of two lengths"])
+def test_a_far_field_is_part_of_the_window_path(name):
+    """With cells of one token nothing is approximated: a window of one tile gives what a window over the whole picture gives."""
+    model, given, _ = CASES[name]()
+    whole = tilewise.STA(window=(99, 99, 99), tile=(1, 3, 3))
+    narrow = tilewise.STA(window=(1, 1, 1), tile=(1, 3, 3))
+    cells = tilewise.STA(window=(1, 1, 1), tile=(1, 3, 3), far="cells", cell=(1, 1, 1))
+    found = []
+    for method in (whole, narrow, cells):
+        with tilewise.patched(model, method, steps=(0, 1), strict=True), two_paths(model, refresh=1):
+            found.append(family_checks.forward(model, given))
+    assert (found[1] - found[0]).abs().max() > 1e-3
+    torch.testing.assert_close(found[2], found[0], atol=2e-5, rtol=2e-5)

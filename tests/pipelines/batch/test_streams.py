@@ -16,7 +16,6 @@ from tilewise.pipelines.streaming import record
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli import batch as batching
 from tilewise.ui.cli.app import app
-from tilewise.ui.web.tabs.batch import refuse_files
 
 RED, BLUE = "a red circle moving left", "a blue square moving right"
 RECIPE = {"chunk": 2, "window": 6, "sink": 2, "height": 32, "width": 48, "fps": 8, "timesteps": [1000, 500]}
@@ -143,6 +142,9 @@ def test_bad_lines_are_refused_before_weights_are_read(invoke, tmp_path, monkeyp
 
 
 def test_the_page_makes_no_streams():
+    pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[ui]'")
+    from tilewise.ui.web.tabs.batch import refuse_files
+
     for field in ({"stream": True}, {"causal": "x.pt"}):
         with pytest.raises(ConfigError, match=r"line 3: .* is for the command line"):
             refuse_files([Row(3, {"prompt": RED, **field})])

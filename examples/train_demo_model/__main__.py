@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--scheduler", choices=("unipc", "euler"))
     command = add("causal", "train the causal few-step mode on a finished model, then measure it")
     command.add_argument("--model", type=Path, default=Path("pipelines/demo_model"), help="the finished model's folder")
+    command.add_argument("--from-lora", type=Path, help="begin with the weights of this LoRA, at its rank")
     command.add_argument("--steps", type=int, help="at most this many steps")
     command.add_argument("--minutes", type=float, help="fewer steps if they would take longer than this")
     command.add_argument("--stop-after-minutes", type=float, help="stop with a checkpoint; the schedule stays")
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--model", type=Path, default=Path("pipelines/demo_model"))
     command.add_argument("--lora", type=Path, help="default: the one in the model's folder")
     command.add_argument("--policies", default="fixed", help="of the cache, comma-separated")
+    command.add_argument("--windows", help="in latent frames, comma-separated; default: the recipe's")
     command.add_argument("--prompts", type=int, default=8)
     command.add_argument("--frames", type=int, default=240)
     command.add_argument("--seconds", type=float, help="begin no clip after this long")
@@ -188,6 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.model,
             options.lora or options.model / "causal" / "causal_lora.safetensors",
             policies=options.policies.split(","),
+            windows=options.windows and [int(window) for window in options.windows.split(",")],
             prompts=options.prompts,
             frames=options.frames,
             seconds=options.seconds,
@@ -212,7 +215,7 @@ def _causal(run: Run, config: Config, options: argparse.Namespace) -> bool:
         stop_at=None if stop is None else run.started + stop * 60,
         checkpoint_seconds=options.checkpoint_seconds,
     )
-    finished = train_causal(run, config, limits, options.model)
+    finished = train_causal(run, config, limits, options.model, options.from_lora)
     if options.evaluate_seconds != 0:
         lora = run.path("causal_lora.safetensors")
         evaluate_causal(run, config, options.model, lora, seconds=options.evaluate_seconds)

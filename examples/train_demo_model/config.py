@@ -86,10 +86,10 @@ class CausalConfig:
     clip_chunks: int = 16
     clip_block: int = 512
     encode_batch: int = 32
-    data_seconds: float = 75.0
+    data_seconds: float = 50.0
     caption_variants: int = 3
     two_objects: float = 0.1
-    changes: float = 0.3
+    changes: float = 0.6  # share of clips in which a colour changes
     chunks: int = 8  # of a training sequence
     windows: tuple[tuple[int, int, float], ...] = (
         (4, 1, 0.5),
@@ -104,9 +104,11 @@ class CausalConfig:
     ema: float = 0.995
     context_noise: float = 0.15  # at most, in half of the sequences
     grid_share: float = 0.5  # of noise levels that are those of sampling
-    guidance_weight: float = 0.35  # guidance 1 / (1 − weight), learnt into the first chunk
-    guidance_from: float = 0.25
-    rollouts_from: float = 0.45
+    change_weight: float = 2.0  # in the loss, of the two chunks after a change
+    guidance_weight: float = 0.55  # guidance 1 / (1 − weight), learnt into the first chunk
+    change_guidance: float = 0.35  # the same, away from the old caption, in the two chunks after a change
+    guidance_from: float = 0.05
+    rollouts_from: float = 0.4
     rollout_pool: int = 64
     rollout_steps: int = 8
     timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)

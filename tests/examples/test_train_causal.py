@@ -294,7 +294,10 @@ def test_sequences_have_the_caption_of_what_they_show():
     assert not found.weight[(context > late.float())].any()
     assert not found.weight[:, 1][chunk[:, 1] > 1].any()
     assert found.weight[(chunk[:, 1] == 1) & (context == late.float()).all(1)].all()
+    after = chunk - clips.change[clip.long()]
+    assert torch.equal(found.changed, (after >= 0) & (after < 2)) and found.changed.any()
     part = found.rows(slice(3, 5))
+    assert torch.equal(part.changed, found.changed[3:5])
     assert torch.equal(part.text(part.noisy_late), found.text(found.noisy_late)[3:5])
 
 
@@ -351,6 +354,12 @@ def test_command_trains_writes_and_continues(tmp_path, capsys):
     assert tensors["transformer.blocks.7.ffn.net.2.lora_B.weight"].abs().max() > 0
     training = json.loads((tmp_path / "causal_training.json").read_text())
     assert training["steps"] == 4
+    other = tmp_path / "other"
+    again = [str(other) if part == str(tmp_path) else part for part in command]
+    lora = ["--from-lora", str(tmp_path / "causal_lora.safetensors")]
+    assert main([*again, *lora, "--stop-after-minutes", "0", "--evaluate-seconds", "0"]) == 3
+    begun, _ = checkpoints.load(other / "causal_lora.safetensors")
+    assert all(torch.equal(begun[name], tensor) for name, tensor in tensors.items())
     recipe = json.loads((tmp_path / "recipe.json").read_text())
     assert (recipe["chunk"], recipe["window"], recipe["sink"]) == (3, 9, 3)
     evaluate = ["evaluate-causal", "--evaluate-seconds", "0", *command[1:]]

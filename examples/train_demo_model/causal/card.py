@@ -53,6 +53,8 @@ video = tilewise.stream(pipe, "a red circle bouncing on a blue striped backgroun
 
 Trained for {training["steps"]:,} steps on {training["clips"]:,} clips, {training["minutes"]:g} minutes on {made}."""
     ]
+    if "begun_with" in training:
+        parts[0] += f"\nIt began with the weights of an earlier run (SHA-256 {training['begun_with']}…)."
     if rank != trained:
         parts[0] += f"\nIt was trained with rank {trained} and cut to {rank}, in float16, afterwards (`shrink-causal`)."
     if sampler:

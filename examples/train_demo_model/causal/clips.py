@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ class Sequences:
 
     clean (B, n, z, frames, h, w). context: the same, as later chunks see it. clean_late and noisy_late (B, n) bool: whether
     a chunk as context and as target has the later caption, of captions (2, B, tokens, width). weight (B, n): 0 where there
-    is nothing to learn from. first (B,): the first chunk that may be the model's own.
+    is nothing to learn from. changed (B, n) bool: the two chunks from a change on. first (B,): the first chunk that may be the
+    model's own.
     """
 
     clean: torch.Tensor
@@ -48,14 +49,14 @@ class Sequences:
     noisy_late: torch.Tensor
     captions: torch.Tensor
     weight: torch.Tensor
+    changed: torch.Tensor
     first: torch.Tensor
 
     def rows(self, index: slice) -> Sequences:
         """Some of the sequences."""
-        captions = self.captions[:, index]
-        others = (getattr(self, name)[index] for name in ("clean", "context", "clean_late", "noisy_late"))
-        clean, context, clean_late, noisy_late = others
-        return Sequences(clean, context, clean_late, noisy_late, captions, self.weight[index], self.first[index])
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut = {name: value[:, index] if name == "captions" else value[index] for name, value in values.items()}
+        return Sequences(**cut)
 
     def text(self, late: torch.Tensor) -> torch.Tensor:
         """The captions that `late` (B, k) chooses: (B, k, tokens, width)."""
@@ -149,7 +150,7 @@ def draw_sequences(clips: Clips, config: CausalConfig, count: int, generator: to
     start = torch.where(uniform(count) < 0.5, 1.0, 2 + uniform(count) * (last - 1)).long().clamp(max=last)
     change = clips.change[rows]
     around = (change - (uniform(count) * (n - 1)).long()).clamp(1, last)
-    start = torch.where((change < NEVER) & (uniform(count) < 0.7), around, start)
+    start = torch.where((change < NEVER) & (uniform(count) < 0.85), around, start)
     index = torch.cat([torch.zeros_like(start)[:, None], start[:, None] + torch.arange(n - 1, device=device)], 1)
     clean = clips.latents[rows[:, None], index].float()
     variant = torch.randint(clips.text.shape[2], (2, count), generator=generator, device=device)
@@ -163,5 +164,7 @@ def draw_sequences(clips: Clips, config: CausalConfig, count: int, generator: to
     weight = torch.ones_like(late, dtype=torch.float32)
     weight[:, 1] = (start == 1).float()  # what follows a gap cannot be known
     weight[:, 1:] *= 1 - (anew[:, None] & ~late)[:, 1:].float()
+    changed = late & (index < change[:, None] + 2)
+    weight[changed] *= config.change_weight
     first = 1 + (start > 1).long()
-    return Sequences(clean, clean, clean_late, late, captions, weight, first)
+    return Sequences(clean, clean, clean_late, late, captions, weight, changed, first)

@@ -26,7 +26,7 @@ from ..scenes import Scenes
 from ..text_training import tokenize
 from ..whole_clip_vae import WholeClipVae
 from .attention import Rotation, Window
-from .lora import add_lora, lora_parameters
+from .lora import load_lora
 from .measures import measure_changes, measure_clips
 from .sampler import ChunkSampler, noise_levels
 from .training import load_pipeline, recipe
@@ -38,11 +38,7 @@ class LongClips:
     def __init__(self, run: Run, config: Config, model: Path, lora: Path) -> None:
         self.run, self.sizes, self.size = run, config.causal, config.clip.size
         self.pipe = load_pipeline(model, run.device)
-        tensors, _ = checkpoints.load(lora, run.device)
-        add_lora(self.pipe.transformer, next(len(t) for name, t in tensors.items() if "lora_A" in name), 0)
-        with torch.no_grad():
-            for name, parameter in lora_parameters(self.pipe.transformer).items():
-                parameter.copy_(tensors[name])
+        load_lora(self.pipe.transformer, checkpoints.load(lora, run.device)[0])
         grid = self.size // 8
         self.rotation = Rotation(self.pipe.transformer, self.sizes.chunk, grid, grid)
 

@@ -51,6 +51,14 @@ def lora_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def load_lora(denoiser: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """`add_lora` with these weights, named as by `lora_parameters`; they say the rank."""
+    add_lora(denoiser, next(len(tensor) for name, tensor in tensors.items() if "lora_A" in name), 0)
+    with torch.no_grad():
+        for name, parameter in lora_parameters(denoiser).items():
+            parameter.copy_(tensors[name])
+
+
 def shrink(tensors: Mapping[str, torch.Tensor], rank: int) -> tuple[dict[str, torch.Tensor], float]:
     """The nearest change of a lower rank, in float16, by each layer's singular values; and the lost share of its square."""
     small, lost, whole = {}, 0.0, 0.0

@@ -1,7 +1,8 @@
-"""Stage `stream-causal`: the measures of long clips on what `tilewise.stream` makes, with the cache's policies side by side."""
+"""Stage `stream-causal`: the measures of long clips on what `tilewise.stream` makes, by the cache's policy and window."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,7 @@ def stream_causal(
     lora: Path,
     *,
     policies: Sequence[str] = ("fixed",),
+    windows: Sequence[int] | None = None,
     prompts: int = 8,
     frames: int = 240,
     seconds: float | None = None,
@@ -46,15 +48,16 @@ def stream_causal(
     after = recoloured(scenes, run.seed)
     begun, path = time.monotonic(), run.path("stream_evaluation.json")
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"policies": {}}
-    for policy in policies:
-        cache = KVCache(recipe.window, recipe.sink, sink_position=recipe.sink_position, policy=policy)
-        kept = report["policies"].get(policy, {})
+    for policy, window in itertools.product(policies, windows or [recipe.window]):
+        cache = KVCache(window, recipe.sink, sink_position=recipe.sink_position, policy=policy)
+        column = policy if window == recipe.window else f"{policy}, window {window}"
+        kept = report["policies"].get(column, {})
         rows: list[dict[str, Any]] = kept["rows"] if kept.get("frames") == frames else []
         for number in spread(prompts):
             if any(row["prompt"] == texts[number] for row in rows):
                 continue
             if seconds is not None and time.monotonic() - begun > seconds:
-                run.say(f"stream-causal: no time left for {policy}, {texts[number]}")
+                run.say(f"stream-causal: no time left for {column}, {texts[number]}")
                 break
             started = time.monotonic()
             clip, change = _clip(pipe, texts[number], after[number], frames, recipe.chunk, cache, run.seed + number)
@@ -62,9 +65,9 @@ def stream_causal(
             row = measure_clip(texts[number], clip[:frames], recipe.chunk)
             row |= {"change": _change(texts[number], after[number], clip, change, recipe.chunk)}
             rows.append({**row, "frames_per_second": round(len(clip) / took, 2)})
-            run.say(f"stream-causal: {policy}", {k: v for k, v in rows[-1].items() if k != "activity"})
-            report["policies"][policy] = {"window": recipe.window, "frames": frames, **_shares(rows), "rows": rows}
-            report["policies"][policy] |= environment(run.device)
+            run.say(f"stream-causal: {column}", {k: v for k, v in rows[-1].items() if k != "activity"})
+            report["policies"][column] = {"window": window, "frames": frames, **_shares(rows), "rows": rows}
+            report["policies"][column] |= environment(run.device)
             checkpoints.write_json(path, report)
     return report
 

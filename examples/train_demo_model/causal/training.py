@@ -4,13 +4,15 @@ Teacher forcing over chunks of latents with a noise level of their own, flow mat
 
 - The first chunk, which nothing precedes, is trained more often and learns guidance into its velocity: the target is moved by the
   difference that the text makes (model guidance, arXiv 2502.12154).
-- A change of colour between two chunks comes with a new caption.
+- A change of colour between two chunks comes with a new caption. The two chunks after it learn guidance away from the old one:
+  what came before shows the old colour, and the text alone says otherwise.
 - In the second half of training, chunks see before them what the model itself made of the same clip, so that it learns to go back
   to the clip instead of drifting on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +29,7 @@ from ..model_card import read_json
 from ..objective import draw_sigma
 from .attention import ChunkAttention, Layout, Rotation, Window
 from .clips import Clips, Sequences, build_clips, draw_sequences
-from .lora import add_lora, lora_parameters
+from .lora import add_lora, load_lora, lora_parameters
 from .sampler import ChunkSampler, noise_levels, own_processor
 
 STAGE = "causal"
@@ -37,11 +39,14 @@ FIRST = 2  # noisy copies of the first chunk with their caption, and as many wit
 class CausalTrainee:
     """The denoiser with its LoRA, the clips, and one step of training."""
 
-    def __init__(self, run: Run, config: Config, model: Path) -> None:
+    def __init__(self, run: Run, config: Config, model: Path, lora: Path | None = None) -> None:
         self.run, self.sizes, self.size = run, config.causal, config.clip.size
         self.pipe = load_pipeline(model, run.device)
         self.denoiser: nn.Module = self.pipe.transformer
-        add_lora(self.denoiser, self.sizes.rank, run.seed + 5)
+        if lora is None:
+            add_lora(self.denoiser, self.sizes.rank, run.seed + 5)
+        else:
+            load_lora(self.denoiser, checkpoints.load(lora, run.device)[0])
         self.parameters = list(lora_parameters(self.denoiser).values())
         self.ema = [parameter.detach().clone() for parameter in self.parameters]
         self.optimizer = torch.optim.AdamW(
@@ -88,7 +93,7 @@ class CausalTrainee:
     def _warm_up(self, window: tuple[int, int]) -> None:
         assert self.clips is not None
         sequences = draw_sequences(self.clips, self.sizes, self.sizes.batch, self.run.generator(70))
-        self._loss(sequences, window, self.run.generator(71), 0.0)[0].backward()
+        self._loss(sequences, window, self.run.generator(71), 1.0)[0].backward()
         self._clear()
         self.run.sync()
 
@@ -128,7 +133,7 @@ class CausalTrainee:
             sequences = whole.rows(slice(place * each, place * each + each))
         self._blur_context(sequences, generator)
         ramp = min(1.0, max(0.0, (progress - sizes.guidance_from) / 0.15))
-        loss, metrics = self._loss(sequences, window, generator, sizes.guidance_weight * ramp)
+        loss, metrics = self._loss(sequences, window, generator, ramp)
         loss.backward()
         metrics["gradient"] = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         decay = min(1.0, (1 - progress) / (1 - sizes.decay_from))
@@ -179,16 +184,27 @@ class CausalTrainee:
         level = sigma[:, :, None, None, None, None]
         noisy = (1 - level) * target + level * noise
         timestep = torch.cat([torch.zeros((count, n - 1), device=device), sigma * 1000], 1)
-        text = sequences.text(torch.cat([sequences.clean_late[:, :-1], sequences.noisy_late[:, numbers]], 1))
-        text[:, n - 1 + FIRST : n - 1 + 2 * FIRST] = self.unsaid
         self.processor.layout = self.layouts[window]
         latents = torch.cat([sequences.context[:, :-1], noisy], 1)
-        with self.run.autocast():
-            output = self.denoiser(latents.flatten(0, 1), timestep.flatten(), text.flatten(0, 1), return_dict=False)[0]
-        velocity = output.unflatten(0, (count, -1))[:, n - 1 :].float()
+
+        def predict(late: torch.Tensor) -> torch.Tensor:
+            text = sequences.text(torch.cat([sequences.clean_late[:, :-1], late[:, numbers]], 1))
+            text[:, n - 1 + FIRST : n - 1 + 2 * FIRST] = self.unsaid
+            with self.run.autocast():
+                output = self.denoiser(
+                    latents.flatten(0, 1), timestep.flatten(), text.flatten(0, 1), return_dict=False
+                )[0]
+            return output.unflatten(0, (count, -1))[:, n - 1 :].float()
+
+        velocity = predict(sequences.noisy_late)
         wanted = noise - target
         if guidance > 0:
-            wanted[:, said] += guidance * (velocity[:, said] - velocity[:, unsaid]).detach()
+            sizes = self.sizes
+            wanted[:, said] += guidance * sizes.guidance_weight * (velocity[:, said] - velocity[:, unsaid]).detach()
+            with torch.no_grad():
+                unchanged = predict(torch.zeros_like(sequences.noisy_late))
+            away = guidance * sizes.change_guidance * sequences.changed[:, numbers]
+            wanted += away[:, :, None, None, None, None] * (velocity - unchanged).detach()
         error = (velocity - wanted).square().mean((2, 3, 4, 5))
         weight = sequences.weight[:, numbers].clone()
         weight[:, said], weight[:, unsaid] = 1.0, 0.3
@@ -241,16 +257,19 @@ def load_pipeline(model: Path, device: torch.device) -> WanPipeline:
     return pipe
 
 
-def train_causal(run: Run, config: Config, limits: Limits, model: Path) -> bool:
-    """Run the stage; writes `causal_lora.safetensors` (the averaged LoRA, bf16), `recipe.json` and `causal_training.json`."""
-    trainee = CausalTrainee(run, config, model)
+def train_causal(run: Run, config: Config, limits: Limits, model: Path, lora: Path | None = None) -> bool:
+    """Run the stage; writes `causal_lora.safetensors` (the averaged LoRA, bf16), `recipe.json` and `causal_training.json`.
+
+    With `lora`, a file that an earlier run wrote or `shrink-causal` cut, training begins with its weights and its rank.
+    """
+    trainee = CausalTrainee(run, config, model, lora)
     trainee.prepare()
     finished = train(run, STAGE, trainee, limits, skip=10, measure=30, replan=True)
-    write_lora(run, config, trainee)
+    write_lora(run, config, trainee, lora)
     return finished
 
 
-def write_lora(run: Run, config: Config, trainee: CausalTrainee) -> None:
+def write_lora(run: Run, config: Config, trainee: CausalTrainee, begun_with: Path | None = None) -> None:
     """What is shipped, and how it was made."""
     names = lora_parameters(trainee.denoiser)
     tensors = {name: kept.bfloat16() for name, kept in zip(names, trainee.ema, strict=True)}
@@ -268,7 +287,8 @@ def write_lora(run: Run, config: Config, trainee: CausalTrainee) -> None:
             "steps": facts.get("step"),
             "minutes": round(facts.get("seconds", 0.0) / 60, 2),
             "clips": len(trainee.clips.latents),
-            "rank": config.causal.rank,
+            "rank": len(next(iter(lora_parameters(trainee.denoiser).values()))),
+            **({} if begun_with is None else {"begun_with": hashlib.sha256(begun_with.read_bytes()).hexdigest()[:12]}),
             "history": facts.get("history", []),
         },
     )

@@ -15,12 +15,26 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import attention, dynamic, families, fused, launch, render, results, rows, step, streaming, vae
+from benchmarks import (
+    attention,
+    dynamic,
+    families,
+    far_field,
+    fused,
+    launch,
+    render,
+    results,
+    rows,
+    step,
+    streaming,
+    vae,
+)
 from benchmarks.header import header
 
 SECTIONS = {
     "attention": "attention kernels, ours and others'",
     "dynamic": "methods that look before they choose: planning, attention, summaries (GPU)",
+    "far-field": "windows whose outside is seen as means, against the same windows alone (GPU)",
     "step": "whole denoiser forwards (GPU)",
     "families": "denoiser forwards of other families (GPU)",
     "fused": "the fused kernels around attention",
@@ -41,6 +55,9 @@ def work(section: str, device: torch.device, tiny: bool) -> list[tuple[str, Any]
     if section == "dynamic":
         calls = dynamic.TINY if tiny else dynamic.ROWS if on_gpu else []
         return [(row.name, row) for row in calls]
+    if section == "far-field":
+        windows = far_field.TINY if tiny else far_field.ROWS if on_gpu else []
+        return [(row.name, row) for row in windows]
     if section == "step":
         sizes = step.TINY if tiny else step.SIZES if on_gpu else []
         return [(size.name, size) for size in sizes]
@@ -70,6 +87,8 @@ def measured(
         return attention.run(device, seconds, items, compiled=backend == "inductor")
     if section == "dynamic":
         return dynamic.run(device, seconds, items)
+    if section == "far-field":
+        return far_field.run(device, seconds, items)
     if section == "step":
         return step.run(device, seconds * STEP_SECONDS, items, backend, variants)
     if section == "families":

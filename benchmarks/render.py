@@ -331,6 +331,19 @@ def streaming_table(rows: Rows) -> str:
     return _markdown(lines)
 
 
+def far_field_table(rows: Rows) -> str:
+    """Windows and what stands for their outside."""
+    names = ("attention", "means", "merge")
+    lines = [["window", "outside", "density", "cost", "ms", "× alone", *(f"{name}, ms" for name in names)]]
+    for row in rows:
+        for variant in row["variants"]:
+            cells = [row["name"], variant["name"], f"{variant['density']:.3f}", f"{variant['cost']:.3f}"]
+            cells += [_spread(variant), f"{variant['ms'] / row['variants'][0]['ms']:.2f}"]
+            parts = variant["parts"]
+            lines.append([*cells, *(f"{parts[name]:.2f}" if name in parts else "–" for name in names)])
+    return _markdown(lines)
+
+
 def vae_table(rows: Rows) -> str:
     """A chunk of a clip through Wan's VAE."""
     lines = [["autoencoder", "implementation", "ms", "× stock", "frames a second", "peak GiB", "error"]]
@@ -384,6 +397,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "attention": ("attention", attention_table),
     "implementations": ("attention", implementations_table),
     "dynamic": ("dynamic", dynamic_table),
+    "far-field": ("far-field", far_field_table),
     "quality": ("quality", quality_table),
     "errors": ("attention error", errors_table),
     "gist": ("highres", highres_gist_table),

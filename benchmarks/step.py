@@ -28,6 +28,7 @@ from benchmarks.timing import measure
 # The published configs of the transformers; the 14B model with 10 of its 40 layers, whose time is 10 / 40 of the blocks'.
 CONFIGS: dict[str, dict[str, Any]] = {
     "Wan2.1-1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "Wan2.1-14B": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
     "Wan2.1-14B, 10 layers": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 10},
     "tiny": {"num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 128, "num_layers": 2, "text_dim": 32},
 }

@@ -1,8 +1,9 @@
 """A stream in its steady state: one forward of a chunk against a full KV cache, and whole chunks with the VAE. Random weights.
 
 Forwards: stock blocks and attention of PyTorch's own choice over the same cache, against the fused blocks, a captured CUDA graph,
-and sparse attention in the window. End to end: four denoising passes and one that writes the cache, decoded to frames in host
-memory, at the clock of who reads them.
+sparse attention in the window, and a cache in 8 bits. End to end: four denoising passes and one that writes the cache, decoded to
+frames in host memory, at the clock of who reads them; by a tiny autoencoder too, with linear layers in fp8 (torchao), and for ten
+minutes of video.
 """
 
 from __future__ import annotations
@@ -29,14 +30,49 @@ from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.sampler import CausalSampler, TextStates
 from tilewise.pipelines.streaming.video_stream import VideoStream
 from tilewise.plugins.autoencoders.streaming import streaming_decoder
+from tilewise.plugins.autoencoders.tiny import TinyDecoder, TinyShape
+from tilewise.plugins.autoencoders.tiny_streaming import TinyStreamingDecoder
 from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 
 STOCK = "stock blocks"
+DENSE, SPARSE = "tilewise, dense, CUDA graph", "tilewise, STA density 0.3, CUDA graph"
+DRAFT = "tilewise, draft density 0.3, CUDA graph"
+FP8_CACHE = "tilewise, dense, fp8 cache, CUDA graph"
+TINY_DECODER = f"{SPARSE}, tiny autoencoder"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method, whether blocks are fused and forwards captured, the storage of the cache, and what decodes."""
+
+    method: Any
+    fuse: bool = True
+    graph: bool = True
+    storage: str = "model"
+    tiny: bool = False
+
+
+STA = tilewise.STA(density=0.3)
+VARIANTS = {
+    STOCK: Variant("dense", fuse=False, graph=False),
+    "tilewise, dense": Variant("dense", graph=False),
+    DENSE: Variant("dense"),
+    SPARSE: Variant(STA),
+    DRAFT: Variant(tilewise.Draft(density=0.3, min_tokens=0)),
+    FP8_CACHE: Variant("dense", storage="fp8"),
+    TINY_DECODER: Variant(STA, tiny=True),
+}
+FORWARDS = (STOCK, "tilewise, dense", DENSE, SPARSE, DRAFT, FP8_CACHE)
+WHOLE = (STOCK, DENSE, SPARSE, TINY_DECODER)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A model, pixels by name, latents (height, width), latent frames of a chunk, and of window and sink."""
+    """A model, pixels by name, latents (height, width), latent frames of a chunk, and of window and sink.
+
+    variants: names. decoded: whole chunks, with the decoder. frames: so many of them at least. fp8: the denoiser's linear layers
+    in 8 bits by torchao, from this work of the model on.
+    """
 
     model: str
     pixels: str
@@ -45,28 +81,33 @@ class Work:
     sink: int = 3
     chunk: int = 3
     decoded: bool = False
+    frames: int = 0
+    fp8: bool = False
+    variants: tuple[str, ...] = FORWARDS
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.pixels}, window {self.window}{', end to end' if self.decoded else ''}"
+        said = [f"{self.model} {self.pixels}", f"window {self.window}"]
+        said += ["linear layers in fp8"] * self.fp8 + ["end to end"] * self.decoded
+        return ", ".join(said + [f"{self.frames:,} frames"] * (self.frames > 0))
 
 
+WAN, PIXELS = "Wan2.1-1.3B", ("480×832", (60, 104))
 WORKS = [
-    Work("Wan2.1-1.3B", "480×832", (60, 104), 12),
-    Work("Wan2.1-1.3B", "480×832", (60, 104), 21),
-    Work("Wan2.1-14B, 10 layers", "480×832", (60, 104), 12),
-    Work("Wan2.1-1.3B", "480×832", (60, 104), 12, decoded=True),
+    Work(WAN, *PIXELS, 12),
+    Work(WAN, *PIXELS, 21),
+    Work(WAN, *PIXELS, 12, decoded=True, variants=WHOLE),
+    Work(WAN, *PIXELS, 12, decoded=True, frames=9_600, variants=(SPARSE,)),  # ten minutes at 16 frames a second
+    Work("Wan2.1-14B, 10 layers", *PIXELS, 12),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, variants=(SPARSE, DRAFT)),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, fp8=True, variants=(SPARSE,)),
 ]
-TINY = [Work("tiny", "16×16", (2, 2), 4, 2, 2), Work("tiny", "16×16", (2, 2), 4, 2, 2, decoded=True)]
-
-Variant = tuple[Any, bool, bool]  # method, fused blocks, CUDA graph
-VARIANTS: dict[str, Variant] = {
-    STOCK: ("dense", False, False),
-    "tilewise, dense": ("dense", True, False),
-    "tilewise, dense, CUDA graph": ("dense", True, True),
-    "tilewise, STA density 0.3, CUDA graph": (tilewise.STA(density=0.3), True, True),
-    "tilewise, draft density 0.3, CUDA graph": (tilewise.Draft(density=0.3, min_tokens=0), True, True),
-}
+SMALL = ("16×16", (2, 2), 4, 2, 2)
+TINY = [
+    Work("tiny", *SMALL),
+    Work("tiny", *SMALL, decoded=True, variants=(SPARSE, TINY_DECODER)),
+    Work("tiny", *SMALL, decoded=True, frames=10, variants=(SPARSE,)),
+]
 PASSES = 4
 
 
@@ -79,6 +120,12 @@ def run(device: torch.device, seconds: float, works: list[Work]) -> Iterator[dic
             gc.collect()
             model, built = build(CONFIGS[work.model], device, torch.bfloat16), work.model
         row = {"name": work.name, "model": work.model, "window": work.window, "sink": work.sink, "chunk": work.chunk}
+        try:
+            if work.fp8:
+                _fp8_linears(model)
+        except Exception as error:
+            yield {**row, "variants": [], "missing": dict.fromkeys(work.variants, reason(error))}
+            continue
         yield {**row, **(_end_to_end if work.decoded else _forwards)(work, model, device, seconds)}
 
 
@@ -87,7 +134,8 @@ def _forwards(work: Work, model: Any, device: torch.device, seconds: float) -> d
     variants: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
     stock = None
-    for name, variant in VARIANTS.items():
+    for name in work.variants:
+        variant = VARIANTS[name]
         try:
             with _causal(work, model, variant) as causal:
                 inputs = _inputs(work, model, device)
@@ -120,49 +168,77 @@ def _end_to_end(work: Work, model: Any, device: torch.device, seconds: float) ->
     variants: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
     vae = _vae(work, device)
-    for name, variant in VARIANTS.items():
-        if name not in (STOCK, "tilewise, dense, CUDA graph", "tilewise, STA density 0.3, CUDA graph"):
-            continue
+    for name in work.variants:
+        variant = VARIANTS[name]
         try:
-            with _causal(work, model, variant) as causal, _video(work, model, vae, causal, device) as video:
+            with _causal(work, model, variant) as causal, _video(work, model, vae, causal, device, variant) as video:
                 for _ in range(2 * work.window // work.chunk):
                     next(video)
+                before_bytes = _allocated(device)
                 times, frames, begin = [], 0, time.perf_counter()
-                while len(times) < 3 or time.perf_counter() - begin < 4 * seconds:
+                while len(times) < 3 or frames < work.frames or time.perf_counter() - begin < 4 * seconds:
                     before = time.perf_counter()
                     frames += len(next(video).frames)
                     times.append(time.perf_counter() - before)
-            with _causal(work, model, variant) as causal, _video(work, model, vae, causal, device) as video:
-                before = time.perf_counter()
-                next(video)
-                first = time.perf_counter() - before
+                grown = _allocated(device) - before_bytes
+                density, refused = tilewise.summary(model).density, causal.graphs.refused
+            first = None
+            if not work.frames:
+                with (
+                    _causal(work, model, variant) as causal,
+                    _video(work, model, vae, causal, device, variant) as video,
+                ):
+                    before = time.perf_counter()
+                    next(video)
+                    first = time.perf_counter() - before
         except Exception as error:
             missing[name] = reason(error)
             continue
-        ordered = sorted(times)
-        chunk = {"ms": 1e3 * statistics.median(times), "ms_min": 1e3 * ordered[0], "ms_max": 1e3 * ordered[-1]}
-        p95 = 1e3 * ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))]
+        ordered, median = sorted(times), statistics.median(times)
         variants.append(
             {
                 "name": name,
-                **chunk,
+                "ms": 1e3 * median,
+                "ms_min": 1e3 * ordered[0],
+                "ms_max": 1e3 * ordered[-1],
                 "runs": len(times),
-                "ms_p95": p95,
+                "ms_p95": 1e3 * ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))],
                 "fps": frames / sum(times),
-                "first_ms": 1e3 * first,
+                "density": density,
+                **({"graph_refused": refused} if refused else {}),
+                **({} if first is None else {"first_ms": 1e3 * first}),
+                **({"frames": frames, "stalls": _stalls(times, frames), "grown_bytes": grown} if work.frames else {}),
             }
         )
     return {"variants": variants, "missing": missing}
 
 
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _stalls(times: list[float], frames: int) -> int:
+    """Chunks that came later than their frames last at 16 a second: a player without a buffer would have waited."""
+    return sum(seconds > frames / len(times) / 16 for seconds in times)
+
+
+def _fp8_linears(model: Any) -> None:
+    """Weights of the blocks' linear layers and, as they come, their inputs in fp8 with a scale a row, compiled."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_  # type: ignore
+
+    quantize_(model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    for module in model.blocks.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.compile(dynamic=False)  # otherwise every cast is a kernel of its own, and nothing is gained
+
+
 @contextlib.contextmanager
 def _causal(work: Work, model: Any, variant: Variant) -> Iterator[CausalDenoiser]:
-    method, fuse, graph = variant
-    cache = tilewise.KVCache(window=work.window, sink=work.sink)
+    cache = tilewise.KVCache(window=work.window, sink=work.sink, storage=variant.storage)
     grid = Grid(work.chunk, work.latents[0] // 2, work.latents[1] // 2)
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        stack.enter_context(tilewise.patched(model, method, steps=(0.0, 1.0), fuse=fuse))
-        yield stack.enter_context(CausalDenoiser(model, cache, grid=grid, cuda_graph=graph))
+        stack.enter_context(tilewise.patched(model, variant.method, steps=(0.0, 1.0), fuse=variant.fuse))
+        yield stack.enter_context(CausalDenoiser(model, cache, grid=grid, cuda_graph=variant.graph))
 
 
 def _inputs(work: Work, model: Any, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -184,7 +260,16 @@ def _vae(work: Work, device: torch.device) -> Any:
         return AutoencoderKLWan(**small).to(torch.bfloat16).eval().requires_grad_(False)  # type: ignore[arg-type]
 
 
-def _video(work: Work, model: Any, vae: Any, causal: CausalDenoiser, device: torch.device) -> VideoStream:
+def _tiny_decoder(device: torch.device) -> TinyStreamingDecoder:
+    """The size of taew2_1 (https://github.com/madebyollin/taehv)."""
+    with device:
+        decoder = TinyDecoder(TinyShape(16, (256, 128, 64, 64), (1, 2, 2)))
+    return TinyStreamingDecoder(decoder.to(torch.bfloat16).eval().requires_grad_(False))
+
+
+def _video(
+    work: Work, model: Any, vae: Any, causal: CausalDenoiser, device: torch.device, variant: Variant
+) -> VideoStream:
     """A stream over these parts, without a text encoder."""
     recipe = CausalRecipe(chunk=work.chunk, window=work.window, sink=work.sink)
     states = TextStates(_text(model, device))
@@ -192,7 +277,7 @@ def _video(work: Work, model: Any, vae: Any, causal: CausalDenoiser, device: tor
         [causal], recipe, states, shape=(16, *work.latents), generator=torch.Generator(device).manual_seed(0), device=device,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    decoder = FrameDecoder(streaming_decoder(vae), SPACE, vae, device)
+    decoder = FrameDecoder(_tiny_decoder(device) if variant.tiny else streaming_decoder(vae), SPACE, vae, device)
     prompts = Prompts(lambda prompt: states.positive, "random", states)
     return VideoStream(
         sampler, decoder, prompts, recipe, window=work.window, chunk=work.chunk, frames=None, fps=16.0, temporal=4,

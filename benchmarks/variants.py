@@ -35,6 +35,17 @@ class RandomBlocks(BlockSelectionMethod):
         return DraftMap(torch.randn(size, generator=generator, device=query.device))
 
 
+def windows() -> dict[str, Method]:
+    """One window, whatever the density that is asked for, and what stands for the keys outside of it."""
+    window: dict[str, Any] = {"window": (3, 3, 3), "tile": (3, 4, 4)}
+    return {
+        "window 3×3×3 of 3×4×4": STA(**window),
+        "window 3×3×3 of 3×4×4, a mean a tile": STA(**window, far="tiles"),
+        "window 3×3×3 of 3×4×4, cells 3×2×2": STA(**window, far="cells", cell=(3, 2, 2)),
+        "window 3×3×3 of 3×4×4, cells 1×2×2": STA(**window, far="cells", cell=(1, 2, 2)),
+    }
+
+
 def variants(density: float) -> dict[str, Method]:
     """Name → method. None stays dense for being short."""
     common: dict[str, Any] = {"density": density, "min_tokens": 0}
@@ -58,6 +69,7 @@ def variants(density: float) -> dict[str, Method]:
         "STA": STA(density=density),
         "STA, far field of tiles": STA(density=density, far="tiles"),
         "STA, far field of cells": STA(density=density, far="cells"),
+        **windows(),
         "random blocks": RandomBlocks(**plain),
         "random blocks, compensated": RandomBlocks(**common),
     }

@@ -71,7 +71,7 @@ class Work:
     """A model, pixels by name, latents (height, width), latent frames of a chunk, and of window and sink.
 
     variants: names. decoded: whole chunks, with the decoder. frames: so many of them at least. fp8: the denoiser's linear layers
-    in 8 bits by torchao, from this work of the model on.
+    in 8 bits by torchao, in this and all later works of the model.
     """
 
     model: str
@@ -99,8 +99,10 @@ WORKS = [
     Work(WAN, *PIXELS, 12, decoded=True, variants=WHOLE),
     Work(WAN, *PIXELS, 12, decoded=True, frames=9_600, variants=(SPARSE,)),  # ten minutes at 16 frames a second
     Work("Wan2.1-14B, 10 layers", *PIXELS, 12),
-    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, variants=(SPARSE, DRAFT)),
-    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, fp8=True, variants=(SPARSE,)),
+    Work("Wan2.1-14B", *PIXELS, 12, variants=(SPARSE,)),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, variants=(SPARSE, DRAFT, TINY_DECODER)),
+    Work("Wan2.1-14B", *PIXELS, 12, fp8=True, variants=(SPARSE,)),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, fp8=True, variants=(SPARSE, TINY_DECODER)),
 ]
 SMALL = ("16×16", (2, 2), 4, 2, 2)
 TINY = [
@@ -122,7 +124,7 @@ def run(device: torch.device, seconds: float, works: list[Work]) -> Iterator[dic
         row = {"name": work.name, "model": work.model, "window": work.window, "sink": work.sink, "chunk": work.chunk}
         try:
             if work.fp8:
-                _fp8_linears(model)
+                row["linears"] = _fp8_linears(model, device)
         except Exception as error:
             yield {**row, "variants": [], "missing": dict.fromkeys(work.variants, reason(error))}
             continue
@@ -222,14 +224,28 @@ def _stalls(times: list[float], frames: int) -> int:
     return sum(seconds > frames / len(times) / 16 for seconds in times)
 
 
-def _fp8_linears(model: Any) -> None:
-    """Weights of the blocks' linear layers and, as they come, their inputs in fp8 with a scale a row, compiled."""
+def _fp8_linears(model: Any, device: torch.device) -> str:
+    """Weights of the blocks' linear layers and, as they come, their inputs in fp8 with a scale a row; says how they run.
+
+    Compiled where that works: otherwise every cast is a kernel of its own, and little is gained. A model that has them stays as
+    it is.
+    """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_  # type: ignore
 
-    quantize_(model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-    for module in model.blocks.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.compile(dynamic=False)  # otherwise every cast is a kernel of its own, and nothing is gained
+    linears = [module for module in model.blocks.modules() if isinstance(module, torch.nn.Linear)]
+    if type(linears[0].weight) in (torch.nn.Parameter, torch.Tensor):
+        quantize_(model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    x = torch.zeros(1, 32, linears[0].in_features, dtype=torch.bfloat16, device=device)
+    try:
+        linears[0].compile(dynamic=False)
+        with torch.no_grad():
+            linears[0](x)
+    except Exception as error:
+        linears[0]._compiled_call_impl = None
+        return f"fp8, not compiled: {reason(error)}"
+    for linear in linears:
+        linear.compile(dynamic=False)
+    return "fp8, compiled"
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ CELL_TOKENS = 12  # what a cell has that is chosen for a tile: 3×2×2 tokens of
 class CellLayout(Layout):
     """A layout whose tiles are made of cells: raster order of the cells in a tile, and of the tokens in a cell.
 
-    cell: (t, h, w) tokens, at most 128 of them. Clipped to the tile.
+    cell: (t, h, w) tokens. Clipped to the tile.
     """
 
     cell: Triple = (3, 2, 2)
@@ -37,10 +37,6 @@ class CellLayout(Layout):
         if len(self.cell) != 3 or min(self.cell) < 1:
             raise ValueError(f"CellLayout: cell must be three sizes of at least 1 token (t, h, w), got {self.cell}")
         clipped = tuple(min(size, length) for size, length in zip(self.cell, self.tile, strict=True))
-        if math.prod(clipped) > MAX_BLOCK_ROWS:
-            raise ValueError(
-                f"CellLayout: a cell of {clipped} has more than {MAX_BLOCK_ROWS} tokens; give a smaller one"
-            )
         object.__setattr__(self, "cell", clipped)
 
     @cached_property
@@ -79,16 +75,18 @@ class FarField:
         bias: (G, Nq, Nc) float32 for each head set of the plan: log of the cell's tokens that query block i does not see; −inf
             where it sees them all.
         share: pairs of a query and a cell ÷ all token pairs; mean over heads.
+        usual: tokens of a cell that no border cuts.
     """
 
     start: torch.Tensor
     rows: torch.Tensor
     bias: torch.Tensor
     share: float
+    usual: int
 
     def to(self, device: torch.device | str) -> FarField:
         """The same with its tensors on ``device``."""
-        return FarField(self.start.to(device), self.rows.to(device), self.bias.to(device), self.share)
+        return FarField(self.start.to(device), self.rows.to(device), self.bias.to(device), self.share, self.usual)
 
 
 def choose_cell(tile: Triple, tokens: int = CELL_TOKENS) -> Triple:
@@ -101,20 +99,7 @@ def choose_cell(tile: Triple, tokens: int = CELL_TOKENS) -> Triple:
         return size + 4 * math.log(held / math.prod(tile)) + 0.3 * math.log(max(free) / min(free)), -cell[0]
 
     t, h, w = (range(1, min(n, tokens) + 1) for n in tile)
-    return min((c for c in itertools.product(t, h, w) if math.prod(c) <= MAX_BLOCK_ROWS), key=cost)
-
-
-def tile_cell(tile: Triple) -> Triple:
-    """The largest cell for a tile: all of it, or where it has more than 128 tokens, its longest axes halved until it fits."""
-    t, h, w = tile
-    while t * h * w > MAX_BLOCK_ROWS:
-        if t >= max(h, w):
-            t = -(-t // 2)
-        elif h >= w:
-            h = -(-h // 2)
-        else:
-            w = -(-w // 2)
-    return (t, h, w)
+    return min(itertools.product(t, h, w), key=cost)
 
 
 _IN_USE: WeakValueDictionary[tuple[Any, ...], CellLayout] = WeakValueDictionary()

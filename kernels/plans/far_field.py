@@ -12,6 +12,7 @@ the box around everything that the block's queries see.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -45,7 +46,7 @@ def with_far_field(plan: BlockPlan, layout: CellLayout) -> BlockPlan:
     share = float(mean) / (plan.q_len * plan.k_len)
     if not share:
         return plan
-    far = FarField(start.int(), rows.int(), outside.float().log(), share)
+    far = FarField(start.int(), rows.int(), outside.float().log(), share, math.prod(layout.cell))
     return replace(plan, far=far, _cache={})
 
 

@@ -23,13 +23,16 @@ class BlockStats:
     variance: torch.Tensor | None
 
 
-def block_stats(x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, *, variance: bool = False) -> BlockStats:
+def block_stats(
+    x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, *, variance: bool = False, usual: int = 128
+) -> BlockStats:
     """Mean, and if asked variance, of each block of tokens.
 
     Args:
         x: (B, S, H, D) float16, bfloat16 or float32 with contiguous D ≤ 256; any other strides.
-        start, rows: (N,) first token and number of tokens (1 … 128) of each block, on x's device: see ``Layout.block_table``.
+        start, rows: (N,) first token and number of tokens (at least 1) of each block, on x's device: see ``Layout.block_table``.
         variance: whether the variance is wanted too.
+        usual: tokens that most blocks have: how many rows a kernel reads at once.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.
@@ -47,7 +50,7 @@ def block_stats(x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, *, var
     if runs_triton(x.device):
         from tilewise.kernels.selection.triton_block_stats import triton_block_stats
 
-        return BlockStats(*triton_block_stats(x, start, rows, variance))
+        return BlockStats(*triton_block_stats(x, start, rows, variance, usual))
     return block_stats_reference(x, start, rows, variance)
 
 

@@ -1,6 +1,6 @@
-"""Triton kernel of ``block_stats``: a program holds one block of one head in registers, so x is read once.
+"""Triton kernel of ``block_stats``: a program has one block of one head, and reads BLOCK of its rows at a time.
 
-mean = Σ x / n,   var = Σ (x − mean)² / n
+mean = Σ x / n,   var = Σ (x − mean)² / n        the variance reads x again, from the cache
 """
 
 from __future__ import annotations
@@ -21,30 +21,39 @@ def block_stats_kernel(
     first = tl.load(start_ptr + block).to(tl.int64)
     n = tl.load(rows_ptr + block).to(tl.int32)
     row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)
-    mask = (row < n) & (column < D)[None, :]
     at = x_ptr + batch * stride_b + head.to(tl.int64) * stride_h + (first + row) * stride_s + column[None, :]
-    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 0) / n
+    mean = tl.zeros((BLOCK_D,), tl.float32)
+    for r in range(0, n, BLOCK):
+        mask = (r + row < n) & (column < D)[None, :]
+        mean += tl.sum(tl.load(at + r * stride_s, mask=mask, other=0.0).to(tl.float32), 0)
+    mean = mean / n
     out = ((batch * N + block) * H + head) * D + column
     tl.store(mean_ptr + out, mean, mask=column < D)
     if variance_ptr is not None:
-        away = tl.where(mask, x - mean[None, :], 0.0)
-        tl.store(variance_ptr + out, tl.sum(away * away, 0) / n, mask=column < D)
+        variance = tl.zeros((BLOCK_D,), tl.float32)
+        for r in range(0, n, BLOCK):
+            mask = (r + row < n) & (column < D)[None, :]
+            x = tl.load(at + r * stride_s, mask=mask, other=0.0).to(tl.float32)
+            away = tl.where(mask, x - mean[None, :], 0.0)
+            variance += tl.sum(away * away, 0)
+        tl.store(variance_ptr + out, variance / n, mask=column < D)
 
 
 def triton_block_stats(
-    x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, variance: bool
+    x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, variance: bool, usual: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Mean and variance, (B, N, H, D) float32; arguments as in ``block_stats``."""
     B, _, H, D = x.shape
     N = len(start)
     mean = x.new_empty((B, N, H, D), dtype=torch.float32)
     spread = torch.empty_like(mean) if variance else None
+    at_once = min(128, max(16, triton.next_power_of_2(usual)))  # more than there are costs registers and masked loads
     if mean.numel():
         with torch.cuda.device_of(x):
             block_stats_kernel[(N, B * H)](
                 x, start, rows, mean, spread, x.stride(0), x.stride(1), x.stride(2), H, N,
-                D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK=128, num_warps=4,
+                D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK=at_once,
+                num_warps=4 if at_once > 32 else 1,
             )  # fmt: skip
     return mean, spread
 

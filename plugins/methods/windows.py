@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewise.kernels.plans.block_plan import BlockPlan
-from tilewise.kernels.plans.cells import CellLayout, Triple, cell_layout, choose_cell, tile_cell
+from tilewise.kernels.plans.cells import CellLayout, Triple, cell_layout, choose_cell
 from tilewise.kernels.plans.far_field import with_far_field
-from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Layout
+from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import Method
 
@@ -25,10 +25,10 @@ class WindowMethod(Method):
     """Options of window methods.
 
     Args:
-        far: "cells": keys outside the window are seen as means of small cells; "tiles": as one mean a tile, or a part of it with
-            at most 128 tokens; None: not at all. ``density`` counts exact pairs, ``cost`` those with means too. Within ``draft``
-            and ``xattention`` (``within=``): None or "tiles", which are their tiles.
-        cell: tokens (t, h, w) of a cell, at most 128. Default: about 12 that divide the tile, such as (3, 2, 2).
+        far: "cells": keys outside the window are seen as means of small cells; "tiles": as one mean a tile; None: not at all.
+            ``density`` counts exact pairs, ``cost`` those with means too. Within ``draft`` and ``xattention`` (``within=``): None
+            or "tiles", which are their tiles.
+        cell: tokens (t, h, w) of a cell. Default: about 12 that divide the tile, such as (3, 2, 2).
 
     Raises:
         ConfigError: for other values, or ``cell`` without ``far="cells"``.
@@ -49,18 +49,13 @@ class WindowMethod(Method):
             raise ConfigError(
                 f"{self.name}: cell must be three whole numbers of at least 1, (t, h, w), got {self.cell!r}"
             )
-        t, h, w = self.cell
-        if t * h * w > MAX_BLOCK_ROWS:
-            raise ConfigError(
-                f"{self.name}: cell {self.cell!r} has more than {MAX_BLOCK_ROWS} tokens; give a smaller one"
-            )
-        object.__setattr__(self, "cell", (t, h, w))
+        object.__setattr__(self, "cell", tuple(self.cell))
 
     def with_cells(self, layout: Layout) -> Layout:
         """The layout of the method's tiles, made of cells if it has a far field."""
         if self.far is None:
             return layout
-        cell = tile_cell(layout.tile) if self.far == "tiles" else self.cell or choose_cell(layout.tile)
+        cell = layout.tile if self.far == "tiles" else self.cell or choose_cell(layout.tile)
         return cell_layout(layout.grid, layout.tile, cell)
 
     def with_far(self, plan: BlockPlan, layout: Layout) -> BlockPlan:

@@ -109,7 +109,7 @@ def far_means(qkv: QKV, plan: BlockPlan) -> BlockCompensation | None:
         return None
     batch, heads = q.shape[0], q.shape[2]
     sets = far.bias if plan.sets == 1 else far.bias[plan.sets_of_heads(heads).long()]
-    key, value = (block_stats(x, far.start, far.rows).mean for x in (k, v))
+    key, value = (block_stats(x, far.start, far.rows, usual=far.usual).mean for x in (k, v))
     return BlockCompensation(key, value, sets[None].expand(batch, heads, -1, -1))
 
 

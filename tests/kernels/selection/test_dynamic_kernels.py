@@ -62,10 +62,11 @@ def test_block_stats(layout, dtype):
     assert block_stats(x, start, rows).variance is None
 
 
-def test_block_stats_of_any_runs():
-    """Blocks may overlap, leave tokens out, and come in any order."""
-    x, start, rows = random(1, 20, 2, 16), torch.tensor([12, 0, 3]), torch.tensor([8, 5, 1])
-    got = block_stats(x, start.int(), rows.int(), variance=True)
+@pytest.mark.parametrize("usual", [5, 128])
+def test_block_stats_of_any_runs(usual):
+    """Blocks may overlap, leave tokens out, come in any order, and be longer than what a kernel reads at once."""
+    x, start, rows = random(1, 300, 2, 16), torch.tensor([12, 0, 3, 20]), torch.tensor([8, 5, 1, 280])
+    got = block_stats(x, start.int(), rows.int(), variance=True, usual=usual)
     parts = [x[0, s : s + n] for s, n in zip(start, rows, strict=True)]
     torch.testing.assert_close(got.mean[0], torch.stack([p.mean(0) for p in parts]))
     assert got.variance is not None

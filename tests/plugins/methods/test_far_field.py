@@ -122,7 +122,6 @@ def test_saved_and_read_again(tmp_path):
         ("sta", {"cell": (1, 2, 2)}, "an option of far='cells'"),
         ("inward", {"far": "tiles", "cell": (1, 2, 2)}, "an option of far='cells'"),
         ("sta", {"far": "cells", "cell": (0, 2, 2)}, "three whole numbers of at least 1"),
-        ("neighborhood", {"far": "cells", "cell": (6, 6, 6)}, "more than 128 tokens"),
         ("neighborhood", {"far": "cells", "causal": True}, "causal=False"),
         ("neighborhood", {"far": "tiles", "dilation": (1, 2, 2)}, "dilation \\(1, 1, 1\\)"),
     ],

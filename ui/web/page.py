@@ -23,7 +23,7 @@ from tilewise.ui.web.tabs.generate import GenerateTab
 from tilewise.ui.web.tabs.highres import HighresTab
 from tilewise.ui.web.tabs.history import DROPPED, HistoryTab
 from tilewise.ui.web.tabs.job_view import job_box
-from tilewise.ui.web.tabs.jobs import NAMES, JobsTab, line_html
+from tilewise.ui.web.tabs.jobs import NAMES, POLL, JobsTab, line_html
 
 TITLE = "tilewise"
 SWEPT = (600, 3600)  # every so many seconds, uploads and drawn pictures older than so many seconds go
@@ -46,9 +46,11 @@ FONTS = (
     "sans-serif",
 )  # the visitor's own: none is fetched
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
-# A value that arrives before its component is there would be shown, but nothing would follow it.
+# A value that arrives before its component is there would be lost, or shown and nothing would follow it. The browser fetches the
+# code of each kind of component by itself, so there is one here of each.
 WHEN_READY = """async () => {
-  const ready = () => window.tilewise && document.querySelector('#job-generate :is(input, textarea)');
+  const all = ['job-batch', 'prompt', 'method', 'measure', 'density', 'guidance', 'tabs'];
+  const ready = () => window.tilewise && all.every((id) => document.querySelector(`#${id} :is(input, textarea, [role=tab])`));
   for (let n = 0; n < 600 && !ready(); n++) await new Promise((done) => setTimeout(done, 50));
   return [];
 }"""
@@ -78,6 +80,7 @@ class Page:
             with gr.Row(elem_id="head"):
                 gr.HTML(HEAD, elem_classes=["tw-head"])
                 line = action_html(elem_id="queue-line")
+            timer = gr.Timer(POLL)
             self.boxes = {kind: job_box(kind) for kind in NAMES}
             clip = gr.State("")
             with gr.Row(elem_id="main"):
@@ -113,15 +116,16 @@ class Page:
                     with tab("history") as this:
                         HistoryTab(controls, highres, outputs, this, load, told)
                     with tab("jobs"):
-                        JobsTab(job_queue, line, self.boxes, self.tabs)
+                        JobsTab(job_queue, line, timer, self.boxes, self.tabs)
             go.click(lambda: gr.Tabs(selected="generate"), None, [self.tabs], queue=False, api_visibility="private")
             own = {f"highres-{name}": each for name, each in zip(HIGHRES_FIELDS, highres.own, strict=True)}
             self.address = UrlState({**controls.components, **own, **batch.own})
             self.address.wire(go.click)
-            shown = [*self.address.fields.values(), self.tabs, *self.boxes.values(), line]
+            shown = [*self.address.fields.values(), *self.boxes.values(), line]
             opened = self.blocks.load(
                 self.opened, None, shown, queue=False, show_progress="hidden", api_visibility="private", js=WHEN_READY
             )
+            opened.then(None, None, None, js="() => tilewise.addressIsRead()")
             controls.wire(opened)
         self.head = f"{self.address.script()}<script>{look('page.js')}</script>"
 
@@ -131,12 +135,11 @@ class Page:
         return tab
 
     def opened(self, request: gr.Request) -> list[Any]:
-        """What the address says: the controls, the tab, and the jobs that the tabs go on showing."""
+        """What the address says: the controls, and the jobs that the tabs go on showing. page.js opens the tab."""
         query = {str(name): str(value) for name, value in dict(request.query_params).items()}
         values = self.address.read(query, self._usual(query))
-        tab = query.get("tab", "")
         names = [query.get(f"job-{kind}", "")[:20] for kind in self.boxes]
-        return [*values, gr.Tabs(selected=tab) if tab in TABS else gr.skip(), *names, line_html(self.job_queue)]
+        return [*values, *names, line_html(self.job_queue)]
 
     def _usual(self, query: dict[str, str]) -> dict[str, Any]:
         """Another model than the first has its own size and steps, where the address does not say them."""

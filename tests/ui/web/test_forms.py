@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[ui]'")
 
+import global_state
 import gradio as gr
 import numpy as np
 import torch
@@ -19,12 +21,15 @@ from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.loading.load import load_skeleton
 from tilewise.pipelines.media.video import write_video
 from tilewise.ui.common.plural import counted
-from tilewise.ui.web.common.safety import RefusedError
+from tilewise.ui.web.common.safety import Limits, RefusedError
 from tilewise.ui.web.common.summary_table import summary_html
 from tilewise.ui.web.forms.form_parsing import config_of, method_values
 from tilewise.ui.web.forms.method_controls import MethodControls, measures_of
 from tilewise.ui.web.forms.url_state import UrlState
 from tilewise.ui.web.jobs import fit
+from tilewise.ui.web.jobs.job_queue import JobQueue
+from tilewise.ui.web.jobs.models import Models
+from tilewise.ui.web.page import Page
 from tilewise.ui.web.server import must_be_saved
 from tilewise.ui.web.tabs.history import settings_in_file
 from tilewise.ui.web.tabs.past_clips import Past, gallery_html
@@ -189,3 +194,16 @@ def test_only_clips_and_pictures_are_shown_by_a_browser(path, kind, saved):
 
 def test_counts():
     assert [counted(n, "frame") for n in (0, 1, 2, 1025)] == ["0 frames", "1 frame", "2 frames", "1,025 frames"]
+
+
+def test_handlers_of_one_event_do_not_keep_each_other_busy(tmp_path):
+    """Gradio repeats an event as a whole when a handler with "always_last" was busy: two of them on one would do so for ever."""
+    with global_state.restored():  # Gradio switches telemetry off, for good
+        page = Page(Models(["demo"]), Limits(), JobQueue(1), tmp_path)
+    waiting: dict[tuple[Any, str], list[str]] = {}
+    for handler in page.blocks.fns.values():
+        for target in handler.targets:
+            if handler.trigger_mode == "always_last" and handler.fn is not None and target[0] is not None:
+                waiting.setdefault(target, []).append(handler.name)
+    assert len(waiting) > 20
+    assert [names for names in waiting.values() if len(names) > 1] == []

@@ -1,15 +1,11 @@
-"""The page's tab of clips past the model's size: its plan, what it refuses, snippets that make the same clip, in a browser."""
+"""The page's tab of clips past the model's size: its plan, what it refuses and snippets that make the same clip."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import unquote
 
 import pytest
 import typer
@@ -27,7 +23,7 @@ from tilewise.plugins.errors import UnsupportedModelError
 from tilewise.ui.cli import generate_highres as generating_highres
 from tilewise.ui.cli.app import app
 from tilewise.ui.cli.request import Request
-from tilewise.ui.web.common.safety import Address, Limits, RefusedError
+from tilewise.ui.web.common.safety import Limits, RefusedError
 from tilewise.ui.web.forms.form_parsing import json_object, method_values, settings_from
 from tilewise.ui.web.forms.highres_form import (
     FIELDS,
@@ -42,7 +38,6 @@ from tilewise.ui.web.forms.highres_form import (
 )
 from tilewise.ui.web.jobs.job import Job
 from tilewise.ui.web.jobs.models import Models
-from tilewise.ui.web.server import serving
 from tilewise.ui.web.tabs.highres import HighresStudio
 from tilewise.ui.web.tabs.highres_result import stages_html
 from tilewise.ui.web.tabs.past_clips import past_clips
@@ -312,84 +307,3 @@ def test_stages_that_the_page_cannot_say_or_read(studio):
     for broken in ({**told, "native": None}, {**told, "highres": {"sharpness": 1}}, {"run": {"highres": {}}}):
         with pytest.raises(tilewise.ConfigError, match=r"cannot be read|sharpness|incomplete"):
             stages_in(broken)
-
-
-CHROMIUM = shutil.which("chromium")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs Debian's chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
-@pytest.mark.skip(reason="not seen to pass on two cores since jobs belong to the server")
-def test_in_a_browser(browser, tmp_path):
-    from playwright.sync_api import expect
-
-    wrong: list[str] = []
-    with serving(["demo"], tmp_path / "outputs", Address(port=0), Limits(work=64 * 64 * 5 * 400)) as url:
-        page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
-        page.set_default_timeout(30_000)
-        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(f"{url}?height=48&width=48&frames=5&steps=4")
-        page.locator("#plan table").wait_for()
-        page.get_by_role("tab", name="High resolution", exact=True).click()
-
-        def fill(name: str, value: object) -> None:
-            field = page.locator(f"#{name} input[type=number], #{name} textarea, #{name} input[type=text]").first
-            field.fill(str(value))
-            field.press("Tab")
-
-        plan, result = page.locator("#highres-plan"), page.locator("#highres-result")
-        fill("highres-height", 32)
-        fill("highres-width", 64)
-        expect(plan.get_by_role("alert")).to_contain_text("smaller than the native stage's 48")
-        fill("highres-height", 64)
-        expect(plan).to_contain_text("48×48 → 64×64 pixels")
-        expect(plan).to_contain_text("2 of 4 (strength 0.5)")
-        fill("highres-strength", 0.75)
-        expect(plan).to_contain_text("3 of 4 (strength 0.75)")
-        page.evaluate(  # the native clip is shown while the other is made, here for a second or less
-            """() => new MutationObserver(() => {
-            if (document.querySelector('#highres-native video') && !document.querySelector('#highres-result video'))
-              window.nativeFirst = true; }).observe(document.body, {childList: true, subtree: true})"""
-        )
-        page.locator("#highres").click()
-        result.locator("video").nth(1).wait_for()
-        result.locator("video").nth(1).scroll_into_view_if_needed()  # a browser plays by itself what is in view
-        page.wait_for_function(
-            """() => { const [a, b] = document.querySelectorAll('#highres-result video');
-            return a.videoWidth === 48 && b.videoWidth === 64 && b.currentTime > 0.1 && !a.error && !b.error; }"""
-        )
-        assert page.evaluate("() => window.nativeFirst")
-        expect(page.locator("#highres-native video")).to_have_count(0)
-        expect(result).to_contain_text("repetition")
-        path = Path(unquote(result.locator("video").nth(1).get_attribute("src").split("file=")[1].split("?")[0]))
-        assert path.parent == tmp_path / "outputs" / "highres"
-        page.locator("#highres-again").get_by_role("button").first.click()
-        page.locator("#highres-settings .cm-content").wait_for()
-        expect(page.locator("#highres-command")).to_contain_text("--highres --height 64 --width 64 --native 48x48")
-        with page.expect_download() as download:
-            result.locator(".tw-download").nth(1).click()
-        assert Path(download.value.path()).read_bytes() == path.read_bytes()
-        # History knows it, and gives both stages' settings back
-        for name, value in {"height": 64, "highres-height": 128, "highres-strength": ""}.items():
-            page.get_by_role("tab", name="High resolution", exact=True).click()
-            fill(name, value)
-        page.get_by_role("tab", name="History", exact=True).click()
-        page.locator("#history").get_by_label("two stages, from 48×48").first.click()
-        page.locator("#history-clip video").nth(1).wait_for()
-        page.locator("#use-again").click()
-        expect(page.locator("#history-words")).to_contain_text("those of High resolution")
-        page.get_by_role("tab", name="High resolution", exact=True).click()
-        expect(plan).to_contain_text("48×48 → 64×64 pixels")
-        expect(plan).to_contain_text("3 of 4 (strength 0.75)")
-        page.context.close()
-    assert wrong == []

@@ -22,6 +22,7 @@ from tilewise.ui.web.jobs.models import Models
 
 PROMPT = "a red circle moving right on a blue background"  # in the words of the demo model
 METHOD = "sta-balanced"
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 SIZED = ("height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")  # controls that a model sets
 
 
@@ -80,6 +81,12 @@ class Controls:
         self.components = made
         with gr.Accordion("Plan", open=True, elem_id="plan-box"):
             self.panel = gr.HTML(label="Plan", elem_id="plan")
+        # What else follows the controls is chained to this event. Gradio repeats an event as a whole when one of its handlers
+        # with "always_last" was busy, and two of them on one event would keep each other busy for ever.
+        self.moved = gr.on(
+            [component.change for component in self.inputs], self.refresh, self.inputs, [self.panel, *self.kept.shown],
+            trigger_mode="always_last", **QUIET,
+        )  # fmt: skip
 
     @property
     def inputs(self) -> list[Any]:
@@ -89,18 +96,19 @@ class Controls:
         return dict(zip(FIELDS, given, strict=True))
 
     def wire(self, opened: Any) -> None:
-        """The plan follows every control, and the event `opened`; another model or method brings its own settings."""
-        quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        opened.then(self.plan, self.inputs, [self.panel], **quiet)
-        moved = [component.change for component in self.inputs]
-        gr.on(moved, self.plan, self.inputs, [self.panel], trigger_mode="always_last", **quiet)
-        self.kept.wire(self.components["method"])
-        self.dice.click(random_seed, None, [self.components["seed"]], **quiet)
+        """The plan follows the event `opened` too; another model or method brings its own settings."""
+        opened.then(self.plan, self.inputs, [self.panel], **QUIET)
+        self.dice.click(random_seed, None, [self.components["seed"]], **QUIET)
         own = [self.components[name] for name in METHOD_FIELDS[1:]]
         # .input is for the user's own choice: settings that are loaded as a whole bring their options along.
-        self.components["method"].input(self.method_chosen, [self.components["method"]], own, **quiet)
+        self.components["method"].input(self.method_chosen, [self.components["method"]], own, **QUIET)
         sized = [self.components[name] for name in SIZED]
-        self.components["model"].input(self.model_chosen, [self.components["model"]], sized, **quiet)
+        self.components["model"].input(self.model_chosen, [self.components["model"]], sized, **QUIET)
+
+    def refresh(self, *given: Any) -> list[Any]:
+        """The plan, and which controls of the method are there."""
+        values = self.values(given)
+        return [self.plan(*given), *self.kept.show(values["method"], values["measure"])]
 
     def plan(self, *given: Any) -> str:
         try:

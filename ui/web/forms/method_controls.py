@@ -88,13 +88,10 @@ class MethodControls:
     def components(self) -> dict[str, Any]:
         return dict(zip(FIELDS, [self.measure, self.density, self.recall, *self.window], strict=True))
 
-    def wire(self, method: Any) -> None:
-        """What is shown follows the method and the choice, whoever sets them."""
-        seen = [self.measure, self.density, self.recall, self.row]
-        gr.on(
-            [method.change, self.measure.change], self.show, [method, self.measure], seen, queue=False,
-            trigger_mode="always_last", show_progress="hidden", api_visibility="private",
-        )  # fmt: skip
+    @property
+    def shown(self) -> list[Any]:
+        """The components that `show` updates: what is there follows the method and the choice, whoever sets them."""
+        return [self.measure, self.density, self.recall, self.row]
 
     def show(self, name: str, measure: str | None) -> list[Any]:
         there = measures_of(str(name))

@@ -19,6 +19,7 @@ from tilewise.ui.web.common.safety import RefusedError
 from tilewise.ui.web.jobs.job import CANCELLED, DONE, ENDED, FAILED, INTERRUPTED, RUNNING, WAITING, Job, State, now
 from tilewise.ui.web.jobs.job_file import JobFile
 
+PACE = 0.1  # seconds at least between two states that a watcher of a job is told: told more often, a page falls behind
 Work: TypeAlias = Callable[[Mapping[str, Any], Job], Mapping[str, Any]]
 """Does a job from its values, which are checked anew: they may come from an edited file. Gives the result, JSON values."""
 
@@ -97,11 +98,12 @@ class JobQueue:
             return self._jobs[::-1]
 
     def watch(self, job: Job) -> Iterator[State]:
-        """States until the job has ended. Who stops watching leaves the job alone."""
+        """States until the job has ended, PACE apart. Who stops watching leaves the job alone."""
         seen = -1
         while job.status not in ENDED:
             seen = job.wait(seen)
             yield job.state(self.ahead(job))
+            job.join(PACE)
 
     def ahead(self, job: Job) -> int | None:
         """How many jobs come before one that waits; None for one that does not wait."""

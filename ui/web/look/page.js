@@ -1,7 +1,10 @@
 // The page's own script: clips that play in step, the address that remembers, clips that are dropped onto the page.
 (() => {
   // --- the address: what differs from how the page starts, the tab, and the jobs that its tabs show -------------------
+  // Nothing is written before the server has read the address: Gradio tells that the first tab is shown as soon as it is there.
+  let read = false;
   const write = (change) => {
+    if (!read) return;
     const url = new URL(window.location.href);
     change(url.searchParams);
     if (url.href !== window.location.href) window.history.replaceState(window.history.state, '', url);
@@ -12,6 +15,11 @@
     if (same || text.length > most) search.delete(name); else search.set(name, text);
   };
   window.tilewise = {
+    addressIsRead() {
+      read = true;
+      const name = new URL(window.location.href).searchParams.get('tab');
+      if (name) document.querySelector(`#tabs [role=tab][data-tab-id="${CSS.escape(name)}"]`)?.click();
+    },
     remember(name, value) { write((search) => put(search, name, value, '', 200)); },
     tab(name) { write((search) => put(search, 'tab', name, 'generate', 200)); },
     rememberAll(values) {
@@ -56,7 +64,7 @@
     shade(false);
     if (!isFile(event) || ownField(event)) return;
     event.preventDefault();
-    const field = document.querySelector('#load-settings input[type=file], input#load-settings, #load-box input[type=file]');
+    const field = document.querySelector('input[type=file]:has(~ #load-settings)');  // Gradio puts it beside its button
     if (!field || !event.dataTransfer.files.length) return;
     const one = new DataTransfer();
     one.items.add(event.dataTransfer.files[0]);

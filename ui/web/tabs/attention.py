@@ -103,9 +103,9 @@ class AttentionTab:
         for number, slider in enumerate(sliders):  # of the others, the browser may not know yet what a click has set
             move = functools.partial(_moved, number)
             slider.input(move, [slider, place], place, trigger_mode="always_last", **told)
-        changed = [begun.change, place.change, clip.change]
-        changed += [component.change for component in controls.inputs]
-        gr.on(changed, self.draw, inputs, outputs, trigger_mode="always_last", **quiet)
+        anew: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
+        gr.on([begun.change, place.change, clip.change], self.draw, inputs, outputs, **anew)
+        controls.moved.then(self.draw, inputs, outputs, **anew)
         here = [place, *controls.inputs]
         large.select(self.picked, here, place, **told)
         film.select(self.picked_in_strip, here, place, **told)

@@ -159,8 +159,10 @@ class HighresTab:
         inputs = [*own, *controls.inputs]
         begun = gr.State(False)  # whether the tab was ever shown: planning takes its time
         tab.select(lambda: True, None, begun, **QUIET)  # Gradio tells of a State's change from its queue alone
-        moved = [begun.change, *(component.change for component in inputs)]
-        gr.on(moved, self.plan, [begun, *inputs], [plan], trigger_mode="always_last", **quiet)
+        anew: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
+        moved = [begun.change, *(component.change for component in own)]
+        gr.on(moved, self.plan, [begun, *inputs], [plan], **anew)
+        controls.moved.then(self.plan, [begun, *inputs], [plan], **anew)
         model = controls.components["model"]
         model.input(self.target, [model], [height, width], **quiet)
         job_queue.register(KIND, self.work)

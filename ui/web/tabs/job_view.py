@@ -77,6 +77,8 @@ class JobView:
         try:
             for told in self.follow(name):
                 if self._shown.get(tab) is not this:
+                    # Gradio sends the last values of a stream once more as it ends, which may be after the other stream has.
+                    yield [gr.skip()] * len(told)
                     return
                 yield told
         finally:

@@ -30,10 +30,11 @@ NAMES = {
 class JobsTab:
     """Built inside a gr.Tab. line: a gr.HTML in the page's head that says in a few words what the server is at.
 
+    timer: a gr.Timer of POLL outside of the tabs: one inside would begin when its tab is opened.
     boxes: the fields of `job_box` by kind: setting one shows that job in its tab. tabs: the gr.Tabs.
     """
 
-    def __init__(self, job_queue: JobQueue, line: Any, boxes: Mapping[str, Any], tabs: Any) -> None:
+    def __init__(self, job_queue: JobQueue, line: Any, timer: gr.Timer, boxes: Mapping[str, Any], tabs: Any) -> None:
         self.job_queue, self.kinds = job_queue, list(boxes)
         words = gr.HTML(elem_id="jobs-words")
         self.shown = action_html(jobs_html(job_queue), elem_id="jobs")
@@ -42,7 +43,7 @@ class JobsTab:
         seen = gr.State(-1)
         quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         drawn = [self.shown, line, seen]
-        gr.Timer(POLL).tick(self.look, [seen], drawn, **quiet)
+        timer.tick(self.look, [seen], drawn, **quiet)
         done = self.shown.click(self.act, None, [words, tabs, *boxes.values()], **quiet)
         done.then(self.draw, None, drawn, **quiet)
         clear.click(self.clear, None, [words], **quiet).then(self.draw, None, drawn, **quiet)

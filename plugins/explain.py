@@ -22,9 +22,9 @@ from tilewise.plugins.methods.base import DynamicMethod, Method
 from tilewise.plugins.models.common.family import AttentionLayer, Size
 from tilewise.plugins.models.common.native_size import usual_steps
 from tilewise.plugins.models.common.registry import family_of
-from tilewise.plugins.patching import denoisers_of, patches_of
+from tilewise.plugins.patching import check_config, denoisers_of, patches_of
 from tilewise.plugins.runtime.attention_processor import why_not
-from tilewise.plugins.text_format import ranges, render
+from tilewise.plugins.text_format import counted, ranges, render
 
 # Of a forward, 200 times those of 81 frames of 720×1280: queries, keys and values of a layer are 100 GiB or more.
 MOST_TOKENS = 2**24
@@ -184,13 +184,14 @@ def explain(
     given = config
     for name, denoiser in denoisers.items():
         config = given.prepare(target, denoiser)
+        check_config(name, denoiser, config)
         family = family_of(denoiser)
         assert family is not None
         grid = family.grid_of_size(denoiser, target, size)
         if grid.tokens > MOST_TOKENS:
             raise ConfigError(
-                f"{width}×{height} pixels and {num_frames} frames are {grid.tokens:,} tokens, which no device can hold; give a "
-                "smaller size or fewer frames"
+                f"{width}×{height} pixels and {counted(frames, 'frame')} are {grid.tokens:,} tokens, which no device can "
+                "hold; give a smaller size or fewer frames"
             )
         layers = family.layers(denoiser)
         for downsample in dict.fromkeys(layer.downsample for layer in layers):
@@ -242,8 +243,6 @@ def _warnings(config: Config, rows: list[ExplainRow], sparse: int, steps: int) -
         return (
             f"{name} never runs: {count} {verb} the part from {low:g} to {high:g} of the schedule, so that all is dense",
         )
-    if not any(row.sparse_layers for row in rows):
-        return (f"{name} never runs: blocks {config.blocks!r} select none of the blocks",)
     found = [f"{row.denoiser}: {name} runs nowhere: {row.backend_reason}" for row in rows if row.tile is None]
     found += [
         f"{row.denoiser}: {row.backend_reason}" for row in rows if row.tile is not None and row.backend == "stock"

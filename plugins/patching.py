@@ -129,7 +129,7 @@ def patch(
         attention_layers(denoiser, name)
     configs = {name: config.prepare(target, denoiser) for name, denoiser in denoisers.items()}
     for name, denoiser in denoisers.items():
-        _check(name, denoiser, configs[name])
+        check_config(name, denoiser, configs[name])
     refuse_while_running("patch", denoisers)
     previous = _configs(denoisers), patch_on(vae_of(target)) is not None
     unpatch(target)
@@ -154,8 +154,8 @@ def _put_on(target: Any, denoisers: dict[str, nn.Module], configs: dict[str, Con
             denoisers[name].__dict__[ATTRIBUTE].vae = on
 
 
-def _check(name: str, denoiser: nn.Module, config: Config) -> None:
-    """Refuse what would only come to light in mid-denoise."""
+def check_config(name: str, denoiser: nn.Module, config: Config) -> None:
+    """Raises ConfigError for what would only come to light in mid-denoise. config: prepared for this denoiser."""
     layers = attention_layers(denoiser, name)
     blocks = {layer.block for layer in layers}
     if blocks and not blocks & set(select_blocks(config.blocks, max(blocks) + 1)):

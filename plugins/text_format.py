@@ -1,4 +1,4 @@
-"""Small helpers for what people read: tables as plain text, block numbers as ranges."""
+"""Small helpers for what people read: tables as plain text, block numbers as ranges, numbers with their nouns."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import io
 
 from rich.console import Console
 from rich.table import Table
+
+
+def counted(number: int, noun: str) -> str:
+    """As in "1 frame", "2 frames" and "1,025 frames"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def ranges(numbers: list[int]) -> str:

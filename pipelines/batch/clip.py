@@ -20,7 +20,7 @@ from tilewise.pipelines.batch.two_stage_jobs import about, plan_job
 from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import clip_metadata, machine
 from tilewise.pipelines.generation.generate import Clip, add_content_score, generate, warm_up
-from tilewise.pipelines.generation.resolve import prompt_notes
+from tilewise.pipelines.generation.resolve import explain_settings, prompt_notes
 from tilewise.pipelines.highres.preparation import Work
 from tilewise.pipelines.loading.model_defaults import size_notes
 from tilewise.pipelines.media.rescue import write_or_rescue
@@ -75,6 +75,7 @@ class ClipMaker:
         self.warmed: set[str] = set()
         self.measures: dict[str, tuple[str, ...]] = {}
         self.works: dict[str, Work] = {}
+        self.warnings: dict[str, tuple[str, ...]] = {}
 
     def new_pipeline(self, pipe: Any, jobs: Sequence[Job]) -> None:
         """Nothing is warm any more, and the clips of two stages among `jobs` are planned with this pipeline.
@@ -108,6 +109,7 @@ class ClipMaker:
         notes = prompt_notes(pipe, job.settings)
         if job.highres is None:
             notes += size_notes(pipe, job.settings.height, job.settings.width, job.settings.frames)
+            notes += self._warnings(pipe, job)
         shared = self._place(pipe, job, started)
         stages = None
         if job.highres is not None:
@@ -138,6 +140,12 @@ class ClipMaker:
         for note in [*notes, *(f"the prompt {text!r} came after the last chunk had begun" for text in made.unused)]:
             self.watch.note(f"{job.file}: {note}")
         return made.metadata
+
+    def _warnings(self, pipe: Any, job: Job) -> tuple[str, ...]:
+        """Where the method never runs, or saves nothing."""
+        if job.shape not in self.warnings:
+            self.warnings[job.shape] = explain_settings(pipe, job.settings).warnings
+        return self.warnings[job.shape]
 
     def _place(self, pipe: Any, job: Job, started: str) -> dict[str, Any]:
         """What the metadata says of when and where."""

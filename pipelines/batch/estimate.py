@@ -25,6 +25,7 @@ from tilewise.pipelines.loading.device import device_name
 from tilewise.plugins.explain import Explanation
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.text_format import counted
 
 BYTES_PER_PIXEL = 0.1  # of H.264 at CRF 16; ours to err on the large side: 0.04 on the bundled model's plain shapes
 MATMUL_SHARE = 0.4  # of the speed of a large matrix product that a whole denoiser reaches
@@ -81,7 +82,7 @@ def estimate(jobs: Sequence[Job], earlier: Iterable[Mapping[str, Any]], device: 
     rates = [spent(line, "total") / line["run"]["batch"]["flop"] for line in similar]
     if rates:
         rate = statistics.median(rates)
-        basis = f"{len(rates)} clips made here before"
+        basis = f"{counted(len(rates), 'clip')} made here before"
     else:
         rate = 1 / (MATMUL_SHARE * _matmul_speed(device, getattr(torch, min(dtypes))))
         basis = f"no clip made here before: rough, from a matrix product timed on {name}"

@@ -176,13 +176,14 @@ def _read_csv(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Row]
                     continue
                 if header is None:
                     header = [column(cell) for cell in cells]
-                    if not _good_header(header, number, problems):
+                    if not _readable_header(header, number, problems):
                         return
                 elif len(cells) != len(header):
                     words = f"{len(cells)} cells where the header has {len(header)}, separated by {delimiter!r}"
                     problems.add(number, f"{words}; quote cells that hold one")
                 else:
-                    fields = {name: cell.strip() for name, cell in zip(header, cells, strict=True) if cell.strip()}
+                    named = zip(header, cells, strict=True)
+                    fields = {name: cell.strip() for name, cell in named if cell.strip() and is_column(name)}
                     yield from _row(number, fields, problems, text=True)
             return
         except csv.Error as error:  # where this row ends cannot be known: the next line is taken for a new one
@@ -192,7 +193,8 @@ def _read_csv(lines: list[tuple[int, str]], problems: Problems) -> Iterator[Row]
             start, malformed = first + 1, malformed + 1
 
 
-def _good_header(header: list[str], number: int, problems: Problems) -> bool:
+def _readable_header(header: list[str], number: int, problems: Problems) -> bool:
+    """Whether the rows below can be read: not under a header without prompts, or with a field twice."""
     for name in header:
         if not is_column(name) or header.count(name) > 1:
             problems.add(number, f"the header names {name!r} twice" if is_column(name) else _why_not(name))
@@ -201,7 +203,7 @@ def _good_header(header: list[str], number: int, problems: Problems) -> bool:
         problems.add(
             number, f"the header (the first row) has no column 'prompt'; cells are separated by one of {named}"
         )
-    return not problems.found
+    return "prompt" in header and not any(header.count(name) > 1 for name in header if is_column(name))
 
 
 def _delimiter(texts: Sequence[str]) -> str:

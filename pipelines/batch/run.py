@@ -31,6 +31,7 @@ from tilewise.pipelines.media.rescue import RescuedError
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.pipelines.memory.limits import free_memory, is_out_of_memory
 from tilewise.pipelines.streaming.preparation import put_weights
+from tilewise.plugins.text_format import counted
 
 Load = Callable[[str, str, tuple[str, ...]], Any]
 """Called as load(model, dtype, loras); gives a pipeline on its device, with the LoRAs in its weights."""
@@ -203,7 +204,7 @@ class _Run:
     def _should_stop(self) -> bool:
         limit = self.options.max_failures
         if limit is not None and len(self.outcome.failed) >= limit:
-            self.outcome.stopped = f"{len(self.outcome.failed)} jobs failed"
+            self.outcome.stopped = f"{counted(len(self.outcome.failed), 'job')} failed"
         elif self.stop():
             self.outcome.stopped = "interrupted"
         return self.outcome.stopped is not None

@@ -26,6 +26,7 @@ from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import DENOISERS, is_patched, patched
 from tilewise.plugins.summary import Summary, summary
+from tilewise.plugins.text_format import counted
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called as progress(phase, done, total): phase is "encode", "denoise" or "decode", done and total count its steps."""
@@ -55,7 +56,7 @@ class Clip:
 
     def __repr__(self) -> str:
         count, height, width = self.frames.shape[:3]
-        size = f"{count} frame{'s' * (count != 1)} of {height}×{width}"
+        size = f"{counted(count, 'frame')} of {height}×{width}"
         return f"Clip({size}, {self.settings.method.method.name}, {self.seconds['total']:.1f} s)"
 
 

@@ -30,6 +30,7 @@ from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.text_format import counted
 
 SHARED_BY_STAGES = tuple(
     name for name in options_of(GenerateSettings) if name not in ("prompt", "method", "height", "width")
@@ -112,7 +113,7 @@ def prepare(
         "refresh": 1 if options.global_path == "none" else options.refresh, "native": (first.height, first.width),
     }  # fmt: skip
     plan = plan_memory(pipe, grid, **planned)
-    what = f"a clip of {width}×{height} pixels and {first.frames} frames"
+    what = f"a clip of {width}×{height} pixels and {counted(first.frames, 'frame')}"
     check_plan(plan, what)  # before a layout is made: that of an absurd size would fill the memory by itself
     layout = method.layout(grid)
     method.check_layout(layout)

@@ -13,6 +13,7 @@ from tilewise.plugins.diffusers_compat import is_enabled
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.native_size import call_parameters, native_file, native_pixels, usual_frames
+from tilewise.plugins.text_format import counted
 
 FPS = 16  # Wan's, which says none itself
 WAN_FLOW_SHIFT = 9.0
@@ -130,7 +131,7 @@ def size_notes(pipe: Any, height: int, width: int, frames: int | None = None) ->
     native = model_defaults(pipe)
     own, asked = (native.height, native.width, native.num_frames), (height, width, frames or native.num_frames)
     if native.world is not None and asked != own:
-        sizes = [f"{w}×{h} with {t} frames" for h, w, t in (asked, own)]
+        sizes = [f"{w}×{h} with {counted(t, 'frame')}" for h, w, t in (asked, own)]
         return [
             f"{sizes[0]} is not this model's own size: it was trained at {sizes[1]} alone, and what it draws at another one "
             "says little about the method"

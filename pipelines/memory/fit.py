@@ -13,6 +13,7 @@ from tilewise.pipelines.memory.plan import device_bytes
 from tilewise.pipelines.memory.units import gib
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.explain import Explanation
+from tilewise.plugins.text_format import counted
 
 SLACK = 1.1  # by which the estimate may be too large: a clip that fits is not refused
 
@@ -43,7 +44,7 @@ def check_fit(
     need = _least(found, memory, on_gpu)
     if need <= SLACK * limit:
         return
-    size = f"{settings.width}×{settings.height} pixels and {settings.frames} frame{'s' * (settings.frames != 1)}"
+    size = f"{settings.width}×{settings.height} pixels and {counted(settings.frames, 'frame')}"
     if found.weights > limit and memory.offload == "none":
         what = "--offload keeps weights off a GPU, and --dtype bfloat16 halves them"
     else:

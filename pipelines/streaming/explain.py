@@ -22,11 +22,11 @@ from tilewise.plugins.explain import expected_backend, expected_device
 from tilewise.plugins.methods.base import DynamicMethod
 from tilewise.plugins.methods.dense import Dense
 from tilewise.plugins.models.common.registry import family_of
-from tilewise.plugins.patching import patches_of
+from tilewise.plugins.patching import check_config, patches_of
 from tilewise.plugins.streaming.cache_plan import CachePlan
 from tilewise.plugins.streaming.kv_cache import KVCache
 from tilewise.plugins.streaming.sparse_window import SparseWindow
-from tilewise.plugins.text_format import ranges, render
+from tilewise.plugins.text_format import counted, ranges, render
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class StreamExplanation:
         where = f" ({cache['sink_position']})" if sink else ""
         kept = f"sink {sink}{where}, memory {cache['memory']}"
         line("model", lambda row: row.model)
-        line("chunk (t×h×w tokens)", lambda row: f"{row.grid} = {row.tokens}: {self.chunk['frames']} frames")
+        line("chunk (t×h×w tokens)", lambda row: f"{row.grid} = {row.tokens}: {counted(self.chunk['frames'], 'frame')}")
         line("window in latent frames", lambda row: f"{cache['window']}, {kept}, policy {cache['policy']}")
         line("keys of a full window", lambda row: row.keys)
         if any(row.sparse_blocks for row in self.rows):
@@ -175,9 +175,13 @@ def explain_stream(
     patches = patches_of(pipe)
     config = next(iter(patches.values())).config if patches else resolve(method)
     plans = cache_plans(pipe, recipe, cache, grid)
+    used = denoisers_used(pipe, recipe)
+    configs = {name: config.prepare(pipe, denoiser) for name, denoiser in used.items()}
+    for name, denoiser in used.items():
+        check_config(name, denoiser, configs[name])
     rows = [
-        _row(name, denoiser, config.prepare(pipe, denoiser), plans[name], cache, grid, _passes(recipe, number), recipe)
-        for number, (name, denoiser) in enumerate(denoisers_used(pipe, recipe).items())
+        _row(name, denoiser, configs[name], plans[name], cache, grid, _passes(recipe, number), recipe)
+        for number, (name, denoiser) in enumerate(used.items())
     ]
     first = next(iter(plans.values()))
     return StreamExplanation(

@@ -11,6 +11,7 @@ from typing import Any
 from tilewise.pipelines.options import is_number
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.streaming.kv_cache import SINK_POSITIONS
+from tilewise.plugins.text_format import counted
 
 SOLVERS = ("renoise", "unipc", "euler")
 TRAIN_STEPS = 1000.0  # timesteps are counted from 0 (clean) to this (pure noise)
@@ -156,7 +157,7 @@ class CausalRecipe:
 
     def __str__(self) -> str:
         def frames(count: int) -> str:
-            return f"{count} latent frame{'s' * (count != 1)}"
+            return counted(count, "latent frame")
 
         def levels(first: bool) -> str:
             steps = self.first_timesteps if first and self.first_timesteps is not None else self.timesteps

@@ -199,7 +199,6 @@ def test_explain_says_what_would_stay_dense_and_why(tiny_pipe):
             "sta never runs: the only step is outside the part from 0.25 to 1 of the schedule",
         ),
         (STA(), {"steps": (0.5, 0.5)}, "sta never runs: none of the 4 steps is within the part from 0.5 to 0.5"),
-        (STA(), {"blocks": "9:"}, "sta never runs: blocks '9:' select none of the blocks"),
         (tilewise.Draft(), {}, "draft never runs: 320 tokens, draft pays from 1024 on"),
         (tilewise.Config(STA(), min_tokens=1000), {}, "sta never runs: 320 tokens, fewer than min_tokens=1000"),
         (

@@ -527,6 +527,8 @@ def test_unknown_targets_are_refused_untouched():
 def test_blocks_that_select_nothing_are_refused(tiny_pipe):
     with pytest.raises(tilewise.ConfigError, match="selects none of the 2 blocks of transformer"):
         tilewise.patch(tiny_pipe, SMALL, blocks="7:")
+    with pytest.raises(tilewise.ConfigError, match="selects none of the 2 blocks of transformer"):
+        tilewise.explain(tiny_pipe, height=64, width=64, frames=9, method=SMALL, blocks="7:")
     assert not tilewise.is_patched(tiny_pipe)
 
 

@@ -36,6 +36,7 @@ from tilewise.pipelines.memory.units import gib
 from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.plugins.explain import Explanation
+from tilewise.plugins.text_format import counted
 from tilewise.ui.cli.batch_progress import watching
 from tilewise.ui.cli.interrupts import Interrupts
 from tilewise.ui.cli.progress import quiet_libraries
@@ -88,8 +89,8 @@ def dry_run_batch(request: BatchRequest) -> None:
     skeleton = functools.cache(load_skeleton)
     for plan in batch.plan.explanations:
         settings = plan.settings
-        size = f"{settings.frames} frames of {settings.height}x{settings.width}, {settings.steps} steps"
-        jobs = f"{plan.jobs} {'job' if plan.jobs == 1 else 'jobs'}"
+        size = f"{counted(settings.frames, 'frame')} of {settings.height}x{settings.width}, {counted(settings.steps, 'step')}"
+        jobs = counted(plan.jobs, "job")
         say(f"\n{jobs}: {settings.model}, {_method_words(settings, plan.stages, plan.stream)}, {size}")
         say(plan.explanation)
         if plan.work is not None:
@@ -185,9 +186,10 @@ def _report(batch: Batch, outcome: Outcome) -> None:
     share = f" (process {batch.world.rank} of {batch.world.size})" if batch.world.size > 1 else ""
     say(f"{outcome.made} made, {outcome.kept + outcome.taken_over} there already, {len(outcome.failed)} failed{share}")
     if not batch.world.rank:
-        say(
-            f"{total - outcome.missing} of {total} clips are in {batch.folder}; their metadata is in {batch.folder / NAME}"
+        there = (
+            f"{total - outcome.missing} of {counted(total, 'clip')} {'is' if total == 1 else 'are'} in {batch.folder}"
         )
+        say(f"{there}; their metadata is in {batch.folder / NAME}")
     if outcome.stopped == "interrupted":
         raise KeyboardInterrupt
     if outcome.failed:
@@ -198,11 +200,13 @@ def _report(batch: Batch, outcome: Outcome) -> None:
         more = len(outcome.failed) - SHOWN
         told += [f"  and {more} more, in {batch.folder / NAME}"] if more > 0 else []
         early = " and the batch stopped" if outcome.stopped else ""
-        raise BatchError("\n".join([f"{len(outcome.failed)} clips failed{early}; run it again to retry:", *told]))
+        raise BatchError(
+            "\n".join([f"{counted(len(outcome.failed), 'clip')} failed{early}; run it again to retry:", *told])
+        )
 
 
 def _job_table(jobs: Sequence[Job], done: set[str]) -> Table:
-    table = Table(title=f"dry run: nothing is generated or written; {len(jobs)} jobs", title_justify="left")
+    table = Table(title=f"dry run: nothing is generated or written; {counted(len(jobs), 'job')}", title_justify="left")
     for name in ("file", "lines", "seed", "method", "size", "steps", "state"):
         table.add_column(name, overflow="fold")
     for job in jobs:
@@ -220,7 +224,7 @@ def _estimate_table(batch: Batch, pending: Sequence[Job], expected: Estimate) ->
     free = shutil.disk_usage(existing).free
     table = Table(title="estimate", title_justify="left", show_header=False, show_edge=False)
     processes = f" on {batch.world.size} processes" if batch.world.size > 1 else ""
-    table.add_row("to make", f"{len(pending)} of {len(batch.plan.jobs)} clips")
+    table.add_row("to make", f"{len(pending)} of {counted(len(batch.plan.jobs), 'clip')}")
     table.add_row("time", f"{_duration(expected.seconds / batch.world.size)}{processes} ({expected.basis})")
     warning = "" if expected.bytes < free else ": NOT ENOUGH"
     table.add_row("disk", f"about {expected.bytes / 2**20:.1f} MiB, {free / 2**30:.1f} GiB free{warning}")

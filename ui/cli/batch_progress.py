@@ -15,6 +15,7 @@ from tilewise.pipelines.batch.job import Job
 from tilewise.pipelines.batch.manifest import Line, spent
 from tilewise.pipelines.batch.ranks import World
 from tilewise.pipelines.batch.run import Watch
+from tilewise.plugins.text_format import counted
 from tilewise.ui.common.terminal import shown
 
 
@@ -29,7 +30,7 @@ class Shown(Watch):
 
     def begin(self, total: int, done: int, mine: int) -> None:
         self.mine = mine
-        self.say(f"{total} clips, {done} done before, {mine} to make" + (" here" if self.prefix else ""))
+        self.say(f"{counted(total, 'clip')}, {done} done before, {mine} to make" + (" here" if self.prefix else ""))
 
     def loading(self, model: str) -> None:
         self.say(f"loading {model}")

@@ -16,6 +16,7 @@ from tilewise.pipelines.media.output_names import Outputs
 from tilewise.pipelines.media.video import ffmpeg_path, read_frames
 from tilewise.pipelines.quality.coherence import repetition
 from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.text_format import counted
 from tilewise.ui.cli.html_report import COLUMNS, table_cells, write_html
 from tilewise.ui.common.terminal import say, standard_error, standard_output
 
@@ -52,9 +53,13 @@ def compare_command(manifests: Sequence[Path], out: Path | None, embed: int, *, 
         left_out = write_html(file, report.parent, found, rows, embed * 2**20)
     damaged = sum(clip.damaged for group in found for clip in group.clips)
     if damaged:
-        say(f"{damaged} clips are missing or not as their manifest says; they are not measured")
+        say(
+            f"{counted(damaged, 'clip')} {'is' if damaged == 1 else 'are'} missing or not as the manifest says, and not measured"
+        )
     if left_out - damaged:
-        say(f"{left_out - damaged} clips are linked, not inside: they are more than --embed {embed} MiB")
+        linked = left_out - damaged
+        told = f"{counted(linked, 'clip')} {'is' if linked == 1 else 'are'} linked, not inside"
+        say(f"{told}: the clips are more than --embed {embed} MiB")
     say(f"wrote {report}")
 
 

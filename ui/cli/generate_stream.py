@@ -31,6 +31,7 @@ from tilewise.pipelines.streaming.preparation import (
 from tilewise.pipelines.streaming.record import Recorded, record
 from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS, StreamSettings, stream_window
 from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.text_format import counted
 from tilewise.ui.cli.interrupts import Interrupts
 from tilewise.ui.cli.progress import quiet_libraries
 from tilewise.ui.cli.request import Request, print_same_frames
@@ -104,7 +105,7 @@ def generate_stream(request: Request) -> None:
     print_stream(made)
     print_files(files)
     if made.frames < work.settings.frames:
-        notes.note(f"interrupted after {made.frames} of {work.settings.frames} frames; the file is complete")
+        notes.note(f"interrupted after {made.frames} of {counted(work.settings.frames, 'frame')}; the file is complete")
         raise typer.Exit(INTERRUPTED)
     if found.origin is not None and _is_the_same(made, found.origin):
         print_same_frames(made.frames_sha256, found.origin, request.source)

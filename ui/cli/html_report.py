@@ -25,7 +25,7 @@ from tilewise.pipelines.batch.manifest_comparison import ComparedClip, Group, Me
 from tilewise.pipelines.generation.compare import speedup_words
 from tilewise.pipelines.media.files import is_still
 from tilewise.pipelines.media.video import read_frames
-from tilewise.ui.common.plural import counted
+from tilewise.plugins.text_format import counted
 
 THUMBNAIL = 320  # pixels, the longer side
 

@@ -16,6 +16,7 @@ from tilewise.pipelines.memory.units import amount
 from tilewise.pipelines.quality.content_score import parse_prompt
 from tilewise.pipelines.streaming.record import Recorded
 from tilewise.plugins.config import Config
+from tilewise.plugins.text_format import counted
 from tilewise.ui.common.terminal import say, standard_output
 
 
@@ -38,14 +39,17 @@ def print_result(result: Clip | Comparison) -> None:
     table = _pairs("result")
     settings = clip.settings
     frames, height, width = clip.frames.shape[:3]
-    table.add_row("clip", f"{frames} frames of {height}x{width}, {settings.fps:g} fps, {settings.steps} steps")
+    table.add_row(
+        "clip",
+        f"{counted(frames, 'frame')} of {height}x{width}, {settings.fps:g} fps, {counted(settings.steps, 'step')}",
+    )
     table.add_row("model, method, seed", f"{settings.model}, {method_words(settings.method)}, {settings.seed}")
     _add_decoder(table, settings)
     if clip.summary is not None:
         table.add_row(
             "density where sparse", f"{clip.summary.density:.3f}" if clip.summary.ran else "the method never ran"
         )
-        reasons = "\n".join(f"{count} calls: {reason}" for reason, count in clip.summary.fallbacks.items())
+        reasons = "\n".join(f"{counted(count, 'call')}: {reason}" for reason, count in clip.summary.fallbacks.items())
         table.add_row("fallbacks to dense", reasons or "none")
     table.add_row("seconds", _seconds(clip))
     if clip.content is not None:
@@ -67,7 +71,9 @@ def print_stream(made: Recorded) -> None:
         say(made.summary)
     settings, recipe = made.work.settings, made.work.recipe
     table = _pairs("result")
-    length = f"{made.frames} frames of {settings.height}x{settings.width}, {made.frames / settings.fps:.2f} s"
+    length = (
+        f"{counted(made.frames, 'frame')} of {settings.height}x{settings.width}, {made.frames / settings.fps:.2f} s"
+    )
     table.add_row("video", f"{length} at {settings.fps:g} fps")
     table.add_row("model, method, seed", f"{settings.model}, {method_words(settings.method)}, {settings.seed}")
     _add_decoder(table, settings)

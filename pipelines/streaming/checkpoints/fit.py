@@ -10,6 +10,7 @@ import torch
 from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.streaming.checkpoints.lora import Change
 from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.text_format import counted
 
 _NOT_USED = "norm_added_q"  # some checkpoints with an image encoder have it; diffusers has no use for it either
 
@@ -31,7 +32,7 @@ def check_fit(
     if not (missing or extra or sizes):
         return
     lines = [
-        f"{count} weight{'s' * (count != 1)} {text}: {_first(names, 4)}"
+        f"{counted(count, 'weight')} {text}: {_first(names, 4)}"
         for names, text in ((missing, "missing"), (extra, "too much"), (sizes, "of another size"))
         if (count := len(names))
     ]

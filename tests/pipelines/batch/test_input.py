@@ -164,6 +164,12 @@ def test_all_malformed_lines_of_a_table_are_told_at_once(tmp_path):
     assert len(problems.found) >= 3
 
 
+def test_rows_below_a_header_with_an_unknown_field_are_told_too(tmp_path):
+    told = refusal(tmp_path, "a.csv", "prompt,seed,sede\nfine,1,2\nfine,two,\nfine,3\n")
+    lines = {1: "unknown field 'sede'. Did you mean 'seed'?", 3: "seed must be a whole number", 4: "2 cells where"}
+    assert all(f"  line {line}: {words}" in told for line, words in lines.items()) and len(told.splitlines()) == 4
+
+
 def test_a_table_that_is_malformed_throughout_is_read_in_no_time(tmp_path):
     told = refusal(tmp_path, "a.csv", "prompt\n" + '"x"y\n' * 20_000)
     assert "and 40 more" in told

@@ -333,7 +333,7 @@ def test_the_estimate_follows_what_was_measured(tools, tiny_pipe_dir):
     found = estimate(jobs, [line, {"status": "failed"}], torch.device("cpu"))
     assert found.seconds == pytest.approx(3.0 * (1 + jobs[1].flop / jobs[0].flop))
     assert found.bytes == pytest.approx(2 * 64 * 64 * 9)
-    assert "1 clips made here" in found.basis
+    assert "1 clip made here" in found.basis
 
 
 def test_layers_with_grids_of_their_own_are_counted():

@@ -60,7 +60,7 @@ def jobs_of(folder, rows):
     skeleton = load_skeleton(folder)
     tools = Tools(method_config, lambda _: skeleton, model_revision, lambda _: "float32", torch.device("cpu"))
     numbered = [Row(line, {"prompt": "a red circle", **fields}) for line, fields in enumerate(rows, 1)]
-    base = {"model": str(folder), "method": "sta", "steps": 2, "frames": 5}
+    base = {"model": str(folder), "method": "sta", "window": (1, 2, 2), "steps": 2, "frames": 5}
     return make_jobs(folder / "in.jsonl", numbered, tools, command=base).jobs
 
 
@@ -200,12 +200,20 @@ def test_a_failing_job_stops_nothing_else(go, jobs, monkeypatch):
     assert manifest.read_manifest(go.folder)[jobs[1].key]["status"] == "done"
 
 
-@pytest.mark.parametrize(("limit", "tried"), [(1, 1), (2, 2), (None, 4)])
-def test_max_failures(go, jobs, monkeypatch, limit, tried):
+def test_a_method_that_never_runs_is_told(go, tiny_pipe_dir):
+    (job,) = jobs_of(tiny_pipe_dir, [{"steps": 1, "frames": 1}])
+    _, seen = go([job])
+    told = "sta never runs: the only step is outside the part from 0.25 to 1 of the schedule, so that all is dense"
+    assert seen.notes == [f"{job.file}: {told}"]
+    assert lines(go.folder)[0]["run"]["notes"] == [told]
+
+
+@pytest.mark.parametrize(("limit", "tried", "told"), [(1, 1, "1 job failed"), (2, 2, "2 jobs failed"), (None, 4, None)])
+def test_max_failures(go, jobs, monkeypatch, limit, tried, told):
     monkeypatch.setattr(batch_clip, "generate", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
     outcome, seen = go(jobs, max_failures=limit)
     assert len(outcome.failed) == tried == len(seen.calls) - 1
-    assert outcome.stopped == (None if limit is None else f"{limit} jobs failed")
+    assert outcome.stopped == told
 
 
 def test_stopping_between_clips(go, jobs):

@@ -27,6 +27,7 @@ TOO_MUCH = {  # name, value, what is said
     "half a character": ("negative", "a \ud800", "no valid Unicode: '\\ud800' at position 3"),
     "half a prompt": ("prompt", "a \udcff", "no valid Unicode: '\\udcff' at position 3"),
     "long": ("negative", "x" * 50_001, "50,001 characters; at most 50,000"),
+    "no block": ("method", {"method": "sta", "blocks": "9:"}, "selects none of the 2 blocks"),
     "blocks": ("method", {"method": "sta", "blocks": ",".join(map(str, range(100_000)))}, "at most 1,000 are taken"),
 }
 OTHER = [None, -1, "x", [], {}, True, [1, 2], {"name": "sta"}, "0" * 100_000]
@@ -72,7 +73,7 @@ def test_too_much(kind, surface, told, tiny_pipe_dir, tmp_path):
             resolve_settings(pipe, **{**given, "method": Config.from_dict(given["method"])})
         assert words in str(error.value)
     elif surface == "command line":
-        if kind == "blocks":
+        if name == "method":
             file = tmp_path / "c.json"
             file.write_text(json.dumps(value))
             value = file

@@ -42,6 +42,7 @@ def test_the_same_prompt_and_seed_again_is_another_file(tiny_pipe_dir, tmp_path,
     words = ["generate", "赤い円", "--model", tiny_pipe_dir, *SMALL]
     first = run(*words)
     assert first.exit_code == 0, first.output
+    assert "1 frame of 32x32, 8 fps, 1 step " in first.stdout
     before = digests(tmp_path)
     assert set(before) == {"outputs/赤い円-0.png", "outputs/赤い円-0.png.json"}
     assert "wrote outputs/赤い円-0-2.png" in run(*words, "--method", "dense").stdout

@@ -70,7 +70,7 @@ def test_every_line_of_a_batch_that_cannot_fit_is_named_before_any_is_made(tiny_
 
 def test_more_tokens_than_any_device_holds(tiny_pipe_dir):
     told = message(run("explain", "--model", tiny_pipe_dir, "--height", 16384, "--width", 16384, "--frames", 17), 2)
-    assert "tokens, which no device can hold" in told
+    assert "16384×16384 pixels and 17 frames are 37,748,736 tokens, which no device can hold" in told
 
 
 @pytest.mark.parametrize("command", ["generate", "batch"])

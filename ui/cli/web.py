@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -41,14 +44,29 @@ def ui(
         raise ConfigError(f"--max-pixels-frames-steps takes a number such as 1e10, not {max_pixels_frames_steps}")
     address = Address(host, port, parse_auth(auth), force)
     limits = Limits(int(max_pixels_frames_steps), queue)
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        hint = "pip install 'tilewise[ui]', or in a clone of it pip install '.[ui]'"
-        raise ImportError(f"{error}; the page needs Gradio: {hint}") from error
-    from tilewise.ui.cli.progress import quiet_libraries
-    from tilewise.ui.web.server import serving
+    with contextlib.ExitStack() as stack:
+        with no_collections():
+            try:
+                import gradio  # noqa: F401
+            except ImportError as error:
+                hint = "pip install 'tilewise[ui]', or in a clone of it pip install '.[ui]'"
+                raise ImportError(f"{error}; the page needs Gradio: {hint}") from error
+            from tilewise.ui.cli.progress import quiet_libraries
+            from tilewise.ui.web.server import serving
 
-    with quiet_libraries(), serving(model or ["demo"], outputs, address, limits, device=device, dtype=dtype) as url:
+            stack.enter_context(quiet_libraries())
+            url = stack.enter_context(serving(model or ["demo"], outputs, address, limits, device=device, dtype=dtype))
         print(f"tilewise ui: {url}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """No garbage collection in this block, nor of what is there at its end: collections would go over the objects of PyTorch,
+    diffusers and Gradio again and again while those are imported, for a second or more."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -132,6 +132,7 @@ def run_job(pipe: Any, dense: np.ndarray, settings: dict[str, Any], variant: str
         "variant": variant,
         "density_asked": density,
         "density": told.density,
+        "cost": told.cost,
         "overall_density": told.overall_density,
         "recall": told.recall,
         "settings": settings,

@@ -397,7 +397,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "attention": ("attention", attention_table),
     "implementations": ("attention", implementations_table),
     "dynamic": ("dynamic", dynamic_table),
-    "far-field": ("far-field", far_field_table),
+    "windows": ("far-field", far_field_table),
     "quality": ("quality", quality_table),
     "errors": ("attention error", errors_table),
     "gist": ("highres", highres_gist_table),

@@ -234,7 +234,7 @@ def test_streams_are_measured_kept_and_on_the_card(tmp_path, monkeypatch):
     shutil.copy(tmp_path / "stream_evaluation.json", folder)
     card = causal_card(tmp_path / "model")
     assert "| measure | goal | fixed | ema |" in card and "| object and background kept | 90 % | 100% | 100% |" in card
-    assert "cut to 56" in card
+    assert "earlier runs: 1,493 steps" in card
     (folder / "evaluation.json").unlink()
     assert "own sampler" not in causal_card(tmp_path / "model")
 
@@ -359,6 +359,8 @@ def test_command_trains_writes_and_continues(tmp_path, capsys):
     lora = ["--from-lora", str(tmp_path / "causal_lora.safetensors")]
     assert main([*again, *lora, "--stop-after-minutes", "0", "--evaluate-seconds", "0"]) == 3
     begun, _ = checkpoints.load(other / "causal_lora.safetensors")
+    before = json.loads((other / "causal_training.json").read_text())["before"]
+    assert [(run["steps"], run["rank"]) for run in before] == [(4, 4)] and "history" not in before[0]
     assert all(torch.equal(begun[name], tensor) for name, tensor in tensors.items())
     recipe = json.loads((tmp_path / "recipe.json").read_text())
     assert (recipe["chunk"], recipe["window"], recipe["sink"]) == (3, 9, 3)

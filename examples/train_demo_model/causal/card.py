@@ -53,8 +53,11 @@ video = tilewise.stream(pipe, "a red circle bouncing on a blue striped backgroun
 
 Trained for {training["steps"]:,} steps on {training["clips"]:,} clips, {training["minutes"]:g} minutes on {made}."""
     ]
-    if "begun_with" in training:
-        parts[0] += f"\nIt began with the weights of an earlier run (SHA-256 {training['begun_with']}…)."
+    if before := training.get("before"):
+        runs = ", then ".join(
+            f"{run['steps']:,} steps ({run['minutes']:g} minutes, rank {run['rank']})" for run in before
+        )
+        parts[0] += f"\nIt began with the weights of earlier runs: {runs}."
     if rank != trained:
         parts[0] += f"\nIt was trained with rank {trained} and cut to {rank}, in float16, afterwards (`shrink-causal`)."
     if sampler:
@@ -69,11 +72,11 @@ Trained for {training["steps"]:,} steps on {training["clips"]:,} clips, {trainin
         )
     if streams:
         columns = {name: result | result["change"] for name, result in streams["policies"].items()}
-        counts = ", ".join(f"{name} {result['clips']}" for name, result in streams["policies"].items())
+        counts = ", ".join(f"{result['clips']} ({name})" for name, result in streams["policies"].items())
         one = next(iter(streams["policies"].values()))
         parts.append(
-            f"**`tilewise.stream`**, by the policy of the cache, window {one['window']}: {one['frames']} frames of a prompt, "
-            f"then another colour. Clips: {counts};\nso few say only that it works.\n\n{_table(columns)}\n\n"
+            f"**`tilewise.stream`**, by the policy of the cache, window {recipe['window']} where none is named: {one['frames']} "
+            f"frames of a prompt, then another\ncolour. Clips: {counts};\nso few say only that it works.\n\n{_table(columns)}\n\n"
             f"Measured on {_place(one)} by the stage `stream-causal`."
         )
     return "\n\n".join(parts) + "\n\n"

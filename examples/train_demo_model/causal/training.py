@@ -288,10 +288,24 @@ def write_lora(run: Run, config: Config, trainee: CausalTrainee, begun_with: Pat
             "minutes": round(facts.get("seconds", 0.0) / 60, 2),
             "clips": len(trainee.clips.latents),
             "rank": len(next(iter(lora_parameters(trainee.denoiser).values()))),
-            **({} if begun_with is None else {"begun_with": hashlib.sha256(begun_with.read_bytes()).hexdigest()[:12]}),
+            **({} if begun_with is None else _begun_with(begun_with)),
             "history": facts.get("history", []),
         },
     )
+
+
+def _begun_with(lora: Path) -> dict[str, Any]:
+    """Which weights a run began with, and the runs that made them as far as files beside them tell."""
+    facts = next(
+        (
+            read_json(path)
+            for name in ("causal_training.json", "training.json")
+            if (path := lora.with_name(name)).exists()
+        ),
+        None,
+    )
+    before = [] if facts is None else [*facts.pop("before", []), {k: v for k, v in facts.items() if k != "history"}]
+    return {"begun_with": hashlib.sha256(lora.read_bytes()).hexdigest()[:12], "before": before}
 
 
 def recipe(sizes: CausalConfig) -> dict[str, Any]:

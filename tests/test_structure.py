@@ -41,6 +41,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("streaming",),
         ("highres",),
         ("batch",),
+        ("verification",),
     ],
     "ui": [("common",), ("web",), ("cli",)],
     "ui/web": [("common",), ("jobs",), ("forms",), ("tabs",), ("page",), ("server",)],

@@ -1,5 +1,5 @@
-"""The command line: `tilewise generate`, `tilewise batch`, `tilewise compare`, `tilewise explain`, `tilewise presets`,
-`tilewise env`.
+"""The command line: `tilewise generate`, `tilewise batch`, `tilewise compare`, `tilewise verify`, `tilewise explain`,
+`tilewise presets`, `tilewise env`.
 
 Only typer and rich are imported here; torch and diffusers come in with the command that needs them, so that --help and
 usage errors answer at once.
@@ -40,6 +40,8 @@ SOURCE_HELP = "Reproduce a clip: its settings, except for those given here."
 OUT_HELP = "The .mp4 to write, or .png for one frame. Default: outputs/<prompt>-<seed>.…, numbered until it is free."
 FORCE_HELP = "Replace files that are there."
 COMPARE_HELP = "'dense': also generate the dense clip, compare both, and write them side by side."
+PROMPTS_HELP = "A .txt (one prompt per line), .csv or .jsonl file; lines may have a seed and a negative prompt."
+LPIPS_HELP = "Measure LPIPS too (pip install lpips)."
 OF_BOTH = [*CLIP_OPTIONS.values(), *MEMORY_OPTIONS.values(), HIGHRES, *TWO_STAGE_OPTIONS.values()]
 EXPLAINED = ("model", "method", *METHOD_OPTIONS, SET.name, "height", "width", "frames", "steps")  # options of `explain`
 STREAM_EXPLAINED = (
@@ -148,6 +150,30 @@ def compare(
     from tilewise.ui.cli.compare import compare_command
 
     compare_command(manifests, out, embed, force=force)
+
+
+@app.command()
+@exit_codes
+@declared_options(option for options in (CLIP_OPTIONS, MEMORY_OPTIONS) for option in options.values())
+def verify(
+    options: dict[str, Any],
+    prompts: Annotated[Path, typer.Option(help=PROMPTS_HELP, show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="The .html to write. Default: verification.html, numbered until it is free.")
+    ] = None,
+    lpips: Annotated[bool, typer.Option("--lpips", help=LPIPS_HELP)] = False,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Show what a method costs on your own weights: each prompt dense and sparse from the same noise, measured, with a page.
+
+    Run it again to go on after an interruption. The JSON beside the page can be sent to others.
+    """
+    from tilewise.ui.cli.verify import VerifyRequest, dry_run_verify, verify_request
+
+    request = VerifyRequest(prompts, options, out, lpips, device, force)
+    (dry_run_verify if dry_run else verify_request)(request)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Reports of `tilewise verify` that users sent in."""

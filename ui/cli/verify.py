@@ -1,0 +1,182 @@
+"""`tilewise verify`: pairs of clips, dense and sparse, over a file of prompts; what they differ by, as JSON and as a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from tilewise.pipelines.batch.input import Problems, Row, read_rows
+from tilewise.pipelines.generation.cancellation import cancellable
+from tilewise.pipelines.generation.clip_metadata import begin_run, machine
+from tilewise.pipelines.generation.generate import warm_up
+from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
+from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL, GenerateSettings
+from tilewise.pipelines.generation.stock_call import call_arguments
+from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
+from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
+from tilewise.pipelines.loading.revision import model_revision
+from tilewise.pipelines.media.files import check_writable, replacing, sidecar, write_text
+from tilewise.pipelines.media.output_names import Outputs
+from tilewise.pipelines.memory.fit import check_fit
+from tilewise.pipelines.memory.options import MemoryOptions, check_memory, memory_options
+from tilewise.pipelines.memory.retry import within_memory
+from tilewise.pipelines.options import options_of
+from tilewise.pipelines.verification.measures import Lpips
+from tilewise.pipelines.verification.pairs import KeptPairs, Pair, verify_pairs
+from tilewise.pipelines.verification.report import make_report
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.text_format import counted
+from tilewise.ui.cli.progress import progress_bars, quiet_libraries
+from tilewise.ui.cli.verify_page import page, summary_cells
+from tilewise.ui.common.options import method_config
+from tilewise.ui.common.tables import print_settings
+from tilewise.ui.common.terminal import say, standard_error, standard_output
+
+REPORT = Path("verification.html")
+OF_A_LINE = ("prompt", "negative", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyRequest:
+    """What the command line said. options: those that were given, by name."""
+
+    prompts: Path
+    options: dict[str, Any]
+    out: Path | None = None
+    lpips: bool = False
+    device: str = "auto"
+    force: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A checked request: a job a line. skeleton: the pipeline without weights."""
+
+    skeleton: Any
+    jobs: list[GenerateSettings]
+    outputs: Outputs
+    dtype: str
+    memory: MemoryOptions
+
+
+def dry_run_verify(request: VerifyRequest) -> None:
+    """Prints what would be done. Nothing is written, and no weights are read."""
+    work = _check(request)
+    files = [work.outputs.file, sidecar(work.outputs.file)]
+    print_settings(work.jobs[0], str(resolve_device(request.device)), work.dtype, files)
+    say(explain_settings(work.skeleton, work.jobs[0]))
+    say(f"{counted(len(work.jobs), 'pair')} of clips, one of each dense; the settings above are of the first")
+
+
+def verify_request(request: VerifyRequest) -> None:
+    """Makes the pairs, prints a table, writes the report and the page."""
+    notes = standard_error()
+    with quiet_libraries():
+        work = _check(request)
+        first, device = work.jobs[0], resolve_device(request.device)
+        lpips = Lpips(device) if request.lpips else None
+        with notes.status(f"loading {first.model} …"):
+            load = functools.partial(
+                load_pipeline, first.model, device=request.device, dtype=work.dtype, offload=work.memory.offload,
+                loras=first.lora,
+            )  # fmt: skip
+            pipe, _ = begin_run(first.model, work.dtype, load)
+        for note in explain_settings(work.skeleton, first).warnings:
+            notes.note(note)
+        revision, where = model_revision(first.model), machine(device, work.dtype)
+        kept = KeptPairs(work.outputs.file.with_suffix(".parts"), [revision, where, work.memory.offload, request.lpips])
+        there = sum(kept.read(job) is not None for job in work.jobs)
+        if there:
+            notes.note(
+                f"{counted(there, 'pair')} of an earlier run {'is' if there == 1 else 'are'} kept, and not made again"
+            )
+        with progress_bars(notes) as progress:
+
+            def make() -> list[Pair]:
+                with cancellable(pipe):
+                    if there < len(work.jobs):
+                        warm_up(pipe, first, progress)
+                    progress("pairs", 0, len(work.jobs))
+                    return verify_pairs(
+                        pipe, work.jobs, kept=kept, lpips=lpips, progress=lambda number: progress,
+                        done=lambda number, pair, again: progress("pairs", number + 1, len(work.jobs)),
+                    )  # fmt: skip
+
+            try:
+                pairs, measures, _ = within_memory(
+                    pipe, make, work.memory.measures, retry=work.memory.retry_oom, note=notes.note
+                )
+            except BaseException:
+                done = sum(kept.read(job) is not None for job in work.jobs)
+                if done:
+                    notes.note(
+                        f"{done} of {counted(len(work.jobs), 'pair')} kept in {kept.folder}: the same command goes on there"
+                    )
+                raise
+    where |= {"offload": work.memory.offload, "memory_saving": measures}
+    report = make_report(first, revision, where, [pair.found for pair in pairs])
+    _print(report)
+    with work.outputs.claimed() as (file,):
+        with replacing(file) as part:
+            part.write_text(page(report, pairs), encoding="utf-8")
+        write_text(sidecar(file), json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    kept.remove()
+    say(f"wrote {file}")
+    say(f"wrote {sidecar(file)}")
+
+
+def _check(request: VerifyRequest) -> Work:
+    """Everything that can be wrong is found here, before weights are read."""
+    options = request.options
+    config = method_config(options.get("method", DEFAULT_METHOD), options)
+    if config.method.name == "dense":
+        raise ConfigError("verify compares a method with dense attention; choose another --method than dense")
+    given = {name: options[name] for name in options_of(GenerateSettings) if name in options}
+    given |= {"method": config, "model": options.get("model", DEFAULT_MODEL)}
+    rows = read_rows(request.prompts)
+    _check_rows(request.prompts, rows, given)
+    skeleton = load_skeleton(given["model"])
+    first = resolve_settings(skeleton, **{**given, **rows[0].fields})
+    jobs = [dataclasses.replace(first, **_of_line(row, first)) for row in rows]
+    call_arguments(skeleton, first)
+    device = resolve_device(request.device)
+    dtype = str(resolve_dtype(options.get("dtype", "auto"), device)).removeprefix("torch.")
+    memory = memory_options(options, None)
+    check_memory(skeleton, memory, device)
+    check_fit(skeleton, first, explain_settings(skeleton, first), getattr(torch, dtype), device, memory)
+    outputs = Outputs(request.out or REPORT, given=request.out is not None, force=request.force).free()
+    check_writable(outputs.file, suffix=".html")
+    outputs.check()
+    return Work(skeleton, jobs, outputs, dtype, memory)
+
+
+def _of_line(row: Row, first: GenerateSettings) -> dict[str, Any]:
+    """What a line says in place of the command's."""
+    return {name: row.fields.get(name, getattr(first, name)) for name in OF_A_LINE}
+
+
+def _check_rows(path: Path, rows: list[Row], given: dict[str, Any]) -> None:
+    """Raises InputError for fields that all pairs share, and for lines that say the same."""
+    problems, seen = Problems(path), {}
+    for row in rows:
+        for name in row.fields:
+            if name not in OF_A_LINE:
+                problems.add(row.line, f"{name!r} is the same for all pairs: give it to the command")
+        told = tuple(row.fields.get(name, given.get(name)) for name in OF_A_LINE)
+        if told in seen:
+            problems.add(row.line, f"says the same as line {seen[told]}")
+        seen.setdefault(told, row.line)
+    problems.refuse()
+
+
+def _print(report: dict[str, Any]) -> None:
+    table = Table(title="against dense: mean ± standard deviation over pairs", title_justify="left", show_header=False)
+    for name, words in summary_cells(report["summary"]):
+        table.add_row(name, words)
+    standard_output().print(table)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.cells import CellLayout
 from tilewise.kernels.plans.layout import Layout
 
 
@@ -33,6 +34,43 @@ def region_of_query(
     Raises:
         ValueError: a position outside the grid, a head or sample that the plan does not have, a plan of another length.
     """
+    p, g, query, block = _lists_of(plan, layout, position, head, sample)
+    grid = layout.grid
+    _, full, total = plan.ends[p, g, block].tolist()
+    starts, rows = plan.k_start.cpu(), plan.k_rows.cpu()
+    seen = torch.zeros(grid.tokens, dtype=torch.bool)
+    for number, key_block in enumerate(plan.index[p, g, block, :total].tolist()):
+        keys = slice(int(starts[key_block]), int(starts[key_block] + rows[key_block]))
+        seen[keys] = True if number < full else plan.visible(g, slice(query, query + 1), keys)[0].cpu()
+    return _video(seen, layout)
+
+
+def cells_of_query(plan: BlockPlan, layout: CellLayout, position: tuple[int, int, int], head: int) -> torch.Tensor:
+    """The video tokens that the query at ``position`` sees as means: those of a far field.
+
+    Args: as of ``region_of_query``; the layout with the cells of the plan's far field.
+
+    Returns:
+        int64 (T, H, W) on the CPU: 0 where a token is seen exactly or not at all, else the number of its cell, from 1.
+
+    Raises:
+        ValueError: as ``region_of_query``.
+    """
+    _, g, _, block = _lists_of(plan, layout, position, head, 0)
+    if plan.far is None:
+        return torch.zeros(layout.grid.shape, dtype=torch.int64)
+    far = plan.far.to("cpu")
+    numbers = torch.arange(1, len(far.rows) + 1).masked_fill(far.bias[g, block].isneginf(), 0)
+    cells = torch.zeros(layout.grid.tokens, dtype=torch.int64)
+    first = int(far.start[0])
+    cells[first : first + layout.grid.video] = torch.repeat_interleave(numbers, far.rows.long())
+    return _video(cells, layout).masked_fill(region_of_query(plan, layout, position, head), 0)
+
+
+def _lists_of(
+    plan: BlockPlan, layout: Layout, position: tuple[int, int, int], head: int, sample: int
+) -> tuple[int, int, int, int]:
+    """Where a query's lists are in a plan, its place in the layout's order, and its block. Raises as `region_of_query`."""
     grid = layout.grid
     if plan.q_len != grid.tokens or plan.k_len != grid.tokens:
         raise ValueError(
@@ -52,14 +90,13 @@ def region_of_query(
     g = int(plan.head_set[head]) if plan.head_set is not None else (head if sets > 1 else 0)
     query = query_row(layout, position)
     block = int(torch.searchsorted(plan.q_start.cpu().long(), query, right=True)) - 1
-    _, full, total = plan.ends[p, g, block].tolist()
-    starts, rows = plan.k_start.cpu(), plan.k_rows.cpu()
-    seen = torch.zeros(grid.tokens, dtype=torch.bool)
-    for number, key_block in enumerate(plan.index[p, g, block, :total].tolist()):
-        keys = slice(int(starts[key_block]), int(starts[key_block] + rows[key_block]))
-        seen[keys] = True if number < full else plan.visible(g, slice(query, query + 1), keys)[0].cpu()
-    video = slice(grid.video_start, grid.video_start + grid.video)
-    return seen[layout.inverse.cpu()][video].reshape(grid.shape)
+    return p, g, query, block
+
+
+def _video(values: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """(T, H, W) of values (S,) in the layout's order."""
+    grid = layout.grid
+    return values[layout.inverse.cpu()][grid.video_start : grid.video_start + grid.video].reshape(grid.shape)
 
 
 def query_row(layout: Layout, position: tuple[int, int, int]) -> int:

@@ -58,8 +58,8 @@ def compare_command(manifests: Sequence[Path], out: Path | None, embed: int, *, 
         )
     if left_out - damaged:
         linked = left_out - damaged
-        told = f"{counted(linked, 'clip')} {'is' if linked == 1 else 'are'} linked, not inside"
-        say(f"{told}: the clips are more than --embed {embed} MiB")
+        words = f"{counted(linked, 'clip')} {'is' if linked == 1 else 'are'} linked, not inside"
+        say(f"{words}: the clips are more than --embed {embed} MiB")
     say(f"wrote {report}")
 
 

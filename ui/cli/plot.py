@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.cells import CellLayout
 from tilewise.kernels.plans.layout import Layout
-from tilewise.kernels.plans.query_visibility import region_of_query
+from tilewise.kernels.plans.query_visibility import cells_of_query, region_of_query
 from tilewise.pipelines.media.files import check_writable, replacing
 from tilewise.pipelines.media.output_names import Outputs
 
@@ -54,6 +55,11 @@ def kept_blocks(plan: BlockPlan, head: int) -> torch.Tensor:
     return found
 
 
+def _shades(cells: torch.Tensor) -> torch.Tensor:
+    """A pale shade for each cell, none where there is none; neighbors differ, so that cells are seen."""
+    return torch.where(cells > 0, 0.15 + 0.2 * (cells * 0.6180339887 % 1), 0.0)
+
+
 def plot(drawn: Drawn, out: Path) -> None:
     """Write the picture to ``out``; complete or not at all."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
@@ -62,6 +68,10 @@ def plot(drawn: Drawn, out: Path) -> None:
     frames = torch.linspace(0, grid.t - 1, min(grid.t, MOST_FRAMES)).round().long().unique().tolist()
     position = (frames[len(frames) // 2], grid.h // 2, grid.w // 2)
     region = region_of_query(drawn.plan, drawn.layout, position, drawn.head)
+    means = (
+        cells_of_query(drawn.plan, drawn.layout, position, drawn.head) if isinstance(drawn.layout, CellLayout) else None
+    )
+    shades = region.float() if means is None else region + _shades(means)
     maps: list[tuple[str, Any, dict[str, Any]]] = []
     if drawn.draft is not None:
         maps.append(("expected share of attention, log", drawn.draft.clamp_min(1e-6).log10(), {"cmap": "magma"}))
@@ -75,12 +85,13 @@ def plot(drawn: Drawn, out: Path) -> None:
         if title.startswith("expected"):
             top.colorbar(image, ax=axis, shrink=0.8)
     for axis, t in zip(bottom.subplots(1, len(frames), squeeze=False)[0], frames, strict=True):
-        axis.imshow(region[t].numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(shades[t].numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axis.set(title=f"latent frame {t}", xticks=[], yticks=[])
         if t == position[0]:
             axis.plot(position[2], position[1], "r+", markersize=10)
     kept = region.float().mean()
-    bottom.suptitle(f"what the query at the red cross sees: {kept:.1%} of the clip's tokens")
+    coarse = "" if means is None else f", {(means > 0).float().mean():.1%} as {len(means.unique()) - 1:,} means (pale)"
+    bottom.suptitle(f"what the query at the red cross sees: {kept:.1%} of the clip's tokens{coarse}")
     figure.suptitle(drawn.where)
     with replacing(out) as part:
         figure.savefig(part, format=out.suffix[1:])

@@ -163,7 +163,8 @@ def _of_line(row: Row, first: GenerateSettings) -> dict[str, Any]:
 
 def _check_rows(path: Path, rows: list[Row], given: dict[str, Any]) -> None:
     """Raises InputError for fields that all pairs share, and for lines that say the same."""
-    problems, seen = Problems(path), {}
+    problems = Problems(path)
+    seen: dict[tuple[Any, ...], int] = {}
     for row in rows:
         for name in row.fields:
             if name not in OF_A_LINE:

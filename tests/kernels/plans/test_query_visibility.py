@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tilewise.kernels.plans.block_plan import BlockPlan, plan_from_block_map
+from tilewise.kernels.plans.cells import cell_layout
+from tilewise.kernels.plans.far_field import with_far_field
 from tilewise.kernels.plans.layout import Grid, Layout
-from tilewise.kernels.plans.query_visibility import region_of_query
+from tilewise.kernels.plans.query_visibility import cells_of_query, region_of_query
 from tilewise.kernels.plans.window import window_plan
 from tilewise.plugins.methods.sta import STA
 
@@ -95,3 +97,28 @@ def test_what_cannot_be_asked():
     full = torch.ones(2, 1, layout.blocks, layout.blocks, dtype=torch.bool)
     with pytest.raises(ValueError, match="no sample 2"):
         region_of_query(plan_from_block_map(layout, full), layout, (0, 0, 0), 0, sample=2)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_means_cover_what_a_window_of_tiles_leaves_out(grid):
+    layout = cell_layout(grid, (2, 3, 4), (2, 2, 2))
+    plan = with_far_field(window_plan(layout, [(1, 1, 1), (3, 1, 1)], unit="tile"), layout)
+    for head in range(2):
+        for position in positions(grid):
+            region = region_of_query(plan, layout, position, head)
+            cells = cells_of_query(plan, layout, position, head)
+            assert torch.equal(cells > 0, ~region)
+            # Each number is one box of a tile.
+            for number in cells.unique().tolist()[1:]:
+                at = (cells == number).nonzero()
+                assert len((at // torch.tensor([2, 3, 4])).unique(dim=0)) == 1
+                assert len((at % torch.tensor([2, 3, 4]) // 2).unique(dim=0)) == 1
+
+
+def test_without_a_far_field_nothing_is_a_mean():
+    layout = cell_layout(Grid(2, 8, 8), (2, 4, 4), (2, 2, 2))
+    plan = window_plan(layout, [(1, 1, 1)], unit="tile")
+    assert not cells_of_query(plan, layout, (0, 0, 0), 0).any()
+    token = with_far_field(window_plan(layout, [(1, 3, 3)], unit="token"), layout)
+    region, cells = region_of_query(token, layout, (1, 4, 4), 0), cells_of_query(token, layout, (1, 4, 4), 0)
+    assert not (region & (cells > 0)).any() and (cells > 0).any()

@@ -52,7 +52,8 @@ from tilewise.ui.web.jobs.job import Job
 from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.server import Headers, serving
-from tilewise.ui.web.tabs.attention_picture import cell, frame_size, one_frame, strip, strip_places, token_at
+from tilewise.ui.web.tabs import attention
+from tilewise.ui.web.tabs.attention_picture import as_means, cell, frame_size, one_frame, strip, strip_places, token_at
 from tilewise.ui.web.tabs.attention_query import Place, draft_of_query, seen_from
 from tilewise.ui.web.tabs.batch import _config, check_rows, refuse_files, seed_count
 from tilewise.ui.web.tabs.history import past_clips
@@ -459,6 +460,15 @@ def test_the_preview_looks_like_the_clip(pipe):
     assert preview.frames(1, torch.zeros(1, 77, 64)) is None
 
 
+def test_a_far_field_is_drawn_as_the_means_of_its_cells():
+    colours = np.random.default_rng(0).integers(0, 256, (8, 12, 3)).astype(np.uint8)
+    cells = np.array([[0, 1, 1], [2, 2, 0]])
+    drawn = np.asarray(as_means(Image.fromarray(colours), cells)).astype(float)
+    assert (drawn[:4, :4] == colours[:4, :4]).all() and (drawn[4:, 8:] == colours[4:, 8:]).all()
+    for part in (np.s_[:4, 4:], np.s_[4:, :8]):
+        assert np.abs(drawn[part] - colours[part].reshape(-1, 3).mean(0)).max() <= 0.5
+
+
 def test_the_region_of_a_place(models):
     settings = settings_for(models, tilewise.resolve(tilewise.STA(window=(3, 3, 3)), steps=(0.5, 1.0), blocks="1:"))
     skeleton = models.skeleton("demo")
@@ -470,6 +480,13 @@ def test_the_region_of_a_place(models):
     assert not seen.region.all()
     assert seen_from(skeleton, settings, Place(1, 2, 3, 0, 1, 5)).region.all()  # a dense step
     assert seen_from(skeleton, settings, Place(1, 2, 3, 0, 2, 0)).region.all()  # a dense block
+    assert seen.means is None
+    coarse = settings_for(models, tilewise.Config(tilewise.STA(window=(3, 3, 3), far="cells"), steps=(0.5, 1.0)))
+    both = seen_from(skeleton, coarse, Place(1, 2, 3, 0, 2, 5))
+    assert ((both.means > 0) == ~both.region).all()
+    large, small, _ = attention.pictures(both, None, coarse)
+    assert np.asarray(large).std() > 0 and small.size[0] > large.size[0] / 4
+    assert "as means" in attention.words(both, False) and "as means" not in attention.words(seen, False)
     far = seen_from(skeleton, settings, Place(99, -1, 99, 99, 99, 99)).place
     assert far == Place(4, 0, 7, 3, 2, 7)
 

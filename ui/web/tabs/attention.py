@@ -18,6 +18,7 @@ from PIL import Image
 from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.video import read_frames
+from tilewise.plugins.text_format import counted
 from tilewise.plugins.watch import WatchedCall
 from tilewise.ui.web.common import media
 from tilewise.ui.web.common.messages import error_html, log_unexpected
@@ -237,6 +238,9 @@ def pictures(
     grid, place = seen.extent.grid, seen.place
     region = np.zeros(grid.shape, bool) if seen.region is None else seen.region
     bases = picture.base_pictures(frames, grid.shape, (settings.height, settings.width))
+    if seen.means is not None:
+        bases = [picture.as_means(base, means) for base, means in zip(bases, seen.means, strict=True)]
+        region = region | (seen.means > 0)
     large = picture.one_frame(bases[place.t], region[place.t], (place.h, place.w))
     position = (place.t, place.h, place.w)
     draft = None if seen.draft is None else picture.strip(bases, seen.draft, position)
@@ -252,6 +256,9 @@ def words(seen: Seen, has_clip: bool) -> str:
         rows.append(
             ("sees", media.bar(share, f"{int(seen.region.sum()):,} of {seen.region.size:,} tokens: {share:.1%}"))
         )
+        if seen.means is not None:
+            coarse, cells = int((seen.means > 0).sum()), len(np.unique(seen.means[seen.means > 0]))
+            rows.append(("as means", f"{coarse:,} tokens more, as {counted(cells, 'mean')} (blurred in the picture)"))
         frames = int(seen.region.any((1, 2)).sum())
         rows.append(("over time", f"{frames} of {grid.t} latent frames"))
     if grid.text:

@@ -56,6 +56,19 @@ def one_frame(
     return image
 
 
+def as_means(picture: Image.Image, cells: NDArray[np.integer]) -> Image.Image:
+    """A frame in which each cell, a number from 1 in (h, w), has the mean of its colours: what a query sees of a far field."""
+    colours = np.asarray(picture.convert("RGB"), np.float32)
+    numbers = Image.fromarray(cells.astype(np.int32)).resize(picture.size, Image.Resampling.NEAREST)
+    flat, pixels = np.asarray(numbers).ravel(), colours.reshape(-1, 3)
+    count = np.bincount(flat)
+    means = (
+        np.stack([np.bincount(flat, pixels[:, channel]) for channel in range(3)], -1) / np.maximum(count, 1)[:, None]
+    )
+    drawn = np.where((flat > 0)[:, None], means[flat], pixels).reshape(colours.shape)
+    return Image.fromarray(drawn.round().clip(0, 255).astype(np.uint8))
+
+
 def frame_size(pixels: tuple[int, int], longest: int) -> tuple[int, int]:
     """(width, height) of a drawn frame for a clip of `pixels` (width, height)."""
     scale = longest / max(pixels)

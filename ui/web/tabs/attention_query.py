@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.cells import CellLayout
 from tilewise.kernels.plans.layout import Grid, Layout
-from tilewise.kernels.plans.query_visibility import query_row, region_of_query
+from tilewise.kernels.plans.query_visibility import cells_of_query, query_row, region_of_query
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.plugins.config import select_blocks
 from tilewise.plugins.methods.base import DynamicMethod, Method
@@ -61,6 +62,7 @@ class Extent:
 class Seen:
     """region: bool (T, H, W), None if it is decided only while the model runs. words: why it is what it is.
 
+    means: int (T, H, W), the number of the cell by whose mean a token is seen, 0 for none; None without a far field.
     draft: float (T, H, W), the share of the query's attention that a dynamic method expected at each token; sums to about 1.
     """
 
@@ -69,6 +71,7 @@ class Seen:
     region: NDArray[np.bool_] | None
     words: str
     draft: NDArray[np.floating] | None = None
+    means: NDArray[np.integer] | None = None
 
 
 def layer_at(skeleton: Any, settings: GenerateSettings, block: int) -> tuple[AttentionLayer, Extent, torch.nn.Module]:
@@ -116,10 +119,10 @@ def seen_from(
         if short := method.stays_dense(extent.grid.tokens, torch.device(device)):
             return Seen(place, extent, everything, f"dense: {short}")
         return _watched(place, extent, method.name, calls)
-    region = region_of_query(
-        _plan(method, layout, layer.heads), layout, (place.t, place.h, place.w), place.head
-    ).numpy()
-    return Seen(place, extent, region, f"{method.name}, tiles of {'×'.join(map(str, layout.tile))} tokens")
+    plan, position = _plan(method, layout, layer.heads), (place.t, place.h, place.w)
+    region = region_of_query(plan, layout, position, place.head).numpy()
+    means = cells_of_query(plan, layout, position, place.head).numpy() if isinstance(layout, CellLayout) else None
+    return Seen(place, extent, region, f"{method.name}, tiles of {'×'.join(map(str, layout.tile))} tokens", means=means)
 
 
 @lru_cache(maxsize=16)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -226,7 +227,7 @@ def test_streams_are_measured_kept_and_on_the_card(tmp_path, monkeypatch):
     assert made == [("fixed", texts[0]), ("ema", texts[0])]
     report = json.loads((tmp_path / "stream_evaluation.json").read_text())["policies"]
     assert all(report["ema"][key] == 1.0 for key in ("clips", "kept", "moving", "border_steps"))
-    assert report["ema"]["change"] == {"colour": 1.0, "colour_later": 1.0, "goes_on": 1.0}
+    assert report["ema"]["change"] == {"colour": 1.0, "new_colour": 1.0, "colour_later": 1.0, "goes_on": 1.0}
 
     folder = tmp_path / "model" / "causal"
     assert causal_card(tmp_path / "model") == ""
@@ -323,6 +324,11 @@ def test_measures_know_perfect_clips_and_broken_ones():
     assert (right["colour"], right["goes_on"]) == (1.0, 1.0)
     assert measure_changes(prompts, new, list(video), 6)["colour"] == 1.0
     assert measure_changes(prompts, new, list(video), 1)["colour"] == 0.0
+    assert right["new_colour"] == 1.0 and measure_changes(prompts, new, list(video), 1)["new_colour"] == 0.0
+    shapes = ("circle", "square", "triangle", "star")
+    turned = [re.sub("|".join(shapes), lambda m: shapes[(shapes.index(m[0]) + 1) % 4], text) for text in new]
+    other = measure_changes(prompts, turned, list(video), 4)
+    assert (other["colour"], other["new_colour"]) == (0.0, 1.0)
 
 
 def test_noise_levels_are_shifted():

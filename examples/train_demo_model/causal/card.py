@@ -21,11 +21,12 @@ ROWS = {
     "inner_steps": "other steps that are no jumps",
 }
 CHANGE = {
-    "colour": "new colour in the second chunk after a change of the prompt",
+    "new_colour": "new colour in the second or third chunk after a change of the prompt",
+    "colour": "the same, and the object's shape right",
     "colour_later": "new colour from the third chunk on",
     "goes_on": "object where its motion leads after a change",
 }
-GOALS = {"kept": "90 %", "moving": "85 %", "colour": "90 %"}
+GOALS = {"kept": "90 %", "moving": "85 %", "new_colour": "90 %"}
 
 
 def causal_card(folder: Path) -> str:

@@ -62,7 +62,11 @@ def measure_clip(prompt: str, clip: np.ndarray, chunk: int = 3) -> dict[str, Any
 
 
 def measure_change(before: str, after: str, clip: np.ndarray, chunk_number: int, chunk: int = 3) -> dict[str, Any]:
-    """One clip whose prompt changes at the border before the chunk with this number."""
+    """One clip whose prompt changes at the border before the chunk with this number.
+
+    Of the second and third chunk after that: "colour", object and background as asked for; "new_colour", the same with an object
+    of any shape. "goes_on": the object is found where its motion leads.
+    """
     old, new = parse_prompt(before), parse_prompt(after)
     size = clip.shape[1]
     frame = 2 * chunk * chunk_number - 1
@@ -80,6 +84,8 @@ def measure_change(before: str, after: str, clip: np.ndarray, chunk_number: int,
         "before": before,
         "after": after,
         "colour": _thing(second, new) is not None and second.background_colour == new.background_colour,
+        "new_colour": any(thing.colour == new.objects[0].colour for thing in second.objects)
+        and second.background_colour == new.background_colour,
         "goes_on": bool(goes_on),
     }
 
@@ -110,7 +116,7 @@ def measure_changes(
     """Shares over all clips with a change of prompt before the chunk `number`, and each clip's row."""
     work = partial(measure_change, chunk_number=number, chunk=chunk)
     rows = list((pool.map if pool else map)(work, before, after, clips))
-    return {"clips": len(rows), **{key: _share(rows, key) for key in ("colour", "goes_on")}, "rows": rows}
+    return {"clips": len(rows), **{key: _share(rows, key) for key in ("colour", "new_colour", "goes_on")}, "rows": rows}
 
 
 def _share(rows: Sequence[dict[str, Any]], key: str) -> float | None:

@@ -99,6 +99,7 @@ def _change(before: str, after: str, clip: np.ndarray, number: int, chunk: int) 
     found = any(one.colour == thing.colour and one.shape == thing.shape for one in late.objects)
     return {
         "colour": result["colour"],
+        "new_colour": result["new_colour"],
         "colour_later": bool(found and late.background_colour == want.background_colour),
         "goes_on": result["goes_on"],
     }

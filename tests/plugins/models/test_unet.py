@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from typing import Any
 from unittest import mock
@@ -129,6 +130,20 @@ def test_sparse_is_masked_stock(kind, every_level):
     assert float((want - stock).abs().max()) > 1e-3
     tilewise.patch(model, SMALL, steps=(0, 1), strict=True)
     torch.testing.assert_close(forward(model, inputs), want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_far_field_of_single_tokens_is_dense(kind, every_level):
+    """Nothing is approximated with cells of one token, whatever the map's size; larger ones are nearer to it than none."""
+    model, inputs = KINDS[kind](), inputs_of(kind, 12, 20)
+    stock = forward(model, inputs)
+    away = {}
+    for name, more in {"none": {}, "tiles": {"far": "tiles"}, "tokens": {"far": "cells", "cell": (1, 1, 1)}}.items():
+        with tilewise.patched(model, dataclasses.replace(SMALL, **more), steps=(0, 1), strict=True):
+            away[name] = float((forward(model, inputs) - stock).norm() / stock.norm())
+            report = tilewise.summary(model)
+            assert report.cost >= report.density
+    assert away["tokens"] < 1e-5 < away["tiles"] < away["none"]
 
 
 def test_levels_too_small_to_pay_stay_dense_and_are_counted():

@@ -110,7 +110,7 @@ def write_native(config: Config, path: Path) -> None:
     values = {
         "height": config.clip.size,
         "width": config.clip.size,
-        "num_frames": config.clip.frames,
+        "frames": config.clip.frames,
         "steps": config.evaluation.steps,
         "guidance": config.evaluation.guidance,
         "fps": config.evaluation.fps,

@@ -42,7 +42,7 @@ def model_card(folder: Path) -> str:
     training, report = read_json(folder / "training.json"), read_json(folder / "evaluation.json")
     millions = {name: f"{_parameters(folder / name) / 1e6:.1f} M" for name in ("transformer", "vae", "text_encoder")}
     megabytes = sum(file.stat().st_size for file in weight_files(folder)) / 1e6
-    height, width, frames = native["height"], native["width"], native["num_frames"]
+    height, width, frames = native["height"], native["width"], native["frames"]
     shift = scheduler.get("flow_shift", scheduler.get("shift"))
     return f"""---
 license: apache-2.0

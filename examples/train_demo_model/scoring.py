@@ -104,7 +104,7 @@ def _protocol(folder: Path, count: int, seed: int, steps: int | None, guidance: 
         "text_tokens": native["max_sequence_length"],
         "height": native["height"],
         "width": native["width"],
-        "frames": native["num_frames"],
+        "frames": native["frames"],
         "scheduler": read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"],
         "dtype": "float32",
         "weights": digest.hexdigest()[:12],

@@ -53,7 +53,7 @@ def resolve_settings(
         method=resolve(method),
         height=pick(height, native.height),
         width=pick(width, native.width),
-        frames=pick(frames, native.num_frames),
+        frames=pick(frames, native.frames),
         steps=pick(steps, native.steps),
         guidance=float(pick(guidance, native.guidance)),
         seed=parse_seed(seed),

@@ -149,7 +149,7 @@ def native_in_shape(pipe: Any, height: int, width: int) -> tuple[int, int]:
 
     def takes(size: tuple[int, int]) -> bool:
         try:
-            _grid(pipe, Size(*size, native.num_frames))
+            _grid(pipe, Size(*size, native.frames))
         except ConfigError:
             return False
         return space.alike(pipe, size, own)
@@ -186,7 +186,7 @@ def _check_second_stage(pipe: Any, target: GenerateSettings, options: HighresSet
 def trained_grid(pipe: Any) -> Grid:
     """What rotary scaling goes by: the grid of the model's own size, whatever the native stage's."""
     own = model_defaults(pipe)
-    return _grid(pipe, Size(own.height, own.width, own.num_frames))
+    return _grid(pipe, Size(own.height, own.width, own.frames))
 
 
 def _grid(pipe: Any, size: Size) -> Grid:

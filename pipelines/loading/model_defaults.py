@@ -12,7 +12,13 @@ from tilewise.pipelines.loading.model_folder import read_json
 from tilewise.plugins.diffusers_compat import is_enabled
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.common.family import Size
-from tilewise.plugins.models.common.native_size import call_parameters, native_file, native_pixels, usual_frames
+from tilewise.plugins.models.common.native_size import (
+    call_parameters,
+    current_names,
+    native_file,
+    native_pixels,
+    usual_frames,
+)
 from tilewise.plugins.text_format import counted
 
 FPS = 16  # Wan's, which says none itself
@@ -29,7 +35,7 @@ FLOATS = ("guidance", "fps", "highres_strength", "highres_flow_shift")
 class ModelDefaults:
     """Defaults for generating with a model.
 
-    height, width: pixels. num_frames: frames of the clip. steps: denoising steps. guidance: classifier-free guidance
+    height, width: pixels. frames: length of the clip. steps: denoising steps. guidance: classifier-free guidance
     scale (1 is none). fps: frames a second on playback. max_sequence_length: text tokens, None for the pipeline's own.
     highres_strength, highres_flow_shift: of `highres`'s second stage, FreeSwim's (arXiv 2511.14712) where a model says nothing
     else; its shift is for Wan, other models keep their scheduler's own (None).
@@ -39,7 +45,7 @@ class ModelDefaults:
 
     height: int
     width: int
-    num_frames: int
+    frames: int
     steps: int
     guidance: float
     fps: float
@@ -48,6 +54,11 @@ class ModelDefaults:
     highres_strength: float = 0.7
     highres_flow_shift: float | None = None
     one_shape: bool = False
+
+    @property
+    def num_frames(self) -> int:
+        """``frames`` by its old name, until the next release."""
+        return self.frames
 
 
 def model_defaults(pipe: Any) -> ModelDefaults:
@@ -59,7 +70,11 @@ def model_defaults(pipe: Any) -> ModelDefaults:
     fields = _signature_defaults(pipe)
     file = native_file(pipe)
     if file.is_file():
-        for name, value in read_json(file).items():
+        try:
+            told = current_names(read_json(file))
+        except ValueError as error:
+            raise ModelError(f"{file}: {error}") from error
+        for name, value in told.items():
             if name not in fields:
                 raise ModelError(f"{file}: unknown field {name!r}; it may hold {', '.join(fields)}")
             if name == "world":
@@ -94,7 +109,7 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
     return {
         "height": size.height,
         "width": size.width,
-        "num_frames": size.num_frames,
+        "frames": size.frames,
         "steps": default("num_inference_steps", 50),
         "guidance": float(default("guidance_scale", default("true_cfg_scale", usual))),
         "fps": float(default("frame_rate", FPS)),
@@ -129,7 +144,7 @@ def size_notes(pipe: Any, height: int, width: int, frames: int | None = None) ->
     """What a size past the model's own will look like, for models that `highres` serves; any other size than its own, for the
     bundled model and those like it, which know one alone."""
     native = model_defaults(pipe)
-    own, asked = (native.height, native.width, native.num_frames), (height, width, frames or native.num_frames)
+    own, asked = (native.height, native.width, native.frames), (height, width, frames or native.frames)
     if native.world is not None and asked != own:
         sizes = [f"{w}×{h} with {counted(t, 'frame')}" for h, w, t in (asked, own)]
         return [

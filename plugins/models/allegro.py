@@ -39,8 +39,8 @@ class AllegroFamily(Family):
         # The pipeline's own check asks for 8; what does not fill whole patches then fails in mid-denoise.
         check_size(denoiser, pipe, size, height=math.lcm(8, side), width=math.lcm(8, side), frames=1)
         # Any number of frames: the pipeline adds what the last latent frame lacks, and cuts it off again.
-        odd = size.num_frames % 2
-        frames = math.ceil((size.num_frames - odd) / temporal) + odd
+        odd = size.frames % 2
+        frames = math.ceil((size.frames - odd) / temporal) + odd
         return Grid(frames // config.patch_size_t, size.height // side, size.width // side)
 
 

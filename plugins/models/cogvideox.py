@@ -47,7 +47,7 @@ class CogVideoXFamily(Family):
         for name, given, step, offset in (
             ("height", size.height, pixels, 0),
             ("width", size.width, pixels, 0),
-            ("frames", size.num_frames, temporal, 1),
+            ("frames", size.frames, temporal, 1),
         ):
             nearest = max(offset or step, offset + step * round((given - offset) / step))
             rule = f"a multiple of {step}" if offset == 0 else f"{step}·k + 1"
@@ -60,7 +60,7 @@ class CogVideoXFamily(Family):
                 wrong.append(f"{name}={given} must be {rule}, the nearest is {nearest}")
         if wrong:
             raise ConfigError(f"{type(denoiser).__name__} does not take this size: {'; '.join(wrong)}")
-        latents = (size.num_frames - 1) // temporal + 1
+        latents = (size.frames - 1) // temporal + 1
         # Pipelines of 1.5 add latent frames until patches in time are whole, and drop them from the result.
         return Grid(
             -(-latents // pt),

@@ -47,7 +47,7 @@ class CosmosFamily(Family):
             width=math.lcm(16, spatial * pw),
             frames=temporal * pt,
         )
-        frames = (size.num_frames - 1) // temporal + 1
+        frames = (size.frames - 1) // temporal + 1
         return Grid(frames // pt, size.height // spatial // ph, size.width // spatial // pw)
 
 

@@ -52,7 +52,7 @@ class EasyAnimateFamily(Family):
         side = spatial * config.patch_size
         pixels = math.lcm(16, side)  # the pipelines round down to 16, silently
         check_size(denoiser, pipe, size, height=pixels, width=pixels, frames=temporal)
-        frames = (size.num_frames - 1) // temporal + 1
+        frames = (size.frames - 1) // temporal + 1
         return Grid(frames, size.height // side, size.width // side, text=MAX_TEXT, text_first=True)
 
 

@@ -95,9 +95,9 @@ def grid_of(
     multiple = math.lcm(smallest, spatial * config.patch_size)
     rules = [Rule("height", size.height, multiple), Rule("width", size.width, multiple)]
     if not any_length:
-        rules.append(Rule("frames", size.num_frames, temporal * config.patch_size_t, 1))
+        rules.append(Rule("frames", size.frames, temporal * config.patch_size_t, 1))
     refuse(denoiser, wrong_sizes(*rules))
-    frames = (size.num_frames - 1) // temporal + 1
+    frames = (size.frames - 1) // temporal + 1
     return Grid(*patches(denoiser, (frames, size.height // spatial, size.width // spatial)), text=text)
 
 

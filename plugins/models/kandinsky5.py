@@ -71,7 +71,7 @@ class Kandinsky5Family(Family):
                 f"{type(pipe).__name__} does not make {size.width}×{size.height} (width × height): it would take the nearest "
                 f"shape that it knows, {w}×{h}"
             )
-        frames = (size.num_frames - 1) // temporal + 1
+        frames = (size.frames - 1) // temporal + 1
         grid = Grid(frames // pt, size.height // spatial // ph, size.width // spatial // pw)
         model: Any = denoiser
         return within_positions(denoiser, grid, model.visual_rope_embeddings.max_pos)

@@ -70,10 +70,10 @@ class LTXFamily(Family):
             wrong_sizes(
                 Rule("height", size.height, side),
                 Rule("width", size.width, side),
-                Rule("frames", size.num_frames, frames, 1),
+                Rule("frames", size.frames, frames, 1),
             ),
         )
-        latents = (size.num_frames - 1) // temporal + 1
+        latents = (size.frames - 1) // temporal + 1
         return Grid(-(-latents // config.patch_size_t), size.height // pixels, size.width // pixels)
 
     def _argument(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:

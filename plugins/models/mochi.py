@@ -44,7 +44,7 @@ class MochiFamily(Family):
         check_size(denoiser, pipe, size, height=pixels, width=pixels, frames=temporal)
         side = spatial * config.patch_size
         text = config.max_sequence_length
-        return Grid((size.num_frames - 1) // temporal + 1, size.height // side, size.width // side, text=text)
+        return Grid((size.frames - 1) // temporal + 1, size.height // side, size.width // side, text=text)
 
 
 register_family(MochiFamily())

@@ -87,10 +87,10 @@ class WanFamily(Family):
             # The pipelines' own check asks for 16, whatever the VAE; then they round down to whole patches, silently.
             Rule("height", size.height, math.lcm(self.pixels, spatial * ph)),
             Rule("width", size.width, math.lcm(self.pixels, spatial * pw)),
-            Rule("frames", size.num_frames, temporal * pt, 1),
+            Rule("frames", size.frames, temporal * pt, 1),
         )
         refuse(denoiser, wrong)
-        frames = (size.num_frames - 1) // temporal + 1
+        frames = (size.frames - 1) // temporal + 1
         grid = Grid(frames // pt, size.height // spatial // ph, size.width // spatial // pw)
         config: Any = denoiser.config
         return within_positions(denoiser, grid, (config.rope_max_seq_len,) * 3)
@@ -127,7 +127,7 @@ class WanVACEFamily(WanFamily):
 class WanAnimateFamily(WanFamily):
     """Animate: Wan with face adapters between the blocks, which stay as they are.
 
-    ``num_frames`` of a size is the length of one segment (``segment_frame_length``); the reference image is a latent frame more.
+    ``frames`` of a size is the length of one segment (``segment_frame_length``); the reference image is a latent frame more.
     """
 
     classes: tuple[str, ...] = ("WanAnimateTransformer3DModel",)

@@ -17,7 +17,7 @@ PROMPT = "a red circle moving right on a blue background"
 
 def test_the_demo_model_says_what_it_is_for():
     native = model_defaults(load_skeleton("demo"))
-    assert (native.height, native.width, native.num_frames) == (128, 128, 17)
+    assert (native.height, native.width, native.frames) == (128, 128, 17)
     assert native.world == "shapes"
 
 

@@ -77,7 +77,7 @@ def test_exported_folder_is_a_stock_pipeline(finished, arguments):
     assert (training["torch"], "held_out_psnr" in training["stages"]["decoder"]) == (torch.__version__, True)
     native = json.loads((folder / "tilewise.json").read_text())
     assert native == {
-        **{"height": 32, "width": 32, "num_frames": 5, "steps": 2, "guidance": 3.0, "fps": 8},
+        **{"height": 32, "width": 32, "frames": 5, "steps": 2, "guidance": 3.0, "fps": 8},
         **{
             "max_sequence_length": 32,
             "world": "shapes",

@@ -42,7 +42,7 @@ blue yellow circle square triangle star plain striped checkered gradient backgro
 NATIVE = {
     "height": 64,
     "width": 64,
-    "num_frames": 9,
+    "frames": 9,
     "steps": 4,
     "guidance": 3.0,
     "fps": 8,

@@ -55,7 +55,7 @@ def explain_command(
         skeleton,
         height=options.get("height", native.height),
         width=options.get("width", native.width),
-        frames=options.get("frames", native.num_frames),
+        frames=options.get("frames", native.frames),
         num_inference_steps=options.get("steps", native.steps),
         method=config,
     )

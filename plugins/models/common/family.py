@@ -54,7 +54,12 @@ class Size:
 
     height: int
     width: int
-    num_frames: int
+    frames: int
+
+    @property
+    def num_frames(self) -> int:
+        """``frames`` by its old name, until the next release."""
+        return self.frames
 
 
 @dataclass(frozen=True)

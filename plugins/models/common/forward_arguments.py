@@ -34,7 +34,7 @@ def check_size(denoiser: nn.Module, pipe: Any, size: Size, *, height: int, width
     """Check a size in pixels against what a model takes.
 
     Args:
-        height, width: must be multiples of this. frames: num_frames must be frames·k + 1; pipelines that make images: 1.
+        height, width: must be multiples of this. frames: the length must be frames·k + 1; pipelines that make images: 1.
 
     Raises:
         ConfigError: with the nearest valid number for each that is not.
@@ -42,8 +42,8 @@ def check_size(denoiser: nn.Module, pipe: Any, size: Size, *, height: int, width
     rules = [Rule("height", size.height, height), Rule("width", size.width, width)]
     images = type(pipe).__name__.endswith(("TextToImagePipeline", "T2IPipeline", "I2IPipeline"))
     if not images:
-        rules.append(Rule("frames", size.num_frames, frames, 1))
+        rules.append(Rule("frames", size.frames, frames, 1))
     wrong = wrong_sizes(*rules)
-    if images and size.num_frames != 1:
-        wrong.append(f"frames={size.num_frames} must be 1: it makes images")
+    if images and size.frames != 1:
+        wrong.append(f"frames={size.frames} must be 1: it makes images")
     refuse(denoiser, wrong)

@@ -22,7 +22,7 @@ def image_tokens(denoiser: nn.Module, size: Size, pixels: int) -> tuple[int, int
         ConfigError: for more than one frame, or a height or width that is not a multiple of ``pixels``, with the nearest.
     """
     wrong = wrong_sizes(Rule("height", size.height, pixels), Rule("width", size.width, pixels))
-    if size.num_frames != 1:
-        wrong.append(f"frames={size.num_frames} must be 1: it makes images")
+    if size.frames != 1:
+        wrong.append(f"frames={size.frames} must be 1: it makes images")
     refuse(denoiser, wrong)
     return size.height // pixels, size.width // pixels

@@ -21,6 +21,7 @@ from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
 
 NATIVE_FILE = "tilewise.json"
+OLD_NAMES = {"num_frames": "frames"}
 VIDEO_FRAMES = 81
 USUAL_STEPS = 50
 # (height, width) of pipelines that have their default in the code of their call alone.
@@ -30,6 +31,18 @@ IN_THE_CODE = {"ZImagePipeline": (1024, 1024)}
 def native_file(pipe: Any) -> Path:
     """Where a pipeline's ``tilewise.json`` lies, if it has one: beside its ``model_index.json``."""
     return Path(source_of(pipe)) / NATIVE_FILE
+
+
+def current_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``tilewise.json`` says by today's names; those of before are read until the next release.
+
+    Raises ValueError for a field by both names.
+    """
+    named = {OLD_NAMES.get(name, name): value for name, value in fields.items()}
+    for old, new in OLD_NAMES.items():
+        if old in fields and new in fields:
+            raise ValueError(f"{old} is the old name of {new}: give {new} alone")
+    return named
 
 
 def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
@@ -44,7 +57,7 @@ def native_pixels(pipe: Any) -> Size:
         ConfigError: if neither the model nor its pipeline says a height and width.
     """
     defaults = {name: p.default for name, p in call_parameters(pipe).items() if isinstance(p.default, int)}
-    found = {name: defaults.get(name) for name in ("height", "width", "num_frames")}
+    found = {**{name: defaults.get(name) for name in ("height", "width")}, "frames": defaults.get("num_frames")}
     sample = getattr(pipe, "default_sample_size", None)
     if isinstance(sample, int) and found["height"] is None:
         side = sample * getattr(pipe, "vae_scale_factor", 8)
@@ -54,7 +67,8 @@ def native_pixels(pipe: Any) -> Size:
     file = native_file(pipe)
     if file.is_file():
         try:
-            found.update({name: v for name, v in json.loads(file.read_text("utf-8")).items() if name in found})
+            told = current_names(json.loads(file.read_text("utf-8")))
+            found.update({name: value for name, value in told.items() if name in found})
         except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"{file}: cannot be read for the model's native size: {error}") from error
     if found["height"] is None or found["width"] is None:
@@ -62,7 +76,7 @@ def native_pixels(pipe: Any) -> Size:
             f"{type(pipe).__name__} does not say at which size its model was trained; give it, for instance "
             "tilewise.patch(pipe, tilewise.Inward(native=(h, w))), in tokens of the denoiser's grid"
         )
-    return Size(found["height"], found["width"], found["num_frames"] or usual_frames(pipe))
+    return Size(found["height"], found["width"], found["frames"] or usual_frames(pipe))
 
 
 def _usual_size(pipe: Any) -> tuple[int | None, int | None]:

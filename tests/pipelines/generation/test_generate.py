@@ -212,7 +212,7 @@ def test_settings_that_cannot_be_read(tiny_pipe):
 def test_defaults_come_from_the_model(tiny_pipe_dir):
     settings = resolve_settings(load_skeleton(tiny_pipe_dir), PROMPT)
     native = tiny_wan.NATIVE
-    assert (settings.height, settings.frames, settings.steps) == (64, native["num_frames"], native["steps"])
+    assert (settings.height, settings.frames, settings.steps) == (64, native["frames"], native["steps"])
     assert (settings.fps, settings.guidance, settings.max_sequence_length) == (8, 3, 16)
     assert settings.method == tilewise.presets()["sta-balanced"]
     assert settings.model == str(tiny_pipe_dir)

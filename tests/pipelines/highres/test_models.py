@@ -372,14 +372,14 @@ def test_guidance_in_one_batch_is_planned_for(held):
 def test_native_sizes():
     pipe, _ = sd3()
     native = model_defaults(pipe)
-    assert (native.height, native.width, native.num_frames) == (pipe.default_sample_size * 8,) * 2 + (1,)
+    assert (native.height, native.width, native.frames) == (pipe.default_sample_size * 8,) * 2 + (1,)
     assert native.highres_flow_shift is None
     native = model_defaults(ltx()[0])
-    assert (native.height, native.width, native.num_frames, native.fps) == (512, 704, 161, 25)
+    assert (native.height, native.width, native.frames, native.fps) == (512, 704, 161, 25)
     assert model_defaults(mochi()[0]).highres_strength == 0.45
     for kind, size in ((mochi, (480, 848, 19)), (hunyuan_video15, (480, 848, 121)), (z_image, (1024, 1024, 1))):
         native = model_defaults(kind()[0])
-        assert (native.height, native.width, native.num_frames) == size
+        assert (native.height, native.width, native.frames) == size
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_native_sizes():
 )
 def test_sizes_that_a_pipeline_says_in_part(call, wanted):
     native = model_defaults(type("Pipe", (), {"__call__": call})())
-    assert (native.height, native.width, native.num_frames) == wanted
+    assert (native.height, native.width, native.frames) == wanted
 
 
 def test_a_schedule_that_begins_elsewhere_is_an_error():

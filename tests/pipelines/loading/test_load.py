@@ -18,6 +18,7 @@ from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.model_defaults import ModelDefaults, model_defaults
 from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.models.common.native_size import native_pixels
 
 
 @pytest.fixture
@@ -56,6 +57,14 @@ def test_native_size_from_the_folder(tiny_pipe_dir):
     assert model_defaults(load_skeleton(tiny_pipe_dir)) == expected
 
 
+def test_the_old_name_of_frames_is_still_read(folder):
+    """Of `tilewise.json`, and of the two objects that have it."""
+    (folder / "tilewise.json").write_text('{"num_frames": 7}')
+    pipe = load_skeleton(folder)
+    assert model_defaults(pipe).frames == model_defaults(pipe).num_frames == 7
+    assert native_pixels(pipe).frames == native_pixels(pipe).num_frames == 7
+
+
 def test_native_size_from_the_signature(tiny_pipe):
     assert model_defaults(tiny_pipe) == ModelDefaults(480, 832, 81, 50, 5.0, 16.0, 512, highres_flow_shift=9.0)
 
@@ -64,6 +73,7 @@ def test_native_size_from_the_signature(tiny_pipe):
     ("content", "message"),
     [
         ('{"heigth": 64}', "unknown field 'heigth'"),
+        ('{"frames": 9, "num_frames": 9}', "num_frames is the old name of frames: give frames alone"),
         ('{"height": "64"}', "positive int"),
         ('{"height": -64}', "positive int"),
         ('{"height": 64.5}', "positive int"),

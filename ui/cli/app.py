@@ -125,7 +125,7 @@ def batch(
 ) -> None:
     """Make many clips from a file of prompts. Run it again to resume.
 
-    For several GPUs: torchrun --nproc-per-node 8 -m tilewise batch …, or accelerate launch -m tilewise batch …
+    For several GPUs: torchrun --nproc-per-node 8 -m tilewise batch …, or accelerate launch --multi_gpu -m tilewise batch …
     """
     from tilewise.ui.cli.batch import BatchRequest, batch_request, dry_run_batch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_wan
 import torch
-from causal_checkpoints import random_lora, with_lora
+from causal_checkpoints import save_lora, small_lora, with_lora
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -26,18 +26,11 @@ from tilewise.ui.cli.app import app
 SMALL = ["--method", "dense", "--steps", "1", "--frames", "5", "--guidance", "1"]
 
 
-def small_lora(seed: int) -> dict[str, torch.Tensor]:
-    return {name: 0.1 * weight for name, weight in random_lora(seed, width=32).items()}
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[Path]:
-    """Two LoRAs of the tiny model, named as trainers of Wan name them."""
+    """Two LoRAs of the tiny model."""
     folder = tmp_path_factory.mktemp("loras")
-    for seed in (1, 2):
-        named = {name.replace("base_model.model.", "diffusion_model."): w for name, w in small_lora(seed).items()}
-        save_file(named, folder / f"style {seed}.safetensors")
-    return sorted(folder.iterdir())
+    return [save_lora(folder / f"style {seed}.safetensors", seed) for seed in (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +75,21 @@ def test_a_clip_says_them_and_is_made_again(files, tiny_pipe_dir, tmp_path, monk
     assert with_them["lora"] == [resolve_lora(f"{files[0]}:0.5"), resolve_lora(str(files[1]))]
     assert without["lora"] == []
     assert with_them["run"]["frames_sha256"] != without["run"]["frames_sha256"]
+    again = CliRunner().invoke(app, ["generate", "--from", "a.mp4", "--out", "again.mp4"])
+    assert "the same, bit for bit" in " ".join(again.stdout.split()), again.output
+
+
+def test_both_stages_of_a_large_clip_have_them(files, tiny_pipe_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    size = ["--highres", "--height", "80", "--width", "64", "--frames", "5", "--steps", "2", "--global-path", "none"]
+    words = ["generate", "a red circle", "--model", str(tiny_pipe_dir), *size]
+    for more in (["--lora", f"{files[0]}:0.5", "--out", "a.mp4"], ["--out", "b.mp4"]):
+        result = CliRunner().invoke(app, [*words, *more])
+        assert result.exit_code == 0, result.output
+    for ending in ("", "-native"):
+        with_it, without = (read_settings(f"{name}{ending}.mp4") for name in "ab")
+        assert (with_it["lora"], without["lora"]) == ([resolve_lora(f"{files[0]}:0.5")], [])
+        assert with_it["run"]["frames_sha256"] != without["run"]["frames_sha256"]
     again = CliRunner().invoke(app, ["generate", "--from", "a.mp4", "--out", "again.mp4"])
     assert "the same, bit for bit" in " ".join(again.stdout.split()), again.output
 

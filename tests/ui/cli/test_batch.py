@@ -299,24 +299,34 @@ def test_killed_between_the_clip_and_its_line(tiny_pipe_dir, prompts):
     assert len(done(prompts / "o")) == 2
 
 
-def test_torchrun(tiny_pipe_dir, prompts):
+LAUNCHERS = {  # accelerate starts one process alone with --cpu; with --multi_gpu as many as asked for, GPUs or not
+    "torchrun": (["torch.distributed.run", "--nproc-per-node", "2", "--master-port"], 5),
+    "accelerate": (
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"],
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_launchers(launcher, tiny_pipe_dir, prompts):
     """Each of two processes makes its part; one merges what both noted down."""
-    rows(prompts, *[2] * 5)
+    start, count = LAUNCHERS[launcher]
+    rows(prompts, *[2] * count)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
     result = subprocess.run(
-        [sys.executable, *command, "-m", "tilewise", "batch", "p.jsonl", "--model", str(tiny_pipe_dir), "--out", "o"],
+        [sys.executable, "-m", *start, port, "-m", "tilewise", "batch", "p.jsonl", "--model", str(tiny_pipe_dir), "--out", "o"],
         cwd=prompts, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     found = done(prompts / "o")
     assert clips(prompts / "o") == sorted(found)
     assert {line["run"]["world_size"] for line in found.values()} == {2}
-    assert sorted(line["run"]["rank"] for line in found.values()) == [0] * 3 + [1] * 2
+    assert sorted(line["run"]["rank"] for line in found.values()) == [0] * (count - count // 2) + [1] * (count // 2)
     assert [path.name for path in (prompts / "o").glob("manifest*")] == ["manifest.jsonl"]
-    assert result.stdout.count("5 of 5 clips are in o") == 1
+    assert result.stdout.count(f"{count} of {count} clips are in o") == 1
 
 
 def test_a_world_that_cannot_be(tiny_pipe_dir, prompts, monkeypatch):

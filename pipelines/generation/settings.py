@@ -116,8 +116,7 @@ class GenerateSettings:
             raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, not {_told(self.seed)}")
         if not is_number(self.guidance) or self.guidance < 0:
             raise ConfigError(f"guidance must be a number of at least 0, not {_told(self.guidance)}")
-        if not is_number(self.fps) or not LEAST_FPS <= self.fps <= MOST_FPS:
-            raise ConfigError(f"fps must be a number from {LEAST_FPS:g} to {MOST_FPS:g}, not {_told(self.fps)}")
+        check_fps(self.fps)
         TinyChoice.parse(self.decode)
         if isinstance(self.lora, str) or not all(isinstance(one, str) for one in self.lora):
             raise ConfigError(f"lora must be a list of texts, not {self.lora!r}")
@@ -159,6 +158,12 @@ def parse_seed(said: str | int) -> int:
     if not re.fullmatch(r"\s*[+-]?[0-9]{1,30}\s*", said):
         raise ConfigError(f"seed takes a whole number, or {RANDOM_SEED}, not {said[:80]!r}")
     return int(said)
+
+
+def check_fps(fps: Any) -> None:
+    """Raises ConfigError for a number of frames a second that no file can have."""
+    if not is_number(fps) or not LEAST_FPS <= fps <= MOST_FPS:
+        raise ConfigError(f"fps must be a number from {LEAST_FPS:g} to {MOST_FPS:g}, not {_told(fps)}")
 
 
 def check_text(name: str, text: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings
+from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings, check_fps
 from tilewise.pipelines.generation.tiny_decoding import resolve_decode
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import load_pipeline
@@ -20,7 +20,7 @@ from tilewise.pipelines.streaming.checkpoints.known import RECIPES
 from tilewise.pipelines.streaming.checkpoints.load import load_causal_checkpoint, merge_lora, recipe_of_checkpoint
 from tilewise.pipelines.streaming.checks import cache_of, check_stream
 from tilewise.pipelines.streaming.explain import StreamExplanation, explain_stream
-from tilewise.pipelines.streaming.memory import memory_of
+from tilewise.pipelines.streaming.memory import denoisers_used, memory_of
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.settings import StreamSettings
 from tilewise.pipelines.streaming.stream import stream
@@ -28,6 +28,7 @@ from tilewise.pipelines.streaming.video_stream import VideoStream
 from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike, resolve
 from tilewise.plugins.errors import ConfigError, unknown
+from tilewise.plugins.patching import check_config
 from tilewise.plugins.streaming.kv_cache import KVCache
 
 CAUSAL_FOLDER = "causal"  # of a model folder
@@ -110,15 +111,19 @@ def prepare(
     if decode == OWN_VAE:
         streaming_decoder(skeleton.vae, fuse=False)
     fps = float(found.fps if shared.get("fps") is None else shared["fps"])
+    check_fps(fps)
+    config = resolve(method)
+    for name, denoiser in denoisers_used(skeleton, found).items():
+        check_config(name, denoiser, config.prepare(skeleton, denoiser))
     tokens = shared.get("max_sequence_length")
     settings = GenerateSettings(
         prompt=prompt,
         negative=shared.get("negative") or "",
         model=model,
-        method=resolve(method),
+        method=config,
         height=height,
         width=width,
-        frames=max(1, round(options.seconds * fps)) if fps > 0 else 1,
+        frames=max(1, round(options.seconds * fps)),
         steps=len(found.timesteps),
         guidance=found.guidance,
         seed=shared.get("seed", 0),

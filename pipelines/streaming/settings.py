@@ -16,6 +16,7 @@ from tilewise.plugins.streaming.kv_cache import SINK_POSITIONS, STORAGES
 # What `set_prompt` takes, and the policies. Named here too, since importing those needs PyTorch; a test holds them together.
 CHANGES = ("recache", "flush", "blend")
 POLICIES = ("adaptive", "dual_ema", "ema", "fixed", "reference", "shot")
+MOST_SECONDS = 10**7
 RECIPES_OWN = "the recipe's"
 OF_RECIPE = ("chunk", "window", "sink", "memory", "sink_position", "policy")
 
@@ -82,6 +83,8 @@ class StreamSettings:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
         if self.seconds is not None and not (is_number(self.seconds) and self.seconds > 0):
             raise ConfigError(f"seconds must be a number above 0, not {self.seconds!r}")
+        if self.seconds is not None and self.seconds > MOST_SECONDS:
+            raise ConfigError(f"seconds must be at most {MOST_SECONDS:,}, not {self.seconds:g}")
         if not isinstance(self.prompt_at, list | tuple):
             raise ConfigError(f"prompt_at must be a list of texts, not {self.prompt_at!r}")
         for said in self.prompt_at:

@@ -161,6 +161,9 @@ def test_progress_on_a_terminal_and_in_a_pipe():
 
 BAD = {
     "no length": ([], 2, "give --seconds"),
+    "years": (["--seconds", "1e308"], 2, "seconds must be at most 10,000,000, not 1e+308"),
+    "fps": (["--fps", "1e308"], 2, "fps must be a number from 0.01 to 1000"),
+    "no block": (["--method", "sta", "--blocks", "9:"], 2, "selects none of the 2 blocks"),
     "length 0": (["--seconds", "0"], 2, "seconds must be a number above 0"),
     "window below chunk": (["--window", "2", "--chunk", "4"], 2, "a window of 2 latents is shorter than a chunk of 4"),
     "sink too long": (["--sink", "5"], 2, "do not fit into a window of 6"),
@@ -267,7 +270,7 @@ def test_ctrl_c_ends_the_stream_after_a_chunk(model, tmp_path, monkeypatch):
     result = streaming_until(7, lambda: signal.raise_signal(signal.SIGINT), model, file, monkeypatch)
     assert result.exit_code == 130, result.output
     assert "finishing this chunk" in result.stderr and "Traceback" not in result.stderr
-    assert "interrupted after 7 of 800000 frames; the file is complete" in result.stderr
+    assert "interrupted after 7 of 800,000 frames; the file is complete" in result.stderr
     assert f"wrote {file}" in result.stdout
     assert len(read_frames(file)) == 7
     record = read_settings(file)

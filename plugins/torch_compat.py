@@ -82,6 +82,20 @@ def is_tracing() -> bool:
     return torch._guards.CompileContext.try_get() is not None
 
 
+def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.disable(function)``, but Dynamo, whose import takes a second, is imported when it is first called:
+    ``torch._disable_dynamo``. Where that is not there, it is imported at once."""
+    disable: Callable[..., Any] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+    return disable(function)
+
+
+def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result(function)``, which imports Dynamo to set ``_dynamo_marked_constant``. If that is
+    renamed, Dynamo traces the function."""
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
 def overriding_mode() -> str | None:
     """The class of a torch function mode in force, which may answer ``F.scaled_dot_product_attention`` itself, or None.
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
 
 from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.latent_spaces.base import latent_spaces
-from tilewise.pipelines.loading.model_folder import read_json
+from tilewise.pipelines.loading.model_folder import find_model, read_json
 from tilewise.plugins.diffusers_compat import is_enabled
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.native_size import (
+    NATIVE_FILE,
     call_parameters,
     current_names,
     native_file,
@@ -61,36 +63,52 @@ class ModelDefaults:
         return self.frames
 
 
+FIELDS = tuple(field.name for field in dataclasses.fields(ModelDefaults))
+
+
 def model_defaults(pipe: Any) -> ModelDefaults:
     """The defaults of a loaded pipeline: from tilewise.json in its folder if there is one, else its own signature's.
 
     tilewise.json lies beside model_index.json; any of ModelDefaults's fields may be given there, the rest come from the
     signature. Raises ModelError, naming the file, for fields that are unknown or not positive numbers.
     """
-    fields = _signature_defaults(pipe)
-    file = native_file(pipe)
-    if file.is_file():
-        try:
-            told = current_names(read_json(file))
-        except ValueError as error:
-            raise ModelError(f"{file}: {error}") from error
-        for name, value in told.items():
-            if name not in fields:
-                raise ModelError(f"{file}: unknown field {name!r}; it may hold {', '.join(fields)}")
-            if name == "world":
-                fields[name] = str(value)
-                continue
-            if name == "one_shape":
-                if not isinstance(value, bool):
-                    raise ModelError(f"{file}: one_shape must be true or false, not {value!r}")
-                fields[name] = value
-                continue
-            number = float if name in FLOATS else int
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or value <= 0 or number(value) != value:
-                raise ModelError(f"{file}: {name} must be a positive {number.__name__}, not {value!r}")
-            fields[name] = number(value)
-    return ModelDefaults(**fields)
+    return ModelDefaults(**{**_signature_defaults(pipe), **stated_defaults(native_file(pipe))})
+
+
+def folder_defaults(model: str | Path) -> ModelDefaults | None:
+    """`model_defaults` of a model whose folder states them all, as the bundled one does; None where a pipeline must be asked.
+
+    Reads that one file, without diffusers. Raises ModelError as `model_defaults`, and where there is no such model.
+    """
+    source = find_model(model)
+    stated = stated_defaults(source / NATIVE_FILE) if isinstance(source, Path) else {}
+    return ModelDefaults(**stated) if len(stated) == len(FIELDS) else None
+
+
+def stated_defaults(file: Path) -> dict[str, Any]:
+    """Those fields of ModelDefaults that a tilewise.json states, checked; none where there is no such file."""
+    fields: dict[str, Any] = {}
+    try:
+        told = current_names(read_json(file)) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{file}: {error}") from error
+    for name, value in told.items():
+        if name not in FIELDS:
+            raise ModelError(f"{file}: unknown field {name!r}; it may hold {', '.join(FIELDS)}")
+        if name == "world":
+            fields[name] = str(value)
+            continue
+        if name == "one_shape":
+            if not isinstance(value, bool):
+                raise ModelError(f"{file}: one_shape must be true or false, not {value!r}")
+            fields[name] = value
+            continue
+        number = float if name in FLOATS else int
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or value <= 0 or number(value) != value:
+            raise ModelError(f"{file}: {name} must be a positive {number.__name__}, not {value!r}")
+        fields[name] = number(value)
+    return fields
 
 
 def _signature_defaults(pipe: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.models.common.family import Family, Size, Streams, UnreadableGridError
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
-from tilewise.plugins.torch_compat import version_of
+from tilewise.plugins.torch_compat import outside_graphs, version_of
 
 
 class LTXFamily(Family):
@@ -102,7 +102,7 @@ class LTXFamily(Family):
 _grids: Any = WeakTensorKeyDictionary()
 
 
-@torch.compiler.disable
+@outside_graphs
 def grid_of_coords(coords: torch.Tensor) -> Grid:
     """The grid of the tokens at ``coords``, (B, 3, S) or, as [start, end) of each token, (B, 3, S, 2): t, y and x.
 

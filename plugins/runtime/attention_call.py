@@ -59,7 +59,7 @@ from tilewise.plugins.runtime.sparse_call import (
     run_parts,
 )
 from tilewise.plugins.runtime.window_call import attend_window
-from tilewise.plugins.torch_compat import overriding_mode
+from tilewise.plugins.torch_compat import constant_in_graphs, overriding_mode
 
 MAX_PREPARED = 64  # they hold plans
 
@@ -263,7 +263,7 @@ def _in_model_order(request: AttentionRequest) -> AttentionRequest:
     return request.replace(query=query, key=key, qk_order=None)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _triton_runs(device: torch.device) -> bool:
     """Whether Triton kernels run on a device: they are what families fuse with."""
     return _find_triton(device)

@@ -22,7 +22,7 @@ from tilewise.plugins.hooks.stand_in import StandIn
 from tilewise.plugins.runtime.attention_request import AttentionRequest, is_autocast
 from tilewise.plugins.runtime.custom_ops import attend, handle_for
 from tilewise.plugins.runtime.plan_cache import Order
-from tilewise.plugins.torch_compat import in_backward, is_tracing, overriding_mode
+from tilewise.plugins.torch_compat import in_backward, is_tracing, outside_graphs, overriding_mode
 
 NO_BACKWARD = "a patched denoiser is for inference: its attention has no backward pass. Call tilewise.unpatch first"
 
@@ -163,7 +163,7 @@ class TilewiseProcessor(StandIn):
         return ForwardOnly.apply(out.detach(), *qkv)
 
     # What an operator cannot carry, a processor's own options, a device mesh or a torch function mode, costs a graph break.
-    answer_outside_graph = torch.compiler.disable(answer)
+    answer_outside_graph = outside_graphs(answer)
 
     # diffusers sets these two on processors (and skips those that lack them, as it does ours where the original does): they
     # belong to the original, which reads them, and keeps them when the patch is gone.

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tilewise.plugins.torch_compat import constant_in_graphs
+
 
 @dataclass(eq=False)
 class AttentionRequest:
@@ -66,6 +68,6 @@ def is_autocast(device_type: str) -> bool:
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
-@torch.compiler.assume_constant_result  # Dynamo of PyTorch 2.11 cannot trace the question
+@constant_in_graphs  # Dynamo of PyTorch 2.11 cannot trace the question
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)

@@ -26,6 +26,7 @@ from tilewise.plugins.runtime.attention_call import AttentionCalls
 from tilewise.plugins.runtime.attention_processor import TilewiseProcessor, processor_class, why_not
 from tilewise.plugins.runtime.forward_state import ForwardState
 from tilewise.plugins.runtime.step_index import StepIndex
+from tilewise.plugins.torch_compat import outside_graphs
 
 ATTRIBUTE = "_tilewise"  # what a patch adds to a denoiser, besides the COPIER for copy.deepcopy
 
@@ -193,7 +194,7 @@ class Patch:
             return processor.calls is self.calls and processor.number == number
         return self.left_alone.get(layer.name) is processor
 
-    @torch.compiler.disable
+    @outside_graphs
     def _replaced(self, number: int) -> None:
         """Somebody set another processor on a layer. The patch stays on: it is taken over like the one before, or left alone."""
         with self._replacing:

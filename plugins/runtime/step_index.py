@@ -28,11 +28,11 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
 from tilewise.plugins.diffusers_compat import current_timestep, timesteps_to_run
@@ -185,13 +185,18 @@ def running_pipeline(denoiser: nn.Module) -> Any:
     while frame is not None:
         if _is_pipelines(frame):
             pipe = first_argument(frame)
-            if isinstance(pipe, PIPELINES) and _holds(pipe, denoiser):
+            if isinstance(pipe, pipeline_classes()) and _holds(pipe, denoiser):
                 return pipe
         frame = frame.f_back
     return None
 
 
-PIPELINES = (DiffusionPipeline, ModularPipeline)
+@cache
+def pipeline_classes() -> tuple[type, ...]:
+    """What a pipeline is an instance of. Not imported with this module: it takes seconds, and plans and presets do without."""
+    from diffusers import DiffusionPipeline, ModularPipeline
+
+    return DiffusionPipeline, ModularPipeline
 
 
 def _is_pipelines(frame: FrameType) -> bool:
@@ -203,7 +208,7 @@ def _is_pipelines(frame: FrameType) -> bool:
     if "." in owner:  # a class made in a function or in another class is not found by its name
         return code.co_name == "__call__"
     found = frame.f_globals.get(owner)
-    return inspect.isclass(found) and issubclass(found, PIPELINES)
+    return inspect.isclass(found) and issubclass(found, pipeline_classes())
 
 
 def first_argument(frame: FrameType) -> Any:

@@ -343,6 +343,36 @@ def test_compiled_modules():
     assert torch_compat.runs_compiled(in_place) and torch_compat.runs_compiled(by_forward)
 
 
+def test_marked_constant_as_pytorch_marks_it():
+    def ours() -> None: ...
+
+    def theirs() -> None: ...
+
+    assert torch_compat.constant_in_graphs(ours) is ours
+    assert vars(ours) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+
+
+@pytest.mark.compile
+def test_a_function_outside_graphs():
+    traced: list[bool] = []
+
+    @torch_compat.outside_graphs
+    def looks(x: torch.Tensor) -> torch.Tensor:
+        traced.append(torch.compiler.is_compiling())
+        return x + 1
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: looks(x * 2) * 3, backend=backend)
+    for value in (1.0, 2.0):
+        assert compiled(torch.tensor(value)) == (2 * value + 1) * 3
+    assert traced == [False, False] and len(graphs) == 2
+
+
 @pytest.mark.compile
 def test_what_the_tracer_looks_at():
     seen = []

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tilewise.ui.common.collections_paused import no_collections
 from tilewise.ui.common.exit_codes import exit_codes
 
 MODELS_HELP = (
@@ -54,19 +53,8 @@ def ui(
             from tilewise.ui.cli.progress import quiet_libraries
             from tilewise.ui.web.server import serving
 
-            stack.enter_context(quiet_libraries())
-            url = stack.enter_context(serving(model or ["demo"], outputs, address, limits, device=device, dtype=dtype))
+            names = model or ["demo"]
+            page = serving(names, outputs, address, limits, device=device, dtype=dtype, libraries=quiet_libraries)
+            url = stack.enter_context(page)
         print(f"tilewise ui: {url}  (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
-
-
-@contextlib.contextmanager
-def no_collections() -> Iterator[None]:
-    """No garbage collection in this block, nor of what is there at its end: collections would go over the objects of PyTorch,
-    diffusers and Gradio again and again while those are imported, for a second or more."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()

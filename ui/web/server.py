@@ -6,12 +6,15 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from tilewise.pipelines.errors import SetupError
+from tilewise.ui.common.collections_paused import no_collections
+from tilewise.ui.web.common.messages import LOG, error_message, log_unexpected
 from tilewise.ui.web.common.safety import Address, Limits, check_outputs
 from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.jobs.models import Models
@@ -117,16 +120,20 @@ def serving(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    libraries: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Iterator[str]:
     """Serves the page while the block runs; gives its URL. A job under way is interrupted at the end, and the list of jobs kept.
 
+    libraries: a context for what is done with diffusers, entered before its models are imported. That may be after the page
+    answers (see `Models`): it begins at once then, and plans and jobs wait for it.
     Raises ConfigError and SetupError before anything listens, for what cannot be: models, outputs, device.
     """
     folder = check_outputs(outputs)
     with contextlib.ExitStack() as stack:
         private = stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewise-ui-"))
         stack.enter_context(_environment(private))
-        models = Models(model_names, device, dtype)
+        with_libraries = stack.enter_context(contextlib.ExitStack())
+        models = Models(model_names, device, dtype, lambda: with_libraries.enter_context(libraries()))
         from tilewise.ui.web.page import Page, look, theme
 
         job_queue = JobQueue(limits.waiting, folder)
@@ -162,7 +169,21 @@ def serving(
             app_kwargs={"middleware": [Middleware(Headers, local=address.is_local)]},
         )
         job_queue.start()  # not before it is sure that there will be a page
+        importing = threading.Thread(target=make_skeletons, args=(models,), name="import", daemon=True)
+        importing.start()
+        stack.callback(importing.join)
         yield url
+
+
+def make_skeletons(models: Models) -> None:
+    """What plans and jobs need of all models. One that cannot be read is told in the log, and by the page where it is used."""
+    with no_collections():
+        for name in models.names:
+            try:
+                models.skeleton(name)
+            except Exception as error:
+                log_unexpected(error)
+                LOG.warning("%s", error_message(error))
 
 
 def _launched(page: Any, **options: Any) -> tuple[Any, str, str]:

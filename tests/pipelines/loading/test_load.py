@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from tilewise.pipelines.loading import device as devices
 from tilewise.pipelines.loading import model_folder
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
-from tilewise.pipelines.loading.model_defaults import ModelDefaults, model_defaults
+from tilewise.pipelines.loading.model_defaults import ModelDefaults, folder_defaults, model_defaults
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.common.native_size import native_pixels
 
@@ -67,6 +68,19 @@ def test_the_old_name_of_frames_is_still_read(folder):
 
 def test_native_size_from_the_signature(tiny_pipe):
     assert model_defaults(tiny_pipe) == ModelDefaults(480, 832, 81, 50, 5.0, 16.0, 512, highres_flow_shift=9.0)
+
+
+def test_a_folder_that_states_all_defaults_is_enough(folder):
+    assert folder_defaults("demo") == model_defaults(load_skeleton("demo"))
+    assert folder_defaults("some/model-of-the-hub") is None
+    stated = dataclasses.asdict(folder_defaults("demo"))
+    (folder / "tilewise.json").write_text(json.dumps(stated))
+    assert folder_defaults(folder) == folder_defaults("demo")
+    del stated["steps"]
+    (folder / "tilewise.json").write_text(json.dumps(stated))
+    assert folder_defaults(folder) is None
+    (folder / "tilewise.json").unlink()
+    assert folder_defaults(folder) is None
 
 
 @pytest.mark.parametrize(

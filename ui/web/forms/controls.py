@@ -22,6 +22,7 @@ from tilewise.ui.web.jobs.models import Models
 
 PROMPT = "a red circle moving right on a blue background"  # in the words of the demo model
 METHOD = "sta-balanced"
+PLANNING = '<p class="tw-quiet">planning …</p>'  # until the first plan is there: diffusers may still be imported
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 SIZED = ("height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")  # controls that a model sets
 
@@ -47,7 +48,7 @@ class Controls:
             made["height"] = Slider(16, 2160, native.height, step=16, label="Height, pixels", elem_id="height")
             made["width"] = Slider(16, 3840, native.width, step=16, label="Width, pixels", elem_id="width")
         with gr.Row():
-            made["frames"] = Slider(1, 257, native.num_frames, step=4, label="Frames", elem_id="frames")
+            made["frames"] = Slider(1, 257, native.frames, step=4, label="Frames", elem_id="frames")
             made["steps"] = Slider(1, 100, native.steps, step=1, label="Steps", elem_id="steps")
         with gr.Row(elem_id="seed-row"):
             made["seed"] = gr.Textbox("0", label="Seed", elem_id="seed", min_width=80, scale=3)
@@ -80,7 +81,7 @@ class Controls:
             made |= {name: control(option) for name, option in SETTINGS.items() if name not in made}
         self.components = made
         with gr.Accordion("Plan", open=True, elem_id="plan-box"):
-            self.panel = gr.HTML(label="Plan", elem_id="plan")
+            self.panel = gr.HTML(PLANNING, label="Plan", elem_id="plan")
         # What else follows the controls is chained to this event. Gradio repeats an event as a whole when one of its handlers
         # with "always_last" was busy, and two of them on one event would keep each other busy for ever.
         self.moved = gr.on(
@@ -135,7 +136,7 @@ class Controls:
     def model_values(self, name: str) -> dict[str, Any]:
         """What the controls of SIZED say for a model of its own. Raises RefusedError for one that is not offered."""
         native = self.models.defaults(name)
-        shape = [native.height, native.width, native.num_frames, native.steps]
+        shape = [native.height, native.width, native.frames, native.steps]
         return dict(zip(SIZED, [*shape, native.guidance, native.fps, native.max_sequence_length], strict=True))
 
 

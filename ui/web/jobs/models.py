@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tilewise.pipelines.generation.clip_metadata import begin_run
 from tilewise.pipelines.generation.preview import LatentPreview
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
-from tilewise.pipelines.loading.model_defaults import ModelDefaults, model_defaults
+from tilewise.pipelines.loading.model_defaults import ModelDefaults, folder_defaults, model_defaults
+from tilewise.pipelines.loading.model_folder import check_folder, find_model
 from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.memory.limits import free_memory
 from tilewise.plugins.errors import ConfigError
@@ -22,34 +24,65 @@ from tilewise.ui.web.jobs.job import Job
 class Models:
     """An allow-list of models.
 
-    names: as given at start: "demo", folders, hub ids. device, dtype: as for `load_pipeline`.
+    names: as given at start: "demo", folders, hub ids. device, dtype: as for `load_pipeline`. before_import: called once,
+    before diffusers' models are imported for the first skeleton.
+
+    A model whose folder states its defaults has its files checked at once, and its skeleton is made when somebody first asks
+    for it: importing diffusers takes longer than all else that the page needs to start. Other models' are made at once.
     Raises ConfigError for an empty or repeating list, and what `load_skeleton` raises for a model that is not there.
     """
 
-    def __init__(self, names: Sequence[str], device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        device: str = "auto",
+        dtype: str = "auto",
+        before_import: Callable[[], object] = lambda: None,
+    ) -> None:
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"--model must name each model of the page once, got {list(names)}")
         self.names = list(names)
         self.device = resolve_device(device)
         self.dtype = str(resolve_dtype(dtype, self.device)).removeprefix("torch.")
         self._lock = threading.Lock()
-        self._skeletons = {name: load_skeleton(name) for name in names}
+        self._before_import = before_import
+        self._making = threading.Lock()
+        self._skeletons: dict[str, Any] = {}
+        self._defaults: dict[str, ModelDefaults] = {}
+        for name in names:
+            stated = folder_defaults(name)
+            if stated is not None:
+                check_folder(Path(find_model(name)))
+            self._defaults[name] = stated or model_defaults(self.skeleton(name))
         self._revisions: dict[str, str] = {}
         self._loaded: tuple[str, Any, LatentPreview | None] | None = None
 
     def skeleton(self, name: str) -> Any:
-        """The pipeline without weights. Raises RefusedError for a model that is not on the list."""
-        if name not in self._skeletons:
+        """The pipeline without weights; made by who asks first, while others wait.
+
+        Raises RefusedError for a model that is not on the list, and as `load_skeleton` where it cannot be made.
+        """
+        self.check_offered(name)
+        with self._making:
+            if name not in self._skeletons:
+                if not self._skeletons:
+                    self._before_import()
+                self._skeletons[name] = load_skeleton(name)
+            return self._skeletons[name]
+
+    def check_offered(self, name: str) -> None:
+        """Raises RefusedError for a model that is not on the list."""
+        if name not in self.names:
             raise RefusedError(f"this page was not started with the model {name!r}; it has {', '.join(self.names)}")
-        return self._skeletons[name]
 
     def defaults(self, name: str) -> ModelDefaults:
-        """The model's own size and settings."""
-        return model_defaults(self.skeleton(name))
+        """The model's own size and settings. Raises RefusedError for a model that is not on the list."""
+        self.check_offered(name)
+        return self._defaults[name]
 
     def revision(self, name: str) -> str:
         """As `model_revision`, which reads the weights' checksums, asked once."""
-        self.skeleton(name)
+        self.check_offered(name)
         with self._lock:
             if name not in self._revisions:
                 self._revisions[name] = model_revision(name)

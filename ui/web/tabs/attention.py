@@ -62,11 +62,10 @@ class AttentionTab:
                 self._cache = Path(large.GRADIO_CACHE)
             with gr.Column(scale=2, min_width=240):
                 words = gr.HTML(elem_id="attention-words")
-                first, most = self._first()
                 labels = ("Latent frame", "Row", "Column", "Head", "Step", "Transformer block")
                 sliders = [
-                    Slider(low, max(top, low + 1), value, step=1, label=label, elem_id=f"query-{name}")
-                    for label, name, value, low, top in zip(labels, PLACE, first, LEAST, most, strict=True)
+                    Slider(low, low + 1, low, step=1, label=label, elem_id=f"query-{name}")
+                    for label, name, low in zip(labels, PLACE, LEAST, strict=True)
                 ]
         gr.Markdown(
             "**Every latent frame**, with the share of it that the query sees (click one to move the query there)"
@@ -91,7 +90,7 @@ class AttentionTab:
         )  # fmt: skip
         # The query's place is kept here, by the server, and the sliders show it. A drawing takes its time, and reads the place as
         # it begins: one that was asked for before a click cannot put the query back.
-        begun, place = gr.State(False), gr.State(tuple(first))  # begun: whether the tab was ever shown
+        begun, place = gr.State(False), gr.State(None)  # begun: whether the tab was ever shown; place: None until then
         inputs = [begun, clip, self.view.job, place, *sliders, *controls.inputs]
         outputs = [large, film, draft, words, *sliders]
         hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -100,7 +99,7 @@ class AttentionTab:
             "concurrency_limit": None,
             **hidden,
         }  # Gradio tells of a State's change from its queue alone
-        tab.select(lambda: True, None, begun, **told)
+        tab.select(self.begin, [place], [begun, place, words], **told)
         for number, slider in enumerate(sliders):  # of the others, the browser may not know yet what a click has set
             move = functools.partial(_moved, number)
             slider.input(move, [slider, place], place, trigger_mode="always_last", **told)
@@ -113,14 +112,21 @@ class AttentionTab:
         _, followed = self.view.wire(go, stop, here, status, preview, [clip])
         followed.then(self.draw, inputs, outputs, **quiet)
 
-    def _first(self) -> tuple[list[int], list[int]]:
-        """Where the query stands at first, and the most of each: the middle of the first model, last step and block."""
-        models = self.controls.models
-        settings = resolve_settings(models.skeleton(models.names[0]), "-", method="dense", model=models.names[0])
-        extent = layer_at(models.skeleton(models.names[0]), settings, 10**6)[1]
+    def begin(self, place: Sequence[Any] | None) -> tuple[Any, Any, Any]:
+        """The tab is shown; (begun, place, words). The query stands in the middle of the first model at first, at its last step
+        and block."""
+        if place is not None:
+            return True, place, gr.skip()
+        try:
+            name = self.controls.models.names[0]
+            skeleton = self.controls.models.skeleton(name)
+            settings = resolve_settings(skeleton, "-", method="dense", model=name)
+            extent = layer_at(skeleton, settings, 10**6)[1]
+        except Exception as error:  # of a model whose files are damaged
+            log_unexpected(error)
+            return gr.skip(), gr.skip(), error_html(error)
         grid = extent.grid
-        most = [grid.t - 1, grid.h - 1, grid.w - 1, extent.heads - 1, extent.steps, extent.blocks - 1]
-        return [grid.t // 2, grid.h // 2, grid.w // 2, 0, extent.steps, extent.blocks - 1], most
+        return True, (grid.t // 2, grid.h // 2, grid.w // 2, 0, extent.steps, extent.blocks - 1), gr.skip()
 
     def start(self, place: Sequence[Any], *given: Any) -> tuple[str, dict[str, Any]]:
         settings, seen = self._seen(place, given)

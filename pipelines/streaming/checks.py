@@ -15,13 +15,22 @@ from tilewise.plugins.streaming.causal_denoiser import rotary_of
 from tilewise.plugins.streaming.kv_cache import KVCache
 from tilewise.plugins.streaming.policies.base import policy
 
+OWN_CACHE = "AnyFlow"  # diffusers' own causal Wan
+LEAST_NOISE = 0.9  # that a chunk may begin at which begins as pure noise
 RECIPE = "_tilewise_recipe"  # what load_causal_checkpoint leaves on a denoiser: the recipe's dict
 
 
 def recipe_of(pipe: Any, given: CausalRecipe | None) -> CausalRecipe:
     """The recipe of a pipeline's checkpoint.
 
-    Raises ConfigError where there is none, as the checkpoint is then a bidirectional one for all that is known."""
+    Raises ConfigError where there is none, as the checkpoint is then a bidirectional one for all that is known, and
+    UnsupportedModelError for a model with a cache of its own.
+    """
+    if type(own := getattr(pipe, "transformer", None)).__name__.startswith(OWN_CACHE):
+        raise UnsupportedModelError(
+            f"stream: {type(own).__name__} has a cache of its own, with compressed frames, which tilewise does not stand in for. "
+            "Its diffusers pipeline makes video chunk by chunk by itself"
+        )
     if given is not None:
         return given
     kept = getattr(next(iter(denoisers_of(pipe).values())), RECIPE, None)
@@ -29,7 +38,8 @@ def recipe_of(pipe: Any, given: CausalRecipe | None) -> CausalRecipe:
         raise ConfigError(
             "stream: these weights are not known to be causal, and a model that was trained on whole clips makes noise chunk by "
             "chunk. Load a causal checkpoint into the pipeline (tilewise.load_causal_checkpoint), or say how yours makes video "
-            "(recipe=tilewise.CausalRecipe(...))"
+            "(recipe=tilewise.CausalRecipe(...)). Long video from ordinary weights, window by window, is not in tilewise yet: "
+            "tilewise.patch them and make clips"
         )
     return CausalRecipe.from_dict(kept)
 
@@ -42,6 +52,14 @@ def cache_of(recipe: CausalRecipe, storage: str = "model") -> KVCache:
     )  # fmt: skip
 
 
+def check_negative(recipe: CausalRecipe, negative: str | None) -> None:
+    """Raises ConfigError for a negative prompt that would change nothing."""
+    if negative and recipe.guidance == 1:
+        raise ConfigError(
+            f"the recipe {recipe.name} has no guidance, so that a negative prompt would change nothing; leave it out"
+        )
+
+
 def check_stream(
     pipe: Any, recipe: CausalRecipe, cache: KVCache, *, chunk: int, height: int, width: int
 ) -> tuple[LatentSpace, Grid]:
@@ -52,7 +70,7 @@ def check_stream(
     Raises:
         UnsupportedModelError: a pipeline, denoiser or VAE that cannot stream.
         ConfigError: a size that the model does not take, a cache without room for the chunk, a recipe for two denoisers
-            where there is one.
+            where there is one, or for video to video.
     """
     denoisers = list(denoisers_of(pipe).values())
     for denoiser in denoisers:
@@ -64,6 +82,11 @@ def check_stream(
     whole = family.grid_of_size(first, pipe, Size(height, width, 1))
     cache.check_chunk(max(chunk, recipe.first_chunk or 0))
     policy(cache.policy).check(cache, chunk)
+    if (begin := recipe.sigmas(True)[0]) < LEAST_NOISE:
+        raise ConfigError(
+            f"stream: the recipe {recipe.name} begins at the noise level {begin:g}: it is for video to video, and a stream "
+            "begins with noise alone. Use a recipe whose timesteps begin at 1000"
+        )
     if recipe.boundary is not None and len(denoisers) < 2:
         raise ConfigError(f"stream: the recipe {recipe.name} has a boundary, and this pipeline one transformer")
     return space, Grid(chunk, whole.h, whole.w)

@@ -18,7 +18,7 @@ from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.pipelines.loading.model_folder import find_model
 from tilewise.pipelines.streaming.checkpoints.known import RECIPES
 from tilewise.pipelines.streaming.checkpoints.load import load_causal_checkpoint, merge_lora, recipe_of_checkpoint
-from tilewise.pipelines.streaming.checks import cache_of, check_stream
+from tilewise.pipelines.streaming.checks import cache_of, check_negative, check_stream
 from tilewise.pipelines.streaming.explain import StreamExplanation, explain_stream
 from tilewise.pipelines.streaming.memory import denoisers_used, memory_of
 from tilewise.pipelines.streaming.recipe import CausalRecipe
@@ -133,14 +133,6 @@ def prepare(
         lora=tuple(map(resolve_lora, shared.get("lora") or ())),
     )
     return StreamWork(settings, options, found, checkpoint)
-
-
-def check_negative(recipe: CausalRecipe, negative: str | None) -> None:
-    """Raises ConfigError for a negative prompt that would change nothing."""
-    if negative and recipe.guidance == 1:
-        raise ConfigError(
-            f"the recipe {recipe.name} has no guidance, so that a negative prompt would change nothing; leave it out"
-        )
 
 
 def find_causal(model: str, options: StreamSettings) -> Path | None:

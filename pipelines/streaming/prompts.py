@@ -3,6 +3,8 @@
 recache   the last frames' keys and values are computed anew with the new prompt, the sink stays   (LongLive, arXiv 2509.22622)
 flush     all frames but the sink and the last two are forgotten                                   (∞-RoPE)
 blend     the text states go over to the new prompt's in n chunks
+
+The first two begin a new shot, for policies of the cache that keep the first frames of one (LongLive 2.0).
 """
 
 from __future__ import annotations
@@ -116,6 +118,10 @@ class Prompts:
                 else:
                     for denoiser in sampler.denoisers:
                         denoiser.flush(FLUSH_KEEPS)
+                for denoiser in sampler.denoisers:  # behind the frames that were run again
+                    denoiser.new_shot()
+                    if denoiser.policy.name == "shot":
+                        history.new_shot()
             self.prompt, self._waiting = prompt, None
         if (blend := self._blend) is not None:
             blend.done += 1
@@ -134,17 +140,26 @@ class History:
         self.window = window
         self.length = sink
         self.sink: torch.Tensor | None = None  # (1, C, at most length, h, w)
+        self._is_shot = False
         self.chunks: list[tuple[int, torch.Tensor]] = []  # (first frame, (1, C, t, h, w)), oldest first
 
     def add(self, first: int, latents: torch.Tensor) -> None:
         """The latents of a finished chunk."""
         self.chunks.append((first, latents))
+        if self._is_shot and self.sink is not None and self.sink.shape[2] == self.length:
+            new = latents[:, :, : self.length]
+            self.sink = torch.cat([new, self.sink[:, :, new.shape[2] :]], 2)
+        self._is_shot = False
         if first < self.length:
             parts = [latents] if self.sink is None else [self.sink, latents]
             self.sink = torch.cat(parts, 2)[:, :, : self.length]
         newest = first + latents.shape[2]
         while newest - (self.chunks[0][0] + self.chunks[0][1].shape[2]) >= self.window:
             del self.chunks[0]
+
+    def new_shot(self) -> None:
+        """The first frames of the next chunk take the sink's place."""
+        self._is_shot = True
 
     def rewrite(self, sampler: CausalSampler) -> None:
         """Compute the keys and values of the ring anew with the sampler's present text."""

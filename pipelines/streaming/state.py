@@ -23,7 +23,7 @@ from tilewise.plugins.errors import ConfigError
 if TYPE_CHECKING:
     from tilewise.pipelines.streaming.video_stream import VideoStream
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def state_of(stream: VideoStream, *, small: bool) -> StreamState:
         "chunk": stream.chunk,
         "size": list(sampler.shape),
         "decoder": _decoder_of(stream),
+        "method": _methods_of(stream),
         "chunks": stream.chunks,
         "frames_out": stream.frames_out,
         "prompt": prompts.prompt,
@@ -74,6 +75,8 @@ def state_of(stream: VideoStream, *, small: bool) -> StreamState:
     tensors |= {f"history.{i}": latents for i, (_, latents) in enumerate(history.chunks)}
     if history.sink is not None:
         tensors["sink"] = history.sink
+    if stream.start is not None:
+        tensors["start"] = stream.start
     for i, denoiser in enumerate(sampler.denoisers):
         plain, buffers = denoiser.state_dict()
         values["caches"].append(plain)
@@ -104,12 +107,13 @@ def restore(stream: VideoStream, state: StreamState) -> None:
         "chunk": stream.chunk,
         "size": list(sampler.shape),
         "decoder": _decoder_of(stream),
+        "method": _methods_of(stream),
     }
     for name, value in own.items():
         if values.get(name) != value:
             raise ConfigError(
                 f"load_state_dict: the state's {name} is {values.get(name)}, this stream's {value}; make the stream "
-                "with the same checkpoint, recipe, size and decoder"
+                "with the same checkpoint, recipe, size, method and decoder"
             )
     if stream.chunks:
         raise ConfigError(
@@ -137,7 +141,14 @@ def restore(stream: VideoStream, state: StreamState) -> None:
         (tensors[f"ready.{i}.frames"], tensors[f"ready.{i}.latents"].to(device), *told)
         for i, told in enumerate(values["ready"])
     ]
-    stream.go_on(values["chunks"], values["frames_out"], ready)
+    start = tensors["start"].to(device) if "start" in tensors else None
+    stream.go_on(values["chunks"], values["frames_out"], ready, start)
+
+
+def _methods_of(stream: VideoStream) -> list[dict[str, Any]]:
+    """What attention in the window each denoiser runs by: it decides the order of the cache's rows too."""
+    configs = [denoiser.config.to_dict() for denoiser in stream.sampler.denoisers]
+    return [{name: config[name] for name in ("method", "steps", "blocks")} for config in configs]
 
 
 def _decoder_of(stream: VideoStream) -> str:

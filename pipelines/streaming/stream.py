@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tilewise.pipelines.errors import DeviceError
 from tilewise.pipelines.generation.settings import OWN_VAE
 from tilewise.pipelines.generation.tiny_decoding import tiny_decoder_of
+from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.model_defaults import model_defaults
-from tilewise.pipelines.streaming.checks import cache_of, check_stream, recipe_of
+from tilewise.pipelines.options import is_number
+from tilewise.pipelines.streaming.checks import cache_of, check_negative, check_stream, recipe_of
 from tilewise.pipelines.streaming.decoding import FrameDecoder
 from tilewise.pipelines.streaming.memory import denoisers_used, lanes_of, memory_of
 from tilewise.pipelines.streaming.prompts import Prompts
@@ -86,10 +89,10 @@ def stream(
     recipe = recipe_of(pipe, recipe)
     chunk = recipe.chunk if chunk is None else chunk
     fps = float(recipe.fps) if fps is None else fps
-    if seconds is not None and not seconds > 0:
-        raise ConfigError(f"stream: seconds must be above 0, not {seconds!r}")
-    if not fps > 0:
-        raise ConfigError(f"stream: fps must be above 0, not {fps!r}")
+    for name, value in (("seconds", seconds), ("fps", fps)):
+        if value is not None and not (is_number(value) and value > 0):
+            raise ConfigError(f"stream: {name} must be a number above 0, not {value!r}")
+    check_negative(recipe, negative)
     height, width = recipe.height if height is None else height, recipe.width if width is None else width
     cache = cache or cache_of(recipe)
     space, grid = check_stream(pipe, recipe, cache, chunk=chunk, height=height, width=width)
@@ -102,7 +105,7 @@ def stream(
             "pipeline without CPU offload"
         )
     vae_device = pipe.vae.device
-    wanted = vae_device if decode_device is None else torch.device(decode_device)
+    wanted = vae_device if decode_device is None else _device(decode_device)
     tiny = tiny_decoder_of(pipe, decode, device=wanted)
     decoder = streaming_decoder(pipe.vae) if tiny is None else tiny
     memory_of(
@@ -148,6 +151,14 @@ def stream(
             ahead=1 if device.type == "cuda" else 0,
             start=start,
         )
+
+
+def _device(named: str | torch.device) -> torch.device:
+    """Raises ConfigError for a device that there is not."""
+    try:
+        return resolve_device(str(named))
+    except DeviceError as error:
+        raise ConfigError(f"stream: decode_device: {error}") from error
 
 
 def _encoder(pipe: Any, device: torch.device, length: int | None) -> Callable[[str], torch.Tensor]:

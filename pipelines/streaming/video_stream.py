@@ -50,10 +50,15 @@ class _UnderWay:
     denoised: float
 
 
+class _ClosedError(Exception):
+    """Ends a chunk whose stream another thread closes."""
+
+
 class VideoStream(Iterator[Chunk]):
     """Made by ``stream``. Iterate over it, or use it as a context manager and call ``next``; both close it in the end.
 
-    Whatever happens, an exception or Ctrl-C in the middle of a chunk included, ``close`` leaves the pipeline as it was before.
+    Whatever happens, an exception, Ctrl-C or a ``close`` from another thread in the middle of a chunk included, ``close`` leaves
+    the pipeline as it was before.
 
     Args:
         sampler, decoder, prompts, recipe: see there.
@@ -84,7 +89,7 @@ class VideoStream(Iterator[Chunk]):
         self.frames = frames
         self.sampler, self.decoder, self.prompts = sampler, decoder, prompts
         self.history = History(window, sampler.denoisers[0].options.sink)
-        self.chunk, self._ahead, self._start, self._temporal = chunk, ahead, start, temporal
+        self.chunk, self._ahead, self.start, self._temporal = chunk, ahead, start, temporal
         self._close: Callable[[], None] | None = close
         self.under_way: list[_UnderWay] = []
         self.chunks = 0  # begun
@@ -93,6 +98,8 @@ class VideoStream(Iterator[Chunk]):
         self._first_begin: float | None = None
         self._running = threading.Event()
         self._running.set()
+        self._closing = False
+        self._working = threading.RLock()  # held while a chunk is made, and while the pipeline is put back
 
     # ── the iterator ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -102,19 +109,22 @@ class VideoStream(Iterator[Chunk]):
         Raises:
             StopIteration: the video has its length, or the stream is closed.
         """
-        if self._close is None or (self.frames is not None and self.frames_out >= self.frames):
-            self.close()
-            raise StopIteration
-        try:
-            self._running.wait()
-            # The first frames are waited for: launching the next chunk before them would take as long again.
-            ahead = self._ahead if self.chunks else 0
-            while len(self.under_way) <= ahead and not self._enough_begun():
-                self._begin_chunk()
-            return self._finish_chunk()
-        except BaseException:
-            self.close()
-            raise
+        self._running.wait()
+        with self._working:
+            if self._close is None or (self.frames is not None and self.frames_out >= self.frames):
+                self.close()
+                raise StopIteration
+            try:
+                # The first frames are waited for: launching the next chunk before them would take as long again.
+                ahead = self._ahead if self.chunks else 0
+                while len(self.under_way) <= ahead and not self._enough_begun():
+                    self._begin_chunk()
+                return self._finish_chunk()
+            except _ClosedError:
+                raise StopIteration from None
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -127,12 +137,17 @@ class VideoStream(Iterator[Chunk]):
             self.close()
 
     def close(self) -> None:
-        """End the stream and leave the pipeline as it was. Twice does no harm."""
-        close, self._close = self._close, None
-        self.under_way.clear()
+        """End the stream and leave the pipeline as it was. Twice does no harm.
+
+        A chunk that another thread is making is waited for up to its next pass and dropped there; that thread's iteration ends.
+        """
+        self._closing = True
         self._running.set()
-        if close is not None:
-            close()
+        with self._working:
+            close, self._close = self._close, None
+            self.under_way.clear()
+            if close is not None:
+                close()
 
     # ── controls ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -153,7 +168,8 @@ class VideoStream(Iterator[Chunk]):
         Args:
             prompt: the new one. A change that was not yet applied is replaced.
             how: "recache": compute the keys and values of the last frames anew with it; the sink stays. "flush": forget all
-                frames but the sink and the last two. "blend": go over to it in ``over`` chunks.
+                frames but the sink and the last two. "blend": go over to it in ``over`` chunks. With the cache policy ``shot``,
+                the first two begin a new shot, whose first frames become the sink.
             at: seconds of the video; the change waits for the first chunk that begins then or later. Several changes may wait,
                 and where two wait for one chunk the later one counts.
 
@@ -204,9 +220,16 @@ class VideoStream(Iterator[Chunk]):
         for one in self.under_way:
             one.frames.result()
 
-    def go_on(self, chunks: int, frames_out: int, ready: list[tuple[torch.Tensor, torch.Tensor, int, str]]) -> None:
-        """Set where a stream is. ready: (frames, latents, number of the first one, prompt) of chunks that were not yet read."""
-        self.chunks, self.frames_out, self._start = chunks, frames_out, None
+    def go_on(
+        self,
+        chunks: int,
+        frames_out: int,
+        ready: list[tuple[torch.Tensor, torch.Tensor, int, str]],
+        start: torch.Tensor | None,
+    ) -> None:
+        """Set where a stream is. ready: (frames, latents, number of the first one, prompt) of chunks that were not yet read.
+        start: what it still has to begin with."""
+        self.chunks, self.frames_out, self.start = chunks, frames_out, start
         self._frames_before = frames_out
         now = time.perf_counter()
         self.under_way = [
@@ -234,17 +257,21 @@ class VideoStream(Iterator[Chunk]):
             self._first_begin = begun
         sampler, first = self.sampler, self.sampler.next_frame
         with torch.no_grad():
-            if self._start is not None:
-                latents, self._start = self._start, None
+            if self.start is not None:
+                latents, self.start = self.start, None
                 sampler.given(latents)
             else:
                 self.prompts.before_chunk(sampler, self.history, self._frames_of(first))
-                latents = sampler.chunk(self._length(first), first=self.chunks == 0)
+                latents = sampler.chunk(self._length(first), first=self.chunks == 0, between=self._check_closing)
             self.history.add(first, latents)
             self.chunks += 1
             denoised = time.perf_counter()
             frames = self.decoder.submit(latents)
         self.under_way.append(_UnderWay(latents, first, self.prompt, frames, begun, denoised))
+
+    def _check_closing(self) -> None:
+        if self._closing:
+            raise _ClosedError
 
     def _length(self, first: int) -> int:
         of_first = self.recipe.first_chunk

@@ -22,6 +22,7 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.kernels.plans.window_keys import WindowKeys
+from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.models.common.rotary import Rotary
@@ -192,6 +193,11 @@ class CausalDenoiser:
             frames = self.slots.frames[chunk.start : chunk.stop]
             self._update(Event("committed", buffers.read(list(chunk), frames), self._first_of_shot))
         self._first_of_shot = False
+
+    @property
+    def config(self) -> Config:
+        """What the denoiser is patched with."""
+        return self._patch.config
 
     def new_shot(self) -> None:
         """The next chunk begins a new shot, which some policies keep."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -215,7 +216,8 @@ def test_two_denoisers_each_have_a_cache(two_denoisers):
 )
 def test_recipes_differ(pipe, change):
     plain = frames_of((stream(pipe, seconds=7 / 8)), 7)
-    other = frames_of(stream(pipe, seconds=7 / 8, recipe=RECIPE.replace(**change), negative="blurry"), 7)
+    negative = "blurry" if "guidance" in change else ""
+    other = frames_of(stream(pipe, seconds=7 / 8, recipe=RECIPE.replace(**change), negative=negative), 7)
     assert other.std() > 5 and (plain != other).mean() > 0.05
 
 
@@ -245,6 +247,14 @@ def test_a_patched_pipeline_keeps_its_patch(pipe):
         assert tilewise.is_patched(pipe)
     finally:
         tilewise.unpatch(pipe)
+
+
+def test_anyflow_is_refused_with_the_reason():
+    class AnyFlowFARTransformer3DModel(torch.nn.Module):
+        pass
+
+    with pytest.raises(tilewise.UnsupportedModelError, match="a cache of its own, with compressed frames"):
+        stream(types.SimpleNamespace(transformer=AnyFlowFARTransformer3DModel()))
 
 
 def test_an_offloaded_autoencoder_is_refused(pipe):
@@ -283,14 +293,102 @@ def test_pause_waits_for_resume(pipe):
         assert len(found) == 1
 
 
+def test_a_close_ends_a_reader_that_waits(pipe):
+    with stream(pipe) as video:
+        next(video)
+        video.pause()
+        ended: list = []
+        reader = threading.Thread(target=lambda: ended.append(list(video)))
+        reader.start()
+        reader.join(0.2)
+        assert reader.is_alive()
+        video.close()
+        reader.join(30)
+        assert ended == [[]]
+    assert not tilewise.is_patched(pipe)
+
+
+def test_a_close_in_the_middle_of_a_chunk(pipe):
+    """From another thread: the chunk is dropped, the reader's iteration ends, and the pipeline is as it was."""
+    video = stream(pipe)
+    next(video)
+    in_forward, go_on, ended = threading.Event(), threading.Event(), []
+
+    def hold(*_):
+        in_forward.set()
+        go_on.wait(30)
+
+    handle = pipe.transformer.blocks[1].register_forward_pre_hook(hold)
+    reader = threading.Thread(target=lambda: ended.append(list(video)))
+    reader.start()
+    assert in_forward.wait(30)
+    closer = threading.Thread(target=video.close)
+    closer.start()
+    closer.join(0.2)
+    assert closer.is_alive() and tilewise.is_patched(pipe)  # it waits for the pass
+    go_on.set()
+    closer.join(30)
+    reader.join(30)
+    handle.remove()
+    assert ended == [[]] and not tilewise.is_patched(pipe)
+    assert video.chunks == 1  # what was under way is dropped
+    assert len(frames_of(stream(pipe, seconds=0.5))) == 4
+
+
+@pytest.mark.parametrize("how", ["recache", "flush"])
+def test_a_new_prompt_is_a_new_shot(pipe, how):
+    """With the policy ``shot`` its first frames become the sink: what follows is another video, and comes back from a state."""
+    made = {}
+    for policy in ("fixed", "shot"):
+        cache = KVCache(window=6, sink=2, policy=policy)
+        with stream(pipe, cache=cache) as video:
+            chunks = [next(video) for _ in range(4)]
+            video.set_prompt(BLUE, how)
+            chunks += [next(video) for _ in range(2)]
+            state = video.state_dict()
+            if policy == "shot":
+                assert torch.equal(video.history.sink, chunks[4].latents)
+            made[policy] = frames_of([*chunks, next(video), next(video)])
+        with stream(pipe, cache=cache) as again:
+            again.load_state_dict(state)
+            assert np.array_equal(frames_of([next(again), next(again)]), made[policy][-8:])
+    same = (made["fixed"] == made["shot"]).reshape(len(made["shot"]), -1).mean(1)
+    assert same[:17].min() > 0.99 and same[-4:].max() < 0.9  # four chunks have 13 frames, the first of the new shot 4
+
+
+def test_a_state_before_the_first_chunk_has_the_image(pipe):
+    picture = np.full((32, 48, 3), (200, 40, 90), np.uint8)
+    with stream(pipe, image=picture, seconds=1) as video:
+        state = video.state_dict()
+        whole = frames_of(video)
+    with stream(pipe, image=255 - picture, seconds=1) as again:
+        again.load_state_dict(state)
+        assert np.array_equal(frames_of(again), whole)
+
+
+def test_a_state_of_another_method_is_refused(pipe):
+    with stream(pipe, method=tilewise.STA(window=(1, 1, 1), tile=(2, 2, 2))) as video:
+        next(video)
+        state = video.state_dict()
+    with stream(pipe) as other, pytest.raises(tilewise.ConfigError, match="the state's method is"):
+        other.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"recipe": None}, "not known to be causal"),
+        ({"recipe": RECIPE.replace(timesteps=(700, 500), warp=False)}, "for video to video"),
+        ({"seconds": float("inf")}, "seconds must be a number above 0"),
+        ({"seconds": "10"}, "seconds must be a number above 0"),
+        ({"fps": float("nan")}, "fps must be a number above 0"),
+        ({"decode_device": "nonsense"}, "unknown device"),
+        ({"decode_device": "cuda:99"}, "decode_device: there is no device"),
+        ({"negative": "blurry"}, "no guidance"),
         ({"prompt": " "}, "prompt is empty"),
         ({"height": 30}, "height"),
         ({"chunk": 5}, "does not fit"),
-        ({"seconds": 0}, "seconds must be above 0"),
+        ({"seconds": 0}, "seconds must be a number above 0"),
         ({"image": np.zeros((8, 8, 3), np.uint8)}, "resize it first"),
         ({"cache": KVCache(window=6, sink=1, policy="ema")}, "as long as a chunk"),
     ],

@@ -50,6 +50,12 @@ def test_compare_with_dense(tmp_path, run):
     assert frames.shape[2] >= 256
 
 
+def test_the_moving_picture_of_the_readme(tmp_path, run):
+    run("draw_before_after.py", "picture.gif", "--steps", "2", "--frames", "3", "--method", "sta-fast")
+    with Image.open(tmp_path / "picture.gif") as picture:
+        assert (picture.n_frames, picture.size) == (3, (2 * 256 + 4, 256 + 16))
+
+
 def test_add_a_method(run):
     said = run("add_a_method.py", "--steps", "2")
     assert "sparse" in said

@@ -51,8 +51,8 @@ def test_compare_with_dense(tmp_path, run):
 
 
 def test_the_moving_picture_of_the_readme(tmp_path, run):
-    run("draw_before_after.py", "picture.gif", "--steps", "2", "--frames", "3", "--method", "sta-fast")
-    with Image.open(tmp_path / "picture.gif") as picture:
+    run("draw_before_after.py", "picture.webp", "--steps", "2", "--frames", "3", "--method", "sta-fast")
+    with Image.open(tmp_path / "picture.webp") as picture:
         assert (picture.n_frames, picture.size) == (3, (2 * 256 + 4, 256 + 16))
 
 

@@ -170,6 +170,8 @@ def _unipc(sigmas: Sequence[float]) -> Iterator[tuple[float, Step]]:
 
     scheduler: Any = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     scheduler.set_timesteps(sigmas=np.array(sigmas))  # a list is not taken
+    # Without this it looks the first timestep up in whole numbers, and takes the second of two passes that share one.
+    scheduler.set_begin_index(0)
 
     def step(timestep: torch.Tensor, x: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
         following: torch.Tensor = scheduler.step(velocity, timestep, x, return_dict=False)[0]

@@ -11,6 +11,7 @@ from tests.helpers.tiny_wan import tiny_transformer
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 from tilewise.plugins.streaming.kv_cache import KVCache
+from tilewise.plugins.streaming.policies.base import policies, policy
 
 H, W = 3, 4  # tokens
 TEXT = torch.randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -46,10 +47,16 @@ def run(
     return torch.cat(out, 2)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("chunks", [[3, 3, 3], [1, 3, 2, 3], [1, 1, 1, 1]])
-@pytest.mark.parametrize("position", ["clamped", "absolute"])
-def test_chunks_equal_one_forward_under_the_block_causal_mask(chunks, position):
+# A window that holds all frames lets none go. "ema" and "dual_ema" change what they keep only when one leaves, and "shot" only
+# with a new shot, which none of these streams begins: for them the chunks equal one forward.
+BLOCK_CAUSAL = ("dual_ema", "ema", "fixed", "shot")
+# "reference" has the sink's keys after the chunk instead of at their own positions, and "adaptive" takes frames of the newest
+# chunk into the sink: what later chunks see is not what a block-causal mask shows.
+NOT_BLOCK_CAUSAL = ("adaptive", "reference")
+
+
+def chunks_and_one_forward(chunks: list[int], position: str, name: str) -> float:
+    """How far a stream in a window that holds it whole is from one forward under the block-causal mask."""
     frames = sum(chunks)
     video = latents(frames, 1, batch=2)
     chunk_of = torch.tensor([i for i, n in enumerate(chunks) for _ in range(n)])
@@ -58,10 +65,27 @@ def test_chunks_equal_one_forward_under_the_block_causal_mask(chunks, position):
         block.attn1.set_processor(MaskProcessor(chunk_of[:, None] >= chunk_of[None], H, W))
     wanted = whole(video, torch.full((2,), 300.0), TEXT[:1].expand(2, -1, -1), return_dict=False)[0]
     model = tilewise.patch(denoiser(), "dense")
-    cache = KVCache(window=frames, sink=1, sink_position=position)
+    sink = max(chunks) if policy(name).whole_chunks else 1
+    cache = KVCache(window=frames, sink=sink, sink_position=position, policy=name)
     with CausalDenoiser(model, cache, grid=Grid(max(chunks), H, W), batch=2) as causal:
         got = run(causal, video, chunks)
-    assert (got - wanted).abs().max() < 1e-10
+    return (got - wanted).abs().max().item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[3, 3, 3], [1, 3, 2, 3], [1, 1, 1, 1]])
+@pytest.mark.parametrize("position", ["clamped", "absolute"])
+@pytest.mark.parametrize("name", BLOCK_CAUSAL)
+def test_chunks_equal_one_forward_under_the_block_causal_mask(chunks, position, name):
+    assert chunks_and_one_forward(chunks, position, name) < 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NOT_BLOCK_CAUSAL)
+def test_the_other_policies_are_not_block_causal(name, monkeypatch):
+    monkeypatch.setattr("tilewise.plugins.streaming.policies.adaptive.THRESHOLD", 2.0)  # every frame is replaced
+    assert chunks_and_one_forward([3, 3, 3], "absolute", name) > 1e-4
+    assert sorted(BLOCK_CAUSAL + NOT_BLOCK_CAUSAL) == policies()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from tilewise.ui.common.plural import counted
+from tilewise.plugins.text_format import counted
 
 DENSE = "dense: the stock pipeline, not patched, so that nothing was counted"
 COLUMNS = ("denoiser", "layers", "kind", "calls", "density", "backend", "seconds")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tilewise.pipelines.generation.cancellation import Cancelled
-from tilewise.ui.common.plural import counted
+from tilewise.plugins.text_format import counted
 from tilewise.ui.web.common.messages import LOG, error_message, log_unexpected
 from tilewise.ui.web.common.safety import RefusedError
 from tilewise.ui.web.jobs.job import CANCELLED, DONE, ENDED, FAILED, INTERRUPTED, RUNNING, WAITING, Job, State, now

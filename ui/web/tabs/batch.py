@@ -26,8 +26,8 @@ from tilewise.pipelines.options import options_of
 from tilewise.pipelines.streaming.settings import STREAM, STREAM_OPTIONS
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError
+from tilewise.plugins.text_format import counted
 from tilewise.ui.common.options import config_file, method_config
-from tilewise.ui.common.plural import counted
 from tilewise.ui.web.common import media
 from tilewise.ui.web.common.messages import error_message
 from tilewise.ui.web.common.safety import Limits, RefusedError

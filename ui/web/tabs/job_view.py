@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from tilewise.ui.common.plural import counted
+from tilewise.plugins.text_format import counted
 from tilewise.ui.web.common import media
 from tilewise.ui.web.common.messages import LOG, error_html, log_unexpected
 from tilewise.ui.web.jobs.job import CANCELLED, DONE, ENDED, FAILED, INTERRUPTED, Job, State

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from tilewise.ui.common.plural import counted
+from tilewise.plugins.text_format import counted
 from tilewise.ui.web.common.actions import action_button, action_html, chosen
 from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.jobs.job import ENDED, RUNNING, WAITING, Job

@@ -15,7 +15,7 @@ from PIL import Image
 from tilewise.pipelines.batch.manifest import NAME, Line, ManifestError, clip_path, read_manifest
 from tilewise.pipelines.batch.manifest_comparison import method_name
 from tilewise.pipelines.media.video import read_first_frame
-from tilewise.ui.common.plural import counted
+from tilewise.plugins.text_format import counted
 from tilewise.ui.web.common import media
 from tilewise.ui.web.tabs.highres_result import stages_html
 

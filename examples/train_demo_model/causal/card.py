@@ -22,7 +22,7 @@ ROWS = {
 }
 CHANGE = {
     "new_colour": "new colour in the second or third chunk after a change of the prompt",
-    "colour": "the same, and the object's shape right",
+    "colour": "new colour and the object's shape there",
     "colour_later": "new colour from the third chunk on",
     "goes_on": "object where its motion leads after a change",
 }
@@ -70,6 +70,14 @@ Trained for {training["steps"]:,} steps on {training["clips"]:,} clips, {trainin
             f"{_table(columns)}\n\n"
             f"Median drift of the background's colour since the first quarter: {_drift(settings['recipe'])} of 255.\n"
             f"Measured on {_place(sampler)} by the stage `causal`."
+        )
+    change = folder / "causal" / "change_evaluation.json"
+    if change.exists():
+        early = json.loads(change.read_text())
+        parts.append(
+            f"Where the prompt changes early, before chunk {early['changed_at_chunk']}, the new colour is there in two chunks "
+            f"in {early['change']['new_colour']:.0%}\nof {early['prompts']} clips, and with the object's shape in "
+            f"{early['change']['colour']:.0%}. Measured on {_place(early)} by `evaluate-causal`."
         )
     if streams:
         columns = {name: result | result["change"] for name, result in streams["policies"].items()}

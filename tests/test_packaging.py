@@ -68,6 +68,7 @@ def test_wheel_holds_the_rooms_and_the_demo_model(built):
         "tilewise/plugins/methods/sta.py",
         "tilewise/plugins/models/wan.py",
         "tilewise/ui/cli/app.py",
+        "tilewise/ui/web/look/example-sparse.mp4",
         "tilewise/py.typed",
         "tilewise/pipelines/demo_model/model_index.json",
         "tilewise/pipelines/demo_model/transformer/diffusion_pytorch_model.safetensors",

@@ -104,7 +104,7 @@ class Page:
                 ):
                     tab, boxes = self._tab, self.boxes
                     with tab("generate"):
-                        GenerateTab(controls, job_queue, studio, clip, boxes["generate"], go, stop)
+                        generate = GenerateTab(controls, job_queue, studio, clip, boxes["generate"], go, stop)
                     with tab("compare"):
                         CompareTab(controls, job_queue, studio, clip, boxes["compare"])
                     with tab("attention") as this:
@@ -126,6 +126,7 @@ class Page:
                 self.opened, None, shown, queue=False, show_progress="hidden", api_visibility="private", js=WHEN_READY
             )
             opened.then(None, None, None, js="() => tilewise.addressIsRead()")
+            generate.examples.wire(opened)
             controls.wire(opened)
         self.head = f"{self.address.script()}<script>{look('page.js')}</script>"
 

@@ -12,7 +12,9 @@ from urllib.parse import urlsplit
 from page_visitor import AT_WORK, LONG, expect
 
 from tilewise.pipelines.batch.manifest import read_manifest
+from tilewise.ui.web.tabs.examples import examples
 
+DEMO_GRID = "9×16×16"  # tokens of a clip of the model's own size
 PROMPT = "a green square moving left"
 
 
@@ -45,6 +47,25 @@ def test_a_run_is_shown_live_cancelled_and_made(visitor, outputs):
     with page.expect_download() as download:
         page.locator("#result .tw-download").click()
     assert Path(download.value.path()).read_bytes() == visitor.clip().read_bytes()
+
+
+def test_an_empty_page_has_an_example(visitor):
+    page = visitor.open()
+    page.wait_for_function(
+        """() => { const all = [...document.querySelectorAll('#examples video')];
+        return all.length === 2 && all.every((v) => v.currentTime > 0.2 && !v.error); }"""
+    )
+    page.locator("#load-example").click()
+    expect(page.locator("#prompt textarea")).to_have_value(examples()[1].settings.prompt)
+    expect(page.locator("#plan")).to_contain_text(DEMO_GRID)
+    visitor.fill("steps", LONG // 10)
+    page.locator("#generate").click()
+    expect(page.locator("#examples")).to_have_count(0)
+    page.locator("#cancel").click()
+    expect(page.locator("#status")).to_contain_text("cancelled")
+    page.reload()  # the address holds the job
+    expect(page.locator("#status")).to_contain_text("cancelled")
+    expect(page.locator("#examples")).to_have_count(0)
 
 
 def test_compare_plays_both_in_step(visitor):

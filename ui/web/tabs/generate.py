@@ -20,6 +20,7 @@ from tilewise.ui.web.jobs.clips import Made, Studio
 from tilewise.ui.web.jobs.fit import check_fits
 from tilewise.ui.web.jobs.job import DONE, Job
 from tilewise.ui.web.jobs.job_queue import JobQueue
+from tilewise.ui.web.tabs.examples import Examples
 from tilewise.ui.web.tabs.job_view import JobView
 
 KIND = "generate"
@@ -35,6 +36,7 @@ class GenerateTab:
         self, controls: Controls, job_queue: JobQueue, studio: Studio, clip: gr.State, job: Any, go: Any, stop: Any
     ) -> None:
         self.controls, self.studio = controls, studio
+        self.examples = Examples(controls, job)
         status = gr.HTML(elem_id="status")
         preview = gr.HTML(elem_id="preview")
         result = gr.HTML(elem_id="result")

@@ -20,7 +20,7 @@ import tilewise
 from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.loading.load import load_skeleton
 from tilewise.pipelines.media.video import write_video
-from tilewise.ui.common.plural import counted
+from tilewise.plugins.text_format import counted
 from tilewise.ui.web.common.safety import Limits, RefusedError
 from tilewise.ui.web.common.summary_table import summary_html
 from tilewise.ui.web.forms.form_parsing import config_of, method_values

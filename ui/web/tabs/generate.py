@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from tilewise.ui.common.plural import counted
+from tilewise.plugins.text_format import counted
 from tilewise.ui.common.tables import content_words, method_words
 from tilewise.ui.web.common import media
 from tilewise.ui.web.common.summary_table import summary_html

@@ -1,5 +1,0 @@
-"""Numbers with their nouns."""
-
-from tilewise.plugins.text_format import counted
-
-__all__ = ["counted"]

@@ -97,9 +97,10 @@ class Visitor:
         if not self.page.locator("#settings").is_visible():
             box.get_by_role("button").first.click()
         self.page.locator("#settings .cm-content").wait_for()
-        self.page.locator("#settings").scroll_into_view_if_needed()  # what is not in view is not in the document
+        # What is not in view is not in the document, and what is above it may still grow.
         self.page.wait_for_function(
-            "() => /^{[^]*\\n}$/.test(document.querySelector('#settings .cm-content').innerText.trim())"
+            "() => { const box = document.querySelector('#settings'); box.scrollIntoView({block: 'center'});"
+            " return /^{[^]*\\n}$/.test(box.querySelector('.cm-content').innerText.trim()); }"
         )
         return dict(json.loads(self.code("settings")))
 

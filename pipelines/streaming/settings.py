@@ -21,6 +21,14 @@ RECIPES_OWN = "the recipe's"
 OF_RECIPE = ("chunk", "window", "sink", "memory", "sink_position", "policy")
 
 
+def check_seconds(seconds: Any) -> None:
+    """Raises ConfigError for a length that no video can have."""
+    if not (is_number(seconds) and seconds > 0):
+        raise ConfigError(f"seconds must be a number above 0, not {seconds!r}")
+    if seconds > MOST_SECONDS:
+        raise ConfigError(f"seconds must be at most {MOST_SECONDS:,}, not {seconds:g}")
+
+
 @dataclasses.dataclass(frozen=True)
 class StreamSettings:
     """How a causal checkpoint streams. Lengths are in latent frames; None is the recipe's own.
@@ -81,10 +89,8 @@ class StreamSettings:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        if self.seconds is not None and not (is_number(self.seconds) and self.seconds > 0):
-            raise ConfigError(f"seconds must be a number above 0, not {self.seconds!r}")
-        if self.seconds is not None and self.seconds > MOST_SECONDS:
-            raise ConfigError(f"seconds must be at most {MOST_SECONDS:,}, not {self.seconds:g}")
+        if self.seconds is not None:
+            check_seconds(self.seconds)
         if not isinstance(self.prompt_at, list | tuple):
             raise ConfigError(f"prompt_at must be a list of texts, not {self.prompt_at!r}")
         for said in self.prompt_at:

@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from tilewise.pipelines.errors import DeviceError
-from tilewise.pipelines.generation.settings import OWN_VAE
+from tilewise.pipelines.generation.settings import OWN_VAE, check_fps
 from tilewise.pipelines.generation.tiny_decoding import tiny_decoder_of
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.model_defaults import model_defaults
-from tilewise.pipelines.options import is_number
 from tilewise.pipelines.streaming.checks import cache_of, check_negative, check_stream, recipe_of
 from tilewise.pipelines.streaming.decoding import FrameDecoder
 from tilewise.pipelines.streaming.memory import denoisers_used, lanes_of, memory_of
 from tilewise.pipelines.streaming.prompts import Prompts
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.sampler import CausalSampler, TextStates
+from tilewise.pipelines.streaming.settings import check_seconds
 from tilewise.pipelines.streaming.video_stream import VideoStream
 from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike
@@ -89,9 +89,9 @@ def stream(
     recipe = recipe_of(pipe, recipe)
     chunk = recipe.chunk if chunk is None else chunk
     fps = float(recipe.fps) if fps is None else fps
-    for name, value in (("seconds", seconds), ("fps", fps)):
-        if value is not None and not (is_number(value) and value > 0):
-            raise ConfigError(f"stream: {name} must be a number above 0, not {value!r}")
+    check_fps(fps)
+    if seconds is not None:
+        check_seconds(seconds)
     check_negative(recipe, negative)
     height, width = recipe.height if height is None else height, recipe.width if width is None else width
     cache = cache or cache_of(recipe)

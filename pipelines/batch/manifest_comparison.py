@@ -14,7 +14,7 @@ from tilewise.pipelines.batch.manifest import NAME, Line, Note, clip_path, is_wh
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.media.video import read_frames
-from tilewise.pipelines.quality.metrics import psnr, ssim
+from tilewise.pipelines.quality.metrics import SMALLEST, psnr, ssim
 from tilewise.plugins.errors import ConfigError
 
 
@@ -236,7 +236,7 @@ def _measure(group: Group) -> Iterator[ComparedClip]:
             raise OutputError(
                 f"{clip.path} has frames {frames.shape}, {first.path} {reference.shape}: they cannot be compared"
             )
-        like = ssim(frames, reference) if min(frames.shape[1:3]) >= 11 else None
+        like = ssim(frames, reference) if min(frames.shape[1:3]) >= SMALLEST else None
         yield dataclasses.replace(
             clip, psnr=psnr(frames, reference), ssim=like, speedup=_speedup(first.line, clip.line)
         )

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from tilewise.pipelines.generation.generate import Clip, Progress, generate, refuse_patched, warm_up
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.quality.coherence import repetition
-from tilewise.pipelines.quality.metrics import psnr, ssim
+from tilewise.pipelines.quality.metrics import SMALLEST, psnr, ssim
 from tilewise.plugins.config import resolve
 from tilewise.plugins.errors import ConfigError
 
@@ -102,7 +102,7 @@ def compare(pipe: Any, settings: GenerateSettings, progress: Progress | None = N
     times = tuple(
         {phase: a.seconds[phase] / max(b.seconds[phase], 1e-9) for phase in ("denoise", "total")} for a, b in pairs
     )
-    large = min(sparse.frames.shape[1:3]) >= 11
+    large = min(sparse.frames.shape[1:3]) >= SMALLEST
     return Comparison(
         sparse,
         dense,

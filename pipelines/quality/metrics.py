@@ -14,6 +14,7 @@ from scipy.ndimage import correlate1d
 
 SIGMA = 1.5
 RADIUS = 5  # an 11 x 11 window
+SMALLEST = 2 * RADIUS + 1  # pixels of a side that SSIM needs
 K1, K2 = 0.01, 0.03
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in the usual grey conversion
 
@@ -40,7 +41,7 @@ def ssim(a: NDArray, b: NDArray) -> float:
     x, y = _unit_pair(a, b)
     if x.ndim != 4 or x.shape[-1] != 3:
         raise ValueError(f"ssim takes clips of shape (T, H, W, 3), not {x.shape}")
-    if min(x.shape[1:3]) <= 2 * RADIUS:
+    if min(x.shape[1:3]) < SMALLEST:
         raise ValueError(f"ssim needs frames of at least 11 x 11 pixels, not {x.shape[1]} x {x.shape[2]}")
     # One frame at a time: five filtered copies of a whole high-resolution clip in float64 would take gigabytes.
     return float(np.mean([_ssim_frame(p @ LUMA, q @ LUMA) for p, q in zip(x, y, strict=True)]))

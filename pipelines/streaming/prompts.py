@@ -120,8 +120,8 @@ class Prompts:
                         denoiser.flush(FLUSH_KEEPS)
                 for denoiser in sampler.denoisers:  # behind the frames that were run again
                     denoiser.new_shot()
-                    if denoiser.policy.name == "shot":
-                        history.new_shot()
+                if sampler.denoisers[0].policy.name == "shot":
+                    history.new_shot()
             self.prompt, self._waiting = prompt, None
         if (blend := self._blend) is not None:
             blend.done += 1

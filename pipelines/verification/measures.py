@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from tilewise.pipelines.errors import SetupError
-from tilewise.pipelines.quality.metrics import psnr, ssim
+from tilewise.pipelines.quality.metrics import SMALLEST, psnr, ssim
 
-LEAST = 11  # pixels of a side that SSIM needs
 AT_ONCE = 8  # frames that LPIPS takes at once
 
 
@@ -74,7 +73,7 @@ def differences(sparse: NDArray[np.uint8], dense: NDArray[np.uint8], lpips: Lpip
     close = psnr(sparse, dense)
     return {
         "psnr": close if math.isfinite(close) else None,
-        "ssim": ssim(sparse, dense) if min(sparse.shape[1:3]) >= LEAST else None,
+        "ssim": ssim(sparse, dense) if min(sparse.shape[1:3]) >= SMALLEST else None,
         "temporal": temporal_error(sparse, dense),
         "lpips": None if lpips is None else lpips(sparse, dense),
     }

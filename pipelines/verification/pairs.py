@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,10 @@ class KeptPairs:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def count(self, jobs: Sequence[GenerateSettings]) -> int:
+        """How many of these pairs are there."""
+        return sum(self.read(settings) is not None for settings in jobs)
+
     def keep(self, settings: GenerateSettings, pair: Pair) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self._path(settings), json.dumps(dataclasses.asdict(pair)))
@@ -134,22 +138,21 @@ def verify_pairs(
     *,
     kept: KeptPairs | None = None,
     lpips: Lpips | None = None,
-    progress: Callable[[int], Progress] | None = None,
-    done: Callable[[int, Pair, bool], None] = lambda number, pair, again: None,
+    progress: Progress | None = None,
 ) -> list[Pair]:
     """A pair for each of the settings; those that are kept are not made again.
 
-    progress: of the pair with this number. done: called after each with its number, the pair, and whether it was kept before.
+    progress: as of `make_pair`, and with the phase "pairs".
     """
-    pairs = []
+    tell = progress or (lambda phase, done, total: None)
+    pairs: list[Pair] = []
+    tell("pairs", 0, len(jobs))
     for number, settings in enumerate(jobs):
         pair = None if kept is None else kept.read(settings)
-        was_there = pair is not None
         if pair is None:
-            tell = None if progress is None else progress(number)
-            pair = make_pair(pipe, settings, dense_first=number % 2 == 0, lpips=lpips, progress=tell)
+            pair = make_pair(pipe, settings, dense_first=number % 2 == 0, lpips=lpips, progress=progress)
             if kept is not None:
                 kept.keep(settings, pair)
         pairs.append(pair)
-        done(number, pair, was_there)
+        tell("pairs", number + 1, len(jobs))
     return pairs

@@ -10,6 +10,7 @@ from typing import Any
 
 from tilewise import __version__
 from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError
 
 FORMAT = 1
@@ -101,8 +102,6 @@ def _wrong(report: Any) -> list[str]:
         wrong += [f"pair {number}: {text}" for text in _wrong_pair(pair)]
     if wrong:
         return wrong
-    from tilewise.plugins.config import Config
-
     try:
         Config.from_dict(report["method"])
     except ConfigError as error:

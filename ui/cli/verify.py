@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from tilewise.pipelines.batch.input import Problems, Row, read_rows
 from tilewise.pipelines.generation.cancellation import cancellable
-from tilewise.pipelines.generation.clip_metadata import begin_run, machine
+from tilewise.pipelines.generation.clip_metadata import machine
 from tilewise.pipelines.generation.generate import warm_up
 from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
 from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL, GenerateSettings
@@ -61,6 +60,7 @@ class Work:
     skeleton: Any
     jobs: list[GenerateSettings]
     outputs: Outputs
+    device: torch.device
     dtype: str
     memory: MemoryOptions
 
@@ -69,7 +69,7 @@ def dry_run_verify(request: VerifyRequest) -> None:
     """Prints what would be done. Nothing is written, and no weights are read."""
     work = _check(request)
     files = [work.outputs.file, sidecar(work.outputs.file)]
-    print_settings(work.jobs[0], str(resolve_device(request.device)), work.dtype, files)
+    print_settings(work.jobs[0], str(work.device), work.dtype, files)
     say(explain_settings(work.skeleton, work.jobs[0]))
     say(f"{counted(len(work.jobs), 'pair')} of clips, one of each dense; the settings above are of the first")
 
@@ -79,19 +79,17 @@ def verify_request(request: VerifyRequest) -> None:
     notes = standard_error()
     with quiet_libraries():
         work = _check(request)
-        first, device = work.jobs[0], resolve_device(request.device)
-        lpips = Lpips(device) if request.lpips else None
+        first = work.jobs[0]
+        lpips = Lpips(work.device) if request.lpips else None
         with notes.status(f"loading {first.model} …"):
-            load = functools.partial(
-                load_pipeline, first.model, device=request.device, dtype=work.dtype, offload=work.memory.offload,
-                loras=first.lora,
-            )  # fmt: skip
-            pipe, _ = begin_run(first.model, work.dtype, load)
+            pipe = load_pipeline(
+                first.model, device=request.device, dtype=work.dtype, offload=work.memory.offload, loras=first.lora
+            )
         for note in explain_settings(work.skeleton, first).warnings:
             notes.note(note)
-        revision, where = model_revision(first.model), machine(device, work.dtype)
+        revision, where = model_revision(first.model), machine(work.device, work.dtype)
         kept = KeptPairs(work.outputs.file.with_suffix(".parts"), [revision, where, work.memory.offload, request.lpips])
-        there = sum(kept.read(job) is not None for job in work.jobs)
+        there = kept.count(work.jobs)
         if there:
             notes.note(
                 f"{counted(there, 'pair')} of an earlier run {'is' if there == 1 else 'are'} kept, and not made again"
@@ -102,19 +100,14 @@ def verify_request(request: VerifyRequest) -> None:
                 with cancellable(pipe):
                     if there < len(work.jobs):
                         warm_up(pipe, first, progress)
-                    progress("pairs", 0, len(work.jobs))
-                    return verify_pairs(
-                        pipe, work.jobs, kept=kept, lpips=lpips, progress=lambda number: progress,
-                        done=lambda number, pair, again: progress("pairs", number + 1, len(work.jobs)),
-                    )  # fmt: skip
+                    return verify_pairs(pipe, work.jobs, kept=kept, lpips=lpips, progress=progress)
 
             try:
                 pairs, measures, _ = within_memory(
                     pipe, make, work.memory.measures, retry=work.memory.retry_oom, note=notes.note
                 )
             except BaseException:
-                done = sum(kept.read(job) is not None for job in work.jobs)
-                if done:
+                if done := kept.count(work.jobs):
                     notes.note(
                         f"{done} of {counted(len(work.jobs), 'pair')} kept in {kept.folder}: the same command goes on there"
                     )
@@ -153,7 +146,7 @@ def _check(request: VerifyRequest) -> Work:
     outputs = Outputs(request.out or REPORT, given=request.out is not None, force=request.force).free()
     check_writable(outputs.file, suffix=".html")
     outputs.check()
-    return Work(skeleton, jobs, outputs, dtype, memory)
+    return Work(skeleton, jobs, outputs, device, dtype, memory)
 
 
 def _of_line(row: Row, first: GenerateSettings) -> dict[str, Any]:

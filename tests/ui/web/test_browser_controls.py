@@ -79,14 +79,18 @@ def test_a_click_moves_the_query_and_a_run_is_watched(visitor):
     expect(words).to_contain_text("dense: the method runs from 40% to 100% of the steps")
     expect(words).to_contain_text("100.0%")
     # a method that decides while the model runs
+    page.locator("#more").get_by_role("button").first.click()
+    options = page.locator("#options textarea")
+    expect(options).to_have_value(re.compile('"cell"'))  # the box is open, with sta's
     visitor.method("draft")
-    expect(page.locator("#plan")).to_contain_text("draft pays from")  # it has put its options in place of sta's
+    expect(options).to_have_value(re.compile('"safety"'))  # it has put its own in their place
+    expect(page.locator("#plan")).to_contain_text("draft pays from")
     page.locator("#measure").get_by_label("recall").check()  # only what the method has is there
     expect(page.locator("#density")).to_be_hidden()
     page.locator("#measure").get_by_label("density").check()
     visitor.fill("density", 0.3)
-    page.locator("#more").get_by_role("button").first.click()
     visitor.fill("options", '{"min_tokens": 1}')  # so small a clip would stay dense
+    expect(options).to_have_value('{"min_tokens": 1}')
     expect(page.locator("#plan")).to_contain_text("0.300")
     visitor.fill("query-step", 2)
     expect(words).to_contain_text("draft decides it from the queries and keys: watch a run of this block")

@@ -27,6 +27,10 @@ LONG = 1000  # steps of a job that is still at work when somebody looks at it: t
 AT_WORK = re.compile(rf"denoise [1-9]\d*/{LONG}")
 SMALL = {"height": 64, "width": 64, "frames": 9, "steps": 2}  # a clip that takes a second
 SMALL_GRID = "5×8×8"  # its tokens
+# The document of a code box, which CodeMirror keeps beside the elements; "" while there is none.
+DOCUMENT = (
+    "const text = (id) => document.querySelector(`#${id} .cm-content`)?.cmTile?.view.state.doc.toString().trim() ?? '';"
+)
 
 expect = playwright.expect
 expect.set_options(timeout=WAIT)
@@ -96,16 +100,13 @@ class Visitor:
         box = self.page.locator("#again-box")
         if not self.page.locator("#settings").is_visible():
             box.get_by_role("button").first.click()
-        self.page.locator("#settings .cm-content").wait_for()
-        # What is not in view is not in the document, and what is above it may still grow.
-        self.page.wait_for_function(
-            "() => { const box = document.querySelector('#settings'); box.scrollIntoView({block: 'center'});"
-            " return /^{[^]*\\n}$/.test(box.querySelector('.cm-content').innerText.trim()); }"
-        )
+        self.page.wait_for_function(f"() => {{ {DOCUMENT} return /^{{[^]*}}$/.test(text('settings')); }}")
         return dict(json.loads(self.code("settings")))
 
     def code(self, name: str) -> str:
-        return str(self.page.locator(f"#{name} .cm-content").inner_text())
+        """The text of a code box, all of it: what is out of view is not in its elements."""
+        self.page.locator(f"#{name} .cm-content").wait_for()
+        return str(self.page.evaluate(f"(name) => {{ {DOCUMENT} return text(name); }}", name))
 
     def clip(self, where: str = "#result .tw-result", number: int = 0) -> Path:
         """The file of a clip that is shown."""

@@ -19,6 +19,7 @@ from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.methods.base import Method, make_method, methods
 from tilewise.plugins.methods.option_text import option_types, parse_value
 from tilewise.plugins.presets import PRESETS
+from tilewise.plugins.step_caches.options import CacheLike, StepCache, step_cache
 
 DEFAULT_STEPS = (0.25, 1.0)
 DEFAULT_BLOCKS = ":"
@@ -28,7 +29,8 @@ MOST_BLOCKS = 1000  # characters: models have tens of blocks
 MIN_MAP_TOKENS = 4096
 
 
-# Options that every method has but dense, as command lines call them; ``steps`` is the number of denoising steps there.
+# Options that every method has (dense has DENSE_OPTIONS), as command lines call them; ``steps`` is the number of denoising steps
+# there.
 SHARED_OPTIONS: Mapping[str, Any] = {
     "steps_sparse": tuple[float, float],
     "blocks": str,
@@ -37,13 +39,15 @@ SHARED_OPTIONS: Mapping[str, Any] = {
     "precision": str | None,
     "min_tokens": int | None,
     "vae": bool,
+    "cache": str | None,
 }
+DENSE_OPTIONS = ("cache",)  # those that dense has too
 
 
 def option_words(method: Method) -> str:
     """The options of a method, for messages."""
     if method.name == "dense":
-        return "It has none: attention is dense at every step and in every block"
+        return f"Its only one is {DENSE_OPTIONS[0]}: attention is dense at every step and in every block"
     own = option_types(type(method))
     shared = [name for name in SHARED_OPTIONS if name not in own]
     return f"Its options: {', '.join(own)}; of every sparse method: {', '.join(shared)}"
@@ -95,6 +99,9 @@ class Config:
             for others. Dynamic methods have one of their own beside it.
         vae: a pipeline's ``AutoencoderKLWan`` decodes and encodes in exact fused kernels too, on a GPU that Triton serves and
             under ``torch.no_grad()``. False: it stays stock.
+        cache: a step cache of diffusers that runs beside the method, dense included: "first-block", "taylor", "mag", "sea" or
+            "pab", the same with options as in "first-block:threshold=0.1", or an object with "name" and options
+            (step_caches/options.py). None, or "none": none.
 
     Raises:
         ConfigError: for a range that is not 0 ≤ from ≤ to ≤ 1 or a ``blocks`` text that cannot be read.
@@ -108,6 +115,7 @@ class Config:
     precision: str | None = None
     min_tokens: int | None = None
     vae: bool = True
+    cache: CacheLike | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -134,6 +142,7 @@ class Config:
         if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
             raise ConfigError(f"min_tokens must be a whole number of at least 0, got {least!r}")
         object.__setattr__(self, "steps", (low, high))
+        object.__setattr__(self, "cache", step_cache(self.cache))
         select_blocks(self.blocks, 1)
 
     def runs_at(self, step: int, total: int) -> bool:
@@ -148,10 +157,17 @@ class Config:
         return f"{tokens} tokens, fewer than min_tokens={least}" if tokens < least else None
 
     @property
+    def step_cache(self) -> StepCache | None:
+        """``cache`` as it was read."""
+        return step_cache(self.cache)
+
+    @property
     def option_types(self) -> Mapping[str, Any]:
         """Name → type of the options that `with_options` takes."""
         own = option_types(type(self.method))
-        return own if self.method.name == "dense" else {**SHARED_OPTIONS, **own}
+        if self.method.name == "dense":
+            return {**own, **{name: SHARED_OPTIONS[name] for name in DENSE_OPTIONS}}
+        return {**SHARED_OPTIONS, **own}
 
     def with_options(self, options: Mapping[str, Any]) -> Config:
         """This config with other options: its method's, and SHARED_OPTIONS where the method has none of that name.
@@ -193,6 +209,7 @@ class Config:
             "precision": self.precision,
             "min_tokens": self.min_tokens,
             "vae": self.vae,
+            **({} if self.step_cache is None else {"cache": self.step_cache.to_dict()}),
         }
 
     @classmethod
@@ -236,6 +253,7 @@ def resolve(
     precision: str | None = None,
     min_tokens: int | None = None,
     vae: bool | None = None,
+    cache: CacheLike | None = None,
 ) -> Config:
     """The config for a method name, preset name, method object or config, with the given options on top.
 
@@ -257,7 +275,7 @@ def resolve(
         raise ConfigError(f"method must be a name, a preset, a method object or a Config, got {type(method).__name__}")
     given: dict[str, Any] = {
         "steps": steps, "blocks": blocks, "strict": strict, "fuse": fuse, "precision": precision,
-        "min_tokens": min_tokens, "vae": vae,
+        "min_tokens": min_tokens, "vae": vae, "cache": cache,
     }  # fmt: skip
     return dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
 

@@ -1,4 +1,5 @@
-"""Everything that tilewise uses of diffusers (and accelerate) that is no public API, one function or constant each.
+"""Everything that tilewise uses of diffusers (and accelerate) that is no public API, one function or constant each; what step
+caches need is in ``step_caches/diffusers_compat.py``.
 
 Such names may change in any release. Each entry says which symbol it stands for, where it was seen, and what stops working when
 it changes; tests/plugins/test_diffusers_compat.py has a test for each, which fails then. "0.42" is 0.42.1; the upper bound in
@@ -117,14 +118,33 @@ def kept_forwards(module: nn.Module) -> Iterator[tuple[Any, str]]:
     yield module, "_old_forward"
 
 
+STEP_CACHE_HOOKS = (
+    "fbc_leader_block_hook", "fbc_block_hook", "taylorseer_cache", "mag_cache_leader_block_hook", "mag_cache_block_hook",
+    "sea_cache_root", "sea_cache_leader_block", "sea_cache_block", "sea_cache_post_norm", "pyramid_attention_broadcast",
+    "faster_cache_denoiser", "faster_cache_block",
+)  # fmt: skip
+"""Names under which diffusers' step caches register their hooks. Seen in 0.42. ``TextKVCache`` reuses nothing of another step."""
+
+
+def step_cache_hooks(denoiser: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """The hooks of diffusers' step caches on a denoiser and its modules: (module, name, hook)."""
+    for module in denoiser.modules():
+        for name, hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).items():
+            if name in STEP_CACHE_HOOKS:
+                yield module, name, hook
+
+
 def step_cache(denoiser: nn.Module) -> str | None:
     """Which library's step cache is enabled on a denoiser, or None.
 
-    diffusers' ``CacheMixin`` has ``is_cache_enabled``, seen in 0.42. cache-dit 1.5 and ParaAttention 0.3 set ``_is_cached`` on
-    the denoiser. If they change, ``highres`` starts with a cache that skips blocks, and fails at the first one that was skipped.
+    diffusers' ``CacheMixin`` has ``is_cache_enabled``, seen in 0.42; ``apply_first_block_cache`` and the like leave only their
+    hooks. cache-dit 1.5 and ParaAttention 0.3 set ``_is_cached`` on the denoiser. If they change, ``highres`` starts with a cache
+    that skips blocks, and fails at the first one that was skipped.
     """
     if getattr(denoiser, "is_cache_enabled", False):
         return "diffusers: disable_cache()"
+    if any(True for _ in step_cache_hooks(denoiser)):
+        return "hooks of diffusers"
     return "cache-dit or ParaAttention" if getattr(denoiser, "_is_cached", False) else None
 
 

@@ -24,6 +24,7 @@ from tilewise.plugins.models.common.native_size import usual_steps
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import check_config, denoisers_of, patches_of
 from tilewise.plugins.runtime.attention_processor import why_not
+from tilewise.plugins.step_caches.forecast import foretell
 from tilewise.plugins.text_format import counted, ranges, render
 
 # Of a forward, 200 times those of 81 frames of 720×1280: queries, keys and values of a layer are 100 GiB or more.
@@ -68,6 +69,7 @@ class Explanation:
     warnings: tuple[
         str, ...
     ] = ()  # those of the notes that say that the method changes nothing, or makes nothing faster
+    reused_steps: int | None = None  # by the step cache; None: there is none, or only the run decides
 
     @property
     def density(self) -> float:
@@ -97,6 +99,7 @@ class Explanation:
             "size": self.size,
             "sparse_steps": self.sparse_steps,
             "dense_steps": self.dense_steps,
+            "reused_steps": self.reused_steps,
             "density": None if math.isnan(self.density) else self.density,
             "cost": None if math.isnan(self.cost) else self.cost,
             "denoisers": rows,
@@ -207,13 +210,28 @@ def explain(
         notes += [f"{name}: {note}" for note in family.notes(denoiser, fuse=config.fuse, dense=dense)]
     if own_steps:
         notes.append(f"steps are counted for {num_inference_steps}, the model's own: num_inference_steps was not given")
-    first, total = _schedule(target, num_inference_steps, strength, notes)
+    first, total, timesteps = _schedule(target, num_inference_steps, strength, notes)
     sparse = sum(config.runs_at(step, total) for step in range(first, total))
     if all(row.tile is None for row in rows):
         sparse = 0
+    reused = None
+    if config.step_cache is not None:
+        never = not sparse  # then the schedule has no border
+        reused, told = foretell(
+            config.step_cache,
+            lambda step, of: not never and config.runs_at(step, of),
+            target,
+            denoisers,
+            first,
+            total,
+            timesteps,
+        )
+        notes += told
     shape = {"height": height, "width": width, "frames": frames, "num_inference_steps": num_inference_steps}
     useless = _warnings(config, rows, sparse, total - first)
-    return Explanation(config.to_dict(), shape, sparse, total - first - sparse, rows, [*useless, *notes], useless)
+    return Explanation(
+        config.to_dict(), shape, sparse, total - first - sparse, rows, [*useless, *notes], useless, reused
+    )
 
 
 def _frames(frames: int | None, num_frames: int | None) -> int:
@@ -263,8 +281,11 @@ def _warnings(config: Config, rows: list[ExplainRow], sparse: int, steps: int) -
     return tuple(found)
 
 
-def _schedule(pipe: Any, steps: int, strength: float, notes: list[str]) -> tuple[int, int]:
-    """(first, total): a run of ``steps`` steps calls the denoiser at timesteps first … total − 1. Adds to ``notes``."""
+def _schedule(pipe: Any, steps: int, strength: float, notes: list[str]) -> tuple[int, int, torch.Tensor | None]:
+    """(first, total, timesteps): a run of ``steps`` steps calls the denoiser at timesteps first … total − 1. Adds to ``notes``.
+
+    timesteps: (total,), None where there is no scheduler that gives them.
+    """
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
         raise ConfigError(f"strength must be in (0, 1], got {strength!r}")
     enter: Any = getattr(type(pipe), "get_timesteps", None)
@@ -275,7 +296,7 @@ def _schedule(pipe: Any, steps: int, strength: float, notes: list[str]) -> tuple
             f"{type(pipe).__name__} has no get_timesteps, so it takes no strength: it runs its whole schedule"
         )
     if make is None:
-        return 0, steps
+        return 0, steps, None
     scheduler = copy.deepcopy(own)  # by a copy and its class's method: the pipeline's own stays where it is
     names = inspect.signature(make).parameters
     # The shift of the noise levels by the size of the picture; how many there are does not depend on it.
@@ -284,12 +305,12 @@ def _schedule(pipe: Any, steps: int, strength: float, notes: list[str]) -> tuple
         make(scheduler, steps, **shift)
     except Exception as error:  # whatever a scheduler may raise; the run itself may pass it more than is known here
         notes.append(f"steps are counted as {steps}: {type(own).__name__}.set_timesteps({steps}) failed with {error!r}")
-        return 0, steps
+        return 0, steps, None
     total = len(scheduler.timesteps)
     if total != steps:
         notes.append(f"{type(own).__name__} calls the denoiser at {total} timesteps in {steps} steps")
     if strength == 1:
-        return 0, total
+        return 0, total, scheduler.timesteps
     known = {
         "num_inference_steps": steps, "strength": strength, "device": torch.device("cpu"), "timesteps": scheduler.timesteps,
         "sigmas": getattr(scheduler, "sigmas", scheduler.timesteps),
@@ -298,7 +319,7 @@ def _schedule(pipe: Any, steps: int, strength: float, notes: list[str]) -> tuple
     # (timesteps, count), or (sigmas, timesteps, count)
     left = [part for part in enter(SimpleNamespace(scheduler=scheduler), **given) if isinstance(part, torch.Tensor)][-1]
     notes.append(f"strength {strength} leaves {len(left)} of {total} timesteps")
-    return total - len(left), total
+    return total - len(left), total, scheduler.timesteps
 
 
 def expected_device(denoiser: torch.nn.Module) -> torch.device:

@@ -26,6 +26,8 @@ from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.common.registry import attention_layers, family_of, supported_models
 from tilewise.plugins.runtime.other_threads import refuse_while_running
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
+from tilewise.plugins.step_caches.options import CacheLike
+from tilewise.plugins.step_caches.support import check_cache
 from tilewise.plugins.torch_compat import forget_compiled, is_compiled_module, runs_compiled
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -81,6 +83,7 @@ def patch(
     precision: str | None = None,
     min_tokens: int | None = None,
     vae: bool | None = None,
+    cache: CacheLike | None = None,
 ) -> T:
     """Replace the attention of a pipeline's denoisers in one call. Weights and classes stay untouched.
 
@@ -101,14 +104,18 @@ def patch(
         min_tokens: attention calls over fewer tokens stay dense, counted as "short"; see ``Config``.
         vae: take a pipeline's ``AutoencoderKLWan`` along: it decodes and encodes in exact fused kernels, where they can run.
             Default: what the preset or config says, otherwise True.
+        cache: a step cache of diffusers, put on and taken off with the patch: "first-block", "taylor", "mag", "sea", "pab", or
+            one with options, as in "first-block:threshold=0.1" or ``{"name": "first-block", "threshold": 0.1}``. It never reuses
+            at a sparse step what a dense one computed, or the other way round. Default: what the config says, otherwise none;
+            "none" leaves out the config's.
 
     Returns:
         ``target``. Patching a patched target replaces the earlier patch; ``unpatch`` always restores the original.
 
     Raises:
         ConfigError: unknown method, preset or option, or a value that cannot be.
-        UnsupportedModelError: a target without a denoiser, or with one that no family serves, without self-attention, or
-            whose attention another library has fused or replaced.
+        UnsupportedModelError: a target without a denoiser, or with one that no family serves, without self-attention,
+            whose attention another library has fused or replaced, or that cannot run the cache.
         FallbackError: ``strict`` and a layer whose processor cannot be taken over.
         TilewiseError: another thread is in a forward of a denoiser. Threads may run a patched denoiser, each in a pipeline
             with a scheduler of its own, but not patch it.
@@ -123,6 +130,7 @@ def patch(
         precision=precision,
         min_tokens=min_tokens,
         vae=vae,
+        cache=cache,
     )
     denoisers = denoisers_of(target)
     for name, denoiser in denoisers.items():
@@ -155,11 +163,16 @@ def _put_on(target: Any, denoisers: dict[str, nn.Module], configs: dict[str, Con
 
 
 def check_config(name: str, denoiser: nn.Module, config: Config) -> None:
-    """Raises ConfigError for what would only come to light in mid-denoise. config: prepared for this denoiser."""
+    """Raises ConfigError, or for a cache that cannot run UnsupportedModelError, for what would only come to light in mid-denoise.
+
+    config: prepared for this denoiser.
+    """
     layers = attention_layers(denoiser, name)
     blocks = {layer.block for layer in layers}
     if blocks and not blocks & set(select_blocks(config.blocks, max(blocks) + 1)):
         raise ConfigError(f"blocks={config.blocks!r} selects none of the {len(blocks)} blocks of {name}")
+    on = denoiser.__dict__.get(ATTRIBUTE)
+    check_cache(name, denoiser, config.step_cache, None if on is None or on.cache is None else on.cache.config)
     for heads in sorted({layer.heads for layer in layers}):
         config.method.check(heads)
 
@@ -213,6 +226,7 @@ def patched(
     precision: str | None = None,
     min_tokens: int | None = None,
     vae: bool | None = None,
+    cache: CacheLike | None = None,
 ) -> Iterator[T]:
     """``with patched(pipe, "sta"): …``: patch for the length of a block, then unpatch.
 
@@ -230,6 +244,7 @@ def patched(
         precision=precision,
         min_tokens=min_tokens,
         vae=vae,
+        cache=cache,
     )
     try:
         yield target

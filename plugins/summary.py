@@ -16,7 +16,7 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.call_stats import FALLBACK, OTHER_REASONS, SPARSE, CallKind, CallRecord
 from tilewise.plugins.runtime.patched_denoiser import Patch
-from tilewise.plugins.text_format import ranges, render
+from tilewise.plugins.text_format import counted, ranges, render
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,31 @@ class VaeRow:
 
 
 @dataclass(frozen=True)
+class CacheRow:
+    """What a step cache reused in the forwards of a denoiser.
+
+    reused: forwards in which anything was. modules: blocks or attention layers of all forwards; skipped: those that did not run.
+    mag_ratios: what MagCache measured, with ``calibrate``.
+    """
+
+    denoiser: str
+    cache: str  # with its options, as ``patch`` takes it
+    forwards: int
+    reused: int
+    modules: int
+    skipped: int
+    skips: str  # "blocks" or "attention layers"
+    mag_ratios: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        said = f"cache {self.cache}, {self.denoiser}: {self.reused} of {counted(self.forwards, 'forward')} reused"
+        said += f", {self.skipped} of {self.modules} {self.skips} skipped"
+        if self.mag_ratios:
+            said += "\nmag_ratios=" + ",".join(f"{ratio:.5g}" for ratio in self.mag_ratios)
+        return said
+
+
+@dataclass(frozen=True)
 class Summary:
     """What the attention calls of a patched target did. since: when it was patched, or its summary reset (UTC, ISO 8601)."""
 
@@ -60,6 +85,7 @@ class Summary:
     skipped_layers: dict[str, str]
     notes: tuple[str, ...] = ()  # what the model's family has to say, such as where its fused kernels stay off
     vae: tuple[VaeRow, ...] = ()  # empty if it is not patched, or was not called
+    cache: tuple[CacheRow, ...] = ()  # of each denoiser, where the patch has a step cache
     since: str = dataclasses.field(default="", compare=False)
 
     @property
@@ -132,6 +158,7 @@ class Summary:
             "skipped_layers": self.skipped_layers,
             "notes": list(self.notes),
             "vae": [dataclasses.asdict(row) for row in self.vae],
+            "cache": [{**dataclasses.asdict(row), "mag_ratios": list(row.mag_ratios)} for row in self.cache],
             "rows": [{k: _finite(v) for k, v in dataclasses.asdict(row).items()} for row in self.rows],
         }
 
@@ -154,6 +181,7 @@ class Summary:
         if self.broken:
             lines.append(f"queries or keys were not finite: {self.broken} lists of key blocks kept everything")
         lines += [f"{name} stays dense: {reason}" for name, reason in self.skipped_layers.items()]
+        lines += map(str, self.cache)
         for row in self.vae:
             how = "fused" if row.fused else f"stock code ({row.reason})"
             lines.append(f"vae.{row.part}: {row.calls} calls, {how}")
@@ -254,9 +282,23 @@ def summary(target: Any, *, reset: bool = False) -> Summary:
             denoisers[name], fuse=patch.config.fuse, dense=patch.state.call_stats.skipped_layers
         )
     )
+    cache = tuple(row for name, patch in patches.items() if (row := _cache(name, patch, reset)) is not None)
     vae, more = _vae(target, reset)
     begun = since.isoformat(timespec="seconds")
-    return Summary(config.to_dict(), rows, grids, skipped, notes + more, vae, begun)
+    return Summary(config.to_dict(), rows, grids, skipped, notes + more, vae, cache, begun)
+
+
+def _cache(name: str, patch: Patch, reset: bool) -> CacheRow | None:
+    """What a patch's step cache reused."""
+    if patch.cache is None:
+        return None
+    cache, counts = patch.cache.cache, patch.cache.counts
+    row = CacheRow(
+        name, str(cache), counts.forwards, counts.reused, counts.modules, counts.skipped, cache.skips, counts.ratios
+    )
+    if reset:
+        counts.restart()
+    return row
 
 
 def _vae(target: Any, reset: bool) -> tuple[tuple[VaeRow, ...], tuple[str, ...]]:

@@ -29,7 +29,7 @@ from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike, resolve
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.patching import check_config
-from tilewise.plugins.streaming.kv_cache import KVCache
+from tilewise.plugins.streaming.kv_cache import STEP_CACHE_REFUSED, KVCache
 
 CAUSAL_FOLDER = "causal"  # of a model folder
 SHARED = (
@@ -113,6 +113,8 @@ def prepare(
     fps = float(found.fps if shared.get("fps") is None else shared["fps"])
     check_fps(fps)
     config = resolve(method)
+    if config.step_cache is not None:
+        raise ConfigError(STEP_CACHE_REFUSED)
     for name, denoiser in denoisers_used(skeleton, found).items():
         check_config(name, denoiser, config.prepare(skeleton, denoiser))
     tokens = shared.get("max_sequence_length")

@@ -87,6 +87,11 @@ def _check(name: str, denoiser: nn.Module, config: Config, global_path: str) -> 
             f"two paths: {name} is a {type(denoiser).__name__}; served are {', '.join(served_streams())}. The global path guides "
             "the window path through what each block's attention gives to the text, and how its blocks are called has to be known"
         )
+    if config.step_cache is not None:
+        raise UnsupportedModelError(
+            f"two paths: the step cache {config.step_cache} skips blocks of {name}, which the global path has to run. "
+            "Leave cache= out; in highres the first stage's method may have one"
+        )
     if cache := step_cache(denoiser):
         raise UnsupportedModelError(f"two paths: {name} has a step cache that skips blocks ({cache}); disable it first")
     if streams.joint and global_path != "dense":

@@ -33,7 +33,10 @@ def copy_patched(patch: Patch, denoiser: nn.Module, attributes: set[str], memo: 
     """
     memo[id(patch)] = patch  # hooks that are its methods are copied as they are, and removed
     memo[id(patch.calls)] = patch.calls
+    memo[id(patch.cache)] = patch.cache
     copied = copy_without(denoiser, patch.handles, attributes, memo)
+    if patch.cache is not None:
+        patch.cache.take_off_copy(copied, memo)
     pipe = patch.state.pipe()
     # A denoiser that is copied alone leaves its pipeline, whose scheduler will not count its steps.
     owner = memo.get(id(pipe), copied) if pipe is not None else copied

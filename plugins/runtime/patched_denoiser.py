@@ -26,6 +26,7 @@ from tilewise.plugins.runtime.attention_call import AttentionCalls
 from tilewise.plugins.runtime.attention_processor import TilewiseProcessor, processor_class, why_not
 from tilewise.plugins.runtime.forward_state import ForwardState
 from tilewise.plugins.runtime.step_index import StepIndex
+from tilewise.plugins.step_caches.driver import CacheDriver
 from tilewise.plugins.torch_compat import outside_graphs
 
 ATTRIBUTE = "_tilewise"  # what a patch adds to a denoiser, besides the COPIER for copy.deepcopy
@@ -55,6 +56,7 @@ class Patch:
         self._classes: dict[type, type[TilewiseProcessor]] = {}  # by the class that they stand in for
         self._handles: list[Any] = []
         self._replacing = threading.Lock()
+        self.cache: CacheDriver | None = None
         self.left_alone: dict[str, Any] = {}  # processors that are not taken over, by layer name
         # What the pipeline's VAE got with it, and that VAE; it is not kept alive.
         self.vae: tuple[VaePatch, weakref.ref[nn.Module]] | None = None
@@ -71,6 +73,9 @@ class Patch:
             self._handles += self.family.hooks(denoiser)
             if self.config.fuse:
                 self._handles += self.family.fuse(denoiser, self.calls)
+            if self.config.step_cache is not None:  # last: its hooks wrap what is on the blocks
+                names = [layer.name for layer in self.layers]
+                self.cache = CacheDriver(self.name, denoiser, self.config.step_cache, names)
         except BaseException:
             self._take_off(denoiser)
             raise
@@ -121,6 +126,9 @@ class Patch:
 
     def _take_off(self, denoiser: nn.Module) -> None:
         self.calls.removed = True
+        if self.cache is not None:
+            self.cache.remove(denoiser)
+            self.cache = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -153,11 +161,26 @@ class Patch:
         refused = self._look_at_processors() or refused
         if not torch.compiler.is_dynamo_compiling():
             self.state.begin(grid, timestep, refused)
-            return
-        shape = (0, 0, 0, 0, False, 0)
-        if grid is not None:
-            shape = (grid.t, grid.h, grid.w, grid.text, grid.text_first, grid.opposite)
-        self.calls.ticket = custom_ops.begin(timestep, self.handle, *shape, refused)
+        else:
+            shape = (0, 0, 0, 0, False, 0)
+            if grid is not None:
+                shape = (grid.t, grid.h, grid.w, grid.text, grid.text_first, grid.opposite)
+            self.calls.ticket = custom_ops.begin(timestep, self.handle, *shape, refused)
+        if self.cache is not None:
+            self._begin_cache(timestep)
+
+    @outside_graphs  # as the cache's own decisions are
+    def _begin_cache(self, timestep: torch.Tensor) -> None:
+        assert self.cache is not None
+        steps = self.state.steps
+        at = steps.of(timestep)
+        runs = self.sparse and self.state.forward.runs
+        self.cache.begin(at.step, at.total, at.run, runs, lambda: steps.timestep_at(at, timestep))
+
+    @outside_graphs
+    def _end_cache(self, finished: bool) -> None:
+        assert self.cache is not None
+        self.cache.end(finished=finished)
 
     def _grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str | None]:
         """The grid of a forward; or None, and why it has none that can be read."""
@@ -202,6 +225,8 @@ class Patch:
                 self._adopt(number, after=" (it was set after the patch)")
 
     def _after(self, denoiser: nn.Module, args: tuple, output: Any) -> None:
+        if self.cache is not None:
+            self._end_cache(output is not None)
         self.state.end()
         self.calls.ticket = self._resting
 

@@ -109,6 +109,10 @@ class StepIndex:
         count = timesteps_to_run(running) or len(timesteps)
         return Position(step, len(timesteps), step + 1 in (len(timesteps), run.first + count), timesteps)
 
+    def timestep_at(self, at: Position, timestep: torch.Tensor) -> float:
+        """The timestep at a position that ``of`` gave for ``timestep``, as the scheduler counts; may wait for the device."""
+        return float(timestep.max()) if at.run is None else self._on_host(at.run)[at.step]
+
     def _step(self, timestep: torch.Tensor, timesteps: torch.Tensor, scheduler: Any, running: Any) -> int | None:
         current = current_timestep(running)
         for given in (timestep, current):

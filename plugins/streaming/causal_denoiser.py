@@ -31,7 +31,7 @@ from tilewise.plugins.runtime.plan_cache import Order
 from tilewise.plugins.streaming.buffers import Buffers
 from tilewise.plugins.streaming.cache_plan import CachePlan, plan_cache
 from tilewise.plugins.streaming.graphs import ForwardGraphs
-from tilewise.plugins.streaming.kv_cache import KVCache
+from tilewise.plugins.streaming.kv_cache import STEP_CACHE_REFUSED, KVCache
 from tilewise.plugins.streaming.policies.base import Event, Kept, policy
 from tilewise.plugins.streaming.slots import Slots
 from tilewise.plugins.streaming.sparse_window import SparseWindow
@@ -74,6 +74,8 @@ class CausalDenoiser:
                 f'CausalDenoiser: {type(denoiser).__name__} is not patched; call tilewise.patch first, with the method "dense" '
                 "for exact attention"
             )
+        if patch.cache is not None:
+            raise ConfigError(STEP_CACHE_REFUSED)
         self.policy = policy(cache.policy)
         cache.check_chunk(grid.t)
         self.policy.check(cache, grid.t)

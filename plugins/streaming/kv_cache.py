@@ -20,6 +20,12 @@ SINK_POSITIONS = ("clamped", "absolute")
 STORAGES = ("model", "fp8")
 
 
+STEP_CACHE_REFUSED = (
+    "a stream takes no step cache: each forward writes keys and values of its chunk into the KV cache, and blocks that a step "
+    "cache skips would leave old ones there. Leave cache= out"
+)
+
+
 @dataclass(frozen=True)
 class KVCache:
     """Options of a stream's KV cache. Lengths are in latent frames.

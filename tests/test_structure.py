@@ -35,7 +35,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("media",),
         ("latent_spaces",),
         ("loading",),
-        ("quality",),
+        ("quality", "conditioning"),
         ("generation",),
         ("memory",),
         ("streaming",),

@@ -17,6 +17,7 @@ from tilewise.pipelines.batch.ranks import World
 from tilewise.pipelines.batch.stream_clip import make_stream
 from tilewise.pipelines.batch.two_stage_clip import TwoStages
 from tilewise.pipelines.batch.two_stage_jobs import about, plan_job
+from tilewise.pipelines.conditioning.inputs import Inputs, input_notes
 from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import clip_metadata, machine
 from tilewise.pipelines.generation.generate import Clip, add_content_score, generate, warm_up
@@ -109,6 +110,7 @@ class ClipMaker:
         notes = prompt_notes(pipe, job.settings)
         if job.highres is None:
             notes += size_notes(pipe, job.settings.height, job.settings.width, job.settings.frames)
+            notes += input_notes(pipe, Inputs.of(job.settings))
             notes += self._warnings(pipe, job)
         shared = self._place(pipe, job, started)
         stages = None

@@ -7,8 +7,8 @@ A clip that is made by two stages (``highres``) is known by both: its settings a
 it as {file's name}-native. A stream is known by its recipe and cache too, and by its causal checkpoint's content.
 
 The key says what is to be made, not in which order or under which name: a job that moves to another line of the input, or
-runs on another machine, keeps it. The model counts by its revision, a tiny autoencoder and a LoRA by their SHA-256, because a
-name does not say which weights it stands for.
+runs on another machine, keeps it. The model counts by its revision, a tiny autoencoder, a LoRA
+and the files that a clip is made from by their SHA-256, because a name does not say what it stands for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any
 
 from tilewise import __version__
 from tilewise.pipelines.batch.stream_jobs import Streamed
+from tilewise.pipelines.conditioning.files import ROLES
+from tilewise.pipelines.conditioning.inputs import files_of
 from tilewise.pipelines.generation.settings import GenerateSettings, TinyChoice
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.loading.loras import LoraChoice
@@ -97,7 +99,9 @@ class Job:
     def key(self) -> str:
         """64 hex digits; equal for jobs that make the same clip."""
         settings = {
-            name: value for name, value in self.settings.to_dict().items() if name not in ("model", "decode", "lora")
+            name: value
+            for name, value in self.settings.to_dict().items()
+            if name not in ("model", "decode", "lora", *ROLES, "strength")
         }
         identity = {**settings, "tilewise": __version__, "dtype": self.dtype, "revision": self.revision}
         if self.highres is not None:
@@ -108,13 +112,18 @@ class Job:
             identity["decode"] = tiny.sha256
         if self.settings.lora:
             identity["lora"] = [(one.sha256, one.weight) for one in map(LoraChoice.parse, self.settings.lora)]
+        # Left out where there are none: clips of earlier versions keep their keys.
+        if files := files_of(vars(self.settings)):
+            identity["files"] = {role: [file.sha256 for file in several] for role, several in files.items()}
+        if self.settings.strength is not None:
+            identity["strength"] = self.settings.strength
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def shape(self) -> str:
-        """Equal for jobs that differ in prompt and seed only: what holds for one of them holds for all."""
-        return repr((dataclasses.replace(self.settings, prompt="?", negative="", seed=0), self.highres, self.stream))
+        """Equal for jobs that differ in prompt, seed and files only: what holds for one of them holds for all."""
+        return repr((self.settings.of_any_content(), self.highres, self.stream))
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

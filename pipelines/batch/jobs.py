@@ -24,6 +24,7 @@ from tilewise.pipelines.batch.input import FIELDS, Problems, Row, column, parse_
 from tilewise.pipelines.batch.job import Job, Stages, merge_equal
 from tilewise.pipelines.batch.stream_jobs import Streamed, plan_stream, stream_flop
 from tilewise.pipelines.batch.two_stage_jobs import plan_fields, stages_flop, stages_of
+from tilewise.pipelines.conditioning.files import ROLES
 from tilewise.pipelines.errors import SetupError
 from tilewise.pipelines.generation.method_options import EITHER, PREFIX, flag, is_method_option
 from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
@@ -270,7 +271,7 @@ class _Resolver:
 
     def explanations(self, jobs: Sequence[Job]) -> list[Explained]:
         def token(settings: GenerateSettings, stages: Stages | None, stream: Streamed | None) -> str:
-            alike = dataclasses.replace(settings, prompt="?", negative="", seed=0, guidance=1.0)
+            alike = dataclasses.replace(settings.of_any_content(), guidance=1.0)
             told = [alike.to_dict(), stages and stages.to_dict(), stream and stream.to_dict()]
             return json.dumps(told, sort_keys=True)
 
@@ -310,6 +311,9 @@ def _join(
                 raise ConfigError(f"{name} is an option of {kind}: give {kind} as true too")
             if fields.pop(name, None) is not None:
                 notes.append(f"the command's {name} is not used where {kind} is not")
+    made_from = any(fields.get(role) for role in ROLES)
+    if not (two or streams or made_from or "strength" in row) and fields.pop("strength", None) is not None:
+        notes.append("the command's strength is not used where a clip is made from no file, nor by highres")
     for name, why in NOT_OF_STREAMS.items() if streams else ():
         if name in row:
             raise ConfigError(f"{name} cannot be used with stream: {why}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewise.pipelines.batch.manifest import NAME, Line, Note, clip_path, is_whole, read_manifest, spent
+from tilewise.pipelines.conditioning.inputs import files_of
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.media.video import read_frames
@@ -189,8 +190,11 @@ def _same_but_method(line: Line) -> str:
         "fps",
         "max_sequence_length",
         "decode",
+        "strength",
     )
-    return json.dumps([*(line.get(name) for name in names), line["run"]["batch"]["revision"], "stream" in line["run"]])
+    files = [[role, *(file.sha256 for file in several)] for role, several in files_of(line).items()]
+    same = [*(line.get(name) for name in names), files, line["run"]["batch"]["revision"], "stream" in line["run"]]
+    return json.dumps(same)
 
 
 def _following(lines: Iterable[Line]) -> set[str]:

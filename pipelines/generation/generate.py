@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tilewise.pipelines.conditioning.roles import share_of_steps
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import stock_call
@@ -63,13 +64,13 @@ class Clip:
 def generate(
     pipe: Any, settings: GenerateSettings, progress: Progress | None = None, *, preview: Preview | None = None
 ) -> Clip:
-    """Runs a text-to-video or text-to-image pipeline with the method of `settings`, and takes the method out again.
+    """Runs a pipeline with the method of `settings` and the files that they name, and takes the method out again.
 
     Method "dense" runs the stock pipeline without any patch. Whatever happens, KeyboardInterrupt included, the pipeline
     is usable and unpatched afterwards; `cancellation.cancellable` stops it from another thread.
 
     Raises ConfigError if the pipeline is already patched (which method was meant?) or has other LoRAs, UnsupportedModelError for
-    a pipeline that needs more than text, OutputError if the model's output is not a picture (NaN).
+    a pipeline that needs more than settings can say, OutputError if the model's output is not a picture (NaN).
     """
     refuse_patched(pipe)
     require_loras(pipe, settings.lora)
@@ -152,6 +153,8 @@ def warm_up(pipe: Any, settings: GenerateSettings, progress: Progress | None = N
     tell = progress or (lambda phase, done, total: None)
     passes = 1 if settings.is_dense else 2
     one_step = dataclasses.replace(settings, steps=least_steps(pipe))
+    if share_of_steps(pipe, settings.strength) is not None:  # of one step, a share below 1 is none
+        one_step = dataclasses.replace(one_step, strength=1.0)
     start = time.perf_counter()
     tell("warm-up", 0, passes)
     run(pipe, one_step)

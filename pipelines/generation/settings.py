@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewise import __version__
+from tilewise.pipelines.conditioning.files import ONE, ROLES, InputFile
 from tilewise.pipelines.generation.method_options import METHOD_OPTIONS, SET
 from tilewise.pipelines.media.files import LEAST_FPS, MOST_FPS
 from tilewise.pipelines.options import Option, is_number, option, options_of
@@ -69,6 +70,8 @@ class GenerateSettings:
         max_sequence_length: text tokens; None for the pipeline's own.
         lora: LoRAs in the model's weights, "PATH" or "PATH:WEIGHT" each; `resolve_settings` adds their SHA-256.
         decode: "vae", the model's own, or "tiny=PATH", a tiny autoencoder's file; `resolve_settings` adds its SHA-256.
+        image, last_image, video, mask, reference: files that the clip is made from; `resolve_settings` adds their SHA-256.
+        strength: how far it may go from them, in (0, 1]; None for the pipeline's own.
 
     Raises:
         ConfigError: for values that can never be right. Whether a model takes them is seen by `resolve_settings`.
@@ -98,6 +101,31 @@ class GenerateSettings:
         shown_default="none",
         names_file=True,
     )
+    image: str | None = option(
+        None, help="Picture that the clip begins with, or that is changed.", shown_default="none", names_file=True
+    )
+    last_image: str | None = option(
+        None, help="Picture that the clip ends with.", shown_default="none", names_file=True
+    )
+    video: str | None = option(None, help="Video that is changed or continued.", shown_default="none", names_file=True)
+    mask: str | None = option(
+        None,
+        help="Picture or video: what is white in it is made anew.",
+        shown_default="none",
+        names_file=True,
+    )
+    reference: tuple[str, ...] = option(
+        (),
+        help="Picture of what the clip should show. Repeatable.",
+        shown_default="none",
+        names_file=True,
+    )
+    strength: float | None = option(
+        None,
+        help="Share of the steps that run on what the clip is made from: a picture, a video, or with --highres the first stage. "
+        "LTX: how closely it keeps to the picture or video.",
+        shown_default=MODELS_OWN,
+    )
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "model"):
@@ -121,6 +149,16 @@ class GenerateSettings:
         if isinstance(self.lora, str) or not all(isinstance(one, str) for one in self.lora):
             raise ConfigError(f"lora must be a list of texts, not {self.lora!r}")
         object.__setattr__(self, "lora", tuple(self.lora))
+        if isinstance(self.reference, str) or not isinstance(self.reference, list | tuple):
+            raise ConfigError(f"reference must be a list of paths, not {self.reference!r}")
+        object.__setattr__(self, "reference", tuple(self.reference))
+        for role in ROLES:
+            named = getattr(self, role)
+            for one in named if isinstance(named, tuple) else () if named is None else (named,):
+                check_text(role.replace("_", " "), one)
+                InputFile.parse(role, one)
+        if self.strength is not None and not (is_number(self.strength) and 0 < self.strength <= 1):
+            raise ConfigError(f"strength must be a number above 0, up to 1, not {_told(self.strength)}")
 
     @property
     def is_dense(self) -> bool:
@@ -130,7 +168,14 @@ class GenerateSettings:
     def to_dict(self) -> dict[str, Any]:
         """JSON values only; "tilewise" is the version that made it. A clip's file adds "run": how it went."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"tilewise": __version__, **values, "lora": list(self.lora), "method": self.method.to_dict()}
+        lists = {"lora": list(self.lora), "reference": list(self.reference)}
+        return {"tilewise": __version__, **values, **lists, "method": self.method.to_dict()}
+
+    def of_any_content(self) -> GenerateSettings:
+        """Without what clips of one kind differ in: prompt, seed, and which files they are made from."""
+        files: dict[str, Any] = {role: None if getattr(self, role) is None else "?" for role in ONE}
+        references = ("?",) * len(self.reference)
+        return dataclasses.replace(self, prompt="?", negative="", seed=0, **files, reference=references)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerateSettings:

@@ -1,4 +1,4 @@
-"""Call a stock text-to-video or text-to-image pipeline with `GenerateSettings`, mapped to the arguments that it takes."""
+"""Call a stock pipeline with `GenerateSettings` and the files that they name, mapped to the arguments that it takes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from tilewise.pipelines.conditioning.inputs import Inputs, files_of, input_arguments
+from tilewise.pipelines.conditioning.roles import check_roles, roles_of
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.model_defaults import guider_of, takes_guidance
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
@@ -25,7 +27,8 @@ def stock_call(pipe: Any, settings: GenerateSettings, done: StepDone, **more: An
 
     If it is cut off, nothing that it had begun stays on the GPU. Raises as `call_arguments`, before anything runs.
     """
-    arguments = {**call_arguments(pipe, settings), **more, "return_dict": False}
+    arguments = {**call_arguments(pipe, settings), **input_arguments(pipe, Inputs.of(settings)), **more}
+    arguments["return_dict"] = False
     if "callback_on_step_end" in call_parameters(pipe):
 
         def step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -53,11 +56,11 @@ def nothing_left(pipe: Any) -> Iterator[None]:
 
 
 def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
-    """The settings as arguments of the pipeline's call.
+    """The settings as arguments of the pipeline's call, without its files (`input_arguments`).
 
     Raises:
-        UnsupportedModelError: if it demands more, such as an image.
-        ConfigError: for guidance where nothing takes it.
+        UnsupportedModelError: if it demands more than settings can say.
+        ConfigError: for guidance where nothing takes it, and for files that the pipeline does not take or needs.
     """
     parameters = call_parameters(pipe)
     arguments = {
@@ -74,12 +77,13 @@ def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
     if guided_by_two_forwards(pipe):
         arguments["true_cfg_scale"] = settings.guidance
     demanded = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    extra = [name for name in demanded if name not in ("self", *arguments)]
+    extra = [name for name in demanded if name not in ("self", *arguments, *roles_of(pipe).values())]
     if extra:
         raise UnsupportedModelError(
-            f"{type(pipe).__name__} also needs {', '.join(extra)}; this makes clips from text alone. "
+            f"{type(pipe).__name__} also needs {', '.join(extra)}, for which there is no option. "
             "Call the pipeline yourself, after tilewise.patch(pipe, ...)"
         )
+    check_roles(pipe, files_of(vars(settings)), settings.strength, settings.steps)
     if settings.guidance > 1 and not takes_guidance(pipe):
         guider = getattr(pipe, "guider", None)
         why = "its call has no guidance_scale" + (

@@ -33,7 +33,7 @@ from tilewise.plugins.patching import denoisers_of
 from tilewise.plugins.text_format import counted
 
 SHARED_BY_STAGES = tuple(
-    name for name in options_of(GenerateSettings) if name not in ("prompt", "method", "height", "width")
+    name for name in options_of(GenerateSettings) if name not in ("prompt", "method", "height", "width", "strength")
 )
 SAME_SHAPE = 1.05  # by which sides' ratios may differ: 480×832 stands for 1088×1920
 NOTED = 1.08  # times that things come out wider or taller, from which on it is said

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tilewise.pipelines.generation.settings import MODELS_OWN
+from tilewise.pipelines.generation.settings import CLIP_OPTIONS, MODELS_OWN
 from tilewise.pipelines.memory.units import parse_bytes
 from tilewise.pipelines.options import Option, check_choices, option, options_of
 from tilewise.plugins.errors import ConfigError, unknown
@@ -170,7 +170,7 @@ HIGHRES = Option(
     "Past the model's size: generate at its own size first, then at --height and --width from that clip.",
 )
 TWO_STAGE_OPTIONS = {
-    **options_of(HighresSettings),
+    **{name: one for name, one in options_of(HighresSettings).items() if name not in CLIP_OPTIONS},
     "native": Option(
         "native",
         "size",
@@ -178,4 +178,5 @@ TWO_STAGE_OPTIONS = {
         shown_default="the model's own, in the target's shape",
     ),
 }
-"""What a request may say of a clip past the training size: the fields of `HighresSettings`, and the first stage's size."""
+"""What a request may say of a clip past the training size beside `CLIP_OPTIONS`, whose `strength` is the second stage's here: the
+fields of `HighresSettings`, and the first stage's size."""

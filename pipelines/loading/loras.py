@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import importlib.util
 import re
 import warnings
@@ -14,6 +12,7 @@ from typing import Any
 
 from tilewise.pipelines.errors import ModelError, SetupError
 from tilewise.pipelines.loading.model_folder import check_safetensors
+from tilewise.pipelines.media.checksum import file_sha256
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 
 MERGED = "_tilewise_loras"  # of a pipeline
@@ -57,7 +56,7 @@ def resolve_lora(said: Any) -> str:
         raise ModelError(f"there is no LoRA file {choice.path}" + (", it is a folder" if path.is_dir() else ""))
     if path.suffix == ".safetensors":
         check_safetensors(path)
-    sha256 = _sha256(path, path.stat().st_mtime_ns, path.stat().st_size)
+    sha256 = file_sha256(path)
     if choice.sha256 not in ("", sha256):
         raise ConfigError(f"{path} is another file than the LoRA that the clip was made with (SHA-256 {sha256[:12]}…)")
     return str(LoraChoice(path, choice.weight, sha256))
@@ -128,10 +127,3 @@ def require_loras(pipe: Any, loras: Sequence[str]) -> None:
             f"the settings name the LoRAs {list(loras)}, and those in this pipeline are {list(merged_loras(pipe))}: load "
             "it with load_pipeline(model, loras=settings.lora)"
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _sha256(path: Path, changed: int, size: int) -> str:
-    """changed, size: of the file, as which it is known again."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

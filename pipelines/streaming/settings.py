@@ -165,5 +165,11 @@ STREAM = Option(
 STREAM_OPTIONS = {name: one for name, one in options_of(StreamSettings).items() if name not in CLIP_OPTIONS}
 """What a request may say of a stream beside `CLIP_OPTIONS`, whose `window` counts latent frames here: the fields of
 `StreamSettings`."""
-NOT_OF_STREAMS = {"frames": "a stream's length is seconds", "steps": "its passes are the recipe's timesteps"}
+NOT_OF_STREAMS = {
+    "frames": "a stream's length is seconds",
+    "steps": "its passes are the recipe's timesteps",
+    **dict.fromkeys(
+        ["last_image", "video", "mask", "reference", "strength"], "a stream begins with a picture at most, --image"
+    ),
+}
 """Options of clips that streams do not have, and why."""

@@ -61,8 +61,9 @@ def missing(settings, command_line, columns, ids, prefix="") -> list[str]:
 
 
 def test_every_setting_is_reachable(page_ids):
-    # Visitors of the page name no files of the server.
-    page_ids = page_ids | {name for name, one in options_of(GenerateSettings).items() if one.names_file}
+    # Visitors of the page name no files of the server, and so there is nothing that a strength is for.
+    files = {name.replace("_", "-") for name, one in options_of(GenerateSettings).items() if one.names_file}
+    page_ids = page_ids | files | {"strength"}
     for command, elsewhere in (("generate", set()), ("batch", OF_MANY)):
         given = {*parameters(command), *elsewhere}
         assert missing(GenerateSettings, given, FIELDS, page_ids) == []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tilewise import __version__
+from tilewise.pipelines.conditioning.inputs import Inputs, input_notes
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run, clip_metadata
@@ -69,7 +70,8 @@ def dry_run_request(request: Request) -> None:
     say(explanation)
     memory = estimate_memory(work.skeleton, work.settings, explanation, getattr(torch, work.dtype))
     say(f"memory: about {gib(memory.total)} of {gib(device_bytes(device))} ({memory_words(memory)})")
-    for note in [*memory.notes, *_size_notes(work)]:
+    files = input_notes(work.skeleton, Inputs.of(work.settings))
+    for note in [*memory.notes, *files, *_size_notes(work)]:
         say(f"note: {note}")
 
 
@@ -93,7 +95,8 @@ def generate_request(request: Request) -> None:
             )  # fmt: skip
             pipe, run = begin_run(settings.model, work.dtype, load)
         warnings = explain_settings(work.skeleton, settings).warnings
-        for note in [*prompt_notes(pipe, settings), *_size_notes(work), *warnings, *_origin_notes(work)]:
+        of_files = input_notes(pipe, Inputs.of(settings))
+        for note in [*prompt_notes(pipe, settings), *of_files, *_size_notes(work), *warnings, *_origin_notes(work)]:
             notes.note(note)
         with progress_bars(notes) as progress:
 

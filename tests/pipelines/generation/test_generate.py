@@ -138,8 +138,8 @@ def test_a_broken_model_makes_no_clip(tiny_pipe):
 
 def test_a_pipeline_that_needs_an_image_is_refused():
     pipe = tiny_wan.tiny_pipeline(image=True)
-    with pytest.raises(tilewise.UnsupportedModelError, match="needs image"):
-        generate(pipe, settings_for(pipe))
+    with pytest.raises(tilewise.ConfigError, match="needs a file for --image"):
+        settings_for(pipe)
 
 
 def test_compare(tiny_pipe):

@@ -618,7 +618,7 @@ def test_made_again_from_a_clip(tiny_pipe_dir, tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (("--strength", "0.5"), "--strength is an option of --highres"),
+        (("--strength", "0.5"), "with --highres it is the second stage's"),
         (("--highres",), "needs a prompt, --height and --width"),
         (("--highres", "--height", "128", "--width", "128", "--compare", "dense"), "--compare cannot be used"),
         (("--highres", "--height", "128", "--width", "128", "--native", "big"), "such as 480x832"),

@@ -24,7 +24,13 @@ from tilewise.ui.web.forms.method_controls import MEASURES, is_per_head, measure
 from tilewise.ui.web.jobs.models import Models
 
 METHOD_FIELDS = ("method", *MEASURE_FIELDS, "options", "from_step", "to_step", "blocks")
-SETTINGS = {name: option for name, option in options_of(GenerateSettings).items() if not option.names_file}
+# Nothing is made from a file here, so that there is nothing to go far from.
+WITHOUT = ("strength",)
+SETTINGS = {
+    name: option
+    for name, option in options_of(GenerateSettings).items()
+    if not option.names_file and name not in WITHOUT
+}
 FIELDS = tuple(field for name in SETTINGS for field in (METHOD_FIELDS if name == "method" else (name,)))
 """The controls, in the order in which handlers get them: the method has several, each other setting one."""
 

@@ -136,7 +136,8 @@ class ClipMaker:
         assert job.stream is not None
         prompts = [job.settings.prompt, *(prompt for _, prompt in job.stream.work.options.prompts())]
         told = [prompt_notes(pipe, dataclasses.replace(job.settings, prompt=prompt)) for prompt in prompts]
-        notes = list(dict.fromkeys(note for of_prompt in told for note in of_prompt))
+        files = input_notes(pipe, Inputs.of(job.settings))
+        notes = list(dict.fromkeys([*(note for of_prompt in told for note in of_prompt), *files]))
         run = {**self._place(pipe, job, started), "load": load_seconds, "notes": notes, "batch": job.to_dict()}
         made = make_stream(self.folder, pipe, job, run, self.watch.progress)
         for note in [*notes, *(f"the prompt {text!r} came after the last chunk had begun" for text in made.unused)]:

@@ -98,6 +98,12 @@ def input_notes(pipe: Any, inputs: Inputs) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
+def first_picture(inputs: Inputs) -> Image.Image:
+    """The picture that a clip begins with, at the clip's size. Raises as `input_arguments`."""
+    inputs.check()
+    return fitted(read_picture(inputs.files["image"][0].path), inputs.height, inputs.width)
+
+
 def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
     """A picture in another size: scaled until it covers that, with what stands out cut off on both sides alike."""
     if image.size == (width, height):

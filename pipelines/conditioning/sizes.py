@@ -47,7 +47,7 @@ def size_of_clip(
 
     Raises ConfigError for files that cannot be used in their roles, and for more frames than a video has.
     """
-    _check_kinds(pipe, files)
+    check_kinds(files)
     length, fps = _length(pipe, files, native, frames)
     shape = _shape(pipe, files)
     usual = (native.height if height is None else height, native.width if width is None else width)
@@ -95,7 +95,8 @@ def _size_of_its_own(pipe: Any, shape: tuple[int, int], height: int | None, widt
     return own[0], own[1]
 
 
-def _check_kinds(pipe: Any, files: Mapping[str, tuple[InputFile, ...]]) -> None:
+def check_kinds(files: Mapping[str, tuple[InputFile, ...]]) -> None:
+    """Raises ConfigError for files that cannot be used in their roles: a video as a picture, a damaged one, and the like."""
     for role, named in files.items():
         for file in named:
             if role == "video":

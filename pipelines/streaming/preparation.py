@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from tilewise.pipelines.conditioning.inputs import Inputs, files_of, first_picture
+from tilewise.pipelines.conditioning.sizes import check_kinds
 from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings, check_fps
 from tilewise.pipelines.generation.tiny_decoding import resolve_decode
 from tilewise.pipelines.loading.device import resolve_device
@@ -42,6 +45,7 @@ SHARED = (
     "max_sequence_length",
     "decode",
     "lora",
+    "image",
 )  # with other clips
 
 
@@ -117,6 +121,8 @@ def prepare(
         raise ConfigError(STEP_CACHE_REFUSED)
     for name, denoiser in denoisers_used(skeleton, found).items():
         check_config(name, denoiser, config.prepare(skeleton, denoiser))
+    files = {role: tuple(one.resolved(role) for one in named) for role, named in files_of(shared).items()}
+    check_kinds(files)
     tokens = shared.get("max_sequence_length")
     settings = GenerateSettings(
         prompt=prompt,
@@ -133,6 +139,7 @@ def prepare(
         max_sequence_length=model_defaults(skeleton).max_sequence_length if tokens is None else tokens,
         decode=decode,
         lora=tuple(map(resolve_lora, shared.get("lora") or ())),
+        image=str(files["image"][0]) if files else None,
     )
     return StreamWork(settings, options, found, checkpoint)
 
@@ -217,6 +224,7 @@ def put_weights(pipe: Any, work: StreamWork) -> None:
 def open_stream(pipe: Any, work: StreamWork) -> VideoStream:
     """The stream, with its changes of the prompt planned."""
     settings, options = work.settings, work.options
+    files = Inputs.of(settings)
     video = stream(
         pipe,
         settings.prompt,
@@ -228,6 +236,7 @@ def open_stream(pipe: Any, work: StreamWork) -> VideoStream:
         seconds=options.seconds,
         seed=settings.seed,
         negative=settings.negative,
+        image=np.asarray(first_picture(files)) if files.files else None,
         fps=settings.fps,
         decode=settings.decode,
         decode_device=options.decode_device,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import typer
 
+from tilewise.pipelines.conditioning.inputs import Inputs, input_notes
 from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run
 from tilewise.pipelines.generation.resolve import prompt_notes
 from tilewise.pipelines.generation.settings import DEFAULT_MODEL
@@ -70,6 +71,8 @@ def dry_run_stream(request: Request) -> None:
     say(found.work.recipe)
     explanation = explain_work(found.skeleton, found.work, resolve_device(request.device))
     say(explanation)
+    for note in input_notes(found.skeleton, Inputs.of(found.work.settings)):
+        say(f"note: {note}")
     for time, prompt in found.work.options.prompts():
         say(f"from {time:g} s on: {prompt}")
     explanation.memory.check()
@@ -87,6 +90,8 @@ def generate_stream(request: Request) -> None:
         for prompt in [work.settings.prompt, *(prompt for _, prompt in work.options.prompts())]:
             for note in prompt_notes(pipe, dataclasses.replace(work.settings, prompt=prompt)):
                 notes.note(note)
+        for note in input_notes(pipe, Inputs.of(work.settings)):
+            notes.note(note)
 
         def tell(text: str) -> None:
             notes.print(text, soft_wrap=True)

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from causal_checkpoints import save_causal_pipeline
+from tiny_conditioned import picture
 from typer.testing import CliRunner
 
 from tilewise.pipelines.batch.input import Row
@@ -73,6 +74,10 @@ def test_streams_and_clips_are_made_swept_and_resumed(invoke, tmp_path):
     metadata = read_settings(file)
     assert metadata == {key: first[key] for key in metadata}
     assert files_in(tmp_path / "o") == sorted(["manifest.jsonl", *(line["file"] for line in lines)])
+
+    pictures = [str(picture(tmp_path / f"{n}.png", (48, 32), seed=n)) for n in range(2)]
+    with_picture = invoke([{**STREAM, "image": path} for path in pictures], "--dry-run", "--seeds", "0")
+    assert "2 of 2 clips" in with_picture.stdout, with_picture.output
 
     again = invoke(rows, *words)
     assert again.exit_code == 0 and "0 made, 3 there already" in again.stdout

@@ -18,11 +18,14 @@ import numpy as np
 import pytest
 import torch
 from causal_checkpoints import random_lora, save_causal_pipeline, with_lora
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
+from tiny_conditioned import picture
 from typer.testing import CliRunner
 
 import tilewise
+from tilewise.pipelines.conditioning.inputs import fitted
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.loras import LoraChoice
 from tilewise.pipelines.media.video import read_frames, read_settings
@@ -111,6 +114,25 @@ def test_the_same_stream_again_and_another_one(clip, tmp_path):
     assert (told["prompt_change"], told["storage"]) == ("flush", "fp8") and "stored as fp8" in other.stdout
     assert record["run"]["cache_bytes"]["latent"] < first["run"]["cache_bytes"]["latent"] / 3
     assert record["run"]["frames_sha256"] != first["run"]["frames_sha256"] and record["run"]["summary"] is not None
+
+
+def test_a_stream_begins_with_a_picture_and_again(model, tmp_path):
+    start, out = picture(tmp_path / "start.png", (60, 32)), tmp_path / "c.mp4"
+    result = run(RED, "--stream", "--model", model, "--seconds", 1, "--image", start, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "start.png is 60×32 and the clip 48×32: 20% of it is cut off at left and right" in result.stderr
+    pipe, recipe = tilewise.load_causal_checkpoint(model / "causal" / "causal_lora.safetensors", load_pipeline(model))
+    shown = np.asarray(fitted(Image.open(start), 32, 48))
+    with tilewise.stream(pipe, RED, recipe=recipe, seconds=1, image=shown, max_sequence_length=16) as video:
+        expected = np.concatenate([chunk.frames for chunk in video])
+    told = read_settings(out)
+    assert told["run"]["frames_sha256"] == hashlib.sha256(expected.tobytes()).hexdigest()
+    assert told["image"].startswith(f"{start}@sha256:")
+    again = run("--from", out, "--out", tmp_path / "again.mp4")
+    assert f"frames of {out}: the same, bit for bit" in again.stdout, again.output
+    picture(start, (60, 32), seed=3)
+    changed = run("--from", out, "--dry-run")
+    assert changed.exit_code == 2 and "start.png has changed" in changed.stderr
 
 
 def test_a_prompt_that_comes_too_late_is_told(model, tmp_path):

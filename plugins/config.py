@@ -157,6 +157,16 @@ class Config:
         return f"{tokens} tokens, fewer than min_tokens={least}" if tokens < least else None
 
     @property
+    def is_stock(self) -> bool:
+        """Whether nothing but exact attention is asked for: the method is dense, and there is no step cache."""
+        return self.method.name == "dense" and self.cache is None
+
+    @property
+    def label(self) -> str:
+        """The method, and the step cache if there is one, in a few words."""
+        return self.method.name if self.step_cache is None else f"{self.method.name} + {self.step_cache.name}"
+
+    @property
     def step_cache(self) -> StepCache | None:
         """``cache`` as it was read."""
         return step_cache(self.cache)

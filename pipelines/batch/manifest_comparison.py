@@ -17,6 +17,7 @@ from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.media.video import read_frames
 from tilewise.pipelines.quality.metrics import SMALLEST, psnr, ssim
 from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.step_caches.options import step_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ComparedClip:
 
     @property
     def is_dense(self) -> bool:
-        return self.line["method"]["method"]["name"] == "dense"
+        return self.line["method"]["method"]["name"] == "dense" and self.line["method"].get("cache") is None
 
     @property
     def counted(self) -> bool | None:
@@ -150,13 +151,15 @@ def stream_name(config: Mapping[str, Any], stream: Mapping[str, Any]) -> str:
 
 def _config_name(config: Mapping[str, Any]) -> str:
     name = config["method"]["name"]
+    cache = config.get("cache")
+    cached = [] if cache is None else [f"cache {step_cache(cache)}"]
     if name == "dense":
-        return name
+        return ", ".join([name, *cached])
     options = [
         f"{key} {_plain(value)}" for key, value in config["method"].items() if key != "name" and value is not None
     ]
     low, high = config["steps"]
-    return ", ".join([" ".join([name, *options]), f"steps {low:g}–{high:g}", f"blocks {config['blocks']}"])
+    return ", ".join([" ".join([name, *options]), f"steps {low:g}–{high:g}", f"blocks {config['blocks']}", *cached])
 
 
 def stages_name(stages: Mapping[str, Any], of_its_shape: bool = False) -> str:

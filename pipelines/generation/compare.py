@@ -87,7 +87,7 @@ def compare(pipe: Any, settings: GenerateSettings, progress: Progress | None = N
         raise ConfigError("comparing dense with dense says nothing; choose another method")
     refuse_patched(pipe)  # before the warm-up, which would run on the wrong method
     tell = progress or (lambda phase, done, total: None)
-    name = settings.method.method.name
+    name = settings.method.label
     reference = dataclasses.replace(settings, method=resolve("dense"))
 
     warm_up(pipe, settings, progress)

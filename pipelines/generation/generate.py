@@ -58,7 +58,7 @@ class Clip:
     def __repr__(self) -> str:
         count, height, width = self.frames.shape[:3]
         size = f"{counted(count, 'frame')} of {height}×{width}"
-        return f"Clip({size}, {self.settings.method.method.name}, {self.seconds['total']:.1f} s)"
+        return f"Clip({size}, {self.settings.method.label}, {self.seconds['total']:.1f} s)"
 
 
 def generate(

@@ -35,6 +35,12 @@ METHOD_OPTIONS = {
             "Transformer blocks that run the method, such as 1: or 0,3:9; the others are dense.",
             shown_default="the method's",
         ),
+        Option(
+            "cache",
+            "method",
+            "Step cache of diffusers: first-block, taylor, mag, sea or pab; options as in first-block:threshold=0.1.",
+            shown_default="none",
+        ),
     )
 }
 """The options of methods that have names of their own."""

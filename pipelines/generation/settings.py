@@ -163,7 +163,7 @@ class GenerateSettings:
     @property
     def is_dense(self) -> bool:
         """Whether this is the stock pipeline, untouched."""
-        return self.method.method.name == "dense"
+        return self.method.is_stock
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only; "tilewise" is the version that made it. A clip's file adds "run": how it went."""

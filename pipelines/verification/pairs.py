@@ -52,7 +52,7 @@ def make_pair(
     """
     tell = progress or (lambda phase, done, total: None)
     both = {"dense": dataclasses.replace(settings, method=resolve("dense")), "sparse": settings}
-    names = {"dense": "dense", "sparse": settings.method.method.name}
+    names = {"dense": "dense", "sparse": settings.method.label}
     clips: dict[str, Clip] = {}
     for which in ("dense", "sparse") if dense_first else ("sparse", "dense"):
         clips[which] = generate(

@@ -144,8 +144,8 @@ def _check(request: Request, *, create: bool) -> Work:
         raise ConfigError("there is no prompt: say what the clip should show, or name a clip to make again with --from")
     options = request.options
     config = method_config(given.get("method", DEFAULT_METHOD), options)
-    if request.compare and config.method.name == "dense":
-        raise ConfigError("--compare dense needs another method than dense")
+    if request.compare and config.is_stock:
+        raise ConfigError("--compare dense needs another method than dense, or a --cache")
     dtype = request.dtype(origin)
     memory = request.memory(origin)
     model = given.get("model", DEFAULT_MODEL)
@@ -172,7 +172,7 @@ def _origin_notes(work: Work) -> list[str]:
 def _write(result: Clip | Comparison, files: list[Path], run: dict[str, Any]) -> None:
     frames = [clip.frames for clip in _clips(result)]
     if isinstance(result, Comparison):
-        frames[2] = side_by_side(frames[1], frames[0], ("dense", result.sparse.settings.method.method.name))
+        frames[2] = side_by_side(frames[1], frames[0], ("dense", result.sparse.settings.method.label))
     failed: list[OutputError] = []
     for file, clip, pictures, metadata in zip(files, _clips(result), frames, _file_metadata(result, run), strict=True):
         try:

@@ -128,8 +128,10 @@ def _check(request: VerifyRequest) -> Work:
     """Everything that can be wrong is found here, before weights are read."""
     options = request.options
     config = method_config(options.get("method", DEFAULT_METHOD), options)
-    if config.method.name == "dense":
-        raise ConfigError("verify compares a method with dense attention; choose another --method than dense")
+    if config.is_stock:
+        raise ConfigError(
+            "verify compares a method with dense attention; choose another --method than dense, or a --cache"
+        )
     given = {name: options[name] for name in options_of(GenerateSettings) if name in options}
     given |= {"method": config, "model": options.get("model", DEFAULT_MODEL)}
     rows = read_rows(request.prompts)

@@ -12,7 +12,7 @@ from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.highres.settings import TWO_STAGE_OPTIONS
 from tilewise.pipelines.media.files import STILL, is_still, suffix_of
 from tilewise.pipelines.streaming.settings import STREAM_OPTIONS
-from tilewise.plugins.config import Config, load_config, resolve
+from tilewise.plugins.config import DENSE_OPTIONS, Config, load_config, resolve
 from tilewise.plugins.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ def first_stage_method(method: str | Mapping[str, Any] | Config, fields: Mapping
     Raises as `method_config`.
     """
     config = method_config(method)
-    options = [name for name in fields if is_method_option(name)]
+    options = [name for name in fields if is_method_option(name) and name not in DENSE_OPTIONS]
     if options and config.method.name == "dense":
         raise ConfigError(
             f"{flag(options[0])} with --highres is an option of the first stage's method, which is dense: give a --method too. "

@@ -49,6 +49,8 @@ def print_result(result: Clip | Comparison) -> None:
         table.add_row(
             "density where sparse", f"{clip.summary.density:.3f}" if clip.summary.ran else "the method never ran"
         )
+        for row in clip.summary.cache:
+            table.add_row("step cache", f"{row.denoiser}: {row.reused} of {counted(row.forwards, 'forward')} reused")
         reasons = "\n".join(f"{counted(count, 'call')}: {reason}" for reason, count in clip.summary.fallbacks.items())
         table.add_row("fallbacks to dense", reasons or "none")
     table.add_row("seconds", _seconds(clip))
@@ -127,6 +129,8 @@ def method_words(config: Config) -> str:
     words = [config.method.name, *(f"{key}={_text(value)}" for key, value in options.items())]
     if config.method.name != "dense":  # which has no schedule
         words.append(f"steps {config.steps[0]:g} to {config.steps[1]:g}, blocks {config.blocks}")
+    if config.cache is not None:
+        words.append(f"cache {config.cache}")
     return " ".join(words)
 
 

@@ -54,6 +54,23 @@ def test_how_much_is_kept_has_its_own_controls(method, measure):
     assert config_of(said) == config
 
 
+@pytest.mark.parametrize("method", ["dense", "sta", "draft-fast"])
+@pytest.mark.parametrize("cache", ["none", "first-block", "taylor:cache_interval=3:use_lite_mode=true"])
+def test_a_step_cache_has_a_control(method, cache):
+    config = tilewise.resolve(method, cache=cache)
+    said = {"method": method, **json.loads(json.dumps(method_values(config)))}
+    assert said["cache"] == cache
+    assert config_of(said) == config
+    with pytest.raises(tilewise.ConfigError, match="Did you mean 'taylor'"):
+        config_of(said | {"cache": "tailor"})
+
+
+def test_what_a_step_cache_did_is_told():
+    row = {"cache": "pab", "denoiser": "transformer", "reused": 3, "forwards": 8, "skipped": 24, "modules": 64}
+    told = summary_html({"rows": [], "cache": [{**row, "skips": "attention layers"}]})
+    assert "cache pab, transformer: 3 of 8 forwards reused, 24 of 64 attention layers skipped" in told
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

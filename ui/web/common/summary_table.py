@@ -54,6 +54,11 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
             f"queries or keys were not finite: {counted(summary['broken'], 'list')} of key blocks kept everything"
         )
     notes += [f"{name} stays dense: {reason}" for name, reason in summary.get("skipped_layers", {}).items()]
+    for row in summary.get("cache", ()):
+        reused = f"{row['reused']:,} of {counted(row['forwards'], 'forward')} reused"
+        notes.append(
+            f"cache {row['cache']}, {row['denoiser']}: {reused}, {row['skipped']:,} of {row['modules']:,} {row['skips']} skipped"
+        )
     for row in summary.get("vae", ()):
         how = "fused" if row["fused"] else f"stock code ({row['reason']})"
         notes.append(f"vae.{row['part']}: {counted(row['calls'], 'call')}, {how}")

@@ -11,6 +11,8 @@ import gradio as gr
 from tilewise.plugins.config import resolve
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.methods.base import methods
+from tilewise.plugins.methods.option_text import NONE
+from tilewise.plugins.step_caches.options import CACHES
 from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.common.safety import Limits
 from tilewise.ui.web.forms import plan_panel
@@ -69,6 +71,10 @@ class Controls:
                     0, 1, first["to_step"], step=0.05, label="Sparse to (share of the steps)", elem_id="to-step"
                 )
             made["blocks"] = gr.Textbox(first["blocks"], label="Sparse blocks, such as 1: or 0,3:9", elem_id="blocks")
+            made["cache"] = gr.Dropdown(
+                [NONE, *CACHES], value=first["cache"], allow_custom_value=True, elem_id="cache",
+                label="Step cache, with options such as first-block:threshold=0.1",
+            )  # fmt: skip
             with gr.Row():
                 made["fps"] = gr.Number(native.fps, label="Frames per second", elem_id="fps")
                 made["max_sequence_length"] = gr.Number(

@@ -18,12 +18,13 @@ from tilewise.pipelines.options import Option, options_of
 from tilewise.plugins.config import Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import make_method, methods
+from tilewise.plugins.methods.option_text import NONE
 from tilewise.ui.web.common.safety import Limits
 from tilewise.ui.web.forms.method_controls import FIELDS as MEASURE_FIELDS
 from tilewise.ui.web.forms.method_controls import MEASURES, is_per_head, measure_values, measured, measures_of
 from tilewise.ui.web.jobs.models import Models
 
-METHOD_FIELDS = ("method", *MEASURE_FIELDS, "options", "from_step", "to_step", "blocks")
+METHOD_FIELDS = ("method", *MEASURE_FIELDS, "options", "from_step", "to_step", "blocks", "cache")
 # Nothing is made from a file here, so that there is nothing to go far from.
 WITHOUT = ("strength",)
 SETTINGS = {
@@ -68,7 +69,7 @@ def config_of(values: Mapping[str, Any]) -> Config:
     if base.method.name == "dense":
         if options:
             raise ConfigError(f"dense has no options, not {', '.join(options)}")
-        return resolve("dense")
+        return resolve("dense", cache=str(values["cache"] or NONE))
     for measure in measures_of(name):
         if measure in options and not is_per_head(options[measure]):
             raise ConfigError(
@@ -77,7 +78,9 @@ def config_of(values: Mapping[str, Any]) -> Config:
     kept = {} if any(measure in options for measure in MEASURES) else measured(name, values)
     method = make_method(base.method.name, {**options, **kept})
     steps = (_number("from", values["from_step"]), _number("to", values["to_step"]))
-    return dataclasses.replace(base, method=method, steps=steps, blocks=str(values["blocks"] or ":"))
+    return dataclasses.replace(
+        base, method=method, steps=steps, blocks=str(values["blocks"] or ":"), cache=str(values["cache"] or NONE)
+    )
 
 
 def values_of(settings: GenerateSettings) -> dict[str, Any]:
@@ -88,7 +91,9 @@ def values_of(settings: GenerateSettings) -> dict[str, Any]:
     config = settings.method
     values = {name: getattr(settings, name) for name in SETTINGS}
     values |= {"method": name_of(config), **method_values(config), "seed": str(settings.seed)}
-    again = config if settings.is_dense else config_of(values)  # a schedule changes nothing where all is dense
+    again = (
+        config if config.method.name == "dense" else config_of(values)
+    )  # a schedule changes nothing where all is dense
     names = [field.name for field in dataclasses.fields(Config)]
     lost = {name: getattr(config, name) for name in names if getattr(again, name) != getattr(config, name)}
     for name, option in options_of(GenerateSettings).items():
@@ -118,6 +123,7 @@ def method_values(config: Config) -> dict[str, Any]:
         "from_step": config.steps[0],
         "to_step": config.steps[1],
         "blocks": config.blocks,
+        "cache": NONE if config.cache is None else str(config.cache),
     }
 
 

@@ -155,7 +155,7 @@ class AttentionTab:
     def _check(self, settings: GenerateSettings, tokens: int) -> None:
         if tokens * settings.steps > MAX_WATCHED:
             raise RefusedError("so large a run cannot be watched here; take a smaller size or fewer steps")
-        if settings.is_dense:
+        if settings.method.method.name == "dense":
             raise RefusedError("dense sees everything: there is nothing to watch")
 
     def draw(self, begun: bool, clip: str | None, job: str, place: Sequence[Any], *given: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from benchmarks.step import CONFIGS, build
 from benchmarks.timing import measure
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.latent_spaces.wan import SPACE
+from tilewise.pipelines.streaming.causal_source import CausalSource
 from tilewise.pipelines.streaming.decoding import FrameDecoder
 from tilewise.pipelines.streaming.prompts import Prompts
 from tilewise.pipelines.streaming.recipe import CausalRecipe
@@ -295,7 +296,7 @@ def _video(
     )  # fmt: skip
     decoder = FrameDecoder(_tiny_decoder(device) if variant.tiny else streaming_decoder(vae), SPACE, vae, device)
     prompts = Prompts(lambda prompt: states.positive, "random", states)
+    source = CausalSource(sampler, prompts, recipe, window=work.window, chunk=work.chunk)
     return VideoStream(
-        sampler, decoder, prompts, recipe, window=work.window, chunk=work.chunk, frames=None, fps=16.0, temporal=4,
-        close=lambda: None, ahead=int(device.type == "cuda"),
-    )  # fmt: skip
+        source, decoder, frames=None, fps=16.0, temporal=4, close=lambda: None, ahead=int(device.type == "cuda")
+    )

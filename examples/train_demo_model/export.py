@@ -120,6 +120,7 @@ def write_native(config: Config, path: Path) -> None:
         "highres_strength": 0.5,
         "highres_flow_shift": config.denoiser.sample_shift,
         "one_shape": True,  # of squares alone
+        "clean_frames": config.denoiser.max_prefix,
     }
     path.write_text(json.dumps(values, indent=2) + "\n")
 

@@ -22,6 +22,7 @@ from tilewise.pipelines.batch.job import Job
 from tilewise.pipelines.batch.manifest import spent
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.device import device_name
+from tilewise.pipelines.streaming.windows.explain import WindowExplanation
 from tilewise.plugins.explain import Explanation
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
@@ -65,6 +66,12 @@ def denoising_flop(pipe: Any, settings: GenerateSettings, explanation: Explanati
     dense, sparse = dense / len(denoisers), sparse / len(denoisers)
     passes = 2 if settings.guidance > 1 else 1
     return passes * (dense * explanation.dense_steps + sparse * explanation.sparse_steps)
+
+
+def windows_flop(pipe: Any, settings: GenerateSettings, explanation: WindowExplanation) -> float:
+    """Operations of a stream of windows. settings: of the whole video."""
+    more = max(0, settings.frames - explanation.frames)
+    return (1 + math.ceil(more / explanation.new)) * denoising_flop(pipe, settings, explanation.window)
 
 
 def estimate(jobs: Sequence[Job], earlier: Iterable[Mapping[str, Any]], device: torch.device) -> Estimate:

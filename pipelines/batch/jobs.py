@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tilewise.pipelines.batch.estimate import denoising_flop
+from tilewise.pipelines.batch.estimate import denoising_flop, windows_flop
 from tilewise.pipelines.batch.input import FIELDS, Problems, Row, column, parse_field
 from tilewise.pipelines.batch.job import Job, Stages, merge_equal
 from tilewise.pipelines.batch.stream_jobs import Streamed, plan_stream, stream_flop
@@ -38,6 +38,7 @@ from tilewise.pipelines.options import options_of
 from tilewise.pipelines.streaming.explain import StreamExplanation
 from tilewise.pipelines.streaming.preparation import check_negative
 from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS, STREAM_OPTIONS
+from tilewise.pipelines.streaming.windows.explain import WindowExplanation
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError, unknown
 from tilewise.plugins.explain import Explanation
@@ -68,7 +69,7 @@ class Explained:
     """What would run for jobs of one model, size and method, and how many those are. work: for clips of two stages, how they are
     made. stream: for streams."""
 
-    explanation: Explanation | StreamExplanation
+    explanation: Explanation | StreamExplanation | WindowExplanation
     settings: GenerateSettings
     jobs: int
     work: Work | None = None
@@ -216,7 +217,7 @@ class _Shape:
     """What jobs share that differ in prompt and seed only: resolved and explained once."""
 
     settings: GenerateSettings
-    explanation: Explanation | StreamExplanation
+    explanation: Explanation | StreamExplanation | WindowExplanation
     flop: float
     work: Work | None = None
     stream: Streamed | None = None
@@ -254,7 +255,12 @@ class _Resolver:
         if streams:
             dtype = self.tools.dtype(fields.get("dtype", "auto"))
             stream, told = plan_stream(skeleton, fields, method=config, dtype=dtype, device=self.tools.device)
-            return _Shape(stream.work.settings, told, stream_flop(skeleton, stream, told), stream=stream)
+            settings = stream.work.settings
+            if isinstance(told, WindowExplanation):
+                flop = windows_flop(skeleton, settings, told)
+            else:
+                flop = stream_flop(skeleton, stream, told)
+            return _Shape(settings, told, flop, stream=stream)
         if fields.get("highres"):
             dtype = self.tools.dtype(fields.get("dtype", "auto"))
             work = plan_fields(skeleton, fields, method=config, dtype=dtype, device=self.tools.device)

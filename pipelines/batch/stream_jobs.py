@@ -16,6 +16,7 @@ from tilewise.pipelines.options import field_values
 from tilewise.pipelines.streaming.explain import StreamExplanation
 from tilewise.pipelines.streaming.preparation import SHARED, StreamWork, check_memory, explain_work, prepare
 from tilewise.pipelines.streaming.settings import StreamSettings, stream_window
+from tilewise.pipelines.streaming.windows.explain import WindowExplanation
 from tilewise.plugins.config import Config
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
@@ -45,7 +46,7 @@ class Streamed:
 
 def plan_stream(
     skeleton: Any, fields: Mapping[str, Any], *, method: Config, dtype: str, device: torch.device
-) -> tuple[Streamed, StreamExplanation]:
+) -> tuple[Streamed, StreamExplanation | WindowExplanation]:
     """What the fields of a line ask for, of any prompt and seed, and what it would do.
 
     skeleton: of the model; it is copied. method: attention inside the window. dtype: of the weights, "float32" and the like.

@@ -42,6 +42,7 @@ class ModelDefaults:
     highres_strength, highres_flow_shift: of `highres`'s second stage, FreeSwim's (arXiv 2511.14712) where a model says nothing
     else; its shift is for Wan, other models keep their scheduler's own (None).
     one_shape: whether the model draws well at its own shape alone, so that another is stretched from it.
+    clean_frames: latent frames in front of a clip that the model was trained to go on from; 0: nothing is known.
     world: "shapes" if the model draws the small world that `clip_content` can read back, else None.
     """
 
@@ -56,6 +57,7 @@ class ModelDefaults:
     highres_strength: float = 0.7
     highres_flow_shift: float | None = None
     one_shape: bool = False
+    clean_frames: int = 0
 
     @property
     def num_frames(self) -> int:
@@ -134,6 +136,7 @@ def _signature_defaults(pipe: Any) -> dict[str, Any]:
         "max_sequence_length": default("max_sequence_length", None),
         "world": None,
         "one_shape": False,
+        "clean_frames": 0,
         "highres_strength": STRENGTHS.get(type(pipe).__name__, ModelDefaults.highres_strength),
         "highres_flow_shift": WAN_FLOW_SHIFT if type(pipe).__name__.startswith("Wan") else None,
     }

@@ -61,6 +61,11 @@ class StreamMemory:
         """
         if self.fits:
             return
+        if not self.latent:  # windows without a cache
+            raise ConfigError(
+                f"the stream does not fit: {self}. Give a smaller window (it has {self.window} latent frames), a smaller height "
+                "and width" + "".join(f", or {one}" for one in self.more)
+            )
         room = self.window - -(-(self.needed - self.free) // self.latent)
         fit = f"{room} have room" if room >= self.least else f"even the fewest, {self.least}, have no room"
         raise ConfigError(
@@ -123,8 +128,8 @@ def plan_stream(
         return dataclasses.replace(plan, notes=(*plan.notes, "the tiny autoencoder is not counted"))
     if decode_device is not None and decode_device != device:
         return plan
-    rough = dataclasses.replace(plan, decode=_most_of_a_decode(pipe, space, size))
-    if not exact and rough.fits:
+    most = None if exact else _most_of_a_decode(pipe, space, size)
+    if most is not None and (rough := dataclasses.replace(plan, decode=most)).fits:
         return rough
     return dataclasses.replace(plan, decode=_of_a_decode(pipe, space, chunk, size))
 
@@ -139,9 +144,11 @@ def _of_a_decode(pipe: Any, space: LatentSpace, chunk: int, size: tuple[int, int
     return decode_peak(space, kind, config, vae.dtype, *shape) + more
 
 
-def _most_of_a_decode(pipe: Any, space: LatentSpace, size: tuple[int, int]) -> int:
-    """More than a decode of Wan's VAE takes."""
+def _most_of_a_decode(pipe: Any, space: LatentSpace, size: tuple[int, int]) -> int | None:
+    """More than a decode of Wan's VAE takes; None for another VAE."""
     vae: Any = unwrapped(pipe.vae)
-    width = vae.config.get("decoder_base_dim") or vae.config.base_dim
+    width = vae.config.get("decoder_base_dim") or vae.config.get("base_dim")
+    if width is None:
+        return None
     most: int = MOST_COPIES * width * space.factors(pipe)[1] * size[0] * size[1] * vae.dtype.itemsize
     return most

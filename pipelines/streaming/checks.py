@@ -7,6 +7,7 @@ from typing import Any
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_spaces
 from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
@@ -20,28 +21,18 @@ LEAST_NOISE = 0.9  # that a chunk may begin at which begins as pure noise
 RECIPE = "_tilewise_recipe"  # what load_causal_checkpoint leaves on a denoiser: the recipe's dict
 
 
-def recipe_of(pipe: Any, given: CausalRecipe | None) -> CausalRecipe:
-    """The recipe of a pipeline's checkpoint.
+def causal_recipe_of(pipe: Any) -> CausalRecipe | None:
+    """The recipe of a pipeline's causal checkpoint; None: its weights are bidirectional for all that is known.
 
-    Raises ConfigError where there is none, as the checkpoint is then a bidirectional one for all that is known, and
-    UnsupportedModelError for a model with a cache of its own.
+    Raises UnsupportedModelError for a model with a cache of its own.
     """
     if type(own := getattr(pipe, "transformer", None)).__name__.startswith(OWN_CACHE):
         raise UnsupportedModelError(
             f"stream: {type(own).__name__} has a cache of its own, with compressed frames, which tilewise does not stand in for. "
             "Its diffusers pipeline makes video chunk by chunk by itself"
         )
-    if given is not None:
-        return given
     kept = getattr(next(iter(denoisers_of(pipe).values())), RECIPE, None)
-    if kept is None:
-        raise ConfigError(
-            "stream: these weights are not known to be causal, and a model that was trained on whole clips makes noise chunk by "
-            "chunk. Load a causal checkpoint into the pipeline (tilewise.load_causal_checkpoint), or say how yours makes video "
-            "(recipe=tilewise.CausalRecipe(...)). Long video from ordinary weights, window by window, is not in tilewise yet: "
-            "tilewise.patch them and make clips"
-        )
-    return CausalRecipe.from_dict(kept)
+    return None if kept is None else CausalRecipe.from_dict(kept)
 
 
 def cache_of(recipe: CausalRecipe, storage: str = "model") -> KVCache:
@@ -52,9 +43,9 @@ def cache_of(recipe: CausalRecipe, storage: str = "model") -> KVCache:
     )  # fmt: skip
 
 
-def check_negative(recipe: CausalRecipe, negative: str | None) -> None:
+def check_negative(recipe: CausalRecipe | WindowRecipe, negative: str | None) -> None:
     """Raises ConfigError for a negative prompt that would change nothing."""
-    if negative and recipe.guidance == 1:
+    if negative and recipe.guidance <= 1:
         raise ConfigError(
             f"the recipe {recipe.name} has no guidance, so that a negative prompt would change nothing; leave it out"
         )

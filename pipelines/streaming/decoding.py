@@ -47,27 +47,35 @@ class FrameDecoder:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.no_grad()
-    def submit(self, latents: torch.Tensor) -> PendingFrames:
-        """Begin to decode normalised latents (1, C, t, h, w)."""
+    def submit(self, latents: torch.Tensor, *, new_clip: bool = False, last: bool = False) -> PendingFrames:
+        """Begin to decode normalised latents (1, C, t, h, w).
+
+        new_clip: they begin a clip, whose first frame is not wanted. last: frames that wait for more latents come too.
+        """
         if self._stream is None:
-            return PendingFrames(_to_uint8(self._decode(latents)), None, ())
+            return PendingFrames(_to_uint8(self._decode(latents, new_clip, last)), None, ())
         ready = torch.cuda.current_stream(latents.device).record_event() if latents.is_cuda else None
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             if ready is not None:
                 self._stream.wait_event(ready)
-            frames = _to_uint8(self._decode(latents))
+            frames = _to_uint8(self._decode(latents, new_clip, last))
             # Pageable memory would make the copy wait for everything before it on the device.
             host = torch.empty(frames.shape, dtype=torch.uint8, pin_memory=True)
             host.copy_(frames, non_blocking=True)
             copied = self._stream.record_event()
         return PendingFrames(host, copied, (latents, frames))
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, new_clip: bool, last: bool) -> torch.Tensor:
         latents = latents.to(self.device, self.vae.dtype)
-        if self.decoder.normalised:
-            return self.decoder.decode(latents)
-        mean, std = self.space.statistics(self.vae, latents)
-        return self.decoder.decode(latents * std + mean)
+        if not self.decoder.normalised:
+            mean, std = self.space.statistics(self.vae, latents)
+            latents = latents * std + mean
+        if new_clip:
+            self.decoder.reset()
+        video = self.decoder.decode(latents)
+        if last and (rest := self.decoder.flush()) is not None:
+            video = torch.cat([video, rest], 2)
+        return video[:, :, 1:] if new_clip else video
 
 
 def _to_uint8(video: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,12 @@ from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.generation.settings import OWN_VAE
 from tilewise.pipelines.memory.stream_plan import StreamMemory
 from tilewise.pipelines.memory.units import amount
-from tilewise.pipelines.streaming.checks import cache_of, check_stream, recipe_of
+from tilewise.pipelines.streaming.checks import cache_of, check_stream
+from tilewise.pipelines.streaming.choice import choose_recipe
 from tilewise.pipelines.streaming.memory import cache_plans, denoisers_used, memory_of
 from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.pipelines.streaming.windows.explain import WindowExplanation, explain_windows
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.explain import expected_backend, expected_device
 from tilewise.plugins.methods.base import DynamicMethod
@@ -145,7 +148,7 @@ class StreamExplanation:
 def explain_stream(
     pipe: Any,
     *,
-    recipe: CausalRecipe | None = None,
+    recipe: CausalRecipe | WindowRecipe | None = None,
     method: MethodLike = "dense",
     cache: KVCache | None = None,
     chunk: int | None = None,
@@ -154,19 +157,25 @@ def explain_stream(
     decode: str = OWN_VAE,
     decode_device: str | torch.device | None = None,
     device: str | torch.device | None = None,
-) -> StreamExplanation:
+    **windows: Any,
+) -> StreamExplanation | WindowExplanation:
     """What ``tilewise.stream`` would do with the same arguments: window, density, what stays dense and why, and memory.
 
-    Nothing runs; the pipeline is not changed. It may be a skeleton without weights, which are counted then.
+    Nothing runs; the pipeline is not changed. It may be a skeleton without weights, which are counted then. A stream of windows
+    gives a ``WindowExplanation``.
 
     Args:
         device: of a skeleton: where it would be loaded. Default: where the pipeline is, or a GPU if there is one.
+        windows: way, window, overlap, steps, guidance, adain and prefix_noise of ``stream``.
 
     Raises:
         ConfigError, UnsupportedModelError: as ``stream`` does. A stream without room is told, not refused
             (``StreamExplanation.memory``).
     """
-    recipe = recipe_of(pipe, recipe)
+    recipe = choose_recipe(pipe, recipe, cache=cache, chunk=chunk, **windows)
+    if isinstance(recipe, WindowRecipe):
+        sized = recipe.replace(height=height or recipe.height, width=width or recipe.width)
+        return explain_windows(pipe, sized, method, decode=decode, decode_device=decode_device, device=device)
     cache = cache or cache_of(recipe)
     chunk = recipe.chunk if chunk is None else chunk
     height, width = recipe.height if height is None else height, recipe.width if width is None else width

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.latent_spaces.base import LatentSpace
 from tilewise.pipelines.memory.stream_plan import StreamMemory, plan_stream
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.explain import expected_device
+from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
 from tilewise.plugins.streaming.cache_plan import CachePlan, plan_cache
@@ -91,3 +93,30 @@ def memory_of(
         more=tuple(more),
         exact=exact,
     )
+
+
+def window_memory(
+    pipe: Any,
+    space: LatentSpace,
+    settings: GenerateSettings,
+    *,
+    device: str | torch.device | None = None,
+    decode_device: str | torch.device | None = None,
+    own_vae: bool = True,
+) -> StreamMemory:
+    """What a stream of windows takes: no cache, and a forward over a whole window; arguments as for ``memory_of``.
+
+    settings: of a clip that is a window.
+    """
+    first: Any = next(iter(denoisers_of(pipe).values()))
+    family = family_of(first)
+    assert family is not None
+    grid = family.grid_of_size(first, pipe, Size(settings.height, settings.width, settings.frames))
+    if device is None:
+        device = expected_device(first) if first.device.type == "meta" else execution_device(pipe, pipe.device)
+    latents = space.shape(pipe, settings.height, settings.width, settings.frames)[0]
+    return plan_stream(
+        pipe, space, cache=0, latent=0, between=0, tokens=grid.video, chunk=latents, window=latents, sink=0,
+        size=(settings.height, settings.width), device=torch.device(device),
+        decode_device=None if decode_device is None else torch.device(decode_device), own_vae=own_vae, exact=False,
+    )  # fmt: skip

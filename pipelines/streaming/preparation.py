@@ -28,6 +28,7 @@ from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.settings import StreamSettings
 from tilewise.pipelines.streaming.stream import stream
 from tilewise.pipelines.streaming.video_stream import VideoStream
+from tilewise.pipelines.streaming.windows.explain import WindowExplanation
 from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike, resolve
 from tilewise.plugins.errors import ConfigError, unknown
@@ -186,7 +187,7 @@ def recipe_for(
     return found if guidance is None else found.replace(guidance=guidance), checkpoint
 
 
-def explain_work(skeleton: Any, work: StreamWork, device: torch.device) -> StreamExplanation:
+def explain_work(skeleton: Any, work: StreamWork, device: torch.device) -> StreamExplanation | WindowExplanation:
     """`explain_stream` of a stream that is to be made. skeleton: the model's pipeline, in the types that it will have. device:
     where it will be loaded."""
     settings = work.settings

@@ -9,17 +9,13 @@ The first two begin a new shot, for policies of the cache that keep the first fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
+from tilewise.pipelines.streaming.prompt_plan import FLUSH_KEEPS, PromptPlan, Waiting
 from tilewise.pipelines.streaming.sampler import CausalSampler, TextStates
-from tilewise.plugins.errors import ConfigError, unknown
-
-CHANGES = ("recache", "flush", "blend")
-FLUSH_KEEPS = 2  # latent frames
 
 
 @dataclass
@@ -30,11 +26,8 @@ class _Blend:
     done: int = 0
 
 
-_Change: TypeAlias = tuple[str, torch.Tensor, str, int]  # prompt, text states, how, over
-
-
 @dataclass
-class Prompts:
+class Prompts(PromptPlan):
     """The prompt of a stream, and what is to become of it at the next chunk.
 
     Args:
@@ -42,78 +35,31 @@ class Prompts:
         prompt: the present one. states: its text states, and the negative prompt's.
     """
 
-    encode: Callable[[str], torch.Tensor]
-    prompt: str
     states: TextStates
-    _waiting: _Change | None = None
-    _planned: list[tuple[int, _Change]] = field(default_factory=list, repr=False)  # (first frame, change), rising
-    _blend: _Blend | None = field(default=None, repr=False)
+    _blend: _Blend | None = field(default=None, repr=False, kw_only=True)
 
-    def change(self, prompt: str, how: str, over: int, frame: int | None = None) -> None:
-        """From the next chunk on, or from the first chunk on that begins at a frame of the video or after it. A change that is
-        still waiting for the same chunk is replaced.
-
-        Raises:
-            ConfigError: an empty prompt, an unknown ``how``, or ``over`` below 1.
-        """
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ConfigError("set_prompt: the prompt is empty: say what the video should show")
-        if how not in CHANGES:
-            raise unknown("way to change a prompt", how, CHANGES)
-        if not isinstance(over, int) or over < 1:
-            raise ConfigError(f"set_prompt: over must be a whole number of chunks, at least 1, not {over!r}")
-        change = prompt, self.encode(prompt), how, over
-        if frame is None:
-            self._waiting = change
-        else:
-            self._planned = sorted([*self._planned, (frame, change)], key=lambda one: one[0])
-
-    @property
-    def planned(self) -> list[str]:
-        """The prompts whose frames have not been begun."""
-        return [change[0] for _, change in self._planned]
-
-    def waiting_state(self) -> dict[str, tuple[dict[str, torch.Tensor], list[Any]]]:
-        """What is not yet applied: tensors and JSON values by name."""
-        found: dict[str, tuple[dict[str, torch.Tensor], list[Any]]] = {}
-        if self._waiting is not None:
-            prompt, states, how, over = self._waiting
-            found["waiting"] = {"states": states}, [prompt, how, over]
-        if self._planned:
-            of_planned = {str(i): change[1] for i, (_, change) in enumerate(self._planned)}
-            found["planned"] = of_planned, [[frame, told[0], *told[2:]] for frame, told in self._planned]
+    def waiting_state(self) -> Waiting:
+        found = super().waiting_state()
         if (blend := self._blend) is not None:
             found["blend"] = {"begin": blend.begin, "end": blend.end}, [blend.over, blend.done]
         return found
 
-    def load_waiting(self, state: dict[str, tuple[dict[str, torch.Tensor], list[Any]]]) -> None:
-        """Set what is not yet applied."""
-        device = self.states.positive.device
-        if "waiting" in state:
-            tensors, (prompt, how, over) = state["waiting"]
-            self._waiting = prompt, tensors["states"].to(device), how, over
-        if "planned" in state:
-            tensors, told = state["planned"]
-            self._planned = [
-                (frame, (prompt, tensors[str(i)].to(device), how, over))
-                for i, (frame, prompt, how, over) in enumerate(told)
-            ]
+    def load_waiting(self, state: Waiting, device: torch.device) -> None:
+        super().load_waiting(state, device)
         if "blend" in state:
             tensors, (over, done) = state["blend"]
             self._blend = _Blend(tensors["begin"].to(device), tensors["end"].to(device), over, done)
 
     def before_chunk(self, sampler: CausalSampler, history: History, frame: int) -> None:
         """Apply what is waiting, between two chunks. frame: number of the first one of the chunk that comes."""
-        while self._planned and self._planned[0][0] <= frame:
-            self._waiting = self._planned.pop(0)[1]
-        if self._waiting is not None:
-            prompt, states, how, over = self._waiting
-            if how == "blend":
-                self._blend = _Blend(self.states.positive, states, over)
+        if (change := self.due(frame)) is not None:
+            assert change.states is not None
+            if change.how == "blend":
+                self._blend = _Blend(self.states.positive, change.states, change.over)
             else:
                 self._blend = None
-                self.states.positive = states
-                if how == "recache":
+                self.states.positive = change.states
+                if change.how == "recache":
                     history.rewrite(sampler)
                 else:
                     for denoiser in sampler.denoisers:
@@ -122,7 +68,7 @@ class Prompts:
                     denoiser.new_shot()
                 if sampler.denoisers[0].policy.name == "shot":
                     history.new_shot()
-            self.prompt, self._waiting = prompt, None
+            self.prompt = change.prompt
         if (blend := self._blend) is not None:
             blend.done += 1
             self.states.positive = torch.lerp(blend.begin, blend.end, blend.done / blend.over)

@@ -7,7 +7,6 @@ last frames. Keys and values are computed anew from them, so that what follows l
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tilewise.pipelines.errors import OutputError
+from tilewise.pipelines.streaming.source import under
 from tilewise.plugins.autoencoders.tiny_streaming import TinyStreamingDecoder
 from tilewise.plugins.errors import ConfigError
 
@@ -52,42 +52,23 @@ class StreamState:
 
 def state_of(stream: VideoStream, *, small: bool) -> StreamState:
     """The state of a stream."""
-    sampler, prompts, history = stream.sampler, stream.prompts, stream.history
     stream.finish_under_way()
-    tensors: dict[str, torch.Tensor] = {"generator": sampler.generator.get_state(), "text": prompts.states.positive}
-    if prompts.states.negative is not None:
-        tensors["negative"] = prompts.states.negative
-    values: dict[str, Any] = {
+    values, tensors = stream.source.state(small)
+    values |= {
         "format": FORMAT,
-        "small": small,
-        "recipe": stream.recipe.to_dict(),
-        "chunk": stream.chunk,
-        "size": list(sampler.shape),
+        **stream.source.identity(),
         "decoder": _decoder_of(stream),
-        "method": _methods_of(stream),
         "chunks": stream.chunks,
         "frames_out": stream.frames_out,
-        "prompt": prompts.prompt,
-        "history": [first for first, _ in history.chunks],
-        "caches": [],
+        "prompt": stream.prompts.prompt,
         "ready": [],
     }
-    tensors |= {f"history.{i}": latents for i, (_, latents) in enumerate(history.chunks)}
-    if history.sink is not None:
-        tensors["sink"] = history.sink
-    if stream.start is not None:
-        tensors["start"] = stream.start
-    for i, denoiser in enumerate(sampler.denoisers):
-        plain, buffers = denoiser.state_dict()
-        values["caches"].append(plain)
-        if not small:
-            tensors |= {f"cache.{i}.{name}": tensor for name, tensor in buffers.items()}
     tensors |= {f"decoder.{name}": tensor for name, tensor in stream.decoder.decoder.state_dict().items()}
     for i, chunk in enumerate(stream.under_way):
         tensors[f"ready.{i}.frames"] = torch.from_numpy(chunk.frames.result())
         tensors[f"ready.{i}.latents"] = chunk.latents
         values["ready"].append([chunk.first_latent, chunk.prompt])
-    for name, (states, told) in prompts.waiting_state().items():
+    for name, (states, told) in stream.prompts.waiting_state().items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in states.items()}
         values[name] = told
     return StreamState(values, {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
@@ -100,15 +81,7 @@ def restore(stream: VideoStream, state: StreamState) -> None:
         ConfigError: the state is of another size, recipe or cache, or the stream has begun.
     """
     values, tensors = state.values, state.tensors
-    sampler, prompts, history = stream.sampler, stream.prompts, stream.history
-    own: dict[str, Any] = {
-        "format": FORMAT,
-        "recipe": stream.recipe.to_dict(),
-        "chunk": stream.chunk,
-        "size": list(sampler.shape),
-        "decoder": _decoder_of(stream),
-        "method": _methods_of(stream),
-    }
+    own: dict[str, Any] = {"format": FORMAT, **stream.source.identity(), "decoder": _decoder_of(stream)}
     for name, value in own.items():
         if values.get(name) != value:
             raise ConfigError(
@@ -119,43 +92,23 @@ def restore(stream: VideoStream, state: StreamState) -> None:
         raise ConfigError(
             "load_state_dict: the stream has begun; make a new one and load the state before its first chunk"
         )
-    device = sampler.device
-    sampler.generator.set_state(tensors["generator"])
+    prompts, device = stream.prompts, stream.source.device
     prompts.prompt = values["prompt"]
-    prompts.states.positive = tensors["text"].to(device)
-    if "negative" in tensors:
-        prompts.states.negative = tensors["negative"].to(device)
     prompts.load_waiting(
-        {name: (_under(name, tensors), values[name]) for name in ("waiting", "planned", "blend") if name in values}
+        {name: (under(name, tensors), values[name]) for name in ("waiting", "planned", "blend") if name in values},
+        device,
     )
-    history.chunks = [(first, tensors[f"history.{i}"].to(device)) for i, first in enumerate(values["history"])]
-    history.sink = tensors["sink"].to(device) if "sink" in tensors else None
-    for i, denoiser in enumerate(sampler.denoisers):
-        denoiser.load_state_dict(values["caches"][i], _under(f"cache.{i}", tensors))
-    if values["small"]:
-        history.restore(sampler, values["caches"][0]["slots"])
-    stream.decoder.decoder.load_state_dict(
-        {n: t.to(stream.decoder.device) for n, t in _under("decoder", tensors).items()}
-    )
+    stream.source.load_state(values, tensors)
+    decoder = stream.decoder
+    decoder.decoder.load_state_dict({n: t.to(decoder.device) for n, t in under("decoder", tensors).items()})
     ready = [
         (tensors[f"ready.{i}.frames"], tensors[f"ready.{i}.latents"].to(device), *told)
         for i, told in enumerate(values["ready"])
     ]
-    start = tensors["start"].to(device) if "start" in tensors else None
-    stream.go_on(values["chunks"], values["frames_out"], ready, start)
-
-
-def _methods_of(stream: VideoStream) -> list[dict[str, Any]]:
-    """What attention in the window each denoiser runs by: it decides the order of the cache's rows too."""
-    configs = [denoiser.config.to_dict() for denoiser in stream.sampler.denoisers]
-    return [{name: config[name] for name in ("method", "steps", "blocks")} for config in configs]
+    stream.go_on(values["chunks"], values["frames_out"], ready)
 
 
 def _decoder_of(stream: VideoStream) -> str:
     """Which decoder goes on from a state; tiny ones differ by their files."""
     decoder = stream.decoder.decoder
     return decoder.name + (f" {decoder.sha256}" if isinstance(decoder, TinyStreamingDecoder) else "")
-
-
-def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}

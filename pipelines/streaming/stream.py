@@ -1,9 +1,8 @@
-"""``tilewise.stream``: a pipeline with a causal checkpoint, as an iterator of finished frames."""
+"""``tilewise.stream``: a pipeline as an iterator of finished frames, from a causal checkpoint or window after window."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,20 +14,19 @@ from tilewise.pipelines.generation.settings import OWN_VAE, check_fps
 from tilewise.pipelines.generation.tiny_decoding import tiny_decoder_of
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.model_defaults import model_defaults
-from tilewise.pipelines.streaming.checks import cache_of, check_negative, check_stream, recipe_of
+from tilewise.pipelines.streaming.checks import check_negative
+from tilewise.pipelines.streaming.choice import choose_recipe
 from tilewise.pipelines.streaming.decoding import FrameDecoder
-from tilewise.pipelines.streaming.memory import denoisers_used, lanes_of, memory_of
-from tilewise.pipelines.streaming.prompts import Prompts
+from tilewise.pipelines.streaming.opening import Asked, CausalOpening, Opening, WindowOpening
 from tilewise.pipelines.streaming.recipe import CausalRecipe
-from tilewise.pipelines.streaming.sampler import CausalSampler, TextStates
 from tilewise.pipelines.streaming.settings import check_seconds
 from tilewise.pipelines.streaming.video_stream import VideoStream
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike
 from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.patching import denoisers_of, is_patched, patch, unpatch
-from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
+from tilewise.plugins.patching import is_patched, patch, unpatch
 from tilewise.plugins.streaming.kv_cache import KVCache
 
 
@@ -36,7 +34,7 @@ def stream(
     pipe: Any,
     prompt: str,
     *,
-    recipe: CausalRecipe | None = None,
+    recipe: CausalRecipe | WindowRecipe | None = None,
     method: MethodLike = "dense",
     cache: KVCache | None = None,
     chunk: int | None = None,
@@ -50,55 +48,83 @@ def stream(
     decode: str = OWN_VAE,
     decode_device: str | torch.device | None = None,
     max_sequence_length: int | None = None,
+    way: str | None = None,
+    window: int | None = None,
+    overlap: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    adain: float | None = None,
+    prefix_noise: float | None = None,
 ) -> VideoStream:
     """Make a video chunk by chunk, for as long as you like, in constant memory.
 
         for chunk in tilewise.stream(pipe, "a boat on a lake"):
             show(chunk.frames)                                      uint8 (F, H, W, 3)
 
+    A pipeline with a causal checkpoint (``tilewise.load_causal_checkpoint``) makes it against a KV cache. Any other, whose model
+    was trained on whole clips, makes window after window, each of which goes on from the last latents of the one before;
+    ``VideoStream.recipe`` says which way it takes.
+
     Args:
-        pipe: a text-to-video pipeline of the Wan family with a causal checkpoint (``tilewise.load_causal_checkpoint``).
+        pipe: a text-to-video pipeline.
         prompt: what to show; ``VideoStream.set_prompt`` changes it on the way.
-        recipe: how the checkpoint makes video. Default: what ``load_causal_checkpoint`` found.
+        recipe: how the weights make video. Default: what ``load_causal_checkpoint`` found, or windows.
         method: attention inside the window; "dense" is exact. A pipeline that is patched already keeps its patch.
-        cache: window, sink, memory and policy. Default: the recipe's.
-        chunk: latent frames of a chunk. Default: the recipe's.
-        height, width: pixels. Default: the recipe's.
+        cache: of a causal checkpoint: window, sink, memory and policy. Default: the recipe's.
+        chunk: of a causal checkpoint: latent frames of a chunk. Default: the recipe's.
+        height, width: pixels. Default: the recipe's, or the model's own.
         seconds: length of the video; None: without end.
         seed: of all noise.
-        negative: what to avoid, where the recipe has guidance.
+        negative: what to avoid, where there is guidance.
         image: the first frame, (H, W, 3) uint8 or float in 0 … 1, at the size of the video.
-        fps: frames a second on playback, which ``seconds`` counts by. Default: the recipe's.
+        fps: frames a second on playback, which ``seconds`` counts by. Default: the recipe's, or the model's own.
         decode: what makes frames of latents: "vae", the pipeline's own, or "tiny=PATH", the file of a tiny autoencoder.
         decode_device: where that decodes, such as "cuda:1"; a VAE is moved there while the stream is open. Default: where the
             VAE is.
         max_sequence_length: text tokens. Default: the model's.
+        way, window, overlap, steps, guidance, adain, prefix_noise: of windows; see ``WindowRecipe``. Lengths are in latent
+            frames. Default: the way that the model was trained for or can go, and the model's own. ``way`` makes windows of a
+            pipeline with a causal checkpoint too.
 
     Returns:
         An iterator of ``Chunk``, and a context manager.
 
     Raises:
-        ConfigError: a checkpoint that is not causal, sizes that the model does not take, options that do not fit, more memory
-            than the device has (``explain_stream`` tells how much).
-        UnsupportedModelError: a pipeline or VAE that cannot stream.
+        ConfigError: sizes that the model does not take, options that do not fit, more memory than the device has
+            (``explain_stream`` tells how much).
+        UnsupportedModelError: a pipeline or VAE that cannot stream, and why.
         ModelError: the file of a tiny autoencoder is missing or none.
         In each case nothing was changed.
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise ConfigError("stream: the prompt is empty: say what the video should show")
-    recipe = recipe_of(pipe, recipe)
-    chunk = recipe.chunk if chunk is None else chunk
+    recipe = choose_recipe(
+        pipe, recipe, way=way, window=window, overlap=overlap, steps=steps, guidance=guidance, adain=adain,
+        prefix_noise=prefix_noise, cache=cache, chunk=chunk,
+    )  # fmt: skip
     fps = float(recipe.fps) if fps is None else fps
     check_fps(fps)
     if seconds is not None:
         check_seconds(seconds)
     check_negative(recipe, negative)
     height, width = recipe.height if height is None else height, recipe.width if width is None else width
-    cache = cache or cache_of(recipe)
-    space, grid = check_stream(pipe, recipe, cache, chunk=chunk, height=height, width=width)
-    start_picture = None if image is None else _picture(image, height, width)
-    used = list(denoisers_used(pipe, recipe).values())
     device = execution_device(pipe, pipe.device)
+    asked = Asked(
+        prompt=prompt,
+        negative=negative,
+        size=(height, width),
+        seed=seed,
+        text_tokens=model_defaults(pipe).max_sequence_length if max_sequence_length is None else max_sequence_length,
+        frames=None if seconds is None else max(1, round(seconds * fps)),
+        device=device,
+    )
+    opening: Opening
+    if isinstance(recipe, WindowRecipe):
+        opening = WindowOpening(pipe, recipe, asked, image is not None)
+    else:
+        opening = CausalOpening(pipe, recipe, cache, chunk, asked)
+    space = opening.space
+    start_picture = None if image is None else _picture(image, height, width)
     if hasattr(pipe.vae, "_hf_hook"):
         raise ConfigError(
             "stream: the pipeline's parts are offloaded, and a stream needs the VAE and the denoiser at the same time; load the "
@@ -108,48 +134,25 @@ def stream(
     wanted = vae_device if decode_device is None else _device(decode_device)
     tiny = tiny_decoder_of(pipe, decode, device=wanted)
     decoder = streaming_decoder(pipe.vae) if tiny is None else tiny
-    memory_of(
-        pipe, space, recipe, cache, grid, (height, width), device=device, decode_device=wanted, own_vae=tiny is None,
-        exact=False,
-    ).check()  # fmt: skip
+    opening.memory(wanted, tiny is None).check()
 
     with contextlib.ExitStack() as undo:
         if not is_patched(pipe):
             patch(pipe, method)
             undo.callback(unpatch, pipe)
-        lanes = lanes_of(recipe)
-        causal = [undo.enter_context(CausalDenoiser(one, cache, grid=grid, lanes=lanes)) for one in used]
-        length = model_defaults(pipe).max_sequence_length if max_sequence_length is None else max_sequence_length
-        encode = _encoder(pipe, device, length)
-        states = TextStates(encode(prompt), encode(negative) if lanes == 2 else None)
-        spatial, temporal = space.factors(pipe)
-        sampler = CausalSampler(
-            causal,
-            recipe,
-            states,
-            shape=(used[0].config.in_channels, height // spatial, width // spatial),
-            generator=torch.Generator(device).manual_seed(seed),
-            device=device,
-            dtype=used[0].dtype,
-        )
         if wanted != vae_device and tiny is None:
             undo.callback(pipe.vae.to, vae_device)
             pipe.vae.to(wanted)
-        start = None if start_picture is None else space.encode(pipe, start_picture).to(device)
-        frames = None if seconds is None else max(1, round(seconds * fps))
+        source = opening.open(undo, None if start_picture is None else space.encode(pipe, start_picture).to(device))
         return VideoStream(
-            sampler,
+            source,
             FrameDecoder(decoder, space, pipe.vae, wanted),
-            Prompts(encode, prompt, states),
-            recipe,
-            window=cache.window,
-            chunk=chunk,
-            frames=frames,
+            frames=asked.frames,
             fps=fps,
             close=undo.pop_all().close,
-            temporal=temporal,
-            ahead=1 if device.type == "cuda" else 0,
-            start=start,
+            temporal=space.factors(pipe)[1],
+            # Windows are long, and their steps wait for the host: the frames of one would come with the next.
+            ahead=1 if device.type == "cuda" and isinstance(recipe, CausalRecipe) else 0,
         )
 
 
@@ -159,19 +162,6 @@ def _device(named: str | torch.device) -> torch.device:
         return resolve_device(str(named))
     except DeviceError as error:
         raise ConfigError(f"stream: decode_device: {error}") from error
-
-
-def _encoder(pipe: Any, device: torch.device, length: int | None) -> Callable[[str], torch.Tensor]:
-    """Gives the text states (1, tokens, width) of a prompt, as the pipeline makes them."""
-    more = {} if length is None else {"max_sequence_length": length}
-
-    @torch.no_grad()
-    def encode(prompt: str) -> torch.Tensor:
-        states, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device=device, **more)
-        denoiser: Any = next(iter(denoisers_of(pipe).values()))
-        return states.to(denoiser.dtype)
-
-    return encode
 
 
 def _picture(image: NDArray, height: int, width: int) -> NDArray[np.float32]:

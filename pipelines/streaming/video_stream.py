@@ -14,9 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tilewise.pipelines.streaming.decoding import FrameDecoder, PendingFrames
-from tilewise.pipelines.streaming.prompts import History, Prompts
-from tilewise.pipelines.streaming.recipe import CausalRecipe
-from tilewise.pipelines.streaming.sampler import CausalSampler
+from tilewise.pipelines.streaming.source import ChunkSource
 from tilewise.pipelines.streaming.state import StreamState, restore, state_of
 from tilewise.plugins.errors import ConfigError, TilewiseError
 
@@ -61,35 +59,28 @@ class VideoStream(Iterator[Chunk]):
     the pipeline as it was before.
 
     Args:
-        sampler, decoder, prompts, recipe: see there.
-        chunk: latent frames of a chunk. frames: of the video; None: without end.
+        source: of its latents. decoder: see there.
+        frames: of the video; None: without end.
         close: takes everything off the pipeline again. ahead: chunks that are begun before the one before is read; 0 on a CPU.
         temporal: frames a latent frame, but for the first one.
-        start: latents (1, C, t, h, w) that the video begins with, as of an image.
     """
 
     def __init__(
         self,
-        sampler: CausalSampler,
+        source: ChunkSource,
         decoder: FrameDecoder,
-        prompts: Prompts,
-        recipe: CausalRecipe,
         *,
-        window: int,
-        chunk: int,
         frames: int | None,
         fps: float,
         close: Callable[[], None],
         ahead: int,
         temporal: int,
-        start: torch.Tensor | None = None,
     ) -> None:
-        self.recipe = recipe
+        self.recipe = source.recipe
         self.fps = fps
         self.frames = frames
-        self.sampler, self.decoder, self.prompts = sampler, decoder, prompts
-        self.history = History(window, sampler.denoisers[0].options.sink)
-        self.chunk, self._ahead, self.start, self._temporal = chunk, ahead, start, temporal
+        self.source, self.decoder, self.prompts = source, decoder, source.prompts
+        self._ahead, self._temporal = ahead, temporal
         self._close: Callable[[], None] | None = close
         self.under_way: list[_UnderWay] = []
         self.chunks = 0  # begun
@@ -117,9 +108,14 @@ class VideoStream(Iterator[Chunk]):
             try:
                 # The first frames are waited for: launching the next chunk before them would take as long again.
                 ahead = self._ahead if self.chunks else 0
-                while len(self.under_way) <= ahead and not self._enough_begun():
-                    self._begin_chunk()
-                return self._finish_chunk()
+                while True:
+                    while len(self.under_way) <= ahead and not self._enough_begun():
+                        self._begin_chunk()
+                    made = self._finish_chunk()
+                    if len(
+                        made.frames
+                    ):  # decoders that are not exact may keep all frames of a short chunk for the next
+                        return made
             except _ClosedError:
                 raise StopIteration from None
             except BaseException:
@@ -158,18 +154,20 @@ class VideoStream(Iterator[Chunk]):
 
     @property
     def cache_bytes(self) -> dict[str, int]:
-        """Memory that the KV caches take, known before the first chunk: "latent": of one latent frame, "total": of all."""
-        plans = [denoiser.cache_plan() for denoiser in self.sampler.denoisers]
-        return {"latent": sum(plan.latent for plan in plans), "total": sum(plan.total for plan in plans)}
+        """Memory that the KV caches take, known before the first chunk: "latent": of one latent frame, "total": of all.
+        Windows of a bidirectional model have none."""
+        return self.source.cache_bytes
 
     def set_prompt(self, prompt: str, how: str = "recache", over: int = 3, *, at: float | None = None) -> None:
         """Change the prompt from the next chunk that is begun on. Frames of the old one come out up to the chunk under way.
 
         Args:
             prompt: the new one. A change that was not yet applied is replaced.
-            how: "recache": compute the keys and values of the last frames anew with it; the sink stays. "flush": forget all
-                frames but the sink and the last two. "blend": go over to it in ``over`` chunks. With the cache policy ``shot``,
-                the first two begin a new shot, whose first frames become the sink.
+            how: of a causal model, "recache": compute the keys and values of the last frames anew with it; the sink stays.
+                "flush": forget all frames but the sink and the last two. "blend": go over to it in ``over`` chunks. With the
+                cache policy ``shot``, the first two begin a new shot, whose first frames become the sink. Of windows the next
+                one has it, and goes on from the same latents ("recache"), from the last two alone ("flush"), or goes over
+                to it in ``over`` windows ("blend").
             at: seconds of the video; the change waits for the first chunk that begins then or later. Several changes may wait,
                 and where two wait for one chunk the later one counts.
 
@@ -178,7 +176,7 @@ class VideoStream(Iterator[Chunk]):
             TilewiseError: the stream is closed.
         """
         self._check_open("set_prompt")
-        begun = self._frames_of(self.sampler.next_frame)
+        begun = self._frames_of(self.source.next_frame)
         if at is not None and not begun / self.fps <= at < math.inf:
             raise ConfigError(
                 f"set_prompt: at={at!r} is past: frames up to {begun / self.fps:g} s of the video have been begun"
@@ -225,11 +223,9 @@ class VideoStream(Iterator[Chunk]):
         chunks: int,
         frames_out: int,
         ready: list[tuple[torch.Tensor, torch.Tensor, int, str]],
-        start: torch.Tensor | None,
     ) -> None:
-        """Set where a stream is. ready: (frames, latents, number of the first one, prompt) of chunks that were not yet read.
-        start: what it still has to begin with."""
-        self.chunks, self.frames_out, self.start = chunks, frames_out, start
+        """Set where a stream is. ready: (frames, latents, number of the first one, prompt) of chunks that were not yet read."""
+        self.chunks, self.frames_out = chunks, frames_out
         self._frames_before = frames_out
         now = time.perf_counter()
         self.under_way = [
@@ -245,7 +241,7 @@ class VideoStream(Iterator[Chunk]):
 
     def _enough_begun(self) -> bool:
         """Whether the chunks that were begun hold all frames of the video."""
-        return self.frames is not None and self._frames_of(self.sampler.next_frame) >= self.frames
+        return self.frames is not None and self._frames_of(self.source.next_frame) >= self.frames
 
     def _frames_of(self, latents: int) -> int:
         """Frames of a video of so many latent frames."""
@@ -255,27 +251,18 @@ class VideoStream(Iterator[Chunk]):
         begun = time.perf_counter()
         if self._first_begin is None:
             self._first_begin = begun
-        sampler, first = self.sampler, self.sampler.next_frame
+        first = self.source.next_frame
         with torch.no_grad():
-            if self.start is not None:
-                latents, self.start = self.start, None
-                sampler.given(latents)
-            else:
-                self.prompts.before_chunk(sampler, self.history, self._frames_of(first))
-                latents = sampler.chunk(self._length(first), first=self.chunks == 0, between=self._check_closing)
-            self.history.add(first, latents)
+            latents = self.source.chunk(self._frames_of(first), self._check_closing)
+            again = self.source.restarts and self.chunks > 0
             self.chunks += 1
             denoised = time.perf_counter()
-            frames = self.decoder.submit(latents)
+            frames = self.decoder.submit(latents, new_clip=again, last=self._enough_begun())
         self.under_way.append(_UnderWay(latents, first, self.prompt, frames, begun, denoised))
 
     def _check_closing(self) -> None:
         if self._closing:
             raise _ClosedError
-
-    def _length(self, first: int) -> int:
-        of_first = self.recipe.first_chunk
-        return of_first if first == 0 and of_first is not None else self.chunk
 
     def _finish_chunk(self) -> Chunk:
         one = self.under_way.pop(0)

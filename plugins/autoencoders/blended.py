@@ -50,7 +50,9 @@ class BlendedStreamingDecoder:
         if latents.ndim != 5 or not latents.shape[2]:
             raise ConfigError(f"decode: needs (B, C, T, height, width) with T ≥ 1, got {tuple(latents.shape)}")
         window = latents if self._before is None else torch.cat([self._before, latents], 2)
-        frames = self.vae.decode(window, return_dict=False)[0].clamp(-1.0, 1.0)
+        # LTX-Video's later decoders are told how much noise there is: none, as in a pipeline's call.
+        level = (window.new_zeros(len(window)),) if self.vae.config.get("timestep_conditioning") else ()
+        frames = self.vae.decode(window, *level, return_dict=False)[0].clamp(-1.0, 1.0)
         count = window.shape[2]
         lead = (
             frames.shape[2] - (count - 1) * self.ratio

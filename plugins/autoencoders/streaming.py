@@ -98,11 +98,11 @@ def streaming_decoder(vae: Any, *, fuse: bool = True) -> StreamingDecoder:
         return WanStreamingDecoder(vae, fuse)
     if name == "AutoencoderKLCogVideoX":
         return CogVideoXStreamingDecoder(vae)
-    if name in SERVED and not vae.config.get("timestep_conditioning"):
+    if name in SERVED:
         return BlendedStreamingDecoder(vae)
-    why = "its decoder takes a timestep" if name in SERVED else "it decodes images, or is not known here"
     raise UnsupportedModelError(
-        f"streaming: {name} cannot decode a clip bit by bit: {why}. Served exactly: AutoencoderKLWan, AutoencoderKLCogVideoX; "
+        f"streaming: {name} cannot decode a clip bit by bit: it decodes images, or is not known here. "
+        f"Served exactly: AutoencoderKLWan, AutoencoderKLCogVideoX; "
         f"blended: {', '.join(SERVED)}"
     )
 

@@ -24,9 +24,12 @@ from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.models.common.family import Family, Size, Streams, UnreadableGridError
+from tilewise.plugins.models.common.lead_timesteps import lead_by_token
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 from tilewise.plugins.torch_compat import outside_graphs, version_of
+
+ANY_NUMBER = 1 << 20  # of clean latent frames: trained with conditions of any length (arXiv 2501.00103, §3.5)
 
 
 class LTXFamily(Family):
@@ -75,6 +78,19 @@ class LTXFamily(Family):
         )
         latents = (size.frames - 1) // temporal + 1
         return Grid(-(-latents // config.patch_size_t), size.height // pixels, size.width // pixels)
+
+    def clean_frames(self, denoiser: nn.Module, pipe: Any) -> int | str:
+        return ANY_NUMBER
+
+    def with_lead_timesteps(
+        self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any], lead: torch.Tensor
+    ) -> tuple[tuple, dict[str, Any]]:
+        grid = self.grid(denoiser, args, kwargs)
+        timestep = lead_by_token(self.timestep(args, kwargs), lead, grid.h * grid.w, grid.t)
+        at = self.arguments.index("timestep")
+        if at < len(args):
+            return (*args[:at], timestep, *args[at + 1 :]), kwargs
+        return args, {**kwargs, "timestep": timestep}
 
     def _argument(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         at = self.arguments.index(name)

@@ -54,5 +54,8 @@ class LTX2Family(LTXFamily):
                 return Grid(t, h, w, text=extra)
         return self._grid_of_coords(denoiser, tokens, sizes, args, kwargs)
 
+    def clean_frames(self, denoiser: nn.Module, pipe: Any) -> int | str:
+        return "LTX-2 has a timestep for its sound beside that of its video"
+
 
 register_family(LTX2Family())

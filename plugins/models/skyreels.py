@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from tilewise.plugins.models.common.family import Streams
+from tilewise.plugins.models.common.lead_timesteps import lead_by_token
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.wan import WanFamily
+
+TRAINED_HISTORY = 5  # latent frames, of the 17 frames that its long videos overlap by (arXiv 2504.13074)
 
 
 class SkyReelsFamily(WanFamily):
@@ -26,6 +30,20 @@ class SkyReelsFamily(WanFamily):
         if config.num_frame_per_block > 1:
             return f"attention is causal over groups of {config.num_frame_per_block} frames (asynchronous diffusion forcing)"
         return None
+
+    def clean_frames(self, denoiser: nn.Module, pipe: Any) -> int | str:
+        # Diffusion-forcing weights and others have the same config, except for those that are told the frame rate.
+        config: Any = denoiser.config
+        return TRAINED_HISTORY if config.inject_sample_info else 0
+
+    def with_lead_timesteps(
+        self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any], lead: torch.Tensor
+    ) -> tuple[tuple, dict[str, Any]]:
+        timestep = lead_by_token(self.timestep(args, kwargs), lead, 1, self.grid(denoiser, args, kwargs).t)
+        given = {**kwargs, "enable_diffusion_forcing": True}
+        if len(args) > 1:
+            return (args[0], timestep, *args[2:]), given
+        return args, {**given, "timestep": timestep}
 
 
 register_family(SkyReelsFamily())

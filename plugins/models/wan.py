@@ -17,6 +17,7 @@ from torch import nn
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.common.family import AttentionLayer, Family, FusedState, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import contiguous_hidden_states
+from tilewise.plugins.models.common.lead_timesteps import lead_by_token
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.common.rotary import Rotary
 from tilewise.plugins.models.common.sizes import Rule, refuse, within_positions, wrong_sizes
@@ -55,6 +56,19 @@ class WanFamily(Family):
         if not torch.allclose(shown, torch.cat([t, h, w]), atol=0.01):
             return f"the rotary frequencies of {type(denoiser).__name__} are not those of base {ROPE_BASE:.0f}"
         return Rotary(rope, (t, h, w))
+
+    def clean_frames(self, denoiser: nn.Module, pipe: Any) -> int | str:
+        # Wan 2.2 TI2V-5B was trained with a picture, one latent frame, in front (arXiv 2503.20314 and its model card).
+        return int(bool(pipe.config.get("expand_timesteps")))
+
+    def with_lead_timesteps(
+        self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any], lead: torch.Tensor
+    ) -> tuple[tuple, dict[str, Any]]:
+        grid = self.grid(denoiser, args, kwargs)
+        timestep = lead_by_token(self.timestep(args, kwargs), lead, grid.h * grid.w, grid.t)
+        if len(args) > 1:
+            return (args[0], timestep, *args[2:]), kwargs
+        return args, {**kwargs, "timestep": timestep}
 
     # fused.wan needs diffusers' classes: imported where there is a denoiser, which has brought them.
 
@@ -109,6 +123,9 @@ class WanVACEFamily(WanFamily):
     def rotary(self, denoiser: nn.Module) -> Rotary | str:
         return "VACE's control blocks run over a whole control video"
 
+    def clean_frames(self, denoiser: nn.Module, pipe: Any) -> int | str:
+        return "VACE is conditioned by its control video"
+
     def layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
         config: Any = denoiser.config
         blocks: Any = denoiser.vace_blocks
@@ -134,6 +151,9 @@ class WanAnimateFamily(WanFamily):
 
     def rotary(self, denoiser: nn.Module) -> Rotary | str:
         return "Animate's face adapters run over a whole segment"
+
+    def clean_frames(self, denoiser: nn.Module, pipe: Any) -> int | str:
+        return "Animate has a reference image in front"
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         grid = super().grid_of_size(denoiser, pipe, size)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tilewise.pipelines.streaming.explain import explain_stream
     from tilewise.pipelines.streaming.recipe import CausalRecipe
     from tilewise.pipelines.streaming.stream import stream
+    from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
     from tilewise.plugins.config import Config, load_config, presets, resolve, save_config
     from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
     from tilewise.plugins.explain import explain
@@ -52,6 +53,7 @@ __all__ = [
     "Neighborhood",
     "TilewiseError",
     "UnsupportedModelError",
+    "WindowRecipe",
     "XAttention",
     "explain",
     "explain_stream",
@@ -100,6 +102,7 @@ _MODULES["explain_stream"] = "tilewise.pipelines.streaming.explain"
 _MODULES["highres"] = "tilewise.pipelines.highres.two_stages"
 _MODULES["load_causal_checkpoint"] = "tilewise.pipelines.streaming.checkpoints.load"
 _MODULES["CausalRecipe"] = "tilewise.pipelines.streaming.recipe"
+_MODULES["WindowRecipe"] = "tilewise.pipelines.streaming.windows.recipe"
 
 try:
     __version__ = metadata.version("tilewise")

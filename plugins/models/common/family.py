@@ -153,6 +153,20 @@ class Family(ABC):
         with one (plugins/streaming/)."""
         return f"the family {self.name} does not say how its positions are offset (Family.rotary)"
 
+    def clean_frames(self, denoiser: nn.Module, pipe: Any) -> int | str:
+        """With how many clean latent frames in front of noisy ones the weights were trained, as far as the pipeline's config
+        says; 0: nothing is said of it. Or why this denoiser cannot have a timestep for each latent frame."""
+        return f"the family {self.name} does not say how a latent frame has a timestep of its own (Family.clean_frames)"
+
+    def with_lead_timesteps(
+        self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any], lead: torch.Tensor
+    ) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of a forward, with other timesteps of the first latent frames. Only where ``clean_frames`` is a number.
+
+        lead: (k,) float32, from 0 (clean) to 1000, one for each of them; the others keep the forward's own.
+        """
+        raise NotImplementedError
+
     def hooks(self, denoiser: nn.Module) -> list[Any]:
         """Register hooks that the family needs on a patched denoiser, as to make a mask once a forward and not once a layer.
 

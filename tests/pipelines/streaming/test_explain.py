@@ -47,7 +47,9 @@ def test_the_density_is_that_of_the_running_stream(pipe, method, changes):
     found = [float(plan.density if plan.device_density is None else plan.device_density) for plan in plans]
     assert found == pytest.approx([told.density] * len(plans), abs=0.03) and told.density < 1
     assert len(plans) == 2 * told.sparse_passes == 8 and told.passes == 5  # two layers; the first pass is before steps=
-    assert told.keys == told.tokens // 2 * (6 + video.sampler.denoisers[0].memory) and told.sparse_blocks == "0-1"
+    assert (
+        told.keys == told.tokens // 2 * (6 + video.source.sampler.denoisers[0].memory) and told.sparse_blocks == "0-1"
+    )
 
 
 def test_layers_that_stay_dense_are_told_with_the_reason(pipe):

@@ -35,7 +35,7 @@ def test_memory_that_is_known_without_weights_is_what_the_stream_allocates(chang
     pipe = tiny_pipeline(**more)
     with open_stream(pipe, work) as video:
         next(video)
-        allocated = [denoiser.nbytes for denoiser in video.sampler.denoisers]
+        allocated = [denoiser.nbytes for denoiser in video.source.sampler.denoisers]
         assert [row.cache["total"] for row in known.rows] == allocated and min(allocated) > 0
         assert video.cache_bytes == {"latent": known.latent, "total": known.total} and known.total == sum(allocated)
     assert known.memory.cache == known.total and len(known.rows) == (2 if more else 1)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from tilewise.pipelines.streaming import prompts, settings
+from tilewise.pipelines.streaming import prompt_plan, settings
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.settings import StreamSettings, parse_prompt_at
 from tilewise.plugins.errors import ConfigError
@@ -14,7 +14,7 @@ from tilewise.plugins.streaming.policies.base import policies
 
 
 def test_names_that_are_listed_without_torch_are_those_that_there_are():
-    assert prompts.CHANGES == settings.CHANGES
+    assert prompt_plan.CHANGES == settings.CHANGES
     assert sorted(settings.POLICIES) == policies()
     assert set(settings.OF_RECIPE) <= {field.name for field in dataclasses.fields(CausalRecipe)}
 

@@ -93,7 +93,7 @@ def test_chunks_say_what_they_are_and_nothing_stays(pipe):
         expected = video.cache_bytes
         chunks = [next(video) for _ in range(4)]
         assert tilewise.is_patched(pipe)
-        assert expected["total"] == video.sampler.denoisers[0].nbytes > 6 * expected["latent"]
+        assert expected["total"] == video.source.sampler.denoisers[0].nbytes > 6 * expected["latent"]
     assert [chunk.first_frame for chunk in chunks] == [0, 3, 7, 11] and [len(c.frames) for c in chunks] == [3, 4, 4, 4]
     assert [chunk.first_latent for chunk in chunks] == [0, 2, 4, 6]
     assert all(c.frames.dtype == np.uint8 and c.latents.shape == (1, 4, 2, 8, 12) for c in chunks)
@@ -156,11 +156,11 @@ def test_recache_computes_the_window_with_the_new_prompt(pipe):
         chunks = [next(video) for _ in range(4)]
         video.set_prompt(BLUE)
         next(video)
-        key = video.sampler.denoisers[0]._buffers.key.data.clone()
-        slots = dict(zip(video.sampler.denoisers[0].slots.frames, range(6), strict=True))
+        key = video.source.sampler.denoisers[0]._buffers.key.data.clone()
+        slots = dict(zip(video.source.sampler.denoisers[0].slots.frames, range(6), strict=True))
         sink, ring = key[0, 1, :, :48], [key[0, 1, :, 24 * slots[f] : 24 * slots[f] + 24] for f in (6, 7)]
     with stream(pipe, BLUE) as other:
-        sampler = other.sampler
+        sampler = other.source.sampler
         with torch.no_grad():
             for chunk in chunks:
                 sampler.given(chunk.latents)
@@ -203,7 +203,7 @@ def test_two_denoisers_each_have_a_cache(two_denoisers):
     recipe = RECIPE.replace(boundary=0.9)
     with stream(two_denoisers, recipe=recipe) as video:
         got = frames_of(next(video) for _ in range(3))
-        assert [denoiser.next_frame for denoiser in video.sampler.denoisers] == [6, 6]
+        assert [denoiser.next_frame for denoiser in video.source.sampler.denoisers] == [6, 6]
     with stream(two_denoisers) as video:
         alone = frames_of(next(video) for _ in range(3))
     assert (got != alone).mean() > 0.2
@@ -347,7 +347,7 @@ def test_a_new_prompt_is_a_new_shot(pipe, how):
             chunks += [next(video) for _ in range(2)]
             state = video.state_dict()
             if policy == "shot":
-                assert torch.equal(video.history.sink, chunks[4].latents)
+                assert torch.equal(video.source.history.sink, chunks[4].latents)
             made[policy] = frames_of([*chunks, next(video), next(video)])
         with stream(pipe, cache=cache) as again:
             again.load_state_dict(state)
@@ -377,7 +377,6 @@ def test_a_state_of_another_method_is_refused(pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": None}, "not known to be causal"),
         ({"recipe": RECIPE.replace(timesteps=(700, 500), warp=False)}, "for video to video"),
         ({"seconds": float("inf")}, "seconds must be a number above 0"),
         ({"seconds": "10"}, "seconds must be a number above 0"),

@@ -1,0 +1,154 @@
+"""A checked stream before anything is put on its pipeline: what it takes, and how its source of latents is opened."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from tilewise.pipelines.latent_spaces.base import LatentSpace
+from tilewise.pipelines.memory.stream_plan import StreamMemory
+from tilewise.pipelines.streaming.causal_source import CausalSource
+from tilewise.pipelines.streaming.checks import cache_of, check_stream
+from tilewise.pipelines.streaming.memory import denoisers_used, lanes_of, memory_of, window_memory
+from tilewise.pipelines.streaming.prompts import Prompts
+from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.pipelines.streaming.sampler import CausalSampler, TextStates
+from tilewise.pipelines.streaming.source import ChunkSource
+from tilewise.pipelines.streaming.windows.plan import check_windows, warn, window_settings, window_space
+from tilewise.pipelines.streaming.windows.prompts import WindowPrompts
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
+from tilewise.pipelines.streaming.windows.sampler import WindowSampler
+from tilewise.pipelines.streaming.windows.source import WindowSource
+from tilewise.pipelines.streaming.windows.ways.base import way_named
+from tilewise.plugins.config import resolve
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
+from tilewise.plugins.streaming.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What any stream is asked for. size: height and width in pixels. text_tokens: None for the pipeline's own. frames: of the
+    video; None: without end. device: of the denoisers."""
+
+    prompt: str
+    negative: str
+    size: tuple[int, int]
+    seed: int
+    text_tokens: int | None
+    frames: int | None
+    device: torch.device
+
+
+class Opening(Protocol):
+    """A checked stream. space: of its latents."""
+
+    space: LatentSpace
+
+    def memory(self, decode_device: torch.device, own_vae: bool) -> StreamMemory:
+        """What it takes."""
+
+    def open(self, undo: contextlib.ExitStack, start: torch.Tensor | None) -> ChunkSource:
+        """Its source of latents. undo: gets what takes all of it off the pipeline. start: latents of the image to begin with."""
+
+
+class CausalOpening:
+    """Of a causal checkpoint; see ``Opening``. Raises as ``check_stream``."""
+
+    def __init__(self, pipe: Any, recipe: CausalRecipe, cache: KVCache | None, chunk: int | None, asked: Asked) -> None:
+        self.pipe, self.recipe, self.asked = pipe, recipe, asked
+        self.cache = cache or cache_of(recipe)
+        self.chunk = recipe.chunk if chunk is None else chunk
+        height, width = asked.size
+        self.space, self.grid = check_stream(pipe, recipe, self.cache, chunk=self.chunk, height=height, width=width)
+
+    def memory(self, decode_device: torch.device, own_vae: bool) -> StreamMemory:
+        return memory_of(
+            self.pipe, self.space, self.recipe, self.cache, self.grid, self.asked.size, device=self.asked.device,
+            decode_device=decode_device, own_vae=own_vae, exact=False,
+        )  # fmt: skip
+
+    def open(self, undo: contextlib.ExitStack, start: torch.Tensor | None) -> ChunkSource:
+        pipe, asked, lanes = self.pipe, self.asked, lanes_of(self.recipe)
+        used = list(denoisers_used(pipe, self.recipe).values())
+        causal = [undo.enter_context(CausalDenoiser(one, self.cache, grid=self.grid, lanes=lanes)) for one in used]
+        encode = _encoder(pipe, asked.device, asked.text_tokens)
+        states = TextStates(encode(asked.prompt), encode(asked.negative) if lanes == 2 else None)
+        spatial, _ = self.space.factors(pipe)
+        sampler = CausalSampler(
+            causal,
+            self.recipe,
+            states,
+            shape=(used[0].config.in_channels, *(side // spatial for side in asked.size)),
+            generator=torch.Generator(asked.device).manual_seed(asked.seed),
+            device=asked.device,
+            dtype=used[0].dtype,
+        )
+        prompts = Prompts(encode, asked.prompt, states)
+        return CausalSource(
+            sampler, prompts, self.recipe, window=self.cache.window, chunk=self.chunk, start=start
+        )  # fmt: skip
+
+
+class WindowOpening:
+    """Of windows of a bidirectional pipeline; see ``Opening``.
+
+    with_image: whether the video begins with a picture.
+
+    Raises as ``check_windows``, and ConfigError for a picture that the way has no place for.
+    """
+
+    def __init__(self, pipe: Any, recipe: WindowRecipe, asked: Asked, with_image: bool) -> None:
+        height, width = asked.size
+        self.pipe, self.recipe, self.asked = pipe, recipe.replace(height=height, width=width), asked
+        self.way = way_named(recipe.way)
+        self.settings = window_settings(
+            pipe, window_space(pipe), self.recipe, prompt=asked.prompt, negative=asked.negative, model="",
+            method=resolve("dense"), seed=asked.seed, max_sequence_length=asked.text_tokens,
+        )  # fmt: skip
+        self.space = check_windows(pipe, self.recipe, self.settings)
+        if with_image and not self.way.per_frame:
+            raise ConfigError(f"stream: the way {recipe.way} begins with noise alone; leave image out")
+        warn(pipe, self.recipe)
+
+    def memory(self, decode_device: torch.device, own_vae: bool) -> StreamMemory:
+        return window_memory(
+            self.pipe, self.space, self.settings, device=self.asked.device, decode_device=decode_device, own_vae=own_vae
+        )
+
+    def open(self, undo: contextlib.ExitStack, start: torch.Tensor | None) -> ChunkSource:
+        frames, temporal = self.asked.frames, self.space.factors(self.pipe)[1]
+        sampler = WindowSampler(
+            self.pipe,
+            self.space,
+            self.settings,
+            self.way,
+            prefix_noise=self.recipe.prefix_noise,
+            generator=torch.Generator("cpu").manual_seed(self.asked.seed),
+        )
+        return WindowSource(
+            sampler,
+            WindowPrompts(lambda _: None, self.asked.prompt),
+            self.recipe,
+            total=None if frames is None else 1 + -(-(frames - 1) // temporal),
+            device=self.asked.device,
+            start=start,
+        )
+
+
+def _encoder(pipe: Any, device: torch.device, length: int | None) -> Callable[[str], torch.Tensor]:
+    """Gives the text states (1, tokens, width) of a prompt, as the pipeline makes them."""
+    more = {} if length is None else {"max_sequence_length": length}
+
+    @torch.no_grad()
+    def encode(prompt: str) -> torch.Tensor:
+        states, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device=device, **more)
+        denoiser: Any = next(iter(denoisers_of(pipe).values()))
+        return states.to(denoiser.dtype)
+
+    return encode

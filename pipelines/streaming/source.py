@@ -1,0 +1,64 @@
+"""Where a stream's latents come from: a causal denoiser with its caches, or windows of a bidirectional pipeline."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.streaming.prompt_plan import PromptPlan
+from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
+
+State = tuple[dict[str, Any], dict[str, torch.Tensor]]  # JSON values, and tensors by name
+
+
+class ChunkSource(ABC):
+    """Makes the chunks of one stream in order.
+
+    Attributes:
+        recipe, prompts: see there.
+        device: of its latents.
+        restarts: whether each chunk after the first is a clip of its own, whose first frame is the last one that was shown.
+    """
+
+    recipe: CausalRecipe | WindowRecipe
+    prompts: PromptPlan
+    device: torch.device
+    restarts: bool = False
+
+    @property
+    @abstractmethod
+    def next_frame(self) -> int:
+        """Number of the latent frame that comes next."""
+
+    @property
+    @abstractmethod
+    def cache_bytes(self) -> dict[str, int]:
+        """Memory of the KV caches: "latent": of one latent frame, "total": of all."""
+
+    @abstractmethod
+    def chunk(self, frame: int, between: Callable[[], None]) -> torch.Tensor:
+        """The next latents, normalised (1, C, t, h, w).
+
+        frame: number of the first frame of the video that they make. between: called before every pass; may raise.
+        """
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """JSON values that a state must have in common with the stream that goes on from it."""
+
+    @abstractmethod
+    def state(self, small: bool) -> State:
+        """What it needs to go on; the prompts' waiting changes are not in it."""
+
+    @abstractmethod
+    def load_state(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on from a ``state``, with tensors on any device."""
+
+
+def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with ``prefix.``, by the rest of it."""
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}

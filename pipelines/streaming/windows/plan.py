@@ -1,0 +1,154 @@
+"""What a bidirectional pipeline can do window by window, found without running it: a skeleton without weights will do."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.generation.stock_call import call_arguments
+from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_spaces
+from tilewise.pipelines.loading.model_defaults import model_defaults
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
+from tilewise.pipelines.streaming.windows.ways.base import Way, way_named, ways
+from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.models.common.family import Size
+from tilewise.plugins.models.common.registry import family_of
+from tilewise.plugins.patching import denoisers_of
+
+
+def window_space(pipe: Any) -> LatentSpace:
+    """The latent space of a pipeline whose windows can be chained.
+
+    Raises UnsupportedModelError for a kind of pipeline that goes none of the ways.
+    """
+    spaces, kind = latent_spaces(), type(pipe).__name__
+    video = [name for name, space in spaces.items() if not space.still]
+    if kind not in video:
+        raise UnsupportedModelError(
+            f"stream: {kind} goes none of the ways ({', '.join(ways())}): each needs latents that can be read and given in "
+            f"between, which is known of {', '.join(sorted(video))}. If its transformer fits one of these, make one of its parts"
+        )
+    if (order := getattr(pipe.scheduler, "order", 1)) != 1 or not hasattr(pipe.scheduler, "sigmas"):
+        told = (
+            f"takes {order} forwards a step"
+            if order != 1
+            else "has no noise levels that are known before they are reached"
+        )
+        raise UnsupportedModelError(
+            f"stream: {type(pipe.scheduler).__name__} {told}; give the pipeline FlowMatchEulerDiscreteScheduler"
+        )
+    return spaces[kind]
+
+
+def choose_way(pipe: Any, named: str | None) -> Way:
+    """The way that is named, or the first usual one of a pipeline.
+
+    Raises ConfigError for a name that there is not, UnsupportedModelError with the reason where a pipeline cannot go it.
+    """
+    if named is not None:
+        way = way_named(named)
+        if (why := way.refuses(pipe)) is not None:
+            raise UnsupportedModelError(f"stream: {type(pipe).__name__} cannot go the way {named}: {why}")
+        return way
+    refused = {way.name: way.refuses(pipe) for way in ways().values()}
+    for way in ways().values():
+        if refused[way.name] is None and way.usual(pipe):
+            return way
+    raise UnsupportedModelError(
+        f"stream: {type(pipe).__name__} goes none of the ways: "
+        + "; ".join(f"{n}: {w}" for n, w in refused.items() if w)
+    )
+
+
+def window_recipe(
+    pipe: Any,
+    *,
+    way: str | None = None,
+    window: int | None = None,
+    overlap: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    fps: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    adain: float = 0.0,
+    prefix_noise: float = 0.0,
+) -> WindowRecipe:
+    """How a bidirectional pipeline streams; what is None is the model's own, or the way's.
+
+    Raises:
+        ConfigError: values that contradict each other.
+        UnsupportedModelError: a pipeline that goes none of the ways, or not the one that is named.
+    """
+    space = window_space(pipe)
+    chosen = choose_way(pipe, way)
+    own = model_defaults(pipe)
+    temporal = space.factors(pipe)[1]
+    window = (own.frames - 1) // temporal + 1 if window is None else window
+    if overlap is None and isinstance(window, int) and window > 1:
+        overlap = chosen.usual_overlap(pipe, window)
+    return WindowRecipe(
+        way=chosen.name,
+        window=window,
+        overlap=1 if overlap is None else overlap,
+        steps=own.steps if steps is None else steps,
+        guidance=own.guidance if guidance is None else guidance,
+        fps=own.fps if fps is None else fps,
+        height=own.height if height is None else height,
+        width=own.width if width is None else width,
+        adain=adain,
+        prefix_noise=prefix_noise,
+    )
+
+
+def check_windows(pipe: Any, recipe: WindowRecipe, settings: GenerateSettings) -> LatentSpace:
+    """Whether a pipeline can stream by a recipe. settings: of a window, see ``window_settings``.
+
+    Raises ConfigError for a size that the model does not take or options that the way does not have, UnsupportedModelError as
+    ``window_recipe`` does.
+    """
+    space = window_space(pipe)
+    way = choose_way(pipe, recipe.way)
+    if recipe.overlap == 0:
+        raise ConfigError(
+            "windows: with an overlap of 0 latent frames no window goes on from the one before; give at least 1"
+        )
+    if recipe.prefix_noise and not way.per_frame:
+        raise ConfigError(f"windows: prefix_noise is of the way prefix, and this stream goes the way {way.name}")
+    for denoiser in denoisers_of(pipe).values():
+        if (family := family_of(denoiser)) is not None:
+            family.grid_of_size(denoiser, pipe, Size(settings.height, settings.width, settings.frames))
+    call_arguments(pipe, settings)
+    return space
+
+
+def window_notes(pipe: Any, recipe: WindowRecipe) -> list[str]:
+    """What a recipe asks of a model that its training says nothing of."""
+    trained = way_named(recipe.way).trained(pipe)
+    if trained is None or recipe.overlap <= trained:
+        return []
+    model = type(next(iter(denoisers_of(pipe).values()))).__name__
+    if trained == 0:
+        return [
+            f"nothing says that these weights of {model} were trained with clean frames in front of noisy ones, which the way "
+            f"{recipe.way} gives it ({recipe.overlap} latent frames): what it draws after them may be noise"
+        ]
+    return [
+        f"an overlap of {recipe.overlap} latent frames is longer than the {trained} that {model} was trained to go on from"
+    ]
+
+
+def warn(pipe: Any, recipe: WindowRecipe) -> None:
+    """``window_notes`` as UserWarnings."""
+    for note in window_notes(pipe, recipe):
+        warnings.warn(note, stacklevel=4)
+
+
+def window_settings(pipe: Any, space: LatentSpace, recipe: WindowRecipe, **given: Any) -> GenerateSettings:
+    """The settings of a clip that is a window. given: more fields, as prompt, seed and method."""
+    frames = 1 + (recipe.window - 1) * space.factors(pipe)[1]
+    return GenerateSettings(
+        height=recipe.height, width=recipe.width, frames=frames, steps=recipe.steps, guidance=recipe.guidance,
+        fps=recipe.fps, **given,
+    )  # fmt: skip

@@ -1,0 +1,132 @@
+"""One window after another by the stock pipeline's own call, held to the tail of the window before.
+
+The call runs as it is, with its scheduler, guidance, both denoisers and callbacks; the matrix of noise levels of a way
+(``ways/base.py``) is written into its latents after each pass, and into the timesteps of its forwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.generation.stock_call import stock_call
+from tilewise.pipelines.latent_spaces.base import LatentSpace
+from tilewise.pipelines.streaming.windows.prompts import WindowText, blended_text
+from tilewise.pipelines.streaming.windows.ways.base import Way
+from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
+from tilewise.plugins.models.common.registry import family_of
+from tilewise.plugins.patching import denoisers_of
+
+TRAIN_STEPS = 1000.0  # timesteps are counted from 0 (clean) to this (pure noise)
+
+
+class WindowSampler:
+    """Makes windows of latents.
+
+    Args:
+        pipe: the pipeline. space: of its latents. settings: of a clip that is a window.
+        way: how a window goes on. prefix_noise: see ``WindowRecipe``.
+        generator: of all noise, on the CPU: the first window's is drawn by the pipeline, as in a call of it.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        space: LatentSpace,
+        settings: GenerateSettings,
+        way: Way,
+        *,
+        prefix_noise: float,
+        generator: torch.Generator,
+    ) -> None:
+        self.pipe, self.space, self.settings, self.way = pipe, space, settings, way
+        self.prefix_noise = prefix_noise
+        self.generator = generator
+        self.shape = space.shape(pipe, settings.height, settings.width, settings.frames)
+
+    def window(
+        self, tail: torch.Tensor | None, text: WindowText, between: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
+        """The next window, normalised latents (1, C, t, h, w) float32.
+
+        tail: (1, C, k, h, w), the last latents of the window before; None: the first window, the stock pipeline's clip.
+        between: called after every pass; may raise, and the window is dropped then.
+        """
+        between()
+        settings = dataclasses.replace(self.settings, prompt=text.prompt)
+        given: dict[str, Any] = {"generator": self.generator, "output_type": "latent"}
+        held = None if tail is None else _Held(self, tail)
+        if held is not None:
+            given["latents"] = self.space.packed(self.pipe, held.begin)
+
+        def done(step: int, steps: int, latents: torch.Tensor) -> None:
+            if held is not None:
+                held.put(latents, self._sigma(step))
+            between()
+
+        bar = {**getattr(self.pipe, "_progress_bar_config", {}), "disable": True}
+        with (
+            temporary_attribute(self.pipe, "_progress_bar_config", bar),
+            blended_text(self.pipe, text),
+            contextlib.nullcontext() if held is None else held.timesteps(),
+        ):
+            out = stock_call(self.pipe, settings, done, **given)
+        return self.space.unpacked(self.pipe, out, self.shape).float()
+
+    def _sigma(self, step: int) -> float:
+        """The noise level after so many passes."""
+        scheduler = self.pipe.scheduler
+        sigma = float(scheduler.sigmas[step])
+        return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma  # Mochi's are shares of the clip, and rise
+
+
+class _Held:
+    """The columns of a window that its tail is held in."""
+
+    def __init__(self, sampler: WindowSampler, tail: torch.Tensor) -> None:
+        self.sampler, self.tail = sampler, tail
+        way, k = sampler.way, tail.shape[2]
+        size = (1, tail.shape[1], *sampler.shape)
+        noise = torch.randn(size, generator=sampler.generator, device=sampler.generator.device)
+        self.noise = noise[:, :, :k].to(tail, copy=True)
+        self.share = way.shares(k).to(tail).view(1, 1, -1, 1, 1)
+        self.begin = noise.to(tail)
+        self.begin[:, :, :k] = self._mixed(self.begin[:, :, :k], 1.0)
+
+    def _mixed(self, own: torch.Tensor, sigma: float) -> torch.Tensor:
+        """The columns at the window's noise level sigma."""
+        level = self.sampler.way.level(sigma, self.sampler.prefix_noise) if sigma > 0 else 0.0
+        return torch.lerp(own, (1 - level) * self.tail + level * self.noise, self.share)
+
+    def put(self, latents: torch.Tensor, sigma: float) -> None:
+        """Write the columns into what the pipeline holds, in place."""
+        space, pipe, k = self.sampler.space, self.sampler.pipe, self.tail.shape[2]
+        whole = space.unpacked(pipe, latents, self.sampler.shape).clone()
+        whole[:, :, :k] = self._mixed(whole[:, :, :k].float(), sigma).to(whole)
+        latents.copy_(space.packed(pipe, whole))
+
+    @contextlib.contextmanager
+    def timesteps(self) -> Iterator[None]:
+        """Run a block in which the denoisers are told the columns' own noise levels."""
+        if not self.sampler.way.per_frame:
+            yield
+            return
+        noise = self.sampler.prefix_noise * TRAIN_STEPS
+        lead = torch.full((self.tail.shape[2],), noise, device=self.tail.device)
+        with contextlib.ExitStack() as undo:
+            for denoiser in denoisers_of(self.sampler.pipe).values():
+                family = family_of(denoiser)
+                assert family is not None
+
+                def before(module: Any, args: tuple, kwargs: dict[str, Any], family: Any = family) -> Any:
+                    return family.with_lead_timesteps(module, args, kwargs, lead)
+
+                # First of all: what else looks at the timesteps sees these.
+                handle = denoiser.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+                undo.callback(handle.remove)
+            yield

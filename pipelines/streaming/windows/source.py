@@ -1,0 +1,100 @@
+"""Chunks of a bidirectional pipeline: what is final of one window after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tilewise.pipelines.streaming.prompt_plan import FLUSH_KEEPS
+from tilewise.pipelines.streaming.source import ChunkSource, State
+from tilewise.pipelines.streaming.windows.drift import matched, statistics
+from tilewise.pipelines.streaming.windows.prompts import WindowPrompts
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
+from tilewise.pipelines.streaming.windows.sampler import WindowSampler
+from tilewise.plugins.patching import denoisers_of, patches_of
+
+
+class WindowSource(ChunkSource):
+    """See ``ChunkSource``.
+
+    Args:
+        sampler, prompts, recipe: see there.
+        total: latent frames of the video; None: without end. device: of the latents.
+        start: latents (1, C, t, h, w) that the first window has in front, as of an image.
+    """
+
+    recipe: WindowRecipe
+    prompts: WindowPrompts
+
+    def __init__(
+        self,
+        sampler: WindowSampler,
+        prompts: WindowPrompts,
+        recipe: WindowRecipe,
+        *,
+        total: int | None,
+        device: torch.device,
+        start: torch.Tensor | None = None,
+    ) -> None:
+        self.sampler, self.prompts, self.recipe = sampler, prompts, recipe
+        self.total, self.device = total, device
+        self._given = 0  # latent frames that were handed out
+        self._last = start  # latents of the last window
+        self._end = 0 if start is None else start.shape[2]  # number of the latent frame after it
+        self._first: torch.Tensor | None = None  # statistics of the first window
+
+    @property
+    def next_frame(self) -> int:
+        return self._given
+
+    @property
+    def cache_bytes(self) -> dict[str, int]:
+        return {"latent": 0, "total": 0}
+
+    def chunk(self, frame: int, between: Callable[[], None]) -> torch.Tensor:
+        text = self.prompts.next_text(frame)
+        before = self._last
+        overlap = 0
+        if before is not None:
+            overlap = min(self.recipe.overlap, FLUSH_KEEPS if text.flush else self.recipe.window, before.shape[2])
+        tail = None if before is None else before[:, :, before.shape[2] - overlap :]
+        new = self.sampler.window(tail, text, between)
+        if self._first is None:
+            self._first = statistics(new)
+        elif self.recipe.adain:
+            own = matched(new[:, :, overlap:], self._first, self.recipe.adain)
+            new = torch.cat([new[:, :, :overlap], own], 2)
+        begin = self._end - overlap
+        self._end = begin + new.shape[2]
+        held = self.recipe.overlap if self.sampler.way.holds_back else 0
+        until = self._end if self.total is not None and self._end >= self.total else self._end - held
+        parts = [new[:, :, max(0, self._given - begin) : until - begin]]
+        if before is not None and self._given < begin:  # held back, and not changed any more
+            first = begin + overlap - before.shape[2]
+            parts.insert(0, before[:, :, self._given - first : begin - first])
+        self._last, self._given = new, until
+        return torch.cat(parts, 2)
+
+    def identity(self) -> dict[str, Any]:
+        configs = [patch.config.to_dict() for patch in patches_of(self.sampler.pipe).values()]
+        return {
+            "recipe": self.recipe.to_dict(),
+            "size": list(self.sampler.shape),
+            "method": configs,
+            "models": [type(one).__name__ for one in denoisers_of(self.sampler.pipe).values()],
+            "negative": self.sampler.settings.negative,
+        }
+
+    def state(self, small: bool) -> State:
+        tensors = {"generator": self.sampler.generator.get_state()}
+        tensors |= {} if self._last is None else {"last": self._last}
+        tensors |= {} if self._first is None else {"first": self._first}
+        return {"small": small, "given": self._given, "end": self._end}, tensors
+
+    def load_state(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        self.sampler.generator.set_state(tensors["generator"])
+        self._given, self._end = values["given"], values["end"]
+        self._last = tensors["last"].to(self.device) if "last" in tensors else None
+        self._first = tensors["first"].to(self.device) if "first" in tensors else None

@@ -1,0 +1,99 @@
+"""What a way is to make a window go on from the one before it, and the registry. A new way is one file in this folder.
+
+All are a matrix of noise levels M (rows: passes, columns: latent frames of the window) and shares k of the columns. Before pass
+i, with the noise levels σ_0 > … > σ_n = 0 of the scheduler, the last latents of the window before, the tail, in front, and the
+noise ε that the window began with,
+
+    x_j ← (1 − k_j) · x_j + k_j · ((1 − M_ij) · tail_j + M_ij · ε_j)
+
+and the denoiser is told M_ij as the timestep of column j, where that is another than σ_i. What is final after a window is
+emitted; columns that the next window still changes are held back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+
+import tilewise.pipelines.streaming.windows.ways
+from tilewise.plugins.errors import unknown
+
+
+class Way(ABC):
+    """One way. Stateless: one instance serves all.
+
+    Attributes:
+        name: what options call it.
+        per_frame: whether the denoiser is told M by a timestep for each latent frame.
+        holds_back: whether the next window still changes the columns that it shares with this one.
+    """
+
+    name: ClassVar[str]
+    per_frame: ClassVar[bool] = False
+    holds_back: ClassVar[bool] = False
+
+    @abstractmethod
+    def refuses(self, pipe: Any) -> str | None:
+        """Why a pipeline cannot go this way, or None."""
+
+    @abstractmethod
+    def usual(self, pipe: Any) -> bool:
+        """Whether it is the way to go for a pipeline, where nobody names one. Asked only if it is not refused."""
+
+    @abstractmethod
+    def usual_overlap(self, pipe: Any, window: int) -> int:
+        """Latent frames, less than window."""
+
+    def trained(self, pipe: Any) -> int | None:
+        """The longest overlap in latent frames that the weights were trained with; 0: they say nothing of it; None: training
+        does not come into it."""
+        return None
+
+    @abstractmethod
+    def level(self, sigma: float, prefix_noise: float) -> float:
+        """M of a column of the tail, where the window is at noise level sigma."""
+
+    @abstractmethod
+    def shares(self, overlap: int) -> torch.Tensor:
+        """(overlap,) float32 in 0 … 1: k of each column of the tail."""
+
+    def matrix(self, sigmas: Sequence[float], window: int, overlap: int, prefix_noise: float = 0.0) -> torch.Tensor:
+        """M, (len(sigmas), window) float32. sigmas: of the passes, the last one 0 for the finished window."""
+        rows = torch.tensor(sigmas, dtype=torch.float32)[:, None].repeat(1, window)
+        rows[:, :overlap] = torch.tensor([self.level(sigma, prefix_noise) for sigma in sigmas])[:, None]
+        rows[-1] = 0
+        return rows
+
+
+_REGISTRY: dict[str, Way] = {}
+
+
+def register(way: type[Way]) -> type[Way]:
+    """Decorator: makes a class known as a way."""
+    _REGISTRY[way.name] = way()
+    return way
+
+
+@cache
+def _import_all() -> None:
+    for module in pkgutil.iter_modules(tilewise.pipelines.streaming.windows.ways.__path__):
+        importlib.import_module(f"tilewise.pipelines.streaming.windows.ways.{module.name}")
+
+
+def ways() -> dict[str, Way]:
+    """All ways by name."""
+    _import_all()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def way_named(name: str) -> Way:
+    """Raises ConfigError for an unknown name."""
+    if name not in (known := ways()):
+        raise unknown("way to go on from a window", name, known)
+    return known[name]

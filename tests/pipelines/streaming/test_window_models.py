@@ -1,0 +1,116 @@
+"""Windows of other models than Wan: LTX-Video, SkyReels-V2, HunyuanVideo, Mochi; and which models go none of the ways."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2
+
+import tilewise
+from tests.pipelines.highres.test_models import flux, hunyuan_video, ltx, mochi, skyreels
+from tilewise.plugins.models.common.registry import family_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*latent frames.*:UserWarning")
+
+# name: pipeline, its size, its usual way, an overlap
+CASES = {
+    "ltx": (ltx, {"height": 32, "width": 64}, "prefix"),
+    "skyreels": (skyreels, {"height": 16, "width": 32}, "renoised"),
+    "hunyuan_video": (hunyuan_video, {"height": 48, "width": 48}, "renoised"),
+    "mochi": (mochi, {"height": 48, "width": 48}, "renoised"),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request, monkeypatch):
+    # SkyReels-V2 cleans prompts with it; here they are not encoded.
+    monkeypatch.setattr(pipeline_skyreels_v2, "ftfy", object(), raising=False)
+    make, size, way = CASES[request.param]
+    pipe, _ = make()
+    pipe.vae.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {**size, "steps": 2, "window": 5, "overlap": 2, "fps": 8}, way
+
+
+def temporal_of(pipe) -> int:
+    return getattr(pipe, "vae_scale_factor_temporal", None) or getattr(
+        pipe, "vae_temporal_compression_ratio", None
+    ) or pipe.vae_temporal_scale_factor  # fmt: skip
+
+
+def test_windows_go_on_and_the_first_is_the_stock_clip(case):
+    pipe, options, way = case
+    frames = 1 + 4 * temporal_of(pipe)
+    stock = pipe(
+        prompt="a star", height=options["height"], width=options["width"], num_frames=frames, num_inference_steps=2,
+        generator=torch.Generator().manual_seed(4), output_type="latent", return_dict=False,
+    )[0]  # fmt: skip
+    length = frames + 6 * temporal_of(pipe)
+    with tilewise.stream(pipe, "a star", seed=4, seconds=length / 8, **options) as video:
+        assert video.recipe.way == way
+        chunks = list(video)
+        space = video.source.sampler.space
+    latents = torch.cat([chunk.latents for chunk in chunks], 2)
+    count = 5 if way == "prefix" else 3  # the last ones are faded over
+    first = space.unpacked(pipe, stock, (5, *latents.shape[3:])).float()
+    assert torch.equal(latents[:, :, :count], first[:, :, :count])
+    assert latents.shape[2] == 11 and sum(len(chunk.frames) for chunk in chunks) == length
+    assert [chunk.first_frame for chunk in chunks] == np.cumsum([0, *(len(c.frames) for c in chunks[:-1])]).tolist()
+    assert not torch.allclose(latents[:, :, 5:8], latents[:, :, 8:]) and latents.isfinite().all()
+    assert not tilewise.is_patched(pipe) and not pipe.transformer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("make", [ltx, skyreels])
+def test_a_timestep_for_each_latent_frame(make):
+    """As a scalar one where all are equal; with others in front the result is another."""
+    pipe, _ = make()
+    family, seen = family_of(pipe.transformer), []
+    assert family is not None
+
+    def before(module, args, kwargs):
+        own = family.timestep(args, kwargs).flatten()[0].float()
+        plain, equal, clean = (
+            module.forward(*a, **{**k, "return_dict": False})[0]
+            for a, k in (
+                (args, kwargs),
+                family.with_lead_timesteps(module, args, kwargs, own.expand(2)),
+                family.with_lead_timesteps(module, args, kwargs, torch.zeros(2)),
+            )
+        )
+        seen.append((plain, equal, clean))
+
+    handle = pipe.transformer.register_forward_pre_hook(before, with_kwargs=True)
+    size = {"height": 32, "width": 64, "num_frames": 1 + 2 * temporal_of(pipe), "num_inference_steps": 1}
+    pipe(prompt="a star", output_type="latent", **size)
+    handle.remove()
+    for plain, equal, clean in seen:
+        assert torch.allclose(plain, equal, atol=1e-4) and (plain - clean).abs().max() > 1e-3
+
+
+def test_models_that_go_none_of_the_ways(case):
+    pipe, options, way = case
+    image_pipe, _ = flux()
+    with pytest.raises(
+        tilewise.UnsupportedModelError, match=r"FluxPipeline goes none of the ways \(.*prefix, renoised\)"
+    ):
+        tilewise.stream(image_pipe, "a star")
+    if way == "renoised" and type(pipe).__name__ != "SkyReelsV2Pipeline":
+        with pytest.raises(tilewise.UnsupportedModelError, match="cannot go the way prefix: the family"):
+            tilewise.stream(pipe, "a star", way="prefix", **options)
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(tilewise.UnsupportedModelError, match="takes 2 forwards a step"):
+        tilewise.stream(pipe, "a star", **options)
+
+
+def test_explain_tells_the_way_and_the_window(case):
+    pipe, options, way = case
+    told = tilewise.explain_stream(pipe, **{name: value for name, value in options.items() if name != "fps"})
+    assert told.recipe.way == way and told.frames == 1 + 4 * temporal_of(pipe) and told.new == 3 * temporal_of(pipe)
+    assert told.memory.cache == 0 and told.memory.decode > 0
+    words = str(told)
+    assert way in words and "5 latent frames, 2 of them those of the window before" in words
+    assert told.to_dict()["recipe"] == told.recipe.to_dict()
+    with pytest.raises(tilewise.ConfigError, match="option of a stream"):
+        tilewise.explain_stream(pipe, windw=5)

@@ -1,0 +1,301 @@
+"""``tilewise.stream`` on bidirectional pipelines: the first window is the stock clip, the others go on from its latents."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+import tilewise
+from tests.helpers.tiny_wan import tiny_pipeline
+from tilewise.pipelines.streaming.state import StreamState
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
+from tilewise.pipelines.streaming.windows.ways.base import way_named, ways
+
+RED, BLUE = "a red circle moving left", "a blue square moving right"
+SIZE = {"height": 32, "width": 32, "steps": 2, "max_sequence_length": 16}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*latent frames.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """Wan 2.2 TI2V-5B's kind: a timestep per token."""
+    return tiny_pipeline(expand_timesteps=True)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Wan 2.1's kind, and two denoisers as in Wan 2.2 A14B."""
+    return tiny_pipeline(boundary_ratio=0.9)
+
+
+def stream(pipe, prompt=RED, **kwargs):
+    return tilewise.stream(pipe, prompt, **{**SIZE, "window": 5, "overlap": 2, "fps": 8, **kwargs})
+
+
+def stock_clip(pipe, seed: int) -> np.ndarray:
+    """What the pipeline itself makes of the first window's settings."""
+    video = pipe(
+        RED, "", 32, 32, 9, 2, generator=torch.Generator().manual_seed(seed), max_sequence_length=16, output_type="np"
+    ).frames[0]
+    return (video * 255).round().astype(np.uint8)
+
+
+def trace_of(pipe) -> list[str]:
+    parts = [pipe, pipe.scheduler, *(m for part in pipe.components.values() if isinstance(part, torch.nn.Module)
+                                     for m in part.modules())]  # fmt: skip
+    return [
+        f"{type(part).__name__} {sorted(vars(part))} {len(getattr(part, '_forward_pre_hooks', ()))}"
+        f" {type(getattr(part, 'processor', None)).__name__}"
+        for part in parts
+    ]
+
+
+@pytest.mark.parametrize("way", ["prefix", "renoised"])
+def test_the_first_window_is_the_stock_clip(pipe, way):
+    wanted = stock_clip(pipe, seed=5)
+    before = trace_of(pipe)
+    with stream(pipe, way=way, seed=5) as video:
+        assert video.recipe.way == way and (video.recipe.window, video.recipe.overlap) == (5, 2)
+        chunks = [next(video) for _ in range(3)]
+    held = 0 if way == "prefix" else 2 * 2
+    assert [len(chunk.frames) for chunk in chunks] == [9 - held, 6, 6]
+    assert [chunk.first_latent for chunk in chunks] == [0, 5 - held // 2, 8 - held // 2]
+    assert np.abs(chunks[0].frames.astype(int) - wanted[: 9 - held]).max() <= 1
+    assert (chunks[0].frames == wanted[: 9 - held]).mean() > 0.99
+    assert trace_of(pipe) == before
+    assert np.array_equal(stock_clip(pipe, seed=5), wanted)
+
+
+def test_prefix_tells_the_denoiser_that_the_tail_is_clean(pipe):
+    """The forwards of the second window have the first one's last latents in front, at timestep 0."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with stream(pipe, way="prefix") as video:
+        tail = next(video).latents[:, :, -2:]
+        handle = pipe.transformer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((kwargs["hidden_states"].clone(), kwargs["timestep"].clone())),
+            with_kwargs=True,
+        )
+        second = next(video)
+        handle.remove()
+    assert len(seen) == 4  # two steps with guidance
+    for latents, timestep in seen:
+        assert torch.equal(latents[:, :, :2], tail) and timestep.shape == (1, 5 * 16)
+        assert (timestep[:, :32] == 0).all() and (timestep[:, 32:] == timestep[0, -1]).all() and timestep[0, -1] > 0
+    assert second.latents.shape[2] == 3 and not torch.equal(seen[0][0][:, :, 2:], seen[-1][0][:, :, 2:])
+
+
+def test_noise_on_the_prefix(pipe):
+    seen: list[torch.Tensor] = []
+    with stream(pipe, way="prefix", prefix_noise=0.25) as video:
+        tail = next(video).latents[:, :, -2:]
+        handle = pipe.transformer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.extend(
+                [kwargs["hidden_states"][:, :, :2].clone(), kwargs["timestep"][0, :32]]
+            ),
+            with_kwargs=True,
+        )
+        next(video)
+        handle.remove()
+    assert all((timestep == 250).all() for timestep in seen[1::2])
+    noise = (seen[0] - 0.75 * tail) / 0.25
+    assert 0.7 < noise.std() < 1.3 and torch.allclose(seen[0], seen[-2])
+
+
+def test_renoised_holds_the_tail_at_the_windows_noise_level(plain):
+    """Both denoisers see (1 − σ)·tail + σ·noise in the first column, and the video ends on what the windows share."""
+    seen: list[torch.Tensor] = []
+    handles = [
+        one.register_forward_pre_hook(lambda _, a, k: seen.append(k["hidden_states"].clone()), with_kwargs=True)
+        for one in (plain.transformer, plain.transformer_2)
+    ]
+    try:
+        with stream(plain, overlap=2, guidance=1.0, steps=3) as video:
+            assert video.recipe.way == "renoised"
+            first = next(video)
+            del seen[:]
+            second = next(video)
+            last = video.source._last
+            sigmas = plain.scheduler.sigmas[:3]
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert first.latents.shape[2] == second.latents.shape[2] == 3
+    tail, noise = second.latents[:, :, :1], seen[0][:, :, :1]  # the column that is held whole
+    assert len(seen) == 3 and sigmas[0] == 1
+    for latents, sigma in zip(seen, sigmas, strict=True):
+        assert torch.allclose(latents[:, :, :1], (1 - sigma) * tail + sigma * noise, atol=1e-5)
+    assert torch.equal(last[:, :, :3], second.latents) and last.shape[2] == 5
+
+
+def test_the_ways_are_matrices():
+    sigmas = [1.0, 0.6, 0.0]
+    prefix = way_named("prefix").matrix(sigmas, 4, 2, 0.1)
+    assert prefix.tolist() == torch.tensor([[0.1, 0.1, 1, 1], [0.1, 0.1, 0.6, 0.6], [0, 0, 0, 0]]).tolist()
+    renoised = way_named("renoised")
+    assert renoised.matrix(sigmas, 3, 1).tolist() == torch.tensor(sigmas)[:, None].expand(3, 3).tolist()
+    assert renoised.shares(4).tolist() == [1, 0.75, 0.5, 0.25]
+    assert all(way.name == name for name, way in ways().items())
+
+
+@pytest.mark.parametrize("way", ["prefix", "renoised"])
+def test_all_frames_come_once_and_memory_is_flat(pipe, way):
+    """Each latent frame is emitted once, in order, and what is kept does not grow."""
+    kept, tensors = [], []
+    with stream(pipe, way=way, seconds=41 / 8) as video:
+        chunks = []
+        for chunk in video:
+            chunks.append((chunk.first_frame, len(chunk.frames), chunk.first_latent, chunk.latents.shape[2]))
+            kept.append(sum(tensor.numel() for tensor in video.state_dict().tensors.values()))
+            tensors.append(weakref.ref(chunk.latents))
+            del chunk
+            gc.collect()
+    assert sum(count for _, count, _, _ in chunks) == 41
+    ends = [(first + count, latent + t) for first, count, latent, t in chunks]
+    assert [(first, latent) for first, _, latent, _ in chunks[1:]] == ends[:-1]
+    assert len(set(kept[1:])) == 1
+    assert sum(ref() is not None for ref in tensors) <= 2
+
+
+def test_adain_brings_statistics_back(pipe):
+    def drift(adain: float) -> float:
+        with stream(pipe, way="prefix", adain=adain, seed=1) as video:
+            parts = [next(video).latents for _ in range(5)]
+        mean = [part.mean((0, 2, 3, 4)) for part in parts]
+        return float((mean[-1] - mean[0]).abs().max())
+
+    assert drift(1.0) < 1e-4 < drift(0.5) < drift(0.0)
+
+
+@pytest.mark.parametrize("how", ["recache", "flush", "blend"])
+def test_a_prompt_changes_at_a_window(pipe, how):
+    plain = [chunk.frames for chunk in stream(pipe, way="prefix", seconds=25 / 8)]
+    texts: list[torch.Tensor] = []
+    with stream(pipe, way="prefix", seconds=25 / 8) as video:
+        got = [next(video)]
+        handle = pipe.transformer.register_forward_pre_hook(
+            lambda _, args, kwargs: texts.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+        )
+        video.set_prompt(BLUE, how, over=2)
+        got += list(video)
+        handle.remove()
+    assert [chunk.prompt for chunk in got] == [RED] + [BLUE] * (len(got) - 1)
+    assert np.array_equal(got[0].frames, plain[0]) and (got[1].frames != plain[1]).mean() > 0.05
+    red, blue = (
+        pipe.encode_prompt(p, do_classifier_free_guidance=False, max_sequence_length=16)[0] for p in (RED, BLUE)
+    )
+    assert torch.allclose(texts[0], torch.lerp(red, blue, 0.5) if how == "blend" else blue, atol=1e-5)
+    assert torch.allclose(texts[4], blue)
+
+
+@pytest.mark.parametrize("way", ["prefix", "renoised"])
+def test_the_state_goes_on_bit_for_bit(pipe, way, tmp_path):
+    options = {"way": way, "seconds": 31 / 8, "seed": 3, "adain": 0.5}
+    with stream(pipe, **options) as video:
+        next(video)
+        video.set_prompt(BLUE, "blend", over=3)
+        next(video)
+        video.set_prompt("a green star", "flush", at=20 / 8)
+        video.state_dict().save(tmp_path / "state.safetensors")
+        wanted = np.concatenate([chunk.frames for chunk in video])
+    with stream(pipe, **options) as video:
+        video.load_state_dict(StreamState.load(tmp_path / "state.safetensors"))
+        got = list(video)
+    assert np.array_equal(np.concatenate([chunk.frames for chunk in got]), wanted)
+    assert [chunk.prompt for chunk in got][0 :: len(got) - 1] == [BLUE, "a green star"]
+    with stream(pipe, **{**options, "adain": 0.25}) as other, pytest.raises(tilewise.ConfigError, match="recipe"):
+        other.load_state_dict(StreamState.load(tmp_path / "state.safetensors"))
+
+
+def test_a_picture_comes_first(pipe):
+    picture = np.full((32, 32, 3), (200, 40, 90), np.uint8)
+    with stream(pipe, way="prefix", image=picture) as video:
+        first = next(video)
+    still = pipe.vae.decode(first.latents[:, :, :1], return_dict=False)[0]
+    wanted = ((still[0, :, 0] / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0)
+    assert len(first.frames) == 9 and np.abs(first.frames[0] - wanted.detach().numpy()).max() <= 1
+
+
+def test_a_sparse_method_sees_the_window_as_its_grid(pipe):
+    method = tilewise.STA(window=(1, 1, 1), tile=(2, 2, 2))
+    with stream(pipe, way="prefix", method=method) as video:
+        next(video)
+        next(video)
+        report = tilewise.summary(pipe)
+    assert report.density < 1 and {row.kind for row in report.rows} >= {"sparse"} and not report.fallbacks
+    assert not tilewise.is_patched(pipe)
+
+
+def test_a_close_and_an_error_in_the_middle_of_a_window(pipe):
+    before = trace_of(pipe)
+    video = stream(pipe, way="prefix")
+    next(video)
+    in_forward, go_on, ended = threading.Event(), threading.Event(), []
+
+    def hold(*_):
+        in_forward.set()
+        go_on.wait(30)
+
+    handle = pipe.transformer.blocks[1].register_forward_pre_hook(hold)
+    reader = threading.Thread(target=lambda: ended.append(list(video)))
+    reader.start()
+    assert in_forward.wait(30)
+    closer = threading.Thread(target=video.close)
+    closer.start()
+    go_on.set()
+    closer.join(30)
+    reader.join(30)
+    handle.remove()
+    assert ended == [[]] and trace_of(pipe) == before
+    handle = pipe.transformer.blocks[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        next(stream(pipe, way="renoised"))
+    handle.remove()
+    assert trace_of(pipe) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap": 5}, "leaves nothing new in a window of 5"),
+        ({"overlap": 0}, "no window goes on"),
+        ({"overlap": -1}, "overlap must be a whole number"),
+        ({"window": 2.5}, "window must be a whole number"),
+        ({"way": "sideways"}, "way to go on"),
+        ({"adain": 2}, "adain must be from 0 to 1"),
+        ({"way": "renoised", "prefix_noise": 0.1}, "prefix_noise is of the way prefix"),
+        ({"way": "renoised", "image": np.zeros((32, 32, 3), np.uint8)}, "leave image out"),
+        ({"chunk": 3}, "give window and overlap"),
+        ({"cache": tilewise.KVCache(window=6)}, "give window and overlap"),
+        ({"height": 30}, "height"),
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"guidance": 1.0, "negative": "blurry"}, "no guidance"),
+        ({"recipe": tilewise.CausalRecipe()}, "window is of windows"),
+    ],
+)
+def test_bad_input_is_refused_and_changes_nothing(pipe, options, message):
+    before = trace_of(pipe)
+    with pytest.raises(tilewise.ConfigError, match=message):
+        stream(pipe, **options)
+    assert trace_of(pipe) == before
+
+
+def test_a_prefix_that_nobody_trained_is_warned_of(pipe, plain):
+    with pytest.warns(UserWarning, match=r"2 latent frames is longer than the 1 that WanTransformer3DModel"):
+        stream(pipe, way="prefix").close()
+    with pytest.warns(UserWarning, match="nothing says that these weights"):
+        stream(plain, way="prefix").close()
+
+
+def test_defaults_by_what_the_model_says(pipe, plain):
+    for one, way, overlap in ((pipe, "prefix", 1), (plain, "renoised", 2)):
+        with tilewise.stream(one, RED, height=32, width=32, window=5) as video:
+            assert (video.recipe.way, video.recipe.overlap, video.recipe.steps) == (way, overlap, 50)
+    recipe = WindowRecipe("renoised", 5, 1, 2, 1.0, 8, 32, 32)
+    with tilewise.stream(plain, RED, recipe=recipe, overlap=3) as video:
+        assert video.recipe == recipe.replace(overlap=3)

@@ -8,8 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from tilewise.pipelines.conditioning.inputs import Inputs
 from tilewise.pipelines.generation.method_options import PREFIX, field_name, flag
-from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings
+from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.loading.model_defaults import ModelDefaults, guider_of
 from tilewise.pipelines.media.files import suffix_of
@@ -40,8 +41,12 @@ def setting_words(settings: GenerateSettings, native: ModelDefaults, without: Co
 
     native: the model's own settings, of which some need not be said. without: settings to leave out.
     """
-    usual = {"negative": "", "fps": native.fps, "max_sequence_length": native.max_sequence_length, "decode": OWN_VAE,
-             "lora": ()}  # fmt: skip
+    usual = {
+        one.name: one.default
+        for one in options_of(GenerateSettings).values()
+        if one.names_file or one.name == "strength"
+    }
+    usual |= {"negative": "", "fps": native.fps, "max_sequence_length": native.max_sequence_length}
     words: list[str] = []
     for name in options_of(GenerateSettings):
         value = getattr(settings, name)
@@ -104,8 +109,16 @@ def python_program(pipe: Any, settings: GenerateSettings, dtype: str) -> str:
         lines += [f"pipe.guider = pipe.guider.new(guidance_scale={settings.guidance!r})"]
     if not settings.is_dense:
         lines += [f"tilewise.patch(pipe, {_method_expression(settings.method)})"]
+    inputs = Inputs.of(settings)
+    if inputs.files or inputs.strength is not None:
+        call += "    **files,\n"
+        named = {role: getattr(settings, role) for role in inputs.files}
+        at = {name: getattr(inputs, name) for name in ("height", "width", "frames", "strength")}
+        said = ", ".join(f"{name}={value!r}" for name, value in at.items())
+        lines.insert(3, "from tilewise.pipelines.conditioning.inputs import Inputs, files_of, input_arguments")
+        lines += [f"files = input_arguments(pipe, Inputs(files_of({named!r}), {said}))"]
     lines += [f"frames = pipe(\n{call}    generator=torch.Generator('cpu').manual_seed({settings.seed}),"]
-    image = "num_frames" not in call_parameters(pipe)  # a list of pictures, and not of clips
+    image = "num_frames" not in call_parameters(pipe) and settings.video is None  # a list of pictures, and not of clips
     lines += ["    output_type='np',", "    return_dict=False,", ")[0][:1]" if image else ")[0][0]"]
     if not settings.is_dense:
         lines += ["print(tilewise.summary(pipe))"]

@@ -21,6 +21,7 @@ from tilewise.pipelines.batch.manifest_comparison import stages_name, stream_nam
 from tilewise.pipelines.batch.ranks import World, world_from_environment
 from tilewise.pipelines.batch.run import Options, Outcome, run_batch
 from tilewise.pipelines.batch.stream_jobs import Streamed
+from tilewise.pipelines.conditioning.inputs import files_of
 from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL, GenerateSettings
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
@@ -168,6 +169,8 @@ def _refuse_useless(plan: Plan, given: Mapping[str, Any]) -> None:
     """Options of clips of two stages or of streams where there is none, or that no stream has, would have no effect."""
     if all(job.highres is None for job in plan.jobs):
         refuse_two_stage_options({name: value for name, value in given.items() if name != "highres"})
+        if "strength" in given and not any(files_of(vars(job.settings)) for job in plan.jobs):
+            raise ConfigError("--strength is for clips made from a picture or video, and for --highres; here are none")
     if all(job.stream is None for job in plan.jobs):
         refuse_stream_options(given)
     for name, why in NOT_OF_STREAMS.items() if all(job.stream is not None for job in plan.jobs) else ():

@@ -252,7 +252,11 @@ def test_bad_rows_are_refused_before_anything_runs(invoke, tmp_path, monkeypatch
         assert any(row.startswith(f"  line {line}: ") and words in row for row in told), (line, told)
     assert not any(row.startswith("  line 1:") for row in told)
     for rows, words, message in (
-        ([{"prompt": "x"}], ["--strength", "0.5"], "--strength is an option of --highres"),
+        (
+            [{"prompt": "x"}],
+            ["--strength", "0.5"],
+            "--strength is for clips made from a picture or video, and for --highres",
+        ),
         ([{"prompt": "x"}], ["--sweep", "refresh=1,5"], "--refresh is an option of --highres"),
         ([good], ["--density", "0.5"], "--density is an option of none of the methods here: dense"),
     ):

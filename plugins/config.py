@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.methods.base import Method, make_method, methods
 from tilewise.plugins.methods.option_text import option_types, parse_value
 from tilewise.plugins.presets import PRESETS
+from tilewise.plugins.schedule.steps import Steps, checked_steps, runs_at
 from tilewise.plugins.step_caches.options import CacheLike, StepCache, step_cache
 
 DEFAULT_STEPS = (0.25, 1.0)
@@ -32,7 +32,7 @@ MIN_MAP_TOKENS = 4096
 # Options that every method has (dense has DENSE_OPTIONS), as command lines call them; ``steps`` is the number of denoising steps
 # there.
 SHARED_OPTIONS: Mapping[str, Any] = {
-    "steps_sparse": tuple[float, float],
+    "steps_sparse": tuple[float, float] | str,
     "blocks": str,
     "strict": bool,
     "fuse": bool,
@@ -84,7 +84,8 @@ class Config:
     Args:
         method: the method with its options.
         steps: (from, to) as fractions of the denoising schedule; outside it attention is dense. Step i of n runs the method
-            if from ≤ i/n < to. The first steps settle the layout of the clip and are best left dense.
+            if from ≤ i/n < to. Or a slice of step numbers: "1:" leaves the first step dense, however many there are. The first
+            steps settle the layout of the clip and are best left dense.
         blocks: which transformer blocks run it: a Python slice, index, or comma-separated list of them ("2:", ":-1", "0,3:9").
         strict: raise ``FallbackError`` where an attention call cannot run the method, instead of running it dense and saying so.
         fuse: run norms, rotary embedding, modulation and gates in exact fused kernels, where the model's family has them, on a
@@ -104,11 +105,11 @@ class Config:
             (step_caches/options.py). None, or "none": none.
 
     Raises:
-        ConfigError: for a range that is not 0 ≤ from ≤ to ≤ 1 or a ``blocks`` text that cannot be read.
+        ConfigError: for a range that is not 0 ≤ from ≤ to ≤ 1, or a text that cannot be read.
     """
 
     method: Method
-    steps: tuple[float, float] = DEFAULT_STEPS
+    steps: Steps = DEFAULT_STEPS
     blocks: str = DEFAULT_BLOCKS
     strict: bool = False
     fuse: bool = True
@@ -118,12 +119,7 @@ class Config:
     cache: CacheLike | None = None
 
     def __post_init__(self) -> None:
-        try:
-            low, high = (float(x) for x in self.steps)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"steps must be two fractions (from, to), got {self.steps!r}") from error
-        if not 0 <= low <= high <= 1:
-            raise ConfigError(f"steps must be fractions with 0 ≤ from ≤ to ≤ 1, got {self.steps!r}")
+        steps = checked_steps(self.steps)
         if not isinstance(self.blocks, str) or not isinstance(self.strict, bool):
             raise ConfigError(
                 f"blocks must be a string and strict true or false, got {self.blocks!r} and {self.strict!r}"
@@ -141,14 +137,13 @@ class Config:
         least = self.min_tokens
         if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
             raise ConfigError(f"min_tokens must be a whole number of at least 0, got {least!r}")
-        object.__setattr__(self, "steps", (low, high))
+        object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "cache", step_cache(self.cache))
         select_blocks(self.blocks, 1)
 
     def runs_at(self, step: int, total: int) -> bool:
         """Whether the method runs at step ``step`` of ``total``, counted from 0."""
-        # The 1e-9 absorbs rounding: 0.1 · 30 is 3.0000000000000004, and must count as 3 steps.
-        return math.ceil(self.steps[0] * total - 1e-9) <= step < math.ceil(self.steps[1] * total - 1e-9)
+        return runs_at(self.steps, step, total)
 
     def too_few(self, tokens: int, own_map: bool) -> str | None:
         """Why an attention call over so many tokens stays dense, or None. own_map: over a feature map, not the
@@ -212,7 +207,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return {
             "method": self.method.to_dict(),
-            "steps": list(self.steps),
+            "steps": self.steps if isinstance(self.steps, str) else list(self.steps),
             "blocks": self.blocks,
             "strict": self.strict,
             "fuse": self.fuse,
@@ -256,7 +251,7 @@ def presets() -> dict[str, Config]:
 def resolve(
     method: MethodLike,
     *,
-    steps: tuple[float, float] | None = None,
+    steps: Steps | None = None,
     blocks: str | None = None,
     strict: bool | None = None,
     fuse: bool | None = None,

@@ -24,6 +24,7 @@ from tilewise.plugins.models.common.native_size import usual_steps
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import check_config, denoisers_of, patches_of
 from tilewise.plugins.runtime.attention_processor import why_not
+from tilewise.plugins.schedule.steps import Steps, steps_words
 from tilewise.plugins.step_caches.forecast import foretell
 from tilewise.plugins.text_format import counted, ranges, render
 
@@ -145,7 +146,7 @@ def explain(
     frames: int | None = None,
     num_inference_steps: int | None = None,
     method: MethodLike | None = None,
-    steps: tuple[float, float] | None = None,
+    steps: Steps | None = None,
     blocks: str | None = None,
     strength: float = 1.0,
     num_frames: int | None = None,
@@ -255,12 +256,9 @@ def _warnings(config: Config, rows: list[ExplainRow], sparse: int, steps: int) -
     if all(row.tile is None for row in rows):
         return (f"{name} never runs: {rows[0].backend_reason}",) if rows else ()
     if not sparse:
-        low, high = config.steps
         count = "the only step" if steps == 1 else f"none of the {steps} steps"
         verb = "is outside" if steps == 1 else "is within"
-        return (
-            f"{name} never runs: {count} {verb} the part from {low:g} to {high:g} of the schedule, so that all is dense",
-        )
+        return (f"{name} never runs: {count} {verb} {_part(config)}, so that all is dense",)
     found = [f"{row.denoiser}: {name} runs nowhere: {row.backend_reason}" for row in rows if row.tile is None]
     found += [
         f"{row.denoiser}: {row.backend_reason}" for row in rows if row.tile is not None and row.backend == "stock"
@@ -279,6 +277,11 @@ def _warnings(config: Config, rows: list[ExplainRow], sparse: int, steps: int) -
                 "times as many as dense attention, in blocks that are partly filled: a larger size or a smaller window is faster"
             )
     return tuple(found)
+
+
+def _part(config: Config) -> str:
+    words = steps_words(config.steps)
+    return f"the steps {words}" if isinstance(config.steps, str) else f"the part from {words} of the schedule"
 
 
 def _schedule(pipe: Any, steps: int, strength: float, notes: list[str]) -> tuple[int, int, torch.Tensor | None]:

@@ -26,6 +26,7 @@ from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.common.registry import attention_layers, family_of, supported_models
 from tilewise.plugins.runtime.other_threads import refuse_while_running
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
+from tilewise.plugins.schedule.steps import Steps
 from tilewise.plugins.step_caches.options import CacheLike
 from tilewise.plugins.step_caches.support import check_cache
 from tilewise.plugins.torch_compat import forget_compiled, is_compiled_module, runs_compiled
@@ -76,7 +77,7 @@ def patch(
     target: T,
     method: MethodLike,
     *,
-    steps: tuple[float, float] | None = None,
+    steps: Steps | None = None,
     blocks: str | None = None,
     strict: bool | None = None,
     fuse: bool | None = None,
@@ -91,10 +92,11 @@ def patch(
         target: a diffusers pipeline, anything with ``transformer``, ``transformer_2`` or ``unet``, or a denoiser module.
         method: a method name ("sta", "dense"), a preset ("sta-quality", "sta-balanced", "sta-fast"), a method object such as
             ``STA(window=(3, 3, 3))``, or a ``Config``, for instance from ``load_config``.
-        steps: (from, to), the fraction of the denoising schedule that runs the method; dense outside. Default: what the
-            preset or config says, otherwise (0.25, 1.0). The step is that of the diffusers pipeline which runs the denoiser,
-            the patched one or another, by its scheduler's timesteps; for a bare denoiser it is read from the timestep's value
-            (one host synchronisation a forward on a GPU). An attention mask is read once a forward, which waits for the GPU too.
+        steps: (from, to), the fraction of the denoising schedule that runs the method; dense outside. Or a slice of step numbers,
+            such as "1:". Default: what the preset or config says, otherwise (0.25, 1.0). The step is that of the diffusers
+            pipeline which runs the denoiser, the patched one or another, by its scheduler's timesteps. For a bare denoiser, which
+            takes fractions only, it is read from the timestep's value (one host synchronisation a forward on a GPU). An attention
+            mask is read once a forward, which waits for the GPU too.
         blocks: which transformer blocks run it, such as "2:". Default: what the preset or config says, otherwise ":".
         strict: raise ``FallbackError`` instead of falling back to dense where a call cannot run the method.
         fuse: run norms, rotary embedding, modulation and gates in exact fused kernels where the model's family has them and they
@@ -219,7 +221,7 @@ def patched(
     target: T,
     method: MethodLike,
     *,
-    steps: tuple[float, float] | None = None,
+    steps: Steps | None = None,
     blocks: str | None = None,
     strict: bool | None = None,
     fuse: bool | None = None,

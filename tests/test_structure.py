@@ -23,7 +23,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("autoencoders", "masks"),
         ("models",),
         ("methods",),
-        ("presets", "step_caches"),
+        ("presets", "schedule", "step_caches"),
         ("config",),
         ("runtime",),
         ("patching",),

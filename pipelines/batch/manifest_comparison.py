@@ -158,8 +158,13 @@ def _config_name(config: Mapping[str, Any]) -> str:
     options = [
         f"{key} {_plain(value)}" for key, value in config["method"].items() if key != "name" and value is not None
     ]
-    low, high = config["steps"]
-    return ", ".join([" ".join([name, *options]), f"steps {low:g}–{high:g}", f"blocks {config['blocks']}", *cached])
+    return ", ".join(
+        [" ".join([name, *options]), f"steps {_steps(config['steps'])}", f"blocks {config['blocks']}", *cached]
+    )
+
+
+def _steps(steps: str | Sequence[float]) -> str:
+    return steps if isinstance(steps, str) else f"{steps[0]:g}–{steps[1]:g}"
 
 
 def stages_name(stages: Mapping[str, Any], of_its_shape: bool = False) -> str:

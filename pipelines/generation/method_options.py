@@ -26,7 +26,7 @@ METHOD_OPTIONS = {
         Option(
             "steps_sparse",
             "numbers",
-            "FROM,TO: part of the denoising steps that runs the method, such as 0.25,1; the others are dense.",
+            "FROM,TO: part of the denoising steps that runs the method, such as 0.25,1, or steps by number, such as 1:.",
             shown_default="the method's",
         ),
         Option(

@@ -9,7 +9,7 @@ of them added is added for each that is left. A denoiser forward takes about
     tokens × (7 d + 1.6 f) × bytes an element        d: heads × head dim, f: the widest layer
 
 of activations, fitted to stock Wan forwards on an H200: 1.3B at 480×832×81 (1.55 GiB) and 10 layers of 14B at 720×1280×81
-(8.2 GiB). It is rough for other families.
+(8.2 GiB). It is rough for other families. What a step cache keeps comes on top (``cache_bytes``).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def estimate_memory(
             f"the decode is not counted: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
         )
     tokens = max(row.tokens for row in explanation.rows)
-    denoising = forward_bytes(skeleton, tokens, dtype)
+    denoising = forward_bytes(skeleton, tokens, dtype) + cache_bytes(skeleton, settings, tokens, dtype)
     return MemoryEstimate(sum(parts), denoising, decoding, tuple(notes), max(parts))
 
 
@@ -106,6 +106,21 @@ def forward_bytes(pipe: Any, tokens: int, dtype: torch.dtype) -> int:
         widest = max((m.out_features for m in denoiser.modules() if isinstance(m, nn.Linear)), default=width)
         most = max(most, OF_WIDTH * width + OF_WIDEST * widest)
     return int(tokens * most * dtype.itemsize)
+
+
+def cache_bytes(pipe: Any, settings: GenerateSettings, tokens: int, dtype: torch.dtype) -> int:
+    """About what a step cache keeps from one step to the next, for each branch of guidance: residuals and outputs of layers."""
+    cache = settings.method.step_cache
+    if cache is None:
+        return 0
+    total = 0.0
+    for denoiser in denoisers_of(pipe).values():
+        family = family_of(denoiser)
+        assert family is not None
+        layers = family.layers(denoiser)
+        width = max((layer.heads * layer.head_dim for layer in layers), default=0)
+        total += cache.kept(len(layers)) * width
+    return int(total * tokens * dtype.itemsize * (2 if settings.guidance > 1 else 1))
 
 
 @lru_cache(maxsize=64)

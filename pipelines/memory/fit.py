@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.generation.settings import GenerateSettings
-from tilewise.pipelines.memory.estimate import MemoryEstimate, estimate_memory
+from tilewise.pipelines.memory.estimate import MemoryEstimate, cache_bytes, estimate_memory
 from tilewise.pipelines.memory.options import NOTHING_SAVED, MemoryOptions
 from tilewise.pipelines.memory.plan import device_bytes
 from tilewise.pipelines.memory.units import gib
@@ -49,6 +49,9 @@ def check_fit(
         what = "--offload keeps weights off a GPU, and --dtype bfloat16 halves them"
     else:
         what = "give a smaller size or fewer frames"
+    if (cache := settings.method.step_cache) is not None:
+        kept = cache_bytes(skeleton, settings, max(row.tokens for row in explanation.rows), dtype)
+        what += f"; the step cache {cache.name} keeps about {gib(kept)}"
     raise ConfigError(
         f"a clip of {size} does not fit: it needs about {gib(need)}, and {device} has {gib(limit)} ({memory_words(found)}); "
         f"{what}"

@@ -29,6 +29,7 @@ from tilewise.plugins.runtime.key_value_window import KeyValueWindow
 from tilewise.plugins.runtime.observers import ObservedCall, Observer
 from tilewise.plugins.runtime.plan_cache import PlanCache
 from tilewise.plugins.runtime.step_index import StepIndex
+from tilewise.plugins.schedule.steps import in_any_run
 
 
 class Forward(threading.local):
@@ -139,9 +140,9 @@ class ForwardState:
     # ── which step ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _runs_at(self, timestep: torch.Tensor) -> bool:
-        low, high = self.config.steps
-        if (low, high) == (0.0, 1.0) or low == high:  # always or never: a timestep's value need not be read
-            return low != high
+        always = in_any_run(self.config.steps)
+        if always is not None:  # a timestep's value need not be read
+            return always
         if self.window is not None:
             return self.config.runs_at(self.window.step, self.window.steps)
         try:
@@ -154,6 +155,11 @@ class ForwardState:
                 "which cannot be read while a CUDA graph is being captured. Patch the pipeline, or give steps=(0, 1), or "
                 "steps=(0, 0) for the dense steps' graph"
             ) from error
+        if at.run is None and isinstance(self.config.steps, str):
+            raise TilewiseError(
+                f"{self.name}: steps={self.config.steps!r} counts the steps of a run, and no diffusers pipeline with a scheduler "
+                "in use runs this denoiser. Patch the pipeline, or give steps as fractions such as (0.25, 1.0)"
+            )
         return self.config.runs_at(at.step, at.total)
 
     def _follow(self, timestep: torch.Tensor) -> None:

@@ -31,6 +31,11 @@ class StepCache:
         """What does not run where it reuses, for messages."""
         return "blocks"
 
+    def kept(self, layers: int) -> float:
+        """How many tensors of the size of the hidden states it keeps for one branch of guidance, in the model's dtype, as far as
+        they matter. layers: self-attention layers of the denoiser."""
+        raise NotImplementedError
+
     def to_diffusers(self, timestep: Callable[[], float]) -> Any:
         """diffusers' config. timestep: gives the timestep of the forward under way, as the scheduler counts."""
         raise NotImplementedError
@@ -81,6 +86,9 @@ class FirstBlock(StepCache):
     def __post_init__(self) -> None:
         self._number("threshold", 0)
 
+    def kept(self, layers: int) -> float:
+        return 3  # the first block's output and residual, the residual of the rest
+
     def to_diffusers(self, timestep: Callable[[], float]) -> Any:
         from diffusers.hooks import FirstBlockCacheConfig
 
@@ -114,6 +122,9 @@ class TaylorSeer(StepCache):
         self._flag("use_lite_mode")
         if self.taylor_factors_dtype not in DTYPES:
             raise unknown("taylor_factors_dtype", self.taylor_factors_dtype, DTYPES)
+
+    def kept(self, layers: int) -> float:
+        return 0 if self.use_lite_mode else layers * (self.max_order + 1)
 
     def to_diffusers(self, timestep: Callable[[], float]) -> Any:
         import torch
@@ -158,6 +169,9 @@ class MagCache(StepCache):
             raise ConfigError("cache mag: calibrate measures mag_ratios: give one of them")
         object.__setattr__(self, "mag_ratios", tuple(float(n) for n in found))
 
+    def kept(self, layers: int) -> float:
+        return 2  # what went into the first block, the residual of all
+
     def to_diffusers(self, timestep: Callable[[], float]) -> Any:
         return self.for_steps(self.num_inference_steps or 1)
 
@@ -190,6 +204,9 @@ class SeaCache(StepCache):
         for name in ("retention_steps", "cache_end_steps", "max_consecutive_cached"):
             self._whole(name, 0)
         self._number("power_exp", 1e-6)
+
+    def kept(self, layers: int) -> float:
+        return self.residual_order + 1
 
     def to_diffusers(self, timestep: Callable[[], float]) -> Any:
         from diffusers.hooks import SeaCacheConfig
@@ -231,6 +248,10 @@ class PyramidAttention(StepCache):
             raise ConfigError(
                 "cache pab: give at least one …_attention_block_skip_range, such as spatial_attention_…=2"
             )
+
+    def kept(self, layers: int) -> float:
+        spatial, cross = self.spatial_attention_block_skip_range, self.cross_attention_block_skip_range
+        return layers * ((spatial is not None) + (cross is not None))
 
     def to_diffusers(self, timestep: Callable[[], float]) -> Any:
         from diffusers.hooks import PyramidAttentionBroadcastConfig

@@ -51,7 +51,7 @@ def test_bad_sta_options(options, says):
     assert says in str(caught.value)
 
 
-@pytest.mark.parametrize("steps", [(0.5,), (0.5, 0.2), (-0.1, 1), (0, 1.2), "ab", 3])
+@pytest.mark.parametrize("steps", [(0.5,), (0.5, 0.2), (-0.1, 1), (0, 1.2), "ab", "1", "::2", "1:a", "1:2,4", "", 3])
 def test_bad_steps(steps):
     with pytest.raises(tilewise.ConfigError, match="steps must be"):
         Config(STA(), steps=steps)
@@ -72,6 +72,52 @@ def test_blocks():
 def test_steps_as_a_fraction(total, dense):
     runs = [Config(STA(), steps=(0.25, 1.0)).runs_at(i, total) for i in range(total)]
     assert runs == [False] * dense + [True] * (total - dense)
+
+
+@pytest.mark.parametrize(
+    ("steps", "runs"),
+    [
+        ("1:", [1, 2, 3]),
+        (":", [0, 1, 2, 3]),
+        (" 1 : 3 ", [1, 2]),
+        (":-1", [0, 1, 2]),
+        ("-1:", [3]),
+        ("9:", []),
+        ("2:1", []),
+    ],
+)
+def test_steps_by_number(steps, runs):
+    config = Config(STA(), steps=steps)
+    assert [i for i in range(4) if config.runs_at(i, 4)] == runs
+    assert Config.from_dict(config.to_dict()) == config == resolve("sta", steps=steps)
+    assert resolve("sta").with_options({"steps_sparse": steps}) == config
+
+
+def test_steps_by_number_in_a_run(tiny_pipe):
+    size = {"height": 64, "width": 64}
+    tilewise.patch(tiny_pipe, STA(window=(1, 1, 1)), steps="1:")
+    told = tilewise.explain(tiny_pipe, **size, frames=9, num_inference_steps=4)
+    tiny_pipe(
+        "a star",
+        **size,
+        num_frames=9,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        output_type="latent",
+        max_sequence_length=16,
+    )
+    calls = {row.kind: row.calls for row in tilewise.summary(tiny_pipe).rows}
+    assert (told.sparse_steps, told.dense_steps) == (3, 1)
+    assert calls == {"sparse": 3 * 2, "dense step": 2}
+    told = tilewise.explain(tiny_pipe, **size, frames=9, num_inference_steps=4, steps="9:")
+    assert "none of the 4 steps is within the steps 9:" in told.warnings[0]
+    with torch.no_grad(), pytest.raises(tilewise.TilewiseError, match="give steps as fractions"):
+        tiny_pipe.transformer(torch.zeros(1, 4, 5, 16, 16), torch.tensor([900.0]), torch.zeros(1, 4, 32))
+    with (
+        tilewise.patched(tiny_pipe.transformer, STA(window=(1, 1, 1)), steps=":"),
+        torch.no_grad(),
+    ):  # nobody has to count
+        tiny_pipe.transformer(torch.zeros(1, 4, 5, 16, 16), torch.tensor([900.0]), torch.zeros(1, 4, 32))
 
 
 def test_rounding_never_adds_a_step():

@@ -16,6 +16,7 @@ from tilewise.pipelines.memory.units import amount
 from tilewise.pipelines.quality.content_score import parse_prompt
 from tilewise.pipelines.streaming.record import Recorded
 from tilewise.plugins.config import Config
+from tilewise.plugins.schedule.steps import steps_words
 from tilewise.plugins.text_format import counted
 from tilewise.ui.common.terminal import say, standard_output
 
@@ -128,7 +129,7 @@ def method_words(config: Config) -> str:
     options = {key: value for key, value in config.method.to_dict().items() if key != "name" and value is not None}
     words = [config.method.name, *(f"{key}={_text(value)}" for key, value in options.items())]
     if config.method.name != "dense":  # which has no schedule
-        words.append(f"steps {config.steps[0]:g} to {config.steps[1]:g}, blocks {config.blocks}")
+        words.append(f"steps {steps_words(config.steps)}, blocks {config.blocks}")
     if config.cache is not None:
         words.append(f"cache {config.cache}")
     return " ".join(words)

@@ -15,7 +15,7 @@ from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.generation.settings import MAX_SEED, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.options import Option, options_of
-from tilewise.plugins.config import Config, presets, resolve
+from tilewise.plugins.config import DEFAULT_STEPS, Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import make_method, methods
 from tilewise.plugins.methods.option_text import NONE
@@ -117,11 +117,12 @@ def method_values(config: Config) -> dict[str, Any]:
     own = {key: value for key, value in config.method.to_dict().items() if key != "name"}
     measures = measures_of(config.method.name)
     options = {key: value for key, value in own.items() if key not in measures or is_per_head(value)}
+    low, high = DEFAULT_STEPS if isinstance(config.steps, str) else config.steps  # no control takes numbers of steps
     return {
         **measure_values(config),
         "options": json.dumps(options) if options else "{}",
-        "from_step": config.steps[0],
-        "to_step": config.steps[1],
+        "from_step": low,
+        "to_step": high,
         "blocks": config.blocks,
         "cache": NONE if config.cache is None else str(config.cache),
     }

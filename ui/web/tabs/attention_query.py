@@ -106,13 +106,16 @@ def seen_from(
     prepare = getattr(config.method, "prepare", None)  # methods that need to know the model first
     method = config.method if prepare is None else prepare(skeleton, denoiser)
     layout = method.layout(extent.grid)
-    low, high = config.steps
     if layout is None:
         return Seen(place, extent, everything, f"{method.name} sees everything")
     if short := config.too_few(extent.grid.tokens, layer.downsample is not None):
         return Seen(place, extent, everything, f"dense: {short}")
     if not config.runs_at(place.step - 1, settings.steps):
-        return Seen(place, extent, everything, f"dense: the method runs from {low:.0%} to {high:.0%} of the steps")
+        steps = config.steps
+        part = (
+            f"at the steps {steps}" if isinstance(steps, str) else f"from {steps[0]:.0%} to {steps[1]:.0%} of the steps"
+        )
+        return Seen(place, extent, everything, f"dense: the method runs {part}")
     if place.block not in select_blocks(config.blocks, extent.blocks):
         return Seen(place, extent, everything, f"dense: the method runs in blocks {config.blocks}")
     if isinstance(method, DynamicMethod):

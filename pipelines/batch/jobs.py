@@ -37,7 +37,7 @@ from tilewise.pipelines.memory.options import NOTHING_SAVED, MemoryOptions
 from tilewise.pipelines.options import options_of
 from tilewise.pipelines.streaming.explain import StreamExplanation
 from tilewise.pipelines.streaming.preparation import check_negative
-from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS, STREAM_OPTIONS
+from tilewise.pipelines.streaming.settings import STREAM_OPTIONS, not_of_streams
 from tilewise.pipelines.streaming.windows.explain import WindowExplanation
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError, unknown
@@ -320,7 +320,7 @@ def _join(
     made_from = any(fields.get(role) for role in ROLES)
     if not (two or streams or made_from or "strength" in row) and fields.pop("strength", None) is not None:
         notes.append("the command's strength is not used where a clip is made from no file, nor by highres")
-    for name, why in NOT_OF_STREAMS.items() if streams else ():
+    for name, why in not_of_streams(fields).items() if streams else ():
         if name in row:
             raise ConfigError(f"{name} cannot be used with stream: {why}")
         if fields.pop(name, None) is not None:

@@ -145,6 +145,10 @@ def method_name(line: Line) -> str:
 def stream_name(config: Mapping[str, Any], stream: Mapping[str, Any]) -> str:
     """How a stream is made (``StreamWork.to_dict``). config: attention in the window."""
     recipe, storage = stream["recipe"], stream["settings"].get("storage", "model")
+    if "way" in recipe:
+        guards = [f"{name} {recipe[name]:g}" for name in ("adain", "prefix_noise") if recipe[name]]
+        kept = [recipe["way"], f"window {recipe['window']}", f"overlap {recipe['overlap']}", *guards]
+        return ", ".join(["stream", _config_name(config), *kept])
     kept = [f"window {recipe['window']}", f"sink {recipe['sink']}", f"policy {recipe['policy']}"]
     return ", ".join(["stream", _config_name(config), *kept, *([storage] if storage != "model" else [])])
 

@@ -18,14 +18,13 @@ from tilewise.pipelines.streaming.prompts import Prompts
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.sampler import CausalSampler, TextStates
 from tilewise.pipelines.streaming.source import ChunkSource
-from tilewise.pipelines.streaming.windows.plan import check_windows, warn, window_settings, window_space
+from tilewise.pipelines.streaming.windows.plan import check_start, check_windows, warn, window_settings, window_space
 from tilewise.pipelines.streaming.windows.prompts import WindowPrompts
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.pipelines.streaming.windows.sampler import WindowSampler
 from tilewise.pipelines.streaming.windows.source import WindowSource
 from tilewise.pipelines.streaming.windows.ways.base import way_named
 from tilewise.plugins.config import resolve
-from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of
 from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 from tilewise.plugins.streaming.kv_cache import KVCache
@@ -112,8 +111,7 @@ class WindowOpening:
             method=resolve("dense"), seed=asked.seed, max_sequence_length=asked.text_tokens,
         )  # fmt: skip
         self.space = check_windows(pipe, self.recipe, self.settings)
-        if with_image and not self.way.per_frame:
-            raise ConfigError(f"stream: the way {recipe.way} begins with noise alone; leave image out")
+        check_start(recipe, with_image)
         warn(pipe, self.recipe)
 
     def memory(self, decode_device: torch.device, own_vae: bool) -> StreamMemory:

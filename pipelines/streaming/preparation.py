@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,25 @@ from tilewise.pipelines.streaming.checkpoints.known import RECIPES
 from tilewise.pipelines.streaming.checkpoints.load import load_causal_checkpoint, merge_lora, recipe_of_checkpoint
 from tilewise.pipelines.streaming.checks import cache_of, check_negative, check_stream
 from tilewise.pipelines.streaming.explain import StreamExplanation, explain_stream
-from tilewise.pipelines.streaming.memory import denoisers_used, memory_of
+from tilewise.pipelines.streaming.memory import denoisers_used, memory_of, window_memory
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.settings import StreamSettings
 from tilewise.pipelines.streaming.stream import stream
 from tilewise.pipelines.streaming.video_stream import VideoStream
 from tilewise.pipelines.streaming.windows.explain import WindowExplanation
+from tilewise.pipelines.streaming.windows.plan import (
+    UNTRAINED,
+    check_start,
+    check_windows,
+    window_recipe,
+    window_settings,
+    window_space,
+)
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike, resolve
 from tilewise.plugins.errors import ConfigError, unknown
-from tilewise.plugins.patching import check_config
+from tilewise.plugins.patching import check_config, denoisers_of
 from tilewise.plugins.streaming.kv_cache import STEP_CACHE_REFUSED, KVCache
 
 CAUSAL_FOLDER = "causal"  # of a model folder
@@ -53,17 +63,17 @@ SHARED = (
 @dataclasses.dataclass(frozen=True)
 class StreamWork:
     """A checked stream. settings: of the clip. options: as given. recipe: with what they change. checkpoint: None where the
-    model's own weights are causal."""
+    model's own weights are causal, or make windows."""
 
     settings: GenerateSettings
     options: StreamSettings
-    recipe: CausalRecipe
+    recipe: CausalRecipe | WindowRecipe
     checkpoint: Path | None
 
     @property
-    def cache(self) -> KVCache:
-        """The KV cache."""
-        return cache_of(self.recipe, self.options.storage)
+    def cache(self) -> KVCache | None:
+        """The KV cache; windows have none."""
+        return None if isinstance(self.recipe, WindowRecipe) else cache_of(self.recipe, self.options.storage)
 
     def to_dict(self) -> dict[str, Any]:
         """What makes the stream again, beside the clip's settings: JSON values only."""
@@ -87,7 +97,7 @@ def prepare(
     *,
     model: str,
     method: MethodLike = "dense",
-    recipe: CausalRecipe | None = None,
+    recipe: CausalRecipe | WindowRecipe | None = None,
     guidance: float | None = None,
     **shared: Any,
 ) -> StreamWork:
@@ -111,16 +121,21 @@ def prepare(
     if options.decode_device is not None:
         resolve_device(options.decode_device)
     height, width = (shared.get(name) or getattr(found, name) for name in ("height", "width"))
-    check_stream(skeleton, found, cache_of(found, options.storage), chunk=found.chunk, height=height, width=width)
     decode = resolve_decode(skeleton, shared.get("decode", OWN_VAE))
     if decode == OWN_VAE:
         streaming_decoder(skeleton.vae, fuse=False)
     fps = float(found.fps if shared.get("fps") is None else shared["fps"])
     check_fps(fps)
     config = resolve(method)
-    if config.step_cache is not None:
-        raise ConfigError(STEP_CACHE_REFUSED)
-    for name, denoiser in denoisers_used(skeleton, found).items():
+    if isinstance(found, WindowRecipe):
+        found = found.replace(height=height, width=width)
+        used = denoisers_of(skeleton)
+    else:
+        check_stream(skeleton, found, cache_of(found, options.storage), chunk=found.chunk, height=height, width=width)
+        if config.step_cache is not None:
+            raise ConfigError(STEP_CACHE_REFUSED)
+        used = denoisers_used(skeleton, found)
+    for name, denoiser in used.items():
         check_config(name, denoiser, config.prepare(skeleton, denoiser))
     files = {role: tuple(one.resolved(role) for one in named) for role, named in files_of(shared).items()}
     check_kinds(files)
@@ -133,7 +148,7 @@ def prepare(
         height=height,
         width=width,
         frames=max(1, round(options.seconds * fps)),
-        steps=len(found.timesteps),
+        steps=found.steps if isinstance(found, WindowRecipe) else len(found.timesteps),
         guidance=found.guidance,
         seed=shared.get("seed", 0),
         fps=fps,
@@ -142,16 +157,21 @@ def prepare(
         lora=tuple(map(resolve_lora, shared.get("lora") or ())),
         image=str(files["image"][0]) if files else None,
     )
+    if isinstance(found, WindowRecipe):
+        check_windows(skeleton, found, window_of(skeleton, found, settings))
+        check_start(found, bool(files))
     return StreamWork(settings, options, found, checkpoint)
 
 
-def find_causal(model: str, options: StreamSettings) -> Path | None:
-    """The causal checkpoint that options name, or that lies in a model's folder; None where the model's own weights are said to
-    be causal, by a recipe.
+def window_of(skeleton: Any, recipe: WindowRecipe, settings: GenerateSettings) -> GenerateSettings:
+    """The settings of one window of a stream, without a picture."""
+    window = window_settings(skeleton, window_space(skeleton), recipe, prompt=settings.prompt, negative=settings.negative,
+                             model=settings.model, method=settings.method, seed=settings.seed)  # fmt: skip
+    return dataclasses.replace(window, max_sequence_length=settings.max_sequence_length)
 
-    Raises:
-        ConfigError: there is none.
-    """
+
+def find_causal(model: str, options: StreamSettings) -> Path | None:
+    """The causal checkpoint that options name, or that lies in a model's folder; None where there is none."""
     if options.causal is not None:
         return Path(options.causal).expanduser()
     source = find_model(model)
@@ -159,13 +179,6 @@ def find_causal(model: str, options: StreamSettings) -> Path | None:
     if folder is not None and folder.is_dir():
         files = list(folder.glob("*.safetensors"))
         return files[0] if len(files) == 1 else folder  # a LoRA alone is named by its file
-    if options.recipe is None:
-        where = "" if folder is None else f", there is no folder {folder}"
-        raise ConfigError(
-            f"the model {model} comes without a causal checkpoint{where}: a stream takes weights that were trained to make video "
-            "chunk by chunk. Give one with --causal, a file or folder (docs/causal-checkpoints.md lists those that load), or a "
-            "--recipe where the model's own weights are causal"
-        )
     return None
 
 
@@ -174,11 +187,27 @@ def recipe_for(
     options: StreamSettings,
     *,
     model: str,
-    recipe: CausalRecipe | None = None,
+    recipe: CausalRecipe | WindowRecipe | None = None,
     guidance: float | None = None,
-) -> tuple[CausalRecipe, Path | None]:
-    """The recipe of a stream with what its options change, and the causal checkpoint; arguments and errors as for `prepare`."""
-    checkpoint = find_causal(model, options)
+) -> tuple[CausalRecipe | WindowRecipe, Path | None]:
+    """The recipe of a stream with what its options change, and the causal checkpoint; arguments and errors as for `prepare`.
+
+    Windows are made where a way is named, and where there is neither a causal checkpoint nor the name of a recipe.
+    """
+    windows = isinstance(recipe, WindowRecipe) or options.way is not None
+    checkpoint = None if windows else find_causal(model, options)
+    if windows or (checkpoint is None and options.recipe is None and recipe is None):
+        why = (
+            f"this one makes windows, by the way {options.way}"
+            if options.way is not None
+            else f"the model {model} comes without a causal checkpoint: give one with --causal, a file or folder "
+            "(docs/causal-checkpoints.md lists those that load), or a --recipe where the model's own weights are causal"
+        )
+        options.refuse_others(windows=True, why=why)
+        said = {**options.windows(), **({} if guidance is None else {"guidance": guidance})}
+        return recipe.replace(**said) if isinstance(recipe, WindowRecipe) else window_recipe(skeleton, **said), None
+    assert not isinstance(recipe, WindowRecipe)
+    options.refuse_others(windows=False, why="this one goes by a causal checkpoint: name a --way to make windows")
     if checkpoint is not None:
         found = recipe_of_checkpoint(checkpoint, skeleton, recipe=recipe or options.recipe)
     else:
@@ -199,11 +228,19 @@ def explain_work(skeleton: Any, work: StreamWork, device: torch.device) -> Strea
 
 def check_memory(skeleton: Any, work: StreamWork, device: torch.device) -> None:
     """Refuse a stream that the device has no room for, before weights are read. Raises ConfigError; arguments: `explain_work`."""
-    recipe, cache, size = work.recipe, work.cache, (work.settings.height, work.settings.width)
+    recipe, size = work.recipe, (work.settings.height, work.settings.width)
+    own_vae = work.settings.decode == OWN_VAE
+    if isinstance(recipe, WindowRecipe):
+        window_memory(
+            skeleton, window_space(skeleton), window_of(skeleton, recipe, work.settings), device=device,
+            decode_device=work.options.decode_device, own_vae=own_vae,
+        ).check()  # fmt: skip
+        return
+    cache = cache_of(recipe, work.options.storage)
     space, grid = check_stream(skeleton, recipe, cache, chunk=recipe.chunk, height=size[0], width=size[1])
     memory_of(
         skeleton, space, recipe, cache, grid, size, device=device, decode_device=work.options.decode_device,
-        own_vae=work.settings.decode == OWN_VAE, exact=False,
+        own_vae=own_vae, exact=False,
     ).check()  # fmt: skip
 
 
@@ -217,6 +254,7 @@ def load(work: StreamWork, *, device: str = "auto", dtype: str = "auto") -> Any:
 def put_weights(pipe: Any, work: StreamWork) -> None:
     """Put the causal weights into a loaded pipeline. Raises as `load_causal_checkpoint`."""
     if work.checkpoint is not None:
+        assert isinstance(work.recipe, CausalRecipe)
         load_causal_checkpoint(work.checkpoint, pipe, recipe=work.recipe)
     for choice in map(LoraChoice.parse, work.settings.lora):
         merge_lora(pipe, choice.path, choice.weight)
@@ -226,23 +264,25 @@ def open_stream(pipe: Any, work: StreamWork) -> VideoStream:
     """The stream, with its changes of the prompt planned."""
     settings, options = work.settings, work.options
     files = Inputs.of(settings)
-    video = stream(
-        pipe,
-        settings.prompt,
-        recipe=work.recipe,
-        method=settings.method,
-        cache=work.cache,
-        height=settings.height,
-        width=settings.width,
-        seconds=options.seconds,
-        seed=settings.seed,
-        negative=settings.negative,
-        image=np.asarray(first_picture(files)) if files.files else None,
-        fps=settings.fps,
-        decode=settings.decode,
-        decode_device=options.decode_device,
-        max_sequence_length=settings.max_sequence_length,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", UNTRAINED)  # which `window_notes` told
+        video = stream(
+            pipe,
+            settings.prompt,
+            recipe=work.recipe,
+            method=settings.method,
+            cache=work.cache,
+            height=settings.height,
+            width=settings.width,
+            seconds=options.seconds,
+            seed=settings.seed,
+            negative=settings.negative,
+            image=np.asarray(first_picture(files)) if files.files else None,
+            fps=settings.fps,
+            decode=settings.decode,
+            decode_device=options.decode_device,
+            max_sequence_length=settings.max_sequence_length,
+        )
     try:
         for time, prompt in options.prompts():
             video.set_prompt(prompt, options.prompt_change, options.prompt_over, at=time)
@@ -252,11 +292,12 @@ def open_stream(pipe: Any, work: StreamWork) -> VideoStream:
     return video
 
 
-def stream_of(told: Mapping[str, Any]) -> tuple[StreamSettings, CausalRecipe]:
+def stream_of(told: Mapping[str, Any]) -> tuple[StreamSettings, CausalRecipe | WindowRecipe]:
     """What `StreamWork.to_dict` wrote. Raises ConfigError for anything else."""
     if not isinstance(told, Mapping) or not all(isinstance(told.get(name), Mapping) for name in ("settings", "recipe")):
         raise ConfigError("what the clip says of its stream is incomplete, or of another kind")
-    return StreamSettings.from_dict(told["settings"]), CausalRecipe.from_dict(told["recipe"])
+    kind: Any = WindowRecipe if "way" in told["recipe"] else CausalRecipe
+    return StreamSettings.from_dict(told["settings"]), kind.from_dict(told["recipe"])
 
 
 def _named(recipe: str | None) -> CausalRecipe:

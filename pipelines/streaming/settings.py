@@ -17,7 +17,10 @@ from tilewise.plugins.streaming.kv_cache import SINK_POSITIONS, STORAGES
 CHANGES = ("recache", "flush", "blend")
 POLICIES = ("adaptive", "dual_ema", "ema", "fixed", "reference", "shot")
 MOST_SECONDS = 10**7
+WAYS = ("prefix", "renoised")
 RECIPES_OWN = "the recipe's"
+LEAST = {"chunk": 1, "window": 1, "sink": 0, "memory": 0, "overlap": 1, "steps": 1, "prompt_over": 1}
+OF_WINDOWS = ("way", "window", "overlap", "adain", "prefix_noise", "steps")
 OF_RECIPE = ("chunk", "window", "sink", "memory", "sink_position", "policy")
 
 
@@ -31,7 +34,7 @@ def check_seconds(seconds: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StreamSettings:
-    """How a causal checkpoint streams. Lengths are in latent frames; None is the recipe's own.
+    """How a causal checkpoint streams, or windows of a bidirectional model. Lengths are in latent frames; None: the recipe's own.
 
     Args:
         causal: file or folder of the checkpoint; None: the one that comes with the model, or the model's own weights where a
@@ -39,6 +42,7 @@ class StreamSettings:
         recipe: name of a published recipe; None: what the checkpoint's files say.
         seconds: length of the video.
         chunk, window, sink, memory, sink_position, policy: see ``CausalRecipe``. storage: see ``KVCache``.
+        way, overlap, adain, prefix_noise, steps: see ``WindowRecipe``, which has a window too. A way makes windows of any model.
         prompt_at: changes of the prompt, each "TIME=TEXT" with TIME in seconds ("10s", "1.5s", "10"), rising, within the video.
         prompt_change, prompt_over: how they are made, and in how many chunks by "blend"; see ``VideoStream.set_prompt``.
         decode_device: where frames are decoded; None: with the rest.
@@ -72,6 +76,23 @@ class StreamSettings:
     storage: str = option(
         "model", help="Keys and values of the window: in the model's dtype, or in 8 bits.", choices=STORAGES
     )
+    way: str | None = option(
+        None,
+        help="Makes windows of a bidirectional model: how one goes on from the other.",
+        choices=WAYS,
+        shown_default="the model's own, without a causal checkpoint",
+    )
+    overlap: int | None = option(
+        None, help="Latent frames that a window shares with the one before.", shown_default="the way's own"
+    )
+    adain: float | None = option(
+        None, help="Against drift of windows: share by which latents get the first window's mean and deviation.",
+        shown_default="0",
+    )  # fmt: skip
+    prefix_noise: float | None = option(
+        None, help="Against drift of windows: noise level of the frames in front, way prefix.", shown_default="0"
+    )
+    steps: int | None = option(None, help="Denoising steps of a window.", shown_default="the model's own")
     prompt_at: tuple[str, ...] = option(
         (),
         help='TIME=TEXT: another prompt from then on, 10s="a blue square" for instance. Repeatable.',
@@ -83,12 +104,16 @@ class StreamSettings:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name, least in {"chunk": 1, "window": 1, "sink": 0, "memory": 0, "prompt_over": 1}.items():
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value is None and name != "prompt_over":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        for name in ("adain", "prefix_noise"):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and 0 <= value <= 1):
+                raise ConfigError(f"{name} must be a number from 0 to 1, not {value!r}")
         if self.seconds is not None:
             check_seconds(self.seconds)
         if not isinstance(self.prompt_at, list | tuple):
@@ -111,6 +136,23 @@ class StreamSettings:
     def prompts(self) -> list[tuple[float, str]]:
         """The changes of the prompt: (seconds of the video, prompt)."""
         return [parse_prompt_at(said) for said in self.prompt_at]
+
+    def windows(self) -> dict[str, Any]:
+        """What these settings say of windows."""
+        return {name: value for name in OF_WINDOWS if (value := getattr(self, name)) is not None}
+
+    def refuse_others(self, *, windows: bool, why: str) -> None:
+        """Raises ConfigError for options of causal checkpoints where a stream makes windows, or the other way round.
+
+        why: what it is then.
+        """
+        usual = StreamSettings()
+        causal = ("causal", "recipe", *(name for name in OF_RECIPE if name != "window"), "storage")
+        for name in causal if windows else (name for name in OF_WINDOWS if name != "window"):
+            if getattr(self, name) != getattr(usual, name):
+                option = f"--{name.replace('_', '-')}"
+                of = "causal checkpoints" if windows else "windows"
+                raise ConfigError(f"{option} is an option of streams of {of}, and {why}")
 
     def applied(self, recipe: CausalRecipe) -> CausalRecipe:
         """A recipe with what these settings say otherwise.
@@ -160,16 +202,22 @@ def stream_window(said: str) -> int:
 STREAM = Option(
     "stream",
     "flag",
-    "A video of any length from a causal checkpoint, into a file that plays while it grows.",
+    "A video of any length, into a file that plays while it grows.",
 )
 STREAM_OPTIONS = {name: one for name, one in options_of(StreamSettings).items() if name not in CLIP_OPTIONS}
 """What a request may say of a stream beside `CLIP_OPTIONS`, whose `window` counts latent frames here: the fields of
 `StreamSettings`."""
 NOT_OF_STREAMS = {
     "frames": "a stream's length is seconds",
-    "steps": "its passes are the recipe's timesteps",
+    "steps": "its passes are the recipe's timesteps, but for windows, where a --way is named",
     **dict.fromkeys(
         ["last_image", "video", "mask", "reference", "strength"], "a stream begins with a picture at most, --image"
     ),
 }
 """Options of clips that streams do not have, and why."""
+
+
+def not_of_streams(given: Mapping[str, Any]) -> dict[str, str]:
+    """`NOT_OF_STREAMS` for a request's options: windows have steps."""
+    windows = given.get("way") is not None
+    return {name: why for name, why in NOT_OF_STREAMS.items() if not (windows and name == "steps")}

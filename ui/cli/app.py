@@ -53,6 +53,10 @@ STREAM_EXPLAINED = (
     "sink_position",
     "policy",
     "storage",
+    "way",
+    "overlap",
+    "adain",
+    "prefix_noise",
     "decode_device",
 )
 PLOT_HELP = "Also plot it, to a .png, .svg or .pdf. Dynamic methods run the model for four steps."

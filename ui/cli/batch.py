@@ -34,7 +34,7 @@ from tilewise.pipelines.memory.fit import memory_words
 from tilewise.pipelines.memory.options import MEMORY_OPTIONS, memory_options
 from tilewise.pipelines.memory.plan import device_bytes
 from tilewise.pipelines.memory.units import gib
-from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS
+from tilewise.pipelines.streaming.settings import not_of_streams
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.plugins.explain import Explanation
 from tilewise.plugins.text_format import counted
@@ -173,7 +173,9 @@ def _refuse_useless(plan: Plan, given: Mapping[str, Any]) -> None:
             raise ConfigError("--strength is for clips made from a picture or video, and for --highres; here are none")
     if all(job.stream is None for job in plan.jobs):
         refuse_stream_options(given)
-    for name, why in NOT_OF_STREAMS.items() if all(job.stream is not None for job in plan.jobs) else ():
+    streams = [job.stream.work for job in plan.jobs if job.stream is not None]
+    told = {**given, "way": True if any(work.cache is None for work in streams) else None}  # windows have steps
+    for name, why in not_of_streams(told).items() if len(streams) == len(plan.jobs) else ():
         if name in given:
             raise ConfigError(f"--{name} cannot be used with --stream: {why}")
 

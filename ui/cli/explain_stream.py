@@ -14,7 +14,8 @@ from tilewise.pipelines.options import field_values
 from tilewise.pipelines.streaming.checks import cache_of
 from tilewise.pipelines.streaming.explain import explain_stream
 from tilewise.pipelines.streaming.preparation import recipe_for
-from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS, StreamSettings, stream_window
+from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.pipelines.streaming.settings import StreamSettings, not_of_streams, stream_window
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.common.options import method_config
 from tilewise.ui.common.terminal import say
@@ -24,7 +25,7 @@ def explain_stream_command(options: Mapping[str, Any], *, as_json: bool, picture
     """Prints what a stream would do. Raises ConfigError for options that say nothing of one, and as `prepare` does."""
     if picture is not None:
         raise ConfigError("--plot draws the plan of a clip; leave --stream out")
-    for name, reason in NOT_OF_STREAMS.items():
+    for name, reason in not_of_streams(options).items():
         if name in options:
             raise ConfigError(f"--{name} cannot be used with --stream: {reason}")
     device = resolve_device("auto")
@@ -39,7 +40,7 @@ def explain_stream_command(options: Mapping[str, Any], *, as_json: bool, picture
     explanation = explain_stream(
         skeleton,
         recipe=recipe,
-        cache=cache_of(recipe, asked.storage),
+        cache=cache_of(recipe, asked.storage) if isinstance(recipe, CausalRecipe) else None,
         method=method_config(options.get("method", "dense"), of_method),
         height=options.get("height"),
         width=options.get("width"),

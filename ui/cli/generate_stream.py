@@ -1,4 +1,4 @@
-"""`tilewise generate --stream`: a video from a causal checkpoint, into a file that plays while it grows."""
+"""`tilewise generate --stream`: a video of any length, into a file that plays while it grows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from tilewise.pipelines.streaming.preparation import (
     stream_of,
 )
 from tilewise.pipelines.streaming.record import Recorded, record
-from tilewise.pipelines.streaming.settings import NOT_OF_STREAMS, StreamSettings, stream_window
+from tilewise.pipelines.streaming.settings import StreamSettings, not_of_streams, stream_window
+from tilewise.pipelines.streaming.windows.plan import window_notes
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.text_format import counted
 from tilewise.ui.cli.interrupts import Interrupts
@@ -43,7 +45,6 @@ from tilewise.ui.common.tables import print_files, print_settings, print_stream
 from tilewise.ui.common.terminal import say, standard_error
 
 REFUSED = {
-    **NOT_OF_STREAMS,
     **dict.fromkeys(
         MEMORY_OPTIONS, "a stream keeps all of the model on the device, and says how much memory its cache takes"
     ),
@@ -67,8 +68,9 @@ def dry_run_stream(request: Request) -> None:
     """Prints the settings and the recipe. Nothing is written, and no weights are read."""
     found = _check(request, create=False)
     print_settings(found.work.settings, str(resolve_device(request.device)), found.dtype, found.outputs.files)
-    say(f"causal checkpoint: {found.work.checkpoint or 'the weights of the model'}")
-    say(found.work.recipe)
+    if found.work.cache is not None:
+        say(f"causal checkpoint: {found.work.checkpoint or 'the weights of the model'}")
+        say(found.work.recipe)
     explanation = explain_work(found.skeleton, found.work, resolve_device(request.device))
     say(explanation)
     for note in input_notes(found.skeleton, Inputs.of(found.work.settings)):
@@ -90,6 +92,9 @@ def generate_stream(request: Request) -> None:
         for prompt in [work.settings.prompt, *(prompt for _, prompt in work.options.prompts())]:
             for note in prompt_notes(pipe, dataclasses.replace(work.settings, prompt=prompt)):
                 notes.note(note)
+        recipe = work.recipe
+        for note in window_notes(pipe, recipe) if isinstance(recipe, WindowRecipe) else []:
+            notes.note(note)
         for note in input_notes(pipe, Inputs.of(work.settings)):
             notes.note(note)
 
@@ -121,7 +126,7 @@ def _check(request: Request, *, create: bool) -> _Checked:
     given = request.options
     if request.compare is not None:
         raise ConfigError("--compare cannot be used with --stream")
-    for name, reason in REFUSED.items():
+    for name, reason in {**not_of_streams(given), **REFUSED}.items():
         if name in given:
             raise ConfigError(f"--{name.replace('_', '-')} cannot be used with --stream: {reason}")
     origin = request.origin()
@@ -138,7 +143,7 @@ def _check(request: Request, *, create: bool) -> _Checked:
     if "window" in named:
         named["window"] = stream_window(named["window"])
     options = dataclasses.replace(before, **field_values(StreamSettings, named))
-    if {"causal", "recipe", "lora", "model"} & set(given):
+    if {"causal", "recipe", "lora", "model", "way"} & set(given):
         recipe = None  # another checkpoint has its own
     shared = {name: {**earlier, **given}[name] for name in SHARED if name in {**earlier, **given}}
     prompt = earlier.get("prompt") if request.prompt is None else request.prompt

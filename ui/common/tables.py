@@ -15,6 +15,7 @@ from tilewise.pipelines.generation.settings import GenerateSettings, TinyChoice
 from tilewise.pipelines.memory.units import amount
 from tilewise.pipelines.quality.content_score import parse_prompt
 from tilewise.pipelines.streaming.record import Recorded
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.plugins.config import Config
 from tilewise.plugins.schedule.steps import steps_words
 from tilewise.plugins.text_format import counted
@@ -80,12 +81,19 @@ def print_stream(made: Recorded) -> None:
     table.add_row("video", f"{length} at {settings.fps:g} fps")
     table.add_row("model, method, seed", f"{settings.model}, {method_words(settings.method)}, {settings.seed}")
     _add_decoder(table, settings)
-    kept = f"window {recipe.window}, sink {recipe.sink}, policy {recipe.policy}, stored as {made.work.cache.storage}"
-    table.add_row("recipe", f"{recipe.name}: chunks of {recipe.chunk} in {settings.steps} passes, {kept}")
+    if isinstance(recipe, WindowRecipe):
+        kept = f"windows of {recipe.window} latent frames in {settings.steps} steps, {recipe.overlap} of the one before"
+        table.add_row("way", f"{recipe.way}: {kept}")
+    else:
+        kept = (
+            f"window {recipe.window}, sink {recipe.sink}, policy {recipe.policy}, stored as {made.work.options.storage}"
+        )
+        table.add_row("recipe", f"{recipe.name}: chunks of {recipe.chunk} in {settings.steps} passes, {kept}")
     seconds = made.seconds
     table.add_row("seconds", f"{seconds['total']:.2f}, the first frames after {seconds['first']:.2f}")
     table.add_row("frames a second", f"{made.fps:.2f}")
-    table.add_row("KV cache", cache_words(made.cache))
+    if made.cache["total"]:
+        table.add_row("KV cache", cache_words(made.cache))
     standard_output().print(table)
 
 

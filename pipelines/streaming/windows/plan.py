@@ -16,6 +16,8 @@ from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
 
+UNTRAINED = "(an overlap of .* is longer than|nothing says that these weights)"  # how the notes of `window_notes` begin
+
 
 def window_space(pipe: Any) -> LatentSpace:
     """The latent space of a pipeline whose windows can be chained.
@@ -121,6 +123,12 @@ def check_windows(pipe: Any, recipe: WindowRecipe, settings: GenerateSettings) -
             family.grid_of_size(denoiser, pipe, Size(settings.height, settings.width, settings.frames))
     call_arguments(pipe, settings)
     return space
+
+
+def check_start(recipe: WindowRecipe, with_image: bool) -> None:
+    """Raises ConfigError for a picture to begin with where the way has no place for it."""
+    if with_image and not way_named(recipe.way).per_frame:
+        raise ConfigError(f"windows: the way {recipe.way} begins with noise alone; leave the image out")
 
 
 def window_notes(pipe: Any, recipe: WindowRecipe) -> list[str]:

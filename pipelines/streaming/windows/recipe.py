@@ -9,6 +9,7 @@ from typing import Any
 
 from tilewise.pipelines.options import is_number
 from tilewise.plugins.errors import ConfigError, unknown
+from tilewise.plugins.text_format import counted
 
 _WHOLE = {"window": 1, "overlap": 0, "steps": 1, "height": 1, "width": 1}
 _SHARES = ("adain", "prefix_noise")
@@ -94,7 +95,7 @@ class WindowRecipe:
         rows = [
             ("way", self.way),
             ("window", f"{self.window} latent frames, {self.overlap} of them those of the window before"),
-            ("passes", f"{self.steps} steps a window, guidance {self.guidance:g}"),
+            ("passes", f"{counted(self.steps, 'step')} a window, guidance {self.guidance:g}"),
             ("against drift", ", ".join(guards) or "nothing"),
             ("video", f"{self.height} × {self.width} pixels, {self.fps:g} frames a second"),
         ]

@@ -91,6 +91,21 @@ def test_streams_and_clips_are_made_swept_and_resumed(invoke, tmp_path):
     )
 
 
+def test_windows_beside_causal_streams(invoke, tmp_path):
+    """The way is swept like other options; what is made by it is another clip."""
+    rows = [{**STREAM, "window": 5, "height": 32, "width": 32}]
+    result = invoke(rows, "--sweep", "way=prefix,renoised", "--steps", 1)
+    assert result.exit_code == 0 and "2 made" in result.stdout, result.output
+    lines = lines_in(tmp_path)
+    assert sorted(line["run"]["stream"]["recipe"]["way"] for line in lines) == ["prefix", "renoised"]
+    assert len({line["run"]["frames_sha256"] for line in lines}) == 2 and {line["frames"] for line in lines} == {11}
+    assert "0 made, 2 there already" in invoke(rows, "--sweep", "way=prefix,renoised", "--steps", 1).stdout
+    compared = CliRunner().invoke(app, ["compare", "o"])
+    assert "stream, dense, prefix, window 5, overlap 1" in re.sub(r"[\s│]+", " ", compared.output), compared.output
+    causal = invoke([{**STREAM, "overlap": 2}], "--dry-run")
+    assert causal.exit_code == 2 and "name a --way to make windows" in re.sub(r"[\s│]+", " ", causal.stderr)
+
+
 def test_a_stream_that_fails_leaves_nothing(invoke, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OutputError("could not write it: bad luck")

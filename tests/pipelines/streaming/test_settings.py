@@ -9,6 +9,8 @@ import pytest
 from tilewise.pipelines.streaming import prompt_plan, settings
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.settings import StreamSettings, parse_prompt_at
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
+from tilewise.pipelines.streaming.windows.ways.base import ways
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.streaming.policies.base import policies
 
@@ -16,6 +18,8 @@ from tilewise.plugins.streaming.policies.base import policies
 def test_names_that_are_listed_without_torch_are_those_that_there_are():
     assert prompt_plan.CHANGES == settings.CHANGES
     assert sorted(settings.POLICIES) == policies()
+    assert list(settings.WAYS) == list(ways())
+    assert set(settings.OF_WINDOWS) <= {field.name for field in dataclasses.fields(WindowRecipe)}
     assert set(settings.OF_RECIPE) <= {field.name for field in dataclasses.fields(CausalRecipe)}
 
 

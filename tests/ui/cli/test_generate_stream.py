@@ -255,7 +255,7 @@ def test_models_without_a_causal_checkpoint(model, tiny_pipe_dir, clip, tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(preparation, "load_pipeline", lambda *_, **__: pytest.fail("the weights are read"))
     words = [RED, "--stream", "--model", tiny_pipe_dir, "--seconds", 4]
-    refuse("Give one with --causal", 2, *words)
+    refuse("give one with --causal", 2, *words, "--policy", "ema")
     refuse("there is no LoRA file", 3, *words, "--recipe", "self-forcing", "--lora", "x.safetensors")
     refuse("give --stream too", 2, RED, "--model", model, "--seconds", 4)
     refuse("give --stream too", 2, RED, "--model", model, "--prompt-at", "1s=a")

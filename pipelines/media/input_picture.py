@@ -45,6 +45,12 @@ def is_picture(path: Path) -> bool:
         return True
 
 
+def picture_format(path: Path) -> str:
+    """Which of FORMATS a picture's content is. Raises as `picture_facts`."""
+    with _picture(path) as image:
+        return str(image.format)
+
+
 def picture_facts(path: Path) -> PictureFacts:
     """Size and kind of a picture, whose first frame is decoded: what is found damaged is found before long work.
 

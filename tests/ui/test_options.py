@@ -13,6 +13,7 @@ pytest.importorskip("gradio", reason="the page needs Gradio: pip install -e '.[u
 import gradio as gr
 
 from tilewise.pipelines.batch.input import FIELDS
+from tilewise.pipelines.conditioning.files import ROLES
 from tilewise.pipelines.generation.settings import CLIP_OPTIONS, GenerateSettings
 from tilewise.pipelines.highres.settings import (
     PRECISIONS,
@@ -61,9 +62,9 @@ def missing(settings, command_line, columns, ids, prefix="") -> list[str]:
 
 
 def test_every_setting_is_reachable(page_ids):
-    # Visitors of the page name no files of the server, and so there is nothing that a strength is for.
-    files = {name.replace("_", "-") for name, one in options_of(GenerateSettings).items() if one.names_file}
-    page_ids = page_ids | files | {"strength"}
+    # Visitors of the page name no files of the server.
+    files = {name for name, one in options_of(GenerateSettings).items() if one.names_file}
+    page_ids = page_ids | files.difference(ROLES)
     for command, elsewhere in (("generate", set()), ("batch", OF_MANY)):
         given = {*parameters(command), *elsewhere}
         assert missing(GenerateSettings, given, FIELDS, page_ids) == []

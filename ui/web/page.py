@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from tilewise.pipelines.conditioning.files import ROLES
 from tilewise.plugins.errors import TilewiseError
 from tilewise.ui.web.common.actions import action_html
 from tilewise.ui.web.common.safety import Limits
+from tilewise.ui.web.common.uploads import FOLDER
 from tilewise.ui.web.forms.controls import Controls, method_help, prompt_box
 from tilewise.ui.web.forms.highres_form import FIELDS as HIGHRES_FIELDS
 from tilewise.ui.web.forms.url_state import UrlState
@@ -76,6 +79,7 @@ class Page:
     def __init__(self, models: Models, limits: Limits, job_queue: JobQueue, outputs: Path) -> None:
         self.models, self.job_queue = models, job_queue
         studio = Studio(models, outputs)
+        limits = dataclasses.replace(limits, inputs=outputs / FOLDER)
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=SWEPT, fill_width=True) as self.blocks:
             with gr.Row(elem_id="head"):
                 gr.HTML(HEAD, elem_classes=["tw-head"])
@@ -119,7 +123,10 @@ class Page:
                         JobsTab(job_queue, line, timer, self.boxes, self.tabs)
             go.click(lambda: gr.Tabs(selected="generate"), None, [self.tabs], queue=False, api_visibility="private")
             own = {f"highres-{name}": each for name, each in zip(HIGHRES_FIELDS, highres.own, strict=True)}
-            self.address = UrlState({**controls.components, **own, **batch.own})
+            said = {
+                name: each for name, each in controls.components.items() if name not in ROLES
+            }  # no file is in an address
+            self.address = UrlState({**said, **own, **batch.own})
             self.address.wire(go.click)
             shown = [*self.address.fields.values(), *self.boxes.values(), line]
             opened = self.blocks.load(

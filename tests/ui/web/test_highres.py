@@ -290,7 +290,7 @@ def test_settings_of_two_stages_come_back(studio, own):
     metadata = {**work.target.to_dict(), "run": {"highres": {**told.to_dict(), "options": work.options.to_dict()}}}
     for text in (json.dumps(settings_dict(work)), json.dumps(metadata)):
         target, stages = stages_in(json_object(text))
-        values = own_values(settings_from(target, studio.models), stages, studio.skeleton("demo"))
+        values = own_values(settings_from(target, studio.models, LIMITS), stages, studio.skeleton("demo"))
         shared = {"method": "sta-fast", **method_values(stages.method), "height": stages.height, "width": stages.width}
         again = plan_for(studio, shared, **dict(zip(FIELDS, values, strict=True)))
         assert settings_dict(again) == settings_dict(work)
@@ -303,7 +303,7 @@ def test_stages_that_the_page_cannot_say_or_read(studio):
     told["highres"] |= {"flow_shift": None, "max_memory": 10**9}  # the scheduler's own shift
     target, stages = stages_in(told)
     with pytest.raises(tilewise.ConfigError, match=r"no control for flow_shift None, with which"):
-        own_values(settings_from(target, studio.models), stages, studio.skeleton("demo"))
+        own_values(settings_from(target, studio.models, LIMITS), stages, studio.skeleton("demo"))
     for broken in ({**told, "native": None}, {**told, "highres": {"sharpness": 1}}, {"run": {"highres": {}}}):
         with pytest.raises(tilewise.ConfigError, match=r"cannot be read|sharpness|incomplete"):
             stages_in(broken)

@@ -352,7 +352,7 @@ def test_settings_there_and_back(models, method):
     settings = settings_for(models, method, seed=2**63 - 1, negative="no", guidance=2.5, fps=7.0)
     values = json.loads(json.dumps(values_of(settings)))
     assert settings_of(models, Limits(), values) == settings
-    assert settings_from(json_object(json.dumps(settings.to_dict())), models) == settings
+    assert settings_from(json_object(json.dumps(settings.to_dict())), models, Limits()) == settings
 
 
 @pytest.mark.parametrize("field", [{"precision": "fp8"}, {"strict": True}, {"fuse": False}])
@@ -383,7 +383,7 @@ def test_values_that_cannot_be(models, field, value):
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", '{"prompt": 1}', "[" * 5000, '{"method": 3, "prompt": "a"}'])
 def test_json_that_holds_no_settings(models, text):
     with pytest.raises(tilewise.ConfigError):
-        settings_from(json_object(text), models)
+        settings_from(json_object(text), models, Limits())
 
 
 def test_the_help_of_the_command_names_every_method():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from tilewise.pipelines.conditioning.inputs import files_of
 from tilewise.pipelines.generation.settings import MAX_PROMPT, GenerateSettings
 from tilewise.plugins.errors import ConfigError, TilewiseError
 
@@ -25,10 +28,12 @@ class RefusedError(TilewiseError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """work: most pixels x frames x steps of one clip. waiting: jobs that may wait for the device, of all visitors together."""
+    """work: most pixels x frames x steps of one clip. waiting: jobs that may wait for the device, of all visitors together.
+    inputs: absolute; the folder of the files that clips are made from, None where they are made from text alone."""
 
     work: int = MAX_WORK
     waiting: int = MAX_WAITING
+    inputs: Path | None = None
 
     def __post_init__(self) -> None:
         if self.work < 1 or self.waiting < 1:
@@ -40,6 +45,16 @@ class Limits:
         self.check_text_tokens(settings.max_sequence_length)
         if len(settings.prompt) > MAX_PROMPT or len(settings.negative) > MAX_PROMPT:
             raise RefusedError(f"a prompt has at most {MAX_PROMPT:,} characters")
+        self.check_files(vars(settings))
+
+    def check_files(self, said: Mapping[str, Any]) -> None:
+        """Raises RefusedError for settings, by name, that are to be made from other files than those that were uploaded here."""
+        for role, files in files_of(said).items():
+            if any(file.path.resolve().parent != self.inputs for file in files):
+                raise RefusedError(
+                    f"{role.replace('_', ' ')} is no file that was uploaded to this page; files of its machine are for "
+                    "`tilewise generate`"
+                )
 
     def check_work(self, height: int, width: int, frames: int, steps: int, clips: int = 1) -> None:
         """`check` for bare numbers."""

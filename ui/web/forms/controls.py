@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from tilewise.pipelines.conditioning.files import ROLES
 from tilewise.plugins.config import resolve
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.methods.base import methods
@@ -16,6 +17,7 @@ from tilewise.plugins.step_caches.options import CACHES
 from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.common.safety import Limits
 from tilewise.ui.web.forms import plan_panel
+from tilewise.ui.web.forms.file_controls import FileControls
 from tilewise.ui.web.forms.form_parsing import FIELDS, METHOD_FIELDS, SETTINGS, choices, method_values, settings_of
 from tilewise.ui.web.forms.method_controls import MethodControls
 from tilewise.ui.web.forms.option_controls import control
@@ -27,6 +29,7 @@ METHOD = "sta-balanced"
 PLANNING = '<p class="tw-quiet">planning …</p>'  # until the first plan is there: diffusers may still be imported
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 SIZED = ("height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")  # controls that a model sets
+FOLLOWING = ("height", "width", "frames", "fps")  # those that follow from a picture or video
 
 
 class Controls:
@@ -46,6 +49,8 @@ class Controls:
         made["method"] = gr.Dropdown(choices(), value=METHOD, label="Attention method", elem_id="method")
         self.kept = MethodControls(resolve(METHOD))
         made |= self.kept.components
+        self.files = FileControls(limits.inputs)
+        made |= self.files.components
         with gr.Row():
             made["height"] = Slider(16, 2160, native.height, step=16, label="Height, pixels", elem_id="height")
             made["width"] = Slider(16, 3840, native.width, step=16, label="Width, pixels", elem_id="width")
@@ -100,7 +105,8 @@ class Controls:
         return [self.components[name] for name in FIELDS]
 
     def values(self, given: Sequence[Any]) -> dict[str, Any]:
-        return dict(zip(FIELDS, given, strict=True))
+        """What the controls say, by name; files that were uploaded are kept from here on. Raises as `Uploads.kept`."""
+        return self.files.kept(dict(zip(FIELDS, given, strict=True)))
 
     def wire(self, opened: Any) -> None:
         """The plan follows the event `opened` too; another model or method brings its own settings."""
@@ -109,13 +115,18 @@ class Controls:
         own = [self.components[name] for name in METHOD_FIELDS[1:]]
         # .input is for the user's own choice: settings that are loaded as a whole bring their options along.
         self.components["method"].input(self.method_chosen, [self.components["method"]], own, **QUIET)
-        sized = [self.components[name] for name in SIZED]
-        self.components["model"].input(self.model_chosen, [self.components["model"]], sized, **QUIET)
+        sized, model = [self.components[name] for name in SIZED], self.components["model"]
+        model.input(self.model_chosen, [model], sized, **QUIET)
+        opened.then(self.files_shown, [model], self.files.shown, **QUIET)
+        # .change: settings that are loaded as a whole bring their files along. Not "always_last", as `moved` is of this event.
+        model.change(self.files_shown, [model], self.files.shown, trigger_mode="multiple", **QUIET)
+        files, followed = [self.components[role] for role in ROLES], [self.components[name] for name in FOLLOWING]
+        gr.on([one.upload for one in files], self.files_chosen, [model, *files], followed, **QUIET)
 
     def refresh(self, *given: Any) -> list[Any]:
         """The plan, and which controls of the method are there."""
-        values = self.values(given)
-        return [self.plan(*given), *self.kept.show(values["method"], values["measure"])]
+        said = dict(zip(FIELDS, given, strict=True))
+        return [self.plan(*given), *self.kept.show(said["method"], said["measure"])]
 
     def plan(self, *given: Any) -> str:
         try:
@@ -138,6 +149,20 @@ class Controls:
             return list(self.model_values(str(name)).values())
         except TilewiseError:
             return [gr.skip()] * len(SIZED)
+
+    def files_shown(self, name: str) -> list[Any]:
+        """Which files a model takes."""
+        try:
+            return self.files.show(self.models.skeleton(str(name)))
+        except TilewiseError:
+            return [gr.skip()] * len(self.files.shown)
+
+    def files_chosen(self, name: str, *files: Any) -> list[Any]:
+        """The size that follows from the files; the plan says what is wrong with them."""
+        try:
+            return self.files.size(self.models.skeleton(str(name)), self.models.defaults(str(name)), files)
+        except TilewiseError:
+            return [gr.skip()] * len(FOLLOWING)
 
     def model_values(self, name: str) -> dict[str, Any]:
         """What the controls of SIZED say for a model of its own. Raises RefusedError for one that is not offered."""

@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tilewise.pipelines.conditioning.files import ROLES, SEVERAL
+from tilewise.pipelines.conditioning.inputs import files_of
 from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.generation.settings import MAX_SEED, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
@@ -25,12 +27,9 @@ from tilewise.ui.web.forms.method_controls import MEASURES, is_per_head, measure
 from tilewise.ui.web.jobs.models import Models
 
 METHOD_FIELDS = ("method", *MEASURE_FIELDS, "options", "from_step", "to_step", "blocks", "cache")
-# Nothing is made from a file here, so that there is nothing to go far from.
-WITHOUT = ("strength",)
+# Visitors name no files of the server; those that they upload are kept by the page (`uploads.py`).
 SETTINGS = {
-    name: option
-    for name, option in options_of(GenerateSettings).items()
-    if not option.names_file and name not in WITHOUT
+    name: option for name, option in options_of(GenerateSettings).items() if not option.names_file or name in ROLES
 }
 FIELDS = tuple(field for name in SETTINGS for field in (METHOD_FIELDS if name == "method" else (name,)))
 """The controls, in the order in which handlers get them: the method has several, each other setting one."""
@@ -53,6 +52,7 @@ def settings_of(models: Models, limits: Limits, values: Mapping[str, Any]) -> Ge
     limits.check_work(*(_whole(name, values[name]) or 0 for name in ("height", "width", "frames", "steps")))
     said = {name: _value(option, values[name]) for name, option in SETTINGS.items() if name not in METHOD_FIELDS}
     limits.check_text_tokens(said["max_sequence_length"])
+    limits.check_files(said)
     settings = resolve_settings(skeleton, **{**said, "method": config_of(values), "model": model})
     call_arguments(skeleton, settings)
     limits.check(settings)
@@ -90,6 +90,9 @@ def values_of(settings: GenerateSettings) -> dict[str, Any]:
     """
     config = settings.method
     values = {name: getattr(settings, name) for name in SETTINGS}
+    for role, files in files_of(vars(settings)).items():
+        paths = [str(file.path) for file in files]
+        values[role] = paths if role in SEVERAL else paths[0]
     values |= {"method": name_of(config), **method_values(config), "seed": str(settings.seed)}
     again = (
         config if config.method.name == "dense" else config_of(values)
@@ -146,14 +149,16 @@ def json_object(text: str) -> dict[str, Any]:
     return values
 
 
-def settings_from(values: Mapping[str, Any], models: Models) -> GenerateSettings:
-    """Settings as `to_dict` writes them, or the whole metadata of a clip. Raises ConfigError, RefusedError."""
+def settings_from(values: Mapping[str, Any], models: Models, limits: Limits) -> GenerateSettings:
+    """Settings as `to_dict` writes them, or the whole metadata of a clip. Raises ConfigError, RefusedError for a model or files
+    that this page does not have."""
     names = {field.name for field in dataclasses.fields(GenerateSettings)}
     try:
         settings = GenerateSettings.from_dict({k: v for k, v in values.items() if k in names})
     except (TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"the settings cannot be read: {str(error)[:200]}") from error
     models.skeleton(settings.model)
+    limits.check_files(vars(settings))
     return settings
 
 
@@ -177,8 +182,13 @@ def _value(option: Option, value: Any) -> Any:
     words = option.name.replace("_", " ")
     if option.name == "seed":
         return _seed(value)
+    if option.name in ROLES:
+        several = [value] if isinstance(value, str) and value else list(value or ())
+        return tuple(map(str, several)) if option.name in SEVERAL else str(several[0]) if several else None
     if option.kind == "whole":
         return _whole(words, value, option.optional)
+    if option.optional and (value is None or value == ""):
+        return None
     return _number(words, value) if option.kind == "number" else str(value or "")
 
 

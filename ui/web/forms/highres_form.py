@@ -70,7 +70,7 @@ def highres_request(models: Models, limits: Limits, values: Mapping[str, Any], o
 
 def request_from(told: Mapping[str, Any], models: Models, limits: Limits) -> HighresRequest:
     """What `HighresRequest.to_dict` wrote, checked as in `highres_request`."""
-    native = settings_from(told["native"], models)
+    native = settings_from(told["native"], models, limits)
     limits.check(native)
     height, width = (_whole(f"target {name}", told[name]) or 0 for name in ("height", "width"))
     limits.check_work(height, width, native.frames, native.steps)

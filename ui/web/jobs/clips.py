@@ -10,6 +10,7 @@ import torch
 
 from tilewise.pipelines.batch import manifest
 from tilewise.pipelines.batch.estimate import denoising_flop
+from tilewise.pipelines.conditioning.inputs import Inputs, input_notes
 from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import read_clip_metadata
 from tilewise.pipelines.generation.compare import compare
@@ -112,7 +113,7 @@ class Studio:
 
     def _prepare(self, settings: GenerateSettings, job: Job) -> tuple[Any, dict[str, Any], list[str]]:
         pipe, run = self.models.begin_run(settings.model, job)
-        return pipe, run, prompt_notes(pipe, settings)
+        return pipe, run, [*prompt_notes(pipe, settings), *input_notes(pipe, Inputs.of(settings))]
 
     def _write(self, pipe: Any, clip: Clip, run: dict[str, Any]) -> Made:
         settings = clip.settings

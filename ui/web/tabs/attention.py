@@ -137,7 +137,7 @@ class AttentionTab:
     def work(self, values: Mapping[str, Any], job: Job) -> dict[str, Any]:
         """Runs the settings and keeps what the block's attention calls decided, until a few more were watched."""
         models, limits = self.controls.models, self.controls.limits
-        settings = settings_from(values["settings"], models)
+        settings = settings_from(values["settings"], models, limits)
         limits.check(settings)
         check_fits(models, settings)
         block = int(values["block"])

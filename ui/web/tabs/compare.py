@@ -51,7 +51,7 @@ class CompareTab:
         return settings.prompt[:200], {"settings": settings.to_dict()}
 
     def work(self, values: Mapping[str, Any], job: Job) -> dict[str, Any]:
-        settings = settings_from(values["settings"], self.controls.models)
+        settings = settings_from(values["settings"], self.controls.models, self.controls.limits)
         self.controls.limits.check(settings, clips=2)
         check_fits(self.controls.models, settings)
         sparse, dense, numbers = self.studio.pair(settings, job)

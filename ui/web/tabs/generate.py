@@ -55,7 +55,7 @@ class GenerateTab:
         return settings.prompt[:200], {"settings": settings.to_dict()}
 
     def work(self, values: Mapping[str, Any], job: Job) -> dict[str, Any]:
-        settings = settings_from(values["settings"], self.controls.models)
+        settings = settings_from(values["settings"], self.controls.models, self.controls.limits)
         self.controls.limits.check(settings)
         check_fits(self.controls.models, settings)
         return {"clip": self.studio.name(self.studio.clip(settings, job))}

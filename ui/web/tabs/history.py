@@ -93,11 +93,11 @@ class HistoryTab:
 
     def _values(self, told: Mapping[str, Any]) -> list[Any]:
         """Of a clip of two stages the controls get the native stage, and High resolution's own the rest."""
-        models, found = self.controls.models, stages_in(told)
+        models, limits, found = self.controls.models, self.controls.limits, stages_in(told)
         if found is None:
-            settings, own, words = settings_from(told, models), None, "the controls are set"
+            settings, own, words = settings_from(told, models, limits), None, "the controls are set"
         else:
-            target, stages = settings_from(found[0], models), found[1]
+            target, stages = settings_from(found[0], models, limits), found[1]
             own = own_values(target, stages, models.skeleton(target.model))
             words = "the controls are set, and those of High resolution, which makes such a clip"
             settings = dataclasses.replace(target, height=stages.height, width=stages.width, method=stages.method)

@@ -26,6 +26,7 @@ from tilewise.plugins.patching import check_config, denoisers_of, patches_of
 from tilewise.plugins.runtime.attention_processor import why_not
 from tilewise.plugins.schedule.steps import Steps, steps_words
 from tilewise.plugins.step_caches.forecast import foretell
+from tilewise.plugins.step_caches.support import foreign_note
 from tilewise.plugins.text_format import counted, ranges, render
 
 # Of a forward, 200 times those of 81 frames of 720×1280: queries, keys and values of a layer are 100 GiB or more.
@@ -208,6 +209,7 @@ def explain(
             if why := why_not(module.processor):
                 dense[layer.name] = why
         notes += [f"{name}.{layer} stays dense: {why}" for layer, why in dense.items()]
+        notes += foreign_note(name, denoiser, config)
         notes += [f"{name}: {note}" for note in family.notes(denoiser, fuse=config.fuse, dense=dense)]
     if own_steps:
         notes.append(f"steps are counted for {num_inference_steps}, the model's own: num_inference_steps was not given")

@@ -16,6 +16,7 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.call_stats import FALLBACK, OTHER_REASONS, SPARSE, CallKind, CallRecord
 from tilewise.plugins.runtime.patched_denoiser import Patch
+from tilewise.plugins.step_caches.support import foreign_note
 from tilewise.plugins.text_format import counted, ranges, render
 
 
@@ -282,6 +283,8 @@ def summary(target: Any, *, reset: bool = False) -> Summary:
             denoisers[name], fuse=patch.config.fuse, dense=patch.state.call_stats.skipped_layers
         )
     )
+    for name, patch in patches.items():
+        notes += tuple(foreign_note(name, denoisers[name], patch.config))
     cache = tuple(row for name, patch in patches.items() if (row := _cache(name, patch, reset)) is not None)
     vae, more = _vae(target, reset)
     begun = since.isoformat(timespec="seconds")

@@ -38,6 +38,20 @@ def check_cache(name: str, denoiser: nn.Module, cache: StepCache | None, own: An
         )
 
 
+def foreign_note(name: str, denoiser: nn.Module, config: Any) -> list[str]:
+    """What ``explain`` and ``summary`` say of a step cache that is on without ``cache=``: cache-dit's, for instance.
+
+    config: what the denoiser is patched with, or would be.
+    """
+    there = cache_on(denoiser) if config.cache is None else None
+    if there is None:
+        return []
+    border = (
+        "" if config.method.name == "dense" else "; at the first sparse step it may reuse what a dense one computed"
+    )
+    return [f"{name}: a step cache is on that was enabled beside the patch ({there}), and is not counted{border}"]
+
+
 def _unsupported(denoiser: nn.Module, cache: StepCache) -> str | None:
     """Why a denoiser cannot run a cache, or None."""
     if not callable(getattr(denoiser, "enable_cache", None)):

@@ -98,3 +98,20 @@ def test_two_paths_refuse_it():
     cache_dit.disable_cache(model)
     with two_paths(model):
         pass
+
+
+def test_it_is_recognised():
+    model = MODELS["Wan"][0]()
+    enable(model)
+    with pytest.raises(tilewise.ConfigError, match=r"a step cache already \(cache-dit or ParaAttention\)"):
+        tilewise.patch(model, FULL, cache="first-block")
+    tilewise.patch(model, FULL)
+    told = str(tilewise.summary(model))
+    assert (
+        "denoiser: a step cache is on that was enabled beside the patch (cache-dit" in told
+        and "first sparse step" in told
+    )
+    notes = tilewise.explain(model, height=80, width=128, frames=9, num_inference_steps=4).notes
+    assert [note for note in notes if note in told and "a step cache is on" in note]
+    cache_dit.disable_cache(model)
+    assert "step cache" not in str(tilewise.summary(model))

@@ -480,3 +480,18 @@ def test_a_users_cache_that_replaced_ours_stays():
     pipe.transformer.enable_cache(theirs)
     tilewise.unpatch(pipe)
     assert pipe.transformer._cache_config is theirs and list(step_cache_hooks(pipe.transformer))
+
+
+@pytest.mark.compile
+def test_a_compiled_denoiser():
+    pipe, text = pipeline(), "first-block:threshold=0.6"
+    tilewise.patch(pipe, FULL, steps=(0, 1), cache=text)
+    want = call(pipe, steps=4, guidance=1.0)
+    before = tilewise.summary(pipe).cache[0]
+    tilewise.unpatch(pipe)
+    torch.compiler.reset()
+    pipe.transformer.compile(backend="eager")
+    tilewise.patch(pipe, FULL, steps=(0, 1), cache=text)
+    torch.testing.assert_close(call(pipe, steps=4, guidance=1.0), want, atol=1e-5, rtol=1e-5)
+    assert tilewise.summary(pipe).cache[0] == before and before.reused
+    torch.compiler.reset()

@@ -26,6 +26,7 @@ from .model_card import write_card
 from .scoring import score_folder
 from .text_training import train_text
 from .vae_training import train_decoder, train_vae
+from .windowed import stream_windows
 
 TRAINING: dict[str, Callable[[Run, Config, Limits], bool]] = {
     "text": train_text,
@@ -98,6 +99,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--windows", help="in latent frames, comma-separated; default: the recipe's")
     command.add_argument("--prompts", type=int, default=8)
     command.add_argument("--frames", type=int, default=240)
+    command.add_argument("--seconds", type=float, help="begin no clip after this long")
+    command = add("stream-windows", "measure the model window after window, by the way and against two baselines")
+    command.add_argument("--model", type=Path, default=Path("pipelines/demo_model"))
+    command.add_argument(
+        "--columns",
+        default="prefix,prefix adain=1,prefix prefix_noise=0.02,renoised,renoised adain=1,clips,frozen",
+        help="way and options of each column, comma-separated; clips and frozen are baselines",
+    )
+    command.add_argument("--prompts", type=int, default=64)
+    command.add_argument("--windows", type=int, default=20, help="of a clip")
+    command.add_argument("--steps", type=int, help="default: the model's own")
+    command.add_argument("--overlap", type=int, help="latent frames; default: the way's own")
     command.add_argument("--seconds", type=float, help="begin no clip after this long")
     text = "score an exported folder with attention methods; writes its evaluation.json and model card"
     command = machine(commands.add_parser("score", help=text, description=text))
@@ -193,6 +206,17 @@ def main(arguments: list[str] | None = None) -> int:
             windows=options.windows and [int(window) for window in options.windows.split(",")],
             prompts=options.prompts,
             frames=options.frames,
+            seconds=options.seconds,
+        )
+    elif options.command == "stream-windows":
+        stream_windows(
+            run,
+            options.model,
+            columns=options.columns.split(","),
+            prompts=options.prompts,
+            windows=options.windows,
+            steps=options.steps,
+            overlap=options.overlap,
             seconds=options.seconds,
         )
     elif options.command == "export":

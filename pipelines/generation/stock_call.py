@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -27,7 +27,7 @@ def stock_call(pipe: Any, settings: GenerateSettings, done: StepDone, **more: An
 
     If it is cut off, nothing that it had begun stays on the GPU. Raises as `call_arguments`, before anything runs.
     """
-    arguments = {**call_arguments(pipe, settings), **input_arguments(pipe, Inputs.of(settings)), **more}
+    arguments = {**call_arguments(pipe, settings, more), **input_arguments(pipe, Inputs.of(settings)), **more}
     arguments["return_dict"] = False
     if "callback_on_step_end" in call_parameters(pipe):
 
@@ -55,8 +55,10 @@ def nothing_left(pipe: Any) -> Iterator[None]:
         raise
 
 
-def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
+def call_arguments(pipe: Any, settings: GenerateSettings, beside: Collection[str] = ()) -> dict[str, Any]:
     """The settings as arguments of the pipeline's call, without its files (`input_arguments`).
+
+    beside: names of arguments that are given besides, in place of files.
 
     Raises:
         UnsupportedModelError: if it demands more than settings can say.
@@ -83,7 +85,8 @@ def call_arguments(pipe: Any, settings: GenerateSettings) -> dict[str, Any]:
             f"{type(pipe).__name__} also needs {', '.join(extra)}, for which there is no option. "
             "Call the pipeline yourself, after tilewise.patch(pipe, ...)"
         )
-    check_roles(pipe, files_of(vars(settings)), settings.strength, settings.steps)
+    given = [*files_of(vars(settings)), *(role for role, name in roles_of(pipe).items() if name in beside)]
+    check_roles(pipe, given, settings.strength, settings.steps)
     if settings.guidance > 1 and not takes_guidance(pipe):
         guider = getattr(pipe, "guider", None)
         why = "its call has no guidance_scale" + (

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tilewise.pipelines.latent_spaces.base import LatentSpace
+from tilewise.pipelines.media.video import to_uint8
 from tilewise.pipelines.memory.stream_plan import StreamMemory
 from tilewise.pipelines.streaming.causal_source import CausalSource
 from tilewise.pipelines.streaming.checks import cache_of, check_stream
@@ -52,8 +55,11 @@ class Opening(Protocol):
     def memory(self, decode_device: torch.device, own_vae: bool) -> StreamMemory:
         """What it takes."""
 
-    def open(self, undo: contextlib.ExitStack, start: torch.Tensor | None) -> ChunkSource:
-        """Its source of latents. undo: gets what takes all of it off the pipeline. start: latents of the image to begin with."""
+    def open(self, undo: contextlib.ExitStack, picture: NDArray[np.float32] | None) -> ChunkSource:
+        """Its source of latents.
+
+        undo: gets what takes all of it off the pipeline. picture: (1, H, W, 3) in 0 … 1 to begin with.
+        """
 
 
 class CausalOpening:
@@ -72,7 +78,7 @@ class CausalOpening:
             decode_device=decode_device, own_vae=own_vae, exact=False,
         )  # fmt: skip
 
-    def open(self, undo: contextlib.ExitStack, start: torch.Tensor | None) -> ChunkSource:
+    def open(self, undo: contextlib.ExitStack, picture: NDArray[np.float32] | None) -> ChunkSource:
         pipe, asked, lanes = self.pipe, self.asked, lanes_of(self.recipe)
         used = list(denoisers_used(pipe, self.recipe).values())
         causal = [undo.enter_context(CausalDenoiser(one, self.cache, grid=self.grid, lanes=lanes)) for one in used]
@@ -89,9 +95,8 @@ class CausalOpening:
             dtype=used[0].dtype,
         )
         prompts = Prompts(encode, asked.prompt, states)
-        return CausalSource(
-            sampler, prompts, self.recipe, window=self.cache.window, chunk=self.chunk, start=start
-        )  # fmt: skip
+        start = _encoded(pipe, self.space, picture, asked.device)
+        return CausalSource(sampler, prompts, self.recipe, window=self.cache.window, chunk=self.chunk, start=start)
 
 
 class WindowOpening:
@@ -119,7 +124,7 @@ class WindowOpening:
             self.pipe, self.space, self.settings, device=self.asked.device, decode_device=decode_device, own_vae=own_vae
         )
 
-    def open(self, undo: contextlib.ExitStack, start: torch.Tensor | None) -> ChunkSource:
+    def open(self, undo: contextlib.ExitStack, picture: NDArray[np.float32] | None) -> ChunkSource:
         frames, temporal = self.asked.frames, self.space.factors(self.pipe)[1]
         sampler = WindowSampler(
             self.pipe,
@@ -135,8 +140,16 @@ class WindowOpening:
             self.recipe,
             total=None if frames is None else 1 + -(-(frames - 1) // temporal),
             device=self.asked.device,
-            start=start,
+            start=None if self.way.restarts else _encoded(self.pipe, self.space, picture, self.asked.device),
+            picture=to_uint8(picture)[0] if self.way.restarts and picture is not None else None,
         )
+
+
+def _encoded(
+    pipe: Any, space: LatentSpace, picture: NDArray[np.float32] | None, device: torch.device
+) -> torch.Tensor | None:
+    """Latents (1, C, 1, h, w) of a picture (1, H, W, 3) in 0 … 1."""
+    return None if picture is None else space.encode(pipe, picture).to(device)
 
 
 def _encoder(pipe: Any, device: torch.device, length: int | None) -> Callable[[str], torch.Tensor]:

@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tilewise.pipelines.streaming.prompt_plan import PromptPlan
 from tilewise.pipelines.streaming.recipe import CausalRecipe
@@ -45,6 +47,9 @@ class ChunkSource(ABC):
 
         frame: number of the first frame of the video that they make. between: called before every pass; may raise.
         """
+
+    def shown(self, frames: NDArray[np.uint8]) -> None:  # noqa: B027
+        """Told of the frames (F, H, W, 3) of each chunk, before the next one is begun where ``restarts``."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

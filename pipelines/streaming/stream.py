@@ -143,7 +143,7 @@ def stream(
         if wanted != vae_device and tiny is None:
             undo.callback(pipe.vae.to, vae_device)
             pipe.vae.to(wanted)
-        source = opening.open(undo, None if start_picture is None else space.encode(pipe, start_picture).to(device))
+        source = opening.open(undo, start_picture)
         return VideoStream(
             source,
             FrameDecoder(decoder, space, pipe.vae, wanted),

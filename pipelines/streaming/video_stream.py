@@ -257,7 +257,8 @@ class VideoStream(Iterator[Chunk]):
             again = self.source.restarts and self.chunks > 0
             self.chunks += 1
             denoised = time.perf_counter()
-            frames = self.decoder.submit(latents, new_clip=again, last=self._enough_begun())
+            ends = self.source.restarts or self._enough_begun()
+            frames = self.decoder.submit(latents, new_clip=again, last=ends)
         self.under_way.append(_UnderWay(latents, first, self.prompt, frames, begun, denoised))
 
     def _check_closing(self) -> None:
@@ -268,6 +269,7 @@ class VideoStream(Iterator[Chunk]):
         one = self.under_way.pop(0)
         asked = time.perf_counter()
         frames = one.frames.result()
+        self.source.shown(frames)
         now = time.perf_counter()
         first = self.frames_out
         if self.frames is not None:

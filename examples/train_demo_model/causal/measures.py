@@ -28,8 +28,11 @@ def borders(frames: int, chunk: int) -> list[int]:
     return list(range(2 * chunk - 1, frames, 2 * chunk))
 
 
-def measure_clip(prompt: str, clip: np.ndarray, chunk: int = 3) -> dict[str, Any]:
-    """One clip (frames, height, width, 3), uint8, that shows one object; values that do not apply are None."""
+def measure_clip(prompt: str, clip: np.ndarray, chunk: int = 3, at: Sequence[int] | None = None) -> dict[str, Any]:
+    """One clip (frames, height, width, 3), uint8, that shows one object; values that do not apply are None.
+
+    at: first frames of its second and later parts. Default: those of chunks of `chunk` latents.
+    """
     expected = parse_prompt(prompt)
     size = clip.shape[1]
     quarters = np.array_split(clip, 4)
@@ -55,7 +58,7 @@ def measure_clip(prompt: str, clip: np.ndarray, chunk: int = 3) -> dict[str, Any
         "alone": last.count == 1,
         "moving": bool(activity[-1] > max(0.5, FROZEN * activity[0])),
         "kind": _right_kind(expected.objects[0].motion, np.array_split(track, 4)[-1]),
-        **_border_steps(track, expected.objects[0].motion, chunk),
+        **_border_steps(track, expected.objects[0].motion, borders(len(track), chunk) if at is None else at),
         "drift": [round(float(np.linalg.norm(colour - drawn[0])) * 255, 2) for colour in drawn[1:]],
         "activity": [round(value, 2) for value in activity],
     }
@@ -144,13 +147,16 @@ def _activity(track: np.ndarray) -> float:
     return float(np.nanmean(total)) if np.isfinite(total).any() else 0.0
 
 
-def _border_steps(track: np.ndarray, motion: str | None, chunk: int) -> dict[str, float | None]:
-    """Share of the steps across chunk borders, and of all others, that are no jumps. Only for motion of an even speed."""
+def _border_steps(track: np.ndarray, motion: str | None, begins: Sequence[int]) -> dict[str, float | None]:
+    """Share of the steps across the borders of parts, and of all others, that are no jumps. Only for motion of an even speed.
+
+    begins: first frames of the second and later parts.
+    """
     steps = np.linalg.norm(np.diff(track[:, :2], axis=0), axis=1)
     if motion in UNEVEN or not np.isfinite(steps).any():
         return {"border_steps": None, "inner_steps": None}
     calm = steps <= JUMP * np.nanmedian(steps) + SLACK
-    at = np.array([frame - 1 for frame in borders(len(track), chunk)])
+    at = np.array([frame - 1 for frame in begins if frame < len(track)], int)
     known = np.isfinite(steps)
     inner = known.copy()
     inner[at] = False

@@ -11,6 +11,7 @@ from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_spaces
 from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.pipelines.streaming.windows.ways.base import Way, way_named, ways
+from tilewise.pipelines.streaming.windows.ways.condition import ALIKE
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
@@ -25,11 +26,13 @@ def window_space(pipe: Any) -> LatentSpace:
     Raises UnsupportedModelError for a kind of pipeline that goes none of the ways.
     """
     spaces, kind = latent_spaces(), type(pipe).__name__
+    kind = ALIKE.get(kind, kind)
     video = [name for name, space in spaces.items() if not space.still]
     if kind not in video:
+        served = ", ".join(sorted([*video, *ALIKE]))
         raise UnsupportedModelError(
-            f"stream: {kind} goes none of the ways ({', '.join(ways())}): each needs latents that can be read and given in "
-            f"between, which is known of {', '.join(sorted(video))}. If its transformer fits one of these, make one of its parts"
+            f"stream: {type(pipe).__name__} goes none of the ways ({', '.join(ways())}): each needs latents that can be read and "
+            f"given in between, which is known of {served}. If its transformer fits one of these, make one of its parts"
         )
     if (order := getattr(pipe.scheduler, "order", 1)) != 1 or not hasattr(pipe.scheduler, "sigmas"):
         told = (
@@ -116,18 +119,25 @@ def check_windows(pipe: Any, recipe: WindowRecipe, settings: GenerateSettings) -
         raise ConfigError(
             "windows: with an overlap of 0 latent frames no window goes on from the one before; give at least 1"
         )
+    if way.restarts and recipe.overlap != 1:
+        raise ConfigError(
+            f"windows: by the way {way.name} a window goes on from one frame: overlap must be 1, not {recipe.overlap}"
+        )
     if recipe.prefix_noise and not way.per_frame:
         raise ConfigError(f"windows: prefix_noise is of the way prefix, and this stream goes the way {way.name}")
     for denoiser in denoisers_of(pipe).values():
         if (family := family_of(denoiser)) is not None:
             family.grid_of_size(denoiser, pipe, Size(settings.height, settings.width, settings.frames))
-    call_arguments(pipe, settings)
+    call_arguments(pipe, settings, ("image",) if way.restarts else ())
     return space
 
 
 def check_start(recipe: WindowRecipe, with_image: bool) -> None:
-    """Raises ConfigError for a picture to begin with where the way has no place for it."""
-    if with_image and not way_named(recipe.way).per_frame:
+    """Raises ConfigError for a picture to begin with where the way has no place for it, or none where it needs one."""
+    way = way_named(recipe.way)
+    if way.restarts and not with_image:
+        raise ConfigError(f"windows: the way {recipe.way} begins with a picture: give an image")
+    if with_image and not (way.per_frame or way.restarts):
         raise ConfigError(f"windows: the way {recipe.way} begins with noise alone; leave the image out")
 
 

@@ -11,7 +11,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import stock_call
@@ -50,16 +53,24 @@ class WindowSampler:
         self.shape = space.shape(pipe, settings.height, settings.width, settings.frames)
 
     def window(
-        self, tail: torch.Tensor | None, text: WindowText, between: Callable[[], None] = lambda: None
+        self,
+        tail: torch.Tensor | None,
+        text: WindowText,
+        between: Callable[[], None] = lambda: None,
+        *,
+        picture: NDArray[np.uint8] | None = None,
     ) -> torch.Tensor:
         """The next window, normalised latents (1, C, t, h, w) float32.
 
         tail: (1, C, k, h, w), the last latents of the window before; None: the first window, the stock pipeline's clip.
+        picture: (H, W, 3), where it begins with one.
         between: called after every pass; may raise, and the window is dropped then.
         """
         between()
         settings = dataclasses.replace(self.settings, prompt=text.prompt)
         given: dict[str, Any] = {"generator": self.generator, "output_type": "latent"}
+        if picture is not None:
+            given["image"] = Image.fromarray(picture)
         held = None if tail is None else _Held(self, tail)
         if held is not None:
             given["latents"] = self.space.packed(self.pipe, held.begin)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tilewise.pipelines.streaming.prompt_plan import FLUSH_KEEPS
 from tilewise.pipelines.streaming.source import ChunkSource, State
@@ -22,7 +24,8 @@ class WindowSource(ChunkSource):
     Args:
         sampler, prompts, recipe: see there.
         total: latent frames of the video; None: without end. device: of the latents.
-        start: latents (1, C, t, h, w) that the first window has in front, as of an image.
+        start: latents (1, C, t, h, w) that the first window has in front, as of an image. picture: (H, W, 3) that it begins
+            with, by a way that restarts.
     """
 
     recipe: WindowRecipe
@@ -37,6 +40,7 @@ class WindowSource(ChunkSource):
         total: int | None,
         device: torch.device,
         start: torch.Tensor | None = None,
+        picture: NDArray[np.uint8] | None = None,
     ) -> None:
         self.sampler, self.prompts, self.recipe = sampler, prompts, recipe
         self.total, self.device = total, device
@@ -44,6 +48,8 @@ class WindowSource(ChunkSource):
         self._last = start  # latents of the last window
         self._end = 0 if start is None else start.shape[2]  # number of the latent frame after it
         self._first: torch.Tensor | None = None  # statistics of the first window
+        self.restarts = sampler.way.restarts
+        self._picture = picture
 
     @property
     def next_frame(self) -> int:
@@ -55,17 +61,16 @@ class WindowSource(ChunkSource):
 
     def chunk(self, frame: int, between: Callable[[], None]) -> torch.Tensor:
         text = self.prompts.next_text(frame)
+        if self.restarts:
+            new = self._guarded(self.sampler.window(None, text, between, picture=self._picture), 1)
+            self._given += new.shape[2] - (1 if self._given else 0)  # the first of a later window is there already
+            return new
         before = self._last
         overlap = 0
         if before is not None:
             overlap = min(self.recipe.overlap, FLUSH_KEEPS if text.flush else self.recipe.window, before.shape[2])
         tail = None if before is None else before[:, :, before.shape[2] - overlap :]
-        new = self.sampler.window(tail, text, between)
-        if self._first is None:
-            self._first = statistics(new)
-        elif self.recipe.adain:
-            own = matched(new[:, :, overlap:], self._first, self.recipe.adain)
-            new = torch.cat([new[:, :, :overlap], own], 2)
+        new = self._guarded(self.sampler.window(tail, text, between), overlap)
         begin = self._end - overlap
         self._end = begin + new.shape[2]
         held = self.recipe.overlap if self.sampler.way.holds_back else 0
@@ -76,6 +81,19 @@ class WindowSource(ChunkSource):
             parts.insert(0, before[:, :, self._given - first : begin - first])
         self._last, self._given = new, until
         return torch.cat(parts, 2)
+
+    def _guarded(self, new: torch.Tensor, overlap: int) -> torch.Tensor:
+        """A window with the statistics of the first one, but for its first latents."""
+        if self._first is None:
+            self._first = statistics(new)
+        elif self.recipe.adain:
+            own = matched(new[:, :, overlap:], self._first, self.recipe.adain)
+            new = torch.cat([new[:, :, :overlap], own], 2)
+        return new
+
+    def shown(self, frames: NDArray[np.uint8]) -> None:
+        if self.restarts and len(frames):
+            self._picture = frames[-1].copy()
 
     def identity(self) -> dict[str, Any]:
         configs = [patch.config.to_dict() for patch in patches_of(self.sampler.pipe).values()]
@@ -91,6 +109,7 @@ class WindowSource(ChunkSource):
         tensors = {"generator": self.sampler.generator.get_state()}
         tensors |= {} if self._last is None else {"last": self._last}
         tensors |= {} if self._first is None else {"first": self._first}
+        tensors |= {} if self._picture is None else {"picture": torch.from_numpy(self._picture)}
         return {"small": small, "given": self._given, "end": self._end}, tensors
 
     def load_state(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -98,3 +117,4 @@ class WindowSource(ChunkSource):
         self._given, self._end = values["given"], values["end"]
         self._last = tensors["last"].to(self.device) if "last" in tensors else None
         self._first = tensors["first"].to(self.device) if "first" in tensors else None
+        self._picture = tensors["picture"].cpu().numpy() if "picture" in tensors else None

@@ -9,8 +9,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tilewise
+from tests.helpers.tiny_conditioned import without_ftfy
 from tests.helpers.tiny_wan import tiny_pipeline
 from tilewise.pipelines.streaming.state import StreamState
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
@@ -269,7 +271,7 @@ def test_a_close_and_an_error_in_the_middle_of_a_window(pipe):
         ({"way": "sideways"}, "way to go on"),
         ({"adain": 2}, "adain must be from 0 to 1"),
         ({"way": "renoised", "prefix_noise": 0.1}, "prefix_noise is of the way prefix"),
-        ({"way": "renoised", "image": np.zeros((32, 32, 3), np.uint8)}, "leave image out"),
+        ({"way": "renoised", "image": np.zeros((32, 32, 3), np.uint8)}, "leave the image out"),
         ({"chunk": 3}, "give window and overlap"),
         ({"cache": tilewise.KVCache(window=6)}, "give window and overlap"),
         ({"height": 30}, "height"),
@@ -299,3 +301,44 @@ def test_defaults_by_what_the_model_says(pipe, plain):
     recipe = WindowRecipe("renoised", 5, 1, 2, 1.0, 8, 32, 32)
     with tilewise.stream(plain, RED, recipe=recipe, overlap=3) as video:
         assert video.recipe == recipe.replace(overlap=3)
+
+
+def test_condition_begins_each_window_with_the_last_frame(monkeypatch):
+    """Of an image-to-video model; each window is the stock clip of that picture."""
+    without_ftfy(monkeypatch)
+    pipe = tiny_pipeline(image=True)
+    picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    seen: list[np.ndarray] = []
+    preprocess = pipe.video_processor.preprocess
+    monkeypatch.setattr(
+        pipe.video_processor,
+        "preprocess",
+        lambda image, **k: (seen.append(np.asarray(image)), preprocess(image, **k))[1],
+    )
+    with stream(pipe, image=picture, overlap=None, seconds=25 / 8) as video:
+        assert (video.recipe.way, video.recipe.overlap) == ("condition", 1)
+        chunks = [next(video)]
+        state = video.state_dict()
+        chunks += list(video)
+    assert [len(chunk.frames) for chunk in chunks] == [9, 8, 8] and [c.latents.shape[2] for c in chunks] == [5, 5, 5]
+    assert [chunk.first_frame for chunk in chunks] == [0, 9, 17]
+    for given, wanted in zip(seen, [picture, chunks[0].frames[-1], chunks[1].frames[-1]], strict=True):
+        assert np.array_equal(given, wanted)
+    generator = torch.Generator().manual_seed(0)
+    for chunk, given in zip(chunks[:2], seen, strict=False):
+        clip = pipe(
+            Image.fromarray(given), RED, "", 32, 32, 9, 2, generator=generator, max_sequence_length=16, output_type="np"
+        ).frames[0]
+        wanted = (clip * 255).round()[-len(chunk.frames) :]
+        assert np.abs(chunk.frames - wanted).max() <= 1
+    with stream(pipe, image=picture, overlap=None, seconds=25 / 8) as video:
+        video.load_state_dict(state)
+        assert np.array_equal(np.concatenate([c.frames for c in video]), np.concatenate([c.frames for c in chunks[1:]]))
+    for options, message in (
+        ({}, "give an image"),
+        ({"image": picture, "overlap": 2}, "overlap must be 1"),
+    ):
+        with pytest.raises(tilewise.ConfigError, match=message):
+            stream(pipe, **{"overlap": None, **options})
+    with pytest.raises(tilewise.UnsupportedModelError, match="each window begins with a picture"):
+        stream(pipe, way="renoised", image=picture)

@@ -8,9 +8,11 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import tilewise
+from tests.helpers.tiny_conditioned import save, without_ftfy
 from tests.helpers.tiny_wan import save_tiny_pipeline
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.pipelines.media.video import read_frames, read_settings
@@ -71,6 +73,20 @@ def test_the_bundled_model_streams_by_a_way(way, tmp_path):
     recipe = read_settings(tmp_path / "c.mp4")["run"]["stream"]["recipe"]
     assert (recipe["way"], recipe["window"], recipe["overlap"], recipe["steps"]) == (way, 9, 3, 2)
     assert len(read_frames(tmp_path / "c.mp4")) == 24 and "trained" not in result.stderr
+
+
+def test_a_model_that_takes_a_picture_begins_each_window_with_one(tmp_path, monkeypatch):
+    without_ftfy(monkeypatch)
+    model, image = save(tmp_path / "m", "first"), tmp_path / "start.png"
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(image)
+    words = ["--stream", "--model", model, "--seconds", 1.5, "--window", 3]
+    result = run(RED, *words, "--image", image, "--out", tmp_path / "c.mp4")
+    assert result.exit_code == 0, result.output
+    recipe = read_settings(tmp_path / "c.mp4")["run"]["stream"]["recipe"]
+    assert (recipe["way"], recipe["window"], recipe["overlap"]) == ("condition", 3, 1)
+    assert len(read_frames(tmp_path / "c.mp4")) == 12
+    without = run(RED, *words, "--out", tmp_path / "d.mp4")
+    assert without.exit_code == 2 and "begins with a picture" in re.sub(r"[\s│]+", " ", without.stderr), without.stderr
 
 
 def test_dry_run_and_explain_tell_the_way(model):

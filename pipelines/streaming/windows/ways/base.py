@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 import tilewise.pipelines.streaming.windows.ways
+from tilewise.pipelines.conditioning.roles import needed_roles
 from tilewise.plugins.errors import unknown
 
 
@@ -31,11 +32,13 @@ class Way(ABC):
     Attributes:
         name: what options call it.
         per_frame: whether the denoiser is told M by a timestep for each latent frame.
+        restarts: whether a window is a clip of its own, which begins with the last frame of the one before as a picture.
         holds_back: whether the next window still changes the columns that it shares with this one.
     """
 
     name: ClassVar[str]
     per_frame: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
     holds_back: ClassVar[bool] = False
 
     @abstractmethod
@@ -69,6 +72,11 @@ class Way(ABC):
         rows[:, :overlap] = torch.tensor([self.level(sigma, prefix_noise) for sigma in sigmas])[:, None]
         rows[-1] = 0
         return rows
+
+
+def needs_picture(pipe: Any) -> str | None:
+    """Why a pipeline whose every call begins with a picture cannot go on from latents; None for others."""
+    return "each window begins with a picture" if "image" in needed_roles(pipe) else None
 
 
 _REGISTRY: dict[str, Way] = {}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.loading.model_defaults import model_defaults
-from tilewise.pipelines.streaming.windows.ways.base import Way, register
+from tilewise.pipelines.streaming.windows.ways.base import Way, needs_picture, register
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
 
@@ -24,6 +24,8 @@ class Prefix(Way):
     per_frame = True
 
     def refuses(self, pipe: Any) -> str | None:
+        if (needed := needs_picture(pipe)) is not None:
+            return needed
         for denoiser in denoisers_of(pipe).values():
             family = family_of(denoiser)
             if family is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tilewise.pipelines.streaming.windows.ways.base import Way, register
+from tilewise.pipelines.streaming.windows.ways.base import Way, needs_picture, register
 
 
 @register
@@ -20,7 +20,7 @@ class Renoised(Way):
     holds_back = True
 
     def refuses(self, pipe: Any) -> str | None:
-        return None
+        return needs_picture(pipe)
 
     def usual(self, pipe: Any) -> bool:
         return True

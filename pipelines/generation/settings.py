@@ -29,7 +29,7 @@ MODELS_OWN = "the model's own"
 OWN_VAE = "vae"
 METHOD_HELP = (
     "sta, draft, xattention, inward, neighborhood, dense, a preset (sta-quality, sta-balanced, sta-fast, draft-quality, "
-    "draft-fast), or a config .json."
+    "draft-fast, draft-few-steps), or a config .json."
 )
 
 

@@ -122,6 +122,8 @@ def _words(kind: Any) -> str:
         return 'a method, or {"name": …}'
     members = typing.get_args(kind)
     if members[1:] == (Ellipsis,):
+        if members[0] in (int, float):
+            return "numbers such as 1,0.98"
         return "several of these, separated by ;" if typing.get_origin(members[0]) is tuple else "names such as a,b"
     what, example = {
         int: ("whole numbers", "3,3,3"),

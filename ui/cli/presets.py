@@ -11,6 +11,7 @@ from tilewise.plugins.config import SHARED_OPTIONS, Config, presets, resolve
 from tilewise.plugins.methods.base import methods
 from tilewise.plugins.methods.option_text import format_value, kind_words, option_types
 from tilewise.plugins.presets import PRESETS
+from tilewise.plugins.step_caches.options import CACHES
 from tilewise.ui.common.terminal import say, standard_output
 
 
@@ -41,9 +42,21 @@ def presets_command(*, as_json: bool) -> None:
     for number, (option, kind) in enumerate(SHARED_OPTIONS.items()):
         table.add_row("" if number else "all but dense", option, kind_words(kind), format_value(_default(option)))
     out.print(table)
+    out.print(_caches())
     say(
         "--density, --window, --blocks and --steps-sparse are options of their own; where a default is none, see docs/methods.md"
     )
+
+
+def _caches() -> Table:
+    """Step caches with their options."""
+    table = Table("cache", "option", "value", "default", title="--cache CACHE:OPTION=VALUE", title_justify="left")
+    for name, cls in CACHES.items():
+        fields, kinds = dataclasses.fields(cls), option_types(cls)
+        for number, field in enumerate(fields):
+            row = ("" if number else name, field.name, kind_words(kinds[field.name]), format_value(field.default))
+            table.add_row(*row, end_section=number == len(fields) - 1)
+    return table
 
 
 def _default(option: str) -> object:

@@ -28,6 +28,7 @@ from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.diffusers_compat import step_cache_hooks
 from tilewise.plugins.guidance.dual_path import two_paths
 from tilewise.plugins.patching import patches_of
+from tilewise.plugins.runtime.attention_call import AttentionCalls
 from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 from tilewise.plugins.streaming.kv_cache import KVCache
 
@@ -98,6 +99,19 @@ def test_is_stock_with_the_same_hook(text, uncached):
     assert torch.equal(call(pipe), uncached)
 
 
+@pytest.mark.parametrize("text", [*list(CACHES)[:2], *list(CACHES)[3:]])
+def test_under_fused_kernels(text, monkeypatch):
+    """As on a GPU: fused blocks, here by the kernels' naive formulas, reuse the same steps as stock ones."""
+    pipe = pipeline()
+    tilewise.patch(pipe, "dense", fuse=False, cache=text)
+    want, before = call(pipe, guidance=1.0), counted(pipe)
+    monkeypatch.setattr(AttentionCalls, "fused_here", lambda self, x: True)
+    tilewise.patch(pipe, "dense", cache=text)
+    torch.testing.assert_close(call(pipe, guidance=1.0), want, atol=1e-4, rtol=1e-4)
+    summary = tilewise.summary(pipe)
+    assert counted(pipe) == before and before[0] and summary.fused_calls == summary.calls > 0
+
+
 def test_pyramid_attention_is_stocks_where_there_is_one_branch():
     pipe = pipeline()
     pipe.transformer.enable_cache(
@@ -158,6 +172,17 @@ def test_the_border_is_foretold(text, border):
     call(pipe, guidance=1.0)
     assert counted(pipe) == (foretold.reused_steps, STEPS)
     assert f"step {int(border * STEPS)} reuses nothing" in str(foretold)
+
+
+@pytest.mark.parametrize("text", ["taylor:cache_interval=2", f"mag:mag_ratios={'1,' * 14}1", "pab"])
+def test_a_solver_that_calls_twice_a_step(text):
+    """Heun calls the denoiser at 2n − 1 timesteps, each a step to the cache."""
+    pipe = pipeline()
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)
+    tilewise.patch(pipe, FULL, steps=(0.5, 1), cache=text)
+    foretold = tilewise.explain(pipe, height=64, width=64, frames=5, num_inference_steps=STEPS)
+    call(pipe, guidance=1.0)
+    assert counted(pipe) == (foretold.reused_steps, 2 * STEPS - 1) and foretold.reused_steps
 
 
 def test_two_denoisers_are_foretold():

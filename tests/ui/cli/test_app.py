@@ -324,7 +324,7 @@ BAD = {
     "a schedule of one": (
         ["--steps-sparse", "0.5"],
         2,
-        "steps_sparse of sta must be two numbers such as 0.25,1, not '0.5'",
+        "steps must be two fractions (from, to), or step numbers such as '1:' or '2:6', got '0.5'",
     ),
     "a schedule past the end": (["--steps-sparse", "0.5,2"], 2, "0 ≤ from ≤ to ≤ 1"),
     "blocks": (["--blocks", "first"], 2, "blocks: cannot read 'first'"),

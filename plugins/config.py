@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
+from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.methods.base import Method, make_method, methods
 from tilewise.plugins.methods.option_text import option_types, parse_value
@@ -40,7 +41,10 @@ SHARED_OPTIONS: Mapping[str, Any] = {
     "min_tokens": int | None,
     "vae": bool,
     "cache": str | None,
+    "keep": str | None,
 }
+KEEP: Mapping[str, tuple[int, int]] = {"condition": (1, 0), "ends": (1, 1)}
+"""What ``keep`` names: how many latent frames at the begin and at the end of a clip."""
 DENSE_OPTIONS = ("cache",)  # those that dense has too
 
 
@@ -103,6 +107,9 @@ class Config:
         cache: a step cache of diffusers that runs beside the method, dense included: "first-block", "taylor", "mag", "sea" or
             "pab", the same with options as in "first-block:threshold=0.1", or an object with "name" and options
             (step_caches/options.py). None, or "none": none.
+        keep: latent frames that see all and that all see, whatever the method selects: "condition", the first one, which an
+            image-to-video model is given; "ends", the first and the last one. They are handled as text in the same sequence is.
+            Reference images that are part of the sequence are kept in any case. None: the method's selection alone.
 
     Raises:
         ConfigError: for a range that is not 0 ≤ from ≤ to ≤ 1, or a text that cannot be read.
@@ -117,6 +124,7 @@ class Config:
     min_tokens: int | None = None
     vae: bool = True
     cache: CacheLike | None = None
+    keep: str | None = None
 
     def __post_init__(self) -> None:
         steps = checked_steps(self.steps)
@@ -137,6 +145,8 @@ class Config:
         least = self.min_tokens
         if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
             raise ConfigError(f"min_tokens must be a whole number of at least 0, got {least!r}")
+        if self.keep is not None and (not isinstance(self.keep, str) or self.keep not in KEEP):
+            raise unknown("keep", self.keep, KEEP)
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "cache", step_cache(self.cache))
         select_blocks(self.blocks, 1)
@@ -150,6 +160,21 @@ class Config:
         denoiser's token sequence."""
         least = self.min_tokens if self.min_tokens is not None else MIN_MAP_TOKENS if own_map else 0
         return f"{tokens} tokens, fewer than min_tokens={least}" if tokens < least else None
+
+    def kept(self, grid: Grid) -> Grid:
+        """The grid that the method selects in: without the latent frames of ``keep``, whose tokens count as text at its side.
+
+        As it is, where no other frame would be left.
+        """
+        first, last = KEEP[self.keep] if self.keep is not None else (0, 0)
+        if first + last == 0 or grid.t <= first + last:
+            return grid
+        frame = grid.h * grid.w
+        before = grid.video_start + first * frame
+        after = grid.text - grid.video_start + last * frame
+        text_first = grid.text_first or not grid.text  # most of these tokens stand before
+        opposite = after if text_first else before
+        return Grid(grid.t - first - last, grid.h, grid.w, before + after, text_first, opposite)
 
     @property
     def is_stock(self) -> bool:
@@ -215,6 +240,7 @@ class Config:
             "min_tokens": self.min_tokens,
             "vae": self.vae,
             **({} if self.step_cache is None else {"cache": self.step_cache.to_dict()}),
+            **({} if self.keep is None else {"keep": self.keep}),
         }
 
     @classmethod
@@ -259,6 +285,7 @@ def resolve(
     min_tokens: int | None = None,
     vae: bool | None = None,
     cache: CacheLike | None = None,
+    keep: str | None = None,
 ) -> Config:
     """The config for a method name, preset name, method object or config, with the given options on top.
 
@@ -280,7 +307,7 @@ def resolve(
         raise ConfigError(f"method must be a name, a preset, a method object or a Config, got {type(method).__name__}")
     given: dict[str, Any] = {
         "steps": steps, "blocks": blocks, "strict": strict, "fuse": fuse, "precision": precision,
-        "min_tokens": min_tokens, "vae": vae, "cache": cache,
+        "min_tokens": min_tokens, "vae": vae, "cache": cache, "keep": keep,
     }  # fmt: skip
     return dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
 

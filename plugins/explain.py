@@ -202,7 +202,7 @@ def explain(
         for downsample in dict.fromkeys(layer.downsample for layer in layers):
             here = [layer for layer in layers if layer.downsample == downsample]
             label = name if downsample is None else f"{name}, 1/{2**downsample}"
-            rows.append(_explain_row(label, denoiser, config, here[0].grid(grid), here))
+            rows.append(_explain_row(label, denoiser, config, config.kept(here[0].grid(grid)), here))
         dense: dict[str, str] = {}
         for layer in layers:
             module: Any = layer.module
@@ -210,6 +210,11 @@ def explain(
                 dense[layer.name] = why
         notes += [f"{name}.{layer} stays dense: {why}" for layer, why in dense.items()]
         notes += foreign_note(name, denoiser, config)
+        if (kept := config.kept(grid)) != grid:
+            frames_kept = counted(grid.t - kept.t, "latent frame")
+            notes.append(
+                f"{name}: keep={config.keep}: {frames_kept} of {grid.h}×{grid.w} tokens counted as text, which all see"
+            )
         notes += [f"{name}: {note}" for note in family.notes(denoiser, fuse=config.fuse, dense=dense)]
     if own_steps:
         notes.append(f"steps are counted for {num_inference_steps}, the model's own: num_inference_steps was not given")

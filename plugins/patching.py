@@ -85,6 +85,7 @@ def patch(
     min_tokens: int | None = None,
     vae: bool | None = None,
     cache: CacheLike | None = None,
+    keep: str | None = None,
 ) -> T:
     """Replace the attention of a pipeline's denoisers in one call. Weights and classes stay untouched.
 
@@ -110,6 +111,8 @@ def patch(
             one with options, as in "first-block:threshold=0.1" or ``{"name": "first-block", "threshold": 0.1}``. It never reuses
             at a sparse step what a dense one computed, or the other way round. Default: what the config says, otherwise none;
             "none" leaves out the config's.
+        keep: "condition": the first latent frame, which an image-to-video model is given, sees all and is seen by all; "ends":
+            the last one too. Default: what the config says, otherwise none.
 
     Returns:
         ``target``. Patching a patched target replaces the earlier patch; ``unpatch`` always restores the original.
@@ -133,6 +136,7 @@ def patch(
         min_tokens=min_tokens,
         vae=vae,
         cache=cache,
+        keep=keep,
     )
     denoisers = denoisers_of(target)
     for name, denoiser in denoisers.items():
@@ -229,6 +233,7 @@ def patched(
     min_tokens: int | None = None,
     vae: bool | None = None,
     cache: CacheLike | None = None,
+    keep: str | None = None,
 ) -> Iterator[T]:
     """``with patched(pipe, "sta"): …``: patch for the length of a block, then unpatch.
 
@@ -247,6 +252,7 @@ def patched(
         min_tokens=min_tokens,
         vae=vae,
         cache=cache,
+        keep=keep,
     )
     try:
         yield target

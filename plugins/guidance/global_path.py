@@ -92,6 +92,10 @@ def _check(name: str, denoiser: nn.Module, config: Config, global_path: str) -> 
             f"two paths: the step cache {config.step_cache} skips blocks of {name}, which the global path has to run. "
             "Leave cache= out; in highres the first stage's method may have one"
         )
+    if config.keep is not None:
+        raise ConfigError(
+            f"two paths: keep={config.keep!r} is for one path: the global path sees all frames. Leave keep out"
+        )
     if cache := step_cache(denoiser):
         raise UnsupportedModelError(f"two paths: {name} has a step cache that skips blocks ({cache}); disable it first")
     if streams.joint and global_path != "dense":

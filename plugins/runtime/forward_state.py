@@ -101,6 +101,7 @@ class ForwardState:
     def begin(self, grid: Grid | None, timestep: torch.Tensor, refused: str | None = None) -> None:
         """Begin a forward over ``grid`` at ``timestep``; ``refused``: why no call of it can be sparse."""
         forward = self.forward
+        grid = None if grid is None else self.config.kept(grid)
         forward.grid = self.grid = grid
         forward.masks.clear()
         forward.runs = self._runs_at(timestep)

@@ -24,6 +24,9 @@ STEP_CACHE_REFUSED = (
     "a stream takes no step cache: each forward writes keys and values of its chunk into the KV cache, and blocks that a step "
     "cache skips would leave old ones there. Leave cache= out"
 )
+KEEP_REFUSED = (
+    "a stream over a KV cache takes no keep: its sink keeps the first latent frames in the window. Give a sink"
+)
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,9 @@ def _of_the_plan(skeleton: Any, config: Config, explanation: Explanation) -> Dra
     assert family is not None
     size = Size(explanation.size["height"], explanation.size["width"], explanation.size["frames"])
     layer = family.layers(denoiser)[0]
-    method = config.prepare(skeleton, denoiser).method
-    layout = method.layout(layer.grid(family.grid_of_size(denoiser, skeleton, size)))
+    config = config.prepare(skeleton, denoiser)
+    method = config.method
+    layout = method.layout(config.kept(layer.grid(family.grid_of_size(denoiser, skeleton, size))))
     if layout is None:
         raise ConfigError(f"--plot: the method {method.name} is dense, there is nothing to draw")
     plan = method.plan(layout, layer.heads, torch.device("cpu"))

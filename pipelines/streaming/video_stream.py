@@ -111,11 +111,16 @@ class VideoStream(Iterator[Chunk]):
                 while True:
                     while len(self.under_way) <= ahead and not self._enough_begun():
                         self._begin_chunk()
+                    if not self.under_way:  # a decoder that leaves an incomplete group of latents out at the end
+                        self.close()
+                        raise StopIteration
                     made = self._finish_chunk()
                     if len(
                         made.frames
                     ):  # decoders that are not exact may keep all frames of a short chunk for the next
                         return made
+            except StopIteration:
+                raise
             except _ClosedError:
                 raise StopIteration from None
             except BaseException:

@@ -7,11 +7,12 @@ from typing import Any
 
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
-from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_spaces
+from tilewise.pipelines.latent_spaces.base import LatentSpace
 from tilewise.pipelines.loading.model_defaults import model_defaults
+from tilewise.pipelines.streaming.windows.noise import untold_noise
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
+from tilewise.pipelines.streaming.windows.spaces import window_spaces
 from tilewise.pipelines.streaming.windows.ways.base import Way, way_named, ways
-from tilewise.pipelines.streaming.windows.ways.condition import ALIKE
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
@@ -25,23 +26,17 @@ def window_space(pipe: Any) -> LatentSpace:
 
     Raises UnsupportedModelError for a kind of pipeline that goes none of the ways.
     """
-    spaces, kind = latent_spaces(), type(pipe).__name__
-    kind = ALIKE.get(kind, kind)
-    video = [name for name, space in spaces.items() if not space.still]
-    if kind not in video:
-        served = ", ".join(sorted([*video, *ALIKE]))
+    spaces, kind = window_spaces(), type(pipe).__name__
+    if kind not in spaces:
         raise UnsupportedModelError(
-            f"stream: {type(pipe).__name__} goes none of the ways ({', '.join(ways())}): each needs latents that can be read and "
-            f"given in between, which is known of {served}. If its transformer fits one of these, make one of its parts"
+            f"stream: {kind} goes none of the ways ({', '.join(ways())}): each needs latents that can be read and given in "
+            f"between, which is known of {', '.join(sorted(spaces))}. If its transformer fits one of these, make one of its parts"
         )
-    if (order := getattr(pipe.scheduler, "order", 1)) != 1 or not hasattr(pipe.scheduler, "sigmas"):
-        told = (
-            f"takes {order} forwards a step"
-            if order != 1
-            else "has no noise levels that are known before they are reached"
-        )
+    if (why := spaces[kind].refuses(pipe)) is not None:
+        raise UnsupportedModelError(f"stream: this {kind} goes none of the ways ({', '.join(ways())}): {why}")
+    if (why := untold_noise(pipe.scheduler)) is not None:
         raise UnsupportedModelError(
-            f"stream: {type(pipe.scheduler).__name__} {told}; give the pipeline FlowMatchEulerDiscreteScheduler"
+            f"stream: {type(pipe.scheduler).__name__} {why}; give the pipeline another scheduler"
         )
     return spaces[kind]
 

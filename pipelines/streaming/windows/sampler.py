@@ -19,6 +19,7 @@ from PIL import Image
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import stock_call
 from tilewise.pipelines.latent_spaces.base import LatentSpace
+from tilewise.pipelines.streaming.windows.noise import level_after, noised
 from tilewise.pipelines.streaming.windows.prompts import WindowText, blended_text
 from tilewise.pipelines.streaming.windows.ways.base import Way
 from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
@@ -77,7 +78,7 @@ class WindowSampler:
 
         def done(step: int, steps: int, latents: torch.Tensor) -> None:
             if held is not None:
-                held.put(latents, self._sigma(step))
+                held.put(latents, level_after(self.pipe.scheduler, step))
             between()
 
         bar = {**getattr(self.pipe, "_progress_bar_config", {}), "disable": True}
@@ -88,12 +89,6 @@ class WindowSampler:
         ):
             out = stock_call(self.pipe, settings, done, **given)
         return self.space.unpacked(self.pipe, out, self.shape).float()
-
-    def _sigma(self, step: int) -> float:
-        """The noise level after so many passes."""
-        scheduler = self.pipe.scheduler
-        sigma = float(scheduler.sigmas[step])
-        return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma  # Mochi's are shares of the clip, and rise
 
 
 class _Held:
@@ -112,7 +107,7 @@ class _Held:
     def _mixed(self, own: torch.Tensor, sigma: float) -> torch.Tensor:
         """The columns at the window's noise level sigma."""
         level = self.sampler.way.level(sigma, self.sampler.prefix_noise) if sigma > 0 else 0.0
-        return torch.lerp(own, (1 - level) * self.tail + level * self.noise, self.share)
+        return torch.lerp(own, noised(self.sampler.pipe.scheduler, self.tail, self.noise, level), self.share)
 
     def put(self, latents: torch.Tensor, sigma: float) -> None:
         """Write the columns into what the pipeline holds, in place."""

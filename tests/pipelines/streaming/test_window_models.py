@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import test_cogvideox
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2
 
 import tilewise
-from tests.pipelines.highres.test_models import flux, hunyuan_video, ltx, mochi, skyreels
+from tests.pipelines.highres.test_models import flux, hunyuan_video, ltx, mochi, noise, skyreels
+from tilewise.pipelines.streaming.windows.noise import level_after, noised
 from tilewise.plugins.models.common.registry import family_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*latent frames.*:UserWarning")
+
+
+def cogvideox():
+    pipe = test_cogvideox.pipeline()
+    text = noise(1, test_cogvideox.TEXT, 16)
+    pipe.encode_prompt = lambda *_, **__: (text, -text)
+    return pipe, None
+
 
 # name: pipeline, its size, its usual way, an overlap
 CASES = {
     "ltx": (ltx, {"height": 32, "width": 64}, "prefix"),
     "skyreels": (skyreels, {"height": 16, "width": 32}, "renoised"),
     "hunyuan_video": (hunyuan_video, {"height": 48, "width": 48}, "renoised"),
+    "cogvideox": (cogvideox, {"height": 32, "width": 32}, "renoised"),
     "mochi": (mochi, {"height": 48, "width": 48}, "renoised"),
 }
 
@@ -60,6 +77,23 @@ def test_windows_go_on_and_the_first_is_the_stock_clip(case):
     assert [chunk.first_frame for chunk in chunks] == np.cumsum([0, *(len(c.frames) for c in chunks[:-1])]).tolist()
     assert not torch.allclose(latents[:, :, 5:8], latents[:, :, 8:]) and latents.isfinite().all()
     assert not tilewise.is_patched(pipe) and not pipe.transformer._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [CogVideoXDDIMScheduler(), CogVideoXDPMScheduler(), UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0,
+     prediction_type="flow_prediction"), FlowMatchEulerDiscreteScheduler(shift=3.0)],
+)  # fmt: skip
+def test_noise_levels_are_the_schedulers_own(scheduler):
+    clean, mask = noise(1, 4, 2, 3, 3), noise(1, 4, 2, 3, 3, seed=1)
+    scheduler.set_timesteps(5)
+    for step, timestep in enumerate(scheduler.timesteps[1:], 1):
+        if hasattr(scheduler, "scale_noise"):
+            wanted = scheduler.scale_noise(clean, timestep[None], mask)
+        else:
+            wanted = scheduler.add_noise(clean, mask, timestep[None])
+        torch.testing.assert_close(noised(scheduler, clean, mask, level_after(scheduler, step)), wanted)
+    assert level_after(scheduler, 5) == 0
 
 
 @pytest.mark.parametrize("make", [ltx, skyreels])

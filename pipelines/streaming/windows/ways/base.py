@@ -6,6 +6,8 @@ noise ε that the window began with,
 
     x_j ← (1 − k_j) · x_j + k_j · ((1 − M_ij) · tail_j + M_ij · ε_j)
 
+(in diffusion models √(1 − M²) stands for 1 − M),
+
 and the denoiser is told M_ij as the timestep of column j, where that is another than σ_i. What is final after a window is
 emitted; columns that the next window still changes are held back.
 """

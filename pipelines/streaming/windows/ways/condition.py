@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
+from tilewise.pipelines.streaming.windows.spaces import ALIKE
 from tilewise.pipelines.streaming.windows.ways.base import Way, register
-
-# Pipelines that begin with a picture, and those that have the same latents without one.
-ALIKE = {"WanImageToVideoPipeline": "WanPipeline"}
 
 
 @register

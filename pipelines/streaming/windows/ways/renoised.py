@@ -1,8 +1,7 @@
 """``renoised``: the last latents are put back in front of the next window at every pass, at the window's own noise level.
 
-Any model with flow-matching noise levels can go this way, as all its latents have one timestep (RePaint, arXiv 2201.09865, along
-time). The shares of the overlap fall linearly, so that one window is faded over into the other; its frames come out when the next
-window has changed them.
+Any model can go this way, as all its latents have one timestep (RePaint, arXiv 2201.09865, along time). The shares of the overlap
+fall linearly, so that one window is faded over into the other; its frames come out when the next window has changed them.
 """
 
 from __future__ import annotations

@@ -262,6 +262,15 @@ class TestAPipelineThatSetsNoContext:
         assert counted(pipe)[1] == 12 and counted(pipe)[0] > 0
 
 
+def test_a_pipeline_that_names_both_branches_alike():
+    pipe = pipeline()
+    tilewise.patch(pipe, "dense", cache="first-block:threshold=0.6")
+    want = call(pipe)
+    named = pipe.transformer.cache_context
+    pipe.transformer.cache_context = lambda name, **where: named("cond", **where)
+    assert torch.equal(call(pipe), want)
+
+
 def inputs_of_wan(model):
     return {
         "hidden_states": torch.randn(1, 4, *pixels(VIDEO), generator=torch.Generator().manual_seed(0)),

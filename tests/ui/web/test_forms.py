@@ -25,6 +25,7 @@ from tilewise.ui.web.common.safety import Limits, RefusedError
 from tilewise.ui.web.common.summary_table import summary_html
 from tilewise.ui.web.forms.form_parsing import config_of, method_values
 from tilewise.ui.web.forms.method_controls import MethodControls, measures_of
+from tilewise.ui.web.forms.snippets import method_words
 from tilewise.ui.web.forms.url_state import UrlState
 from tilewise.ui.web.jobs import fit
 from tilewise.ui.web.jobs.job_queue import JobQueue
@@ -63,6 +64,13 @@ def test_a_step_cache_has_a_control(method, cache):
     assert config_of(said) == config
     with pytest.raises(tilewise.ConfigError, match="Did you mean 'taylor'"):
         config_of(said | {"cache": "tailor"})
+
+
+def test_the_command_of_a_clip_says_its_step_cache_and_numbered_steps():
+    config = tilewise.resolve("draft-fast", cache="taylor:cache_interval=3", steps="1:")
+    words = method_words(config)
+    assert words == ["--method", "draft-fast", "--cache", "taylor:cache_interval=3", "--steps-sparse", "1:"]
+    assert method_words(tilewise.resolve("dense", cache="pab")) == ["--method", "dense", "--cache", "pab"]
 
 
 def test_what_a_step_cache_did_is_told():

@@ -21,6 +21,7 @@ from tilewise.pipelines.batch.manifest_comparison import stages_name, stream_nam
 from tilewise.pipelines.batch.ranks import World, world_from_environment
 from tilewise.pipelines.batch.run import Options, Outcome, run_batch
 from tilewise.pipelines.batch.stream_jobs import Streamed
+from tilewise.pipelines.conditioning.files import flag
 from tilewise.pipelines.conditioning.inputs import files_of
 from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL, GenerateSettings
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
@@ -177,7 +178,7 @@ def _refuse_useless(plan: Plan, given: Mapping[str, Any]) -> None:
     told = {**given, "way": True if any(work.cache is None for work in streams) else None}  # windows have steps
     for name, why in not_of_streams(told).items() if len(streams) == len(plan.jobs) else ():
         if name in given:
-            raise ConfigError(f"--{name} cannot be used with --stream: {why}")
+            raise ConfigError(f"{flag(name)} cannot be used with --stream: {why}")
 
 
 def _method_words(settings: GenerateSettings, stages: Stages | None, stream: Streamed | None) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
+import test_ltx
+import torch
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from PIL import Image
 from tiny_conditioned import picture, save, video, without_ftfy
 
 import tilewise
 from tilewise.pipelines.conditioning.files import InputFile
-from tilewise.pipelines.conditioning.inputs import Inputs, fitted, input_arguments, input_notes
+from tilewise.pipelines.conditioning.inputs import Inputs, files_of, fitted, input_arguments, input_notes
 from tilewise.pipelines.conditioning.sizes import size_of_clip
 from tilewise.pipelines.generation.compare import compare
 from tilewise.pipelines.generation.generate import generate
@@ -191,8 +195,6 @@ def test_files_in_the_wrong_place_are_refused(folders, tmp_path):
 
 
 def test_ltx_gets_conditions_with_their_places(tmp_path):
-    import diffusers
-
     first, last = str(picture(tmp_path / "a.png")), str(picture(tmp_path / "b.png", seed=1))
     for name, places in (("LTXConditionPipeline", [0, 16]), ("LTX2ConditionPipeline", [0, -1])):
         pipe = object.__new__(getattr(diffusers, name))
@@ -217,9 +219,23 @@ def test_ltx_gets_conditions_with_their_places(tmp_path):
         assert {one.strength for one in found} == {0.7}
 
 
-def test_many_pictures_are_one_list_at_their_own_size(tmp_path):
-    import diffusers
+def test_ltx_makes_clips_from_them(tmp_path):
+    pipe = test_ltx.pipeline(diffusers.LTXConditionPipeline)
+    first, last = str(picture(tmp_path / "a.png", (96, 64))), str(picture(tmp_path / "b.png", (96, 64), seed=1))
+    clip = str(video(tmp_path / "c.mp4", 7, (96, 64)))  # of which 5 frames are 4 k + 1
+    states = {f"{name}prompt_embeds": test_ltx.noise(1, test_ltx.TEXT, 16) for name in ("", "negative_")}
+    masks = {f"{name}prompt_attention_mask": torch.ones(1, test_ltx.TEXT).long() for name in ("", "negative_")}
 
+    def run(**files: str) -> torch.Tensor:
+        given = input_arguments(pipe, Inputs(files_of(files), 64, 96, 9, 0.9))
+        size = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
+        return pipe(**states, **masks, **size, generator=torch.Generator().manual_seed(0), **given).frames
+
+    made = [run(), run(image=first), run(image=first, last_image=last), run(video=clip)]
+    assert all(float((a - b).abs().max()) > 0.05 for a, b in itertools.combinations(made, 2))
+
+
+def test_many_pictures_are_one_list_at_their_own_size(tmp_path):
     paths = [str(picture(tmp_path / f"{n}.png", (30 + n, 20))) for n in range(3)]
     pipe = object.__new__(diffusers.Flux2Pipeline)
     settings = GenerateSettings(

@@ -75,6 +75,15 @@ def test_the_bundled_model_streams_by_a_way(way, tmp_path):
     assert len(read_frames(tmp_path / "c.mp4")) == 24 and "trained" not in result.stderr
 
 
+def test_a_step_cache_begins_anew_in_each_window(model, tmp_path):
+    words = ["--model", model, "--stream", "--seconds", 1.5, "--way", "prefix", "--guidance", 1, "--steps", 3]
+    result = run(RED, *words, "--method", "dense", "--cache", "first-block:threshold=1000", "--out", tmp_path / "c.mp4")
+    assert result.exit_code == 0, result.output
+    (row,) = read_settings(tmp_path / "c.mp4")["run"]["summary"]["cache"]
+    windows = row["forwards"] // 3
+    assert windows > 1 and (row["forwards"], row["reused"]) == (3 * windows, 2 * windows)
+
+
 def test_a_model_that_takes_a_picture_begins_each_window_with_one(tmp_path, monkeypatch):
     without_ftfy(monkeypatch)
     model, image = save(tmp_path / "m", "first"), tmp_path / "start.png"

@@ -16,8 +16,19 @@ from diffusers import (
 from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2
 
 import tilewise
-from tests.pipelines.highres.test_models import flux, hunyuan_video, ltx, mochi, noise, skyreels
+from tests.pipelines.highres.test_models import (
+    easyanimate,
+    flux,
+    hunyuan_video,
+    hunyuan_video15,
+    kandinsky5,
+    ltx,
+    mochi,
+    noise,
+    skyreels,
+)
 from tilewise.pipelines.streaming.windows.noise import level_after, noised
+from tilewise.plugins.models.common.native_size import call_parameters
 from tilewise.plugins.models.common.registry import family_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*latent frames.*:UserWarning")
@@ -36,6 +47,9 @@ CASES = {
     "skyreels": (skyreels, {"height": 16, "width": 32}, "renoised"),
     "hunyuan_video": (hunyuan_video, {"height": 48, "width": 48}, "renoised"),
     "cogvideox": (cogvideox, {"height": 32, "width": 32}, "renoised"),
+    "hunyuan_video15": (hunyuan_video15, {"height": 48, "width": 48}, "renoised"),
+    "kandinsky5": (kandinsky5, {"height": 48, "width": 48}, "renoised"),
+    "easyanimate": (easyanimate, {"height": 48, "width": 48}, "renoised"),
     "mochi": (mochi, {"height": 48, "width": 48}, "renoised"),
 }
 
@@ -60,9 +74,11 @@ def temporal_of(pipe) -> int:
 def test_windows_go_on_and_the_first_is_the_stock_clip(case):
     pipe, options, way = case
     frames = 1 + 4 * temporal_of(pipe)
+    # Kandinsky's own default is another one than none.
+    negative = {"negative_prompt": ""} if "negative_prompt" in call_parameters(pipe) else {}
     stock = pipe(
         prompt="a star", height=options["height"], width=options["width"], num_frames=frames, num_inference_steps=2,
-        generator=torch.Generator().manual_seed(4), output_type="latent", return_dict=False,
+        generator=torch.Generator().manual_seed(4), output_type="latent", return_dict=False, **negative,
     )[0]  # fmt: skip
     length = frames + 6 * temporal_of(pipe)
     with tilewise.stream(pipe, "a star", seed=4, seconds=length / 8, **options) as video:

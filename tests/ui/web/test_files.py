@@ -138,6 +138,7 @@ def test_a_clip_is_made_from_an_upload(models, model, tmp_path):
     assert made.settings.image is not None and made.settings.image.startswith(str(outputs / FOLDER))
     assert any("transparent in parts" in note for note in made.run["notes"])
     again = values_of(made.settings)
+    assert again["reference"] is None and again["image"] == made.settings.image.partition("@")[0]
     assert settings_of(models, controls.limits, again) == made.settings
     with pytest.raises(ConfigError, match="needs a file for --image"):
         tab.start(*given(controls, model))

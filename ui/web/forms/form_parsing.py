@@ -90,6 +90,7 @@ def values_of(settings: GenerateSettings) -> dict[str, Any]:
     """
     config = settings.method
     values = {name: getattr(settings, name) for name in SETTINGS}
+    values |= dict.fromkeys(SEVERAL)  # an upload field that is empty says None
     for role, files in files_of(vars(settings)).items():
         paths = [str(file.path) for file in files]
         values[role] = paths if role in SEVERAL else paths[0]

@@ -287,10 +287,11 @@ def resolve(
     cache: CacheLike | None = None,
     keep: str | None = None,
 ) -> Config:
-    """The config for a method name, preset name, method object or config, with the given options on top.
+    """The config for a method name, preset name, ``.json`` file, method object or config, with the given options on top.
 
     Raises:
         ConfigError: unknown name, or an option that cannot be.
+        OSError: if the file cannot be read.
     """
     if isinstance(method, Config):
         config = method
@@ -301,6 +302,8 @@ def resolve(
             config = Config.from_dict(PRESETS[method])
         elif method in methods():
             config = Config(make_method(method))
+        elif method.lower().endswith(".json"):
+            config = load_config(method)
         else:
             raise unknown("method or preset", method, [*methods(), *PRESETS])
     else:

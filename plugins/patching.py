@@ -91,8 +91,9 @@ def patch(
 
     Args:
         target: a diffusers pipeline, anything with ``transformer``, ``transformer_2`` or ``unet``, or a denoiser module.
-        method: a method name ("sta", "dense"), a preset ("sta-quality", "sta-balanced", "sta-fast"), a method object such as
-            ``STA(window=(3, 3, 3))``, or a ``Config``, for instance from ``load_config``.
+        method: a method name ("sta", "dense"), a preset ("sta-quality", "sta-balanced", "sta-fast"), a ``.json`` file as
+            ``save_config`` and ``tilewise calibrate`` write it, a method object such as ``STA(window=(3, 3, 3))``, or a
+            ``Config``.
         steps: (from, to), the fraction of the denoising schedule that runs the method; dense outside. Or a slice of step numbers,
             such as "1:". Default: what the preset or config says, otherwise (0.25, 1.0). The step is that of the diffusers
             pipeline which runs the denoiser, the patched one or another, by its scheduler's timesteps. For a bare denoiser, which

@@ -11,7 +11,7 @@ Blocks that ``always`` names are kept first. The others are taken by falling log
     (Σ w ≥ target  and  count ≥ floor)  or  count ≥ cap
 
 Taking whole blocks overshoots a density by half a block on average. So row i aims at  d − u[i]·(mean of w)  with u[i] evenly
-spread over [0, 1), and the rows together come out at d.
+spread over [0, 1), and the rows together come out at d. Each head may have a density of its own; one of 1 keeps everything.
 
 No row is ever empty: a row of which nothing can be seen, or with a logit that is nan or +inf, keeps every block.
 """
@@ -31,7 +31,7 @@ def select_rows(
     rows: torch.Tensor,
     *,
     recall: float | None = None,
-    density: float | None = None,
+    density: float | torch.Tensor | None = None,
     floor: int = 1,
     cap: int | None = None,
 ) -> torch.Tensor:
@@ -42,7 +42,8 @@ def select_rows(
             the row. −inf: never kept, unless ``always``.
         always: (Nq, Nk) bool, on logits' device.
         rows: (Nk,) int32 tokens of each key block, on logits' device.
-        recall, density: exactly one, in (0, 1].
+        recall, density: exactly one, in (0, 1]. density may be (H,) float32 on logits' device, one for each head; its values are
+            not checked, as that would wait for the device.
         floor, cap: fewest and most blocks of a row, ``always`` included; cap None: no limit.
 
     Returns:
@@ -63,7 +64,13 @@ def select_rows(
         raise ValueError(f"select_rows: give recall or density, and not both; got {recall} and {density}")
     target = recall if density is None else density
     assert target is not None
-    if not 0 < target <= 1:
+    if isinstance(target, torch.Tensor):
+        if target.shape != logits.shape[1:2] or target.dtype != torch.float32 or target.device != logits.device:
+            raise ValueError(
+                f"select_rows: a density for each of {logits.shape[1]} heads must be ({logits.shape[1]},) float32 on "
+                f"{logits.device}, got {tuple(target.shape)} {target.dtype} on {target.device}"
+            )
+    elif not 0 < target <= 1:
         raise ValueError(f"select_rows: recall or density must be in (0, 1], got {target}")
     cap = N if cap is None else cap
     if not 0 <= floor <= cap or cap < 1:
@@ -77,15 +84,23 @@ def select_rows(
 
 
 def select_rows_reference(
-    logits: torch.Tensor, always: torch.Tensor, rows: torch.Tensor, target: float, by_mass: bool, floor: int, cap: int
+    logits: torch.Tensor,
+    always: torch.Tensor,
+    rows: torch.Tensor,
+    target: float | torch.Tensor,
+    by_mass: bool,
+    floor: int,
+    cap: int,
 ) -> torch.Tensor:
-    """The naive way: sort each row and add up. by_mass: the target is a recall, and not a density."""
+    """The naive way: sort each row and add up. by_mass: the target is a recall, and not a density. target: also (H,)."""
     M, N = logits.shape[-2:]
+    if isinstance(target, torch.Tensor):
+        target = torch.where(target < 1, target, 2.0)[:, None, None]  # never enough: everything is kept
     broken = (logits.isnan() | (logits == torch.inf)).any(-1, keepdim=True)
     candidate = logits > -torch.inf
     if by_mass:
         weight = logits.softmax(-1)
-        aim = logits.new_full((M, 1), target)
+        aim = torch.as_tensor(target, dtype=logits.dtype, device=logits.device).expand(M, 1)
     else:
         weight = (rows / rows.sum()).expand_as(logits)
         spread = torch.arange(M, device=logits.device) * GOLDEN % 1

@@ -19,10 +19,10 @@ ROUNDS = 26  # of bisection: the width of a row's logits, 2⁻²⁶ of it
 
 @triton.jit
 def select_rows_kernel(
-    logits_ptr, always_ptr, rows_ptr, kept_ptr, N, tokens_ptr, target, floor, cap, golden,
-    BY_MASS: tl.constexpr, BLOCK_N: tl.constexpr, ROUNDS: tl.constexpr,
+    logits_ptr, always_ptr, rows_ptr, kept_ptr, N, tokens_ptr, target, H, floor, cap, golden,
+    BY_MASS: tl.constexpr, BY_HEAD: tl.constexpr, BLOCK_N: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (query blocks, B·H). N: key blocks."""
+    """Grid: (query blocks, B·H). N: key blocks. target: a number; BY_HEAD: points to (H,) densities."""
     i = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i
     j = tl.arange(0, BLOCK_N)
@@ -33,14 +33,19 @@ def select_rows_kernel(
     x = tl.where(broken != 0, 0.0, x)
     candidate = (x > float("-inf")) & there
     high = tl.max(tl.where(candidate, x, float("-inf")), 0)
+    if BY_HEAD:
+        wanted = tl.load(target + tl.program_id(1) % H)
+        wanted = tl.where(wanted < 1.0, wanted, 2.0)  # never enough: everything is kept
+    else:
+        wanted = target
     if BY_MASS:
         w = tl.where(candidate, tl.exp(x - high), 0.0)
         w = w / tl.maximum(tl.sum(w, 0), 1e-30)
-        aim = target
+        aim = wanted
     else:
         w = tl.load(rows_ptr + j, mask=there, other=0).to(tl.float32) / tl.load(tokens_ptr)
         u = i.to(tl.float32) * golden
-        aim = target - (u - tl.floor(u)) / N
+        aim = wanted - (u - tl.floor(u)) / N
     given = tl.sum(tl.where(always, w, 0.0), 0)
     given_count = tl.sum(always.to(tl.int32), 0)
     free = candidate & (always == 0)
@@ -75,9 +80,16 @@ def select_rows_kernel(
 
 
 def triton_select_rows(
-    logits: torch.Tensor, always: torch.Tensor, rows: torch.Tensor, target: float, by_mass: bool, floor: int, cap: int
+    logits: torch.Tensor,
+    always: torch.Tensor,
+    rows: torch.Tensor,
+    target: float | torch.Tensor,
+    by_mass: bool,
+    floor: int,
+    cap: int,
 ) -> torch.Tensor:
     """As ``select_rows_reference``; logits must be contiguous."""
+    by_head = isinstance(target, torch.Tensor)
     B, H, M, N = logits.shape
     kept = torch.empty((B, H, M, N), dtype=torch.uint8, device=logits.device)
     block = max(16, triton.next_power_of_2(N))
@@ -86,8 +98,8 @@ def triton_select_rows(
     if kept.numel():
         with torch.cuda.device_of(logits):
             select_rows_kernel[(M, B * H)](
-                logits, always.contiguous().view(torch.uint8), rows, kept, N, tokens, target, floor, cap, GOLDEN,
-                BY_MASS=by_mass, BLOCK_N=block, ROUNDS=ROUNDS, num_warps=warps_of(block),
+                logits, always.contiguous().view(torch.uint8), rows, kept, N, tokens, target, H, floor, cap, GOLDEN,
+                BY_MASS=by_mass, BY_HEAD=by_head, BLOCK_N=block, ROUNDS=ROUNDS, num_warps=warps_of(block),
             )  # fmt: skip
     return kept.view(torch.bool)
 

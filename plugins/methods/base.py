@@ -30,6 +30,8 @@ class Method:
     """
 
     name: ClassVar[str]
+    made_by: ClassVar[str | None] = None
+    """The command that makes this method's options, where nobody writes them by hand; it is not listed among the methods."""
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Groups of options of which at most one may be given: whoever sets one takes the others back."""
 
@@ -138,6 +140,19 @@ class DynamicMethod(Method):
         """
         raise NotImplementedError
 
+    def at(self, layer: int, noise: float | None) -> DynamicMethod | None:
+        """The method of a layer's calls at a noise level; None: they are dense. Default: this one, everywhere.
+
+        layer: its number among the self-attention layers of the denoiser. noise: from 1, noise alone, to 0, the clip; it is only
+        given where ``needs_noise``.
+        """
+        return self
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether ``at`` goes by the noise level."""
+        return False
+
     @property
     def keeps_memory(self) -> bool:
         """Whether ``memory`` is used at all: only then are steps and branches told apart."""
@@ -194,9 +209,9 @@ def _import_all() -> None:
 
 
 def methods() -> list[str]:
-    """Names of all methods."""
+    """Names of all methods whose options can be written by hand."""
     _import_all()
-    return sorted(_REGISTRY)
+    return sorted(name for name, cls in _REGISTRY.items() if cls.made_by is None)
 
 
 def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
@@ -207,7 +222,7 @@ def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
     """
     _import_all()
     if name not in _REGISTRY:
-        raise unknown("method", name, _REGISTRY)
+        raise unknown("method", name, methods())
     cls = _REGISTRY[name]
     valid = [f.name for f in dataclasses.fields(cls)]
     for option in options or {}:

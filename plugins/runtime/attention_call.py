@@ -93,7 +93,7 @@ class AttentionCalls:
             kind, request = self._beside_global_path(layer, request)
         elif not forward.runs:
             kind = CallKind(DENSE_STEP)
-        elif layer.block not in state.selected:
+        elif layer.block not in state.selected or state.method_of(number) is None:
             kind = CallKind(DENSE_LAYER)
         elif mode := overriding_mode():
             kind = CallKind(
@@ -189,7 +189,7 @@ class AttentionCalls:
 
     def _plan_call(self, number: int, place: int, layout: Layout, qkv: QKV, scale: float | None) -> Planned:
         """A dynamic method's plan for the ``place``-th group of samples of a layer's call."""
-        method, query, memories = self.state.config.method, qkv[0], self.state.memories.now
+        method, query, memories = self.state.method_of(number), qkv[0], self.state.memories.now
         assert isinstance(method, DynamicMethod)
         memory: dict[str, Any] = {}
         if method.keeps_memory and not capturing(query.device):
@@ -244,7 +244,7 @@ class AttentionCalls:
         layout = forward.layout
         if layout is None or not forward.runs or forward.global_path or layer.downsample is not None:
             return None
-        if layer.block not in state.selected or x.shape[1] != layout.grid.tokens:
+        if layer.block not in state.selected or x.shape[1] != layout.grid.tokens or state.method_of(number) is None:
             return None
         return state.plans.order(layout, x.device)
 

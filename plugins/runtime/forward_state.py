@@ -20,7 +20,7 @@ from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.masks.padding_mask import Masks
-from tilewise.plugins.methods.base import DynamicMethod
+from tilewise.plugins.methods.base import DynamicMethod, Method
 from tilewise.plugins.methods.dynamic.step_memory import Memories
 from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime.call_stats import CallStats
@@ -43,6 +43,7 @@ class Forward(threading.local):
         global_path: whether calls are dense just now, on purpose; see ``ForwardState.global_path``.
         masks: the attention masks that were read.
         step: of the denoising schedule, if anybody wants to know it.
+        noise: the noise level, from 1 to 0, if the method goes by it.
     """
 
     def __init__(self, masks_per_layer: bool) -> None:
@@ -53,6 +54,7 @@ class Forward(threading.local):
         self.global_path = False
         self.masks = Masks(masks_per_layer)
         self.step: int | None = None
+        self.noise: float | None = None
 
 
 class ForwardState:
@@ -105,6 +107,7 @@ class ForwardState:
         forward.grid = self.grid = grid
         forward.masks.clear()
         forward.runs = self._runs_at(timestep)
+        forward.noise = self._noise_at(timestep) if forward.runs else None
         self._follow(timestep)
         forward.refused = refused
         if refused and forward.runs and self.config.strict:
@@ -162,6 +165,21 @@ class ForwardState:
                 "in use runs this denoiser. Patch the pipeline, or give steps as fractions such as (0.25, 1.0)"
             )
         return self.config.runs_at(at.step, at.total)
+
+    def _noise_at(self, timestep: torch.Tensor) -> float | None:
+        method = self.config.method
+        if not isinstance(method, DynamicMethod) or not method.needs_noise:
+            return None
+        if capturing(timestep.device):
+            raise TilewiseError(
+                f"{self.name}: {method.name} goes by the noise level, which cannot be read while a CUDA graph is being captured"
+            )
+        return self.steps.noise(timestep)
+
+    def method_of(self, number: int) -> Method | None:
+        """The method of layer ``number`` in this forward; None: its calls are dense."""
+        method = self.config.method
+        return method.at(number, self.forward.noise) if isinstance(method, DynamicMethod) else method
 
     def _follow(self, timestep: torch.Tensor) -> None:
         """Keep count of runs, steps and branches, where somebody goes by them; a bare denoiser's timestep is read for it."""

@@ -81,8 +81,7 @@ class StepIndex:
 
     def of(self, timestep: torch.Tensor) -> Position:
         """Where the forward that has just begun is. timestep: as it was given to the denoiser, any shape."""
-        denoiser = self._denoiser()
-        running = None if denoiser is None else running_pipeline(denoiser)
+        running = self._calling()
         pipe = self.pipe() if running is None else running
         scheduler: Any = getattr(pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
@@ -112,6 +111,26 @@ class StepIndex:
     def timestep_at(self, at: Position, timestep: torch.Tensor) -> float:
         """The timestep at a position that ``of`` gave for ``timestep``, as the scheduler counts; may wait for the device."""
         return float(timestep.max()) if at.run is None else self._on_host(at.run)[at.step]
+
+    def _calling(self) -> Any:
+        """The pipeline that is calling the denoiser in this thread, or None."""
+        denoiser = self._denoiser()
+        return None if denoiser is None else running_pipeline(denoiser)
+
+    def noise(self, timestep: torch.Tensor) -> float:
+        """The noise level of the forward that has just begun, from 1 (noise alone) to 0: its timestep ÷ those of training.
+
+        Timesteps are read from the device once a run.
+        """
+        found = self.of(timestep)
+        if found.run is None:
+            return 1 - found.step / found.total
+        running = self._calling()
+        running = self.pipe() if running is None else running
+        trained = getattr(running.scheduler.config, "num_train_timesteps", None) or FINE
+        values = self._on_host(found.run)
+        level = min(max(values[found.step] / trained, 0.0), 1.0)
+        return 1 - level if values[0] < values[-1] else level  # Mochi's rise
 
     def _step(self, timestep: torch.Tensor, timesteps: torch.Tensor, scheduler: Any, running: Any) -> int | None:
         current = current_timestep(running)

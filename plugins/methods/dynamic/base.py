@@ -26,6 +26,7 @@ from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Grid, Layout, cached_l
 from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.kernels.selection.block_scores import error_logits, summary_bias
 from tilewise.kernels.selection.block_stats import BlockStats, block_stats
+from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import BlockCompensation, DynamicMethod, Method, Planned, with_tile
 from tilewise.plugins.methods.dynamic.always_keep import always_kept
 from tilewise.plugins.methods.dynamic.block_logits import score_variance
@@ -64,8 +65,9 @@ class BlockSelectionMethod(DynamicMethod):
     """Options that such methods share.
 
     Args:
-        density: fraction of token pairs to keep, in (0, 1], text included. Default 0.25 if ``recall`` is not given. Over the
+        density: fraction of token pairs to keep, in (0, 1], text included. Default 0.25 if nothing else is given. Over the
             window of a KV cache: of queries and all keys of the window; memory and sink are kept and count.
+        head_density: instead: one density for each head of the layer; with select="rows".
         recall: instead: fraction of the attention mass to keep, in (0, 1], as the draft estimates it.
         safety: with ``recall``: by how much the draft may underestimate what is lost, ≥ 1; it aims at losing (1 − recall) ÷
             safety. With the default, 3, at least 95 % of the query blocks of the demo model reach a recall of 0.8, 0.9 or 0.95
@@ -91,10 +93,11 @@ class BlockSelectionMethod(DynamicMethod):
             device: 12,800 on a GPU, 1024 on a CPU.
 
     Raises:
-        ConfigError: for values outside those ranges, or both density and recall.
+        ConfigError: for values outside those ranges, or more than one of density, head_density and recall.
     """
 
     density: float | None = None
+    head_density: tuple[float, ...] | None = None
     recall: float | None = None
     safety: float = 3.0
     tile: Triple | None = None
@@ -110,7 +113,7 @@ class BlockSelectionMethod(DynamicMethod):
     probe: int = 0
     min_tokens: int | None = None
 
-    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (("density", "recall"),)
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (("density", "head_density", "recall"),)
 
     def __post_init__(self) -> None:
         for name, value in checked(self).items():
@@ -123,6 +126,10 @@ class BlockSelectionMethod(DynamicMethod):
         return self if self.within is None else dataclasses.replace(self, within=self.within.prepare(target, denoiser))
 
     def check(self, heads: int) -> None:
+        if self.head_density is not None and len(self.head_density) != heads:
+            raise ConfigError(
+                f"{self.name}: head_density has {len(self.head_density)} densities, but the layer has {heads} heads"
+            )
         if self.within is not None:
             self.within.check(heads)
 
@@ -135,7 +142,8 @@ class BlockSelectionMethod(DynamicMethod):
         return None if self.within is None else self.within.scale(layout, head_dim)
 
     def describe(self, layout: Layout) -> dict[str, Any]:
-        target = {"density": self.density} if self.recall is None else {"recall": self.recall}
+        name = next(name for name in self.exclusive[0] if getattr(self, name) is not None)
+        target = {name: getattr(self, name)}
         more = {"within": self.within.to_dict()} if self.within is not None else {}
         return {**target, "select": self.select, "compensate": self.compensates, **more}
 
@@ -145,11 +153,13 @@ class BlockSelectionMethod(DynamicMethod):
         return {"name": self.name, **fields, "within": within}
 
     def expected_density(self, layout: Layout, heads: int, window: WindowKeys | None = None) -> float:
-        if self.density is None:
+        if self.recall is not None:
             return math.nan
         device = torch.device("cpu")
         bounds = self._bounds(layout, heads, device, window)
-        found = self.density if bounds is None else min(self.density, bounds.plan.density)
+        wanted = self.density if self.head_density is None else math.fsum(self.head_density) / len(self.head_density)
+        assert wanted is not None
+        found = wanted if bounds is None else min(wanted, bounds.plan.density)
         if window is None:
             return found
         rows = [table.block_table(device)[1].double() for table in (layout, window.layout)]
@@ -236,10 +246,9 @@ class BlockSelectionMethod(DynamicMethod):
                 return torch.ones_like(logits, dtype=torch.bool)
             wanted = always_kept(layout, self.always, query.device, window)
             always = wanted if bounds is None else wanted & bounds.seen_by_all()
-            density = self.density if self.select in ("head", "shared") else _row_density(self.density, layout)
             kept = select(
-                self.select, ranked, always, key_rows, density=density, recall=target, floor=self.floor, cap=self.cap,
-                query_rows=rows,
+                self.select, ranked, always, key_rows, density=self._density_of_rows(layout, query.device), recall=target,
+                floor=self.floor, cap=self.cap, query_rows=rows,
             )  # fmt: skip
             if bounds is not None:  # those within the window of some heads alone
                 kept = kept | (wanted & bounds.seen_by_head(heads))
@@ -269,6 +278,20 @@ class BlockSelectionMethod(DynamicMethod):
             at = probe_rows(query.shape[1], self.probe, query.device)
             probe = exact_recall(query, key, kept, (rows, key_rows), scale, at, bounds).mean()
         return Planned(plan, skipped, share, recall, probe, broken.sum(dtype=torch.float32))
+
+    def _density_of_rows(self, layout: Layout, device: torch.device) -> float | torch.Tensor | None:
+        """What the rows of the map are to keep: a density, or one for each head, (H,) float32; None: there is a recall."""
+        if self.select in ("head", "shared"):
+            return self.density
+        heads = self.head_density
+        if heads is None:
+            return _row_density(self.density, layout)
+
+        def make() -> torch.Tensor:
+            with torch.inference_mode(False):
+                return torch.tensor([_row_density(density, layout) for density in heads], device=device)
+
+        return layout.cached(("head density", heads, device), make)
 
     def _hidden(self, bounds: Bounds, heads: int) -> torch.Tensor:
         """(1, H or 1, Nq, Nk) bool: blocks that no mean stands for. What is outside the window is not skipped but invisible,

@@ -24,10 +24,12 @@ def checked(g: Any) -> dict[str, Any]:
         ConfigError: for values that cannot be.
     """
     found: dict[str, Any] = {}
-    if g.density is not None and g.recall is not None:
-        raise ConfigError(f"{g.name}: give density or recall, not both: each decides how much is kept")
-    if g.density is None and g.recall is None:
+    if sum(value is not None for value in (g.density, g.recall, g.head_density)) > 1:
+        raise ConfigError(f"{g.name}: give density, head_density or recall: each decides how much is kept")
+    if g.density is None and g.recall is None and g.head_density is None:
         found["density"] = DEFAULT_DENSITY
+    if g.head_density is not None:
+        found["head_density"] = _head_density(g)
     for option in ("density", "recall"):
         value = getattr(g, option)
         if value is not None and not (_is_number(value) and 0 < value <= 1):
@@ -68,6 +70,16 @@ def checked(g: Any) -> dict[str, Any]:
             f"far={far!r} and compensate={g.compensate}"
         )
     return found
+
+
+def _head_density(g: Any) -> tuple[float, ...]:
+    given = g.head_density
+    whole = isinstance(given, Sequence) and not isinstance(given, str) and given
+    if not whole or not all(_is_number(value) and 0 < value <= 1 for value in given):
+        raise ConfigError(f"{g.name}: head_density must be a density in (0, 1] for each head, got {given!r}")
+    if g.select != "rows":
+        raise ConfigError(f"{g.name}: head_density is for select='rows', got select={g.select!r}")
+    return tuple(float(value) for value in given)
 
 
 def _window_method(method: str, within: Any, tile: Triple | None) -> Method | None:

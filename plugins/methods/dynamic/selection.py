@@ -27,7 +27,7 @@ def select(
     always: torch.Tensor,
     rows: torch.Tensor,
     *,
-    density: float | None = None,
+    density: float | torch.Tensor | None = None,
     recall: float | None = None,
     floor: int = 1,
     cap: int | None = None,
@@ -35,8 +35,8 @@ def select(
 ) -> torch.Tensor:
     """The pairs that ``rule`` keeps; see the module's docstring.
 
-    cap: most blocks of a row, for "rows" only. query_rows: (Nq,) tokens of each query block; None: queries and keys have the
-    same blocks.
+    density: for "rows" also (H,) float32, one for each head. cap: most blocks of a row, for "rows" only. query_rows: (Nq,) tokens
+    of each query block; None: queries and keys have the same blocks.
 
     Raises:
         ValueError: an unknown rule, or a target that the rule does not take.
@@ -45,6 +45,8 @@ def select(
         return select_rows(
             logits, always, rows, density=density, recall=recall, floor=min(floor, logits.shape[-1]), cap=cap
         )
+    if isinstance(density, torch.Tensor):
+        raise ValueError(f"select: {rule!r} keeps by one density for all heads")
     if rule == "topk":
         if density is None:
             raise ValueError("select: 'topk' keeps a fixed number of blocks, and takes a density, not a recall")

@@ -232,6 +232,20 @@ def test_equal_rows_come_out_at_the_density_asked_for():
         assert float(same.double().mean()) == pytest.approx(density, rel=0.02)
 
 
+def test_each_head_keeps_by_its_own_density():
+    N, densities = 9 if INTERPRETED else 21, (0.05, 0.4, 1.0)
+    logits = random(2, 3, N, N, seed=5)
+    logits[:, 2, :, 4] = -torch.inf
+    rows = torch.randint(1, 17, (N,), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    always = torch.eye(N, dtype=torch.bool)
+    kept = select_rows(logits, always, rows, density=torch.tensor(densities))
+    for h, density in enumerate(densities[:2]):
+        assert torch.equal(kept[:, h : h + 1], select_rows(logits[:, h : h + 1], always, rows, density=density))
+    assert torch.equal(kept[:, 2], (logits[:, 2] > -torch.inf) | always)  # of a density of 1: all that may be kept
+    with pytest.raises(ValueError, match="a density for each of 3 heads"):
+        select_rows(logits, always, rows, density=torch.tensor(densities[:2]))
+
+
 def test_a_row_is_never_empty():
     N = 9
     whole = random(1, 1, N, N)
@@ -626,9 +640,9 @@ class TestAheadOfTime:
         types |= {"kept_ptr": "*u8", "text_ptr": "*u8", "query_text_ptr": "*u8", "tokens_ptr": "*fp32"}
         self.check(compiled(lists_kernel, capability, {"CHUNK": 1024}, types, 4), capability, tmp_path)
 
-    @pytest.mark.parametrize("by_mass", [True, False])
+    @pytest.mark.parametrize(("by_mass", "by_head"), [(True, False), (False, False), (False, True)])
     @pytest.mark.parametrize("width", [1024, 8192])
-    def test_select_rows(self, by_mass, width, capability, tmp_path):
+    def test_select_rows(self, by_mass, by_head, width, capability, tmp_path):
         from tilewise.kernels.selection.triton_select import ROUNDS, select_rows_kernel, warps_of
 
         types = {
@@ -638,8 +652,8 @@ class TestAheadOfTime:
             "kept_ptr": "*u8",
             "tokens_ptr": "*fp32",
         }
-        types |= {"target": "fp32", "golden": "fp32"}
-        constants = {"BY_MASS": by_mass, "BLOCK_N": width, "ROUNDS": ROUNDS}
+        types |= {"target": "*fp32" if by_head else "fp32", "golden": "fp32"}
+        constants = {"BY_MASS": by_mass, "BY_HEAD": by_head, "BLOCK_N": width, "ROUNDS": ROUNDS}
         self.check(compiled(select_rows_kernel, capability, constants, types, warps_of(width)), capability, tmp_path)
 
     @pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 96)])

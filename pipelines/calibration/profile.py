@@ -1,0 +1,265 @@
+"""What sparse attention costs each head: its error at several densities, measured while a clip is made densely.
+
+For head h of a layer, with the rows W[h] (D, C) of the output projection that belong to it,
+
+    error[h, d] = |(O[h, d] − O[h, dense]) W[h]|²  ÷  Σ over heads of |O[h, dense] W[h]|²
+
+summed over tokens: what a density d changes in the layer's output, beside the output itself. It is measured in one step of each
+part of the run. All other steps run as they always do, densely, and a run ends with the last step that is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from tilewise.kernels.attention.dispatch import block_sparse_attention
+from tilewise.kernels.plans.layout import Grid, Layout
+from tilewise.kernels.plans.window_keys import WindowKeys
+from tilewise.pipelines.errors import OutputError
+from tilewise.pipelines.generation.generate import Progress, run
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.plugins.config import Config
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.methods.base import DynamicMethod, Planned
+from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod
+from tilewise.plugins.models.common.fingerprint import Fingerprint
+from tilewise.plugins.models.common.registry import attention_layers
+from tilewise.plugins.patching import patched
+from tilewise.plugins.runtime.sparse_call import add_means
+
+
+class EnoughError(Exception):
+    """The last step that is measured has run."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run, and the parts that they are divided into.
+
+    steps: of a run. first: the first that is sparse. count: of parts, of equal length within one step, from there to the end.
+
+    Raises:
+        ConfigError: more parts than steps.
+    """
+
+    steps: int
+    first: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= self.steps - self.first:
+            raise ConfigError(
+                f"calibrate: {self.steps - self.first} sparse steps of {self.steps} cannot be divided into {self.count} parts; "
+                "give fewer parts or more steps"
+            )
+
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """The first step of each part, and the end of the last."""
+        return tuple(self.first + part * (self.steps - self.first) // self.count for part in range(self.count + 1))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Steps of each part."""
+        return tuple(end - start for start, end in itertools.pairwise(self.borders))
+
+    @property
+    def middles(self) -> tuple[int, ...]:
+        """The step of each part that is measured."""
+        return tuple((start + end - 1) // 2 for start, end in itertools.pairwise(self.borders))
+
+
+@dataclass
+class DenoiserProfile:
+    """What was measured of one denoiser.
+
+    errors: {(part of the run, layer): (heads, densities)}, summed over forwards, not yet divided by ``output``.
+    output: {(part, layer): Σ |O W|²}. pairs: {(part, layer): token pairs of a call}.
+    """
+
+    denoiser: Fingerprint
+    errors: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    output: dict[tuple[int, int], float] = field(default_factory=dict)
+    pairs: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
+@dataclass
+class RunProfile:
+    """What one run told. noise: levels of its steps, in their order, as far as it went."""
+
+    noise: list[float] = field(default_factory=list)
+    denoisers: list[DenoiserProfile] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Profiled(DynamicMethod):
+    """Dense attention that measures what ``base`` would make of its calls, at the steps ``measured``. Not for people's use.
+
+    found: is filled. part, layer, denoiser: of a call; set by ``prepare`` and ``at``. gram: (H, D, D) of each layer, W[h] W[h]ᵀ.
+    """
+
+    base: BlockSelectionMethod
+    densities: tuple[float, ...]
+    measured: tuple[int, ...]
+    found: RunProfile
+    denoiser: int = 0
+    layer: int = 0
+    part: int = 0
+    gram: tuple[torch.Tensor | None, ...] = ()
+
+    name: ClassVar[str] = "profiled"
+
+    def prepare(self, target: Any, denoiser: nn.Module) -> Self:
+        layers = attention_layers(denoiser, "denoiser")
+        gram = tuple(_gram(layer.module, layer.heads) for layer in layers)
+        self.found.denoisers.append(DenoiserProfile(Fingerprint.of(denoiser)))
+        return dataclasses.replace(self, denoiser=len(self.found.denoisers) - 1, gram=gram)
+
+    def at(self, layer: int, noise: float | None) -> DynamicMethod | None:
+        assert noise is not None
+        levels = self.found.noise
+        if not levels or levels[-1] != noise:
+            if len(levels) > self.measured[-1]:
+                raise EnoughError
+            levels.append(noise)
+        step = len(levels) - 1
+        if step not in self.measured:
+            return None
+        return dataclasses.replace(self, layer=layer, part=self.measured.index(step))
+
+    @property
+    def needs_noise(self) -> bool:
+        return True
+
+    def layout(self, grid: Grid) -> Layout:
+        return self.base.layout(grid)
+
+    def scale(self, layout: Layout, head_dim: int) -> float | None:
+        return self.base.scale(layout, head_dim)
+
+    def refuses_call(self, layout: Layout) -> str | None:
+        return self.base.refuses_call(layout)
+
+    def stays_dense(self, tokens: int, device: torch.device) -> str | None:
+        return self.base.stays_dense(tokens, device)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "base": self.base.to_dict()}
+
+    def plan_call(
+        self,
+        layout: Layout,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        memory: dict[str, Any],
+        tick: int,
+        window: WindowKeys | None = None,
+    ) -> Planned:
+        """Measures, head by head: what is held beside the call is a head's."""
+        profile, where = self.found.denoisers[self.denoiser], (self.part, self.layer)
+        heads, ratio = query.shape[2], query.shape[2] // key.shape[2]
+        errors = torch.zeros(heads, len(self.densities), dtype=torch.float64)
+        output = 0.0
+        for h in range(heads):
+            own = slice(h // ratio, h // ratio + 1)
+            qkv = query[:, :, h : h + 1], key[:, :, own], value[:, :, own]
+            gram = self.gram[self.layer]
+            found, exact = head_errors(self.base, self.densities, layout, qkv, scale, None if gram is None else gram[h])
+            errors[h] = torch.tensor(found)
+            output += exact
+        if not (errors.isfinite().all() and output < float("inf")):
+            raise OutputError(
+                f"calibrate: the attention of layer {self.layer} is not finite in step {len(self.found.noise) - 1}: the model "
+                "makes NaN or infinite activations in this dtype; try another --dtype"
+            )
+        profile.errors[where] = profile.errors.get(where, 0) + errors
+        profile.output[where] = profile.output.get(where, 0.0) + output
+        profile.pairs[where] = layout.grid.tokens**2
+        whole = dataclasses.replace(self.base, density=1.0, recall=None)
+        return whole.plan_call(layout, query, key, value, scale, {}, 0)
+
+
+def head_errors(
+    base: BlockSelectionMethod,
+    densities: Sequence[float],
+    layout: Layout,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+    gram: torch.Tensor | None,
+) -> tuple[list[float], float]:
+    """Squared errors of a head at each density, and the squared size of its output.
+
+    qkv: (B, S, 1, D) each, in the layout's order. gram: (D, D), W Wᵀ of the head's rows W of the output projection; None: the
+    identity.
+    """
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    exact = scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+    def size(x: torch.Tensor) -> float:
+        x = x.float()
+        return float((x * (x if gram is None else x @ gram)).sum(dtype=torch.float64))
+
+    found = []
+    for density in densities:
+        if density == 1:
+            found.append(0.0)
+            continue
+        method = dataclasses.replace(base, density=density, recall=None)
+        planned = method.plan_call(layout, *qkv, scale, {}, 0)
+        if planned.compensation is None:
+            out = block_sparse_attention(*qkv, planned.plan, scale=scale)
+        else:
+            out, lse = block_sparse_attention(*qkv, planned.plan, scale=scale, return_lse=True)
+            out = add_means(qkv[0], out, lse, planned.compensation, layout, scale)
+        found.append(size(out - exact))
+    return found, size(exact)
+
+
+def profile_run(
+    pipe: Any,
+    settings: GenerateSettings,
+    base: BlockSelectionMethod,
+    densities: Sequence[float],
+    schedule: Schedule,
+    progress: Progress | None = None,
+) -> RunProfile:
+    """Makes a clip densely, up to the last step that is measured, and says what sparse attention would have cost.
+
+    Raises:
+        ConfigError: no attention call that the method could plan.
+        OutputError: activations that are not finite.
+    """
+    found = RunProfile()
+    method = Profiled(base, tuple(densities), schedule.middles, found)
+    config = Config(method, steps=(0.0, 1.0), vae=False)
+    with contextlib.suppress(EnoughError), patched(pipe, config):
+        run(pipe, settings, progress, decode=False)
+    if not any(profile.errors for profile in found.denoisers):
+        raise ConfigError(
+            f"calibrate: no attention call of this size can be planned by {base.name}, so there is nothing to calibrate: on a "
+            "CPU it takes 1,024 tokens, on a GPU 12,800; make the clip larger, or lower the method's min_tokens"
+        )
+    return found
+
+
+def _gram(module: nn.Module, heads: int) -> torch.Tensor | None:
+    """(H, D, D): W[h] W[h]ᵀ of the layer's output projection; None where it has none of the usual form, or packed weights."""
+    out = getattr(module, "to_out", None)
+    first = out[0] if isinstance(out, nn.ModuleList | nn.Sequential) and len(out) else out
+    weight: Any = getattr(first, "weight", None)
+    plain = isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point()
+    if not plain or weight.device.type == "meta" or weight.shape[1] % heads:
+        return None
+    rows = weight.detach().float().t().reshape(heads, weight.shape[1] // heads, -1)
+    return rows @ rows.transpose(1, 2)

@@ -37,7 +37,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("loading",),
         ("quality", "conditioning"),
         ("generation",),
-        ("memory",),
+        ("calibration", "memory"),
         ("streaming",),
         ("highres",),
         ("batch",),

@@ -36,6 +36,8 @@ from tilewise.plugins.models.common.registry import attention_layers
 from tilewise.plugins.patching import patched
 from tilewise.plugins.runtime.sparse_call import add_means
 
+AT_ONCE = 256 * 2**20  # bytes of float32 queries whose heads are measured together
+
 
 class EnoughError(Exception):
     """The last step that is measured has run."""
@@ -91,6 +93,21 @@ class DenoiserProfile:
     output: dict[tuple[int, int], float] = field(default_factory=dict)
     pairs: dict[tuple[int, int], int] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        calls = [
+            [*where, errors.tolist(), self.output[where], self.pairs[where]] for where, errors in self.errors.items()
+        ]
+        return {"denoiser": dataclasses.asdict(self.denoiser), "calls": calls}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        profile = cls(Fingerprint.from_dict(data["denoiser"]))
+        for part, layer, errors, output, pairs in data["calls"]:
+            where = part, layer
+            profile.errors[where] = torch.tensor(errors, dtype=torch.float64)
+            profile.output[where], profile.pairs[where] = output, pairs
+        return profile
+
 
 @dataclass
 class RunProfile:
@@ -98,6 +115,14 @@ class RunProfile:
 
     noise: list[float] = field(default_factory=list)
     denoisers: list[DenoiserProfile] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, for `from_dict`."""
+        return {"noise": self.noise, "denoisers": [profile.to_dict() for profile in self.denoisers]}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        return cls(list(data["noise"]), [DenoiserProfile.from_dict(found) for found in data["denoisers"]])
 
 
 @dataclass(frozen=True)
@@ -134,7 +159,10 @@ class Profiled(DynamicMethod):
         step = len(levels) - 1
         if step not in self.measured:
             return None
-        return dataclasses.replace(self, layer=layer, part=self.measured.index(step))
+        part = self.measured.index(step)
+        if (part, layer) in self.found.denoisers[self.denoiser].errors:
+            return None  # the unconditional forward, after the conditional
+        return dataclasses.replace(self, layer=layer, part=part)
 
     @property
     def needs_noise(self) -> bool:
@@ -166,25 +194,27 @@ class Profiled(DynamicMethod):
         tick: int,
         window: WindowKeys | None = None,
     ) -> Planned:
-        """Measures, head by head: what is held beside the call is a head's."""
+        """Measures, some heads at a time, and answers the call densely."""
         profile, where = self.found.denoisers[self.denoiser], (self.part, self.layer)
         heads, ratio = query.shape[2], query.shape[2] // key.shape[2]
-        errors = torch.zeros(heads, len(self.densities), dtype=torch.float64)
-        output = 0.0
-        for h in range(heads):
-            own = slice(h // ratio, h // ratio + 1)
-            qkv = query[:, :, h : h + 1], key[:, :, own], value[:, :, own]
-            gram = self.gram[self.layer]
-            found, exact = head_errors(self.base, self.densities, layout, qkv, scale, None if gram is None else gram[h])
-            errors[h] = torch.tensor(found)
+        size = 4 * query[:, :, :ratio].numel()  # of the heads that share a key head, in float32
+        at_once = ratio * max(1, min(key.shape[2], AT_ONCE // size))
+        errors, output, gram = torch.zeros(heads, len(self.densities), dtype=torch.float64), 0.0, self.gram[self.layer]
+        for first in range(0, heads, at_once):
+            own = slice(first, first + at_once)
+            shared = slice(first // ratio, (first + at_once) // ratio)
+            qkv = query[:, :, own], key[:, :, shared], value[:, :, shared]
+            found, exact = head_errors(
+                self.base, self.densities, layout, qkv, scale, None if gram is None else gram[own]
+            )
+            errors[own] = found
             output += exact
         if not (errors.isfinite().all() and output < float("inf")):
             raise OutputError(
                 f"calibrate: the attention of layer {self.layer} is not finite in step {len(self.found.noise) - 1}: the model "
                 "makes NaN or infinite activations in this dtype; try another --dtype"
             )
-        profile.errors[where] = profile.errors.get(where, 0) + errors
-        profile.output[where] = profile.output.get(where, 0.0) + output
+        profile.errors[where], profile.output[where] = errors, output
         profile.pairs[where] = layout.grid.tokens**2
         whole = dataclasses.replace(self.base, density=1.0, recall=None)
         return whole.plan_call(layout, query, key, value, scale, {}, 0)
@@ -197,23 +227,23 @@ def head_errors(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
     gram: torch.Tensor | None,
-) -> tuple[list[float], float]:
-    """Squared errors of a head at each density, and the squared size of its output.
+) -> tuple[torch.Tensor, float]:
+    """(H, densities) float64 squared errors of each head, on the CPU, and the squared size of their outputs together.
 
-    qkv: (B, S, 1, D) each, in the layout's order. gram: (D, D), W Wᵀ of the head's rows W of the output projection; None: the
-    identity.
+    qkv: (B, S, H, D) and (B, S, Hk, D), in the layout's order. gram: (H, D, D), W Wᵀ of each head's rows W of the output
+    projection; None: identities.
     """
     q, k, v = (x.transpose(1, 2) for x in qkv)
-    exact = scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    exact = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, S, D)
 
-    def size(x: torch.Tensor) -> float:
+    def size(x: torch.Tensor) -> torch.Tensor:
         x = x.float()
-        return float((x * (x if gram is None else x @ gram)).sum(dtype=torch.float64))
+        return (x * (x if gram is None else x @ gram)).sum((0, 2, 3), dtype=torch.float64)
 
     found = []
     for density in densities:
         if density == 1:
-            found.append(0.0)
+            found.append(size(torch.zeros_like(exact)))
             continue
         method = dataclasses.replace(base, density=density, recall=None)
         planned = method.plan_call(layout, *qkv, scale, {}, 0)
@@ -222,8 +252,8 @@ def head_errors(
         else:
             out, lse = block_sparse_attention(*qkv, planned.plan, scale=scale, return_lse=True)
             out = add_means(qkv[0], out, lse, planned.compensation, layout, scale)
-        found.append(size(out - exact))
-    return found, size(exact)
+        found.append(size(out.transpose(1, 2) - exact))
+    return torch.stack(found, -1).cpu(), float(size(exact).sum())
 
 
 def profile_run(

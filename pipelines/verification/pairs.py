@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import io
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +14,8 @@ from PIL import Image
 
 from tilewise.pipelines.generation.clip_metadata import frames_sha256
 from tilewise.pipelines.generation.generate import Clip, Progress, content_score, generate
+from tilewise.pipelines.generation.kept_results import KeptResults
 from tilewise.pipelines.generation.settings import GenerateSettings
-from tilewise.pipelines.media.files import write_text
 from tilewise.pipelines.verification.measures import Lpips, differences
 from tilewise.plugins.config import resolve
 
@@ -93,50 +90,11 @@ def _jpeg(frame: NDArray[np.uint8]) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
-class KeptPairs:
-    """Finished pairs in a folder, so that a run that ends early goes on where it was.
-
-    Args:
-        folder: made with the first pair.
-        said: JSON values of everything that a pair depends on beside its settings: the model's revision, device, dtype.
-    """
-
-    def __init__(self, folder: Path, said: Any) -> None:
-        self.folder, self.said = folder, said
-
-    def read(self, settings: GenerateSettings) -> Pair | None:
-        """The pair that was made with these settings; None if there is none, or not a whole one."""
-        try:
-            kept = json.loads(self._path(settings).read_text(encoding="utf-8"))
-            return Pair(kept["found"], kept["stills"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def count(self, jobs: Sequence[GenerateSettings]) -> int:
-        """How many of these pairs are there."""
-        return sum(self.read(settings) is not None for settings in jobs)
-
-    def keep(self, settings: GenerateSettings, pair: Pair) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._path(settings), json.dumps(dataclasses.asdict(pair)))
-
-    def remove(self) -> None:
-        """Once the report is written. Other files in the folder stay."""
-        for file in self.folder.glob("pair-*.json"):
-            file.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
-
-    def _path(self, settings: GenerateSettings) -> Path:
-        text = json.dumps([settings.to_dict(), self.said], sort_keys=True)
-        return self.folder / f"pair-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-
-
 def verify_pairs(
     pipe: Any,
     jobs: Sequence[GenerateSettings],
     *,
-    kept: KeptPairs | None = None,
+    kept: KeptResults | None = None,
     lpips: Lpips | None = None,
     progress: Progress | None = None,
 ) -> list[Pair]:
@@ -148,11 +106,17 @@ def verify_pairs(
     pairs: list[Pair] = []
     tell("pairs", 0, len(jobs))
     for number, settings in enumerate(jobs):
-        pair = None if kept is None else kept.read(settings)
+        pair = None if kept is None else _pair(kept.read(settings))
         if pair is None:
             pair = make_pair(pipe, settings, dense_first=number % 2 == 0, lpips=lpips, progress=progress)
             if kept is not None:
-                kept.keep(settings, pair)
+                kept.keep(settings, dataclasses.asdict(pair))
         pairs.append(pair)
         tell("pairs", number + 1, len(jobs))
     return pairs
+
+
+def _pair(kept: Any) -> Pair | None:
+    """A kept pair; None for what is none."""
+    whole = isinstance(kept, dict) and set(kept) == {"found", "stills"}
+    return Pair(kept["found"], kept["stills"]) if whole else None

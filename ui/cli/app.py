@@ -1,5 +1,5 @@
-"""The command line: `tilewise generate`, `tilewise batch`, `tilewise compare`, `tilewise verify`, `tilewise explain`,
-`tilewise presets`, `tilewise env`.
+"""The command line: `tilewise generate`, `tilewise batch`, `tilewise compare`, `tilewise verify`,
+`tilewise calibrate`, `tilewise explain`, `tilewise presets`, `tilewise env`.
 
 Only typer and rich are imported here; torch and diffusers come in with the command that needs them, so that --help and
 usage errors answer at once.
@@ -41,6 +41,8 @@ OUT_HELP = "The .mp4 to write, or .png for one frame. Default: outputs/<prompt>-
 FORCE_HELP = "Replace files that are there."
 COMPARE_HELP = "'dense': also generate the dense clip, compare both, and write them side by side."
 PROMPTS_HELP = "A .txt (one prompt per line), .csv or .jsonl file; lines may have a seed and a negative prompt."
+BUDGET_HELP = "Token pairs to keep over all steps, layers and heads of a run, in (0, 1]; dense steps count."
+PARTS_HELP = "Parts of the run, each with densities of its own."
 LPIPS_HELP = "Measure LPIPS too (pip install lpips)."
 OF_BOTH = [*CLIP_OPTIONS.values(), *MEMORY_OPTIONS.values(), HIGHRES, *TWO_STAGE_OPTIONS.values()]
 EXPLAINED = ("model", "method", *METHOD_OPTIONS, SET.name, "height", "width", "frames", "steps")  # options of `explain`
@@ -178,6 +180,32 @@ def verify(
 
     request = VerifyRequest(prompts, options, out, lpips, device, force)
     (dry_run_verify if dry_run else verify_request)(request)
+
+
+@app.command()
+@exit_codes
+@declared_options(option for options in (CLIP_OPTIONS, MEMORY_OPTIONS) for option in options.values())
+def calibrate(
+    options: dict[str, Any],
+    prompts: Annotated[Path, typer.Option(help=PROMPTS_HELP, show_default=False)],
+    budget: Annotated[float, typer.Option(help=BUDGET_HELP)] = 0.4,
+    parts: Annotated[int, typer.Option(help=PARTS_HELP)] = 6,
+    out: Annotated[
+        Path | None, typer.Option(help="The .json to write. Default: calibration.json, numbered until it is free.")
+    ] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Measure what each head of a model needs, and choose a density for each head, layer and noise level within a budget.
+
+    Makes a dense clip of each prompt. The file is a method, for --method and for tilewise.patch.
+    The default method is draft. Run it again to go on after an interruption.
+    """
+    from tilewise.ui.cli.calibrate import CalibrateRequest, calibrate_request, dry_run_calibrate
+
+    request = CalibrateRequest(prompts, budget, options, parts, out, device, force)
+    (dry_run_calibrate if dry_run else calibrate_request)(request)
 
 
 @app.command()

@@ -7,38 +7,32 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from tilewise.pipelines.batch.input import Problems, Row, read_rows
 from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import machine
 from tilewise.pipelines.generation.generate import warm_up
-from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
-from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL, GenerateSettings
-from tilewise.pipelines.generation.stock_call import call_arguments
-from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
-from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
+from tilewise.pipelines.generation.kept_results import KeptResults
+from tilewise.pipelines.generation.resolve import explain_settings
+from tilewise.pipelines.generation.settings import DEFAULT_METHOD
+from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.media.files import check_writable, replacing, sidecar, write_text
 from tilewise.pipelines.media.output_names import Outputs
-from tilewise.pipelines.memory.fit import check_fit
-from tilewise.pipelines.memory.options import MemoryOptions, check_memory, memory_options
 from tilewise.pipelines.memory.retry import within_memory
-from tilewise.pipelines.options import options_of
 from tilewise.pipelines.verification.measures import Lpips
-from tilewise.pipelines.verification.pairs import KeptPairs, Pair, verify_pairs
+from tilewise.pipelines.verification.pairs import Pair, verify_pairs
 from tilewise.pipelines.verification.report import make_report
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.text_format import counted
 from tilewise.ui.cli.progress import progress_bars, quiet_libraries
+from tilewise.ui.cli.prompt_jobs import PromptJobs, prompt_jobs
 from tilewise.ui.cli.verify_page import page, summary_cells
 from tilewise.ui.common.options import method_config
 from tilewise.ui.common.tables import print_settings
 from tilewise.ui.common.terminal import say, standard_error, standard_output
 
 REPORT = Path("verification.html")
-OF_A_LINE = ("prompt", "negative", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +48,10 @@ class VerifyRequest:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """A checked request: a job a line. skeleton: the pipeline without weights."""
+class Work(PromptJobs):
+    """A checked request."""
 
-    skeleton: Any
-    jobs: list[GenerateSettings]
     outputs: Outputs
-    device: torch.device
-    dtype: str
-    memory: MemoryOptions
 
 
 def dry_run_verify(request: VerifyRequest) -> None:
@@ -88,7 +77,9 @@ def verify_request(request: VerifyRequest) -> None:
         for note in explain_settings(work.skeleton, first).warnings:
             notes.note(note)
         revision, where = model_revision(first.model), machine(work.device, work.dtype)
-        kept = KeptPairs(work.outputs.file.with_suffix(".parts"), [revision, where, work.memory.offload, request.lpips])
+        kept = KeptResults(
+            work.outputs.file.with_suffix(".parts"), "pair", [revision, where, work.memory.offload, request.lpips]
+        )
         there = kept.count(work.jobs)
         if there:
             notes.note(
@@ -132,43 +123,11 @@ def _check(request: VerifyRequest) -> Work:
         raise ConfigError(
             "verify compares a method with dense attention; choose another --method than dense, or a --cache"
         )
-    given = {name: options[name] for name in options_of(GenerateSettings) if name in options}
-    given |= {"method": config, "model": options.get("model", DEFAULT_MODEL)}
-    rows = read_rows(request.prompts)
-    _check_rows(request.prompts, rows, given)
-    skeleton = load_skeleton(given["model"])
-    first = resolve_settings(skeleton, **{**given, **rows[0].fields})
-    jobs = [dataclasses.replace(first, **_of_line(row, first)) for row in rows]
-    call_arguments(skeleton, first)
-    device = resolve_device(request.device)
-    dtype = str(resolve_dtype(options.get("dtype", "auto"), device)).removeprefix("torch.")
-    memory = memory_options(options, None)
-    check_memory(skeleton, memory, device)
-    check_fit(skeleton, first, explain_settings(skeleton, first), getattr(torch, dtype), device, memory)
+    jobs = prompt_jobs(request.prompts, options, config, request.device)
     outputs = Outputs(request.out or REPORT, given=request.out is not None, force=request.force).free()
     check_writable(outputs.file, suffix=".html")
     outputs.check()
-    return Work(skeleton, jobs, outputs, device, dtype, memory)
-
-
-def _of_line(row: Row, first: GenerateSettings) -> dict[str, Any]:
-    """What a line says in place of the command's."""
-    return {name: row.fields.get(name, getattr(first, name)) for name in OF_A_LINE}
-
-
-def _check_rows(path: Path, rows: list[Row], given: dict[str, Any]) -> None:
-    """Raises InputError for fields that all pairs share, and for lines that say the same."""
-    problems = Problems(path)
-    seen: dict[tuple[Any, ...], int] = {}
-    for row in rows:
-        for name in row.fields:
-            if name not in OF_A_LINE:
-                problems.add(row.line, f"{name!r} is the same for all pairs: give it to the command")
-        told = tuple(row.fields.get(name, given.get(name)) for name in OF_A_LINE)
-        if told in seen:
-            problems.add(row.line, f"says the same as line {seen[told]}")
-        seen.setdefault(told, row.line)
-    problems.refuse()
+    return Work(**vars(jobs), outputs=outputs)
 
 
 def _print(report: dict[str, Any]) -> None:

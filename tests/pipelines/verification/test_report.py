@@ -15,9 +15,9 @@ import torch
 
 import tilewise
 from tilewise.pipelines.errors import SetupError
+from tilewise.pipelines.generation.kept_results import KeptResults
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.verification.measures import Lpips, differences, temporal_error
-from tilewise.pipelines.verification.pairs import KeptPairs, Pair, stills
 from tilewise.pipelines.verification.report import check_report, make_report, summarise
 from tilewise.plugins.errors import ConfigError
 
@@ -134,26 +134,17 @@ def test_what_is_no_object_is_refused():
             check_report(value)
 
 
-def test_pairs_are_kept_by_what_made_them(tmp_path):
-    kept = KeptPairs(tmp_path / "parts", ["folder:0", "cpu"])
-    one = Pair(pair(), {"dense": ["x"]})
+def test_results_are_kept_by_what_made_them(tmp_path):
+    kept = KeptResults(tmp_path / "parts", "pair", ["folder:0", "cpu"])
+    one = {"found": pair(), "stills": {"dense": ["x"]}}
     assert kept.read(SETTINGS) is None
     kept.keep(SETTINGS, one)
     assert kept.read(SETTINGS) == one
-    assert KeptPairs(tmp_path / "parts", ["folder:1", "cpu"]).read(SETTINGS) is None
+    assert KeptResults(tmp_path / "parts", "pair", ["folder:1", "cpu"]).read(SETTINGS) is None
+    assert KeptResults(tmp_path / "parts", "profile", ["folder:0", "cpu"]).read(SETTINGS) is None
     assert kept.read(dataclasses.replace(SETTINGS, seed=1)) is None
     (file,) = (tmp_path / "parts").iterdir()
     file.write_text(file.read_text()[:-9])
     assert kept.read(SETTINGS) is None  # half a file
     kept.remove()
     assert not (tmp_path / "parts").exists()
-
-
-def test_stills_are_of_the_first_middle_and_last_frame():
-    clip = RNG.integers(0, 256, (5, 16, 16, 3)).astype(np.uint8)
-    assert {name: len(pictures) for name, pictures in stills(clip, clip).items()} == {
-        "dense": 3,
-        "sparse": 3,
-        "difference": 3,
-    }
-    assert len(stills(clip[:1], clip[:1])["sparse"]) == 1

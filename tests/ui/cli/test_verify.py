@@ -101,7 +101,7 @@ def test_bad_input(words, tmp_path, text, more, message):
 def test_fields_of_other_lines_belong_to_the_command(words, tmp_path):
     (tmp_path / "p.csv").write_text("prompt,steps\na,3\n")
     result = invoke(*words, "--prompts", "p.csv")
-    assert result.exit_code == 2 and "is the same for all pairs" in re.sub(r"[\s│]+", " ", result.stderr)
+    assert result.exit_code == 2 and "is the same for all lines" in re.sub(r"[\s│]+", " ", result.stderr)
 
 
 def test_reports_that_were_sent_in_are_checked(words, tmp_path, capsys):

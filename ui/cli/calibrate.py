@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,10 @@ def _check(request: CalibrateRequest) -> Work:
     base = _base(config)
     jobs = prompt_jobs(request.prompts, request.options, config, request.device)
     steps = jobs.jobs[0].steps
-    schedule = Schedule(steps, math.ceil(config.steps[0] * steps - 1e-9), request.parts)
+    sparse = [step for step in range(steps) if config.runs_at(step, steps)]
+    if not sparse or sparse != list(range(sparse[0], steps)):
+        raise ConfigError(f"calibrate covers a run to its end: give --steps-sparse FROM,1, got {config.steps}")
+    schedule = Schedule(steps, sparse[0], request.parts)
     sparse_budget(request.budget, schedule)
     outputs = Outputs(request.out or FILE, given=request.out is not None, force=request.force).free()
     check_writable(outputs.file, suffix=".json")
@@ -139,8 +141,6 @@ def _base(config: Config) -> BlockSelectionMethod:
         raise ConfigError("calibrate measures every forward of a run: leave --cache out, and give it when you generate")
     if config.blocks != DEFAULT_BLOCKS:
         raise ConfigError(f"calibrate decides which heads stay dense: leave --blocks out, got {config.blocks!r}")
-    if config.steps[1] != 1:
-        raise ConfigError(f"calibrate covers a run to its end: give --steps-sparse FROM,1, got {config.steps}")
     return base_of(config.method)
 
 

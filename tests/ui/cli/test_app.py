@@ -307,12 +307,12 @@ BAD = {
     "window for draft": (
         ["--method", "draft", "--window", "3,3,3"],
         2,
-        "no option 'window'. Its options: density, recall",
+        "no option 'window'. Its options: density, head_density, recall",
     ),
     "unknown option of a method": (
         ["--method", "draft", "--set", "recal=.9"],
         2,
-        "no option 'recal'. Its options: density, recall",
+        "no option 'recal'. Its options: density, head_density, recall",
     ),
     "no value": (["--set", "recall"], 2, "--set takes NAME=VALUE"),
     "an option twice": (["--set", "density=.4", "--density", ".3"], 2, "--set density and --density are the same"),

@@ -25,7 +25,7 @@ def checked(g: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if sum(value is not None for value in (g.density, g.recall, g.head_density)) > 1:
-        raise ConfigError(f"{g.name}: give density, head_density or recall: each decides how much is kept")
+        raise ConfigError(f"{g.name}: give density, head_density or recall, not both: each decides how much is kept")
     if g.density is None and g.recall is None and g.head_density is None:
         found["density"] = DEFAULT_DENSITY
     if g.head_density is not None:

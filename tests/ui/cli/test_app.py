@@ -332,7 +332,7 @@ BAD = {
     "density and recall": (
         ["--method", "draft", "--density", ".3", "--set", "recall=.9"],
         2,
-        "give density or recall, not both",
+        "give density, head_density or recall, not both",
     ),
     "no such config": (["--method", "nowhere.json"], 2, "nowhere.json"),
     "height": (["--height", "60"], 2, "nearest is 64"),

@@ -80,6 +80,10 @@ class Method:
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **dataclasses.asdict(self)}
 
+    def brief(self) -> dict[str, Any]:
+        """The options that a line has room for. Default: all."""
+        return self.to_dict()
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockCompensation:

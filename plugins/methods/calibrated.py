@@ -201,6 +201,10 @@ class Calibrated(DynamicMethod):
             "made": self.made,
         }
 
+    def brief(self) -> dict[str, Any]:
+        budget = self.made.get("budget") if isinstance(self.made, Mapping) else None
+        return {"name": self.name, "base": self.base.name, "budget": budget, "parts": len(self.noise) + 1}
+
     def __hash__(self) -> int:  # ``made`` is a dictionary
         return hash((self.base, self.densities, self.noise, self.tables))
 

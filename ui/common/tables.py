@@ -134,7 +134,7 @@ def content_words(content: Mapping[str, bool | None], prompt: str) -> str:
 
 def method_words(config: Config) -> str:
     """The method with its options and schedule, in one line."""
-    options = {key: value for key, value in config.method.to_dict().items() if key != "name" and value is not None}
+    options = {key: value for key, value in config.method.brief().items() if key != "name" and value is not None}
     words = [config.method.name, *(f"{key}={_text(value)}" for key, value in options.items())]
     if config.method.name != "dense":  # which has no schedule
         words.append(f"steps {steps_words(config.steps)}, blocks {config.blocks}")

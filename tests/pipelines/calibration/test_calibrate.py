@@ -20,6 +20,7 @@ from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.calibrated import DIGITS, Calibrated
 from tilewise.plugins.methods.draft import Draft
+from tilewise.plugins.methods.xattention import XAttention
 
 BASE = Draft(tile=(1, 4, 4), min_tokens=0)
 DENSITIES = (0.1, 0.4, 1.0)
@@ -49,9 +50,10 @@ def test_parts_of_a_schedule():
         Schedule(5, 1, 5)
 
 
-def test_errors_of_heads_are_those_of_a_naive_mask():
+@pytest.mark.parametrize("kind", [Draft, XAttention])
+def test_errors_of_heads_are_those_of_a_naive_mask(kind):
     generator = torch.Generator().manual_seed(0)
-    base = Draft(tile=(1, 4, 4), min_tokens=0, compensate=False)
+    base = kind(tile=(1, 4, 4), min_tokens=0, compensate=False)
     layout = base.layout(Grid(3, 8, 10))
     shape = 1, layout.grid.tokens, 4, 16
     q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))

@@ -49,6 +49,7 @@ def test_interrupted_continued_and_used(words, tmp_path, tiny_pipe_dir, monkeypa
     clip = ["generate", "a red circle", "--model", tiny_pipe_dir, "--steps", "4", "--frames", "9"]
     result, said = invoke(*clip, "--method", "calibration.json", "--out", "clip.mp4")
     assert result.exit_code == 0, said
+    assert "calibrated base=draft budget=0.6 parts=2" in said
     run = json.loads((tmp_path / "clip.json").read_text())
     assert run["method"]["method"]["name"] == "calibrated" and 0 < run["run"]["density"] < 1
     result, said = invoke("generate", "--from", "clip.mp4", "--out", "again.mp4")

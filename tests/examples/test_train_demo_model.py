@@ -84,6 +84,7 @@ def test_exported_folder_is_a_stock_pipeline(finished, arguments):
             "highres_strength": 0.5,
             "highres_flow_shift": 3.0,
             "one_shape": True,
+            "clean_frames": 2,
         },
     }
     index = json.loads((folder / "model_index.json").read_text())

@@ -24,7 +24,7 @@ from tilewise.ui.cli import generate_highres as generating_highres
 from tilewise.ui.cli.app import app
 from tilewise.ui.cli.request import Request
 from tilewise.ui.web.common.safety import Limits, RefusedError
-from tilewise.ui.web.forms.form_parsing import json_object, method_values, settings_from
+from tilewise.ui.web.forms.form_parsing import SETTINGS, json_object, method_values, settings_from
 from tilewise.ui.web.forms.highres_form import (
     FIELDS,
     command_line,
@@ -60,6 +60,7 @@ def studio(models, tmp_path_factory) -> HighresStudio:
 def request_for(models, shared=(), **own):
     native = models.defaults("demo")
     values = {
+        **dict.fromkeys(SETTINGS),
         "model": "demo", "prompt": PROMPT, "negative": "", "method": "dense", **method_values(tilewise.resolve("dense")),
         "height": 48, "width": 48, "frames": 9, "steps": 4, "guidance": 3.0, "seed": "1", "fps": native.fps,
         "max_sequence_length": native.max_sequence_length, **dict(shared),

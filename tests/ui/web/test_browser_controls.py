@@ -53,6 +53,7 @@ def test_the_plan_follows_the_controls_before_anything_runs(visitor):
     visitor.method("sta-fast")
     expect(density).to_be_visible()
     page.locator("#more").get_by_role("button").first.click()
+    expect(page.locator("#options textarea")).to_have_value(re.compile('"cell"'))  # it has put its own there
     visitor.fill("options", '{"windw": 3}')
     expect(plan.get_by_role("alert")).to_contain_text("unknown option")
 

@@ -26,7 +26,7 @@ from tilewise.plugins.methods.calibrated import base_of
 from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod
 from tilewise.plugins.text_format import counted
 from tilewise.ui.cli.progress import progress_bars, quiet_libraries
-from tilewise.ui.cli.prompt_jobs import PromptJobs, prompt_jobs
+from tilewise.ui.cli.prompt_jobs import PromptJobs, prompt_jobs, telling_what_is_kept
 from tilewise.ui.common.options import method_config
 from tilewise.ui.common.tables import print_settings
 from tilewise.ui.common.terminal import say, standard_error, standard_output
@@ -87,16 +87,10 @@ def calibrate_request(request: CalibrateRequest) -> None:
                 with cancellable(pipe):
                     return [_profile(pipe, settings, work, kept, progress) for settings in work.jobs]
 
-            try:
+            with telling_what_is_kept(notes, kept, work.jobs, "run"):
                 runs, _, _ = within_memory(
                     pipe, measure, work.memory.measures, retry=work.memory.retry_oom, note=notes.note
                 )
-            except BaseException:
-                if done := kept.count(work.jobs):
-                    notes.note(
-                        f"{done} of {counted(len(work.jobs), 'run')} kept in {kept.folder}: the same command goes on there"
-                    )
-                raise
     made = {
         "tilewise": __version__, "budget": request.budget, "prompts": len(work.jobs), "model": revision,
         "height": first.height, "width": first.width, "frames": first.frames, "steps": first.steps,

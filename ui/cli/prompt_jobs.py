@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tilewise.pipelines.batch.input import Problems, Row, read_rows
+from tilewise.pipelines.generation.kept_results import KeptResults
 from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
 from tilewise.pipelines.generation.settings import DEFAULT_MODEL, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
@@ -19,6 +21,8 @@ from tilewise.pipelines.memory.fit import check_fit
 from tilewise.pipelines.memory.options import MemoryOptions, check_memory, memory_options
 from tilewise.pipelines.options import options_of
 from tilewise.plugins.config import Config
+from tilewise.plugins.text_format import counted
+from tilewise.ui.common.terminal import Terminal
 
 OF_A_LINE = ("prompt", "negative", "seed")
 
@@ -55,6 +59,19 @@ def prompt_jobs(prompts: Path, options: Mapping[str, Any], config: Config, devic
     check_memory(skeleton, memory, where)
     check_fit(skeleton, first, explain_settings(skeleton, first), getattr(torch, dtype), where, memory)
     return PromptJobs(skeleton, jobs, where, dtype, memory)
+
+
+@contextlib.contextmanager
+def telling_what_is_kept(
+    notes: Terminal, kept: KeptResults, jobs: Sequence[GenerateSettings], result: str
+) -> Iterator[None]:
+    """Whatever ends the work early, a note says how many results there are and where they are. result: what one is called."""
+    try:
+        yield
+    except BaseException:
+        if done := kept.count(jobs):
+            notes.note(f"{done} of {counted(len(jobs), result)} kept in {kept.folder}: the same command goes on there")
+        raise
 
 
 def _of_line(row: Row, first: GenerateSettings) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tilewise.pipelines.verification.report import make_report
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.text_format import counted
 from tilewise.ui.cli.progress import progress_bars, quiet_libraries
-from tilewise.ui.cli.prompt_jobs import PromptJobs, prompt_jobs
+from tilewise.ui.cli.prompt_jobs import PromptJobs, prompt_jobs, telling_what_is_kept
 from tilewise.ui.cli.verify_page import page, summary_cells
 from tilewise.ui.common.options import method_config
 from tilewise.ui.common.tables import print_settings
@@ -93,16 +93,10 @@ def verify_request(request: VerifyRequest) -> None:
                         warm_up(pipe, first, progress)
                     return verify_pairs(pipe, work.jobs, kept=kept, lpips=lpips, progress=progress)
 
-            try:
+            with telling_what_is_kept(notes, kept, work.jobs, "pair"):
                 pairs, measures, _ = within_memory(
                     pipe, make, work.memory.measures, retry=work.memory.retry_oom, note=notes.note
                 )
-            except BaseException:
-                if done := kept.count(work.jobs):
-                    notes.note(
-                        f"{done} of {counted(len(work.jobs), 'pair')} kept in {kept.folder}: the same command goes on there"
-                    )
-                raise
     where |= {"offload": work.memory.offload, "memory_saving": measures}
     report = make_report(first, revision, where, [pair.found for pair in pairs])
     _print(report)

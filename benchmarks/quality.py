@@ -1,7 +1,8 @@
 """``python -m benchmarks.quality``: what sparse methods cost in quality, on the demo model, clip by clip against dense.
 
 Every variant makes the same clips as dense attention does: the same prompts, noise, steps and dense first quarter. A clip is
-compared with its dense twin (PSNR, SSIM), and read by the clip-content detector.
+compared with its dense twin (PSNR, SSIM), and read by the clip-content detector. What needs a calibration gets one for its
+density, on other prompts.
 
 A variant at a density is a job. Several processes share the jobs of a run (the model is small, and keeps no GPU busy by
 itself); each job that is done is kept in a folder, so that a run that ends early goes on where it was.
@@ -26,13 +27,18 @@ import typer
 import tilewise
 from benchmarks import results
 from benchmarks.header import header
-from benchmarks.variants import DENSITIES, OURS, PAPER, variants
+from benchmarks.variants import CALIBRATED, DENSITIES, OURS, PAPER, variants
 from examples.train_demo_model.evaluation import generate_clips, held_out_prompts, judge, mean_scores
+from tilewise.pipelines.calibration.calibrate import DENSITIES as MEASURED_DENSITIES
+from tilewise.pipelines.calibration.calibrate import calibrate
+from tilewise.pipelines.calibration.profile import Schedule, profile_run
+from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.pipelines.quality.metrics import psnr, ssim
 
 SECTION = "quality"
 SCHEDULE = (0.25, 1.0)  # sparse from a quarter of the steps on, as in the papers
+CALIBRATION_PROMPTS, PARTS = 4, 6
 MOST_DB = 99.0  # what equal clips count as
 
 
@@ -119,9 +125,32 @@ def make_dense(pipe: Any, folder: Path, settings: dict[str, Any]) -> Path:
     return path
 
 
+def calibrated(pipe: Any, base: Any, settings: dict[str, Any], density: float) -> Any:
+    """The method that keeps ``density`` of the pairs of the sparse steps, divided by a calibration on prompts that are not the
+    clips'."""
+    steps = settings["steps"]
+    first = round(SCHEDULE[0] * steps)
+    schedule = Schedule(steps, first, min(PARTS, steps - first))
+    texts, _ = held_out_prompts(settings["prompts"], settings["seed"])
+    others, _ = held_out_prompts(CALIBRATION_PROMPTS + len(texts), settings["seed"] + 1)
+    runs = []
+    for number, prompt in enumerate([text for text in others if text not in texts][:CALIBRATION_PROMPTS]):
+        clip = {key: settings[key] for key in ("steps", "guidance", "height", "width", "frames")}
+        asked = GenerateSettings(
+            prompt=prompt, negative="", model="demo", method=tilewise.Config("dense"), seed=number, fps=8.0,
+            max_sequence_length=32, **clip,
+        )  # fmt: skip
+        runs.append(profile_run(pipe, asked, base, MEASURED_DENSITIES, schedule))
+    budget = (first + (steps - first) * density) / steps
+    return calibrate(runs, base, schedule, budget=budget).config.method
+
+
 def run_job(pipe: Any, dense: np.ndarray, settings: dict[str, Any], variant: str, density: float) -> dict[str, Any]:
     begin = time.perf_counter()
-    tilewise.patch(pipe, variants(density)[variant], steps=SCHEDULE, blocks=settings["blocks"], strict=True, fuse=False)
+    method = variants(density)[variant]
+    if variant == CALIBRATED:
+        method = calibrated(pipe, method, settings, density)
+    tilewise.patch(pipe, method, steps=SCHEDULE, blocks=settings["blocks"], strict=True, fuse=False)
     try:
         clips = clips_of(pipe, settings)
         told = tilewise.summary(pipe)

@@ -321,6 +321,7 @@ def fused_table(rows: Rows) -> str:
 def streaming_table(rows: Rows) -> str:
     """One forward of a chunk against a full KV cache, and chunks end to end."""
     lines = [["chunk of a stream", "implementation", "ms", "× stock blocks", "frames a second", "p95, ms", "first, ms"]]
+    changes: list[str] = []
     for row in rows:
         for variant in row["variants"]:
             cells = [row["name"], variant["name"], _spread(variant)]
@@ -328,6 +329,15 @@ def streaming_table(rows: Rows) -> str:
             for key, digits in (("fps", 1), ("ms_p95", 0), ("first_ms", 0)):
                 cells.append(f"{variant[key]:.{digits}f}" if key in variant else "–")
             lines.append(cells)
+            if "prompt_changes" in variant:
+                ways = [
+                    f"{how} {found['ms']:.0f} ms ({found['ms'] / variant['ms']:.1f} chunks)"
+                    for how, found in variant["prompt_changes"].items()
+                ]
+                changes.append(f"- {row['name']}, {variant['name']}: {', '.join(ways)}")
+    if changes:
+        said = "From `set_prompt` to the first frames of the new prompt, in milliseconds and in times of a chunk:"
+        return "\n".join([_markdown(lines), "", said, "", *changes])
     return _markdown(lines)
 
 

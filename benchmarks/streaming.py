@@ -2,8 +2,9 @@
 
 Forwards: stock blocks and attention of PyTorch's own choice over the same cache, against the fused blocks, a captured CUDA graph,
 sparse attention in the window, and a cache in 8 bits. End to end: four denoising passes and one that writes the cache, decoded to
-frames in host memory, at the clock of who reads them; by a tiny autoencoder too, with linear layers in fp8 (torchao), and for ten
-minutes of video.
+frames in host memory, at the clock of who reads them; by a tiny autoencoder too, with the VAE on a second GPU, with linear layers
+in fp8 (torchao), and for ten minutes of video. After a change of the prompt: how long until its first frames, without the text
+encoder.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 
 STOCK = "stock blocks"
 DENSE, SPARSE = "tilewise, dense, CUDA graph", "tilewise, STA density 0.3, CUDA graph"
+SPARSER = "tilewise, STA density 0.2, CUDA graph"
 DRAFT = "tilewise, draft density 0.3, CUDA graph"
 FP8_CACHE = "tilewise, dense, fp8 cache, CUDA graph"
 TINY_DECODER = f"{SPARSE}, tiny autoencoder"
@@ -59,6 +61,7 @@ VARIANTS = {
     "tilewise, dense": Variant("dense", graph=False),
     DENSE: Variant("dense"),
     SPARSE: Variant(STA),
+    SPARSER: Variant(tilewise.STA(density=0.2)),
     DRAFT: Variant(tilewise.Draft(density=0.3, min_tokens=0)),
     FP8_CACHE: Variant("dense", storage="fp8"),
     TINY_DECODER: Variant(STA, tiny=True),
@@ -71,8 +74,8 @@ WHOLE = (STOCK, DENSE, SPARSE, TINY_DECODER)
 class Work:
     """A model, pixels by name, latents (height, width), latent frames of a chunk, and of window and sink.
 
-    variants: names. decoded: whole chunks, with the decoder. frames: so many of them at least. fp8: the denoiser's linear layers
-    in 8 bits by torchao, in this and all later works of the model.
+    variants: names. decoded: whole chunks, with the decoder. frames: so many of them at least. apart: the VAE has a GPU of its
+    own. fp8: the denoiser's linear layers in 8 bits by torchao, in this and all later works of the model.
     """
 
     model: str
@@ -83,6 +86,7 @@ class Work:
     chunk: int = 3
     decoded: bool = False
     frames: int = 0
+    apart: bool = False
     fp8: bool = False
     variants: tuple[str, ...] = FORWARDS
 
@@ -90,6 +94,7 @@ class Work:
     def name(self) -> str:
         said = [f"{self.model} {self.pixels}", f"window {self.window}"]
         said += ["linear layers in fp8"] * self.fp8 + ["end to end"] * self.decoded
+        said += ["VAE on a second GPU"] * self.apart
         return ", ".join(said + [f"{self.frames:,} frames"] * (self.frames > 0))
 
 
@@ -99,11 +104,14 @@ WORKS = [
     Work(WAN, *PIXELS, 21),
     Work(WAN, *PIXELS, 12, decoded=True, variants=WHOLE),
     Work(WAN, *PIXELS, 12, decoded=True, frames=9_600, variants=(SPARSE,)),  # ten minutes at 16 frames a second
+    Work(WAN, *PIXELS, 12, decoded=True, apart=True, variants=(DENSE, SPARSE)),
     Work("Wan2.1-14B, 10 layers", *PIXELS, 12),
     Work("Wan2.1-14B", *PIXELS, 12, variants=(SPARSE,)),
-    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, variants=(SPARSE, DRAFT, TINY_DECODER)),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, variants=(SPARSE, SPARSER, DRAFT, TINY_DECODER)),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, apart=True, variants=(SPARSE, SPARSER)),
     Work("Wan2.1-14B", *PIXELS, 12, fp8=True, variants=(SPARSE,)),
-    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, fp8=True, variants=(SPARSE, TINY_DECODER)),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, fp8=True, variants=(SPARSE, SPARSER, TINY_DECODER)),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, apart=True, fp8=True, variants=(SPARSE, SPARSER)),
 ]
 SMALL = ("16×16", (2, 2), 4, 2, 2)
 TINY = [
@@ -112,6 +120,7 @@ TINY = [
     Work("tiny", *SMALL, decoded=True, frames=10, variants=(SPARSE,)),
 ]
 PASSES = 4
+HOWS = ("recache", "flush", "blend")  # ways to change a prompt
 
 
 def run(device: torch.device, seconds: float, works: list[Work]) -> Iterator[dict[str, Any]]:
@@ -170,7 +179,9 @@ def _end_to_end(work: Work, model: Any, device: torch.device, seconds: float) ->
     """Frames a second of whole chunks by variant; milliseconds are of a chunk."""
     variants: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
-    vae = _vae(work, device)
+    if work.apart and (device.type != "cuda" or torch.cuda.device_count() < 2):
+        return {"variants": [], "missing": dict.fromkeys(work.variants, "there is no second GPU")}
+    vae = _vae(work, torch.device("cuda", 1) if work.apart else device)
     for name in work.variants:
         variant = VARIANTS[name]
         try:
@@ -184,6 +195,7 @@ def _end_to_end(work: Work, model: Any, device: torch.device, seconds: float) ->
                     frames += len(next(video).frames)
                     times.append(time.perf_counter() - before)
                 grown = _allocated(device) - before_bytes
+                changes = {} if work.frames else {how: _prompt_changes(video, how) for how in HOWS}
                 density, refused = tilewise.summary(model).density, causal.graphs.refused
             first = None
             if not work.frames:
@@ -210,10 +222,29 @@ def _end_to_end(work: Work, model: Any, device: torch.device, seconds: float) ->
                 "density": density,
                 **({"graph_refused": refused} if refused else {}),
                 **({} if first is None else {"first_ms": 1e3 * first}),
+                **({"prompt_changes": changes} if changes else {}),
                 **({"frames": frames, "stalls": _stalls(times, frames), "grown_bytes": grown} if work.frames else {}),
             }
         )
     return {"variants": variants, "missing": missing}
+
+
+def _prompt_changes(video: VideoStream, how: str, times: int = 3) -> dict[str, Any]:
+    """Median milliseconds from ``set_prompt`` until frames of the new prompt are read, those of the chunks of the old prompt that
+    come before it among them, and the most such chunks."""
+    found, old = [], []
+    for number in range(times):
+        prompt = f"{how} {number}"
+        before = time.perf_counter()
+        video.set_prompt(prompt, how)
+        read = 0
+        while next(video).prompt != prompt:
+            read += 1
+        found.append(1e3 * (time.perf_counter() - before))
+        old.append(read)
+        for _ in range(6):  # whatever was forgotten is full again
+            next(video)
+    return {"ms": statistics.median(found), "old_chunks": max(old)}
 
 
 def _allocated(device: torch.device) -> int:
@@ -294,7 +325,9 @@ def _video(
         [causal], recipe, states, shape=(16, *work.latents), generator=torch.Generator(device).manual_seed(0), device=device,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    decoder = FrameDecoder(_tiny_decoder(device) if variant.tiny else streaming_decoder(vae), SPACE, vae, device)
+    decoder = FrameDecoder(
+        _tiny_decoder(device) if variant.tiny else streaming_decoder(vae), SPACE, vae, next(vae.parameters()).device
+    )
     prompts = Prompts(lambda prompt: states.positive, "random", states)
     source = CausalSource(sampler, prompts, recipe, window=work.window, chunk=work.chunk)
     return VideoStream(

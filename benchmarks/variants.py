@@ -21,6 +21,7 @@ from tilewise.plugins.methods.xattention import XAttention
 
 DENSITIES = (0.5, 0.25, 0.1)
 OURS, PAPER = "draft (ours)", "draft, paper's selection"
+CALIBRATED = "draft, calibrated"  # the density is divided among heads, layers and noise levels by a calibration
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def variants(density: float) -> dict[str, Method]:
     paper: dict[str, Any] = {**plain, "variance": False, "always": ()}
     return {
         OURS: Draft(**common),
+        CALIBRATED: Draft(**common),
         "draft, ranked by mass": Draft(**common, rank="mass"),
         "draft, shared over heads": Draft(**common, select="shared"),
         "draft, tile (1,8,16)": Draft(**common, tile=(1, 8, 16)),

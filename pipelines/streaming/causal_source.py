@@ -49,16 +49,16 @@ class CausalSource(ChunkSource):
         plans = [denoiser.cache_plan() for denoiser in self.sampler.denoisers]
         return {"latent": sum(plan.latent for plan in plans), "total": sum(plan.total for plan in plans)}
 
-    def chunk(self, frame: int, between: Callable[[], None]) -> torch.Tensor:
+    def chunk(self, frame: int, between: Callable[[], None], ready: Callable[[torch.Tensor], None]) -> None:
         sampler, first = self.sampler, self.sampler.next_frame
         if self.start is not None:
             latents, self.start = self.start, None
+            ready(latents)
             sampler.given(latents)
         else:
             self.prompts.before_chunk(sampler, self.history, frame)
-            latents = sampler.chunk(self._length(first), first=first == 0, between=between)
+            latents = sampler.chunk(self._length(first), first=first == 0, between=between, ready=ready)
         self.history.add(first, latents)
-        return latents
 
     def _length(self, first: int) -> int:
         of_first = self.recipe.first_chunk

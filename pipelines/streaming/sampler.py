@@ -22,7 +22,6 @@ import torch
 from tilewise.pipelines.streaming.recipe import TRAIN_STEPS, CausalRecipe
 from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 
-Ready = Callable[[], None]
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of x and its velocity
 
 
@@ -76,11 +75,18 @@ class CausalSampler:
         """Number of the latent frame that comes next."""
         return self.denoisers[0].next_frame
 
-    def chunk(self, frames: int, *, first: bool = False, between: Ready = lambda: None) -> torch.Tensor:
+    def chunk(
+        self,
+        frames: int,
+        *,
+        first: bool = False,
+        between: Callable[[], None] = lambda: None,
+        ready: Callable[[torch.Tensor], None] = lambda latents: None,
+    ) -> torch.Tensor:
         """The next chunk, normalised latents (1, C, frames, h, w) float32.
 
         first: whether it goes by the recipe's noise levels for the first chunk. between: called before every pass; may raise, and
-        the chunk is dropped then.
+        the chunk is dropped then. ready: called with the chunk before the pass that writes the caches.
         """
         sigmas = self.recipe.sigmas(first)
         for denoiser in self.denoisers:
@@ -90,6 +96,7 @@ class CausalSampler:
             between()
             x = x_of(x, self._velocity(x, sigma, number, len(sigmas)))
         between()
+        ready(x)
         self._write(x)
         return x
 

@@ -42,10 +42,12 @@ class ChunkSource(ABC):
         """Memory of the KV caches: "latent": of one latent frame, "total": of all."""
 
     @abstractmethod
-    def chunk(self, frame: int, between: Callable[[], None]) -> torch.Tensor:
-        """The next latents, normalised (1, C, t, h, w).
+    def chunk(self, frame: int, between: Callable[[], None], ready: Callable[[torch.Tensor], None]) -> None:
+        """Make the next latents.
 
         frame: number of the first frame of the video that they make. between: called before every pass; may raise.
+        ready: called with them, normalised (1, C, t, h, w), as soon as they are finished: work for later chunks, as the pass
+        that writes the KV cache, comes after it, so that frames need not wait for that.
         """
 
     def shown(self, frames: NDArray[np.uint8]) -> None:  # noqa: B027

@@ -246,7 +246,10 @@ class VideoStream(Iterator[Chunk]):
 
     def _enough_begun(self) -> bool:
         """Whether the chunks that were begun hold all frames of the video."""
-        return self.frames is not None and self._frames_of(self.source.next_frame) >= self.frames
+        return self._enough(self.source.next_frame)
+
+    def _enough(self, latents: int) -> bool:
+        return self.frames is not None and self._frames_of(latents) >= self.frames
 
     def _frames_of(self, latents: int) -> int:
         """Frames of a video of so many latent frames."""
@@ -258,13 +261,16 @@ class VideoStream(Iterator[Chunk]):
             self._first_begin = begun
         first = self.source.next_frame
         with torch.no_grad():
-            latents = self.source.chunk(self._frames_of(first), self._check_closing)
             again = self.source.restarts and self.chunks > 0
+
+            def ready(latents: torch.Tensor) -> None:
+                denoised = time.perf_counter()
+                ends = self.source.restarts or self._enough(first + latents.shape[2])
+                frames = self.decoder.submit(latents, new_clip=again, last=ends)
+                self.under_way.append(_UnderWay(latents, first, self.prompt, frames, begun, denoised))
+
+            self.source.chunk(self._frames_of(first), self._check_closing, ready)
             self.chunks += 1
-            denoised = time.perf_counter()
-            ends = self.source.restarts or self._enough_begun()
-            frames = self.decoder.submit(latents, new_clip=again, last=ends)
-        self.under_way.append(_UnderWay(latents, first, self.prompt, frames, begun, denoised))
 
     def _check_closing(self) -> None:
         if self._closing:

@@ -59,7 +59,10 @@ class WindowSource(ChunkSource):
     def cache_bytes(self) -> dict[str, int]:
         return {"latent": 0, "total": 0}
 
-    def chunk(self, frame: int, between: Callable[[], None]) -> torch.Tensor:
+    def chunk(self, frame: int, between: Callable[[], None], ready: Callable[[torch.Tensor], None]) -> None:
+        ready(self._next(frame, between))
+
+    def _next(self, frame: int, between: Callable[[], None]) -> torch.Tensor:
         text = self.prompts.next_text(frame)
         if self.restarts:
             new = self._guarded(self.sampler.window(None, text, between, picture=self._picture), 1)

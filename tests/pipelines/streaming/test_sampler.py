@@ -159,11 +159,11 @@ def test_passes_come_in_order_with_their_timesteps_lanes_and_texts():
     def passes(timestep: float, step: int, steps: int) -> list[tuple]:
         return [("pass", 0, timestep, 0, 0.9, step, steps), ("pass", 0, timestep, 1, -0.4, step, steps)]
 
-    sampler.chunk(1, first=True, between=lambda: log.append("between"))
+    sampler.chunk(1, first=True, between=lambda: log.append("between"), ready=lambda latents: log.append("ready"))
     wanted: list = [("begin", 0, 1)]
     for step, timestep in enumerate((1000, 937.5, 833.333)):
         wanted += ["between", *passes(timestep, step, 3)]
-    wanted += ["between", *passes(20, 1, 2), ("commit", 0)]
+    wanted += ["between", "ready", *passes(20, 1, 2), ("commit", 0)]
     found = [entry if isinstance(entry, str) else tuple(pytest.approx(v) for v in entry) for entry in wanted]
     assert log == found
     log.clear()

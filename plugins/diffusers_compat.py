@@ -80,12 +80,79 @@ def dispatch_options(processor: Any) -> dict[str, Any]:
     return {"backend": processor._attention_backend, "parallel_config": processor._parallel_config}
 
 
-def is_sharded(processor: Any) -> bool:
-    """Whether context parallelism is enabled for a processor: it has a ``_parallel_config``.
+class ContextParallel(NamedTuple):
+    """What diffusers' ``ContextParallelConfig`` says once it is set up.
 
-    Seen in 0.42. Under another name, a sharded denoiser would be reordered as if each rank had all tokens.
+    ulysses, ring: the two degrees. rank: this process's number among those that a sequence is split over. group: their process
+    group. anything: whether lengths are split that the degree does not divide (``ulysses_anything``, ``ring_anything``).
     """
-    return getattr(processor, "_parallel_config", None) is not None
+
+    ulysses: int
+    ring: int
+    rank: int
+    group: Any
+    anything: bool
+
+
+def context_parallel(holder: Any) -> ContextParallel | None:
+    """How the tokens of a denoiser are split over processes, or None: from the ``_parallel_config`` that ``enable_parallelism``
+    gives the denoiser and each of its processors, a ``ParallelConfig`` with a ``context_parallel_config``.
+
+    holder: a denoiser, a processor, or such a config. Its ``_flattened_mesh`` is what diffusers' hooks split and gather over.
+    Seen in 0.42. Under other names, a sharded denoiser would run as if each rank had all tokens.
+    """
+    config = getattr(holder, "_parallel_config", holder)
+    found = getattr(config, "context_parallel_config", None)
+    if found is None:
+        return None
+    mesh, anything = found._flattened_mesh, found.ulysses_anything or found.ring_anything
+    return ContextParallel(found.ulysses_degree, found.ring_degree, mesh.get_local_rank(), mesh.get_group(), anything)
+
+
+def is_sharded(holder: Any) -> bool:
+    """Whether context parallelism is enabled for a denoiser or a processor: as ``context_parallel`` finds it, but without asking
+    for process groups, which torch.compile cannot trace."""
+    return getattr(getattr(holder, "_parallel_config", None), "context_parallel_config", None) is not None
+
+
+def parallel_degrees(holder: Any) -> tuple[int, int, bool]:
+    """(Ulysses degree, ring degree, whether any length may be split) of a holder that is sharded; see ``context_parallel``."""
+    found = holder._parallel_config.context_parallel_config
+    return found.ulysses_degree, found.ring_degree, found.ulysses_anything or found.ring_anything
+
+
+RESOLVE_PARALLEL = "_resolve_parallel_config"
+"""The method of a denoiser by which ``enable_parallelism`` sets a config up. Without an accelerator it divides by the number of
+devices, which is 0. Seen in 0.42. If it is renamed, context parallelism cannot be enabled on a CPU."""
+
+
+def set_up_on_cpu(denoiser: Any, config: Any) -> Any:
+    """What ``ModelMixin._resolve_parallel_config`` does with a ``ContextParallelConfig``, for ranks on CPUs. Seen in 0.42."""
+    from diffusers.models._modeling_parallel import ParallelConfig
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = config.mesh or init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
+    whole = ParallelConfig(context_parallel_config=config)
+    whole.setup(distributed.get_rank(), distributed.get_world_size(), torch.device("cpu"), mesh=mesh)
+    denoiser._parallel_config = whole
+    return whole
+
+
+def gather_hooks(denoiser: nn.Module) -> Iterator[tuple[Any, list[int | None]]]:
+    """The hooks by which context parallelism puts a denoiser's output together: what holds each one's ``post_forward(module,
+    output)``, and along which axis each of the outputs is gathered (None: it is not).
+
+    ``ContextParallelGatherHook`` of ``diffusers.hooks.context_parallel``, with ``metadata`` and ``fn_ref``. Seen in 0.42. gloo
+    gathers tensors of one size only, which the hook does not go by; if it is renamed, other lengths fail on a CPU.
+    """
+    from diffusers.hooks.context_parallel import ContextParallelGatherHook
+
+    for module in denoiser.modules():
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            if isinstance(hook, ContextParallelGatherHook):
+                outputs: Any = hook.metadata
+                yield hook.fn_ref, [None if output is None else output.gather_dim for output in outputs]
 
 
 def is_default_backend(backend: Any) -> bool:

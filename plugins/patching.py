@@ -21,9 +21,9 @@ from torch import nn
 
 from tilewise.plugins.autoencoders.patched_vae import VaePatch, patch_on, vae_of
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
-from tilewise.plugins.diffusers_compat import unwrapped
-from tilewise.plugins.errors import ConfigError, UnsupportedModelError
-from tilewise.plugins.models.common.registry import attention_layers, family_of, supported_models
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.models.common.denoisers import denoisers_of, find_denoisers
+from tilewise.plugins.models.common.registry import attention_layers
 from tilewise.plugins.runtime.other_threads import refuse_while_running
 from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
 from tilewise.plugins.schedule.steps import Steps
@@ -31,40 +31,7 @@ from tilewise.plugins.step_caches.options import CacheLike
 from tilewise.plugins.step_caches.support import check_cache
 from tilewise.plugins.torch_compat import forget_compiled, is_compiled_module, runs_compiled
 
-DENOISERS = ("transformer", "transformer_2", "unet")
 T = TypeVar("T")
-
-
-def denoisers_of(target: Any) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline by attribute name, or the module itself as "denoiser"; inside what wraps them (torch.compile,
-    PEFT).
-
-    Raises:
-        UnsupportedModelError: if there is none, or one that no family serves.
-    """
-    denoisers = _find_denoisers(target)
-    if not denoisers:
-        raise UnsupportedModelError(
-            f"{type(target).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a module. Give a diffusers pipeline, "
-            "or the denoiser itself"
-        )
-    for name, module in denoisers.items():
-        if family_of(module) is None:
-            served = "; ".join(f"{family}: {', '.join(classes)}" for family, classes in supported_models().items())
-            raise UnsupportedModelError(
-                f"{name} is a {type(module).__name__}, which no family adapter serves (served: {served}). Nothing was "
-                "patched. To add it, subclass tilewise.Family (see tilewise.plugins.models.wan) and call tilewise.register_family"
-            )
-    return denoisers
-
-
-def _find_denoisers(target: Any) -> dict[str, nn.Module]:
-    """``denoisers_of`` a target that may have none, or some that no family serves."""
-    found = {name: getattr(target, name, None) for name in DENOISERS}
-    denoisers = {name: unwrapped(module) for name, module in found.items() if isinstance(module, nn.Module)}
-    if isinstance(target, nn.Module) and (not denoisers or family_of(unwrapped(target)) is not None):
-        denoisers = {"denoiser": unwrapped(target)}
-    return denoisers
 
 
 def is_compiled(target: Any, name: str, denoiser: nn.Module) -> bool:
@@ -195,7 +162,7 @@ def unpatch(target: T) -> T:
     Raises:
         TilewiseError: another thread is in a forward of a patched denoiser. Nothing was changed.
     """
-    on = {name: denoiser for name, denoiser in _find_denoisers(target).items() if ATTRIBUTE in denoiser.__dict__}
+    on = {name: denoiser for name, denoiser in find_denoisers(target).items() if ATTRIBUTE in denoiser.__dict__}
     refuse_while_running("unpatch", on)
     vae = vae_of(target)
     if vae is not None and (patch := patch_on(vae)) is not None:
@@ -213,7 +180,7 @@ def unpatch(target: T) -> T:
 
 def is_patched(target: Any) -> bool:
     """Whether any denoiser of ``target`` is patched."""
-    return any(ATTRIBUTE in denoiser.__dict__ for denoiser in _find_denoisers(target).values())
+    return any(ATTRIBUTE in denoiser.__dict__ for denoiser in find_denoisers(target).values())
 
 
 def patches_of(target: Any) -> dict[str, Patch]:

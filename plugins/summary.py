@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from tilewise.plugins.autoencoders.patched_vae import patch_on, vae_of
+from tilewise.plugins.context_parallel.report import RankRow, rank_row
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.call_stats import FALLBACK, OTHER_REASONS, SPARSE, CallKind, CallRecord
@@ -87,6 +88,7 @@ class Summary:
     notes: tuple[str, ...] = ()  # what the model's family has to say, such as where its fused kernels stay off
     vae: tuple[VaeRow, ...] = ()  # empty if it is not patched, or was not called
     cache: tuple[CacheRow, ...] = ()  # of each denoiser, where the patch has a step cache
+    ranks: tuple[RankRow, ...] = ()  # of each denoiser under context parallelism: this process's part
     since: str = dataclasses.field(default="", compare=False)
 
     @property
@@ -160,6 +162,7 @@ class Summary:
             "notes": list(self.notes),
             "vae": [dataclasses.asdict(row) for row in self.vae],
             "cache": [{**dataclasses.asdict(row), "mag_ratios": list(row.mag_ratios)} for row in self.cache],
+            "ranks": [dataclasses.asdict(row) for row in self.ranks],
             "rows": [{k: _finite(v) for k, v in dataclasses.asdict(row).items()} for row in self.rows],
         }
 
@@ -183,6 +186,7 @@ class Summary:
             lines.append(f"queries or keys were not finite: {self.broken} lists of key blocks kept everything")
         lines += [f"{name} stays dense: {reason}" for name, reason in self.skipped_layers.items()]
         lines += map(str, self.cache)
+        lines += map(str, self.ranks)
         for row in self.vae:
             how = "fused" if row.fused else f"stock code ({row.reason})"
             lines.append(f"vae.{row.part}: {row.calls} calls, {how}")
@@ -265,17 +269,20 @@ def summary(target: Any, *, reset: bool = False) -> Summary:
         raise ConfigError("summary: the target is not patched; call tilewise.patch(target, method) and run it first")
     rows: list[SummaryRow] = []
     skipped: dict[str, str] = {}
+    ranks: list[RankRow | None] = []
     since = datetime.datetime.now(datetime.UTC)
+    denoisers = denoisers_of(target)
     for name, patch in patches.items():
         with patch.state.call_stats.lock:  # another thread may be in a forward
             rows += [_row(name, kind, found) for kind, found in _groups(patch)]
             since = min(since, patch.state.call_stats.since)
+            done = patch.state.call_stats.exchanges
+            ranks.append(rank_row(name, denoisers[name], patch.layers, done.calls, done.seconds()))
             if reset:
                 patch.state.call_stats.restart()
         skipped |= {f"{name}.{layer}": reason for layer, reason in patch.state.call_stats.skipped_layers.items()}
     config = next(iter(patches.values())).config
     grids = {name: str(patch.state.grid) for name, patch in patches.items() if patch.state.grid is not None}
-    denoisers = denoisers_of(target)
     notes = tuple(
         f"{name}: {note}"
         for name, patch in patches.items()
@@ -288,7 +295,7 @@ def summary(target: Any, *, reset: bool = False) -> Summary:
     cache = tuple(row for name, patch in patches.items() if (row := _cache(name, patch, reset)) is not None)
     vae, more = _vae(target, reset)
     begun = since.isoformat(timespec="seconds")
-    return Summary(config.to_dict(), rows, grids, skipped, notes + more, vae, cache, begun)
+    return Summary(config.to_dict(), rows, grids, skipped, notes + more, vae, cache, tuple(filter(None, ranks)), begun)
 
 
 def _cache(name: str, patch: Patch, reset: bool) -> CacheRow | None:

@@ -23,6 +23,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("autoencoders", "masks"),
         ("models",),
         ("methods",),
+        ("context_parallel",),
         ("presets", "schedule", "step_caches"),
         ("config",),
         ("runtime",),

@@ -25,7 +25,8 @@ from tilewise.pipelines.quality.content_detection import analyse
 from tilewise.pipelines.quality.content_score import parse_prompt, score
 from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.patching import DENOISERS, is_patched, patched
+from tilewise.plugins.models.common.denoisers import DENOISERS
+from tilewise.plugins.patching import is_patched, patched
 from tilewise.plugins.summary import Summary, summary
 from tilewise.plugins.text_format import counted
 

@@ -8,6 +8,7 @@ itself would get is never seen by one that is not hidden; here it gets 0.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -147,9 +148,18 @@ class Masks:
     def __init__(self, made_per_layer: bool = False) -> None:
         self.made_per_layer = made_per_layer
         self._read: dict[tuple, tuple[torch.Tensor, list[Group] | str]] = {}
+        self._gathered: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def clear(self) -> None:
         self._read.clear()
+        self._gathered.clear()
+
+    def gathered(self, mask: torch.Tensor, gather: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The whole of a mask of which each rank has a part: asked for once, where layers share it."""
+        where = (0 if self.made_per_layer else mask.data_ptr(), mask.dtype, tuple(mask.shape), mask.stride())
+        if where not in self._gathered:
+            self._gathered[where] = mask, gather()  # the part is kept too, so that nothing else comes to lie there
+        return self._gathered[where][1]
 
     def groups(
         self, mask: torch.Tensor | None, grid: Grid, query: torch.Tensor, order: torch.Tensor | None = None

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import math
 import pkgutil
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -71,6 +71,14 @@ class Method:
 
     def refuses_window(self) -> str | None:
         """Why calls over the window of a KV cache cannot run, or None."""
+        return None
+
+    def of_heads(self, heads: range) -> Self:
+        """The method for some of a layer's heads, as a process has them that shares the layer with others. Default: as it is."""
+        return self
+
+    def refuses_some_heads(self) -> str | None:
+        """Why a call over some of a layer's heads cannot choose as the call over all of them does, or None."""
         return None
 
     def describe(self, layout: Layout) -> dict[str, Any]:
@@ -191,6 +199,16 @@ class DynamicMethod(Method):
 
 AnyMethod = TypeVar("AnyMethod", bound=Method)
 M = TypeVar("M", bound=type[Method])
+
+
+@lru_cache(maxsize=1024)
+def _of_heads(method: Method, heads: range) -> Method:
+    return method.of_heads(heads)
+
+
+def of_heads(method: AnyMethod, heads: range | None) -> AnyMethod:
+    """``Method.of_heads``, made once; None: all heads."""
+    return method if heads is None else _of_heads(method, heads)  # type: ignore[return-value]
 
 
 def with_tile(method: AnyMethod, tile: tuple[int, int, int]) -> AnyMethod:

@@ -176,6 +176,9 @@ class Calibrated(DynamicMethod):
     def refuses_call(self, layout: Layout) -> str | None:
         return self.base.refuses_call(layout)
 
+    def refuses_some_heads(self) -> str | None:
+        return self.base.refuses_some_heads()
+
     def refuses_window(self) -> str | None:
         return "a calibration is of whole clips, and not of the window of a KV cache"
 

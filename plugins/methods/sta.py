@@ -6,12 +6,13 @@ none, so no block is computed only to be masked. At borders the window shifts in
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 
@@ -81,6 +82,11 @@ class STA(WindowMethod):
         windows = 1 if self.window is None or isinstance(self.window[0], int) else len(self.window)
         if windows not in (1, heads):
             raise ConfigError(f"STA: {windows} windows were given, but the layer has {heads} heads; give 1 or {heads}")
+
+    def of_heads(self, heads: range) -> Self:
+        if self.window is None or not isinstance(self.window[0], tuple) or len(self.window) == 1:
+            return self
+        return dataclasses.replace(self, window=self.window[heads.start : heads.stop])
 
     def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
         self.check(heads)

@@ -1,6 +1,7 @@
 """Answering the attention calls of a patched denoiser: sparse or dense, and counted.
 
-    answer → a KV cache? ─────────────────────────────→ window_call.py
+    answer → sharded? ──── sharded_call.py: all tokens of some heads, what follows for those, and back
+           → a KV cache? ─────────────────────────────→ window_call.py
            → why dense? ──────────────────────────────→ dense_call.py: our kernel for dense attention, or the stock function
            → prepare: layout, groups, plans, backend → sparse: q, k, v into tile order, kernels/attention/dispatch.py, and back
 
@@ -24,6 +25,7 @@ from tilewise.kernels.device import capturing
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.layout import Layout
+from tilewise.plugins.diffusers_compat import context_parallel
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.methods.base import DynamicMethod, Planned
 from tilewise.plugins.models.common.family import AttentionLayer
@@ -47,6 +49,7 @@ from tilewise.plugins.runtime.joint_text import (
     text_partial,
 )
 from tilewise.plugins.runtime.plan_cache import LRU, Order
+from tilewise.plugins.runtime.sharded_call import sharding_of, whole_call
 from tilewise.plugins.runtime.sparse_call import (
     PRECISIONS,
     QKV,
@@ -85,6 +88,27 @@ class AttentionCalls:
         Raises:
             FallbackError: with ``strict``, where a call cannot run the method although its step and layer should.
         """
+        state = self.state
+        at = context_parallel(request.parallel_config)
+        if at is None or at.ring > 1 or state.forward.global_path:
+            return self._answer(number, request, stock)
+        if state.window is not None or state.guide is not None:
+            what = "a KV cache" if state.window is not None else "a global path"
+            raise TilewiseError(
+                f"{state.name}: {what} does not run under context parallelism; give a denoiser without it"
+            )
+        request = _in_model_order(request)
+        sharding = sharding_of(state, number, request, at)
+        if isinstance(sharding, str):
+            kind = CallKind(FALLBACK, reason=f"under context parallelism, {sharding}", fused=request.fused)
+            forbid(state, state.layers[number], request, kind)
+            return attend_dense(state, number, kind, request, stock)
+        whole, back = whole_call(state, number, request, sharding)
+        with state.some_heads(sharding.own):
+            return back(self._answer(number, whole, stock))
+
+    def _answer(self, number: int, request: AttentionRequest, stock: Stock) -> torch.Tensor:
+        """The output of a call over all tokens of a sequence."""
         state, layer = self.state, self.state.layers[number]
         forward = state.forward
         if state.window is not None:
@@ -123,7 +147,7 @@ class AttentionCalls:
         # Strides too: some kernels take some layouts in memory alone.
         shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
         known = (forward.grid, forward.layout, layer.downsample, shapes, query.dtype, key.dtype, value.dtype, query.device,
-                 request.dropout_p, request.is_causal, request.scale, request.fused)  # fmt: skip
+                 request.dropout_p, request.is_causal, request.scale, request.fused, forward.heads)  # fmt: skip
         return self._prepared.lookup(known, lambda: self.planner.prepare(layer, request))
 
     # ── sparse ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -177,7 +201,7 @@ class AttentionCalls:
                 self._plan_call(number, n, *each, scale) for n, each in enumerate(zip(layouts, taken, strict=True))
             ]
         else:
-            planned = [Planned(state.plans.plan(own, query.shape[2], query.device)) for own in layouts]
+            planned = [Planned(state.plan(own, query.shape[2], query.device)) for own in layouts]
         parts, kind = self.planner.parts_of(groups, layouts, planned, taken, fused)
         out = self._run(number, parts, whole, scale)
         if isinstance(method, DynamicMethod):

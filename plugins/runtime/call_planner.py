@@ -55,6 +55,8 @@ class CallPlanner:
         reason = _refusal(layout, request)
         if reason is None and isinstance(method, DynamicMethod):
             reason = method.refuses_call(layout)
+        if reason is None and state.forward.heads is not None:
+            reason = method.refuses_some_heads()
         if reason is not None:
             return CallKind(FALLBACK, reason=reason)
         order = state.plans.order(layout, query.device)
@@ -68,7 +70,7 @@ class CallPlanner:
         whole = reordered(request.qkv, order[0])
         taken: list[Any] = [group.take(*whole) for group in groups]
         layouts = [layout.with_text(group.text) for group in groups]
-        planned = [Planned(state.plans.plan(own, query.shape[2], query.device)) for own in layouts]
+        planned = [Planned(state.plan(own, query.shape[2], query.device)) for own in layouts]
         try:
             parts, kind = self.parts_of(groups, layouts, planned, taken, request.fused)
         except UnsupportedPlanError as error:

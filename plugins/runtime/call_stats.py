@@ -184,16 +184,43 @@ class Call:
         self.values: dict[str, torch.Tensor] = {}
 
 
+class _Timer:
+    """Device events on a GPU (no host sync), else the wall clock. In a CUDA graph that is being captured it measures nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.captured = on_gpu and torch.cuda.is_current_stream_capturing()
+        self._begin = time.perf_counter()
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if on_gpu and not self.captured:
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._stream = torch.cuda.current_stream(device)  # of this device, which need not be the current one
+            self._events[0].record(self._stream)
+
+    def stop(self) -> None:
+        if self._events is not None:
+            self._events[1].record(self._stream)
+        self._seconds = time.perf_counter() - self._begin
+
+    def add_to(self, record: CallRecord) -> None:
+        if self._events is not None:
+            record.add_time(*self._events)
+        else:
+            record.wall += self._seconds
+
+
 class CallStats:
     """Records by (layer number, kind of call). Threads add to the same records.
 
     lock: held while a record is changed, and by who reads several. since: when counting began, UTC.
+    exchanges: between the ranks of context parallelism, two for each call.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.since = datetime.datetime.now(datetime.UTC)
         self.records: dict[tuple[int, CallKind], CallRecord] = defaultdict(CallRecord)
+        self.exchanges = CallRecord()
         self.skipped_layers: dict[str, str] = {}  # layers never taken over, with the reason
         self._reasons: dict[int, dict[str, str]] = defaultdict(
             dict
@@ -202,6 +229,7 @@ class CallStats:
     def restart(self) -> None:
         """Count anew. Only with ``lock`` held. Layers that were never taken over stay known."""
         self.records.clear()
+        self.exchanges = CallRecord()
         self._reasons.clear()
         self.since = datetime.datetime.now(datetime.UTC)
 
@@ -216,33 +244,31 @@ class CallStats:
         A call that is captured into a CUDA graph is counted once; its time, its replays and what it measured are not seen.
         """
         call = Call(kind)
-        device = query.device
-        on_gpu = device.type == "cuda"
-        captured = on_gpu and torch.cuda.is_current_stream_capturing()
-        begin = time.perf_counter()
-        start = end = None
-        if on_gpu and not captured:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            stream = torch.cuda.current_stream(device)  # of q's device, which need not be the current one
-            start.record(stream)
+        timer = _Timer(query.device)
         yield call
         if call.kind is None:
             return
-        if end is not None:
-            end.record(stream)
-        seconds = time.perf_counter() - begin
+        timer.stop()
         queries = query.shape[0] * query.shape[1]
         pairs = queries * key.shape[1]
         with self.lock:
             record = self._record_of(layer, call.kind)
             record.count(queries, pairs, call)
-            if captured:
+            if timer.captured:
                 return
             record.measurements.add(call.values, pairs, queries)
-            if start is not None and end is not None:
-                record.add_time(start, end)
-            else:
-                record.wall += seconds
+            timer.add_to(record)
+
+    @contextmanager
+    def exchange(self, x: torch.Tensor) -> Iterator[None]:
+        """Time an exchange between the ranks of context parallelism, on the device of ``x``; waiting for the others included."""
+        timer = _Timer(x.device)
+        yield
+        timer.stop()
+        with self.lock:
+            self.exchanges.calls += 1
+            if not timer.captured:
+                timer.add_to(self.exchanges)
 
     def _record_of(self, layer: int, kind: CallKind) -> CallRecord:
         """Reasons hold sizes and token counts: those that differ in numbers alone count together, under the first one."""

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from tilewise.kernels.device import capturing
+from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.masks.padding_mask import Masks
-from tilewise.plugins.methods.base import DynamicMethod, Method
+from tilewise.plugins.methods.base import DynamicMethod, Method, of_heads
 from tilewise.plugins.methods.dynamic.step_memory import Memories
 from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime.call_stats import CallStats
@@ -37,6 +38,7 @@ class Forward(threading.local):
 
     Attributes:
         grid: of the tokens; None where it could not be read.
+        whole: the same before ``Config.keep`` took frames out of it: of the model's own sequence.
         layout: the method's token order for this grid, which its calls reorder to; None: none of them can be sparse.
         runs: whether the method runs at this step.
         refused: why the method cannot run in this forward although it should; None: it can.
@@ -44,10 +46,13 @@ class Forward(threading.local):
         masks: the attention masks that were read.
         step: of the denoising schedule, if anybody wants to know it.
         noise: the noise level, from 1 to 0, if the method goes by it.
+        heads: of the call under way, those that this process computes, where context parallelism splits them; None: all.
+        asked: by layer, how many calls asked the other ranks for their number of tokens.
     """
 
     def __init__(self, masks_per_layer: bool) -> None:
         self.grid: Grid | None = None
+        self.whole: Grid | None = None
         self.layout: Layout | None = None
         self.runs = False
         self.refused: str | None = None
@@ -55,6 +60,8 @@ class Forward(threading.local):
         self.masks = Masks(masks_per_layer)
         self.step: int | None = None
         self.noise: float | None = None
+        self.heads: range | None = None
+        self.asked: dict[int, int] = {}
 
 
 class ForwardState:
@@ -103,6 +110,8 @@ class ForwardState:
     def begin(self, grid: Grid | None, timestep: torch.Tensor, refused: str | None = None) -> None:
         """Begin a forward over ``grid`` at ``timestep``; ``refused``: why no call of it can be sparse."""
         forward = self.forward
+        forward.whole = grid
+        forward.asked.clear()
         grid = None if grid is None else self.config.kept(grid)
         forward.grid = self.grid = grid
         forward.masks.clear()
@@ -141,6 +150,15 @@ class ForwardState:
         for observer in list(self.observers):
             observer(observed)
 
+    @contextmanager
+    def some_heads(self, heads: range) -> Iterator[None]:
+        """The attention call in here is over these heads of its layer alone."""
+        self.forward.heads = heads
+        try:
+            yield
+        finally:
+            self.forward.heads = None
+
     # ── which step ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _runs_at(self, timestep: torch.Tensor) -> bool:
@@ -178,8 +196,14 @@ class ForwardState:
 
     def method_of(self, number: int) -> Method | None:
         """The method of layer ``number`` in this forward; None: its calls are dense."""
-        method = self.config.method
-        return method.at(number, self.forward.noise) if isinstance(method, DynamicMethod) else method
+        method: Method | None = self.config.method
+        if isinstance(method, DynamicMethod):
+            method = method.at(number, self.forward.noise)
+        return method if method is None else of_heads(method, self.forward.heads)
+
+    def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
+        """The static method's plan for a call over so many heads, which may be some of a layer's."""
+        return self.plans.plan(layout, heads, device, self.forward.heads)
 
     def _follow(self, timestep: torch.Tensor) -> None:
         """Keep count of runs, steps and branches, where somebody goes by them; a bare denoiser's timestep is read for it."""

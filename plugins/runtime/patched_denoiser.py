@@ -14,6 +14,7 @@ from torch import nn
 
 from tilewise.plugins.autoencoders.patched_vae import VaePatch
 from tilewise.plugins.config import Config, select_blocks
+from tilewise.plugins.context_parallel.checks import check_sharded, why_dense
 from tilewise.plugins.diffusers_compat import SAVED_PROCESSORS, is_sharded
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.hooks.deepcopy import COPIER, STATE, copy_patched, shallow_state
@@ -158,7 +159,11 @@ class Patch:
             )
         timestep = self.family.timestep(args, kwargs)
         grid, refused = self._grid(denoiser, args, kwargs)
-        refused = self._look_at_processors() or refused
+        self._look_at_processors()
+        if is_sharded(denoiser):
+            refused = why_dense(denoiser) or refused
+            if not refused or grid is not None:
+                check_sharded(self.name, denoiser, self.layers, grid)
         if not torch.compiler.is_dynamo_compiling():
             self.state.begin(grid, timestep, refused)
         else:
@@ -194,19 +199,14 @@ class Patch:
         except UnreadableGridError as error:
             return None, str(error)
 
-    def _look_at_processors(self) -> str | None:
-        """Follow what others did to the layers' processors since the patch. Returns why this forward cannot be sparse, or
-        None."""
-        refused = None
+    def _look_at_processors(self) -> None:
+        """Follow what others did to the layers' processors since the patch."""
         for number, layer in enumerate(self.layers):
             module: Any = layer.module
             if not self._knows(number):
                 self._replaced(number)
             elif isinstance(module.processor, TilewiseProcessor) and layer.name in self.left_alone:
                 self._take_back(layer)
-            if is_sharded(module.processor):
-                refused = "context parallelism is enabled, and each rank has a part of the tokens"
-        return refused
 
     def _knows(self, number: int) -> bool:
         """Whether the processor that is on layer ``number`` is ours for that layer, or one that we left alone."""

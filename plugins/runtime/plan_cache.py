@@ -13,7 +13,7 @@ from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.block_plan import BlockPlan, dense_plan
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.errors import TilewiseError
-from tilewise.plugins.methods.base import Method
+from tilewise.plugins.methods.base import Method, of_heads
 
 Order = tuple[torch.Tensor, torch.Tensor]
 MAX_PLANS = 64
@@ -66,6 +66,8 @@ class PlanCache:
         self.method = method
         self.orders = LRU(MAX_PLANS)
         self.plans = LRU(MAX_PLANS)
+        self.rank_sizes = LRU(MAX_PLANS)  # of calls whose tokens are split over ranks: how many each has
+        self._rank_orders = LRU(MAX_PLANS)
         self._dense_plans = LRU(MAX_DENSE_PLANS)
 
     def order(self, layout: Layout, device: torch.device) -> Order:
@@ -77,14 +79,18 @@ class PlanCache:
 
         return self.orders.lookup((layout, device), make)
 
-    def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
-        """The method's plan, made once for a layout, number of heads and device."""
+    def rank_order(self, order: torch.Tensor, inverse: torch.Tensor, device: torch.device) -> Order:
+        """An order of ``TokenShares``, which are kept for good, and its inverse, on a device."""
+        return self._rank_orders.lookup((id(order), device), lambda: (order.to(device), inverse.to(device)))
+
+    def plan(self, layout: Layout, heads: int, device: torch.device, part: range | None = None) -> BlockPlan:
+        """The method's plan, made once for a layout, number of heads and device. part: which of a layer's heads, if some."""
 
         def make() -> BlockPlan:
             self._not_while_capturing(device, f"the plan of the grid {layout.grid}")
-            return self.method.plan(layout, heads, device)
+            return of_heads(self.method, part).plan(layout, heads, device)
 
-        return self.plans.lookup((layout, heads, device), make)
+        return self.plans.lookup((layout, heads, device, part), make)
 
     def dense_plan(self, tokens: int, device: torch.device, keys: int | None = None) -> BlockPlan:
         """The plan of dense attention over so many tokens, in whatever order they are; keys: how many of them, if not as many."""

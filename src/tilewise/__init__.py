@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tilewise.pipelines.streaming.stream import stream
     from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
     from tilewise.plugins.config import Config, load_config, presets, resolve, save_config
+    from tilewise.plugins.context_parallel.enable import enable_context_parallel
     from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
     from tilewise.plugins.explain import explain
     from tilewise.plugins.guidance.dual_path import two_paths
@@ -55,6 +56,7 @@ __all__ = [
     "UnsupportedModelError",
     "WindowRecipe",
     "XAttention",
+    "enable_context_parallel",
     "explain",
     "explain_stream",
     "highres",
@@ -79,6 +81,7 @@ __all__ = [
 
 _NAMES_BY_MODULE = {
     "config": ("Config", "load_config", "presets", "resolve", "save_config"),
+    "context_parallel.enable": ("enable_context_parallel",),
     "errors": ("ConfigError", "FallbackError", "TilewiseError", "UnsupportedModelError"),
     "explain": ("explain",),
     "methods.base": ("Method", "methods", "register"),

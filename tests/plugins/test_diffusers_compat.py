@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
+from diffusers.models._modeling_parallel import ParallelConfig
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin, SplitInferenceModule
 from torch import nn
@@ -111,8 +112,19 @@ def test_options_of_a_processor(processor):
     assert compat.dispatch_options(processor) == {"backend": None, "parallel_config": None}
     assert set(compat.dispatch_options(processor)) <= set(parameters(dispatch_attention_fn))
     assert not compat.is_sharded(processor)
-    processor._parallel_config = object()
+    assert compat.context_parallel(processor) is None
+    config = diffusers.ContextParallelConfig(ulysses_degree=2, ulysses_anything=True)
+    processor._parallel_config = ParallelConfig(context_parallel_config=config)
     assert compat.is_sharded(processor)
+    assert compat.parallel_degrees(processor) == (2, 1, True)
+
+
+def test_how_context_parallelism_is_set_up():
+    assert callable(getattr(diffusers.ModelMixin, compat.RESOLVE_PARALLEL))
+    assert "_flattened_mesh" in vars(diffusers.ContextParallelConfig(ring_degree=2))
+    source = inspect.getsource(diffusers.hooks.context_parallel)
+    assert "_flattened_mesh" in source
+    assert "self.metadata" in source and "fn_ref" in inspect.getsource(HookRegistry)
 
 
 def test_the_backend_that_a_model_is_given_arrives():

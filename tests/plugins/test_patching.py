@@ -323,15 +323,6 @@ def test_a_processor_that_is_replaced_after_the_patch_is_reported(tiny_pipe):
         latents(tiny_pipe)
 
 
-def test_context_parallelism_is_refused_before_anything_runs(tiny_pipe):
-    model = tilewise.patch(tiny_pipe.transformer, SMALL, steps=(0, 1), strict=True)
-    for block in model.blocks:
-        block.attn1.processor._parallel_config = object()  # what enable_parallelism sets
-    with torch.no_grad(), pytest.raises(tilewise.FallbackError, match="context parallelism"):
-        model(torch.randn(1, 4, 5, 16, 16), torch.tensor([500.0]), torch.randn(1, 16, tiny_wan.TEXT_DIM))
-    assert model._tilewise.state.forward.layout is None
-
-
 def test_caches_that_outlive_a_step_stay_right(tiny_pipe):
     """Pyramid attention broadcast replays a layer's output in a later step: across the first sparse step, too."""
     from diffusers import PyramidAttentionBroadcastConfig

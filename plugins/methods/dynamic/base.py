@@ -133,6 +133,18 @@ class BlockSelectionMethod(DynamicMethod):
         if self.within is not None:
             self.within.check(heads)
 
+    def of_heads(self, heads: range) -> Self:
+        densities = None if self.head_density is None else self.head_density[heads.start : heads.stop]
+        within = None if self.within is None else self.within.of_heads(heads)
+        return dataclasses.replace(self, head_density=densities, within=within)
+
+    def refuses_some_heads(self) -> str | None:
+        if self.select == "shared":
+            return "select='shared' chooses among the pairs of all heads, and each rank has some; give another select"
+        if self.refresh > 1 and self.drift is not None:
+            return "drift goes by the recall of all heads, and each rank has some; give drift=None, or refresh=1"
+        return None if self.within is None else self.within.refuses_some_heads()
+
     def layout(self, grid: Grid) -> Layout:
         # Text in the sequence is cut at 128 rows, and a kernel's block has room for as many: smaller tiles would leave it empty.
         usual = DEFAULT_TILE if grid.text >= SMALLEST_TILE else default_tile(grid.shape)

@@ -1,0 +1,45 @@
+"""What cannot run under context parallelism, said before a forward begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.context_parallel.token_shares import segments_of
+from tilewise.plugins.diffusers_compat import parallel_degrees
+from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.models.common.family import AttentionLayer
+
+
+def why_dense(denoiser: nn.Module) -> str | None:
+    """Why a sharded denoiser's calls cannot be sparse, whatever their grid, or None."""
+    _, ring, _ = parallel_degrees(denoiser)
+    if ring == 1:
+        return None
+    return (
+        f"ring_degree={ring} splits the keys of a call over ranks, and a rank sees a plan's keys one part after the other; give "
+        "ulysses_degree alone, which splits heads"
+    )
+
+
+def check_sharded(name: str, denoiser: nn.Module, layers: Sequence[AttentionLayer], grid: Grid | None) -> None:
+    """Raises TilewiseError for more ranks than heads, and for lengths that are to be split evenly and cannot.
+
+    name: the denoiser's, for messages. grid: of the forward that begins; None: unknown.
+    """
+    ulysses, ring, anything = parallel_degrees(denoiser)
+    heads = min((layer.heads for layer in layers), default=ulysses)
+    if heads < ulysses:
+        raise TilewiseError(
+            f"{name}: ulysses_degree={ulysses} gives each of {ulysses} ranks some heads, and the model has {heads} in a layer. "
+            f"Use at most {heads} ranks"
+        )
+    ranks = ulysses * ring
+    uneven = [length for length in segments_of(grid) if length % ranks] if grid is not None and not anything else []
+    if uneven:
+        raise TilewiseError(
+            f"{name}: {uneven[0]} tokens of the grid {grid} cannot be split evenly over {ranks} ranks. Enable context "
+            f"parallelism with ulysses_anything=True, or choose a size whose tokens {ranks} divides"
+        )

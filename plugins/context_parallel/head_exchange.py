@@ -1,0 +1,81 @@
+"""The exchange around an attention call that is split over processes (Ulysses, arXiv 2309.14509):
+
+    before   each rank has some tokens of all heads       (B, S of the rank, H, D)
+    within   each rank has all tokens of some heads       (B, S, H of the rank, D)
+
+Ranks may have different numbers of tokens and of heads, so any length and any number of heads at least that of the ranks will do
+without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tilewise.plugins.context_parallel.token_shares import split
+
+
+def deal(heads: int, ranks: int) -> list[range]:
+    """The heads of each rank: as many each, or one more for the first."""
+    sizes = split(heads, ranks)
+    return [range(sum(sizes[:rank]), sum(sizes[: rank + 1])) for rank in range(ranks)]
+
+
+def to_heads(
+    tensors: Sequence[torch.Tensor], heads: Sequence[Sequence[range]], sizes: tuple[int, ...], rank: int, group: Any
+) -> list[torch.Tensor]:
+    """All tokens of this rank's heads, (B, S, h, D) each, in the order of the ranks.
+
+    Args:
+        tensors: (B, sizes[rank], H, D) each. heads: of each tensor, the heads of each rank.
+        sizes: tokens of each rank. rank, group: this process's number in the group.
+
+    The exchange of one tensor runs while the next is packed.
+    """
+    waiting = []
+    for x, dealt in zip(tensors, heads, strict=True):
+        batch, tokens, _, width = x.shape
+        own = len(dealt[rank])
+        sent = torch.cat([x[:, :, h.start : h.stop].transpose(0, 1).reshape(-1) for h in dealt])
+        got = x.new_empty((sum(sizes), batch, own, width))
+        row = batch * width
+        given, taken = [tokens * len(h) * row for h in dealt], [size * own * row for size in sizes]
+        work = dist.all_to_all_single(got.view(-1), sent, taken, given, group=group, async_op=True)
+        waiting.append((work, got, sent))
+    for work, _, _ in waiting:
+        work.wait()
+    return [got.transpose(0, 1) for _, got, _ in waiting]
+
+
+def to_tokens(out: torch.Tensor, heads: Sequence[range], sizes: tuple[int, ...], rank: int, group: Any) -> torch.Tensor:
+    """The way back: out (B, S, h, D), in the order of the ranks → (B, sizes[rank], H, D)."""
+    batch, _, own, width = out.shape
+    tokens, row = sizes[rank], batch * width
+    sent = out.transpose(0, 1).contiguous()
+    given, taken = [size * own * row for size in sizes], [tokens * len(h) * row for h in heads]
+    got = out.new_empty(sum(taken))
+    dist.all_to_all_single(got, sent.view(-1), taken, given, group=group)
+    parts = [part.view(tokens, batch, -1, width) for part in got.split(taken)]
+    return torch.cat(parts, 2).transpose(0, 1).contiguous()
+
+
+def gather(x: torch.Tensor, dim: int, sizes: tuple[int, ...], rank: int, group: Any) -> torch.Tensor:
+    """A tensor of whose axis ``dim`` each rank has a part, as long as ``sizes`` says, with the parts of all ranks."""
+    own = x.to(torch.uint8) if x.dtype == torch.bool else x
+    own = own.movedim(dim, 0)
+    room = own.new_zeros((max(sizes), *own.shape[1:]))
+    room[: sizes[rank]] = own
+    found = [torch.empty_like(room) for _ in sizes]
+    dist.all_gather(found, room, group=group)
+    whole = torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)]).movedim(0, dim).contiguous()
+    return whole.bool() if x.dtype == torch.bool else whole
+
+
+def gather_size(size: int, device: torch.device, ranks: int, group: Any) -> tuple[int, ...]:
+    """What each rank gives as ``size``. Waits for the device."""
+    found = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(ranks)]
+    dist.all_gather(found, torch.tensor([size], device=device), group=group)
+    return tuple(int(n) for n in torch.cat(found).tolist())

@@ -1,0 +1,130 @@
+"""Attention calls of a denoiser whose tokens are split over processes: to all tokens of some heads, and back.
+
+    call of a rank's tokens → exchange → the call that one process would make, of this rank's heads → exchange
+
+Between the two exchanges nothing is different from a denoiser in one process but the number of heads: any method, any backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tilewise.kernels.fused.reorder import reorder_tokens
+from tilewise.plugins.context_parallel.head_exchange import deal, gather, gather_size, to_heads, to_tokens
+from tilewise.plugins.context_parallel.token_shares import TokenShares, segments_of, shares_of
+from tilewise.plugins.diffusers_compat import ContextParallel
+from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.runtime.attention_request import AttentionRequest
+from tilewise.plugins.runtime.forward_state import ForwardState
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How one call is split: the tokens of each rank, the heads of each rank, and who this process is."""
+
+    tokens: TokenShares
+    heads: list[range]
+    at: ContextParallel
+
+    @property
+    def own(self) -> range:
+        """The heads that this rank computes."""
+        return self.heads[self.at.rank]
+
+
+def sharding_of(state: ForwardState, number: int, request: AttentionRequest, at: ContextParallel) -> Sharding | str:
+    """How a call of layer ``number`` is split; or why it cannot be told, and diffusers has to answer it.
+
+    Ranks ask each other for their number of tokens, once for each layer of a grid.
+
+    Raises:
+        TilewiseError: there are more ranks than heads.
+    """
+    query, key, whole = request.query, request.key, state.forward.whole
+    if whole is None:
+        return state.forward.refused or "the grid of this forward is not known"
+    ranks, heads = at.ulysses, query.shape[2]
+    if heads < ranks:
+        raise TilewiseError(
+            f"{state.name}.{state.layers[number].name}: {heads} heads cannot be split over {ranks} ranks. Use at most {heads}"
+        )
+    # Every rank comes here with the same grid, layer and count, whatever its own number of tokens: none asks alone.
+    count = state.forward.asked[number] = state.forward.asked.get(number, 0) + 1
+
+    def ask() -> tuple[int, ...]:
+        both = [gather_size(x.shape[1], query.device, ranks, at.group) for x in (query, key)]
+        return both[0] if both[0] == both[1] else ()
+
+    sizes = state.plans.rank_sizes.lookup((whole, number, count, ranks), ask)
+    if not sizes:
+        return "queries and keys are split in different ways"
+    shares = shares_of(segments_of(whole), whole, sizes)
+    return shares if isinstance(shares, str) else Sharding(shares, deal(heads, ranks), at)
+
+
+def whole_call(
+    state: ForwardState, number: int, request: AttentionRequest, sharding: Sharding
+) -> tuple[AttentionRequest, Callable[[torch.Tensor], torch.Tensor]]:
+    """The call over all tokens of this rank's heads, in the model's order; and what brings its output (B, S, h, D) back."""
+    at, shares = sharding.at, sharding.tokens
+    dealt = [sharding.heads, *(_dealt(x, request.query, sharding) for x in (request.key, request.value))]
+    given = [_repeated(x, heads) for x, heads in zip(request.qkv, dealt, strict=True)]
+    order = inverse = None
+    if shares.order is not None and shares.inverse is not None:
+        order, inverse = state.plans.rank_order(shares.order, shares.inverse, request.query.device)
+    with state.call_stats.exchange(request.query):
+        qkv = to_heads(given, dealt, shares.sizes, at.rank, at.group)
+        if order is not None:
+            qkv = reorder_tokens(qkv, order)
+        mask = _whole_mask(state, request.attn_mask, sharding, order)
+    query, key, value = qkv
+    whole = request.replace(query=query, key=key, value=value, attn_mask=mask, parallel_config=None)
+
+    def back(out: torch.Tensor) -> torch.Tensor:
+        with state.call_stats.exchange(out):
+            if inverse is not None:
+                out = reorder_tokens([out], inverse)[0]
+            return to_tokens(out, sharding.heads, shares.sizes, at.rank, at.group)
+
+    return whole, back
+
+
+def _dealt(x: torch.Tensor, query: torch.Tensor, sharding: Sharding) -> list[range]:
+    """The heads of each rank, of a key or value that may have fewer than the query: those that the rank's queries attend to."""
+    each = query.shape[2] // x.shape[2]  # query heads that share one
+    if each == 1 or any(heads.start % each or len(heads) % each for heads in sharding.heads):
+        return sharding.heads
+    return [range(heads.start // each, heads.stop // each) for heads in sharding.heads]
+
+
+def _repeated(x: torch.Tensor, dealt: list[range]) -> torch.Tensor:
+    """A key or value with a head for each query head, where ranks would have to share one."""
+    heads = dealt[-1].stop
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def _whole_mask(
+    state: ForwardState, mask: torch.Tensor | None, sharding: Sharding, order: torch.Tensor | None
+) -> torch.Tensor | None:
+    """A call's mask over the tokens of all ranks, in the model's order. One that several layers share is gathered once.
+
+    Raises:
+        TilewiseError: a mask of pairs of tokens, or one for each head, which no rank has all of.
+    """
+    if mask is None or mask.shape[-1] in (1, sharding.tokens.tokens):  # made before the split: of the whole sequence
+        return mask
+    local = sharding.tokens.sizes[sharding.at.rank]
+    if mask.shape[-1] != local or (mask.ndim > 2 and any(n != 1 for n in mask.shape[1:-1])):
+        raise TilewiseError(
+            f"{state.name}: an attention mask of shape {tuple(mask.shape)} cannot be split over {len(sharding.heads)} ranks, of "
+            f"which this one has {local} tokens: it must be one of keys alone, (B, 1, 1, S)"
+        )
+
+    def whole() -> torch.Tensor:
+        found = gather(mask, mask.ndim - 1, sharding.tokens.sizes, sharding.at.rank, sharding.at.group)
+        return found if order is None else found.index_select(-1, order)
+
+    return state.forward.masks.gathered(mask, whole)

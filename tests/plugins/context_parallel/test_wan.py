@@ -1,0 +1,76 @@
+"""Wan split over 2, 3 and 4 processes equals one process, with every method, and what cannot run says so."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import forked_ranks
+import pytest
+import torch
+import wan_cases
+
+import tilewise
+from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.context_parallel.token_shares import segments_of, shares_of, split
+
+CASES = wan_cases.cases()
+RUNS = [f"{name}, {n} ranks" for name, case in CASES.items() for n in getattr(case, "ranks", (2, 3, 4))]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return forked_ranks.run_cases("wan_cases", 4)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("error")])
+def test_ranks_equal_one_process(found, name):
+    assert found[name]["error"] is not None, found[name]["said"]
+    assert found[name]["error"] <= 1e-5
+    sparse = name.split(",")[0] != "dense"
+    for said in found[name]["said"]:
+        assert ("sparse" in said["kinds"]) == sparse
+        assert said["calls"] == 2
+        assert ("context parallelism, denoiser: rank" in said["text"]) == (len(found[name]["said"]) > 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("too_many_ranks, 3", "ConfigError: .* each needs a head, and denoiser has 2"),
+        ("uneven, 2", "TilewiseError: denoiser: 175 tokens of the grid 5×7×5 cannot be split evenly over 2 ranks"),
+        ("ring, 2", "FallbackError: .*ring_degree=2 splits the keys"),
+        ("all_heads_needed, 2", "FallbackError: .*select='shared' chooses among the pairs of all heads"),
+        ("twice, 2", "ConfigError: context parallelism: it is enabled on denoiser already"),
+    ],
+)
+def test_what_cannot_run_says_so_on_every_rank(found, name, expected):
+    said = found[f"error: {name} ranks"]["said"]
+    assert len(said) == int(name[-1])
+    for line in said:
+        assert re.match(expected, line), line
+
+
+def test_one_process_without_torchrun():
+    with pytest.raises(tilewise.ConfigError, match="torchrun --nproc-per-node"):
+        tilewise.enable_context_parallel(wan_cases.tiny_wan.tiny_transformer())
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 3, 5, 4, True), Grid(1, 3, 5, 4), Grid(1, 3, 5, 9, True, 5), Grid(2, 3, 5)])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_tokens_of_the_ranks_in_the_order_of_the_model(grid, ranks):
+    pieces = torch.arange(grid.tokens).split(segments_of(grid))
+    local = [torch.cat([piece.tensor_split(ranks)[rank] for piece in pieces]) for rank in range(ranks)]
+    shares = shares_of(segments_of(grid), grid, tuple(map(len, local)))
+    joined = torch.cat(local)
+    assert not isinstance(shares, str)
+    if shares.order is not None:
+        assert torch.equal(joined[shares.order][shares.inverse], joined)
+        joined = joined[shares.order]
+    assert torch.equal(joined, torch.arange(grid.tokens))
+
+
+def test_tokens_that_are_split_otherwise_are_told():
+    grid = Grid(1, 3, 5, 4, True)
+    assert isinstance(shares_of(segments_of(grid), grid, (19, 0)), str)
+    assert split(19, 2) == (10, 9)

@@ -8,8 +8,9 @@ pyproject.toml is raised when the tests pass with a new release. Nothing here im
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -137,6 +138,44 @@ def set_up_on_cpu(denoiser: Any, config: Any) -> Any:
     whole.setup(distributed.get_rank(), distributed.get_world_size(), torch.device("cpu"), mesh=mesh)
     denoiser._parallel_config = whole
     return whole
+
+
+def split_input(axis: int, ndim: int, *, output: bool = False) -> Any:
+    """An entry of a context parallel plan: a tensor with so many axes is split along one of them, before its module's forward or,
+    where it is an ``output``, after. ``ContextParallelInput``, which diffusers does not export; seen in
+    ``models._modeling_parallel`` in 0.42. If it moves, models without a plan in diffusers cannot be split."""
+    from diffusers.models._modeling_parallel import ContextParallelInput
+
+    return ContextParallelInput(split_dim=axis, expected_dims=ndim, split_output=output)
+
+
+def gathered_output(axis: int, ndim: int) -> Any:
+    """An entry of a context parallel plan: a module's output is put together along an axis.
+    ``ContextParallelOutput``, as above."""
+    from diffusers.models._modeling_parallel import ContextParallelOutput
+
+    return ContextParallelOutput(gather_dim=axis, expected_dims=ndim)
+
+
+def change_arguments(denoiser: nn.Module, change: Callable[[dict[str, Any]], None], name: str) -> None:
+    """Have ``change`` called with the arguments of each forward, by parameter, before any hook of diffusers that is on by now.
+
+    A ``ModelHook``, which ``HookRegistry`` puts around those registered before it. Seen in ``diffusers.hooks.hooks`` in 0.42. If
+    it moves, context parallelism cannot be enabled on models with a timestep for each token.
+    """
+    from diffusers.hooks.hooks import HookRegistry, ModelHook
+
+    parameters = [
+        parameter for parameter in inspect.signature(type(denoiser).forward).parameters if parameter != "self"
+    ]
+
+    class Change(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            change(given)
+            return (), given
+
+    HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(Change(), name)
 
 
 def gather_hooks(denoiser: nn.Module) -> Iterator[tuple[Any, list[int | None]]]:

@@ -24,10 +24,12 @@ def why_dense(denoiser: nn.Module) -> str | None:
     )
 
 
-def check_sharded(name: str, denoiser: nn.Module, layers: Sequence[AttentionLayer], grid: Grid | None) -> None:
+def check_sharded(
+    name: str, denoiser: nn.Module, layers: Sequence[AttentionLayer], grid: Grid | None, one_tensor: bool
+) -> None:
     """Raises TilewiseError for more ranks than heads, and for lengths that are to be split evenly and cannot.
 
-    name: the denoiser's, for messages. grid: of the forward that begins; None: unknown.
+    name: the denoiser's, for messages. grid: of the forward that begins; None: unknown. one_tensor: see ``Family``.
     """
     ulysses, ring, anything = parallel_degrees(denoiser)
     heads = min((layer.heads for layer in layers), default=ulysses)
@@ -37,7 +39,11 @@ def check_sharded(name: str, denoiser: nn.Module, layers: Sequence[AttentionLaye
             f"Use at most {heads} ranks"
         )
     ranks = ulysses * ring
-    uneven = [length for length in segments_of(grid) if length % ranks] if grid is not None and not anything else []
+    uneven = (
+        [length for length in segments_of(grid, one_tensor) if length % ranks]
+        if grid is not None and not anything
+        else []
+    )
     if uneven:
         raise TilewiseError(
             f"{name}: {uneven[0]} tokens of the grid {grid} cannot be split evenly over {ranks} ranks. Enable context "

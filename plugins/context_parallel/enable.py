@@ -14,16 +14,18 @@ from tilewise.plugins.context_parallel.head_exchange import gather, gather_size
 from tilewise.plugins.diffusers_compat import (
     RESOLVE_PARALLEL,
     ContextParallel,
+    change_arguments,
     context_parallel,
     gather_hooks,
     is_sharded,
     set_up_on_cpu,
 )
-from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
 from tilewise.plugins.models.common.denoisers import denoisers_of
-from tilewise.plugins.models.common.registry import attention_layers
+from tilewise.plugins.models.common.registry import attention_layers, family_of
 
+PATCH = "_tilewise"  # the attribute that a patch is on a denoiser
 T = TypeVar("T")
 
 
@@ -55,8 +57,8 @@ def enable_context_parallel(target: T, *, mesh: Any = None) -> T:
         raise ConfigError("context parallelism needs 2 processes or more: torchrun --nproc-per-node 2 …")
     for name, denoiser in denoisers.items():
         check_denoiser(name, denoiser, ranks)
-    for denoiser in denoisers.values():
-        _enable(denoiser, ranks, mesh)
+    for name, denoiser in denoisers.items():
+        _enable(denoiser, ranks, mesh, _plan(name, denoiser))
     return target
 
 
@@ -69,25 +71,61 @@ def check_denoiser(name: str, denoiser: nn.Module, ranks: int) -> None:
         )
     if is_sharded(denoiser):
         raise ConfigError(f"context parallelism: it is enabled on {name} already")
-    if getattr(denoiser, "_cp_plan", None) is None:
-        raise UnsupportedModelError(
-            f"context parallelism: diffusers has no plan for {name}, a {type(denoiser).__name__}, to split its sequence"
-        )
+    _plan(name, denoiser)
 
 
-def _enable(denoiser: Any, ranks: int, mesh: Any) -> None:
+def _plan(name: str, denoiser: nn.Module) -> dict[str, Any]:
+    family = family_of(denoiser)
+    assert family is not None
+    plan = family.context_parallel_plan(denoiser)
+    if isinstance(plan, str):
+        raise UnsupportedModelError(f"context parallelism: {name} is a {type(denoiser).__name__}: {plan}")
+    return plan
+
+
+def _enable(denoiser: Any, ranks: int, mesh: Any, plan: dict[str, Any]) -> None:
     from diffusers import ContextParallelConfig
 
     config = ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=True, mesh=mesh)
     on_cpu = functools.partial(set_up_on_cpu, denoiser)
     cpu = not torch.accelerator.device_count()
     with temporary_attribute(denoiser, RESOLVE_PARALLEL, on_cpu) if cpu else nullcontext():
-        denoiser.enable_parallelism(config=config)
+        denoiser.enable_parallelism(config=config, cp_plan=plan)
+    family = family_of(denoiser)
+    assert family is not None
+    for module in (inner for whole in family.whole_attention(denoiser) for inner in whole.modules()):
+        processor: Any = getattr(module, "processor", None)
+        if is_sharded(processor):
+            processor._parallel_config = None
+    if family.per_token:
+        change_arguments(
+            denoiser, functools.partial(_split_per_token, family.per_token, denoiser), "tilewise_per_token"
+        )
+    if family.split_needs_patch:
+        denoiser.register_forward_pre_hook(_needs_patch)
     if cpu:
         at = context_parallel(denoiser)
         assert at is not None
         for reference, axes in gather_hooks(denoiser):
             reference.post_forward = functools.partial(_gather, axes, at)
+
+
+def _split_per_token(names: tuple[str, ...], denoiser: nn.Module, given: dict[str, Any]) -> None:
+    """A rank's part of arguments with a value for each token of ``hidden_states`` (B, S, C), which is still whole."""
+    at, tokens = context_parallel(denoiser), given["hidden_states"].shape[1]
+    assert at is not None
+    for name in names:
+        value = given.get(name)
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == tokens:
+            given[name] = value.tensor_split(at.ulysses, dim=1)[at.rank]
+
+
+def _needs_patch(denoiser: nn.Module, args: tuple) -> None:
+    if PATCH not in denoiser.__dict__:
+        raise TilewiseError(
+            f"context parallelism: {type(denoiser).__name__} is split by tilewise's plan, and its stock attention does not "
+            'exchange tokens with the other ranks. Call tilewise.patch, with the method "dense" for exact attention'
+        )
 
 
 def _gather(axes: list[int | None], at: ContextParallel, module: nn.Module, output: Any) -> Any:

@@ -33,9 +33,11 @@ class TokenShares:
         return sum(self.sizes)
 
 
-def segments_of(grid: Grid) -> tuple[int, ...]:
+def segments_of(grid: Grid, one_tensor: bool = False) -> tuple[int, ...]:
     """Lengths of the tensors that a model splits, in the order of its sequence: what stands with the text, and the rest, which
-    the tokens on the text's other side (reference images, a history) came with."""
+    the tokens on the text's other side (reference images, a history) came with. one_tensor: see ``Family``."""
+    if one_tensor:
+        return (grid.tokens,)
     text = grid.text - grid.opposite
     rest = grid.video + grid.opposite
     if not text:
@@ -51,27 +53,32 @@ def split(length: int, ranks: int) -> tuple[int, ...]:
 def shares_of(segments: tuple[int, ...], grid: Grid, sizes: tuple[int, ...]) -> TokenShares | str:
     """How a call's tokens lie on the ranks, of which each has ``sizes``; or why that cannot be told.
 
-    The call is over all segments, or over that of the picture alone.
+    The call is over all segments, over that of the picture alone, or over the picture and a part of each rank's text.
     """
-    picture = (grid.video + grid.opposite,)
-    for candidate in dict.fromkeys((segments, picture)):
-        cut = [split(length, len(sizes)) for length in candidate]
-        if tuple(map(sum, zip(*cut, strict=True))) == sizes:
-            return _shares(candidate, sizes)
-    return (
-        f"the ranks have {', '.join(map(str, sizes))} tokens of a call, which is not how the grid {grid} is split over "
-        f"{len(sizes)} ranks"
-    )
+    ranks = len(sizes)
+    if len(segments) == 1 and sizes == split(segments[0], ranks):
+        return TokenShares(sizes)
+    picture = split(grid.video + grid.opposite, ranks)
+    text = tuple(size - part for size, part in zip(sizes, picture, strict=True))
+    most = split(grid.text - grid.opposite, ranks)
+    if len(segments) == 1 or not all(0 <= n <= whole for n, whole in zip(text, most, strict=True)):
+        return (
+            f"the ranks have {', '.join(map(str, sizes))} tokens of a call, which is not how the grid {grid} is split over "
+            f"{ranks} ranks"
+        )
+    if not any(text):
+        return TokenShares(sizes)
+    return _joint((text, picture) if grid.text_first else (picture, text))
 
 
 @lru_cache(maxsize=64)
-def _shares(segments: tuple[int, ...], sizes: tuple[int, ...]) -> TokenShares:
-    if len(segments) == 1:
-        return TokenShares(sizes)
+def _joint(parts: tuple[tuple[int, ...], ...]) -> TokenShares:
+    """parts: of each segment, the tokens of each rank."""
+    sizes = tuple(map(sum, zip(*parts, strict=True)))
     starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
     pieces = []
-    for length in segments:
-        for rank, size in enumerate(split(length, len(sizes))):
+    for part in parts:
+        for rank, size in enumerate(part):
             pieces.append(torch.arange(starts[rank], starts[rank] + size))
             starts[rank] += size
     order = torch.cat(pieces)

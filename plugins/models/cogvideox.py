@@ -10,15 +10,17 @@ in time as well. Text is padded to a fixed length, without a mask: the model was
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import split_input
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.common.family import Family, Size
 from tilewise.plugins.models.common.registry import register_family
+from tilewise.plugins.models.common.sequence_split import joint_plan
 
 
 class CogVideoXFamily(Family):
@@ -31,6 +33,11 @@ class CogVideoXFamily(Family):
         pt, p = _patch_sizes(denoiser)
         frames, _, height, width = latents.shape[1:]
         return Grid(frames // pt, height // p, width // p, text=text.shape[1], text_first=True)
+
+    split_needs_patch: ClassVar = True
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        return joint_plan("transformer_blocks.0", image_rotary_emb=[split_input(0, 2)] * 2)
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return torch.as_tensor(args[2] if len(args) > 2 else kwargs["timestep"])
@@ -76,6 +83,9 @@ class ConsisIDFamily(CogVideoXFamily):
 
     name = "consisid"
     classes: tuple[str, ...] = ("ConsisIDTransformer3DModel",)
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        return "its forward cuts the whole text off behind the blocks, where each rank has a part of it"
 
 
 def _patch_sizes(denoiser: nn.Module) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.common.family import Family, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument, contiguous_hidden_states
 from tilewise.plugins.models.common.registry import register_family
+from tilewise.plugins.models.common.sequence_split import joint_plan
 from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 
 PROMPT = 256  # max_sequence_length of the pipelines
@@ -44,6 +45,18 @@ class HunyuanVideoFamily(Family):
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return argument(args, kwargs, 1, "timestep")
+
+    split_needs_patch: ClassVar = True
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        config: Any = denoiser.config
+        if getattr(config, "image_condition_type", None) == "token_replace":
+            return "its blocks count the first frame's tokens, of which each rank has some (image_condition_type='token_replace')"
+        return joint_plan(next(f"{stack}.0" for stack in self.stacks if getattr(denoiser, stack)), "rope")
+
+    def whole_attention(self, denoiser: nn.Module) -> list[nn.Module]:
+        model: Any = denoiser
+        return [model.context_embedder]
 
     def hooks(self, denoiser: nn.Module) -> list[Any]:
         model: Any = denoiser

@@ -52,6 +52,9 @@ class HunyuanVideoFramepackFamily(HunyuanVideoFamily):
         text = history + image.shape[1] + prompt
         return Grid(*patches(denoiser, latents.shape[2:]), text=text, opposite=history)
 
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        return "its history frames join the sequence in the forward, and no plan says how they are split"
+
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         spatial, temporal = vae_factors(pipe, 8)
         checked = grid_of(denoiser, size, spatial, temporal, text=0, smallest=16, any_length=True)

@@ -58,6 +58,20 @@ class LTXFamily(Family):
             return Grid(*sizes)
         return self._grid_of_coords(denoiser, tokens, sizes, args, kwargs)
 
+    one_tensor: ClassVar = True
+    per_token: ClassVar = ("timestep",)
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        # diffusers' plan splits the prompt, whose mask it then cannot exchange. Left whole, no rank needs another's part.
+        model: Any = denoiser
+        whole = {"encoder_hidden_states", "encoder_attention_mask"}
+        inputs = {name: entry for name, entry in model._cp_plan[""].items() if name not in whole}
+        return {**model._cp_plan, "": inputs}
+
+    def whole_attention(self, denoiser: nn.Module) -> list[nn.Module]:
+        model: Any = denoiser
+        return [block.attn2 for block in model.transformer_blocks]
+
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         timestep: torch.Tensor = self._argument("timestep", args, kwargs)
         return timestep

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import split_input
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.ltx import LTXFamily
 
@@ -53,6 +54,21 @@ class LTX2Family(LTXFamily):
             if extra == 0 or (extra > 0 and self._argument("video_coords", args, kwargs) is not None):
                 return Grid(t, h, w, text=extra)
         return self._grid_of_coords(denoiser, tokens, sizes, args, kwargs)
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        # diffusers' plan leaves the tables of cross-attention with the sound whole, and those of the released models too.
+        plan = super().context_parallel_plan(denoiser)
+        assert isinstance(plan, dict)
+        config: Any = denoiser.config
+        where = (1, 3) if config.rope_type == "interleaved" else (2, 4)
+        tables = {n: split_input(*where, output=True) for n in (0, 1)}
+        return {**plan, "rope": tables, "cross_attn_rope": tables}
+
+    def whole_attention(self, denoiser: nn.Module) -> list[nn.Module]:
+        # The sound is whole on each rank, and video_to_audio_attn attends to the video of all of them.
+        model: Any = denoiser
+        names = ("attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn")
+        return [getattr(block, name) for block in model.transformer_blocks for name in names]
 
     def clean_frames(self, denoiser: nn.Module, pipe: Any) -> int | str:
         return "LTX-2 has a timestep for its sound beside that of its video"

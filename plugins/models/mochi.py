@@ -10,15 +10,17 @@ token, come from ``rope``.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import split_input
 from tilewise.plugins.models.common.family import Family, Size
 from tilewise.plugins.models.common.forward_arguments import argument, check_size
 from tilewise.plugins.models.common.registry import register_family
+from tilewise.plugins.models.common.sequence_split import joint_plan
 
 
 class MochiFamily(Family):
@@ -31,6 +33,12 @@ class MochiFamily(Family):
         config: Any = denoiser.config
         frames, height, width = latents.shape[2:]
         return Grid(frames, height // config.patch_size, width // config.patch_size, text=text.shape[1])
+
+    text_per_sample: ClassVar = True
+    split_needs_patch: ClassVar = True
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        return joint_plan("transformer_blocks.0", "rope", rope_axes=3, encoder_attention_mask=split_input(1, 2))
 
     def timestep(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         return 1000 - argument(args, kwargs, 2, "timestep")  # it counts from noise to video

@@ -25,7 +25,6 @@ from tilewise.kernels.device import capturing
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.layout import Layout
-from tilewise.plugins.diffusers_compat import context_parallel
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.methods.base import DynamicMethod, Planned
 from tilewise.plugins.models.common.family import AttentionLayer
@@ -49,7 +48,7 @@ from tilewise.plugins.runtime.joint_text import (
     text_partial,
 )
 from tilewise.plugins.runtime.plan_cache import LRU, Order
-from tilewise.plugins.runtime.sharded_call import sharding_of, whole_call
+from tilewise.plugins.runtime.sharded_call import attend_by_diffusers, sharding_of, whole_call
 from tilewise.plugins.runtime.sparse_call import (
     PRECISIONS,
     QKV,
@@ -89,20 +88,20 @@ class AttentionCalls:
             FallbackError: with ``strict``, where a call cannot run the method although its step and layer should.
         """
         state = self.state
-        at = context_parallel(request.parallel_config)
-        if at is None or at.ring > 1 or state.forward.global_path:
+        at = state.sharding()
+        if at is None:
             return self._answer(number, request, stock)
-        if state.window is not None or state.guide is not None:
+        if state.window is not None or state.guide is not None or state.forward.global_path:
             what = "a KV cache" if state.window is not None else "a global path"
             raise TilewiseError(
                 f"{state.name}: {what} does not run under context parallelism; give a denoiser without it"
             )
+        if at.ring > 1:
+            return self._answer(number, request, stock)
         request = _in_model_order(request)
         sharding = sharding_of(state, number, request, at)
         if isinstance(sharding, str):
-            kind = CallKind(FALLBACK, reason=f"under context parallelism, {sharding}", fused=request.fused)
-            forbid(state, state.layers[number], request, kind)
-            return attend_dense(state, number, kind, request, stock)
+            return attend_by_diffusers(state, number, request, stock, sharding)
         whole, back = whole_call(state, number, request, sharding)
         with state.some_heads(sharding.own):
             return back(self._answer(number, whole, stock))

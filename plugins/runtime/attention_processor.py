@@ -140,7 +140,8 @@ class TilewiseProcessor(StandIn):
         if not torch.compiler.is_dynamo_compiling():
             return self.answer(request)
         plain = request.attn_mask is None or isinstance(request.attn_mask, torch.Tensor)  # no FlexAttention block mask
-        if plain and not request.attention_kwargs and request.parallel_config is None and overriding_mode() is None:
+        # The patch knows how tokens are split; what the processor says of it is for stock attention.
+        if plain and not request.attention_kwargs and overriding_mode() is None:
             return attend(
                 self.calls.ticket, request.query, request.key, request.value, request.attn_mask, self.handle,
                 request.dropout_p, request.is_causal, request.scale, request.enable_gqa,

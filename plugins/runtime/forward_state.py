@@ -9,7 +9,7 @@ torch.compile never sees this: it runs directly, or inside the operators of ``cu
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.config import Config
+from tilewise.plugins.diffusers_compat import ContextParallel, context_parallel
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.masks.padding_mask import Masks
 from tilewise.plugins.methods.base import DynamicMethod, Method, of_heads
@@ -72,7 +73,8 @@ class ForwardState:
         steps: tells which step a forward is.
         layers, selected: the self-attention layers, and the numbers of the blocks that run the method.
         sparse: whether any call over the denoiser's own token sequence may be sparse.
-        masks_per_layer: see ``Family.masks_per_layer``.
+        masks_per_layer, text_per_sample, one_tensor: see ``Family``.
+        parallel: gives what context parallelism set on the denoiser, its ``_parallel_config``, now.
 
     Attributes:
         grid: of the last forward. forward: what the one under way goes by. call_stats: what every attention call did.
@@ -90,6 +92,9 @@ class ForwardState:
         selected: set[int],
         sparse: bool,
         masks_per_layer: bool = False,
+        text_per_sample: bool = False,
+        one_tensor: bool = False,
+        parallel: Callable[[], Any] = lambda: None,
     ) -> None:
         self.name = name
         self.config = config
@@ -106,6 +111,22 @@ class ForwardState:
         self.guide: TextGuide | None = None
         self.memories = Memories()
         self.window: KeyValueWindow | None = None
+        self.text_per_sample = text_per_sample
+        self.one_tensor = one_tensor
+        self._parallel = parallel
+        self._sharding: tuple[Any, ContextParallel | None] = (None, None)
+
+    def sharding(self) -> ContextParallel | None:
+        """How the denoiser's tokens are split over processes now, or None."""
+        config = self._parallel()
+        if config is not self._sharding[0]:
+            self._sharding = config, context_parallel(config)
+        return self._sharding[1]
+
+    @property
+    def parallel_config(self) -> Any:
+        """What diffusers' own attention is given under context parallelism."""
+        return self._parallel()
 
     def begin(self, grid: Grid | None, timestep: torch.Tensor, refused: str | None = None) -> None:
         """Begin a forward over ``grid`` at ``timestep``; ``refused``: why no call of it can be sparse."""

@@ -49,8 +49,9 @@ class Patch:
         self.sparse = bool(selected) and one_sequence and not isinstance(config.method, Dense)
         owner = _reference(pipe) if pipe is not denoiser else lambda: None
         self.state = ForwardState(
-            name, config, StepIndex(owner, denoiser), self.layers, selected, self.sparse, family.masks_per_layer
-        )
+            name, config, StepIndex(owner, denoiser), self.layers, selected, self.sparse, family.masks_per_layer,
+            family.text_per_sample, family.one_tensor, _parallel_of(denoiser),
+        )  # fmt: skip
         self.handle = custom_ops.handle_for(self.state)
         self._resting = custom_ops.new_ticket()
         self.calls = AttentionCalls(self.state, self._resting)
@@ -162,8 +163,12 @@ class Patch:
         self._look_at_processors()
         if is_sharded(denoiser):
             refused = why_dense(denoiser) or refused
-            if not refused or grid is not None:
-                check_sharded(self.name, denoiser, self.layers, grid)
+            check_sharded(self.name, denoiser, self.layers, grid, self.family.one_tensor)
+            if self.family.split_needs_patch and self.left_alone:
+                raise TilewiseError(
+                    f"{self.name}: context parallelism needs every layer patched, and {', '.join(self.left_alone)} keeps a "
+                    "processor of its own, which does not exchange tokens with the other ranks"
+                )
         if not torch.compiler.is_dynamo_compiling():
             self.state.begin(grid, timestep, refused)
         else:
@@ -229,6 +234,12 @@ class Patch:
             self._end_cache(output is not None)
         self.state.end()
         self.calls.ticket = self._resting
+
+
+def _parallel_of(denoiser: nn.Module) -> Callable[[], Any]:
+    """Gives what context parallelism set on a denoiser, which is not kept alive."""
+    reference = weakref.ref(denoiser)
+    return lambda: getattr(reference(), "_parallel_config", None)
 
 
 def _reference(pipe: Any) -> Callable[[], Any]:

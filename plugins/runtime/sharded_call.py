@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +19,8 @@ from tilewise.plugins.context_parallel.token_shares import TokenShares, segments
 from tilewise.plugins.diffusers_compat import ContextParallel
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.runtime.attention_request import AttentionRequest
+from tilewise.plugins.runtime.call_stats import FALLBACK, CallKind
+from tilewise.plugins.runtime.dense_call import Stock, attend_dense, forbid
 from tilewise.plugins.runtime.forward_state import ForwardState
 
 
@@ -38,7 +41,7 @@ class Sharding:
 def sharding_of(state: ForwardState, number: int, request: AttentionRequest, at: ContextParallel) -> Sharding | str:
     """How a call of layer ``number`` is split; or why it cannot be told, and diffusers has to answer it.
 
-    Ranks ask each other for their number of tokens, once for each layer of a grid.
+    Ranks ask each other for their number of tokens, once for each layer of a grid; at each call where masks decide it.
 
     Raises:
         TilewiseError: there are more ranks than heads.
@@ -58,11 +61,28 @@ def sharding_of(state: ForwardState, number: int, request: AttentionRequest, at:
         both = [gather_size(x.shape[1], query.device, ranks, at.group) for x in (query, key)]
         return both[0] if both[0] == both[1] else ()
 
-    sizes = state.plans.rank_sizes.lookup((whole, number, count, ranks), ask)
+    sizes = ask() if state.text_per_sample else state.plans.rank_sizes.lookup((whole, number, count, ranks), ask)
     if not sizes:
         return "queries and keys are split in different ways"
-    shares = shares_of(segments_of(whole), whole, sizes)
+    shares = shares_of(segments_of(whole, state.one_tensor), whole, sizes)
     return shares if isinstance(shares, str) else Sharding(shares, deal(heads, ranks), at)
+
+
+def attend_by_diffusers(
+    state: ForwardState, number: int, request: AttentionRequest, stock: Stock, why: str
+) -> torch.Tensor:
+    """A call that cannot be split here: dense, counted, by diffusers' own context parallelism.
+
+    Raises:
+        FallbackError: with ``strict``.
+        TilewiseError: the processor is none that diffusers splits.
+    """
+    layer: Any = state.layers[number]
+    kind = CallKind(FALLBACK, reason=f"under context parallelism, {why}", fused=request.fused)
+    forbid(state, layer, request, kind)
+    if getattr(layer.module.processor, "_parallel_config", None) is None:
+        raise TilewiseError(f"{state.name}.{layer.name}: a call cannot be split over ranks: {why}")
+    return attend_dense(state, number, kind, request.replace(parallel_config=state.parallel_config), stock)
 
 
 def whole_call(

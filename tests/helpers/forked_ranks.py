@@ -1,8 +1,8 @@
-"""Runs cases in one process and split over several, on the CPU, and compares: ``python forked_ranks.py MODULE MOST OUT``.
+"""Runs cases in one process and split over several, on the CPU, and compares: ``python forked_ranks.py MODULES MOST OUT``.
 
-Importing takes seconds a process, so all cases of a module run in one program: it imports, runs each case as one process does,
-and forks 2, 3, … MOST processes with a gloo group. OUT gets a JSON object: for each case and number of ranks the largest
-difference from one process, over all ranks, and what the case said on each, or its error.
+Importing takes seconds a process, so all cases of some modules (with commas between) run in one program: it imports, runs each
+case as one process does, and forks 2, 3, … MOST processes with a gloo group. OUT gets a JSON object: for each case and number of
+ranks the largest difference from one process, over all ranks, and what the case said on each, or its error.
 
 A module has ``cases()``, functions by name. Each takes ``split``, None or a function that enables context parallelism on a
 pipeline or denoiser, and returns (tensor, what it has to say in JSON). Its attribute ``ranks``, if there is one, says which
@@ -27,14 +27,14 @@ HERE = Path(__file__).parent
 TESTS = ("tests/helpers", "tests/plugins/models", "tests/plugins/context_parallel", "src", ".")
 
 
-def run_cases(module: str, ranks: int, timeout: float = 120) -> dict[str, Any]:
+def run_cases(modules: str, ranks: int, timeout: float = 120) -> dict[str, Any]:
     """What the program wrote, for a test. Raises AssertionError if it failed."""
     root = HERE.parents[1]
     path = os.pathsep.join(str(root / folder) for folder in TESTS)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         done = subprocess.run(
-            [sys.executable, str(HERE / "forked_ranks.py"), module, str(ranks), str(out)],
+            [sys.executable, str(HERE / "forked_ranks.py"), modules, str(ranks), str(out)],
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             cwd=root, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
@@ -94,11 +94,11 @@ def forked(ranks: int, cases: dict[str, Any], alone: dict[str, Any], folder: Pat
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def main(module: str, most: int, out: str) -> None:
+def main(modules: str, most: int, out: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    cases = importlib.import_module(module).cases()
+    cases = {name: case for each in modules.split(",") for name, case in importlib.import_module(each).cases().items()}
     with torch.no_grad():
         alone = {name: attempt(case, None) for name, case in cases.items()}
         whole: dict[str, Any] = {"one process": {name: said for name, (_, said) in alone.items()}}

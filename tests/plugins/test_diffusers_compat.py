@@ -119,6 +119,29 @@ def test_options_of_a_processor(processor):
     assert compat.parallel_degrees(processor) == (2, 1, True)
 
 
+def test_entries_of_a_context_parallel_plan():
+    given, made = compat.split_input(1, 3, output=True), compat.gathered_output(2, 4)
+    assert (given.split_dim, given.expected_dims, given.split_output) == (1, 3, True)
+    assert (made.gather_dim, made.expected_dims) == (2, 4)
+    split = diffusers.WanTransformer3DModel._cp_plan["blocks.0"]["hidden_states"]
+    assert type(split) is type(given)
+
+
+def test_arguments_are_changed_before_hooks_that_were_there():
+    class Model(nn.Module):
+        def forward(self, x, y=2):
+            return x, y
+
+    class Doubles(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return args, {name: 2 * value for name, value in kwargs.items()}
+
+    model = Model()
+    HookRegistry.check_if_exists_or_initialize(model).register_hook(Doubles(), "doubles")
+    compat.change_arguments(model, lambda given: given.update(x=given["x"] + 1), "first")
+    assert model(1, y=5) == (4, 10)
+
+
 def test_how_context_parallelism_is_set_up():
     assert callable(getattr(diffusers.ModelMixin, compat.RESOLVE_PARALLEL))
     assert "_flattened_mesh" in vars(diffusers.ContextParallelConfig(ring_degree=2))

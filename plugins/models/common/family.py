@@ -106,6 +106,15 @@ class Family(ABC):
     # Whether each layer makes its attention mask anew from what the forward was given: masks of one shape are then equal within a
     # forward, and one of them is read, not one a layer.
     masks_per_layer: ClassVar[bool] = False
+    # Whether attention calls of one forward are over different numbers of text tokens, which the values of a mask decide.
+    text_per_sample: ClassVar[bool] = False
+    # Whether text tokens, as ``Grid`` has them, come in one tensor with the video: context parallelism splits the two together.
+    one_tensor: ClassVar[bool] = False
+    # Parameters of the forward that may have a value for each token, in some calls, along their second axis.
+    per_token: ClassVar[tuple[str, ...]] = ()
+    # Whether only a patched denoiser runs under ``context_parallel_plan``: its stock processors exchange nothing, or bring masks
+    # over the whole sequence.
+    split_needs_patch: ClassVar[bool] = False
 
     @abstractmethod
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
@@ -166,6 +175,19 @@ class Family(ABC):
         lead: (k,) float32, from 0 (clean) to 1000, one for each of them; the others keep the forward's own.
         """
         raise NotImplementedError
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        """Which tensors context parallelism splits and gathers, as diffusers' ``enable_parallelism`` takes it for ``cp_plan``; or
+        why this denoiser's sequence cannot be split. Default: the model's own.
+
+        Text and picture of one attention are split each by itself, and so that their tensors are ``Grid``'s: what stands with the
+        text, and the picture with the tokens on its other side.
+        """
+        return getattr(denoiser, "_cp_plan", None) or "diffusers has no plan to split its sequence"
+
+    def whole_attention(self, denoiser: nn.Module) -> list[nn.Module]:
+        """Modules with attention over tokens that each rank has all of under ``context_parallel_plan``. Default: none."""
+        return []
 
     def hooks(self, denoiser: nn.Module) -> list[Any]:
         """Register hooks that the family needs on a patched denoiser, as to make a mask once a forward and not once a layer.

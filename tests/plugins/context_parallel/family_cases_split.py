@@ -1,0 +1,134 @@
+"""Cases of the other families for ``forked_ranks.py``: three heads, lengths that neither 2 nor 3 divides, padded prompts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import every_family
+import test_cogvideox as cogvideox
+import test_flux as flux
+import test_flux2 as flux2
+import test_hunyuan_framepack as framepack
+import test_hunyuan_video as hunyuan_video
+import test_hunyuan_video15 as hunyuan_video15
+import test_ltx as ltx
+import test_mochi as mochi
+import test_qwen_image as qwen_image
+import test_wan_vace as vace
+import torch
+
+import tilewise
+from tilewise.plugins.methods.draft import Draft
+from tilewise.plugins.methods.sta import STA
+
+VIDEO, IMAGE = (4, 5, 7), (1, 7, 11)
+HEADS = {"num_attention_heads": 3}
+METHODS = {
+    "dense": "dense",
+    "sta": STA(window=(3, 1, 3), tile=(2, 2, 3)),
+    "draft": Draft(density=0.5, tile=(1, 3, 4), min_tokens=0),
+}
+RANKS = {"dense": (2,), "sta": (2, 3), "draft": (3,)}
+Make = Callable[[], tuple[Any, dict[str, Any]]]
+
+
+def made(build: Callable[..., Any], given: Callable[[Any], dict[str, Any]], **config: Any) -> Make:
+    def make() -> tuple[Any, dict[str, Any]]:
+        torch.manual_seed(0)  # of the biases that a builder leaves as they are drawn
+        model = build(**HEADS, **config)
+        return model, given(model)
+
+    return make
+
+
+ltx2 = functools.partial(ltx.ltx2, audio_num_attention_heads=3, cross_attention_dim=48, audio_cross_attention_dim=24)
+
+
+def conditioned() -> dict[str, Any]:
+    t, h, w = VIDEO
+    given = ltx.inputs(VIDEO, extra=h * w)
+    for name in ("num_frames", "height", "width", "rope_interpolation_scale"):
+        del given[name]
+    coords = ltx.condition_coords([(24, 1, h, w), (0, t, h, w)])
+    return given | {"video_coords": coords, "timestep": ltx.noise(2, (t + 1) * h * w, 1).abs() * 500}
+
+
+FAMILIES: dict[str, Make] = {
+    "Flux": made(flux.tiny, lambda m: flux.inputs(*IMAGE[1:])),
+    "Flux, reference image": made(flux.tiny, lambda m: flux.inputs(*IMAGE[1:], reference=(3, 5))),
+    "Flux.2": made(flux2.tiny, lambda m: flux2.inputs(*IMAGE[1:], (3, 5))),
+    "Qwen-Image": made(qwen_image.tiny, lambda m: qwen_image.inputs(IMAGE)),
+    "Qwen-Image, padded": made(qwen_image.tiny, lambda m: qwen_image.inputs(IMAGE, mask=qwen_image.PADDED)),
+    "LTX-Video": made(ltx.ltx, lambda m: ltx.inputs(VIDEO), cross_attention_dim=48),
+    "LTX-Video, a timestep a token": made(
+        ltx.ltx, lambda m: ltx.inputs(VIDEO) | {"timestep": ltx.noise(2, 140).abs() * 500}, cross_attention_dim=48
+    ),
+    "LTX-Video, one timestep a sample": made(
+        ltx.ltx, lambda m: ltx.inputs(VIDEO) | {"timestep": torch.full((2, 1), 500.0)}, cross_attention_dim=48
+    ),
+    "LTX-Video, conditions before the video": made(ltx.ltx, lambda m: conditioned(), cross_attention_dim=48),
+    "LTX-2": made(ltx2, lambda m: ltx.inputs2(m, VIDEO)),
+    "LTX-2, split tables": made(functools.partial(ltx2, rope_type="split"), lambda m: ltx.inputs2(m, VIDEO)),
+    "HunyuanVideo": made(
+        hunyuan_video.tiny, lambda m: hunyuan_video.inputs(None, every_family.pixels(VIDEO), (6, 9)), num_layers=1
+    ),
+    "HunyuanVideo, one stream": made(
+        hunyuan_video.tiny, lambda m: hunyuan_video.inputs(None, every_family.pixels(VIDEO), (6,)), num_layers=0
+    ),
+    "HunyuanVideo 1.5": made(hunyuan_video15.tiny, lambda m: hunyuan_video15.inputs(VIDEO, (6, 9), (2, 0), True)),
+    "CogVideoX": made(cogvideox.denoiser, lambda m: cogvideox.inputs(m, VIDEO)),
+    "CogVideoX, positions": made(functools.partial(cogvideox.denoiser, "sincos"), lambda m: cogvideox.inputs(m, VIDEO)),
+    "Mochi": made(mochi.denoiser, lambda m: mochi.inputs(*VIDEO, prompts=(6, 0))),
+}
+
+
+def forward(split: Callable[[Any], Any] | None, make: Make, method: Any) -> tuple[torch.Tensor, Any]:
+    model, given = make()
+    if split:
+        split(model)
+    tilewise.patch(model, method, steps=(0, 1), strict=True)
+    out = every_family.run(model, given)
+    found = tilewise.summary(model)
+    if split:
+        out = torch.stack([out, every_family.run(model, given)])  # sizes are known now
+    else:
+        out = torch.stack([out, out])
+    return out, {"kinds": sorted({row.kind for row in found.rows}), "calls": found.calls, "text": str(found)}
+
+
+def refused(split: Any, make: Callable[[], Any]) -> Any:
+    if split:
+        split(make())
+
+
+def unpatched(split: Any) -> Any:
+    if split:
+        model, given = FAMILIES["Mochi"]()
+        every_family.run(split(model), given)
+
+
+REFUSED = {
+    "ConsisID": lambda: cogvideox.denoiser(kind=cogvideox.ConsisIDTransformer3DModel),
+    "FramePack": lambda: framepack.tiny(),
+    "HunyuanVideo of token_replace": lambda: hunyuan_video.tiny("token_replace"),
+    "VACE": lambda: vace.denoiser(layers=1, vace_layers=(0,)),
+}
+
+
+def cases() -> dict[str, Callable[..., Any]]:
+    found: dict[str, Any] = {}
+    for name, make in FAMILIES.items():
+        for method_name, method in METHODS.items():
+            one: Any = functools.partial(forward, make=make, method=method)
+            one.ranks = RANKS[method_name]
+            found[f"{name}: {method_name}"] = one
+    for name, make in REFUSED.items():
+        run: Any = functools.partial(refused, make=make)
+        run.ranks = (2,)
+        found[f"refused: {name}"] = run
+    stock: Any = functools.partial(unpatched)
+    stock.ranks = (2,)
+    found["refused: unpatched"] = stock
+    return found

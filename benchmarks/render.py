@@ -4,7 +4,7 @@
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
     glance headline others attention implementations dynamic quality errors gist highres coherence paths step families time
-    fused streaming vae launch missing
+    fused streaming vae gpus launch missing
 
 and without any, all of them do. A file may have notes, written by hand: section → sentences that stand below its tables.
 """
@@ -380,6 +380,39 @@ def launch_table(rows: Rows) -> str:
     return _markdown(lines)
 
 
+def gpus_table(rows: Rows) -> str:
+    """A forward on one GPU and split over several; the peer is diffusers' own Ulysses with cuDNN's attention."""
+    head = [
+        "forward",
+        "variant",
+        "density",
+        "one GPU, ms",
+        "split, ms",
+        "speed-up",
+        "× diffusers split",
+        "exchange",
+        "balance",
+    ]
+    lines = [[*head, "peak GiB, one GPU and a rank", "error"]]
+    for row in rows:
+        for variant in row["gpu_variants"]:
+            one, split = variant.get("one"), variant.get("split")
+            both = [_spread(found) if found else "–" for found in (one, split)]
+            known = split or one or {}
+            cells = [
+                f"{row['name']} ({row['layers']} layers)",
+                variant["name"],
+                f"{known.get('density', 1.0):.3f}",
+                *both,
+            ]
+            cells += [f"{variant[name]:.2f}" if name in variant else "–" for name in ("speed_up", "over_stock_split")]
+            cells.append(f"{split['exchange_share']:.1%}" if split and "exchange_share" in split else "–")
+            cells.append(f"{split['balance']:.3f}" if split and "balance" in split else "–")
+            cells.append(" / ".join(f"{found['peak_gib']:.1f}" if found else "–" for found in (one, split)))
+            lines.append([*cells, f"{variant['error']:.1e}" if "error" in variant else "–"])
+    return _markdown(lines)
+
+
 def missing_list(rows: Rows) -> str:
     """What did not run, with its reason; works in brackets unless it ran on none."""
     found: dict[tuple[str, str], list[str]] = {}
@@ -397,6 +430,7 @@ def missing_list(rows: Rows) -> str:
 # section → what its command has in it, where that is not --only and its name
 MADE_BY = {
     "quality": "benchmarks.quality ", "attention error": "benchmarks.attention_error ", "highres": "benchmarks.highres ",
+    "context parallel": "benchmarks.context_parallel",
     "highres quality": "benchmarks.highres_quality ", "global path": "benchmarks.global_path ",
 }  # fmt: skip
 # name → (section of the result file, its table); no section: rows of all
@@ -420,6 +454,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "fused": ("fused", fused_table),
     "streaming": ("streaming", streaming_table),
     "vae": ("vae", vae_table),
+    "gpus": ("context parallel", gpus_table),
     "launch": ("launch", launch_table),
     "missing": ("", missing_list),
 }

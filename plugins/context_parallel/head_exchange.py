@@ -38,13 +38,13 @@ def to_heads(
     waiting = []
     for x, dealt in zip(tensors, heads, strict=True):
         batch, tokens, _, width = x.shape
-        own = len(dealt[rank])
-        sent = torch.cat([x[:, :, h.start : h.stop].transpose(0, 1).reshape(-1) for h in dealt])
-        got = x.new_empty((sum(sizes), batch, own, width))
         row = batch * width
-        given, taken = [tokens * len(h) * row for h in dealt], [size * own * row for size in sizes]
-        work = dist.all_to_all_single(got.view(-1), sent, taken, given, group=group, async_op=True)
-        waiting.append((work, got, sent))
+        given, taken = [tokens * len(h) * row for h in dealt], [size * len(dealt[rank]) * row for size in sizes]
+        sent, got = x.new_empty(sum(given)), x.new_empty(sum(taken))
+        for h, part in zip(dealt, sent.split(given), strict=True):
+            part.view(tokens, batch, len(h), width).copy_(x[:, :, h.start : h.stop].transpose(0, 1))
+        work = dist.all_to_all_single(got, sent, taken, given, group=group, async_op=True)
+        waiting.append((work, got.view(-1, batch, len(dealt[rank]), width), sent))
     for work, _, _ in waiting:
         work.wait()
     return [got.transpose(0, 1) for _, got, _ in waiting]

@@ -376,3 +376,18 @@ def test_fused_operations_are_compared_with_the_separate_ones(tiny_run, monkeypa
     broken = fused.Operation(operation.name, operation.inputs, lambda h, y, g: h, operation.eager)
     (row,) = fused.run(CPU, 0.001, [(fused.TINY[0], broken)], "eager")
     assert row["wrong"] == ["tilewise"] and "wrong result" in row["missing"]["tilewise"]
+
+
+def test_gpus_table():
+    """A variant that ran on one GPU alone has no speed-up; one without a patch no balance."""
+    timing = {"ms": 100.0, "ms_min": 99.0, "ms_max": 101.0, "peak_gib": 3.0}
+    split = {**timing, "ms": 52.0, "density": 0.25, "balance": 1.01, "exchange_share": 0.07}
+    variants = [
+        {"name": "stock, cuDNN", "one": timing},
+        {"name": "ours", "one": timing, "split": split, "speed_up": 100 / 52, "over_stock_split": 2.0, "error": 0.001},
+    ]
+    row = {"name": "Wan, 2 GPUs", "layers": 4, "gpu_variants": variants, "missing": {}}
+    lines = render.gpus_table([row]).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| 100.0 ± 1.0 | – | – | – | – | – | 3.0 / – | – |" in lines[2]
+    assert "| 1.92 | 2.00 | 7.0% | 1.010 | 3.0 / 3.0 | 1.0e-03 |" in lines[3]

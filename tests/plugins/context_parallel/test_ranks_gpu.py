@@ -17,8 +17,8 @@ def found():
 
 @pytest.mark.parametrize("name", gpu_cases.cases())
 def test_two_gpus_equal_one(found, name):
-    """To rounding in bfloat16: matrix products over other numbers of rows need not sum in the same order. Where scores are all but
-    equal, that changes which blocks are chosen."""
+    """To rounding in bfloat16: matrix products over other numbers of rows need not sum in the same order. Where scores are all
+    but equal, that changes which blocks are chosen."""
     assert found[name]["error"] is not None, found[name]["said"]
     assert found[name]["error"] <= (0.1 if "draft" in name or "xattention" in name else 0.02)
     for said in found[name]["said"]:

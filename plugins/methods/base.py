@@ -47,6 +47,14 @@ class Method:
         """
         raise NotImplementedError
 
+    def window_plan(self, keys: WindowKeys, heads: int, device: torch.device) -> BlockPlan:
+        """The plan of a stream's chunk over the keys of its window, of whose chunks some are seen whole whatever the method says.
+
+        Raises:
+            ConfigError: see ``plan``.
+        """
+        return keys.plan(with_tile(self, keys.chunk.tile).plan(keys.layout, heads, device))
+
     def scale(self, layout: Layout, head_dim: int) -> float | None:
         """What queries times keys are multiplied with, in the method's calls and in a global path beside them; None: as the model
         has it."""

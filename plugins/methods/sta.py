@@ -20,6 +20,7 @@ from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout, cached_layout, tile_counts
 from tilewise.kernels.plans.tiling import window_work
 from tilewise.kernels.plans.window import window_interval, window_plan
+from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import register
 from tilewise.plugins.methods.windows import WindowMethod
@@ -40,7 +41,8 @@ class STA(WindowMethod):
             a head, as a sequence of triples. Default (3, 3, 3), the paper's, unless ``density`` is given.
         tile: tile in tokens (t, h, w). Default: chosen for the grid, near the paper's (6, 8, 8) where the grid is large, and
             finer with ``density``, so that there are windows to pick from.
-        density: instead of ``window``: pick the window that keeps at most this fraction of token pairs, in (0, 1].
+        density: instead of ``window``: pick the window that keeps at most this fraction of token pairs, in (0, 1]. What a stream
+            keeps anyway, its sink and memory, counts.
         far, cell: what stands for the keys outside the window: see ``WindowMethod``.
 
     Raises:
@@ -101,6 +103,14 @@ class STA(WindowMethod):
         head_set = torch.tensor([distinct.index(w) for w in windows]) if len(distinct) > 1 else None
         return self.with_far(window_plan(layout, distinct, unit="tile", head_set=head_set, device=device), layout)
 
+    def window_plan(self, keys: WindowKeys, heads: int, device: torch.device) -> BlockPlan:
+        if self.density is None:
+            return super().window_plan(keys, heads, device)
+        layout = keys.layout
+        whole = keys.kept * tile_counts(keys.chunk.grid.shape, keys.chunk.tile)[0]
+        window = choose_window(layout.grid.shape, layout.tile, self.density, whole)
+        return dataclasses.replace(self, density=None, window=window).window_plan(keys, heads, device)
+
     def describe(self, layout: Layout) -> dict[str, Any]:
         windows = self.windows(layout)
         return {"window": windows[0] if len(windows) == 1 else list(windows), **self.describe_far(layout)}
@@ -138,8 +148,11 @@ def axis_density(length: int, size: int, window: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def choose_window(shape: Triple, tile: Triple, density: float) -> Triple:
+def choose_window(shape: Triple, tile: Triple, density: float, whole: int = 0) -> Triple:
     """The window (in tiles) for a density: at most, and near, the one asked for. (1, 1, 1) if even that keeps more.
+
+    whole: tiles at the begin of the time axis that are seen whole by all, for queries at its end. They count, so that a window
+    has what they leave of the density.
 
     Only odd windows and whole axes come into question: they are centred, and an even window sees one tile more on one side.
     Among those, reach over time comes first and then an even reach over height and width: on the bundled demo model a window
@@ -149,9 +162,10 @@ def choose_window(shape: Triple, tile: Triple, density: float) -> Triple:
     kept = [[axis_density(n, s, w) for w in range(1, c + 1)] for n, s, c in zip(shape, tile, counts, strict=True)]
     t, h, w = ([n for n in range(1, count + 1) if n % 2 or n == count] for count in counts)
     best, cheapest = (1, 1, 1), math.inf
+    anyway = whole / counts[0]
     for window in itertools.product(t, h, w):
         over_t, over_h, over_w = (kept[axis][n - 1] for axis, n in enumerate(window))
-        total = over_t * over_h * over_w
+        total = anyway + min(over_t, 1 - anyway) * over_h * over_w
         if total > density + 1e-9:
             continue
         # Distances as logarithms of ratios: density left unused, time left out, and unevenness over the frame.

@@ -16,7 +16,7 @@ from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.masks.padding_mask import Group
-from tilewise.plugins.methods.base import DynamicMethod, Method, Planned, with_tile
+from tilewise.plugins.methods.base import DynamicMethod, Method, Planned
 from tilewise.plugins.runtime import dense_backend
 from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.call_stats import (
@@ -128,10 +128,8 @@ def _plan(method: Method, keys: WindowKeys, qkv: QKV, scale: float | None) -> Pl
     if isinstance(method, DynamicMethod):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return method.plan_call(keys.chunk, *qkv, scale, {}, 0, keys)
-    heads, device, static = query.shape[2], query.device, with_tile(method, keys.chunk.tile)
-    return keys.cached(
-        ("plan", static, heads, device), lambda: Planned(keys.plan(static.plan(keys.layout, heads, device)))
-    )
+    heads, device = query.shape[2], query.device
+    return keys.cached(("plan", method, heads, device), lambda: Planned(method.window_plan(keys, heads, device)))
 
 
 def _dense(state: ForwardState, number: int, kind: CallKind, request: AttentionRequest, stock: Stock) -> torch.Tensor:

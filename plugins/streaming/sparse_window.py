@@ -15,7 +15,7 @@ import torch
 
 from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Grid, Layout, cached_layout, tile_counts
 from tilewise.kernels.plans.window_keys import WindowKeys
-from tilewise.plugins.methods.base import DynamicMethod, Method, with_tile
+from tilewise.plugins.methods.base import DynamicMethod, Method
 from tilewise.plugins.methods.dynamic.base import FEWEST_BLOCKS, SMALLEST_TILE
 from tilewise.plugins.streaming.kv_cache import KVCache
 
@@ -98,7 +98,7 @@ class SparseWindow:
         if isinstance(self.method, DynamicMethod):
             return self.method.expected_density(self.layout, heads, keys), math.nan
         device = torch.device("cpu")
-        plan = keys.plan(with_tile(self.method, keys.chunk.tile).plan(keys.layout, heads, device))
+        plan = self.method.window_plan(keys, heads, device)
         return plan.density, plan.work
 
 

@@ -66,6 +66,21 @@ def test_the_plan_is_the_methods_mask(method, policy):
         assert plan.density == pytest.approx(float(wanted.float().mean()), abs=1e-6)
 
 
+@pytest.mark.parametrize(("window", "sink"), [(12, 3), (21, 3), (9, 0)])
+def test_the_density_of_sta_counts_the_sink(window, sink):
+    """Kept pairs of the whole call are at most what was asked for, in every turn of the ring and while the window fills."""
+    cache, grid, found = KVCache(window=window, sink=sink), Grid(3, 10, 12), []
+    for density in (0.35, 0.5, 0.75, 1.0):
+        sparse = SparseWindow(tilewise.STA(density=density, tile=(3, 2, 2)), grid, cache, 0)
+        found.append(sparse.expected(2)[0])
+        assert 0.6 * density < found[-1] <= density + 1e-6
+        for frames in range(3, window + 1, 3):
+            keys = sparse.keys(range(frames), False)
+            kept = sparse.method.window_plan(keys, 2, torch.device("cpu")).density
+            assert kept <= max(density, min(1.0, sink / frames + 1 / 9)) + 1e-6
+    assert found == sorted(found) and found[-1] == 1
+
+
 def velocities(method, cache: KVCache, frames: int, **kwargs) -> tuple[torch.Tensor, torch.nn.Module]:
     model = tilewise.patch(tiny_transformer(3), method, steps=(0.0, 1.0), **kwargs)
     video = torch.randn(1, 4, frames, 2 * H, 2 * W, generator=torch.Generator().manual_seed(2))

@@ -320,11 +320,12 @@ def fused_table(rows: Rows) -> str:
 
 def streaming_table(rows: Rows) -> str:
     """One forward of a chunk against a full KV cache, and chunks end to end."""
-    lines = [["chunk of a stream", "implementation", "ms", "× stock blocks", "frames a second", "p95, ms", "first, ms"]]
+    titles = ["chunk of a stream", "implementation", "density", "ms", "× stock blocks", "frames a second", "p95, ms"]
+    lines = [[*titles, "first, ms"]]
     changes: list[str] = []
     for row in rows:
         for variant in row["variants"]:
-            cells = [row["name"], variant["name"], _spread(variant)]
+            cells = [row["name"], variant["name"], f"{variant['density']:.2f}", _spread(variant)]
             cells.append(f"{row['variants'][0]['ms'] / variant['ms']:.2f}")
             for key, digits in (("fps", 1), ("ms_p95", 0), ("first_ms", 0)):
                 cells.append(f"{variant[key]:.{digits}f}" if key in variant else "–")

@@ -75,7 +75,7 @@ class WanFamily(Family):
     def fuse(self, denoiser: nn.Module, state: FusedState) -> list[Any]:
         from tilewise.plugins.models.fused.wan import fuse_blocks
 
-        return list(fuse_blocks(denoiser, state))
+        return [*super().fuse(denoiser, state), *fuse_blocks(denoiser, state)]
 
     def self_attention(self, layer: AttentionLayer) -> Callable[..., torch.Tensor | None] | None:
         from tilewise.plugins.models.fused.wan import wan_self_attention

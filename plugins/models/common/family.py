@@ -17,6 +17,7 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.models.common.fp8_linears import fuse_fp8_linears
 from tilewise.plugins.models.common.rotary import Rotary
 
 
@@ -218,9 +219,9 @@ class Family(ABC):
     def fuse(self, denoiser: nn.Module, state: FusedState) -> list[Any]:
         """Put fused forwards on a denoiser's modules, exact to rounding, which ask ``state`` at each call whether to run.
 
-        Returns the handles, each with ``remove()``.
+        Returns the handles, each with ``remove()``. Here: on linear layers in fp8.
         """
-        return []
+        return list(fuse_fp8_linears(denoiser, state))
 
     def notes(self, denoiser: nn.Module, *, fuse: bool, dense: Collection[str]) -> list[str]:
         """What ``explain`` and ``summary`` say about a denoiser, patched or not: where code that this family would run in place

@@ -4,10 +4,26 @@ import pytest
 import torch
 
 from tilewise.kernels.fused.qk_norm_rope import qk_norm_rope
+from tilewise.kernels.fused.quantize_rows import quantize_rows, quantize_rows_reference
 from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.layout import Grid, Layout
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(("M", "K"), [(4680, 5120), (512, 13824), (1, 48), (77, 1536)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_quantize_rows(M, K, dtype):
+    x = torch.randn(M, K + 16, device="cuda").to(dtype)[:, :K]
+    x[0] = 0
+    q, scale = quantize_rows(x)
+    want, want_scale = quantize_rows_reference(x)
+    torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0)
+    off = (
+        q.float() - want.float()
+    ).abs()  # division may differ in the last bit, and a value between two numbers fall to either
+    assert (off <= want.float().abs() * 2**-3 + 2**-9).all() and (off > 0).float().mean() < 1e-3
+
 
 DTYPES = [
     torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2,

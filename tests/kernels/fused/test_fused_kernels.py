@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from tilewise.kernels.fused.linear_gelu import linear_gelu, linear_gelu_op
 from tilewise.kernels.fused.qk_norm_rope import qk_norm_rope, qk_norm_rope_op
+from tilewise.kernels.fused.quantize_rows import quantize_rows
 from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.fused.residual_norm import gated_residual, layer_norm, residual_norm, residual_norm_op
 
@@ -317,8 +318,47 @@ def qk_arguments():
     return q, k, torch.randn(32), None, cos, sin, 2, 1e-6, True, True
 
 
+# ── rows in 8 bits ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "K"), [(1, 16), (5, 100), (3, 1536)])
+def test_quantize_rows(M, K, dtype):
+    """As near as e4m3 can be: 3 bits of fraction, and below 2⁻⁶ of the scaled row steps of 2⁻⁹."""
+    x = poisoned(torch.randn(1, M, K).to(dtype) * torch.logspace(-4, 3, M)[:, None].to(dtype))[0]
+    x[0, 0] = 0
+    q, scale = quantize_rows(x)
+    assert q.is_contiguous() and q.dtype == torch.float8_e4m3fn and scale.shape == (M, 1)
+    torch.testing.assert_close(scale[:, 0], x.float().abs().amax(1) / 448, rtol=1e-6, atol=0)
+    error = (q.double() * scale.double() - x.double()).abs()
+    good = error <= 1.001 * (x.double().abs() * 2.0**-4 + scale.double() * 2.0**-10)
+    if INTERPRETED:  # its casts lose the carry where a number rounds up to the next power of two
+        good |= torch.frexp(x.double() / scale.double()).mantissa.abs() >= 0.96875
+    assert good.all()
+
+
+def test_quantize_rows_of_zeros_and_of_one_number():
+    x = torch.zeros(2, 32)
+    x[1] = -3e4
+    q, scale = quantize_rows(x)
+    assert not q[0].float().any() and (q[1].float() == -448).all() and scale.isfinite().all()
+    assert quantize_rows(torch.zeros(0, 32))[0].shape == (0, 32)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="runs once, in the ordinary process")
 class TestEntryPoints:
+    @pytest.mark.parametrize(
+        ("x", "error"),
+        [
+            (torch.zeros(2, 3, 4), ValueError),
+            (torch.zeros(4, 32).t(), ValueError),
+            (torch.zeros(2, 32, dtype=torch.int8), TypeError),
+        ],
+    )
+    def test_bad_quantize_rows(self, x, error):
+        with pytest.raises(error, match="quantize_rows"):
+            quantize_rows(x)
+
     def test_operators_pass_opcheck(self):
         torch.library.opcheck(qk_norm_rope_op, qk_arguments())
         torch.library.opcheck(qk_norm_rope_op, (*qk_arguments(), torch.tensor([4, 1, 0, 2, 3])))
@@ -447,8 +487,10 @@ class TestEntryPoints:
 # ── compiled ahead of time ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def compiled(kernel, constants: dict, dtype: str, capability: int, warps: int, single: tuple[str, ...] = ()):
-    """A kernel compiled for a GPU that need not be there; ``single``: which of its pointers are to float32."""
+def compiled(
+    kernel, constants: dict, dtype: str, capability: int, warps: int, single: tuple[str, ...] = (), fp8: str = ""
+):
+    """A kernel compiled for a GPU that need not be there; ``single``: which of its pointers are to float32, ``fp8``: to e4m3."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -457,7 +499,15 @@ def compiled(kernel, constants: dict, dtype: str, capability: int, warps: int, s
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in single else "*i64" if name == "order_ptr" else f"*{dtype}"
+            signature[name] = (
+                "*fp8e4nv"
+                if name == fp8
+                else "*fp32"
+                if name in single
+                else "*i64"
+                if name == "order_ptr"
+                else f"*{dtype}"
+            )
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
         if name.endswith("_ptr") or name.startswith("stride_"):  # as at run time
@@ -520,6 +570,25 @@ class TestAheadOfTime:
         }  # fmt: skip
         single = ("gate_ptr", "gate_base_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr")
         check_code(compiled(residual_norm_kernel, constants, "bf16", capability, warps, single), capability, tmp_path)
+
+    @pytest.mark.parametrize("columns", [5120, 13824])
+    def test_quantize_rows(self, columns, capability, tmp_path):
+        pytest.importorskip("triton")
+        from tilewise.kernels.fused.triton_quantize_rows import launch_config, quantize_rows_kernel
+
+        if capability < 89:
+            pytest.skip("GPUs before compute capability 8.9 have no float8")
+        config = launch_config(columns)
+        warps = config.pop("num_warps")
+        constants = {"K": columns, "LARGEST": 448.0, **config}
+        kernel = compiled(quantize_rows_kernel, constants, "bf16", capability, warps, ("scale_ptr",), "q_ptr")
+        from test_triton_aot import ptxas_usage
+
+        usage = ptxas_usage(kernel.asm["ptx"], capability, tmp_path)
+        assert usage["spill stores"] == usage["spill loads"] == 0, usage
+        stores = re.findall(r"st\.global\S*", kernel.asm["ptx"])
+        assert sum(".v4" not in store for store in stores) == 1  # the scale
+        assert all(".v4" in load for load in re.findall(r"ld\.global\S*", kernel.asm["ptx"]))
 
     @pytest.mark.parametrize("tensors", [1, 3, 4])
     @pytest.mark.parametrize(

@@ -111,11 +111,11 @@ WORKS = [
     Work(WAN, *PIXELS, 12, decoded=True, apart=True, variants=(DENSE, HALF, SPARSE)),
     Work("Wan2.1-14B, 10 layers", *PIXELS, 12),
     Work("Wan2.1-14B", *PIXELS, 12, variants=(HALF, SPARSE)),
-    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, variants=(HALF, SPARSE, DRAFT)),
-    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, apart=True, variants=(HALF, SPARSE)),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, variants=(HALF, SPARSE)),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, apart=True, variants=(SPARSE,)),
     Work("Wan2.1-14B", *PIXELS, 12, fp8=True, variants=(STOCK, HALF, SPARSE)),
-    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, fp8=True, variants=(HALF, SPARSE, TINY_DECODER)),
-    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, apart=True, fp8=True, variants=(HALF, SPARSE)),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, fp8=True, variants=(SPARSE, TINY_DECODER)),
+    Work("Wan2.1-14B", *PIXELS, 12, decoded=True, apart=True, fp8=True, variants=(SPARSE,)),
 ]
 SMALL = ("16×16", (2, 2), 4, 2, 2)
 TINY = [

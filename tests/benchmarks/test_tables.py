@@ -81,7 +81,7 @@ def test_every_table_is_made_of_the_result(tiny_run):
         assert f"| {name} |" in text
     assert "cuDNN not run: RuntimeError" in text
     assert "| tiny VAE, decode 12 frames 32×48 | tilewise |" in text
-    assert "| tiny 16×16, window 4, end to end | tilewise, STA density 0.3, CUDA graph |" in text
+    assert "| tiny 16×16, window 4, end to end, changes of the prompt | tilewise, STA density 0.3, CUDA graph |" in text
 
 
 def test_a_marker_picks_tables(tiny_run, monkeypatch):

@@ -17,9 +17,12 @@ from rich.table import Table
 from tilewise.kernels.attention.dispatch import available_backends, unsupported
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
+from tilewise.plugins.context_parallel.enable import check_denoiser
+from tilewise.plugins.context_parallel.report import RankPlan, rank_plan
+from tilewise.plugins.context_parallel.token_shares import segments_of
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Method
-from tilewise.plugins.models.common.family import AttentionLayer, Size
+from tilewise.plugins.models.common.family import AttentionLayer, Family, Size
 from tilewise.plugins.models.common.native_size import usual_steps
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import check_config, denoisers_of, patches_of
@@ -71,6 +74,7 @@ class Explanation:
     warnings: tuple[
         str, ...
     ] = ()  # those of the notes that say that the method changes nothing, or makes nothing faster
+    ranks: tuple[RankPlan, ...] = ()  # of each denoiser, where several GPUs share its sequence
     reused_steps: int | None = None  # by the step cache; None: there is none, or only the run decides
 
     @property
@@ -107,6 +111,7 @@ class Explanation:
             "denoisers": rows,
             "notes": self.notes,
             "warnings": list(self.warnings),
+            "ranks": [rank.to_dict() for rank in self.ranks],
         }
 
     def __str__(self) -> str:
@@ -136,7 +141,7 @@ class Explanation:
         line("sparse blocks", [r.sparse_blocks or "none" for r in self.rows])
         line("dense blocks", [r.dense_blocks or "none" for r in self.rows])
         line("backend", [f"{r.backend}: {r.backend_reason}" for r in self.rows])
-        return "\n".join([render(table), *self.notes])
+        return "\n".join([render(table), *map(str, self.ranks), *self.notes])
 
 
 def explain(
@@ -150,6 +155,7 @@ def explain(
     steps: Steps | None = None,
     blocks: str | None = None,
     strength: float = 1.0,
+    gpus: int = 1,
     num_frames: int | None = None,
 ) -> Explanation:
     """What a pipeline call of this size would do with a method: grid, tiles, density, what stays dense and why.
@@ -162,13 +168,16 @@ def explain(
         num_inference_steps: denoising steps. None: the model's own number, and a note says so.
         method, steps, blocks: as for ``patch``; default: what the target is patched with.
         strength: as the pipeline takes it, for image- and video-to-video, which enters the schedule part-way.
+        gpus: over how many the sequence is split (``enable_context_parallel``): heads, tokens and density of each.
         num_frames: ``frames`` by its old name, until the next release.
 
     Raises:
-        ConfigError: for an option that cannot be, a strength of a pipeline that takes none, or a size that the model does not
-            take (with the nearest one).
-        UnsupportedModelError: for a target that no family serves.
+        ConfigError: for an option that cannot be, a strength of a pipeline that takes none, more GPUs than heads, or a size that
+            the model does not take (with the nearest one).
+        UnsupportedModelError: for a target that no family serves, or that several GPUs cannot share.
     """
+    if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
+        raise ConfigError(f"gpus must be a whole number of at least 1, got {gpus!r}")
     frames = _frames(frames, num_frames)
     own_steps = num_inference_steps is None and not isinstance(
         target, torch.nn.Module
@@ -186,6 +195,7 @@ def explain(
     config = resolve(method, steps=steps, blocks=blocks)
     size = Size(height, width, frames)
     rows, notes = [], []
+    ranks: list[RankPlan] = []
     given = config
     for name, denoiser in denoisers.items():
         config = given.prepare(target, denoiser)
@@ -203,6 +213,11 @@ def explain(
             here = [layer for layer in layers if layer.downsample == downsample]
             label = name if downsample is None else f"{name}, 1/{2**downsample}"
             rows.append(_explain_row(label, denoiser, config, config.kept(here[0].grid(grid)), here))
+        if gpus > 1:
+            check_denoiser(name, denoiser, gpus)
+            ranks.append(_rank_plan(name, family, layers, config, grid, gpus))
+            if why := config.method.refuses_some_heads():
+                notes.append(f"{name} on {gpus} GPUs: every call would fall back: {why}")
         dense: dict[str, str] = {}
         for layer in layers:
             module: Any = layer.module
@@ -238,8 +253,17 @@ def explain(
     shape = {"height": height, "width": width, "frames": frames, "num_inference_steps": num_inference_steps}
     useless = _warnings(config, rows, sparse, total - first)
     return Explanation(
-        config.to_dict(), shape, sparse, total - first - sparse, rows, [*useless, *notes], useless, reused
+        config.to_dict(), shape, sparse, total - first - sparse, rows, [*useless, *notes], useless, tuple(ranks), reused
     )
+
+
+def _rank_plan(
+    name: str, family: Family, layers: list[AttentionLayer], config: Config, grid: Grid, gpus: int
+) -> RankPlan:
+    layout = config.method.layout(config.kept(grid))
+    if layout is not None and config.too_few(grid.tokens, False):
+        layout = None
+    return rank_plan(name, layers[0].heads, config.method, layout, gpus, segments_of(grid, family.one_tensor))
 
 
 def _frames(frames: int | None, num_frames: int | None) -> int:

@@ -38,7 +38,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("loading",),
         ("quality", "conditioning"),
         ("generation",),
-        ("calibration", "memory"),
+        ("calibration", "memory", "parallel"),
         ("streaming",),
         ("highres",),
         ("batch",),

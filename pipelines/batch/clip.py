@@ -13,7 +13,6 @@ import torch
 from tilewise.pipelines.batch.input import lines_words
 from tilewise.pipelines.batch.job import Job
 from tilewise.pipelines.batch.manifest import Line
-from tilewise.pipelines.batch.ranks import World
 from tilewise.pipelines.batch.stream_clip import make_stream
 from tilewise.pipelines.batch.two_stage_clip import TwoStages
 from tilewise.pipelines.batch.two_stage_jobs import about, plan_job
@@ -28,6 +27,7 @@ from tilewise.pipelines.media.rescue import write_or_rescue
 from tilewise.pipelines.memory.limits import PeakMemory
 from tilewise.pipelines.memory.options import MemoryOptions
 from tilewise.pipelines.memory.retry import within_memory
+from tilewise.pipelines.parallel.world import World
 from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
 

@@ -23,13 +23,14 @@ from tilewise.pipelines.batch import manifest
 from tilewise.pipelines.batch.clip import ClipMaker, Options, Watch
 from tilewise.pipelines.batch.folder_lock import FolderLock
 from tilewise.pipelines.batch.job import Job
-from tilewise.pipelines.batch.ranks import World, owned
+from tilewise.pipelines.batch.ranks import owned
 from tilewise.pipelines.errors import OutputError, SetupError
 from tilewise.pipelines.generation.clip_metadata import begin_run
 from tilewise.pipelines.media.files import PART, check_writable, remove_stale
 from tilewise.pipelines.media.rescue import RescuedError
 from tilewise.pipelines.media.video import read_frames, read_settings
 from tilewise.pipelines.memory.limits import free_memory, is_out_of_memory
+from tilewise.pipelines.parallel.world import World
 from tilewise.pipelines.streaming.preparation import put_weights
 from tilewise.plugins.text_format import counted
 

@@ -58,10 +58,16 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    skeleton: Any, settings: GenerateSettings, explanation: Explanation, dtype: torch.dtype, *, decode: bool = True
+    skeleton: Any,
+    settings: GenerateSettings,
+    explanation: Explanation,
+    dtype: torch.dtype,
+    *,
+    decode: bool = True,
+    gpus: int = 1,
 ) -> MemoryEstimate:
     """For one clip, all parts of the pipeline on the device. skeleton: from `load_skeleton`. dtype: as for `load_pipeline`.
-    decode: whether that is run too, which takes a second."""
+    decode: whether that is run too, which takes a second. gpus: that the clip's tokens are split over; it is of one of them."""
     parts, notes = weight_bytes(skeleton, dtype)
     decoding = None
     try:
@@ -74,7 +80,7 @@ def estimate_memory(
         notes.append(
             f"the decode is not counted: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
         )
-    tokens = max(row.tokens for row in explanation.rows)
+    tokens = -(-max(row.tokens for row in explanation.rows) // gpus)
     denoising = forward_bytes(skeleton, tokens, dtype) + cache_bytes(skeleton, settings, tokens, dtype)
     return MemoryEstimate(sum(parts), denoising, decoding, tuple(notes), max(parts))
 

@@ -25,21 +25,22 @@ def check_fit(
     dtype: torch.dtype,
     device: torch.device,
     memory: MemoryOptions = NOTHING_SAVED,
+    gpus: int = 1,
 ) -> None:
     """Raises ConfigError, with the numbers, for a clip that needs more memory than the device has now.
 
-    skeleton, dtype: as for `estimate_memory`. explanation: of these settings. memory: what may be saved.
+    skeleton, dtype, gpus: as for `estimate_memory`. explanation: of these settings. memory: what may be saved.
     """
     limit = device_bytes(device)
     on_gpu = device.type == "cuda"
-    quick = estimate_memory(skeleton, settings, explanation, dtype, decode=False)
+    quick = estimate_memory(skeleton, settings, explanation, dtype, decode=False, gpus=gpus)
     most = _most_of_a_decode(settings)
     if quick.weights + max(quick.denoise, most) <= limit:
         return
     found = (
         quick
         if _least(quick, memory, on_gpu) > SLACK * limit
-        else estimate_memory(skeleton, settings, explanation, dtype)
+        else estimate_memory(skeleton, settings, explanation, dtype, gpus=gpus)
     )
     need = _least(found, memory, on_gpu)
     if need <= SLACK * limit:

@@ -61,6 +61,7 @@ STREAM_EXPLAINED = (
     "prefix_noise",
     "decode_device",
 )
+GPUS_HELP = "Over how many GPUs one clip is split: heads, tokens, density and memory of each."
 PLOT_HELP = "Also plot it, to a .png, .svg or .pdf. Dynamic methods run the model for four steps."
 
 
@@ -104,7 +105,10 @@ def generate(
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
 ) -> None:
-    """Generate a clip (mp4) from a prompt, or reproduce one from its file."""
+    """Generate a clip (mp4) from a prompt, or reproduce one from its file.
+
+    One clip on several GPUs: torchrun --nproc-per-node 2 -m tilewise generate …
+    """
     from tilewise.ui.cli.generate import Request, dry_run_request, generate_request
 
     request = Request(prompt, options, source, out, compare, device, runs, force)
@@ -219,6 +223,7 @@ def calibrate(
 )
 def explain(
     options: dict[str, Any],
+    gpus: Annotated[int, typer.Option(help=GPUS_HELP)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help=PLOT_HELP, show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
@@ -234,9 +239,11 @@ def explain(
     from tilewise.ui.cli.explain_stream import explain_stream_command
 
     if options.get("stream"):
+        if gpus != 1:
+            raise typer.BadParameter("a stream is made on one GPU: give --gpus or --stream")
         explain_stream_command(options, as_json=as_json, picture=plot)
     else:
-        explain_command(options, as_json=as_json, picture=plot, force=force)
+        explain_command(options, gpus=gpus, as_json=as_json, picture=plot, force=force)
 
 
 @app.command()

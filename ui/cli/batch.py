@@ -18,7 +18,6 @@ from tilewise.pipelines.batch.job import Job, Stages
 from tilewise.pipelines.batch.jobs import Plan, Tools, make_jobs, parse_seeds, parse_sweep
 from tilewise.pipelines.batch.manifest import NAME, read_manifest
 from tilewise.pipelines.batch.manifest_comparison import stages_name, stream_name
-from tilewise.pipelines.batch.ranks import World, world_from_environment
 from tilewise.pipelines.batch.run import Options, Outcome, run_batch
 from tilewise.pipelines.batch.stream_jobs import Streamed
 from tilewise.pipelines.conditioning.files import flag
@@ -35,6 +34,7 @@ from tilewise.pipelines.memory.fit import memory_words
 from tilewise.pipelines.memory.options import MEMORY_OPTIONS, memory_options
 from tilewise.pipelines.memory.plan import device_bytes
 from tilewise.pipelines.memory.units import gib
+from tilewise.pipelines.parallel.world import World, world_from_environment
 from tilewise.pipelines.streaming.settings import not_of_streams
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.plugins.explain import Explanation

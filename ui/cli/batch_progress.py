@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from tilewise.pipelines.batch.job import Job
 from tilewise.pipelines.batch.manifest import Line, spent
-from tilewise.pipelines.batch.ranks import World
 from tilewise.pipelines.batch.run import Watch
+from tilewise.pipelines.parallel.world import World
 from tilewise.plugins.text_format import counted
 from tilewise.ui.common.terminal import shown
 

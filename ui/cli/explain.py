@@ -13,8 +13,11 @@ import torch
 from tilewise.pipelines.generation.generate import run
 from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL
+from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.model_defaults import model_defaults
+from tilewise.pipelines.memory.estimate import forward_bytes, weight_bytes
+from tilewise.pipelines.memory.units import gib
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.explain import Explanation, explain
@@ -34,7 +37,7 @@ PROMPT = "a red circle moving right on a blue striped background"
 
 
 def explain_command(
-    options: Mapping[str, Any], *, as_json: bool, picture: Path | None = None, force: bool = False
+    options: Mapping[str, Any], *, as_json: bool, gpus: int = 1, picture: Path | None = None, force: bool = False
 ) -> None:
     """Prints what a method would do with a model at a size, and draws it; a picture of a dynamic method runs the model.
 
@@ -58,8 +61,14 @@ def explain_command(
         frames=options.get("frames", native.frames),
         num_inference_steps=options.get("steps", native.steps),
         method=config,
+        gpus=gpus,
     )
     say(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
+    if gpus > 1 and not as_json:
+        dtype = resolve_dtype("auto", resolve_device("auto"))
+        tokens = max(row.tokens for row in explanation.rows)
+        weights, one = sum(weight_bytes(skeleton, dtype)[0]), forward_bytes(skeleton, tokens, dtype)
+        say(f"memory a GPU: weights {gib(weights)}, then about {gib(one // gpus)} denoising (of {gib(one)} on one GPU)")
     if picture is not None:
         if isinstance(config.method, DynamicMethod):
             with quiet_libraries():

@@ -31,14 +31,19 @@ from tilewise.pipelines.memory.options import MemoryOptions, check_memory
 from tilewise.pipelines.memory.plan import device_bytes
 from tilewise.pipelines.memory.retry import within_memory
 from tilewise.pipelines.memory.units import gib
+from tilewise.pipelines.parallel.ranks import Ranks, joined
+from tilewise.pipelines.parallel.world import World, world_from_environment
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.generate_highres import dry_run_highres, generate_highres
 from tilewise.ui.cli.generate_stream import dry_run_stream, generate_stream
+from tilewise.ui.cli.parallel import check_parallel, facts_of, notes_of, own_request, refuse_parallel
 from tilewise.ui.cli.progress import progress_bars, quiet_libraries
 from tilewise.ui.cli.request import Request, print_sameness
 from tilewise.ui.common.options import method_config, refuse_stream_options, refuse_two_stage_options
 from tilewise.ui.common.tables import print_files, print_result, print_settings
-from tilewise.ui.common.terminal import Terminal, say, standard_error
+from tilewise.ui.common.terminal import Terminal, say
+
+ALONE = Ranks(World())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,29 +81,36 @@ def dry_run_request(request: Request) -> None:
 
 
 def generate_request(request: Request) -> None:
-    """Makes the clip, or with --compare both clips, and reports."""
-    request = _followed(request)
-    if request.options.get("stream"):
-        generate_stream(request)
-        return
-    if request.options.get("highres"):
-        generate_highres(request)
-        return
-    notes = standard_error()
+    """Makes the clip, or with --compare both clips, and reports. Started by torchrun, its processes make one clip together."""
+    with joined(world_from_environment(), request.device) as ranks:
+        request = ranks.together(lambda: _followed(own_request(request, ranks)))
+        ranks.together(lambda: refuse_parallel(request, ranks))
+        if request.options.get("stream"):
+            generate_stream(request)
+        elif request.options.get("highres"):
+            generate_highres(request)
+        else:
+            _generate(request, ranks)
+
+
+def _generate(request: Request, ranks: Ranks) -> None:
+    notes = notes_of(ranks)
     with quiet_libraries():
-        work = _check(request, create=True)
+        work = ranks.together(lambda: _check(request, create=ranks.first, ranks=ranks))
         settings = work.settings
+        ranks.agree(facts_of(settings, work.dtype, request))
         with notes.status(f"loading {settings.model} …"):
             load = functools.partial(
                 load_pipeline, settings.model, device=request.device, dtype=work.dtype, offload=work.memory.offload,
                 loras=settings.lora,
             )  # fmt: skip
-            pipe, run = begin_run(settings.model, work.dtype, load)
+            pipe, run = ranks.together(lambda: begin_run(settings.model, work.dtype, load))
+        ranks.split(pipe)
         warnings = explain_settings(work.skeleton, settings).warnings
         of_files = input_notes(pipe, Inputs.of(settings))
         for note in [*prompt_notes(pipe, settings), *of_files, *_size_notes(work), *warnings, *_origin_notes(work)]:
             notes.note(note)
-        with progress_bars(notes) as progress:
+        with progress_bars(notes) as progress, ranks.exchanging():
 
             def make() -> Clip | Comparison:
                 with cancellable(pipe):
@@ -110,6 +122,10 @@ def generate_request(request: Request) -> None:
                 pipe, make, work.memory.measures, retry=work.memory.retry_oom, note=notes.note
             )
             run["offload"] = work.memory.offload
+            run["gpus"] = ranks.count
+            ranks.all(None)  # nobody needs anything of the others any more
+    if not ranks.first:
+        return
     with work.outputs.claimed() as files:
         _write(result, files, run)
     print_result(_score_content(pipe, result, files, run, notes))
@@ -129,7 +145,7 @@ def _followed(request: Request) -> Request:
     return request
 
 
-def _check(request: Request, *, create: bool) -> Work:
+def _check(request: Request, *, create: bool, ranks: Ranks = ALONE) -> Work:
     """Everything that can be wrong is found here, before weights are read."""
     if request.runs < 1:
         raise ConfigError(f"--runs takes a whole number of at least 1, not {request.runs}")
@@ -154,7 +170,9 @@ def _check(request: Request, *, create: bool) -> Work:
     call_arguments(skeleton, settings)
     device = resolve_device(request.device)
     check_memory(skeleton, memory, device)
-    check_fit(skeleton, settings, explain_settings(skeleton, settings), getattr(torch, dtype), device, memory)
+    check_parallel(skeleton, settings, request, memory, ranks)
+    explanation = explain_settings(skeleton, settings)
+    check_fit(skeleton, settings, explanation, getattr(torch, dtype), device, memory, ranks.count)
     endings = ("-dense", "-side-by-side") if request.compare else ()
     return Work(skeleton, settings, request.outputs(settings, *endings, create=create), dtype, origin, memory)
 

@@ -46,6 +46,8 @@ def exit_codes(command: F) -> F:
             if _was_interrupted(error):
                 _complain("interrupted; nothing was left half-written")
                 raise typer.Exit(INTERRUPTED) from None
+            if _is_of_another_rank(error):  # which says why
+                raise typer.Exit(FAILED) from None
             if os.environ.get(DEBUG, "0") not in ("", "0"):
                 traceback.print_exc()
             code = _code(error)
@@ -67,6 +69,12 @@ def run_app(app: typer.Typer) -> NoReturn:
 
 def _terminate(*_: Any) -> NoReturn:
     sys.exit(TERMINATED)
+
+
+def _is_of_another_rank(error: Exception) -> bool:
+    """Whether another of the processes that torchrun started failed, and this one ends for that alone."""
+    module = sys.modules.get("tilewise.pipelines.parallel.ranks")
+    return module is not None and isinstance(error, module.OtherRankError)
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
@@ -117,4 +125,6 @@ def _complain(message: str) -> None:
         line if len(line) <= LONGEST else f"{line[:LONGEST]} … ({len(line):,} characters)"
         for line in message.split("\n")
     ]
-    typer.echo("tilewise: " + shown("\n".join(lines)), err=True)
+    rank = os.environ.get("RANK", "0")
+    who = "tilewise: " if rank == "0" else f"tilewise, process {rank}: "
+    typer.echo(who + shown("\n".join(lines)), err=True)

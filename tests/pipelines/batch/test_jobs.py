@@ -21,11 +21,12 @@ from tilewise.pipelines.batch.estimate import denoising_flop, estimate
 from tilewise.pipelines.batch.input import InputError, Row, read_input
 from tilewise.pipelines.batch.job import Job, slug
 from tilewise.pipelines.batch.jobs import Tools, make_jobs, parse_seeds, parse_sweep
-from tilewise.pipelines.batch.ranks import World, owned, world_from_environment
+from tilewise.pipelines.batch.ranks import owned
 from tilewise.pipelines.errors import ModelError
 from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
 from tilewise.pipelines.loading.load import load_skeleton
 from tilewise.pipelines.loading.revision import model_revision
+from tilewise.pipelines.parallel.world import World, world_from_environment
 from tilewise.ui.common.options import method_config
 
 

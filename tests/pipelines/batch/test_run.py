@@ -15,7 +15,6 @@ from tilewise.pipelines.batch import manifest
 from tilewise.pipelines.batch import run as batch_module
 from tilewise.pipelines.batch.input import Row
 from tilewise.pipelines.batch.jobs import Tools, make_jobs
-from tilewise.pipelines.batch.ranks import World
 from tilewise.pipelines.batch.run import DiskFullError, Options, Watch, run_batch
 from tilewise.pipelines.errors import ModelError, OutputError
 from tilewise.pipelines.generation.clip_metadata import frames_sha256, read_clip_metadata
@@ -28,6 +27,7 @@ from tilewise.pipelines.memory import limits as memory
 from tilewise.pipelines.memory import retry as retrying
 from tilewise.pipelines.memory.limits import PeakMemory, possible, saving
 from tilewise.pipelines.memory.options import MemoryOptions
+from tilewise.pipelines.parallel.world import World
 from tilewise.ui.common.options import method_config
 
 

@@ -14,6 +14,7 @@ import wan_cases
 import tilewise
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.context_parallel.token_shares import segments_of, shares_of, split
+from tilewise.plugins.methods.draft import Draft
 
 WAN = wan_cases.cases()
 CASES = WAN | family_cases_split.cases()
@@ -82,3 +83,21 @@ def test_tokens_that_are_split_otherwise_are_told():
     grid = Grid(1, 3, 5, 4, True)
     assert isinstance(shares_of(segments_of(grid), grid, (19, 0)), str)
     assert split(19, 2) == (10, 9)
+
+
+def test_explain_says_what_each_gpu_has():
+    model = wan_cases.tiny_wan.tiny_transformer(num_attention_heads=4)
+    size = {"height": 112, "width": 80, "frames": 17, "num_inference_steps": 4}
+    found = tilewise.explain(model, **size, method=wan_cases.METHODS["sta, a window a head"], gpus=3)
+    (rank,) = found.ranks
+    assert (rank.heads, sum(rank.tokens)) == ((2, 1, 1), found.rows[0].tokens)
+    assert sum(heads * density for heads, density in zip(rank.heads, rank.density, strict=True)) / 4 == pytest.approx(
+        found.density
+    )
+    assert "denoiser on 3 GPUs, a GPU: 1 to 2 of 4 heads" in str(found)
+    assert found.to_dict()["ranks"][0]["heads"] == [2, 1, 1]
+    assert tilewise.explain(model, **size, method="sta").ranks == ()
+    with pytest.raises(tilewise.ConfigError, match="over 5 ranks"):
+        tilewise.explain(model, **size, method="sta", gpus=5)
+    shared = tilewise.explain(model, **size, method=Draft(select="shared", min_tokens=0), gpus=2)
+    assert any("every call would fall back: select='shared'" in note for note in shared.notes)

@@ -1,0 +1,129 @@
+"""`tilewise generate` by several processes: the clip of one, and what goes wrong in one of them ends all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import forked_commands
+import pytest
+
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.media.video import read_settings
+from tilewise.pipelines.memory.options import MemoryOptions
+from tilewise.pipelines.parallel.ranks import OtherRankError, Ranks, joined
+from tilewise.pipelines.parallel.world import World
+from tilewise.plugins.config import resolve
+from tilewise.plugins.errors import ConfigError
+from tilewise.ui.cli.parallel import check_parallel, refuse_parallel
+from tilewise.ui.cli.request import Request
+
+SMALL = ["--steps", "2", "--frames", "5", "--height", "64", "--width", "64"]
+CLIP = ["generate", "a red circle moving right", *SMALL, "--method", "draft", "--set", "min_tokens=0"]
+TWO = World(0, 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("clips")
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> dict[str, Any]:
+    def to(name: str) -> list[str]:
+        return ["--out", str(folder / name)]
+
+    runs = [
+        {"name": "one", "commands": [[*CLIP, *to("one.mp4")]]},
+        {"name": "two", "commands": [[*CLIP, *to("two.mp4")]] * 2},
+        {"name": "other seed", "commands": [[*CLIP, "--seed", str(rank), *to("seeds.mp4")] for rank in (0, 1)]},
+        {"name": "one of them fails", "commands": [[*CLIP, *to("failed.mp4")]] * 2, "fails": 1},
+    ]
+    return forked_commands.run_commands(runs)
+
+
+def test_two_processes_make_the_clip_of_one(found, folder):
+    assert found["one"]["codes"] == [0], found["one"]["output"]
+    assert found["two"]["codes"] == [0, 0], found["two"]["output"]
+    one, two = (read_settings(folder / f"{name}.mp4") for name in ("one", "two"))
+    assert one is not None and two is not None
+    assert one["run"]["frames_sha256"] == two["run"]["frames_sha256"]
+    assert (one["run"]["gpus"], two["run"]["gpus"]) == (1, 2)
+
+
+def test_the_first_process_alone_talks(found):
+    first, second = found["two"]["output"]
+    assert "context parallelism, transformer: rank 0 of 2, heads 0-1 of 4" in first
+    assert "denoise 2/2" in first and "wrote" in first
+    assert second == ""
+
+
+def test_processes_with_other_arguments_end_before_weights_are_read(found):
+    run = found["other seed"]
+    assert run["codes"] == [2, 1]
+    assert "the processes that make one clip differ in seed (process 0: 0; process 1: 1)" in run["output"][0]
+    assert "denoise" not in run["output"][0]
+
+
+def test_a_process_that_fails_ends_the_others_and_leaves_nothing(found, folder):
+    run = found["one of them fails"]
+    assert run["codes"][1] == 1 and run["codes"][0] != 0
+    assert "tilewise, process 1: RuntimeError: this GPU fell off the bus" in run["output"][1]
+    assert run["seconds_after_failure"] < 30
+    assert sorted(path.name for path in folder.iterdir()) == ["one.json", "one.mp4", "two.json", "two.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "memory", "request_", "expected"),
+    [
+        ({}, {"offload": "model"}, {}, "--offload cannot be used with 2 processes"),
+        ({}, {"retry_oom": True}, {}, "--retry-oom cannot be used with 2 processes"),
+        ({}, {}, {"compare": "dense"}, "--compare cannot be used with 2 processes"),
+        ({"method": resolve("sta", cache="first-block")}, {}, {}, "--cache cannot be used with 2 processes"),
+    ],
+)
+def test_what_several_processes_cannot_do(changes, memory, request_, expected):
+    settings = GenerateSettings("a cat", "", "demo", changes.get("method", resolve("sta")), 64, 64, 9, 2, 1.0, 0, 8)
+    with pytest.raises(ConfigError, match=expected):
+        check_parallel(None, settings, Request("a cat", {}, **request_), MemoryOptions(**memory), Ranks(TWO))
+
+
+@pytest.mark.parametrize("option", ["stream", "highres"])
+def test_streams_and_two_stages_are_made_by_one(option):
+    with pytest.raises(ConfigError, match=f"--{option} is made by one process"):
+        refuse_parallel(Request("a cat", {option: True}), Ranks(TWO))
+    refuse_parallel(Request("a cat", {option: True}), Ranks(World()))
+
+
+def test_without_a_launcher(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2 -m tilewise"), joined(TWO, "auto"):
+        pass
+    with pytest.raises(ConfigError, match="names one GPU"), joined(TWO, "cuda:1"):
+        pass
+
+
+class Told(Ranks):
+    """Process ``rank`` of two, of which the other gives ``other``."""
+
+    def __init__(self, rank: int, other: Any) -> None:
+        super().__init__(World(rank, 2))
+        self.other = other
+
+    def all(self, value: Any) -> list[Any]:
+        return [value, self.other] if self.first else [self.other, value]
+
+
+def test_what_one_process_finds_ends_the_other_too():
+    def fail() -> None:
+        raise ConfigError("no such size")
+
+    assert Told(0, False).together(lambda: 5) == 5
+    with pytest.raises(ConfigError, match="no such size"):
+        Told(0, True).together(fail)
+    with pytest.raises(OtherRankError):  # the first says it
+        Told(1, True).together(fail)
+    with pytest.raises(OtherRankError, match="process 1 of 2 failed"):
+        Told(0, True).together(lambda: 5)
+    with pytest.raises(ConfigError, match="differ in torch"):
+        Told(0, {"torch": "2.12"}).agree({"torch": "2.13"})

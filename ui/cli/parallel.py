@@ -1,0 +1,77 @@
+"""`tilewise generate` started by torchrun: one clip by several processes, a GPU each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from tilewise import __version__
+from tilewise.pipelines.generation.clip_metadata import versions
+from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.loading.device import device_name, resolve_device
+from tilewise.pipelines.memory.options import MemoryOptions
+from tilewise.pipelines.parallel.ranks import Ranks
+from tilewise.plugins.context_parallel.enable import check_denoiser
+from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.patching import denoisers_of
+from tilewise.ui.cli.request import Request
+from tilewise.ui.common.terminal import Terminal, standard_error
+
+
+def notes_of(ranks: Ranks) -> Terminal:
+    """Where progress and notes go: the first process shows them."""
+    return standard_error() if ranks.first else Terminal(file=open(os.devnull, "w"))
+
+
+def own_request(request: Request, ranks: Ranks) -> Request:
+    """The request with the device of this process."""
+    return dataclasses.replace(request, device=ranks.world.device(request.device))
+
+
+def check_parallel(
+    skeleton: Any, settings: GenerateSettings, request: Request, memory: MemoryOptions, ranks: Ranks
+) -> None:
+    """Raises ConfigError for what several processes cannot do together, and UnsupportedModelError for a model that they cannot
+    share."""
+    if ranks.count == 1:
+        return
+    for name, asked, why in (
+        ("--compare", request.compare, "times both clips in one process"),
+        ("--offload", memory.offload != "none", "moves weights while other processes wait for an exchange"),
+        ("--retry-oom", memory.retry_oom, "would begin again in one process while the others go on"),
+        (
+            "--cache",
+            settings.method.cache is not None,
+            "decides by the tokens of one process whether the next step runs",
+        ),
+    ):
+        if asked:
+            raise ConfigError(f"{name} cannot be used with {ranks.count} processes: it {why}. Leave it out")
+    for name, denoiser in denoisers_of(skeleton).items():
+        check_denoiser(name, denoiser, ranks.count)
+
+
+def refuse_parallel(request: Request, ranks: Ranks) -> None:
+    """Raises ConfigError for a stream or two stages by several processes."""
+    for name in ("stream", "highres"):
+        if ranks.count > 1 and request.options.get(name):
+            raise ConfigError(
+                f"--{name} is made by one process, and torchrun started {ranks.count}: start it without torchrun, or leave "
+                f"--{name} out"
+            )
+
+
+def facts_of(settings: GenerateSettings, dtype: str, request: Request) -> dict[str, Any]:
+    """What processes must have in common to make one clip."""
+    device = resolve_device(request.device)
+    return {
+        "tilewise": __version__,
+        **{name: version for name, version in versions().items() if name != "python"},
+        "device": device_name(device),
+        "dtype": dtype,
+        **settings.to_dict(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }

@@ -148,6 +148,7 @@ def test_to_dict_has_every_number(model):
         "method": report.method, "grids": {}, "density": 0.5, "cost": 0.5, "overall_density": 0.75, "fallbacks": {"why": 1},
         "fused_calls": 1, "recall": 0.25, "probe": None, "broken": 1, "skipped_layers": {}, "notes": [], "vae": [],
         "cache": [],
+        "ranks": [],
         "rows": told["rows"], "since": told["since"],
     }  # fmt: skip
     assert told["rows"][1] == {

@@ -28,12 +28,13 @@ from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.generate import Progress, run
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.plugins.config import Config
+from tilewise.plugins.context_parallel.checks import refuse_split
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Planned
 from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod
 from tilewise.plugins.models.common.fingerprint import Fingerprint
 from tilewise.plugins.models.common.registry import attention_layers
-from tilewise.plugins.patching import patched
+from tilewise.plugins.patching import denoisers_of, patched
 from tilewise.plugins.runtime.sparse_call import add_means
 
 AT_ONCE = 256 * 2**20  # bytes of float32 queries whose heads are measured together
@@ -270,6 +271,7 @@ def profile_run(
         ConfigError: no attention call that the method could plan.
         OutputError: activations that are not finite.
     """
+    refuse_split("calibrate", denoisers_of(pipe), "a process has some heads of each layer")
     found = RunProfile()
     method = Profiled(base, tuple(densities), schedule.middles, found)
     config = Config(method, steps=(0.0, 1.0), vae=False)

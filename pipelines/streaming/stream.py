@@ -24,9 +24,10 @@ from tilewise.pipelines.streaming.video_stream import VideoStream
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike
+from tilewise.plugins.context_parallel.checks import refuse_split
 from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.patching import is_patched, patch, unpatch
+from tilewise.plugins.patching import denoisers_of, is_patched, patch, unpatch
 from tilewise.plugins.streaming.kv_cache import KVCache
 
 
@@ -102,6 +103,7 @@ def stream(
         pipe, recipe, way=way, window=window, overlap=overlap, steps=steps, guidance=guidance, adain=adain,
         prefix_noise=prefix_noise, cache=cache, chunk=chunk,
     )  # fmt: skip
+    refuse_split("stream", denoisers_of(pipe), "a stream is made by one process")
     fps = float(recipe.fps) if fps is None else fps
     check_fps(fps)
     if seconds is not None:

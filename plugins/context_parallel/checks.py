@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.context_parallel.token_shares import segments_of
-from tilewise.plugins.diffusers_compat import parallel_degrees
-from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.diffusers_compat import is_sharded, parallel_degrees
+from tilewise.plugins.errors import TilewiseError, UnsupportedModelError
 from tilewise.plugins.models.common.family import AttentionLayer
 
 
@@ -49,3 +49,12 @@ def check_sharded(
             f"{name}: {uneven[0]} tokens of the grid {grid} cannot be split evenly over {ranks} ranks. Enable context "
             f"parallelism with ulysses_anything=True, or choose a size whose tokens {ranks} divides"
         )
+
+
+def refuse_split(what: str, denoisers: Mapping[str, nn.Module], why: str) -> None:
+    """Raises UnsupportedModelError where context parallelism is enabled on one of these denoisers. why: it cannot be."""
+    for name, denoiser in denoisers.items():
+        if is_sharded(denoiser):
+            raise UnsupportedModelError(
+                f"{what}: context parallelism splits the tokens of {name} over processes: {why}. Use a pipeline without it"
+            )

@@ -9,6 +9,7 @@ from torch import nn
 
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.config import Config
+from tilewise.plugins.context_parallel.checks import refuse_split
 from tilewise.plugins.diffusers_compat import step_cache
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.methods.base import DynamicMethod
@@ -87,6 +88,7 @@ def _check(name: str, denoiser: nn.Module, config: Config, global_path: str) -> 
             f"two paths: {name} is a {type(denoiser).__name__}; served are {', '.join(served_streams())}. The global path guides "
             "the window path through what each block's attention gives to the text, and how its blocks are called has to be known"
         )
+    refuse_split("two paths", {name: denoiser}, "a block runs twice there, with exchanges that no plan knows")
     if config.step_cache is not None:
         raise UnsupportedModelError(
             f"two paths: the step cache {config.step_cache} skips blocks of {name}, which the global path has to run. "

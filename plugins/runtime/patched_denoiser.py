@@ -28,6 +28,7 @@ from tilewise.plugins.runtime.attention_processor import TilewiseProcessor, proc
 from tilewise.plugins.runtime.forward_state import ForwardState
 from tilewise.plugins.runtime.step_index import StepIndex
 from tilewise.plugins.step_caches.driver import CacheDriver
+from tilewise.plugins.step_caches.support import check_cache
 from tilewise.plugins.torch_compat import outside_graphs
 
 ATTRIBUTE = "_tilewise"  # what a patch adds to a denoiser, besides the COPIER for copy.deepcopy
@@ -164,6 +165,10 @@ class Patch:
         if is_sharded(denoiser):
             refused = why_dense(denoiser) or refused
             check_sharded(self.name, denoiser, self.layers, grid, self.family.one_tensor)
+            if self.config.step_cache is not None:  # context parallelism may have come after the patch
+                check_cache(
+                    self.name, denoiser, self.config.step_cache, None if self.cache is None else self.cache.config
+                )
             if self.family.split_needs_patch and self.left_alone:
                 raise TilewiseError(
                     f"{self.name}: context parallelism needs every layer patched, and {', '.join(self.left_alone)} keeps a "

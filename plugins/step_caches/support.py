@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from tilewise.plugins.diffusers_compat import is_sharded
 from tilewise.plugins.diffusers_compat import step_cache as cache_on
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.step_caches import diffusers_compat as compat
 from tilewise.plugins.step_caches.options import FirstBlock, MagCache, SeaCache, StepCache, TaylorSeer
+
+SPLIT = "whose tokens context parallelism splits over processes: each would decide by its own which blocks run"
 
 
 def check_cache(name: str, denoiser: nn.Module, cache: StepCache | None, own: Any = None) -> None:
@@ -60,6 +63,8 @@ def _unsupported(denoiser: nn.Module, cache: StepCache) -> str | None:
         return "whose latents diffusers' SeaCache does not read: it serves Wan's text-to-video models"
     if not isinstance(cache, FirstBlock | MagCache | SeaCache):
         return None
+    if is_sharded(denoiser):
+        return SPLIT
     blocks = compat.blocks_of(denoiser)
     if len(blocks) < 2:
         return f"with {len(blocks)} of the blocks that the cache would skip: it needs two"

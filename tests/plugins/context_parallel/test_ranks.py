@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import compose_cases
 import family_cases_split
 import forked_ranks
 import pytest
@@ -17,13 +18,13 @@ from tilewise.plugins.context_parallel.token_shares import segments_of, shares_o
 from tilewise.plugins.methods.draft import Draft
 
 WAN = wan_cases.cases()
-CASES = WAN | family_cases_split.cases()
+CASES = WAN | family_cases_split.cases() | compose_cases.cases()
 RUNS = [f"{name}, {n} ranks" for name, case in CASES.items() for n in getattr(case, "ranks", (2, 3, 4))]
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return forked_ranks.run_cases("wan_cases,family_cases_split", 4)
+    return forked_ranks.run_cases("wan_cases,family_cases_split,compose_cases", 4)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith(("error", "refused"))])
@@ -33,7 +34,7 @@ def test_ranks_equal_one_process(found, name):
     for said in found[name]["said"]:
         assert ("sparse" in said["kinds"]) == ("dense," not in name)
         assert said["calls"] == found["one process"][name.rpartition(", ")[0]]["calls"]
-        assert "context parallelism, denoiser: rank" in said["text"]
+        assert re.search("context parallelism, (denoiser|transformer): rank", said["text"])
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,12 @@ def test_ranks_equal_one_process(found, name):
         ("ConsisID, 2", "UnsupportedModelError: .*cuts the whole text off"),
         ("VACE, 2", "UnsupportedModelError: .*diffusers has no plan"),
         ("unpatched, 2", "TilewiseError: .*its stock attention does not exchange tokens"),
+        ("with_block_cache, 2", "UnsupportedModelError: cache first-block: .*each would decide by its own"),
+        ("with_block_cache_before, 2", "UnsupportedModelError: cache first-block: .*each would decide by its own"),
+        ("two_paths, 2", "UnsupportedModelError: two paths: context parallelism splits the tokens of denoiser"),
+        ("two_paths_before, 2", "TilewiseError: denoiser: a global path does not run under context parallelism"),
+        ("stream, 2", "UnsupportedModelError: stream: .*a stream is made by one process"),
+        ("calibrate, 2", "UnsupportedModelError: calibrate: .*a process has some heads"),
         ("twice, 2", "ConfigError: context parallelism: it is enabled on denoiser already"),
     ],
 )

@@ -1,0 +1,134 @@
+"""Cases of what runs beside context parallelism, or says why not, for ``forked_ranks.py``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import tiny_wan
+import torch
+import wan_cases
+
+import tilewise
+from tilewise.pipelines.calibration.profile import profile_run
+from tilewise.plugins.methods.calibrated import Calibrated, HeadTable
+from tilewise.plugins.methods.draft import Draft
+from tilewise.plugins.methods.inward import Inward
+from tilewise.plugins.models.common.fingerprint import Fingerprint
+
+SIZE = {"height": 64, "width": 80, "num_frames": 9, "num_inference_steps": 4}
+STA = wan_cases.METHODS["sta"]
+
+
+def said(target: Any) -> dict[str, Any]:
+    found = tilewise.summary(target)
+    return {"kinds": sorted({row.kind for row in found.rows}), "calls": found.calls, "text": str(found)}
+
+
+def clip(split: Any, method: Any = STA, **options: Any) -> tuple[torch.Tensor, Any]:
+    """A whole run of a pipeline, with guidance."""
+    pipe = tiny_wan.tiny_pipeline(num_attention_heads=4)
+    if split:
+        split(pipe)
+    tilewise.patch(pipe, method, **options)
+    out = pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="latent", **SIZE).frames
+    return out, said(pipe)
+
+
+def two_denoisers(split: Any) -> tuple[torch.Tensor, Any]:
+    pipe = tiny_wan.tiny_pipeline(num_attention_heads=4, boundary_ratio=0.9)
+    tilewise.patch(pipe, STA, steps=(0, 1))
+    if split:
+        split(pipe)
+    out = pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="latent", **SIZE).frames
+    return out, said(pipe)
+
+
+def calibrated(split: Any) -> tuple[torch.Tensor, Any]:
+    model = tiny_wan.tiny_transformer(num_attention_heads=4)
+    table = HeadTable(Fingerprint.of(model), (("0121", "2210"), ("1012", "0000")))
+    base = Draft(tile=(1, 4, 4), min_tokens=0)
+    method = Calibrated(base=base, densities=(0.2, 0.5, 1.0), noise=(0.4,), tables=(table,))
+    if split:
+        split(model)
+    tilewise.patch(model, method, steps=(0, 1), strict=True)
+    return model(**wan_cases.inputs((5, 6, 8)), return_dict=False)[0], said(model)
+
+
+def compiled(split: Any) -> tuple[torch.Tensor, Any]:
+    model = tiny_wan.tiny_transformer(num_attention_heads=4, num_layers=1)
+    tilewise.patch(model, STA, steps=(0, 1), strict=True)
+    if split:
+        split(model)
+    model.compile_repeated_blocks(backend="eager")
+    return model(**wan_cases.inputs((5, 6, 8)), return_dict=False)[0], said(model)
+
+
+def highres(split: Any) -> tuple[torch.Tensor, Any]:
+    pipe = tiny_wan.tiny_pipeline(num_attention_heads=4)
+    if split:
+        split(pipe)
+    made = tilewise.highres(
+        pipe, "a red circle", height=80, width=64, native=(64, 64), frames=5, steps=2, global_path="none"
+    )
+    summary = made.clip.summary
+    kinds = sorted({row.kind for row in summary.rows})
+    return torch.from_numpy(made.frames).float(), {"kinds": kinds, "calls": summary.calls, "text": str(summary)}
+
+
+def with_block_cache(split: Any) -> Any:
+    if split:
+        tilewise.patch(split(tiny_wan.tiny_transformer()), STA, cache="first-block")
+
+
+def with_block_cache_before(split: Any) -> Any:
+    if split:
+        model = tilewise.patch(tiny_wan.tiny_transformer(), STA, cache="first-block")
+        split(model)(**wan_cases.inputs((5, 6, 8)))
+
+
+def two_paths(split: Any) -> Any:
+    if split:
+        model = tilewise.patch(split(tiny_wan.tiny_transformer()), Inward(native=(4, 4)))
+        with tilewise.two_paths(model):
+            pass
+
+
+def two_paths_before(split: Any) -> Any:
+    if split:
+        model = tilewise.patch(tiny_wan.tiny_transformer(), Inward(native=(4, 4)), steps=(0, 1))
+        with tilewise.two_paths(model):
+            split(model)(**wan_cases.inputs((5, 6, 8)))
+
+
+def stream(split: Any) -> Any:
+    if split:
+        tilewise.stream(split(tiny_wan.tiny_pipeline()), "a red circle")
+
+
+def calibrate(split: Any) -> Any:
+    if split:
+        profile_run(split(tiny_wan.tiny_pipeline()), None, Draft(), (0.5,), None)  # type: ignore[arg-type]
+
+
+def cases() -> dict[str, Callable[..., Any]]:
+    runs: dict[str, Any] = {
+        "a clip": clip,
+        "two denoisers": two_denoisers,
+        "calibrated": calibrated,
+        "compiled": compiled,
+        "highres": highres,
+        "cache pab": functools.partial(clip, cache="pab"),
+        "cache taylor": functools.partial(clip, cache="taylor"),
+        "draft of several steps": functools.partial(
+            clip, method=Draft(**wan_cases.SELECTING, refresh=2, drift=None), steps=(0, 1)
+        ),
+    }
+    refused: dict[str, Any] = {
+        f"error: {run.__name__}": run
+        for run in (with_block_cache, with_block_cache_before, two_paths, two_paths_before, stream, calibrate)
+    }
+    for run in [*runs.values(), *refused.values()]:
+        run.ranks = (2,)
+    return runs | refused

@@ -275,7 +275,7 @@ def _fp8_linears(model: Any) -> None:
 def _density(causal: CausalDenoiser, model: Any, inputs: tuple[torch.Tensor, ...]) -> float:
     """Kept pairs of a forward against a full window, which runs without a graph to be counted."""
     tilewise.summary(model, reset=True)
-    causal.graphs.forward(*inputs)
+    model(*inputs, return_dict=False)
     return tilewise.summary(model).density
 
 

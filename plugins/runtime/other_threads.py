@@ -23,9 +23,11 @@ def refuse_while_running(what: str, denoisers: Mapping[str, nn.Module]) -> None:
 
     Between two forwards of a run, and in a whole denoiser that is compiled, it is not seen.
     """
-    for ident, frame in sys._current_frames().items():
-        if ident == threading.get_ident():
-            continue
+    frames = sys._current_frames()
+    # This function's own frame among its variables would be a cycle: all that its callers hold, pipelines and caches, would wait
+    # for a garbage collection.
+    del frames[threading.get_ident()]
+    for ident, frame in frames.items():
         found = _called(frame, denoisers)
         if found is not None:
             name = next((thread.name for thread in threading.enumerate() if thread.ident == ident), str(ident))

@@ -94,7 +94,7 @@ class CausalDenoiser:
         self.reason = "" if self._sparse is None else self._sparse.reason
         # Hooks that move weights between devices cannot be captured.
         self._captures = cuda_graph and not hasattr(denoiser, "_hf_hook")
-        self.graphs = ForwardGraphs(self._forward)
+        self.graphs = ForwardGraphs()
         self._patch = patch
         self._buffers: Buffers | None = None
         self._has_memory = False
@@ -174,7 +174,7 @@ class CausalDenoiser:
         runs = self._patch.config.runs_at(self.step, self.steps)
         sparse = self._sparse if self.order is not None else None
         turn: Hashable = self.slots.current if sparse is None else sparse.turn(self.slots.in_time)
-        return self.graphs((lane, turn, self._has_memory, runs, self.reason), latents, timestep, text)
+        return self.graphs(self._forward, (lane, turn, self._has_memory, runs, self.reason), latents, timestep, text)
 
     def _forward(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         denoiser: Any = self.denoiser

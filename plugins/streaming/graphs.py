@@ -39,31 +39,33 @@ class ForwardGraphs:
         refused: why nothing is captured any more; "" if nothing went wrong. replays: how many forwards ran by a graph.
     """
 
-    def __init__(self, forward: Forward) -> None:
-        self.forward = forward
+    def __init__(self) -> None:
         self.refused = ""
         self.replays = 0
         self._seen: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, _Graph] = {}
 
-    def __call__(self, kind: Hashable, *inputs: torch.Tensor) -> torch.Tensor:
-        """The forward of latents, timestep and text. kind: forwards that read and write the same rows in the same way."""
+    def __call__(self, forward: Forward, kind: Hashable, *inputs: torch.Tensor) -> torch.Tensor:
+        """``forward`` of latents, timestep and text: one and the same for as long as there are graphs.
+
+        kind: forwards that read and write the same rows in the same way.
+        """
         kind = (kind, *((x.shape, x.dtype) for x in inputs))
         graph = self._graphs.get(kind)
         if graph is None and not self.refused:
             seen = self._seen[kind] = self._seen.get(kind, 0) + 1
             # The first one compiles kernels and makes plans, which cannot be captured.
             if seen > 1 and len(self._graphs) < MAX_GRAPHS:
-                graph = self._capture(kind, inputs)
+                graph = self._capture(forward, kind, inputs)
         if graph is None:
-            return self.forward(*inputs)
+            return forward(*inputs)
         self.replays += 1
         return graph.replay(inputs)
 
-    def _capture(self, kind: Hashable, inputs: tuple[torch.Tensor, ...]) -> _Graph | None:
+    def _capture(self, forward: Forward, kind: Hashable, inputs: tuple[torch.Tensor, ...]) -> _Graph | None:
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         try:
-            graph = self._graphs[kind] = _Graph(self.forward, inputs, pool)
+            graph = self._graphs[kind] = _Graph(forward, inputs, pool)
         except RuntimeError as error:  # such as a hook that waits for the device: everything runs as before
             self.refused = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -277,6 +279,21 @@ def test_an_exception_in_a_chunk_closes_the_stream(pipe):
         handle.remove()
         assert not tilewise.is_patched(pipe)
     assert len(frames_of(stream(pipe, seconds=0.5))) == 4
+
+
+def test_a_closed_stream_frees_its_cache_at_once(pipe):
+    """Gigabytes of a large model, which must not wait for a garbage collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        with stream(pipe) as video:
+            next(video)
+            cache = weakref.ref(video.source.sampler.denoisers[0]._buffers)
+        assert cache() is not None
+        del video
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_pause_waits_for_resume(pipe):

@@ -13,20 +13,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from tilewise.kernels.plans.layout import Grid
 
 
+class RankOrder(NamedTuple):
+    """order, inverse: (S,) int64, where the token of each position of the model's sequence stands among the ranks' tokens, and
+    the way back. parts: of each tensor that was split, the tokens of each rank: what the two follow from."""
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+    parts: tuple[tuple[int, ...], ...]
+
+    def to(self, device: torch.device) -> RankOrder:
+        return RankOrder(self.order.to(device), self.inverse.to(device), self.parts)
+
+
 @dataclass(frozen=True)
 class TokenShares:
-    """sizes: tokens of each rank. order, inverse: (S,) int64 on the CPU, where the token of each position of the model's sequence
-    stands among the ranks' tokens, and the way back; None: in the same place."""
+    """sizes: tokens of each rank. order: None: the ranks' tokens, one rank after the other, are the model's sequence."""
 
     sizes: tuple[int, ...]
-    order: torch.Tensor | None = None
-    inverse: torch.Tensor | None = None
+    order: RankOrder | None = None
 
     @property
     def tokens(self) -> int:
@@ -82,4 +93,4 @@ def _joint(parts: tuple[tuple[int, ...], ...]) -> TokenShares:
             pieces.append(torch.arange(starts[rank], starts[rank] + size))
             starts[rank] += size
     order = torch.cat(pieces)
-    return TokenShares(sizes, order, order.argsort())
+    return TokenShares(sizes, RankOrder(order, order.argsort(), parts))

@@ -25,6 +25,7 @@ from tilewise.kernels.device import capturing
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.layout import Layout
+from tilewise.plugins.context_parallel.token_shares import RankOrder
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.methods.base import DynamicMethod, Planned
 from tilewise.plugins.models.common.family import AttentionLayer
@@ -132,7 +133,17 @@ class AttentionCalls:
                 prepared = out
             kind = prepared
             forbid(state, layer, request, kind)
-        return attend_dense(state, number, replace(kind, fused=request.fused), _in_model_order(request), stock)
+        request, rank_order = self._for_dense(_in_model_order(request))
+        out = attend_dense(state, number, replace(kind, fused=request.fused), request, stock)
+        return out if rank_order is None else reorder_tokens([out], rank_order.inverse)[0]
+
+    def _for_dense(self, request: AttentionRequest) -> tuple[AttentionRequest, RankOrder | None]:
+        """A request whose tokens are in the model's order where that matters, and the order that its output is to go back to."""
+        order = request.rank_order
+        if order is None or (request.attn_mask is None and not request.is_causal and not self.state.observers):
+            return request, None
+        query, key, value = reordered(request.qkv, order.order)
+        return request.replace(query=query, key=key, value=value, rank_order=None), order
 
     # ── what a call runs by ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -146,7 +157,8 @@ class AttentionCalls:
         # Strides too: some kernels take some layouts in memory alone.
         shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
         known = (forward.grid, forward.layout, layer.downsample, shapes, query.dtype, key.dtype, value.dtype, query.device,
-                 request.dropout_p, request.is_causal, request.scale, request.fused, forward.heads)  # fmt: skip
+                 request.dropout_p, request.is_causal, request.scale, request.fused, forward.heads,
+                 request.rank_order and request.rank_order.parts)  # fmt: skip
         return self._prepared.lookup(known, lambda: self.planner.prepare(layer, request))
 
     # ── sparse ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tilewise.plugins.context_parallel.token_shares import RankOrder
 from tilewise.plugins.torch_compat import constant_in_graphs
 
 
@@ -23,6 +24,8 @@ class AttentionRequest:
         fused: whether the family's fused kernels made the query and key, rather than the stock processor.
         qk_order: (permutation, inverse) of the token order that they made the query and key in, as ``Layout`` has them; the
             value is in the model's own. None: so are all three.
+        rank_order: on the device: all three are in the order of the ranks that they came from, and so is the output to be. The
+            mask is in the model's. None: in the model's too.
     """
 
     query: torch.Tensor
@@ -38,6 +41,7 @@ class AttentionRequest:
     parallel_config: Any = None
     fused: bool = False
     qk_order: tuple[torch.Tensor, torch.Tensor] | None = None
+    rank_order: RankOrder | None = None
 
     @property
     def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, mean_cost, m
 class Prepared:
     """What one sparse call runs by.
 
-    layout: the token order of its plans. order: (permutation, inverse) into it from the model's own.
+    layout: the token order of its plans. order: (permutation, inverse) into it from the order that the tokens are in.
     groups: of samples, by the tokens that the mask leaves them. parts: their static plans; None: planned at each call.
     kind, density, cost: what the call counts as; None: known when it has run.
     """
@@ -59,8 +59,9 @@ class CallPlanner:
             reason = method.refuses_some_heads()
         if reason is not None:
             return CallKind(FALLBACK, reason=reason)
-        order = state.plans.order(layout, query.device)
-        groups = state.forward.masks.groups(request.attn_mask, layout.grid, query, order[0])
+        own = state.plans.order(layout, query.device)
+        order = state.plans.order_from(request.rank_order, layout, query.device)
+        groups = state.forward.masks.groups(request.attn_mask, layout.grid, query, own[0])
         if isinstance(groups, str):
             return CallKind(FALLBACK, reason=groups)
         prepared = Prepared(layout, order, groups, self.scale(layout, request))

@@ -12,6 +12,7 @@ import torch
 from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.block_plan import BlockPlan, dense_plan
 from tilewise.kernels.plans.layout import Grid, Layout
+from tilewise.plugins.context_parallel.token_shares import RankOrder
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.methods.base import Method, of_heads
 
@@ -79,9 +80,20 @@ class PlanCache:
 
         return self.orders.lookup((layout, device), make)
 
-    def rank_order(self, order: torch.Tensor, inverse: torch.Tensor, device: torch.device) -> Order:
-        """An order of ``TokenShares``, which are kept for good, and its inverse, on a device."""
-        return self._rank_orders.lookup((id(order), device), lambda: (order.to(device), inverse.to(device)))
+    def rank_order(self, order: RankOrder, device: torch.device) -> RankOrder:
+        """The same on a device."""
+        return self._rank_orders.lookup((order.parts, device), lambda: order.to(device))
+
+    def order_from(self, rank_order: RankOrder | None, layout: Layout, device: torch.device) -> Order:
+        """``order`` of tokens that stand in the order of ranks; None: in the model's own."""
+        if rank_order is None:
+            return self.order(layout, device)
+
+        def make() -> Order:
+            there = rank_order.order[self.order(layout, device)[0]]
+            return there, there.argsort()
+
+        return self.orders.lookup((layout, device, rank_order.parts), make)
 
     def plan(self, layout: Layout, heads: int, device: torch.device, part: range | None = None) -> BlockPlan:
         """The method's plan, made once for a layout, number of heads and device. part: which of a layer's heads, if some."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.plugins.context_parallel.head_exchange import deal, gather, gather_size, to_heads, to_tokens
 from tilewise.plugins.context_parallel.token_shares import TokenShares, segments_of, shares_of
 from tilewise.plugins.diffusers_compat import ContextParallel
@@ -88,25 +87,19 @@ def attend_by_diffusers(
 def whole_call(
     state: ForwardState, number: int, request: AttentionRequest, sharding: Sharding
 ) -> tuple[AttentionRequest, Callable[[torch.Tensor], torch.Tensor]]:
-    """The call over all tokens of this rank's heads, in the model's order; and what brings its output (B, S, h, D) back."""
+    """The call over all tokens of this rank's heads, in the order of the ranks; and what brings its output (B, S, h, D) back."""
     at, shares = sharding.at, sharding.tokens
     dealt = [sharding.heads, *(_dealt(x, request.query, sharding) for x in (request.key, request.value))]
     given = [_repeated(x, heads) for x, heads in zip(request.qkv, dealt, strict=True)]
-    order = inverse = None
-    if shares.order is not None and shares.inverse is not None:
-        order, inverse = state.plans.rank_order(shares.order, shares.inverse, request.query.device)
+    order = None if shares.order is None else state.plans.rank_order(shares.order, request.query.device)
     with state.call_stats.exchange(request.query):
         qkv = to_heads(given, dealt, shares.sizes, at.rank, at.group)
-        if order is not None:
-            qkv = reorder_tokens(qkv, order)
-        mask = _whole_mask(state, request.attn_mask, sharding, order)
+        mask = _whole_mask(state, request.attn_mask, sharding, None if order is None else order.order)
     query, key, value = qkv
-    whole = request.replace(query=query, key=key, value=value, attn_mask=mask, parallel_config=None)
+    whole = request.replace(query=query, key=key, value=value, attn_mask=mask, parallel_config=None, rank_order=order)
 
     def back(out: torch.Tensor) -> torch.Tensor:
         with state.call_stats.exchange(out):
-            if inverse is not None:
-                out = reorder_tokens([out], inverse)[0]
             return to_tokens(out, sharding.heads, shares.sizes, at.rank, at.group)
 
     return whole, back

@@ -81,8 +81,8 @@ def test_tokens_of_the_ranks_in_the_order_of_the_model(grid, ranks):
     joined = torch.cat(local)
     assert not isinstance(shares, str)
     if shares.order is not None:
-        assert torch.equal(joined[shares.order][shares.inverse], joined)
-        joined = joined[shares.order]
+        assert torch.equal(joined[shares.order.order][shares.order.inverse], joined)
+        joined = joined[shares.order.order]
     assert torch.equal(joined, torch.arange(grid.tokens))
 
 

@@ -157,8 +157,9 @@ def gathered_output(axis: int, ndim: int) -> Any:
     return ContextParallelOutput(gather_dim=axis, expected_dims=ndim)
 
 
-def change_arguments(denoiser: nn.Module, change: Callable[[dict[str, Any]], None], name: str) -> None:
-    """Have ``change`` called with the arguments of each forward, by parameter, before any hook of diffusers that is on by now.
+def change_arguments(denoiser: nn.Module, change: Callable[[nn.Module, dict[str, Any]], None], name: str) -> None:
+    """Have ``change`` called with the denoiser and the arguments of each forward, by parameter, before any
+    hook of diffusers that is on by now.
 
     A ``ModelHook``, which ``HookRegistry`` puts around those registered before it. Seen in ``diffusers.hooks.hooks`` in 0.42. If
     it moves, context parallelism cannot be enabled on models with a timestep for each token.
@@ -172,7 +173,7 @@ def change_arguments(denoiser: nn.Module, change: Callable[[dict[str, Any]], Non
     class Change(ModelHook):
         def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-            change(given)
+            change(module, given)
             return (), given
 
     HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(Change(), name)

@@ -98,9 +98,7 @@ def _enable(denoiser: Any, ranks: int, mesh: Any, plan: dict[str, Any]) -> None:
         if is_sharded(processor):
             processor._parallel_config = None
     if family.per_token:
-        change_arguments(
-            denoiser, functools.partial(_split_per_token, family.per_token, denoiser), "tilewise_per_token"
-        )
+        change_arguments(denoiser, functools.partial(_split_per_token, family.per_token), "tilewise_per_token")
     if family.split_needs_patch:
         denoiser.register_forward_pre_hook(_needs_patch)
     if cpu:

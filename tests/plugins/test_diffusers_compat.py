@@ -88,7 +88,7 @@ def test_processors_look_the_dispatcher_up_by_its_name(model, name):
 
 
 def test_our_dispatcher_takes_what_the_stock_one_does():
-    ours = [name for name in parameters(AttentionRequest) if name not in ("fused", "qk_order")]
+    ours = [name for name in parameters(AttentionRequest) if name not in ("fused", "qk_order", "rank_order")]
     assert ours == parameters(dispatch_attention_fn)
 
 
@@ -138,7 +138,7 @@ def test_arguments_are_changed_before_hooks_that_were_there():
 
     model = Model()
     HookRegistry.check_if_exists_or_initialize(model).register_hook(Doubles(), "doubles")
-    compat.change_arguments(model, lambda given: given.update(x=given["x"] + 1), "first")
+    compat.change_arguments(model, lambda _, given: given.update(x=given["x"] + 1), "first")
     assert model(1, y=5) == (4, 10)
 
 

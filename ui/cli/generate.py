@@ -36,7 +36,15 @@ from tilewise.pipelines.parallel.world import World, world_from_environment
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.cli.generate_highres import dry_run_highres, generate_highres
 from tilewise.ui.cli.generate_stream import dry_run_stream, generate_stream
-from tilewise.ui.cli.parallel import check_parallel, facts_of, notes_of, own_request, refuse_parallel
+from tilewise.ui.cli.parallel import (
+    check_parallel,
+    facts_of,
+    notes_of,
+    own_request,
+    print_shares,
+    refuse_parallel,
+    shares_of,
+)
 from tilewise.ui.cli.progress import progress_bars, quiet_libraries
 from tilewise.ui.cli.request import Request, print_sameness
 from tilewise.ui.common.options import method_config, refuse_stream_options, refuse_two_stage_options
@@ -123,12 +131,13 @@ def _generate(request: Request, ranks: Ranks) -> None:
             )
             run["offload"] = work.memory.offload
             run["gpus"] = ranks.count
-            ranks.all(None)  # nobody needs anything of the others any more
+            run["ranks"] = shares_of(result, ranks)  # the last that anybody needs of the others
     if not ranks.first:
         return
     with work.outputs.claimed() as files:
         _write(result, files, run)
     print_result(_score_content(pipe, result, files, run, notes))
+    print_shares(run["ranks"])
     print_files(files)
     print_sameness(_clips(result)[0], work.origin, request.source)
 

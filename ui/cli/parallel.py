@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from tilewise import __version__
 from tilewise.pipelines.generation.clip_metadata import versions
@@ -17,8 +18,9 @@ from tilewise.pipelines.parallel.ranks import Ranks
 from tilewise.plugins.context_parallel.enable import check_denoiser
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.text_format import render
 from tilewise.ui.cli.request import Request
-from tilewise.ui.common.terminal import Terminal, standard_error
+from tilewise.ui.common.terminal import Terminal, say, standard_error
 
 
 def notes_of(ranks: Ranks) -> Terminal:
@@ -62,6 +64,35 @@ def refuse_parallel(request: Request, ranks: Ranks) -> None:
                 f"--{name} is made by one process, and torchrun started {ranks.count}: start it without torchrun, or leave "
                 f"--{name} out"
             )
+
+
+def shares_of(result: Any, ranks: Ranks) -> list[dict[str, Any]]:
+    """What each process did in the attention calls of a clip, by process; empty for one alone."""
+    if ranks.count == 1:
+        return []
+    summary = result.summary
+    return ranks.all(
+        {
+            "heads": ", ".join(f"{row.denoiser} {row.heads}" for row in summary.ranks),
+            "density": summary.density,
+            "attention": sum(row.seconds for row in summary.rows),
+            "exchange": sum(row.seconds for row in summary.ranks),
+        }
+    )
+
+
+def print_shares(shares: list[dict[str, Any]]) -> None:
+    """A table of ``shares_of``, with how evenly the work was divided."""
+    if not shares:
+        return
+    table = Table("process", "heads", "density", "attention, s", "exchanges, s", title="processes")
+    for rank, share in enumerate(shares):
+        numbers = f"{share['density']:.3f}", f"{share['attention']:.2f}", f"{share['exchange']:.2f}"
+        table.add_row(str(rank), share["heads"], *numbers)
+    attention = [share["attention"] for share in shares]
+    mean = sum(attention) / len(attention)
+    say(render(table))
+    say(f"attention of the slowest process: {max(attention) / mean if mean else 1:.2f} times the mean")
 
 
 def facts_of(settings: GenerateSettings, dtype: str, request: Request) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def test_two_processes_make_the_clip_of_one(found, folder):
 def test_the_first_process_alone_talks(found):
     first, second = found["two"]["output"]
     assert "context parallelism, transformer: rank 0 of 2, heads 0-1 of 4" in first
+    assert "attention of the slowest process:" in first and "transformer 2-3 of 4" in first
     assert "denoise 2/2" in first and "wrote" in first
     assert second == ""
 

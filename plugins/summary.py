@@ -277,7 +277,7 @@ def summary(target: Any, *, reset: bool = False) -> Summary:
             rows += [_row(name, kind, found) for kind, found in _groups(patch)]
             since = min(since, patch.state.call_stats.since)
             done = patch.state.call_stats.exchanges
-            ranks.append(rank_row(name, denoisers[name], patch.layers, done.calls, done.seconds()))
+            ranks.append(rank_row(name, denoisers[name], patch.layers, patch.config.method, done.calls, done.seconds()))
             if reset:
                 patch.state.call_stats.restart()
         skipped |= {f"{name}.{layer}": reason for layer, reason in patch.state.call_stats.skipped_layers.items()}

@@ -10,6 +10,7 @@ without padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,15 +18,41 @@ import torch.distributed as dist
 
 from tilewise.plugins.context_parallel.token_shares import split
 
+Heads = range | tuple[int, ...]
 
-def deal(heads: int, ranks: int) -> list[range]:
-    """The heads of each rank: as many each, or one more for the first."""
+
+@lru_cache(maxsize=256)
+def deal(heads: int, ranks: int, costs: tuple[float, ...] | None = None) -> tuple[Heads, ...]:
+    """The heads of each rank: as many each, or one more for the first.
+
+    costs: the work of each head, where they differ: the dearest first, each to the rank with the least work so far that has room
+    (Graham 1969). None: the first heads to the first rank, and so on.
+    """
     sizes = split(heads, ranks)
-    return [range(sum(sizes[:rank]), sum(sizes[: rank + 1])) for rank in range(ranks)]
+    if costs is None or len(set(costs)) == 1:
+        return tuple(range(sum(sizes[:rank]), sum(sizes[: rank + 1])) for rank in range(ranks))
+    own: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for head in sorted(range(heads), key=lambda head: -costs[head]):
+        rank = min((rank for rank in range(ranks) if len(own[rank]) < sizes[rank]), key=lambda rank: load[rank])
+        own[rank].append(head)
+        load[rank] += costs[head]
+    return tuple(tuple(sorted(dealt)) for dealt in own)
+
+
+@lru_cache(maxsize=256)
+def _index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)
+
+
+def _some(x: torch.Tensor, heads: Heads) -> torch.Tensor:
+    """Of (B, S, H, D), these heads."""
+    return x[:, :, heads.start : heads.stop] if isinstance(heads, range) else x.index_select(2, _index(heads, x.device))
 
 
 def to_heads(
-    tensors: Sequence[torch.Tensor], heads: Sequence[Sequence[range]], sizes: tuple[int, ...], rank: int, group: Any
+    tensors: Sequence[torch.Tensor], heads: Sequence[Sequence[Heads]], sizes: tuple[int, ...], rank: int, group: Any
 ) -> list[torch.Tensor]:
     """All tokens of this rank's heads, (B, S, h, D) each, in the order of the ranks.
 
@@ -42,7 +69,7 @@ def to_heads(
         given, taken = [tokens * len(h) * row for h in dealt], [size * len(dealt[rank]) * row for size in sizes]
         sent, got = x.new_empty(sum(given)), x.new_empty(sum(taken))
         for h, part in zip(dealt, sent.split(given), strict=True):
-            part.view(tokens, batch, len(h), width).copy_(x[:, :, h.start : h.stop].transpose(0, 1))
+            part.view(tokens, batch, len(h), width).copy_(_some(x, h).transpose(0, 1))
         work = dist.all_to_all_single(got, sent, taken, given, group=group, async_op=True)
         waiting.append((work, got.view(-1, batch, len(dealt[rank]), width), sent))
     for work, _, _ in waiting:
@@ -50,7 +77,7 @@ def to_heads(
     return [got.transpose(0, 1) for _, got, _ in waiting]
 
 
-def to_tokens(out: torch.Tensor, heads: Sequence[range], sizes: tuple[int, ...], rank: int, group: Any) -> torch.Tensor:
+def to_tokens(out: torch.Tensor, heads: Sequence[Heads], sizes: tuple[int, ...], rank: int, group: Any) -> torch.Tensor:
     """The way back: out (B, S, h, D), in the order of the ranks → (B, sizes[rank], H, D)."""
     batch, _, own, width = out.shape
     tokens, row = sizes[rank], batch * width
@@ -59,7 +86,12 @@ def to_tokens(out: torch.Tensor, heads: Sequence[range], sizes: tuple[int, ...],
     got = out.new_empty(sum(taken))
     dist.all_to_all_single(got, sent.view(-1), taken, given, group=group)
     parts = [part.view(tokens, batch, -1, width) for part in got.split(taken)]
-    return torch.cat(parts, 2).transpose(0, 1).contiguous()
+    whole = torch.cat(parts, 2).transpose(0, 1)
+    dealt = tuple(head for h in heads for head in h)
+    if dealt != tuple(range(len(dealt))):
+        places = tuple(sorted(range(len(dealt)), key=lambda place: dealt[place]))
+        return whole.index_select(2, _index(places, out.device))
+    return whole.contiguous()
 
 
 def gather(x: torch.Tensor, dim: int, sizes: tuple[int, ...], rank: int, group: Any) -> torch.Tensor:

@@ -15,15 +15,15 @@ from tilewise.plugins.context_parallel.token_shares import split
 from tilewise.plugins.diffusers_compat import context_parallel
 from tilewise.plugins.methods.base import DynamicMethod, Method
 from tilewise.plugins.models.common.family import AttentionLayer
-from tilewise.plugins.text_format import counted
+from tilewise.plugins.text_format import counted, ranges
 
 
 @dataclass(frozen=True)
 class RankRow:
     """This process's part of a denoiser's attention.
 
-    heads: those of a layer that it computes, as in "0-5 of 12". exchanges: with the other ranks, two a call; seconds: spent in
-    them, waiting for the others included.
+    heads: those of a layer that it computes, as in "0-5 of 12", or how many. exchanges: with the other ranks, two a call; seconds:
+    spent in them, waiting for the others included.
     """
 
     denoiser: str
@@ -41,7 +41,7 @@ class RankRow:
 
 
 def rank_row(
-    name: str, denoiser: Any, layers: Sequence[AttentionLayer], exchanges: int, seconds: float
+    name: str, denoiser: Any, layers: Sequence[AttentionLayer], method: Method, exchanges: int, seconds: float
 ) -> RankRow | None:
     """The row of a denoiser; None where its sequence is not split, or not by heads."""
     at = context_parallel(denoiser)
@@ -49,7 +49,7 @@ def rank_row(
         return None
     heads = max(layer.heads for layer in layers)
     own = deal(heads, at.ulysses)[at.rank]
-    which = f"{own.start}" if len(own) == 1 else f"{own.start}-{own.stop - 1}"
+    which = ranges(list(own)) if method.head_costs() is None else str(len(own))  # by layer and noise level then
     return RankRow(name, at.rank, at.ulysses, f"{which} of {heads}", exchanges, seconds)
 
 
@@ -81,7 +81,7 @@ def rank_plan(
     name: str, heads: int, method: Method, layout: Layout | None, ranks: int, segments: Sequence[int]
 ) -> RankPlan:
     """heads: of a layer. segments: see ``segments_of``. layout: the method's; None: it is dense."""
-    dealt = deal(heads, ranks)
+    dealt = deal(heads, ranks, method.head_costs() if layout is not None else None)
     pieces = [split(length, ranks) for length in segments]
     density = [1.0] * ranks
     if layout is not None:

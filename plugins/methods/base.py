@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -81,9 +82,14 @@ class Method:
         """Why calls over the window of a KV cache cannot run, or None."""
         return None
 
-    def of_heads(self, heads: range) -> Self:
+    def of_heads(self, heads: Sequence[int]) -> Self:
         """The method for some of a layer's heads, as a process has them that shares the layer with others. Default: as it is."""
         return self
+
+    def head_costs(self) -> tuple[float, ...] | None:
+        """The work of each of a layer's heads, in any unit, by which they are dealt to processes; None: they are equal, or only a
+        call decides."""
+        return None
 
     def refuses_some_heads(self) -> str | None:
         """Why a call over some of a layer's heads cannot choose as the call over all of them does, or None."""
@@ -210,11 +216,11 @@ M = TypeVar("M", bound=type[Method])
 
 
 @lru_cache(maxsize=1024)
-def _of_heads(method: Method, heads: range) -> Method:
+def _of_heads(method: Method, heads: range | tuple[int, ...]) -> Method:
     return method.of_heads(heads)
 
 
-def of_heads(method: AnyMethod, heads: range | None) -> AnyMethod:
+def of_heads(method: AnyMethod, heads: range | tuple[int, ...] | None) -> AnyMethod:
     """``Method.of_heads``, made once; None: all heads."""
     return method if heads is None else _of_heads(method, heads)  # type: ignore[return-value]
 

@@ -176,6 +176,14 @@ class Calibrated(DynamicMethod):
     def refuses_call(self, layout: Layout) -> str | None:
         return self.base.refuses_call(layout)
 
+    def head_costs(self) -> tuple[float, ...] | None:
+        """The mean over layers and parts of the run; a call goes by those of its layer and noise level."""
+        rows = [layer for table in self.tables for level in table.heads for layer in level]
+        if len(set(map(len, rows))) != 1:
+            return None
+        by_head = ([self.densities[DIGITS.index(digit)] for digit in column] for column in zip(*rows, strict=True))
+        return tuple(sum(column) / len(column) for column in by_head)
+
     def refuses_some_heads(self) -> str | None:
         return self.base.refuses_some_heads()
 

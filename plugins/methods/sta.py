@@ -85,10 +85,18 @@ class STA(WindowMethod):
         if windows not in (1, heads):
             raise ConfigError(f"STA: {windows} windows were given, but the layer has {heads} heads; give 1 or {heads}")
 
-    def of_heads(self, heads: range) -> Self:
+    def of_heads(self, heads: Sequence[int]) -> Self:
+        windows = self._by_head()
+        return self if windows is None else dataclasses.replace(self, window=tuple(windows[head] for head in heads))
+
+    def head_costs(self) -> tuple[float, ...] | None:
+        windows = self._by_head()
+        return None if windows is None else tuple(float(math.prod(window)) for window in windows)
+
+    def _by_head(self) -> tuple[Triple, ...] | None:
         if self.window is None or not isinstance(self.window[0], tuple) or len(self.window) == 1:
-            return self
-        return dataclasses.replace(self, window=self.window[heads.start : heads.stop])
+            return None
+        return self.window
 
     def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
         self.check(heads)

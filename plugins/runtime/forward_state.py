@@ -61,7 +61,7 @@ class Forward(threading.local):
         self.masks = Masks(masks_per_layer)
         self.step: int | None = None
         self.noise: float | None = None
-        self.heads: range | None = None
+        self.heads: range | tuple[int, ...] | None = None
         self.asked: dict[int, int] = {}
 
 
@@ -172,7 +172,7 @@ class ForwardState:
             observer(observed)
 
     @contextmanager
-    def some_heads(self, heads: range) -> Iterator[None]:
+    def some_heads(self, heads: range | tuple[int, ...]) -> Iterator[None]:
         """The attention call in here is over these heads of its layer alone."""
         self.forward.heads = heads
         try:

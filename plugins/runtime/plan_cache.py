@@ -95,7 +95,9 @@ class PlanCache:
 
         return self.orders.lookup((layout, device, rank_order.parts), make)
 
-    def plan(self, layout: Layout, heads: int, device: torch.device, part: range | None = None) -> BlockPlan:
+    def plan(
+        self, layout: Layout, heads: int, device: torch.device, part: range | tuple[int, ...] | None = None
+    ) -> BlockPlan:
         """The method's plan, made once for a layout, number of heads and device. part: which of a layer's heads, if some."""
 
         def make() -> BlockPlan:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from tilewise.plugins.context_parallel.head_exchange import deal, gather, gather_size, to_heads, to_tokens
+from tilewise.plugins.context_parallel.head_exchange import Heads, deal, gather, gather_size, to_heads, to_tokens
 from tilewise.plugins.context_parallel.token_shares import TokenShares, segments_of, shares_of
 from tilewise.plugins.diffusers_compat import ContextParallel
 from tilewise.plugins.errors import TilewiseError
+from tilewise.plugins.methods.base import DynamicMethod
 from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.call_stats import FALLBACK, CallKind
 from tilewise.plugins.runtime.dense_call import Stock, attend_dense, forbid
@@ -28,11 +29,11 @@ class Sharding:
     """How one call is split: the tokens of each rank, the heads of each rank, and who this process is."""
 
     tokens: TokenShares
-    heads: list[range]
+    heads: tuple[Heads, ...]
     at: ContextParallel
 
     @property
-    def own(self) -> range:
+    def own(self) -> Heads:
         """The heads that this rank computes."""
         return self.heads[self.at.rank]
 
@@ -64,7 +65,7 @@ def sharding_of(state: ForwardState, number: int, request: AttentionRequest, at:
     if not sizes:
         return "queries and keys are split in different ways"
     shares = shares_of(segments_of(whole, state.one_tensor), whole, sizes)
-    return shares if isinstance(shares, str) else Sharding(shares, deal(heads, ranks), at)
+    return shares if isinstance(shares, str) else Sharding(shares, deal(heads, ranks, _costs(state, number)), at)
 
 
 def attend_by_diffusers(
@@ -105,17 +106,28 @@ def whole_call(
     return whole, back
 
 
-def _dealt(x: torch.Tensor, query: torch.Tensor, sharding: Sharding) -> list[range]:
+def _costs(state: ForwardState, number: int) -> tuple[float, ...] | None:
+    """How the work of a layer's heads differs, as its method knows it beforehand."""
+    method = state.method_of(number) if state.forward.runs else None
+    if method is None or (isinstance(method, DynamicMethod) and method.keeps_memory):  # of the same heads at each step
+        return None
+    return method.head_costs()
+
+
+def _dealt(x: torch.Tensor, query: torch.Tensor, sharding: Sharding) -> tuple[Heads, ...]:
     """The heads of each rank, of a key or value that may have fewer than the query: those that the rank's queries attend to."""
     each = query.shape[2] // x.shape[2]  # query heads that share one
-    if each == 1 or any(heads.start % each or len(heads) % each for heads in sharding.heads):
-        return sharding.heads
-    return [range(heads.start // each, heads.stop // each) for heads in sharding.heads]
+    found: list[Heads] = []
+    for heads in sharding.heads:
+        if each == 1 or not isinstance(heads, range) or heads.start % each or len(heads) % each:
+            return sharding.heads
+        found.append(range(heads.start // each, heads.stop // each))
+    return tuple(found)
 
 
-def _repeated(x: torch.Tensor, dealt: list[range]) -> torch.Tensor:
+def _repeated(x: torch.Tensor, dealt: tuple[Heads, ...]) -> torch.Tensor:
     """A key or value with a head for each query head, where ranks would have to share one."""
-    heads = dealt[-1].stop
+    heads = sum(map(len, dealt))
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 

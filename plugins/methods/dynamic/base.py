@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -133,8 +134,11 @@ class BlockSelectionMethod(DynamicMethod):
         if self.within is not None:
             self.within.check(heads)
 
-    def of_heads(self, heads: range) -> Self:
-        densities = None if self.head_density is None else self.head_density[heads.start : heads.stop]
+    def head_costs(self) -> tuple[float, ...] | None:
+        return self.head_density if self.within is None else None
+
+    def of_heads(self, heads: Sequence[int]) -> Self:
+        densities = None if self.head_density is None else tuple(self.head_density[head] for head in heads)
         within = None if self.within is None else self.within.of_heads(heads)
         return dataclasses.replace(self, head_density=densities, within=within)
 

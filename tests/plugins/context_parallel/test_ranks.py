@@ -14,6 +14,7 @@ import wan_cases
 
 import tilewise
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.context_parallel.head_exchange import deal
 from tilewise.plugins.context_parallel.token_shares import segments_of, shares_of, split
 from tilewise.plugins.methods.draft import Draft
 
@@ -84,6 +85,15 @@ def test_tokens_of_the_ranks_in_the_order_of_the_model(grid, ranks):
         assert torch.equal(joined[shares.order.order][shares.order.inverse], joined)
         joined = joined[shares.order.order]
     assert torch.equal(joined, torch.arange(grid.tokens))
+
+
+def test_heads_are_dealt_by_their_work():
+    assert deal(5, 2) == deal(5, 2, (0.3,) * 5) == (range(0, 3), range(3, 5))
+    costs = (1.0, 0.9, 0.1, 0.1, 0.5, 0.4)
+    dealt = deal(6, 2, costs)
+    assert sorted(head for heads in dealt for head in heads) == list(range(6))
+    assert [len(heads) for heads in dealt] == [3, 3]
+    assert max(sum(costs[head] for head in heads) for heads in dealt) == pytest.approx(1.5)
 
 
 def test_tokens_that_are_split_otherwise_are_told():

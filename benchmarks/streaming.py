@@ -269,7 +269,9 @@ def _fp8_linears(model: Any) -> None:
 
     linears = [module for module in model.blocks.modules() if isinstance(module, torch.nn.Linear)]
     if type(linears[0].weight) in (torch.nn.Parameter, torch.Tensor):
-        quantize_(model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+        quantize_(
+            model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+        )
 
 
 def _density(causal: CausalDenoiser, model: Any, inputs: tuple[torch.Tensor, ...]) -> float:

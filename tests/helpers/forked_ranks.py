@@ -36,7 +36,7 @@ def run_cases(modules: str, ranks: int, timeout: float = 120) -> dict[str, Any]:
         out = Path(folder) / "out.json"
         done = subprocess.run(
             [sys.executable, str(HERE / "forked_ranks.py"), modules, str(ranks), str(out)],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path + os.pathsep + os.environ.get("PYTHONPATH", ""), "OMP_NUM_THREADS": "1"},
             cwd=root, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]

@@ -31,7 +31,7 @@ def run_cases(module: str, ranks: int, timeout: float = 600) -> dict[str, Any]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
         done = subprocess.run(
             [*torchrun, str(HERE / "torchrun_ranks.py"), module, str(out)],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path + os.pathsep + os.environ.get("PYTHONPATH", ""), "OMP_NUM_THREADS": "1"},
             cwd=root, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]

@@ -22,8 +22,8 @@ from tilewise.plugins.text_format import counted, ranges
 class RankRow:
     """This process's part of a denoiser's attention.
 
-    heads: those of a layer that it computes, as in "0-5 of 12", or how many. exchanges: with the other ranks, two a call; seconds:
-    spent in them, waiting for the others included.
+    heads: those of a layer that it computes, as in "0-5 of 12", or how many. exchanges: with the other ranks, two a call.
+    seconds: spent in them, waiting for the others included.
     """
 
     denoiser: str

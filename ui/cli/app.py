@@ -7,6 +7,7 @@ usage errors answer at once.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,13 +72,22 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+# What several processes can share; each of them would do the whole of any other command.
+BY_SEVERAL = ("generate", "batch", "explain", "presets", "env")
+
+
 @app.callback()
 def _app(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    size, command = os.environ.get("WORLD_SIZE", "1"), context.invoked_subcommand
+    if size != "1" and command is not None and command not in BY_SEVERAL:
+        raise typer.BadParameter(
+            f"`tilewise {command}` is for one process, and a launcher started {size} (WORLD_SIZE): start it without torchrun"
+        )
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Any
 
 import forked_commands
 import pytest
+from typer.testing import CliRunner
 
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.video import read_settings
@@ -15,6 +16,7 @@ from tilewise.pipelines.parallel.ranks import OtherRankError, Ranks, joined
 from tilewise.pipelines.parallel.world import World
 from tilewise.plugins.config import resolve
 from tilewise.plugins.errors import ConfigError
+from tilewise.ui.cli.app import app
 from tilewise.ui.cli.parallel import check_parallel, refuse_parallel
 from tilewise.ui.cli.request import Request
 
@@ -128,3 +130,12 @@ def test_what_one_process_finds_ends_the_other_too():
         Told(0, True).together(lambda: 5)
     with pytest.raises(ConfigError, match="differ in torch"):
         Told(0, {"torch": "2.12"}).agree({"torch": "2.13"})
+
+
+@pytest.mark.parametrize("arguments", [["ui"], ["verify", "--prompts", "x.txt"], ["calibrate", "--prompts", "x.txt"]])
+def test_other_commands_are_for_one_process(arguments, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert f"`tilewise {arguments[0]}` is for one process" in " ".join(done.output.replace("│", " ").split())
+    assert CliRunner().invoke(app, ["presets"]).exit_code == 0

@@ -45,7 +45,8 @@ class DiskFullError(OutputError):
 @dataclasses.dataclass
 class Outcome:
     """What one process did. made, taken_over, kept: jobs made now, found whole without a line, done before. failed: jobs with
-    their errors. stopped: why it ended before its jobs did, if so. missing: jobs of the whole batch that are not done."""
+    their errors. stopped: why it ended before its jobs did, if so. missing: jobs of the whole batch that are not done. last:
+    whether no other process of it was left."""
 
     made: int = 0
     taken_over: int = 0
@@ -53,6 +54,7 @@ class Outcome:
     failed: list[tuple[Job, Exception]] = dataclasses.field(default_factory=list)
     stopped: str | None = None
     missing: int = 0
+    last: bool = False
 
 
 def run_batch(
@@ -87,7 +89,14 @@ def run_batch(
                 outcome.stopped = "interrupted"
             time.sleep(0.5)
     finally:
-        lock.leave(lambda: _tidy(folder, watch))
+        last: list[bool] = []
+
+        def when_last() -> None:
+            last.append(True)
+            _tidy(folder, watch)
+
+        lock.leave(when_last)
+    outcome.last = bool(last)
     done = _count_done(jobs, manifest.read_manifest(folder))
     watch.overall(done)
     outcome.missing = len(jobs) - done

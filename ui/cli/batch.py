@@ -191,7 +191,9 @@ def _report(batch: Batch, outcome: Outcome) -> None:
     total = len(batch.plan.jobs)
     share = f" (process {batch.world.rank} of {batch.world.size})" if batch.world.size > 1 else ""
     say(f"{outcome.made} made, {outcome.kept + outcome.taken_over} there already, {len(outcome.failed)} failed{share}")
-    if not batch.world.rank:
+    if (
+        outcome.last
+    ):  # what is there is known then; a process that was slow to start may not have begun when another ends
         there = (
             f"{total - outcome.missing} of {counted(total, 'clip')} {'is' if total == 1 else 'are'} in {batch.folder}"
         )

@@ -123,7 +123,6 @@ TINY = [
     Work("tiny", *SMALL, decoded=True, changes=True, variants=(SPARSE, TINY_DECODER)),
     Work("tiny", *SMALL, decoded=True, frames=10, variants=(SPARSE,)),
 ]
-PASSES = 4
 HOWS = ("recache", "flush", "blend")  # ways to change a prompt
 
 

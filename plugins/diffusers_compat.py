@@ -102,23 +102,27 @@ def context_parallel(holder: Any) -> ContextParallel | None:
     holder: a denoiser, a processor, or such a config. Its ``_flattened_mesh`` is what diffusers' hooks split and gather over.
     Seen in 0.42. Under other names, a sharded denoiser would run as if each rank had all tokens.
     """
-    config = getattr(holder, "_parallel_config", holder)
-    found = getattr(config, "context_parallel_config", None)
+    found = _context_parallel_config(holder)
     if found is None:
         return None
-    mesh, anything = found._flattened_mesh, found.ulysses_anything or found.ring_anything
-    return ContextParallel(found.ulysses_degree, found.ring_degree, mesh.get_local_rank(), mesh.get_group(), anything)
+    ulysses, ring, anything = parallel_degrees(holder)
+    mesh = found._flattened_mesh
+    return ContextParallel(ulysses, ring, mesh.get_local_rank(), mesh.get_group(), anything)
+
+
+def _context_parallel_config(holder: Any) -> Any:
+    return getattr(getattr(holder, "_parallel_config", holder), "context_parallel_config", None)
 
 
 def is_sharded(holder: Any) -> bool:
     """Whether context parallelism is enabled for a denoiser or a processor: as ``context_parallel`` finds it, but without asking
     for process groups, which torch.compile cannot trace."""
-    return getattr(getattr(holder, "_parallel_config", None), "context_parallel_config", None) is not None
+    return _context_parallel_config(holder) is not None
 
 
 def parallel_degrees(holder: Any) -> tuple[int, int, bool]:
     """(Ulysses degree, ring degree, whether any length may be split) of a holder that is sharded; see ``context_parallel``."""
-    found = holder._parallel_config.context_parallel_config
+    found = _context_parallel_config(holder)
     return found.ulysses_degree, found.ring_degree, found.ulysses_anything or found.ring_anything
 
 

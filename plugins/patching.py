@@ -22,10 +22,10 @@ from torch import nn
 from tilewise.plugins.autoencoders.patched_vae import VaePatch, patch_on, vae_of
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.models.common.denoisers import denoisers_of, find_denoisers
+from tilewise.plugins.models.common.denoisers import ATTRIBUTE, denoisers_of, find_denoisers
 from tilewise.plugins.models.common.registry import attention_layers
 from tilewise.plugins.runtime.other_threads import refuse_while_running
-from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
+from tilewise.plugins.runtime.patched_denoiser import Patch
 from tilewise.plugins.schedule.steps import Steps
 from tilewise.plugins.step_caches.options import CacheLike
 from tilewise.plugins.step_caches.support import check_cache

@@ -22,10 +22,9 @@ from tilewise.plugins.diffusers_compat import (
 )
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
 from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
-from tilewise.plugins.models.common.denoisers import denoisers_of
+from tilewise.plugins.models.common.denoisers import ATTRIBUTE, denoisers_of
 from tilewise.plugins.models.common.registry import attention_layers, family_of
 
-PATCH = "_tilewise"  # the attribute that a patch is on a denoiser
 T = TypeVar("T")
 
 
@@ -119,7 +118,7 @@ def _split_per_token(names: tuple[str, ...], denoiser: nn.Module, given: dict[st
 
 
 def _needs_patch(denoiser: nn.Module, args: tuple) -> None:
-    if PATCH not in denoiser.__dict__:
+    if ATTRIBUTE not in denoiser.__dict__:
         raise TilewiseError(
             f"context parallelism: {type(denoiser).__name__} is split by tilewise's plan, and its stock attention does not "
             'exchange tokens with the other ranks. Call tilewise.patch, with the method "dense" for exact attention'

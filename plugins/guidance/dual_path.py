@@ -35,10 +35,11 @@ from tilewise.plugins.guidance.coarse_global_path import CoarseGlobalPath
 from tilewise.plugins.guidance.cross_attention_cache import CrossAttentionCache
 from tilewise.plugins.guidance.global_path import GlobalPath, check_denoisers
 from tilewise.plugins.hooks.forward_override import ForwardOverride, override_forward
+from tilewise.plugins.models.common.denoisers import ATTRIBUTE
 from tilewise.plugins.models.common.registry import streams_of
 from tilewise.plugins.patching import denoisers_of, patches_of
 from tilewise.plugins.runtime.other_threads import refuse_while_running
-from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
+from tilewise.plugins.runtime.patched_denoiser import Patch
 
 Guided = Literal["all", "cond"]
 # What adds to hidden states between two blocks, or leaves blocks out.

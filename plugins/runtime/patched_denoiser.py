@@ -20,6 +20,7 @@ from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.hooks.deepcopy import COPIER, STATE, copy_patched, shallow_state
 from tilewise.plugins.hooks.stand_in import stock_processor
 from tilewise.plugins.methods.dense import Dense
+from tilewise.plugins.models.common.denoisers import ATTRIBUTE
 from tilewise.plugins.models.common.family import AttentionLayer, Family, UnreadableGridError
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.runtime import custom_ops
@@ -30,8 +31,6 @@ from tilewise.plugins.runtime.step_index import StepIndex
 from tilewise.plugins.step_caches.driver import CacheDriver
 from tilewise.plugins.step_caches.support import check_cache
 from tilewise.plugins.torch_compat import outside_graphs
-
-ATTRIBUTE = "_tilewise"  # what a patch adds to a denoiser, besides the COPIER for copy.deepcopy
 
 
 class Patch:

@@ -24,9 +24,10 @@ from tilewise.kernels.plans.layout import Grid
 from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
+from tilewise.plugins.models.common.denoisers import ATTRIBUTE
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.models.common.rotary import Rotary
-from tilewise.plugins.runtime.patched_denoiser import ATTRIBUTE, Patch
+from tilewise.plugins.runtime.patched_denoiser import Patch
 from tilewise.plugins.runtime.plan_cache import Order
 from tilewise.plugins.streaming.buffers import Buffers
 from tilewise.plugins.streaming.cache_plan import CachePlan, plan_cache

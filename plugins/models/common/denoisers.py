@@ -11,6 +11,7 @@ from tilewise.plugins.errors import UnsupportedModelError
 from tilewise.plugins.models.common.registry import family_of, supported_models
 
 DENOISERS = ("transformer", "transformer_2", "unet")
+ATTRIBUTE = "_tilewise"  # what a patch adds to a denoiser, besides the COPIER for copy.deepcopy
 
 
 def denoisers_of(target: Any) -> dict[str, nn.Module]:

@@ -2,8 +2,8 @@
 
 planning       the method's plan of one call: statistics of blocks, map, selection, lists
 attention      the kernel that runs the plan
-summaries      merging the summary rows of what was skipped, where the method does that
-of ideal       time of the fastest dense peer · density / time of all three
+summaries      merging the summary rows of what was skipped, in a launch of their own
+of ideal       time of the fastest dense peer · density / time of planning and attention with the summary rows
 
 Queries and keys are random: what is chosen means nothing here, only how long it takes.
 """
@@ -22,6 +22,7 @@ from tilewise.kernels.attention.block_compensation import add_block_compensation
 from tilewise.kernels.attention.dispatch import block_sparse_attention, choose_backend
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.methods.base import DynamicMethod, make_method
+from tilewise.plugins.runtime.sparse_call import run_with_means
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,7 @@ def run_row(row: Row, device: torch.device, seconds: float, dense: dict[str, dic
     def everything() -> torch.Tensor:
         nonlocal planned
         planned = plan()
-        out = attend()
-        return out if planned.compensation is None else merge(*out)
+        return run_with_means((q, k, v), planned.plan, backend, layout, scale, planned.compensation)
 
     ms = {
         "planning": measure(plan, device, seconds=seconds).median,

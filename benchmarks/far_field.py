@@ -2,7 +2,8 @@
 
 attention      the kernel that runs the window, which gives its log-sum-exp too
 means          of keys and values over the cells
-merge          the means into the softmax of what was seen
+merge          the means into the softmax of what was seen, where the kernel that runs the window does not take them itself
+two launches   attention, means and merge, by every kernel that there is
 cost           pairs of the window and of queries and means ÷ all token pairs: over the density, what the ratio would be ideally
 """
 
@@ -18,7 +19,7 @@ from benchmarks.timing import measure
 from tilewise.kernels.attention.dispatch import choose_backend
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.methods.sta import STA
-from tilewise.plugins.runtime.sparse_call import add_means, far_means, run_plan
+from tilewise.plugins.runtime.sparse_call import add_means, far_means, run_plan, run_with_means
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,21 @@ def run_row(row: Row, device: torch.device, seconds: float) -> dict[str, Any]:
         def attend(plan: Any = plan, choice: Any = choice, far: bool = far) -> Any:
             return run_plan((q, k, v), plan, choice, None, return_lse=far)
 
-        def everything(plan: Any = plan, attend: Any = attend, layout: Any = layout) -> Any:
+        def everything(plan: Any = plan, choice: Any = choice, layout: Any = layout, far: bool = far) -> Any:
+            return (
+                run_with_means((q, k, v), plan, choice, layout, None)
+                if far
+                else run_plan((q, k, v), plan, choice, None)
+            )
+
+        def two_launches(plan: Any = plan, attend: Any = attend, layout: Any = layout) -> Any:
             means = far_means((q, k, v), plan)
-            return attend() if means is None else add_means(q, *attend(), means, layout, None)
+            assert means is not None
+            return add_means(q, *attend(), means, layout, None)
 
         if far:
             means, (out, lse) = far_means((q, k, v), plan), attend()
+            assert means is not None
             parts = {
                 "attention": measure(attend, device, seconds=seconds).median,
                 "means": measure(lambda plan=plan: far_means((q, k, v), plan), device, seconds=seconds).median,
@@ -79,6 +89,7 @@ def run_row(row: Row, device: torch.device, seconds: float) -> dict[str, Any]:
                     device,
                     seconds=seconds,
                 ).median,
+                "two launches": measure(two_launches, device, seconds=seconds).median,
             }
         timing = measure(everything, device, seconds=seconds)
         variants.append(

@@ -344,7 +344,7 @@ def streaming_table(rows: Rows) -> str:
 
 def far_field_table(rows: Rows) -> str:
     """Windows and what stands for their outside."""
-    names = ("attention", "means", "merge")
+    names = ("attention", "means", "merge", "two launches")
     lines = [["window", "outside", "density", "cost", "ms", "× alone", *(f"{name}, ms" for name in names)]]
     for row in rows:
         for variant in row["variants"]:

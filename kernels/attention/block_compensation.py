@@ -14,10 +14,27 @@ cumulant; exact for Gaussian keys): bias = log n + the variance term. It costs N
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from tilewise.kernels.device import FLOATS, runs_triton
 from tilewise.kernels.plans.layout import Layout
+from tilewise.kernels.plans.mean_lists import MeanLists
+
+
+@dataclass(frozen=True)
+class BlockCompensation:
+    """Means that stand for the keys which a plan skips.
+
+    key_mean, value_mean: (B, N, Hk, D), float32 or the dtype of the call. bias: (B, H, Nq, N) float32, −inf where the keys of a
+    mean are seen. lists: of the blocks of means with a bias above −inf, by sets of heads as the plan's; None: not known.
+    """
+
+    key_mean: torch.Tensor
+    value_mean: torch.Tensor
+    bias: torch.Tensor
+    lists: MeanLists | None = None
 
 
 def add_block_compensation(

@@ -14,6 +14,7 @@ import torch
 
 from tilewise.kernels.attention.backends.fa4 import fa4_forward, fa4_unavailable, fa4_unsupported
 from tilewise.kernels.attention.backends.torch import torch_forward
+from tilewise.kernels.attention.block_compensation import BlockCompensation
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan
 
@@ -257,6 +258,45 @@ def block_sparse_attention(
             plan.head_set, plan.key_encoding, plan.row_encoding, plan.guard_bits, plan.block, scale, choice.backend,
         )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def takes_means(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: Choice) -> bool:
+    """Whether ``block_sparse_attention_with_means`` takes a call: what was chosen for it takes means in the same launch."""
+    return choice.backend == "gluon" and q.is_cuda and _plain(q, k, v)
+
+
+def block_sparse_attention_with_means(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    means: BlockCompensation,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """``block_sparse_attention`` and ``add_block_compensation`` in one launch, for calls that ``takes_means`` says it takes.
+
+    Args:
+        q, k, v, plan, scale: as in ``block_sparse_attention``; what ``choose_backend`` has checked.
+        means: over as many query blocks as the plan has; rounded to q's dtype, as keys and values are.
+
+    Returns:
+        (B, Sq, H, D) in q's dtype.
+
+    Raises:
+        ValueError: means that do not fit the call, with all shapes.
+    """
+    (B, _, H, D), N = q.shape, means.key_mean.shape[1]
+    blocks = plan.index.shape[2]
+    fits = means.key_mean.shape == means.value_mean.shape == (B, N, k.shape[2], D)
+    if not fits or means.bias.shape != (B, H, blocks, N):
+        raise ValueError(
+            f"block_sparse_attention_with_means: key_mean {tuple(means.key_mean.shape)}, value_mean "
+            f"{tuple(means.value_mean.shape)} and bias {tuple(means.bias.shape)} do not fit q {tuple(q.shape)}, the {k.shape[2]} "
+            f"key heads and the {blocks} query blocks of the plan"
+        )
+    from tilewise.kernels.attention.backends.hopper import hopper_forward
+
+    return hopper_forward(q, k, v, plan, 1 / math.sqrt(D) if scale is None else scale, means)[0]
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

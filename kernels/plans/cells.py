@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Grid, Layout, tile_counts
+from tilewise.kernels.plans.mean_lists import MeanLists, mean_lists
 
 Triple = tuple[int, int, int]
 CELL_TOKENS = 12  # what a cell has that is chosen for a tile: 3×2×2 tokens of it, where they divide it
@@ -83,6 +84,11 @@ class FarField:
     bias: torch.Tensor
     share: float
     usual: int
+
+    @cached_property
+    def lists(self) -> MeanLists:
+        """The blocks of cells that each query block sees."""
+        return mean_lists(self.bias, float(torch.tensor(float(self.usual)).log()))
 
     def to(self, device: torch.device | str) -> FarField:
         """The same with its tensors on ``device``."""

@@ -17,14 +17,21 @@ from tilewise.kernels.device import FLOATS, runs_triton
 
 @dataclass(frozen=True)
 class BlockStats:
-    """mean: (B, N, H, D) float32. variance: the same of the population variance per channel, or None if not asked for."""
+    """mean: (B, N, H, D) float32, or as asked for. variance: float32, the same of the population variance per channel, or None if
+    not asked for."""
 
     mean: torch.Tensor
     variance: torch.Tensor | None
 
 
 def block_stats(
-    x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, *, variance: bool = False, usual: int = 128
+    x: torch.Tensor,
+    start: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    variance: bool = False,
+    usual: int = 128,
+    dtype: torch.dtype | None = None,
 ) -> BlockStats:
     """Mean, and if asked variance, of each block of tokens.
 
@@ -33,6 +40,7 @@ def block_stats(
         start, rows: (N,) first token and number of tokens (at least 1) of each block, on x's device: see ``Layout.block_table``.
         variance: whether the variance is wanted too.
         usual: tokens that most blocks have: how many rows a kernel reads at once.
+        dtype: of the mean; None: float32.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit.
@@ -50,8 +58,9 @@ def block_stats(
     if runs_triton(x.device):
         from tilewise.kernels.selection.triton_block_stats import triton_block_stats
 
-        return BlockStats(*triton_block_stats(x, start, rows, variance, usual))
-    return block_stats_reference(x, start, rows, variance)
+        return BlockStats(*triton_block_stats(x, start, rows, variance, usual, dtype or torch.float32))
+    stats = block_stats_reference(x, start, rows, variance)
+    return stats if dtype is None else BlockStats(stats.mean.to(dtype), stats.variance)
 
 
 def block_stats_reference(x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, variance: bool) -> BlockStats:

@@ -40,13 +40,18 @@ def block_stats_kernel(
 
 
 def triton_block_stats(
-    x: torch.Tensor, start: torch.Tensor, rows: torch.Tensor, variance: bool, usual: int
+    x: torch.Tensor,
+    start: torch.Tensor,
+    rows: torch.Tensor,
+    variance: bool,
+    usual: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Mean and variance, (B, N, H, D) float32; arguments as in ``block_stats``."""
+    """Mean, (B, N, H, D) in ``dtype``, and variance, float32; arguments as in ``block_stats``."""
     B, _, H, D = x.shape
     N = len(start)
-    mean = x.new_empty((B, N, H, D), dtype=torch.float32)
-    spread = torch.empty_like(mean) if variance else None
+    mean = x.new_empty((B, N, H, D), dtype=dtype)
+    spread = torch.empty_like(mean, dtype=torch.float32) if variance else None
     at_once = min(128, max(16, triton.next_power_of_2(usual)))  # more than there are costs registers and masked loads
     if mean.numel():
         with torch.cuda.device_of(x):

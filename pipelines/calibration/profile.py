@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from tilewise.kernels.attention.dispatch import block_sparse_attention
+from tilewise.kernels.attention.dispatch import choose_backend
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.pipelines.errors import OutputError
@@ -35,7 +35,7 @@ from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod
 from tilewise.plugins.models.common.fingerprint import Fingerprint
 from tilewise.plugins.models.common.registry import attention_layers
 from tilewise.plugins.patching import denoisers_of, patched
-from tilewise.plugins.runtime.sparse_call import add_means
+from tilewise.plugins.runtime.sparse_call import run_with_means
 
 AT_ONCE = 256 * 2**20  # bytes of float32 queries whose heads are measured together
 
@@ -248,11 +248,8 @@ def head_errors(
             continue
         method = dataclasses.replace(base, density=density, recall=None)
         planned = method.plan_call(layout, *qkv, scale, {}, 0)
-        if planned.compensation is None:
-            out = block_sparse_attention(*qkv, planned.plan, scale=scale)
-        else:
-            out, lse = block_sparse_attention(*qkv, planned.plan, scale=scale, return_lse=True)
-            out = add_means(qkv[0], out, lse, planned.compensation, layout, scale)
+        choice = choose_backend(*qkv, planned.plan)
+        out = run_with_means(qkv, planned.plan, choice, layout, scale, planned.compensation)
         found.append(size(out.transpose(1, 2) - exact))
     return torch.stack(found, -1).cpu(), float(size(exact).sum())
 

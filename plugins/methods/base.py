@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import tilewise.plugins.methods
+from tilewise.kernels.attention.block_compensation import BlockCompensation
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.kernels.plans.window_keys import WindowKeys
@@ -105,18 +106,6 @@ class Method:
     def brief(self) -> dict[str, Any]:
         """The options that a line has room for. Default: all."""
         return self.to_dict()
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockCompensation:
-    """Block-mean compensation for the key blocks that a plan skips: see kernels/attention/block_compensation.py.
-
-    key_mean, value_mean: (B, Nk, Hk, D) float32. bias: (B, H, Nq, Nk) float32, −inf where the block is seen.
-    """
-
-    key_mean: torch.Tensor
-    value_mean: torch.Tensor
-    bias: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)

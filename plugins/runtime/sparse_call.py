@@ -12,8 +12,14 @@ from typing import Any
 
 import torch
 
-from tilewise.kernels.attention.block_compensation import add_block_compensation
-from tilewise.kernels.attention.dispatch import Choice, block_sparse_attention, choose_backend
+from tilewise.kernels.attention.block_compensation import BlockCompensation, add_block_compensation
+from tilewise.kernels.attention.dispatch import (
+    Choice,
+    block_sparse_attention,
+    block_sparse_attention_with_means,
+    choose_backend,
+    takes_means,
+)
 from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
 from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit, unavailable_8bit, unsupported_8bit
 from tilewise.kernels.fused.reorder import reorder_tokens
@@ -22,7 +28,7 @@ from tilewise.kernels.plans.layout import Layout
 from tilewise.kernels.selection.block_stats import block_stats
 from tilewise.plugins.masks.additive_padding_mask import add_weighed, attend_all
 from tilewise.plugins.masks.padding_mask import Group, shares_of
-from tilewise.plugins.methods.base import BlockCompensation, Planned
+from tilewise.plugins.methods.base import Planned
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -79,14 +85,34 @@ def run_part(
     qkv: QKV, part: Part, scale: float | None, weighed: tuple[torch.Tensor, torch.Tensor, float] | None = None
 ) -> torch.Tensor:
     """Attention by one plan, the means of the blocks that it skips, and keys that a mask weighs down by eᶜ, with values."""
+    if weighed is None:
+        return run_with_means(qkv, part.plan, part.choice, part.layout, scale, part.planned.compensation)
     skipped = part.planned.compensation or far_means(qkv, part.plan)
-    if skipped is None and weighed is None:
-        return run_plan(qkv, part.plan, part.choice, scale)
     out, lse = run_plan(qkv, part.plan, part.choice, scale, return_lse=True)
-    if weighed is not None:
-        keys, values, weight = weighed
-        out, lse = add_weighed(qkv[0], keys, values, out, lse, weight, scale, part.layout)
+    keys, values, weight = weighed
+    out, lse = add_weighed(qkv[0], keys, values, out, lse, weight, scale, part.layout)
     return out if skipped is None else add_means(qkv[0], out, lse, skipped, part.layout, scale)
+
+
+def run_with_means(
+    qkv: QKV,
+    plan: BlockPlan,
+    choice: Choice,
+    layout: Layout,
+    scale: float | None,
+    skipped: BlockCompensation | None = None,
+) -> torch.Tensor:
+    """Attention by a plan, and means of the keys that it does not show: in one launch where the kernel takes them.
+
+    skipped: the means; None: those of the plan's far field, if it has one. layout: of the queries.
+    """
+    at_once = takes_means(*qkv, choice)
+    means = skipped or far_means(qkv, plan, qkv[0].dtype if at_once else None)
+    if means is None:
+        return run_plan(qkv, plan, choice, scale)
+    if at_once:
+        return block_sparse_attention_with_means(*qkv, plan, means, scale)
+    return add_means(qkv[0], *run_plan(qkv, plan, choice, scale, return_lse=True), means, layout, scale)
 
 
 def add_means(
@@ -102,15 +128,16 @@ def add_means(
     return add_block_compensation(query, out, lse, means.key_mean, means.value_mean, means.bias, layout, scale)
 
 
-def far_means(qkv: QKV, plan: BlockPlan) -> BlockCompensation | None:
-    """The means of the cells that stand for what a plan does not show; None if it has no far field."""
+def far_means(qkv: QKV, plan: BlockPlan, dtype: torch.dtype | None = None) -> BlockCompensation | None:
+    """The means of the cells, in ``dtype`` (None: float32), that stand for what a plan does not show; None if it has no far
+    field."""
     far, (q, k, v) = plan.far, qkv
     if far is None:
         return None
     batch, heads = q.shape[0], q.shape[2]
     sets = far.bias if plan.sets == 1 else far.bias[plan.sets_of_heads(heads).long()]
-    key, value = (block_stats(x, far.start, far.rows, usual=far.usual).mean for x in (k, v))
-    return BlockCompensation(key, value, sets[None].expand(batch, heads, -1, -1))
+    key, value = (block_stats(x, far.start, far.rows, usual=far.usual, dtype=dtype).mean for x in (k, v))
+    return BlockCompensation(key, value, sets[None].expand(batch, heads, -1, -1), far.lists)
 
 
 def run_parts(parts: list[Part], taken: list[QKV], whole: QKV, scale: float | None) -> torch.Tensor:

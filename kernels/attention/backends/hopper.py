@@ -9,6 +9,10 @@ One thread block computes 128 query rows of one head with three groups of warps 
 A consumer issues the scores of block j and the values of block j − 1 together and does its softmax while the latter run; the
 other consumer's softmax fills the rest. Because the producer reads the list ahead, an indirect block address costs nothing.
 
+Means may stand for keys that a list leaves out (block_compensation.py): they are further key blocks, 128 means each, with a bias
+on every score. Where that is the same for a whole block, as where a window leaves out cells of equal size, it is not added to
+scores but subtracted from the maximum before and added after, once for all such blocks.
+
 Key blocks are copied with their full room of rows whatever their size: rows that belong to the next block are masked in the
 scores. Their values are multiplied by a weight of 0, so they must be finite, as attention inputs are.
 """
@@ -27,9 +31,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tilewise.kernels.attention.block_compensation import BlockCompensation
 from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.mean_lists import every_block
 
 LOG2E = 1.4426950408889634
+LOG_2_E = gl.constexpr(LOG2E)  # in a kernel
 LN2 = gl.constexpr(0.6931471805599453)
 BLOCK = 128  # rows of a query and of a key block
 HALF = gl.constexpr(64)  # rows of one consumer: what one wgmma of four warps covers
@@ -45,9 +52,9 @@ def _next(stage, phase, STAGES: gl.constexpr):
 @gluon.jit
 def _produce(
     k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty, key_start, count, first_row, column,
-    STAGES: gl.constexpr,
+    mean_k_desc, mean_v_desc, mean_index, mean_count, first_mean, HAS_MEANS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Keys and values of entries 1 … count − 1; those of entry 0 are already on their way."""
+    """Keys and values of entries 1 … count − 1; those of entry 0 are already on their way. Then the means."""
     stage, phase = _next(0, 0, STAGES)
     last = gl.maximum(count, 1) - 1  # a list without any entry is read at 0, as everywhere
     row = gl.load(key_start + gl.minimum(1, last))
@@ -62,6 +69,16 @@ def _produce(
         tma.async_copy_global_to_shared(v_desc, [first_row + row, column], v_full.index(stage), v_ring.index(stage))
         row = following
         stage, phase = _next(stage, phase, STAGES)
+    if HAS_MEANS:
+        for j in range(mean_count):
+            row = first_mean + gl.load(mean_index + j) * k_ring.shape[1]
+            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(mean_k_desc, [row, column], k_full.index(stage), k_ring.index(stage))
+            mbarrier.wait(v_empty.index(stage), phase ^ 1)
+            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(mean_v_desc, [row, column], v_full.index(stage), v_ring.index(stage))
+            stage, phase = _next(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -117,11 +134,14 @@ def _narrow(weights, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 def _steps(
     acc, p, row_max, row_sum, begin, end, k_stage, k_phase, v_stage, v_phase,
     q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-    index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale,
-    MASK_ROWS: gl.constexpr, MASK_INTERVALS: gl.constexpr, STAGES: gl.constexpr,
+    index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale, bias, means,
+    MASK_ROWS: gl.constexpr, MASK_INTERVALS: gl.constexpr, BIAS: gl.constexpr, STAGES: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Entries begin … end − 1 of the list: the scores of each, and the values of the one before it."""
+    """Entries begin … end − 1 of the list: the scores of each, and the values of the one before it.
+
+    BIAS: they are blocks of means, each of which has a ``bias``; ``means`` is how many there are.
+    """
     BLOCK_N: gl.constexpr = k_ring.shape[1]
     empty = gl.zeros([HALF, BLOCK_N], gl.float32, S_LAYOUT)
     for j in range(begin, end):
@@ -130,6 +150,9 @@ def _steps(
             rows = gl.load(k_rows + gl.load(index + j))
         if MASK_INTERVALS:
             encoded = _encoded_keys(key_encoding, gl.load(key_start + j), rows, guard_bits, BLOCK_N, S_LAYOUT)
+        if BIAS:
+            mean = gl.load(index + j) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
+            of_mean = gl.load(bias + mean, mask=mean < means, other=float("-inf")) * LOG_2_E
         mbarrier.wait(k_full.index(k_stage), k_phase)
         s = warpgroup_mma(q, k_ring.index(k_stage).permute([1, 0]), empty, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(v_stage), v_phase)
@@ -140,7 +163,11 @@ def _steps(
             s = _mask_intervals(s, encoded, row_lo, row_hi, guard_bits)
         elif MASK_ROWS:
             s = _mask_rows(s, rows, S_LAYOUT)
-        weights, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, scale, MASK_ROWS)
+        if BIAS:
+            s = s * scale + of_mean[None, :]
+            weights, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, 1.0, True)
+        else:
+            weights, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, scale, MASK_ROWS)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         mbarrier.arrive(v_empty.index(v_stage))
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
@@ -154,8 +181,8 @@ def _steps(
 def _consume(
     q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
     out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_encoding, row_lo_ptr, row_hi_ptr, guard_bits,
-    complete_end, ragged_end, partial_end, query, rows, scale,
-    WHO: gl.constexpr, HAS_INTERVALS: gl.constexpr, STAGES: gl.constexpr,
+    complete_end, ragged_end, partial_end, query, rows, scale, mean_index, even_means, mean_count, bias, means, even_bias,
+    WHO: gl.constexpr, HAS_INTERVALS: gl.constexpr, HAS_MEANS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = k_ring.shape[1]
     D: gl.constexpr = k_ring.shape[2]
@@ -204,21 +231,36 @@ def _consume(
     acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase = _steps(
         acc, p, row_max, row_sum, 1, complete_end, k_stage, k_phase, v_stage, v_phase,
         q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-        index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale,
-        False, False, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+        index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale, bias, means,
+        False, False, False, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
     )  # fmt: skip
     acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase = _steps(
         acc, p, row_max, row_sum, gl.maximum(complete_end, 1), ragged_end, k_stage, k_phase, v_stage, v_phase,
         q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-        index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale,
-        True, False, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+        index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale, bias, means,
+        True, False, False, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
     )  # fmt: skip
     if HAS_INTERVALS:
         acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase = _steps(
             acc, p, row_max, row_sum, gl.maximum(ragged_end, 1), partial_end, k_stage, k_phase, v_stage, v_phase,
             q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-            index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale,
-            True, True, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+            index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale, bias, means,
+            True, True, False, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+        )  # fmt: skip
+    if HAS_MEANS:
+        row_max -= even_bias
+        acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase = _steps(
+            acc, p, row_max, row_sum, 0, even_means, k_stage, k_phase, v_stage, v_phase,
+            q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+            mean_index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale, bias, means,
+            False, False, False, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+        )  # fmt: skip
+        row_max += even_bias
+        acc, p, row_max, row_sum, k_stage, k_phase, v_stage, v_phase = _steps(
+            acc, p, row_max, row_sum, even_means, mean_count, k_stage, k_phase, v_stage, v_phase,
+            q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+            mean_index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits, scale, bias, means,
+            False, False, True, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
         )  # fmt: skip
     mbarrier.wait(v_full.index(v_stage), v_phase)
     acc = warpgroup_mma(p, v_ring.index(v_stage), acc, is_async=True)
@@ -244,10 +286,17 @@ def hopper_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, stride_ob, stride_os, stride_oh,
     q_start, q_rows, k_rows, index, key_start, ends, head_set, key_encoding, row_encoding, guard_bits,
     stride_plan, q_blocks, longest, heads, group, q_len, k_len, scale,
+    mean_k_desc, mean_v_desc, mean_index, mean_ends, bias, stride_mean_set, stride_mean_block, stride_bias_b, stride_bias_h,
+    means, even_bias,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED_SET: gl.constexpr, HAS_HEAD_SET: gl.constexpr,
-    HAS_INTERVALS: gl.constexpr,
+    HAS_INTERVALS: gl.constexpr, HAS_MEANS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (query blocks, batch × heads). ``scale`` includes log2(e)."""
+    """Grid: (query blocks, batch × heads). ``scale`` and ``even_bias`` include log2(e), ``bias`` does not.
+
+    mean_index: the blocks of 128 means that a query block sees, by set and query block (strides stride_mean_set and
+    stride_mean_block), those of the even bias first. mean_ends: how many these are, and how many there are in all.
+    bias: (batch, heads, query blocks, means) of the strides stride_bias_b, stride_bias_h, means and 1.
+    """
     block = gl.program_id(0)
     batch = gl.program_id(1) // heads
     head = gl.program_id(1) % heads
@@ -270,6 +319,14 @@ def hopper_kernel(
     lse_ptr += (batch.to(gl.int64) * heads + head) * q_len
     row_lo = row_encoding + set_of_head.to(gl.int64) * 2 * q_len
     row_hi = row_lo + q_len
+    even_means = 0
+    mean_count = 0
+    if HAS_MEANS:
+        listing = set_of_head * stride_mean_set + block * stride_mean_block
+        even_means = gl.load(mean_ends + listing * 2)
+        mean_count = gl.load(mean_ends + listing * 2 + 1)
+        mean_index += listing * ((means + BLOCK_N - 1) // BLOCK_N)
+        bias += batch.to(gl.int64) * stride_bias_b + head.to(gl.int64) * stride_bias_h + block.to(gl.int64) * means
 
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [2, HALF, D], q_desc.layout)
@@ -306,17 +363,18 @@ def hopper_kernel(
                 q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
                 out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits,
                 complete_end, ragged_end, partial_end, query, rows, scale,
-                0, HAS_INTERVALS, STAGES,
+                mean_index, even_means, mean_count, bias, means, even_bias, 0, HAS_INTERVALS, HAS_MEANS, STAGES,
             )),
             (_consume, (
                 q_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
                 out_ptr, lse_ptr, stride_os, index, key_start, k_rows, key_encoding, row_lo, row_hi, guard_bits,
                 complete_end, ragged_end, partial_end, query, rows, scale,
-                1, HAS_INTERVALS, STAGES,
+                mean_index, even_means, mean_count, bias, means, even_bias, 1, HAS_INTERVALS, HAS_MEANS, STAGES,
             )),
             (_produce, (
                 k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-                key_start, partial_end, batch * k_len, column, STAGES,
+                key_start, partial_end, batch * k_len, column,
+                mean_k_desc, mean_v_desc, mean_index, mean_count, batch * means, HAS_MEANS, STAGES,
             )),
         ],
         [4, 1],
@@ -362,15 +420,29 @@ def launch_config(head_dim: int) -> dict[str, int]:
 
 
 def hopper_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    scale: float,
+    means: BlockCompensation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel. Shapes as in ``block_sparse_attention``, which validates them; see ``hopper_unsupported``."""
+    """Launch the kernel. Shapes as in ``block_sparse_attention``, which validates them; see ``hopper_unsupported``.
+
+    means: what stands for keys that the plan leaves out; in the output and in the log-sum-exp.
+    """
     B, Sq, H, D = q.shape
     q, k, v = as_rows(q), as_rows(k), as_rows(v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((B, H, Sq), dtype=torch.float32, device=q.device)
     per_set, q_blocks, longest = plan.sets, plan.index.shape[2], plan.index.shape[3]
     unused = plan.index  # a pointer that a specialised kernel never reads
+    mean_k, mean_v, lists, bias = k, v, None, unused
+    if means is not None:
+        mean_k, mean_v = (as_rows(x.to(q.dtype)) for x in (means.key_mean, means.value_mean))
+        lists, bias = means.lists or every_block(means.key_mean.shape[1], q.device), means.bias
+        if bias.stride(3) != 1 or bias.stride(2) != bias.shape[3]:  # samples and heads may share one: strides of 0
+            bias = bias.contiguous()
     with torch.cuda.device_of(q):  # Triton launches on the current device
         hopper_kernel[(q_blocks, B * H)](
             _descriptor(q, HALF.value), _descriptor(k, BLOCK), _descriptor(v, BLOCK), out, lse,
@@ -383,8 +455,13 @@ def hopper_forward(
             plan.guard_bits,
             0 if plan.index.shape[0] == 1 else per_set * q_blocks,
             q_blocks, longest, H, H // k.shape[2], Sq, k.shape[1], scale * LOG2E,
+            _descriptor(mean_k, BLOCK), _descriptor(mean_v, BLOCK),
+            unused if lists is None else lists.index, unused if lists is None else lists.ends, bias,
+            *((0, 0) if lists is None else lists.strides), bias.stride(0), bias.stride(1),
+            mean_k.shape[1], 0.0 if lists is None else lists.even_bias * LOG2E,
             D=D, BLOCK_N=BLOCK,
             SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_encoding is not None,
+            HAS_MEANS=means is not None,
             num_warps=4, **launch_config(D),
         )  # fmt: skip
     return out, lse

@@ -14,13 +14,14 @@ from tilewise.kernels.attention.backends.hopper import BLOCK, as_rows, hopper_ke
 pytestmark = pytest.mark.compile
 
 PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_encoding", "row_encoding"]
+MEANS = ["mean_index", "mean_ends"]
 
 
-def compiled(dtype: str, head_dim: int, intervals: bool, heads: bool):
+def compiled(dtype: str, head_dim: int, intervals: bool, heads: bool, means: bool = False):
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     constants = {
         "D": head_dim, "BLOCK_N": BLOCK, "SHARED_SET": not heads, "HAS_HEAD_SET": heads, "HAS_INTERVALS": intervals,
-        **launch_config(head_dim),
+        "HAS_MEANS": means, **launch_config(head_dim),
     }  # fmt: skip
     signature, attributes = {}, {}
     for position, name in enumerate(hopper_kernel.arg_names):
@@ -30,12 +31,12 @@ def compiled(dtype: str, head_dim: int, intervals: bool, heads: bool):
             signature[name] = f"tensordesc<{dtype}[{64 if name == 'q_desc' else BLOCK}, {head_dim}],{layout!r}>"
         elif name == "out_ptr":
             signature[name] = f"*{dtype}"
-        elif name == "lse_ptr":
+        elif name in ("lse_ptr", "bias"):
             signature[name] = "*fp32"
-        elif name in PLAN:
+        elif name in PLAN + MEANS:
             signature[name] = "*i32"
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name in ("scale", "even_bias") else "i32"
         if signature[name].startswith("*") or name.startswith("stride_o"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(hopper_kernel, signature, constants, attributes)
@@ -43,17 +44,18 @@ def compiled(dtype: str, head_dim: int, intervals: bool, heads: bool):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "intervals", "heads"),
+    ("dtype", "head_dim", "intervals", "heads", "means"),
     [
-        ("bf16", 128, False, False),
-        ("bf16", 128, True, True),
-        ("bf16", 64, False, True),
-        ("fp16", 64, True, False),
-        ("fp16", 128, False, False),
+        ("bf16", 128, False, False, False),
+        ("bf16", 128, False, False, True),
+        ("bf16", 128, True, True, True),
+        ("bf16", 64, False, True, False),
+        ("fp16", 64, True, False, True),
+        ("fp16", 128, False, False, False),
     ],
 )
-def test_compiles(dtype, head_dim, intervals, heads, tmp_path):
-    kernel = compiled(dtype, head_dim, intervals, heads)
+def test_compiles(dtype, head_dim, intervals, heads, means, tmp_path):
+    kernel = compiled(dtype, head_dim, intervals, heads, means)
     assert kernel.metadata.shared <= 227 * 1024
     assert "wgmma" in kernel.asm["ptx"]
     assert "setmaxnreg" in kernel.asm["ptx"]  # the consumers take the producer's registers

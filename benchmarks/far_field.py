@@ -41,7 +41,7 @@ class Row:
         return {
             "window alone": STA(**window),
             "a mean a tile": STA(**window, far="tiles"),
-            "cells of 12 tokens": STA(**window, far="cells", cell=(3, 2, 2)),
+            "cells of 12 tokens": STA(**window, far="cells"),
         }
 
 

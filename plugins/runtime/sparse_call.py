@@ -112,7 +112,8 @@ def run_with_means(
         return run_plan(qkv, plan, choice, scale)
     if at_once:
         return block_sparse_attention_with_means(*qkv, plan, means, scale)
-    return add_means(qkv[0], *run_plan(qkv, plan, choice, scale, return_lse=True), means, layout, scale)
+    out, lse = run_plan(qkv, plan, choice, scale, return_lse=True)
+    return add_means(qkv[0], out, lse, means, layout, scale)
 
 
 def add_means(

@@ -4,7 +4,7 @@
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
     glance headline others attention implementations dynamic quality errors gist highres coherence paths step families time
-    fused streaming vae gpus launch missing
+    fused streaming vae gpus unets launch missing
 
 and without any, all of them do. A file may have notes, written by hand: section → sentences that stand below its tables.
 """
@@ -195,6 +195,16 @@ def global_path_table(rows: Rows) -> str:
         title = f"{row['name']}, {row['clips']} clips, σ {row['levels'].replace(',', ', ')}"
         for number, (name, found) in enumerate(row["paths"].items()):
             lines.append(["" if number else title, name, f"{found['lost']:.4f}", f"{found['lost_max']:.4f}"])
+    return _markdown(lines)
+
+
+def unets_table(rows: Rows) -> str:
+    """Runs of 50 steps of SDXL past its training size, as sums of their forwards."""
+    lines = [["50 steps, two samples a forward", "", "s", "of stock"]]
+    for row in rows:
+        for number, (name, taken) in enumerate(row["runs"].items()):
+            share = f"{taken / row['runs']['stock']:.2f}" if "stock" in row["runs"] else "–"
+            lines.append(["" if number else row["name"], name, f"{taken:.1f}", share])
     return _markdown(lines)
 
 
@@ -431,7 +441,7 @@ def missing_list(rows: Rows) -> str:
 # section → what its command has in it, where that is not --only and its name
 MADE_BY = {
     "quality": "benchmarks.quality ", "attention error": "benchmarks.attention_error ", "highres": "benchmarks.highres ",
-    "context parallel": "benchmarks.context_parallel",
+    "context parallel": "benchmarks.context_parallel", "unets": "benchmarks.unets",
     "highres quality": "benchmarks.highres_quality ", "global path": "benchmarks.global_path ",
 }  # fmt: skip
 # name → (section of the result file, its table); no section: rows of all
@@ -456,6 +466,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "streaming": ("streaming", streaming_table),
     "vae": ("vae", vae_table),
     "gpus": ("context parallel", gpus_table),
+    "unets": ("unets", unets_table),
     "launch": ("launch", launch_table),
     "missing": ("", missing_list),
 }

@@ -8,43 +8,77 @@ others grey; dark lines are the borders of tiles where the window counts in tile
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
 
 import tilewise
-from tilewise.kernels.plans.layout import Grid
+from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.kernels.plans.query_visibility import region_of_query
 from tilewise.plugins.methods.base import Method, make_method
+from tilewise.plugins.methods.shifted_windows import ShiftedWindows, shift_of
+from tilewise.plugins.models.common.family import AttentionLayer
 
 GRID = Grid(7, 15, 22)  # latent frames, rows, columns: no tile divides it
 QUERIES = [(3, 7, 10), (0, 1, 20)]  # in the middle, and at a border
 CELL, GAP, LABEL = 7, 10, 16
 SEEN, UNSEEN, QUERY, TILE, PAPER = (59, 118, 196), (226, 228, 232), (214, 39, 40), (120, 124, 132), (255, 255, 255)
 
+
+class Column(NamedTuple):
+    """One map of a picture: a latent frame of a layout, and the queries whose regions are drawn."""
+
+    label: str
+    layout: Layout
+    frame: int
+    queries: list[tuple[int, int, int]]
+
+
 METHODS: dict[str, Method] = {
     "sta": tilewise.STA(window=(3, 3, 3), tile=(2, 4, 4)),
     "inward": make_method("inward", {"native": (7, 11)}),
     "neighborhood": make_method("neighborhood", {"window": (3, 7, 9)}),
+    "shifted-windows": tilewise.ShiftedWindows(levels=(0,)),
     "neighborhood-dilated": make_method("neighborhood", {"window": (3, 5, 7), "dilation": (1, 2, 2)}),
 }
 
 
-def draw(method: Method) -> Image.Image:
-    """Filmstrips of the query's region, one below the other."""
+def frames_of(method: Method) -> list[Column]:
+    """A clip under a method: a column a latent frame."""
     layout = method.layout(GRID)
     assert layout is not None
-    plan = method.plan(layout, 1, torch.device("cpu"))
+    return [Column(f"latent frame {t}", layout, t, QUERIES) for t in range(GRID.t)]
+
+
+def shifts_of(method: ShiftedWindows) -> list[Column]:
+    """A UNet's map under each shift that a layer may draw: a column a shift."""
+    grid = Grid(1, GRID.h, GRID.w)
+    steps = [next(step for step in range(99) if shift_of(method.seed, step, 0) == shift) for shift in range(4)]
+    layer = AttentionLayer("", torch.nn.Identity(), 0, 1, 1, 0)
+    queries = [(0, h, w) for _, h, w in QUERIES]
+    found = []
+    for shift, step in enumerate(steps):
+        layout = method.map_layout(grid, layer, step)
+        assert layout is not None
+        found.append(Column(f"shift {shift}", layout, 0, queries))
+    return found
+
+
+def draw(method: Method) -> Image.Image:
+    """Filmstrips of the query's region, one below the other."""
+    columns = shifts_of(method) if isinstance(method, ShiftedWindows) else frames_of(method)
     width, height = GRID.w * CELL, GRID.h * CELL
-    size = (GRID.t * (width + GAP) + GAP, len(QUERIES) * (height + GAP) + LABEL)
+    size = (len(columns) * (width + GAP) + GAP, len(QUERIES) * (height + GAP) + LABEL)
     picture = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(picture)
-    for t in range(GRID.t):
-        pen.text((GAP + t * (width + GAP), 3), f"latent frame {t}", fill=TILE)
-    for row, query in enumerate(QUERIES):
-        region = region_of_query(plan, layout, query, 0)
-        for t in range(GRID.t):
-            left, top = GAP + t * (width + GAP), LABEL + row * (height + GAP)
+    for place, column in enumerate(columns):
+        layout, t = column.layout, column.frame
+        plan = method.plan(layout, 1, torch.device("cpu"))
+        pen.text((GAP + place * (width + GAP), 3), column.label, fill=TILE)
+        for row, query in enumerate(column.queries):
+            region = region_of_query(plan, layout, query, 0)
+            left, top = GAP + place * (width + GAP), LABEL + row * (height + GAP)
             for h in range(GRID.h):
                 for w in range(GRID.w):
                     colour = QUERY if (t, h, w) == query else SEEN if region[t, h, w] else UNSEEN

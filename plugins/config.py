@@ -15,6 +15,7 @@ from torch import nn
 
 from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.additions.base import Addition, AddLike, additions
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.methods.base import Method, make_method, methods
 from tilewise.plugins.methods.option_text import option_types, parse_value
@@ -41,17 +42,18 @@ SHARED_OPTIONS: Mapping[str, Any] = {
     "min_tokens": int | None,
     "vae": bool,
     "cache": str | None,
+    "add": str | None,
     "keep": str | None,
 }
 KEEP: Mapping[str, tuple[int, int]] = {"condition": (1, 0), "ends": (1, 1)}
 """What ``keep`` names: how many latent frames at the begin and at the end of a clip."""
-DENSE_OPTIONS = ("cache",)  # those that dense has too
+DENSE_OPTIONS = ("cache", "add")  # those that dense has too
 
 
 def option_words(method: Method) -> str:
     """The options of a method, for messages."""
     if method.name == "dense":
-        return f"Its only one is {DENSE_OPTIONS[0]}: attention is dense at every step and in every block"
+        return f"Its only ones are {' and '.join(DENSE_OPTIONS)}: attention is dense at every step and in every block"
     own = option_types(type(method))
     shared = [name for name in SHARED_OPTIONS if name not in own]
     return f"Its options: {', '.join(own)}; of every sparse method: {', '.join(shared)}"
@@ -107,6 +109,8 @@ class Config:
         cache: a step cache of diffusers that runs beside the method, dense included: "first-block", "taylor", "mag", "sea" or
             "pab", the same with options as in "first-block:threshold=0.1", or an object with "name" and options
             (step_caches/options.py). None, or "none": none.
+        add: what else is put on the denoiser with the patch (additions/): a name such as "raunet", with options as in
+            "broadway:alpha=0.6", several joined by " + ", an object with "name" and options, or a list of them. None: nothing.
         keep: latent frames that see all and that all see, whatever the method selects: "condition", the first one, which an
             image-to-video model is given; "ends", the first and the last one. They are handled as text in the same sequence is.
             Reference images that are part of the sequence are kept in any case. None: the method's selection alone.
@@ -125,6 +129,7 @@ class Config:
     vae: bool = True
     cache: CacheLike | None = None
     keep: str | None = None
+    add: AddLike | None = None
 
     def __post_init__(self) -> None:
         steps = checked_steps(self.steps)
@@ -149,6 +154,7 @@ class Config:
             raise unknown("keep", self.keep, KEEP)
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "cache", step_cache(self.cache))
+        object.__setattr__(self, "add", additions(self.add) or None)
         select_blocks(self.blocks, 1)
 
     def runs_at(self, step: int, total: int) -> bool:
@@ -178,18 +184,24 @@ class Config:
 
     @property
     def is_stock(self) -> bool:
-        """Whether nothing but exact attention is asked for: the method is dense, and there is no step cache."""
-        return self.method.name == "dense" and self.cache is None
+        """Whether nothing but exact attention is asked for: the method is dense, with no step cache and no addition."""
+        return self.method.name == "dense" and self.cache is None and self.add is None
 
     @property
     def label(self) -> str:
-        """The method, and the step cache if there is one, in a few words."""
-        return self.method.name if self.step_cache is None else f"{self.method.name} + {self.step_cache.name}"
+        """The method, and the step cache and additions if there are any, in a few words."""
+        cache = () if self.step_cache is None else (self.step_cache.name,)
+        return " + ".join([self.method.name, *cache, *(one.name for one in self.additions)])
 
     @property
     def step_cache(self) -> StepCache | None:
         """``cache`` as it was read."""
         return step_cache(self.cache)
+
+    @property
+    def additions(self) -> tuple[Addition, ...]:
+        """``add`` as it was read."""
+        return additions(self.add)
 
     @property
     def option_types(self) -> Mapping[str, Any]:
@@ -226,8 +238,9 @@ class Config:
         return dataclasses.replace(self, method=dataclasses.replace(self.method, **given), **changed)
 
     def prepare(self, target: Any, denoiser: nn.Module) -> Config:
-        """This config, with what its method needs to know about ``denoiser`` filled in; see ``Method.prepare``."""
-        return dataclasses.replace(self, method=self.method.prepare(target, denoiser))
+        """This config, with what its method and additions need to know about ``denoiser`` filled in; see ``Method.prepare``."""
+        add = [one.prepare(target, denoiser) for one in self.additions]
+        return dataclasses.replace(self, method=self.method.prepare(target, denoiser), add=add)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -241,6 +254,7 @@ class Config:
             "vae": self.vae,
             **({} if self.step_cache is None else {"cache": self.step_cache.to_dict()}),
             **({} if self.keep is None else {"keep": self.keep}),
+            **({} if self.add is None else {"add": [one.to_dict() for one in self.additions]}),
         }
 
     @classmethod
@@ -286,6 +300,7 @@ def resolve(
     vae: bool | None = None,
     cache: CacheLike | None = None,
     keep: str | None = None,
+    add: AddLike | None = None,
 ) -> Config:
     """The config for a method name, preset name, ``.json`` file, method object or config, with the given options on top.
 
@@ -310,7 +325,7 @@ def resolve(
         raise ConfigError(f"method must be a name, a preset, a method object or a Config, got {type(method).__name__}")
     given: dict[str, Any] = {
         "steps": steps, "blocks": blocks, "strict": strict, "fuse": fuse, "precision": precision,
-        "min_tokens": min_tokens, "vae": vae, "cache": cache, "keep": keep,
+        "min_tokens": min_tokens, "vae": vae, "cache": cache, "keep": keep, "add": add,
     }  # fmt: skip
     return dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
 

@@ -225,6 +225,7 @@ def explain(
                 dense[layer.name] = why
         notes += [f"{name}.{layer} stays dense: {why}" for layer, why in dense.items()]
         notes += foreign_note(name, denoiser, config)
+        notes += [f"{name}: with {one}" for one in config.additions]
         if (kept := config.kept(grid)) != grid:
             frames_kept = counted(grid.t - kept.t, "latent frame")
             notes.append(
@@ -398,8 +399,9 @@ def _explain_row(
     selected = set(select_blocks(config.blocks, 1 + max((layer.block for layer in everywhere), default=-1)))
     blocks = sorted({layer.block for layer in layers})
     model = type(denoiser).__name__
-    layout = config.method.layout(grid)
-    short = config.too_few(grid.tokens, layers[0].downsample is not None)
+    own_map = layers[0].downsample is not None
+    layout = config.method.map_layout(grid, layers[0], 0) if own_map else config.method.layout(grid)
+    short = config.too_few(grid.tokens, own_map)
     if layout is not None and isinstance(config.method, DynamicMethod):
         short = short or config.method.stays_dense(grid.tokens, expected_device(denoiser))
         if why := config.method.refuses_call(layout):
@@ -420,7 +422,8 @@ def _explain_row(
             "",
             everything,
             "stock",
-            short or "the method is dense",
+            short
+            or ("the method is dense" if config.method.layout(grid) is None else "the method leaves this level out"),
             0,
         )
     density, cost, work = _kept(config.method, layout, layers[0].heads)

@@ -19,9 +19,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from tilewise.plugins.additions.base import AddLike, additions_text
 from tilewise.plugins.autoencoders.patched_vae import VaePatch, patch_on, vae_of
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
-from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.diffusers_compat import is_sharded
+from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.common.denoisers import ATTRIBUTE, denoisers_of, find_denoisers
 from tilewise.plugins.models.common.registry import attention_layers
 from tilewise.plugins.runtime.other_threads import refuse_while_running
@@ -53,6 +55,7 @@ def patch(
     vae: bool | None = None,
     cache: CacheLike | None = None,
     keep: str | None = None,
+    add: AddLike | None = None,
 ) -> T:
     """Replace the attention of a pipeline's denoisers in one call. Weights and classes stay untouched.
 
@@ -81,6 +84,8 @@ def patch(
             "none" leaves out the config's.
         keep: "condition": the first latent frame, which an image-to-video model is given, sees all and is seen by all; "ends":
             the last one too. Default: what the config says, otherwise none.
+        add: what else is put on the denoisers and taken off with the patch, such as "raunet" or "broadway:alpha=0.6"; see
+            ``Config``. Default: what the config says, otherwise nothing; "none" leaves out the config's.
 
     Returns:
         ``target``. Patching a patched target replaces the earlier patch; ``unpatch`` always restores the original.
@@ -88,7 +93,7 @@ def patch(
     Raises:
         ConfigError: unknown method, preset or option, or a value that cannot be.
         UnsupportedModelError: a target without a denoiser, or with one that no family serves, without self-attention,
-            whose attention another library has fused or replaced, or that cannot run the cache.
+            whose attention another library has fused or replaced, or that cannot run the cache or an addition.
         FallbackError: ``strict`` and a layer whose processor cannot be taken over.
         TilewiseError: another thread is in a forward of a denoiser. Threads may run a patched denoiser, each in a pipeline
             with a scheduler of its own, but not patch it.
@@ -105,6 +110,7 @@ def patch(
         vae=vae,
         cache=cache,
         keep=keep,
+        add=add,
     )
     denoisers = denoisers_of(target)
     for name, denoiser in denoisers.items():
@@ -149,6 +155,14 @@ def check_config(name: str, denoiser: nn.Module, config: Config) -> None:
     check_cache(name, denoiser, config.step_cache, None if on is None or on.cache is None else on.cache.config)
     for heads in sorted({layer.heads for layer in layers}):
         config.method.check(heads)
+    if config.add is not None and is_sharded(denoiser):
+        raise UnsupportedModelError(
+            f"{name} runs under context parallelism, and an addition changes forwards of whole sequences: leave add= out, got "
+            f"{additions_text(config.additions)}. Nothing was changed"
+        )
+    named = [one.name for one in config.additions] + ([] if config.step_cache is None else ["cache"])
+    for addition in config.additions:
+        addition.check(name, denoiser, config.method, [other for other in named if other != addition.name])
 
 
 def _configs(denoisers: dict[str, nn.Module]) -> dict[str, Config]:
@@ -202,6 +216,7 @@ def patched(
     vae: bool | None = None,
     cache: CacheLike | None = None,
     keep: str | None = None,
+    add: AddLike | None = None,
 ) -> Iterator[T]:
     """``with patched(pipe, "sta"): …``: patch for the length of a block, then unpatch.
 
@@ -221,6 +236,7 @@ def patched(
         vae=vae,
         cache=cache,
         keep=keep,
+        add=add,
     )
     try:
         yield target

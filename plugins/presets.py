@@ -19,4 +19,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "steps": (0.25, 1.0),
         "blocks": "1:",
     },
+    # UNets past their training size (HiDiffusion, arXiv 2311.17528): both halves of the paper, at its thresholds.
+    "hidiffusion": {
+        "method": {"name": "shifted-windows"},
+        "steps": (0.0, 1.0),
+        "blocks": ":",
+        "add": [{"name": "raunet"}],
+    },
 }

@@ -291,6 +291,7 @@ def summary(target: Any, *, reset: bool = False) -> Summary:
         )
     )
     for name, patch in patches.items():
+        notes += tuple(f"{name}: {told}" for report in patch.reports if (told := report()) is not None)
         notes += tuple(foreign_note(name, denoisers[name], patch.config))
     cache = tuple(row for name, patch in patches.items() if (row := _cache(name, patch, reset)) is not None)
     vae, more = _vae(target, reset)

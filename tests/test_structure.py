@@ -24,7 +24,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("models",),
         ("methods",),
         ("context_parallel",),
-        ("presets", "schedule", "step_caches"),
+        ("additions", "presets", "schedule", "step_caches"),
         ("config",),
         ("runtime",),
         ("patching",),

@@ -16,6 +16,7 @@ from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.media.video import read_frames
 from tilewise.pipelines.quality.metrics import SMALLEST, psnr, ssim
+from tilewise.plugins.additions.base import additions, additions_text
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.step_caches.options import step_cache
 
@@ -42,7 +43,8 @@ class ComparedClip:
 
     @property
     def is_dense(self) -> bool:
-        return self.line["method"]["method"]["name"] == "dense" and self.line["method"].get("cache") is None
+        config = self.line["method"]
+        return config["method"]["name"] == "dense" and config.get("cache") is None and config.get("add") is None
 
     @property
     def counted(self) -> bool | None:
@@ -157,6 +159,7 @@ def _config_name(config: Mapping[str, Any]) -> str:
     name = config["method"]["name"]
     cache = config.get("cache")
     cached = [] if cache is None else [f"cache {step_cache(cache)}"]
+    cached += [f"with {additions_text(additions(config['add']))}"] if config.get("add") is not None else []
     if name == "dense":
         return ", ".join([name, *cached])
     options = [

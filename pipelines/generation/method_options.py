@@ -41,6 +41,12 @@ METHOD_OPTIONS = {
             "Step cache of diffusers: first-block, taylor, mag, sea or pab; options as in first-block:threshold=0.1.",
             shown_default="none",
         ),
+        Option(
+            "add",
+            "method",
+            "What else is put on the model, such as raunet, or broadway:alpha=0.6 (tilewise presets lists all); joined by +.",
+            shown_default="none",
+        ),
     )
 }
 """The options of methods that have names of their own."""

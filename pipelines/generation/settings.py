@@ -28,8 +28,8 @@ RANDOM_SEED = "random"
 MODELS_OWN = "the model's own"
 OWN_VAE = "vae"
 METHOD_HELP = (
-    "sta, draft, xattention, inward, neighborhood, dense, a preset (sta-quality, sta-balanced, sta-fast, draft-quality, "
-    "draft-fast, draft-few-steps), or a config .json."
+    "sta, draft, xattention, inward, neighborhood, shifted-windows, dense, a preset (sta-quality, sta-balanced, sta-fast, "
+    "draft-quality, draft-fast, draft-few-steps, hidiffusion), or a config .json."
 )
 
 

@@ -25,6 +25,13 @@ from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.generate import Clip, Progress, content_score, refuse_patched
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import nothing_left, stock_call
+from tilewise.pipelines.highres.one_stage import (
+    OneStageClip,
+    in_one_stage,
+    make_in_one_stage,
+    one_stage,
+    refuse_stages,
+)
 from tilewise.pipelines.highres.partial_schedule import entered_at, noised, schedule_calls
 from tilewise.pipelines.highres.preparation import Work, few_steps, prepare, trained_grid
 from tilewise.pipelines.highres.settings import HighresSettings
@@ -98,13 +105,14 @@ def highres(
     guidance: float | None = None,
     seed: int = 0,
     **given: Any,
-) -> HighresClip:
-    """Makes a clip of 2–4 times the side length that the model was trained at.
+) -> HighresClip | OneStageClip:
+    """Makes a clip of 2–4 times the side length that the model was trained at. A UNet's is made in one stage (``one_stage``),
+    which takes none of the options of two.
 
     Args:
         pipe: a loaded pipeline of a kind in ``latent_spaces`` (Wan, SkyReels-V2, LTX, Kandinsky 5, HunyuanVideo, 1.5,
-            EasyAnimate, Mochi, Flux, Flux.2, Chroma, Qwen-Image, SD 3, Z-Image), not patched; left as it was found, whatever
-            happens.
+            EasyAnimate, Mochi, Flux, Flux.2, Chroma, Qwen-Image, SD 3, Z-Image), or with the UNet of SD 1.5, SD 2.1 or SDXL; not
+            patched; left as it was found, whatever happens.
         prompt: one prompt. height, width: of the clip, pixels.
         native: (height, width) of the first stage, pixels; default: the model's own, or where the clip has another shape,
             one like it of about as many pixels. One that is given and has another shape than the clip is a UserWarning.
@@ -121,10 +129,15 @@ def highres(
     """
     if not isinstance(prompt, str):
         raise ConfigError("highres makes one clip of one prompt; for several, call it for each")
-    options = dataclasses.replace(options or HighresSettings(), **_known(given))
     shared = {
         "model": model, "negative": negative, "frames": frames, "steps": steps, "guidance": guidance, "seed": seed,
     }  # fmt: skip
+    if in_one_stage(pipe):
+        said = {**given, "native": native, "options": options, "on_native": on_native}
+        refuse_stages([name for name, value in said.items() if value is not None])
+        method = None if native_method == "dense" else native_method
+        return make_in_one_stage(pipe, one_stage(pipe, prompt, height, width, method, shared), progress)
+    options = dataclasses.replace(options or HighresSettings(), **_known(given))
     work = prepare(pipe, prompt, height, width, native, native_method, options, shared)
     refuse_patched(pipe)
     for note in work.notes:

@@ -179,7 +179,8 @@ def latent_space(pipe: Any) -> LatentSpace:
     if kind not in spaces:
         raise UnsupportedModelError(
             f"highres serves {', '.join(sorted(spaces))}, not {kind}: it needs latents that it can encode and enter the schedule "
-            "with. tilewise.patch(pipe, 'inward') gives the window alone"
+            "with. tilewise.patch(pipe, 'inward') gives the window alone, and tilewise.patch(pipe, 'hidiffusion') makes larger "
+            "pictures with the UNet of SD 1.5, SD 2.1 or SDXL"
         )
     space = spaces[kind]
     if (why := space.refuses(pipe)) is not None:

@@ -12,6 +12,7 @@ from tilewise.pipelines.latent_spaces.base import latent_spaces
 from tilewise.pipelines.loading.model_folder import find_model, read_json
 from tilewise.plugins.diffusers_compat import is_enabled
 from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.models.common.denoisers import find_denoisers
 from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.native_size import (
     NATIVE_FILE,
@@ -184,4 +185,11 @@ def size_notes(pipe: Any, height: int, width: int, frames: int | None = None) ->
 
 def highres_hint(pipe: Any) -> str:
     """What to try for a size past the model's own; nothing for models that `highres` does not serve."""
-    return "; --highres makes such a clip by two stages" if type(pipe).__name__ in latent_spaces() else ""
+    if type(pipe).__name__ in latent_spaces():
+        return "; --highres makes such a clip by two stages"
+    return "; --highres, or --method hidiffusion, is made for such sizes" if takes_hidiffusion(pipe) else ""
+
+
+def takes_hidiffusion(pipe: Any) -> bool:
+    """Whether a pipeline's denoiser is a UNet that the preset ``hidiffusion`` serves."""
+    return any(type(one).__name__ == "UNet2DConditionModel" for one in find_denoisers(pipe).values())

@@ -43,7 +43,7 @@ from tilewise.plugins.autoencoders.streaming import streaming_decoder
 from tilewise.plugins.config import MethodLike, resolve
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.patching import check_config, denoisers_of
-from tilewise.plugins.streaming.kv_cache import KEEP_REFUSED, STEP_CACHE_REFUSED, KVCache
+from tilewise.plugins.streaming.kv_cache import ADD_REFUSED, KEEP_REFUSED, STEP_CACHE_REFUSED, KVCache
 
 CAUSAL_FOLDER = "causal"  # of a model folder
 SHARED = (
@@ -134,6 +134,8 @@ def prepare(
         check_stream(skeleton, found, cache_of(found, options.storage), chunk=found.chunk, height=height, width=width)
         if config.step_cache is not None:
             raise ConfigError(STEP_CACHE_REFUSED)
+        if config.add is not None:
+            raise ConfigError(ADD_REFUSED)
         if config.keep is not None:
             raise ConfigError(KEEP_REFUSED)
         used = denoisers_used(skeleton, found)

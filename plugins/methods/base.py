@@ -19,6 +19,7 @@ from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import ConfigError, unknown
+from tilewise.plugins.models.common.family import AttentionLayer
 
 _REGISTRY: dict[str, type[Method]] = {}
 
@@ -40,6 +41,18 @@ class Method:
     def layout(self, grid: Grid) -> Layout | None:
         """Token order for a grid. None: the method leaves every attention call dense."""
         raise NotImplementedError
+
+    def map_layout(self, grid: Grid, layer: AttentionLayer, step: int | None) -> Layout | None:
+        """Token order of a layer with a feature map of its own, as in UNets. Default: ``layout`` of the map.
+
+        grid: the map. step: of the denoising schedule, only given where ``needs_step``. None: the call is dense.
+        """
+        return self.layout(grid)
+
+    @property
+    def needs_step(self) -> bool:
+        """Whether ``map_layout`` goes by the denoising step."""
+        return False
 
     def plan(self, layout: Layout, heads: int, device: torch.device) -> BlockPlan:
         """The key blocks that each query block sees, for a layer with ``heads`` heads.

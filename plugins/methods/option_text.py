@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.errors import ConfigError, unknown
 
 NONE = "none"
 _FLAGS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
@@ -52,6 +52,71 @@ def format_value(value: Any) -> str:
 def kind_words(kind: Any) -> str:
     """A type in words, for messages and tables."""
     return " or ".join(dict.fromkeys(_words(member) for member in _members(kind)))
+
+
+def read_named(what: str, text: str, example: str) -> dict[str, Any]:
+    """``{"name": …, option: text, …}`` from "name:option=value:option=value", or from a JSON object.
+
+    what: how messages call it. example: of such a text.
+
+    Raises:
+        ConfigError: for other text, or an option that is given twice.
+    """
+    text = text.strip()
+    if text.startswith("{"):
+        try:
+            found: dict[str, Any] = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{what}: {text[:80]!r} is not JSON: {error}") from error
+        return found
+    name, *options = text.split(":")
+    read: dict[str, Any] = {"name": name.strip()}
+    for option in options:
+        key, equals, value = option.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(
+                f"{what} {name}: options are written NAME:OPTION=VALUE, such as {example}, not {text[:80]!r}"
+            )
+        if key in read:
+            raise ConfigError(f"{what} {name}: {key} is given twice")
+        read[key] = value.strip()
+    return read
+
+
+def make_named(what: str, value: Any, classes: Mapping[str, type]) -> Any:
+    """A dataclass of ``classes`` from an object with ``name`` and options, whose text is read by the field's type.
+
+    Raises:
+        ConfigError: unknown name or option, with those that there are, or a value that cannot be.
+    """
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ConfigError(
+            f"{what} must be one of {', '.join(classes)}, or an object with name and options, got {str(value)[:80]!r}"
+        )
+    options = {key: given for key, given in value.items() if key != "name"}
+    cls = classes.get(value["name"])
+    if cls is None:
+        raise unknown(what, value["name"], [*classes, NONE])
+    kinds = option_types(cls)
+    for option, given in options.items():
+        if option not in kinds:
+            raise unknown(f"option of {what} {value['name']!r}:", option, kinds)
+        if isinstance(given, str) and kinds[option] is not str:
+            options[option] = parse_value(f"{option} of {what} {value['name']}", given, kinds[option])
+    return cls(**options)
+
+
+def named_text(value: Any) -> str:
+    """The text that `read_named` reads: the name, and the options of a dataclass that are not their defaults."""
+    changed = [field for field in dataclasses.fields(value) if getattr(value, field.name) != field.default]
+    return ":".join([value.name, *(f"{field.name}={format_value(getattr(value, field.name))}" for field in changed)])
+
+
+def named_dict(value: Any) -> dict[str, Any]:
+    """JSON values of a dataclass with a ``name``; `make_named` reads them."""
+    values = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {"name": value.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 
 def _members(kind: Any) -> list[Any]:

@@ -156,7 +156,8 @@ class AttentionCalls:
             return self.planner.prepare(layer, request)
         # Strides too: some kernels take some layouts in memory alone.
         shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
-        known = (forward.grid, forward.layout, layer.downsample, shapes, query.dtype, key.dtype, value.dtype, query.device,
+        own = None if layer.downsample is None else self.state.map_layout(layer)
+        known = (forward.grid, forward.layout, layer.downsample, own, shapes, query.dtype, key.dtype, value.dtype, query.device,
                  request.dropout_p, request.is_causal, request.scale, request.fused, forward.heads,
                  request.rank_order and request.rank_order.parts)  # fmt: skip
         return self._prepared.lookup(known, lambda: self.planner.prepare(layer, request))

@@ -99,8 +99,7 @@ class CallPlanner:
         forward, config = self.state.forward, self.state.config
         own = layer.downsample is not None  # a map of its own
         if own:
-            assert forward.grid is not None
-            layout = config.method.layout(layer.grid(forward.grid))
+            layout = self.state.map_layout(layer)
         else:
             layout = with_text_of(forward.layout, request)
         if layout is None:

@@ -8,6 +8,7 @@ torch.compile never sees this: it runs directly, or inside the operators of ``cu
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ class Forward(threading.local):
         step: of the denoising schedule, if anybody wants to know it.
         noise: the noise level, from 1 to 0, if the method goes by it.
         heads: of the call under way, those that this process computes, where context parallelism splits them; None: all.
+        map: (h, w) of the feature map of the layer under way, where an addition says it; None: the model's usual.
         asked: by layer, how many calls asked the other ranks for their number of tokens.
     """
 
@@ -62,6 +64,7 @@ class Forward(threading.local):
         self.step: int | None = None
         self.noise: float | None = None
         self.heads: range | tuple[int, ...] | None = None
+        self.map: tuple[int, int] | None = None
         self.asked: dict[int, int] = {}
 
 
@@ -133,6 +136,7 @@ class ForwardState:
         forward = self.forward
         forward.whole = grid
         forward.asked.clear()
+        forward.map = None
         grid = None if grid is None else self.config.kept(grid)
         forward.grid = self.grid = grid
         forward.masks.clear()
@@ -148,6 +152,7 @@ class ForwardState:
     def end(self) -> None:
         """The forward is over."""
         self.forward.layout = None
+        self.forward.map = None
         self.forward.masks.clear()
 
     @contextmanager
@@ -215,6 +220,15 @@ class ForwardState:
             )
         return self.steps.noise(timestep)
 
+    def map_layout(self, layer: AttentionLayer) -> Layout | None:
+        """The token order of a layer with a feature map of its own; None: its calls are dense."""
+        forward = self.forward
+        assert forward.grid is not None
+        grid = layer.grid(forward.grid)
+        if forward.map is not None:
+            grid = dataclasses.replace(grid, h=forward.map[0], w=forward.map[1])
+        return self.config.method.map_layout(grid, layer, forward.step)
+
     def method_of(self, number: int) -> Method | None:
         """The method of layer ``number`` in this forward; None: its calls are dense."""
         method: Method | None = self.config.method
@@ -229,7 +243,7 @@ class ForwardState:
     def _follow(self, timestep: torch.Tensor) -> None:
         """Keep count of runs, steps and branches, where somebody goes by them; a bare denoiser's timestep is read for it."""
         forward, method = self.forward, self.config.method
-        wanted = self.observers or (isinstance(method, DynamicMethod) and method.keeps_memory)
+        wanted = self.observers or method.needs_step or (isinstance(method, DynamicMethod) and method.keeps_memory)
         if self.window is not None:
             forward.step = self.window.step
             self.memories.begin(None)

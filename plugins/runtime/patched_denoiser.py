@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tilewise.plugins.additions.base import Report, additions_text
 from tilewise.plugins.autoencoders.patched_vae import VaePatch
 from tilewise.plugins.config import Config, select_blocks
 from tilewise.plugins.context_parallel.checks import check_sharded, why_dense
@@ -59,6 +60,7 @@ class Patch:
         self._handles: list[Any] = []
         self._replacing = threading.Lock()
         self.cache: CacheDriver | None = None
+        self.reports: list[Report] = []  # of the additions
         self.left_alone: dict[str, Any] = {}  # processors that are not taken over, by layer name
         # What the pipeline's VAE got with it, and that VAE; it is not kept alive.
         self.vae: tuple[VaePatch, weakref.ref[nn.Module]] | None = None
@@ -75,6 +77,7 @@ class Patch:
             self._handles += self.family.hooks(denoiser)
             if self.config.fuse:
                 self._handles += self.family.fuse(denoiser, self.calls)
+            self.reports += [one.put_on(self.state, denoiser, self._handles) for one in self.config.additions]
             if self.config.step_cache is not None:  # last: its hooks wrap what is on the blocks
                 names = [layer.name for layer in self.layers]
                 self.cache = CacheDriver(self.name, denoiser, self.config.step_cache, names)
@@ -162,6 +165,12 @@ class Patch:
         grid, refused = self._grid(denoiser, args, kwargs)
         self._look_at_processors()
         if is_sharded(denoiser):
+            if self.config.add is not None:  # context parallelism came after the patch
+                raise TilewiseError(
+                    f"{self.name}: context parallelism was enabled after a patch with "
+                    f"add={additions_text(self.config.additions)}, which changes forwards of whole sequences; patch again "
+                    "without it"
+                )
             refused = why_dense(denoiser) or refused
             check_sharded(self.name, denoiser, self.layers, grid, self.family.one_tensor)
             if self.config.step_cache is not None:  # context parallelism may have come after the patch

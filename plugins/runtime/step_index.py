@@ -51,6 +51,8 @@ class Position(NamedTuple):
     total: int
     is_last: bool = False  # whether no later step follows in this run
     run: Any = None  # the run's timesteps: another run has another object. None: unknown
+    first: int = 0  # the first step of the run: later ones where it begins part-way, as image-to-image does
+    steps: int = 0  # how many the run has
 
 
 class _Run(threading.local):
@@ -105,8 +107,10 @@ class StepIndex:
         if new:
             run.first = step
         # How many of the timesteps the pipeline runs, where it says so: denoising may end before they do (SDXL's denoising_end).
-        count = timesteps_to_run(running) or len(timesteps)
-        return Position(step, len(timesteps), step + 1 in (len(timesteps), run.first + count), timesteps)
+        count = min(timesteps_to_run(running) or len(timesteps), len(timesteps) - run.first)
+        return Position(
+            step, len(timesteps), step + 1 in (len(timesteps), run.first + count), timesteps, run.first, count
+        )
 
     def timestep_at(self, at: Position, timestep: torch.Tensor) -> float:
         """The timestep at a position that ``of`` gave for ``timestep``, as the scheduler counts; may wait for the device."""
@@ -196,7 +200,7 @@ def place_in(timesteps: torch.Tensor, value: Any) -> int | None:
 def by_noise_level(timestep: torch.Tensor) -> Position:
     """The position by the noise level that a timestep in 0 … 1000 names; reads it from the device."""
     level = min(max(float(timestep.max()) / 1000, 0.0), 1.0)
-    return Position(min(FINE - 1, round((1 - level) * FINE)), FINE)
+    return Position(min(FINE - 1, round((1 - level) * FINE)), FINE, steps=FINE)
 
 
 # ── the pipeline that is running ─────────────────────────────────────────────────────────────────────────────────

@@ -7,14 +7,13 @@ A step cache reuses at one denoising step what blocks or attention computed at a
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 from tilewise.plugins.errors import ConfigError, unknown
-from tilewise.plugins.methods.option_text import NONE, format_value, option_types, parse_value
+from tilewise.plugins.methods.option_text import NONE, make_named, named_dict, named_text, read_named
 
 DTYPES = ("bfloat16", "float16", "float32")
 MOST_RATIOS = 10_000
@@ -42,13 +41,11 @@ class StepCache:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; ``step_cache`` reads it."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+        return named_dict(self)
 
     def __str__(self) -> str:
         """The text that ``step_cache`` reads: the name, and the options that are not their defaults."""
-        changed = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
-        return ":".join([self.name, *(f"{field.name}={format_value(getattr(self, field.name))}" for field in changed)])
+        return named_text(self)
 
     def _number(self, name: str, low: float, high: float = math.inf) -> None:
         value = getattr(self, name)
@@ -276,46 +273,8 @@ def step_cache(value: Any) -> StepCache | None:
     if value is None or isinstance(value, StepCache):
         return value
     if isinstance(value, str):
-        value = _read(value.strip())
-        if value is None:
+        if value.strip().lower() in (NONE, "null", ""):
             return None
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise ConfigError(
-            f"cache must be one of {', '.join(CACHES)}, or an object with name and options, got {str(value)[:80]!r}"
-        )
-    options = {key: given for key, given in value.items() if key != "name"}
-    cls = CACHES.get(value["name"])
-    if cls is None:
-        raise unknown("cache", value["name"], [*CACHES, NONE])
-    kinds = option_types(cls)
-    for option, given in options.items():
-        if option not in kinds:
-            raise unknown(f"option of cache {value['name']!r}:", option, kinds)
-        if isinstance(given, str) and kinds[option] is not str:
-            options[option] = parse_value(f"{option} of cache {value['name']}", given, kinds[option])
-    return cls(**options)
-
-
-def _read(text: str) -> dict[str, Any] | None:
-    """``{"name": …, option: text, …}`` from the text of a cache; None for no cache."""
-    if text.lower() in (NONE, "null", ""):
-        return None
-    if text.startswith("{"):
-        try:
-            found: dict[str, Any] = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"cache: {text[:80]!r} is not JSON: {error}") from error
-        return found
-    name, *options = text.split(":")
-    read: dict[str, Any] = {"name": name.strip()}
-    for option in options:
-        key, equals, value = option.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise ConfigError(
-                f"cache {name}: options are written NAME:OPTION=VALUE, such as {FirstBlock(0.1)}, not {text[:80]!r}"
-            )
-        if key in read:
-            raise ConfigError(f"cache {name}: {key} is given twice")
-        read[key] = value.strip()
-    return read
+        value = read_named("cache", value, str(FirstBlock(0.1)))
+    found: StepCache = make_named("cache", value, CACHES)
+    return found

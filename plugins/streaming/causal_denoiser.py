@@ -32,7 +32,7 @@ from tilewise.plugins.runtime.plan_cache import Order
 from tilewise.plugins.streaming.buffers import Buffers
 from tilewise.plugins.streaming.cache_plan import CachePlan, plan_cache
 from tilewise.plugins.streaming.graphs import ForwardGraphs
-from tilewise.plugins.streaming.kv_cache import KEEP_REFUSED, STEP_CACHE_REFUSED, KVCache
+from tilewise.plugins.streaming.kv_cache import ADD_REFUSED, KEEP_REFUSED, STEP_CACHE_REFUSED, KVCache
 from tilewise.plugins.streaming.policies.base import Event, Kept, policy
 from tilewise.plugins.streaming.slots import Slots
 from tilewise.plugins.streaming.sparse_window import SparseWindow
@@ -77,6 +77,8 @@ class CausalDenoiser:
             )
         if patch.cache is not None:
             raise ConfigError(STEP_CACHE_REFUSED)
+        if patch.config.add is not None:
+            raise ConfigError(ADD_REFUSED)
         if patch.config.keep is not None:
             raise ConfigError(KEEP_REFUSED)
         self.policy = policy(cache.policy)

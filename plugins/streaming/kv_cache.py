@@ -24,6 +24,10 @@ STEP_CACHE_REFUSED = (
     "a stream takes no step cache: each forward writes keys and values of its chunk into the KV cache, and blocks that a step "
     "cache skips would leave old ones there. Leave cache= out"
 )
+ADD_REFUSED = (
+    "a stream over a KV cache takes no addition to the model: what it changes in a forward, the chunks in the cache would not "
+    "have. Leave add= out"
+)
 KEEP_REFUSED = (
     "a stream over a KV cache takes no keep: its sink keeps the first latent frames in the window. Give a sink"
 )

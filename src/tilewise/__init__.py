@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tilewise.plugins.methods.draft import Draft
     from tilewise.plugins.methods.inward import Inward
     from tilewise.plugins.methods.neighborhood import Neighborhood
+    from tilewise.plugins.methods.shifted_windows import ShiftedWindows
     from tilewise.plugins.methods.sta import STA
     from tilewise.plugins.methods.xattention import XAttention
     from tilewise.plugins.models.common.family import Family
@@ -52,6 +53,7 @@ __all__ = [
     "KVCache",
     "Method",
     "Neighborhood",
+    "ShiftedWindows",
     "TilewiseError",
     "UnsupportedModelError",
     "WindowRecipe",
@@ -89,6 +91,7 @@ _NAMES_BY_MODULE = {
     "methods.draft": ("Draft",),
     "methods.inward": ("Inward",),
     "methods.neighborhood": ("Neighborhood",),
+    "methods.shifted_windows": ("ShiftedWindows",),
     "methods.sta": ("STA",),
     "methods.xattention": ("XAttention",),
     "models.common.family": ("Family",),

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import attention, families, flex, fused, launch, profiling, render, results, rows, step  # noqa: E402
+from benchmarks import attention, families, flex, fused, launch, profiling, render, results, rows, step, unets  # noqa: E402
 from benchmarks.layers import shortened  # noqa: E402
 from benchmarks.timing import measure  # noqa: E402
 from tilewise.kernels.plans.layout import Grid  # noqa: E402
@@ -391,3 +391,15 @@ def test_gpus_table():
     assert len({line.count("|") for line in lines}) == 1
     assert "| 100.0 ± 1.0 | – | – | – | – | – | 3.0 / – | – |" in lines[2]
     assert "| 1.92 | 2.00 | 7.0% | 1.010 | 3.0 / 3.0 | 1.0e-03 |" in lines[3]
+
+
+def test_unets_run_through_the_published_schedule(tmp_path, capsys):
+    unets.main("cpu", "", 0.01, True, tmp_path)
+    (file,) = tmp_path.glob("*-tiny.json")
+    (row,) = json.loads(file.read_text("utf-8"))["sections"]["unets"]
+    assert row["states"] == {"coarse conv": 8, "coarse level": 12, "usual": 30} and not row["missing"]
+    ms = {name: found["ms"] for name, found in row["forwards"].items()}
+    want = 8 * ms["windows, coarse conv"] + 12 * ms["windows, coarse level"] + 30 * ms["windows, usual"]
+    assert row["runs"]["hidiffusion"] == pytest.approx(want / 1000)
+    assert f"| {want / 1000:.1f} |" in render.unets_table([row])
+    assert "hidiffusion, 50 steps" in capsys.readouterr().out

@@ -34,7 +34,7 @@ from tilewise.pipelines.memory.units import gib
 from tilewise.pipelines.parallel.ranks import Ranks, joined
 from tilewise.pipelines.parallel.world import World, world_from_environment
 from tilewise.plugins.errors import ConfigError
-from tilewise.ui.cli.generate_highres import dry_run_highres, generate_highres
+from tilewise.ui.cli.generate_highres import dry_run_highres, generate_highres, in_one_stage
 from tilewise.ui.cli.generate_stream import dry_run_stream, generate_stream
 from tilewise.ui.cli.parallel import (
     check_parallel,
@@ -69,7 +69,7 @@ class Work:
 
 def dry_run_request(request: Request) -> None:
     """Prints the settings and what the method would do. Nothing is written, and no weights are read."""
-    request = _followed(request)
+    request = in_one_stage(_followed(request))
     if request.options.get("stream"):
         dry_run_stream(request)
         return
@@ -91,7 +91,7 @@ def dry_run_request(request: Request) -> None:
 def generate_request(request: Request) -> None:
     """Makes the clip, or with --compare both clips, and reports. Started by torchrun, its processes make one clip together."""
     with joined(world_from_environment(), request.device) as ranks:
-        request = ranks.together(lambda: _followed(own_request(request, ranks)))
+        request = ranks.together(lambda: in_one_stage(_followed(own_request(request, ranks))))
         ranks.together(lambda: refuse_parallel(request, ranks))
         if request.options.get("stream"):
             generate_stream(request)

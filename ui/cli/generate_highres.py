@@ -16,8 +16,10 @@ from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run,
 from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.resolve import explain_settings, prompt_notes
 from tilewise.pipelines.generation.settings import DEFAULT_MODEL, GenerateSettings
+from tilewise.pipelines.highres.one_stage import METHOD, refuse_stages
+from tilewise.pipelines.highres.one_stage import in_one_stage as is_one_stage
 from tilewise.pipelines.highres.preparation import SHARED_BY_STAGES, Work, prepare
-from tilewise.pipelines.highres.settings import HighresSettings
+from tilewise.pipelines.highres.settings import HIGHRES, TWO_STAGE_OPTIONS, HighresSettings
 from tilewise.pipelines.highres.two_stages import HighresClip, add_content_score, make
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.load import cast_skeleton, load_pipeline, load_skeleton
@@ -105,6 +107,26 @@ def generate_highres(request: Request) -> None:
     print_files(files)
     if found.origin is not None and _is_the_same(work, found.origin):
         print_sameness(made.clip, found.origin, request.source)
+
+
+def in_one_stage(request: Request) -> Request:
+    """The request of a UNet's clip without --highres: a method makes it at the target's size, in one stage. Others as they are.
+
+    Raises:
+        ConfigError: for options of two stages.
+    """
+    options = request.options
+    if not options.get(HIGHRES.name):
+        return request
+    origin = request.origin()
+    model = options.get("model") or (origin.settings.model if origin is not None else DEFAULT_MODEL)
+    if not is_one_stage(load_skeleton(model)):
+        return request
+    refuse_stages([name for name in TWO_STAGE_OPTIONS if name in options], flags=True)
+    kept = {name: value for name, value in options.items() if name != HIGHRES.name}
+    if "method" not in kept:
+        kept["method"] = METHOD
+    return dataclasses.replace(request, options=kept)
 
 
 def _check(request: Request, *, create: bool) -> _Checked:

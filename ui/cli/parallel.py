@@ -49,6 +49,11 @@ def check_parallel(
             settings.method.cache is not None,
             "decides by the tokens of one process whether the next step runs",
         ),
+        (
+            "--add",
+            settings.method.add is not None,
+            "changes forwards of whole sequences",
+        ),
     ):
         if asked:
             raise ConfigError(f"{name} cannot be used with {ranks.count} processes: it {why}. Leave it out")

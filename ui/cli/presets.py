@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 
 from rich.table import Table
 
+from tilewise.plugins.additions.base import additions, additions_text, all_additions
 from tilewise.plugins.config import SHARED_OPTIONS, Config, presets, resolve
 from tilewise.plugins.methods.base import methods
 from tilewise.plugins.methods.option_text import format_value, kind_words, option_types
@@ -25,6 +27,7 @@ def presets_command(*, as_json: bool) -> None:
     for name, preset in PRESETS.items():
         options = [f"{key}={format_value(value)}" for key, value in preset["method"].items() if key != "name"]
         schedule = f"steps {format_value(preset['steps'])}, blocks {preset['blocks']}"
+        schedule += f", with {additions_text(additions(preset['add']))}" if "add" in preset else ""
         table.add_row(name, " ".join([preset["method"]["name"], *options]), schedule)
     out.print(table)
     table = Table(
@@ -42,16 +45,18 @@ def presets_command(*, as_json: bool) -> None:
     for number, (option, kind) in enumerate(SHARED_OPTIONS.items()):
         table.add_row("" if number else "all but dense", option, kind_words(kind), format_value(_default(option)))
     out.print(table)
-    out.print(_caches())
+    out.print(_named("cache", CACHES))
+    out.print(_named("add", all_additions()))
     say(
         "--density, --window, --blocks and --steps-sparse are options of their own; where a default is none, see docs/methods.md"
     )
 
 
-def _caches() -> Table:
-    """Step caches with their options."""
-    table = Table("cache", "option", "value", "default", title="--cache CACHE:OPTION=VALUE", title_justify="left")
-    for name, cls in CACHES.items():
+def _named(flag: str, classes: Mapping[str, type]) -> Table:
+    """Step caches, or additions, with their options."""
+    title = f"--{flag} {flag.upper()}:OPTION=VALUE"
+    table = Table(flag, "option", "value", "default", title=title, title_justify="left")
+    for name, cls in classes.items():
         fields, kinds = dataclasses.fields(cls), option_types(cls)
         for number, field in enumerate(fields):
             row = ("" if number else name, field.name, kind_words(kinds[field.name]), format_value(field.default))

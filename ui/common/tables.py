@@ -16,6 +16,7 @@ from tilewise.pipelines.memory.units import amount
 from tilewise.pipelines.quality.content_score import parse_prompt
 from tilewise.pipelines.streaming.record import Recorded
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
+from tilewise.plugins.additions.base import additions_text
 from tilewise.plugins.config import Config
 from tilewise.plugins.schedule.steps import steps_words
 from tilewise.plugins.text_format import counted
@@ -140,6 +141,8 @@ def method_words(config: Config) -> str:
         words.append(f"steps {steps_words(config.steps)}, blocks {config.blocks}")
     if config.cache is not None:
         words.append(f"cache {config.cache}")
+    if config.add is not None:
+        words.append(f"with {additions_text(config.additions)}")
     return " ".join(words)
 
 

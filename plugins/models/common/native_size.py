@@ -59,6 +59,8 @@ def native_pixels(pipe: Any) -> Size:
     defaults = {name: p.default for name, p in call_parameters(pipe).items() if isinstance(p.default, int)}
     found = {**{name: defaults.get(name) for name in ("height", "width")}, "frames": defaults.get("num_frames")}
     sample = getattr(pipe, "default_sample_size", None)
+    if sample is None and hasattr(pipe, "unet"):
+        sample = getattr(getattr(pipe.unet, "config", None), "sample_size", None)
     if isinstance(sample, int) and found["height"] is None:
         side = sample * getattr(pipe, "vae_scale_factor", 8)
         found.update(height=side, width=side)

@@ -86,5 +86,5 @@ def test_a_config_holds_it(tmp_path):
 
 def test_dense_takes_a_cache_and_nothing_else():
     assert tilewise.resolve("dense").with_options({"cache": "taylor"}).cache == TaylorSeer()
-    with pytest.raises(tilewise.ConfigError, match="Its only one is cache"):
+    with pytest.raises(tilewise.ConfigError, match="Its only ones are cache and add"):
         tilewise.resolve("dense").with_options({"blocks": "1:"})

@@ -302,7 +302,7 @@ BAD = {
     "window for dense": (
         ["--method", "dense", "--window", "3,3,3"],
         2,
-        "method 'dense' has no option 'window'. Its only one is cache",
+        "method 'dense' has no option 'window'. Its only ones are cache and add",
     ),
     "window for draft": (
         ["--method", "draft", "--window", "3,3,3"],

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from tilewise.pipelines.conditioning.files import ROLES
+from tilewise.plugins.additions.base import all_additions
 from tilewise.plugins.config import resolve
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.methods.base import methods
@@ -79,6 +80,10 @@ class Controls:
             made["cache"] = gr.Dropdown(
                 [NONE, *CACHES], value=first["cache"], allow_custom_value=True, elem_id="cache",
                 label="Step cache, with options such as first-block:threshold=0.1",
+            )  # fmt: skip
+            made["add"] = gr.Dropdown(
+                [NONE, *all_additions()], value=first["add"], allow_custom_value=True, elem_id="add",
+                label="Put on the model beside it, with options such as broadway:alpha=0.6, joined by +",
             )  # fmt: skip
             with gr.Row():
                 made["fps"] = gr.Number(native.fps, label="Frames per second", elem_id="fps")

@@ -17,6 +17,7 @@ from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.generation.settings import MAX_SEED, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.options import Option, options_of
+from tilewise.plugins.additions.base import additions_text
 from tilewise.plugins.config import DEFAULT_STEPS, Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import make_method, methods
@@ -26,7 +27,7 @@ from tilewise.ui.web.forms.method_controls import FIELDS as MEASURE_FIELDS
 from tilewise.ui.web.forms.method_controls import MEASURES, is_per_head, measure_values, measured, measures_of
 from tilewise.ui.web.jobs.models import Models
 
-METHOD_FIELDS = ("method", *MEASURE_FIELDS, "options", "from_step", "to_step", "blocks", "cache")
+METHOD_FIELDS = ("method", *MEASURE_FIELDS, "options", "from_step", "to_step", "blocks", "cache", "add")
 # Visitors name no files of the server; those that they upload are kept by the page (`uploads.py`).
 SETTINGS = {
     name: option for name, option in options_of(GenerateSettings).items() if not option.names_file or name in ROLES
@@ -69,7 +70,7 @@ def config_of(values: Mapping[str, Any]) -> Config:
     if base.method.name == "dense":
         if options:
             raise ConfigError(f"dense has no options, not {', '.join(options)}")
-        return resolve("dense", cache=str(values["cache"] or NONE))
+        return resolve("dense", cache=str(values["cache"] or NONE), add=str(values["add"] or NONE))
     for measure in measures_of(name):
         if measure in options and not is_per_head(options[measure]):
             raise ConfigError(
@@ -78,9 +79,8 @@ def config_of(values: Mapping[str, Any]) -> Config:
     kept = {} if any(measure in options for measure in MEASURES) else measured(name, values)
     method = make_method(base.method.name, {**options, **kept})
     steps = (_number("from", values["from_step"]), _number("to", values["to_step"]))
-    return dataclasses.replace(
-        base, method=method, steps=steps, blocks=str(values["blocks"] or ":"), cache=str(values["cache"] or NONE)
-    )
+    beside: dict[str, Any] = {name: str(values[name] or NONE) for name in ("cache", "add")}
+    return dataclasses.replace(base, method=method, steps=steps, blocks=str(values["blocks"] or ":"), **beside)
 
 
 def values_of(settings: GenerateSettings) -> dict[str, Any]:
@@ -129,6 +129,7 @@ def method_values(config: Config) -> dict[str, Any]:
         "to_step": high,
         "blocks": config.blocks,
         "cache": NONE if config.cache is None else str(config.cache),
+        "add": additions_text(config.additions),
     }
 
 

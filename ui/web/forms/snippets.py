@@ -15,6 +15,7 @@ from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.loading.model_defaults import ModelDefaults, guider_of
 from tilewise.pipelines.media.files import suffix_of
 from tilewise.pipelines.options import options_of
+from tilewise.plugins.additions.base import additions_text
 from tilewise.plugins.config import SHARED_OPTIONS, Config, presets, resolve
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import methods
@@ -94,6 +95,8 @@ def _differences(base: Config, config: Config) -> dict[str, str]:
     }
     if config.steps != base.steps:
         changed["steps_sparse"] = config.steps
+    if changed.get("add", ()) != ():
+        changed["add"] = additions_text(config.additions)
     return {field_name(name): format_value(value) for name, value in changed.items()}
 
 

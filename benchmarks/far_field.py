@@ -10,16 +10,15 @@ cost           pairs of the window and of queries and means ÷ all token pairs: 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from benchmarks.timing import measure
-from tilewise.kernels.attention.dispatch import choose_backend
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.methods.sta import STA
-from tilewise.plugins.runtime.sparse_call import add_means, far_means, run_plan, run_with_means
+from tilewise.plugins.runtime.sparse_call import add_means, choose, far_means, run_plan, run_with_means
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,12 @@ class Row:
     tile: tuple[int, int, int]
     window: tuple[int, int, int] = (3, 3, 3)
     head_dim: int = 128
+    precision: str | None = None  # of the products; None: 16 bits
 
     @property
     def name(self) -> str:
-        return f"STA {self.window} of {self.tile} on {self.grid}, {self.heads} heads × {self.head_dim}"
+        what = f"STA {self.window} of {self.tile} on {self.grid}, {self.heads} heads × {self.head_dim}"
+        return f"{what}, {self.precision}" if self.precision else what
 
     def methods(self) -> dict[str, STA]:
         window: dict[str, Any] = {"window": self.window, "tile": self.tile}
@@ -45,7 +46,8 @@ class Row:
         }
 
 
-ROWS = [Row(Grid(30, 48, 80), 24, (6, 8, 8)), Row(Grid(21, 45, 80), 40, (3, 5, 8))]
+LONG = Row(Grid(30, 48, 80), 24, (6, 8, 8))
+ROWS = [LONG, replace(LONG, precision="int8"), Row(Grid(21, 45, 80), 40, (3, 5, 8))]
 TINY = [Row(Grid(6, 12, 12), 2, (3, 4, 4), (1, 1, 3), 64)]
 
 
@@ -59,7 +61,7 @@ def run_row(row: Row, device: torch.device, seconds: float) -> dict[str, Any]:
     for name, method in row.methods().items():
         layout = method.layout(row.grid)
         plan = method.plan(layout, row.heads, device)
-        choice = choose_backend(q, k, v, plan)
+        choice, _ = choose((q, k, v), plan, row.precision)
         far = plan.far is not None
         parts = {}
 

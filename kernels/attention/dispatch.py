@@ -261,8 +261,9 @@ def block_sparse_attention(
 
 
 def takes_means(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: Choice) -> bool:
-    """Whether ``block_sparse_attention_with_means`` takes a call: what was chosen for it takes means in the same launch."""
-    return choice.backend == "gluon" and q.is_cuda and _plain(q, k, v)
+    """Whether what was chosen for a call takes means in the same launch: ``block_sparse_attention_with_means``, or in 8 bits
+    ``block_sparse_attention_8bit_with_means``."""
+    return choice.backend in ("gluon", "int8", "fp8") and q.is_cuda and _plain(q, k, v)
 
 
 def block_sparse_attention_with_means(
@@ -285,18 +286,23 @@ def block_sparse_attention_with_means(
     Raises:
         ValueError: means that do not fit the call, with all shapes.
     """
+    check_means(q, k, plan, means)
+    from tilewise.kernels.attention.backends.hopper import hopper_forward
+
+    return hopper_forward(q, k, v, plan, 1 / math.sqrt(q.shape[3]) if scale is None else scale, means)[0]
+
+
+def check_means(q: torch.Tensor, k: torch.Tensor, plan: BlockPlan, means: BlockCompensation) -> None:
+    """Raises ValueError where means do not fit a call, with all shapes."""
     (B, _, H, D), N = q.shape, means.key_mean.shape[1]
     blocks = plan.index.shape[2]
     fits = means.key_mean.shape == means.value_mean.shape == (B, N, k.shape[2], D)
     if not fits or means.bias.shape != (B, H, blocks, N):
         raise ValueError(
-            f"block_sparse_attention_with_means: key_mean {tuple(means.key_mean.shape)}, value_mean "
+            f"attention with means: key_mean {tuple(means.key_mean.shape)}, value_mean "
             f"{tuple(means.value_mean.shape)} and bias {tuple(means.bias.shape)} do not fit q {tuple(q.shape)}, the {k.shape[2]} "
             f"key heads and the {blocks} query blocks of the plan"
         )
-    from tilewise.kernels.attention.backends.hopper import hopper_forward
-
-    return hopper_forward(q, k, v, plan, 1 / math.sqrt(D) if scale is None else scale, means)[0]
 
 
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

@@ -20,7 +20,8 @@ import math
 
 import torch
 
-from tilewise.kernels.attention.dispatch import _gluon_unavailable, choose_backend
+from tilewise.kernels.attention.block_compensation import BlockCompensation
+from tilewise.kernels.attention.dispatch import _gluon_unavailable, check_means, choose_backend
 from tilewise.kernels.attention.quantize import VALUES, Precision, Quantized, key_order, quantize
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan
@@ -89,6 +90,25 @@ def block_sparse_attention_8bit(
         plan.head_set, plan.key_encoding, plan.row_encoding, plan.guard_bits, plan.block, scale, precision,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def block_sparse_attention_8bit_with_means(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    means: BlockCompensation,
+    *,
+    precision: Precision,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """As ``block_sparse_attention_with_means``, in 8 bits: the means are quantized as keys and values are, 128 to a block."""
+    check_means(q, k, plan, means)
+    from tilewise.kernels.attention.backends.hopper_8bit import hopper_8bit_forward
+
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    small = quantize(q, k, v, plan, scale, precision, (means.key_mean, means.value_mean))
+    return hopper_8bit_forward(small, plan, scale, q.shape[1], q.dtype, means)[0]
 
 
 @torch.library.custom_op("tilewise::block_sparse_attention_8bit", mutates_args=(), device_types=("cpu", "cuda"))

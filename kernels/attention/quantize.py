@@ -34,7 +34,7 @@ class Quantized:
     Attributes:
         q: (B, H, Nq, R, D) int8.
         q_facts: (B, H, Nq, 2, R) float32: the row's scale c, and scale · q·μ, which the log-sum-exp lacks.
-        k: (B, Hk, Nk, R, D) int8.
+        k: (B, Hk, Nk, R, D) int8. Where means stand for keys, their blocks of R follow: Nk + L of them, here and below.
         v: (B, Hk, Nk, D, R) int8 or float8_e4m3fn, keys in ``key_order``.
         kv_scales: (B, Hk, Nk, 2) float32: the block's scales s and u.
         v_facts: (B, Hk, 2, D) float32: σ and ν.
@@ -70,15 +70,30 @@ def sample_statistics(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def quantize(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, precision: Precision
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: BlockPlan,
+    scale: float,
+    precision: Precision,
+    means: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Quantized:
-    """Shapes as in ``block_sparse_attention``, 16 ≤ D a power of two. ``scale``: of the scores."""
+    """Shapes as in ``block_sparse_attention``, 16 ≤ D a power of two.
+
+    scale: of the scores. means: (B, N, Hk, D) of keys and of values each, which stand for keys that the plan leaves out.
+    """
     k_mean, v_facts = sample_statistics(k, v)
     if runs_triton(q.device):
         from tilewise.kernels.attention.triton_quantize import triton_quantize
 
-        return triton_quantize(q, k, v, plan, scale, precision, k_mean, v_facts)
-    return quantize_naive(q, k, v, plan, scale, precision, k_mean, v_facts)
+        return triton_quantize(q, k, v, plan, scale, precision, k_mean, v_facts, means)
+    return quantize_naive(q, k, v, plan, scale, precision, k_mean, v_facts, means)
+
+
+def blocks_of_means(means: int, room: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(L,) int32 each: the first mean of each block of ``room``, and how many it has."""
+    start = torch.arange(0, means, room, dtype=torch.int32, device=device)
+    return start, (means - start).clamp(max=room)
 
 
 def quantize_naive(
@@ -90,6 +105,7 @@ def quantize_naive(
     precision: Precision,
     k_mean: torch.Tensor,
     v_facts: torch.Tensor,
+    means: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Quantized:
     """The formulas above, as they are written."""
     R = plan.block
@@ -98,9 +114,14 @@ def quantize_naive(
     shift = scale * (queries * k_mean.repeat_interleave(group, 1)[:, :, None, None]).sum(-1)
     q8, q_scale = _to_8bit(queries, (-1,), torch.int8, 127.0)
     keys = _blocks(k - k_mean[:, None], plan.k_start, plan.k_rows, R)
+    if means is not None:
+        of_means = blocks_of_means(means[0].shape[1], R, k.device)
+        keys = torch.cat([keys, _blocks(means[0] - k_mean[:, None], *of_means, R)], 2)
     k8, k_scale = _to_8bit(keys, (-1, -2), torch.int8, 127.0)
     spread, mean = v_facts[:, None].unbind(3)
     values = _blocks((v - mean) / spread, plan.k_start, plan.k_rows, R)
+    if means is not None:
+        values = torch.cat([values, _blocks((means[1] - mean) / spread, *of_means, R)], 2)
     v8, v_scale = _to_8bit(values[..., key_order(R, v.device), :].transpose(-1, -2), (-1, -2), *VALUES[precision])
     return Quantized(
         q=q8,

@@ -106,7 +106,7 @@ def prepare(
     two = first.guidance > 1 and not space.distilled
     samples = 2 if two and space.one_batch else 1
     guided = 2 if two and (options.guided == "all" or space.one_batch) else 1
-    method = Inward((seen.h, seen.w), temperature=options.temperature)
+    method = Inward((seen.h, seen.w), temperature=options.temperature, far=options.far)
     planned: dict[str, Any] = {
         "height": height, "width": width, "frames": first.frames, "branches": guided, "samples": samples,
         "limit": options.max_memory, "device": device, "full_path": options.global_path != "none",

@@ -22,6 +22,7 @@ UPSCALES = ("bicubic", "bilinear", "lanczos", "latent")
 ROPE = ("ntk", "yarn")
 ROPE_TIME = ("riflex", *ROPE)
 PRECISIONS = ("int8", "fp8")
+FAR = ("cells", "tiles")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class HighresSettings:
             says nothing, for other models the scheduler's own.
         temperature: whether the window's attention is sharpened by the paper's scale.
         window: native height and width in pixels that the window stands for; None: the native stage's.
+        far: "cells" or "tiles": means of small cells, or one a tile, stand for what the window leaves out; None: nothing does.
         rope: "ntk" or "yarn" for height and width; None: unchanged. rope_time: "riflex", "ntk" or "yarn".
         precision: "int8" or "fp8": the target's attention with 8-bit products on a Hopper GPU, see ``Config``; a full path that
             is dense or pooled stays in the model's 16 bits. None: all of it.
@@ -72,6 +74,13 @@ class HighresSettings:
         name="highres_window",
         help="Size that the window covers, HxW in pixels.",
         shown_default="the first stage's",
+    )
+    far: str | None = option(
+        None,
+        name="highres_far",
+        help="Means that stand for what the window leaves out.",
+        choices=FAR,
+        shown_default="none",
     )
     rope: str | None = option(
         None, help="Rotary scaling of height and width (Wan).", choices=ROPE, shown_default="unchanged"

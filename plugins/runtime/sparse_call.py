@@ -21,7 +21,12 @@ from tilewise.kernels.attention.dispatch import (
     takes_means,
 )
 from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
-from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit, unavailable_8bit, unsupported_8bit
+from tilewise.kernels.attention.dispatch_8bit import (
+    block_sparse_attention_8bit,
+    block_sparse_attention_8bit_with_means,
+    unavailable_8bit,
+    unsupported_8bit,
+)
 from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Layout
@@ -110,6 +115,9 @@ def run_with_means(
     means = skipped or far_means(qkv, plan, qkv[0].dtype if at_once else None)
     if means is None:
         return run_plan(qkv, plan, choice, scale)
+    if at_once and choice.backend in PRECISIONS:
+        precision: Any = choice.backend
+        return block_sparse_attention_8bit_with_means(*qkv, plan, means, precision=precision, scale=scale)
     if at_once:
         return block_sparse_attention_with_means(*qkv, plan, means, scale)
     out, lse = run_plan(qkv, plan, choice, scale, return_lse=True)

@@ -16,6 +16,9 @@ that a block of small weights cannot overflow it.
 A consumer issues the values of block j − 1 and the scores of block j together, adds up while the latter run, and leaves
 its softmax to be covered by the other consumer's products.
 
+Means that stand for keys which a list leaves out are further key blocks, as in hopper.py. Their bias is added to the integer
+scores, in units of c·s: it is exact to half a unit, as the scores are.
+
 An 8-bit operand in registers holds four neighbouring keys a thread, an accumulator two and two: the values' keys are stored in
 the order that makes the weights' registers the operand's (``key_order`` in quantize.py), so that nothing is exchanged.
 """
@@ -34,9 +37,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tilewise.kernels.attention.backends.hopper import BLOCK, HALF, LN2, LOG2E, _encoded_keys, _next
+from tilewise.kernels.attention.backends.hopper import BLOCK, HALF, LN2, LOG2E, LOG_2_E, _encoded_keys, _next
+from tilewise.kernels.attention.block_compensation import BlockCompensation
 from tilewise.kernels.attention.quantize import Quantized
 from tilewise.kernels.plans.block_plan import BlockPlan
+from tilewise.kernels.plans.mean_lists import every_block
 
 NOTHING = gl.constexpr(-(2**31))  # the score of a key that a row does not see
 SMALLEST = gl.constexpr(2.0**-27)
@@ -47,9 +52,10 @@ FP8_TOP = gl.constexpr(8.0)  # 256, a power of two below e4m3's 448
 
 @gluon.jit
 def _produce(
-    k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty, index, count, first_block, STAGES: gl.constexpr
-):
-    """Keys and values of entries 1 … count − 1; those of entry 0 are already on their way."""
+    k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty, index, count, first_block,
+    mean_index, mean_count, first_mean, HAS_MEANS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Keys and values of entries 1 … count − 1; those of entry 0 are already on their way. Then the means."""
     BLOCK_N: gl.constexpr = k_ring.shape[1]
     D: gl.constexpr = k_ring.shape[2]
     stage, phase = _next(0, 0, STAGES)
@@ -68,6 +74,16 @@ def _produce(
         tma.async_copy_global_to_shared(v_desc, [row, 0], v_full.index(stage), v_ring.index(stage))
         block = following
         stage, phase = _next(stage, phase, STAGES)
+    if HAS_MEANS:
+        for j in range(mean_count):
+            block = first_block + first_mean + gl.load(mean_index + j)
+            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, [block * BLOCK_N, 0], k_full.index(stage), k_ring.index(stage))
+            mbarrier.wait(v_empty.index(stage), phase ^ 1)
+            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(v_desc, [block * D, 0], v_full.index(stage), v_ring.index(stage))
+            stage, phase = _next(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -83,6 +99,20 @@ def _hide_intervals(s, encoded, row_lo, row_hi, guard_bits):
     above = (encoded | guard_bits)[None, :] - row_lo[:, None]
     below = row_hi[:, None] - encoded[None, :]
     return gl.where((guard_bits & ~(above & below)) == 0, s, NOTHING)
+
+
+@gluon.jit
+def _units(bias, unit):
+    """A bias (base 2) as a number of score units, which are at least SMALLEST; within 2³⁰, far beyond any score."""
+    number = bias / gl.maximum(unit, SMALLEST)
+    return gl.minimum(gl.maximum(number, -1073741824.0), 1073741824.0).to(gl.int32)
+
+
+@gluon.jit
+def _add_bias(s, bias, unit):
+    """Integer scores with the bias of each mean; NOTHING where that is −inf."""
+    biased = s + _units(bias[None, :], unit[:, None])
+    return gl.where((bias == float("-inf"))[None, :], NOTHING, biased)
 
 
 @gluon.jit
@@ -169,12 +199,14 @@ def _steps(
     acc, s, row_max, base, row_sum, begin, end, k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit,
     q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
     index, last, key_start, k_rows, kv_scales, key_encoding, row_lo, row_hi, guard_bits, scale,
-    MASK_ROWS: gl.constexpr, MASK_INTERVALS: gl.constexpr, STAGES: gl.constexpr, TOP: gl.constexpr,
+    first_mean, bias, means, even_bias,
+    MASK_ROWS: gl.constexpr, MASK_INTERVALS: gl.constexpr, MEANS: gl.constexpr, STAGES: gl.constexpr, TOP: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Entries begin … end − 1 of the list: the scores of each, and the weights and values of the one before it.
 
     ``block``: number of entry begin. ``k_scale``, ``v_scale``: of the entry before it. ``v_unit``: of the one before that.
+    MEANS: they are blocks of means, whose numbers begin at ``first_mean``: "even" ones with one bias, or "uneven" ones.
     """
     BLOCK_N: gl.constexpr = k_ring.shape[1]
     D: gl.constexpr = k_ring.shape[2]
@@ -184,7 +216,10 @@ def _steps(
         following = gl.load(index + gl.minimum(j + 1, last))
         next_k_scale = gl.load(kv_scales + 2 * block)
         next_v_scale = gl.load(kv_scales + 2 * block + 1)
-        weights, row_max, base, fade = _weigh(s, scale * k_scale, row_max, base, MASK_ROWS, TOP)
+        if MEANS == "no":
+            weights, row_max, base, fade = _weigh(s, scale * k_scale, row_max, base, MASK_ROWS, TOP)
+        else:
+            weights, row_max, base, fade = _weigh(s, scale * k_scale, row_max, base, True, TOP)
         p = _narrow(weights, v_ring.dtype, P_LAYOUT)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         o = warpgroup_mma(
@@ -207,13 +242,22 @@ def _steps(
             rows = gl.load(k_rows + block)
         if MASK_INTERVALS:
             encoded = _encoded_keys(key_encoding, gl.load(key_start + j), rows, guard_bits, BLOCK_N, S_LAYOUT)
+        if MEANS == "uneven":
+            mean = (block - first_mean) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
+            of_mean = gl.load(bias + mean, mask=mean < means, other=float("-inf")) * LOG_2_E
         s = warpgroup_mma_wait(0, deps=[s])
         mbarrier.arrive(k_empty.index(k_stage))
         if MASK_INTERVALS:
             s = _hide_intervals(s, encoded, row_lo, row_hi, guard_bits)
         elif MASK_ROWS:
             s = _hide_rows(s, rows, S_LAYOUT)
+        if MEANS == "even":
+            s += _units(even_bias, scale * next_k_scale)[:, None]
+        elif MEANS == "uneven":
+            s = _add_bias(s, of_mean, scale * next_k_scale)
         block = following
+        if MEANS != "no":
+            block += first_mean
         v_unit = v_scale
         k_scale = next_k_scale
         v_scale = next_v_scale
@@ -227,7 +271,8 @@ def _consume(
     q_smem, o_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
     out_ptr, lse_ptr, stride_os, index, key_start, k_rows, q_facts, kv_scales, v_facts,
     key_encoding, row_lo_ptr, row_hi_ptr, guard_bits, complete_end, ragged_end, partial_end, query, rows, scale,
-    WHO: gl.constexpr, HAS_INTERVALS: gl.constexpr, STAGES: gl.constexpr,
+    mean_index, even_means, mean_count, first_mean, bias, means, even_bias,
+    WHO: gl.constexpr, HAS_INTERVALS: gl.constexpr, HAS_MEANS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = k_ring.shape[1]
     D: gl.constexpr = k_ring.shape[2]
@@ -287,14 +332,14 @@ def _consume(
         k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit,
         q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
         index, last, key_start, k_rows, kv_scales, key_encoding, row_lo, row_hi, guard_bits, row_scale,
-        False, False, STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+        first_mean, bias, means, even_bias, False, False, "no", STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
     )  # fmt: skip
     acc, s, row_max, base, row_sum, k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit = _steps(
         acc, s, row_max, base, row_sum, gl.maximum(complete_end, 1), ragged_end,
         k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit,
         q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
         index, last, key_start, k_rows, kv_scales, key_encoding, row_lo, row_hi, guard_bits, row_scale,
-        True, False, STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+        first_mean, bias, means, even_bias, True, False, "no", STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
     )  # fmt: skip
     if HAS_INTERVALS:
         acc, s, row_max, base, row_sum, k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit = _steps(
@@ -302,7 +347,24 @@ def _consume(
             k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit,
             q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
             index, last, key_start, k_rows, kv_scales, key_encoding, row_lo, row_hi, guard_bits, row_scale,
-            True, True, STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+            first_mean, bias, means, even_bias, True, True, "no", STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+        )  # fmt: skip
+    if HAS_MEANS:
+        block = first_mean + gl.load(mean_index)
+        last = gl.maximum(mean_count, 1) - 1
+        acc, s, row_max, base, row_sum, k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit = _steps(
+            acc, s, row_max, base, row_sum, 0, even_means,
+            k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit,
+            q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+            mean_index, last, key_start, k_rows, kv_scales, key_encoding, row_lo, row_hi, guard_bits, row_scale,
+            first_mean, bias, means, even_bias, False, False, "even", STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+        )  # fmt: skip
+        acc, s, row_max, base, row_sum, k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit = _steps(
+            acc, s, row_max, base, row_sum, even_means, mean_count,
+            k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit,
+            q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
+            mean_index, last, key_start, k_rows, kv_scales, key_encoding, row_lo, row_hi, guard_bits, row_scale,
+            first_mean, bias, means, even_bias, False, False, "uneven", STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
         )  # fmt: skip
     weights, row_max, base, fade = _weigh(s, row_scale * k_scale, row_max, base, True, TOP)
     p = _narrow(weights, v_ring.dtype, P_LAYOUT)
@@ -343,10 +405,12 @@ def hopper_8bit_kernel(
     q_facts, kv_scales, v_facts,
     q_start, q_rows, k_rows, index, key_start, ends, head_set, key_encoding, row_encoding, guard_bits,
     stride_plan, q_blocks, k_blocks, longest, heads, group, q_len, scale,
+    mean_index, mean_ends, bias, stride_mean_set, stride_mean_block, stride_bias_b, stride_bias_h, means, first_mean, even_bias,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SHARED_SET: gl.constexpr, HAS_HEAD_SET: gl.constexpr,
-    HAS_INTERVALS: gl.constexpr, O_SHARED: gl.constexpr,
+    HAS_INTERVALS: gl.constexpr, HAS_MEANS: gl.constexpr, O_SHARED: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (query blocks, batch × heads). ``scale`` includes log2(e)."""
+    """Grid: (query blocks, batch × heads). ``scale`` and ``even_bias`` include log2(e). Means: as in ``hopper_kernel``; the
+    blocks of theirs are the key blocks from ``first_mean`` on."""
     block = gl.program_id(0)
     batch = gl.program_id(1) // heads
     head = gl.program_id(1) % heads
@@ -369,6 +433,14 @@ def hopper_8bit_kernel(
     lse_ptr += (batch.to(gl.int64) * heads + head) * q_len
     row_lo = row_encoding + set_of_head.to(gl.int64) * 2 * q_len
     row_hi = row_lo + q_len
+    even_means = 0
+    mean_count = 0
+    if HAS_MEANS:
+        listing = set_of_head * stride_mean_set + block * stride_mean_block
+        even_means = gl.load(mean_ends + listing * 2)
+        mean_count = gl.load(mean_ends + listing * 2 + 1)
+        mean_index += listing * ((means + BLOCK_N - 1) // BLOCK_N)
+        bias += batch.to(gl.int64) * stride_bias_b + head.to(gl.int64) * stride_bias_h + block.to(gl.int64) * means
     # Blocks of all samples and heads one after another, each with room for BLOCK_N rows.
     first_query = (gl.program_id(1) * q_blocks + block) * BLOCK_N
     key_head = batch * (heads // group) + head // group
@@ -410,16 +482,17 @@ def hopper_8bit_kernel(
                 q_smem, o_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, stride_os,
                 index, key_start, k_rows, q_facts, kv_scales, v_facts,
                 key_encoding, row_lo, row_hi, guard_bits, complete_end, ragged_end, partial_end, query, rows, scale,
-                0, HAS_INTERVALS, STAGES,
+                mean_index, even_means, mean_count, first_mean, bias, means, even_bias, 0, HAS_INTERVALS, HAS_MEANS, STAGES,
             )),
             (_consume, (
                 q_smem, o_smem, q_full, k_ring, v_ring, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, stride_os,
                 index, key_start, k_rows, q_facts, kv_scales, v_facts,
                 key_encoding, row_lo, row_hi, guard_bits, complete_end, ragged_end, partial_end, query, rows, scale,
-                1, HAS_INTERVALS, STAGES,
+                mean_index, even_means, mean_count, first_mean, bias, means, even_bias, 1, HAS_INTERVALS, HAS_MEANS, STAGES,
             )),
             (_produce, (
-                k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty, index, partial_end, first_block, STAGES,
+                k_desc, v_desc, k_ring, v_ring, k_full, k_empty, v_full, v_empty, index, partial_end, first_block,
+                mean_index, mean_count, first_mean, HAS_MEANS, STAGES,
             )),
         ],
         [4, 1],
@@ -428,9 +501,17 @@ def hopper_8bit_kernel(
 
 
 def hopper_8bit_forward(
-    x: Quantized, plan: BlockPlan, scale: float, q_len: int, dtype: torch.dtype
+    x: Quantized,
+    plan: BlockPlan,
+    scale: float,
+    q_len: int,
+    dtype: torch.dtype,
+    means: BlockCompensation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel on what ``quantize`` made of q, k and v: (B, q_len, H, D) in ``dtype``, log-sum-exp (B, H, q_len)."""
+    """Launch the kernel on what ``quantize`` made of q, k and v: (B, q_len, H, D) in ``dtype``, log-sum-exp (B, H, q_len).
+
+    means: whose blocks are behind those of the keys.
+    """
     B, H, Nq, _, D = x.q.shape
     Hk, Nk = x.k.shape[1:3]
     device = x.q.device
@@ -438,6 +519,11 @@ def hopper_8bit_forward(
     lse = torch.empty((B, H, q_len), dtype=torch.float32, device=device)
     per_set, longest = plan.sets, plan.index.shape[3]
     unused = plan.index  # a pointer that a specialised kernel never reads
+    lists, bias = None, unused
+    if means is not None:
+        lists, bias = means.lists or every_block(means.key_mean.shape[1], device), means.bias
+        if bias.stride(3) != 1 or bias.stride(2) != bias.shape[3]:  # samples and heads may share one: strides of 0
+            bias = bias.contiguous()
     with torch.cuda.device_of(out):  # Triton launches on the current device
         hopper_8bit_kernel[(Nq, B * H)](
             _descriptor(x.q, HALF.value), _descriptor(x.k, BLOCK), _descriptor(x.v, D), out, lse,
@@ -450,8 +536,12 @@ def hopper_8bit_forward(
             plan.guard_bits,
             0 if plan.index.shape[0] == 1 else per_set * Nq,
             Nq, Nk, longest, H, H // Hk, q_len, scale * LOG2E,
+            unused if lists is None else lists.index, unused if lists is None else lists.ends, bias,
+            *((0, 0) if lists is None else lists.strides), bias.stride(0), bias.stride(1),
+            bias.shape[3], len(plan.k_start), 0.0 if lists is None else lists.even_bias * LOG2E,
             D=D, BLOCK_N=BLOCK,
             SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_encoding is not None,
+            HAS_MEANS=means is not None,
             O_SHARED=gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2),
             num_warps=4, **launch_config(D),
         )  # fmt: skip

@@ -71,8 +71,10 @@ def test_triton_quantizes_like_the_formulas(case, dtype):
     plan = case.plan()
     q, k, v = (x + 1 for x in case.tensors(dtype))
     k_mean, v_facts = sample_statistics(k, v)
-    got = quantize(q, k, v, plan, 0.1, "int8")
-    want = quantize_naive(q, k, v, plan, 0.1, "int8", k_mean, v_facts)
+    means = torch.randn(2, k.shape[0], plan.block + 3, *k.shape[2:]).to(dtype).unbind()
+    got = quantize(q, k, v, plan, 0.1, "int8", means)
+    want = quantize_naive(q, k, v, plan, 0.1, "int8", k_mean, v_facts, means)
+    assert got.k.shape[2] == len(plan.k_start) + 2
     for name in ("q_facts", "kv_scales", "v_facts"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), atol=1e-5, rtol=1e-5)
     for name in ("q", "k", "v"):

@@ -22,13 +22,15 @@ from tilewise.kernels.attention.quantize import VALUES  # noqa: E402
 pytestmark = pytest.mark.compile
 
 TYPES = {"int8": "i8", "fp8": "fp8e4nv"}
-FLOATS = ["lse_ptr", "q_facts", "kv_scales", "v_facts"]
+FLOATS = ["lse_ptr", "q_facts", "kv_scales", "v_facts", "bias"]
 PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_encoding", "row_encoding"]
+PLAN += ["mean_index", "mean_ends"]
 
 
-def compiled(precision: str, head_dim: int, intervals: bool, heads: bool):
+def compiled(precision: str, head_dim: int, intervals: bool, heads: bool, means: bool):
     constants = {
         "D": head_dim, "BLOCK_N": BLOCK, "SHARED_SET": not heads, "HAS_HEAD_SET": heads, "HAS_INTERVALS": intervals,
+        "HAS_MEANS": means,
         "O_SHARED": gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2), **launch_config(head_dim),
     }  # fmt: skip
     # As the launch describes them: one block of each is enough to see its type, piece and layout.
@@ -49,7 +51,7 @@ def compiled(precision: str, head_dim: int, intervals: bool, heads: bool):
         elif name in (*FLOATS, *PLAN):
             signature[name] = "*fp32" if name in FLOATS else "*i32"
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name in ("scale", "even_bias") else "i32"
         if signature[name].startswith("*") or name.startswith("stride_o"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(hopper_8bit_kernel, signature, constants, attributes)
@@ -57,11 +59,16 @@ def compiled(precision: str, head_dim: int, intervals: bool, heads: bool):
 
 
 @pytest.mark.parametrize(
-    ("precision", "head_dim", "intervals", "heads"),
-    [("int8", 128, False, False), ("int8", 128, True, True), ("int8", 64, False, True), ("fp8", 128, False, False)],
+    ("precision", "head_dim", "intervals", "heads", "means"),
+    [
+        ("int8", 128, False, False, True),
+        ("int8", 128, True, True, False),
+        ("int8", 64, True, True, True),
+        ("fp8", 128, False, False, True),
+    ],
 )
-def test_compiles(precision, head_dim, intervals, heads, tmp_path):
-    kernel = compiled(precision, head_dim, intervals, heads)
+def test_compiles(precision, head_dim, intervals, heads, means, tmp_path):
+    kernel = compiled(precision, head_dim, intervals, heads, means)
     ptx = kernel.asm["ptx"]
     assert kernel.metadata.shared <= 227 * 1024
     assert f"wgmma.mma_async.sync.aligned.m64n{BLOCK}k32.s32.s8.s8" in ptx
@@ -88,7 +95,15 @@ def test_quantization_compiles(name, precision, tmp_path):
     dtype, largest = VALUES[precision]
     constants = {"D": 128, "R": BLOCK, "INTEGER": dtype == torch.int8, "LARGEST": largest}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    types = {"starts": "*i32", "rows": "*i32", "heads": "i32", "group": "i32", "scale": "fp32"}
+    types = {
+        "starts": "*i32",
+        "rows": "*i32",
+        "heads": "i32",
+        "group": "i32",
+        "scale": "fp32",
+        "first": "i32",
+        "blocks": "i32",
+    }
     types |= {f"{name[0]}_ptr": "*bf16", "out": f"*{TYPES[precision]}"}
     signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):

@@ -7,6 +7,7 @@ import torch
 
 from tilewise.kernels.attention.block_compensation import BlockCompensation
 from tilewise.kernels.attention.dispatch import block_sparse_attention_with_means, choose_backend, takes_means
+from tilewise.kernels.attention.dispatch_8bit import block_sparse_attention_8bit_with_means
 from tilewise.kernels.plans.block_plan import BlockPlan, plan_from_block_map
 from tilewise.kernels.plans.cells import CellLayout
 from tilewise.kernels.plans.far_field import with_far_field
@@ -103,6 +104,25 @@ def test_windows_and_cells_in_one_launch(name, dtype, head_dim, kv_heads):
     want = naive(q, k, v, plan, means)
     assert (got.double() - want).norm() / want.norm() < (4e-3 if dtype == "bfloat16" else 6e-4)
     assert (got.double() - want).abs().max() < (3e-2 if dtype == "bfloat16" else 4e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cells", "even", "tokens"])
+@pytest.mark.parametrize(
+    ("precision", "head_dim", "bound"), [("int8", 128, 0.03), ("int8", 64, 0.03), ("fp8", 128, 0.05)]
+)
+def test_in_8_bits(name, precision, head_dim, bound):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel that takes means needs a Hopper GPU")
+    plan, tokens = windows(name, "cuda")
+    q, k, v = (torch.randn(2, tokens, heads, head_dim, device="cuda").bfloat16() for heads in (4, 2, 2))
+    k, v = k + 2, v - 1
+    means = far_means((q, k, v), plan, q.dtype)
+    assert means is not None
+    got = block_sparse_attention_8bit_with_means(q, k, v, plan, means, precision=precision)
+    want = naive(q, k, v, plan, means)
+    spread = want - want.mean(1, keepdim=True)
+    assert (got.double() - want).norm() / spread.norm() < 2 * bound  # far means are alike: what is left varies less
 
 
 @pytest.mark.gpu

@@ -113,7 +113,7 @@ def test_options_reach_the_run(pipe):
         assert not np.array_equal(made.frames, base)
     for options in (
         {"global_path": "pooled"}, {"upscale": "latent"}, {"upscale": "lanczos"}, {"flow_shift": 3.0}, {"temperature": False},
-        {"rope": "ntk"}, {"native": (48, 48)}, {"window": (32, 32)},
+        {"far": "cells"}, {"rope": "ntk"}, {"native": (48, 48)}, {"window": (32, 32)},
     ):  # fmt: skip
         assert not np.array_equal(make(pipe, **{"refresh": 1, "guided": "all", **size, **options}).frames, base), (
             options

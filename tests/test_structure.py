@@ -44,6 +44,15 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("batch",),
         ("verification",),
     ],
+    "plugins/methods": [
+        ("option_text",),
+        ("base",),
+        ("windows",),
+        ("dynamic",),
+        ("calibrated", "dense", "draft", "inward", "shifted_windows", "sta", "xattention"),
+        ("neighborhood",),
+        ("published",),
+    ],
     "ui": [("common",), ("web",), ("cli",)],
     "ui/web": [("common",), ("jobs",), ("forms",), ("tabs",), ("page",), ("server",)],
 }

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import tilewise.plugins.methods
+import tilewise.plugins.methods.published
 from tilewise.kernels.attention.block_compensation import BlockCompensation
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout
@@ -33,6 +34,10 @@ class Method:
     """
 
     name: ClassVar[str]
+    source: ClassVar[str] = ""
+    """Where the method comes from: a paper with its number on arXiv, or "this project"."""
+    use: ClassVar[str] = ""
+    """What it is for, in half a sentence."""
     made_by: ClassVar[str | None] = None
     """The command that makes this method's options, where nobody writes them by hand; it is not listed among the methods."""
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()
@@ -242,8 +247,9 @@ def register(cls: M) -> M:
 
 @cache
 def _import_all() -> None:
-    for module in pkgutil.iter_modules(tilewise.plugins.methods.__path__):
-        importlib.import_module(f"tilewise.plugins.methods.{module.name}")
+    for package in (tilewise.plugins.methods, tilewise.plugins.methods.published):
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 def methods() -> list[str]:
@@ -252,16 +258,45 @@ def methods() -> list[str]:
     return sorted(name for name, cls in _REGISTRY.items() if cls.made_by is None)
 
 
+@dataclasses.dataclass(frozen=True)
+class About:
+    """A method in a line. what: the first line of its class's docstring; the others: see ``Method``."""
+
+    name: str
+    what: str
+    source: str
+    use: str
+
+
+def about_methods() -> list[About]:
+    """Every method whose options can be written by hand, by name."""
+    found = []
+    for name in methods():
+        cls = _REGISTRY[name]
+        what = (cls.__doc__ or "").strip().partition("\n")[0]
+        found.append(About(name, what, cls.source, cls.use))
+    return found
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method by its name.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    _import_all()
+    if name not in _REGISTRY:
+        raise unknown("method", name, methods())
+    return _REGISTRY[name]
+
+
 def make_method(name: str, options: dict[str, Any] | None = None) -> Method:
     """A method from its name and options.
 
     Raises:
         ConfigError: unknown name or option, or a value that cannot be; the message lists what can.
     """
-    _import_all()
-    if name not in _REGISTRY:
-        raise unknown("method", name, methods())
-    cls = _REGISTRY[name]
+    cls = method_class(name)
     valid = [f.name for f in dataclasses.fields(cls)]
     for option in options or {}:
         if option not in valid:

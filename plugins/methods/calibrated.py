@@ -71,6 +71,8 @@ class Calibrated(DynamicMethod):
     made: Any = None
 
     name: ClassVar[str] = "calibrated"
+    source: ClassVar[str] = "this project"
+    use: ClassVar[str] = "models that were measured by `tilewise calibrate`"
     made_by: ClassVar[str | None] = "tilewise calibrate"
 
     def __post_init__(self) -> None:

@@ -12,9 +12,11 @@ from tilewise.plugins.methods.base import Method, register
 @register
 @dataclass(frozen=True)
 class Dense(Method):
-    """Stock attention, counted and timed by ``summary`` but not changed."""
+    """Attention over every token, with fused kernels around it where the model's family has them."""
 
     name: ClassVar[str] = "dense"
+    source: ClassVar[str] = "this project"
+    use: ClassVar[str] = "exact attention in a faster step"
 
     def layout(self, grid: Grid) -> Layout | None:
         return None

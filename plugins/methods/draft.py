@@ -29,7 +29,9 @@ from tilewise.plugins.methods.dynamic.block_logits import mean_products, score_v
 @register
 @dataclass(frozen=True)
 class Draft(BlockSelectionMethod):
-    """Draft-guided sparse attention; the other options are ``BlockSelectionMethod``'s.
+    """Keeps the blocks that a low-resolution attention map expects most of.
+
+    The other options are ``BlockSelectionMethod``'s.
 
     Args:
         variance: correct the map for the variance of keys within a block. False: means alone, as in the paper.
@@ -45,6 +47,8 @@ class Draft(BlockSelectionMethod):
     each: bool | None = None
 
     name: ClassVar[str] = "draft"
+    source: ClassVar[str] = "DraftAttention, arXiv 2505.14708, with corrections of this project"
+    use: ClassVar[str] = "most clips: each head, sample and step chooses what it needs"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,7 +38,7 @@ MAX_BLOCKS = 12_288  # block maps are N × N: beyond this, building one takes gi
 @register
 @dataclass(frozen=True)
 class Inward(WindowMethod):
-    """Inward-shifted window of the native size, exact to the token.
+    """Windows of the training size in height and width, exact to the token, and all frames.
 
     Args:
         native: (h, w), the training size in tokens of the denoiser's grid. Default: the pipeline's own, filled in when a
@@ -55,6 +55,8 @@ class Inward(WindowMethod):
     temperature: bool = True
 
     name: ClassVar[str] = "inward"
+    source: ClassVar[str] = "FreeSwim, arXiv 2511.14712"
+    use: ClassVar[str] = "sizes past the training size"
 
     def __post_init__(self) -> None:
         super().__post_init__()

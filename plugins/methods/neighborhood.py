@@ -29,7 +29,7 @@ AXES = ("t", "h", "w")
 @register
 @dataclass(frozen=True)
 class Neighborhood(WindowMethod):
-    """Neighborhood attention.
+    """Windows of tokens around each query, exact, with strides, dilation and causal axes.
 
     Args:
         window: tokens (t, h, w), each ≥ 1; larger than the axis (or than its residue class) means all of it.
@@ -51,6 +51,8 @@ class Neighborhood(WindowMethod):
     causal: bool | tuple[bool, bool, bool] = False
 
     name: ClassVar[str] = "neighborhood"
+    source: ClassVar[str] = "generalized neighborhood attention, arXiv 2504.16922"
+    use: ClassVar[str] = "windows that are exact to the token, causal or dilated ones too"
 
     def __post_init__(self) -> None:
         super().__post_init__()

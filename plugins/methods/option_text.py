@@ -16,9 +16,11 @@ _FLAGS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "o
 
 
 def option_types(cls: type) -> dict[str, Any]:
-    """Name → type of each option of a method (or of any dataclass), as its annotation says."""
+    """Name → type of each option of a method (or of any dataclass), as its annotation says; first what says how much is kept."""
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    first = [name for group in getattr(cls, "exclusive", ()) for name in group]
+    names = [*first, *(field.name for field in dataclasses.fields(cls))]
+    return {name: hints[name] for name in dict.fromkeys(names)}
 
 
 def parse_value(what: str, text: str, kind: Any) -> Any:

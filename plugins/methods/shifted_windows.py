@@ -49,6 +49,8 @@ class ShiftedWindows(Method):
     levels: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "shifted-windows"
+    source: ClassVar[str] = "HiDiffusion, arXiv 2311.17528"
+    use: ClassVar[str] = "UNets past their training size"
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

@@ -16,7 +16,7 @@ import torch
 from tilewise.kernels.plans.layout import MAX_BLOCK_ROWS, Grid, Layout, cached_layout, tile_counts
 from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.methods.base import DynamicMethod, Method
-from tilewise.plugins.methods.dynamic.base import FEWEST_BLOCKS, SMALLEST_TILE
+from tilewise.plugins.methods.dynamic.tiles import FEWEST_BLOCKS, SMALLEST_TILE
 from tilewise.plugins.streaming.kv_cache import KVCache
 
 Triple = tuple[int, int, int]

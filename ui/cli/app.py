@@ -1,5 +1,5 @@
 """The command line: `tilewise generate`, `tilewise batch`, `tilewise compare`, `tilewise verify`,
-`tilewise calibrate`, `tilewise explain`, `tilewise presets`, `tilewise env`.
+`tilewise calibrate`, `tilewise explain`, `tilewise methods`, `tilewise presets`, `tilewise env`.
 
 Only typer and rich are imported here; torch and diffusers come in with the command that needs them, so that --help and
 usage errors answer at once.
@@ -73,7 +73,7 @@ def _version(wanted: bool) -> None:
 
 
 # What several processes can share; each of them would do the whole of any other command.
-BY_SEVERAL = ("generate", "batch", "explain", "presets", "env")
+BY_SEVERAL = ("generate", "batch", "explain", "methods", "presets", "env")
 
 
 @app.callback()
@@ -263,6 +263,15 @@ def presets(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     from tilewise.ui.cli.presets import presets_command
 
     presets_command(as_json=as_json)
+
+
+@app.command()
+@exit_codes
+def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the methods: what each keeps, where it comes from, and what it is for."""
+    from tilewise.ui.cli.methods import methods_command
+
+    methods_command(as_json=as_json)
 
 
 @app.command()

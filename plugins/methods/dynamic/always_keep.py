@@ -56,3 +56,20 @@ def _pairs(layout: Layout, names: tuple[str, ...], last: int) -> torch.Tensor:
     if "first-frame" in names:
         kept = kept | (video & (tile[None, :, 0] == 0))
     return kept
+
+
+def nearness(layout: Layout, device: torch.device) -> torch.Tensor:
+    """(N, N) int64 on ``device``: place of key block j among the blocks of the video by distance from query block i, itself 0.
+
+    Distances are Euclidean between the middles of the tiles in tokens, equal ones in the order of the blocks. Text comes last,
+    and has no distance of its own. Kept with the layout, and not to be written to.
+    """
+
+    def make() -> torch.Tensor:
+        middle = layout.block_tile.double() * torch.tensor(layout.tile, dtype=torch.float64)
+        apart = torch.cdist(middle, middle).masked_fill(layout.is_text[None, :], torch.inf)
+        rank = apart.argsort(dim=-1, stable=True).argsort(dim=-1)
+        with torch.inference_mode(False):
+            return rank.to(device)
+
+    return layout.cached(("nearness", device), make)

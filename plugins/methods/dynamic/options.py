@@ -11,56 +11,32 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Method, make_method
 from tilewise.plugins.methods.dynamic.always_keep import ALWAYS_KEEP
 from tilewise.plugins.methods.dynamic.selection import RULES
+from tilewise.plugins.methods.dynamic.tiles import DEFAULT_TILE, Triple
 
-Triple = tuple[int, int, int]
-DEFAULT_TILE: Triple = (1, 8, 16)  # 128 tokens, a kernel's whole block; the paper's patch
 DEFAULT_DENSITY = 0.25
 
 
-def checked(g: Any) -> dict[str, Any]:
-    """The options of a ``BlockSelectionMethod`` g that have another form than they were given in.
+def checked_map(g: Any) -> dict[str, Any]:
+    """The options of a ``MapMethod`` g that have another form than they were given in.
 
     Raises:
         ConfigError: for values that cannot be.
     """
     found: dict[str, Any] = {}
-    if sum(value is not None for value in (g.density, g.recall, g.head_density)) > 1:
-        raise ConfigError(f"{g.name}: give density, head_density or recall, not both: each decides how much is kept")
-    if g.density is None and g.recall is None and g.head_density is None:
-        found["density"] = DEFAULT_DENSITY
-    if g.head_density is not None:
-        found["head_density"] = _head_density(g)
-    for option in ("density", "recall"):
-        value = getattr(g, option)
-        if value is not None and not (_is_number(value) and 0 < value <= 1):
-            raise ConfigError(f"{g.name}: {option} must be in (0, 1], got {value!r}")
-    if not (_is_number(g.safety) and g.safety >= 1):
-        raise ConfigError(f"{g.name}: safety must be at least 1, got {g.safety!r}")
     if g.tile is not None:
         found["tile"] = _tile(g.name, g.tile)
-    _one_of(g.name, "select", g.select, RULES)
-    if g.select == "topk" and g.recall is not None:
-        raise ConfigError(f"{g.name}: select='topk' keeps a fixed number of blocks; give density, not recall")
-    if g.rank is not None:
-        _one_of(g.name, "rank", g.rank, ("mass", "error"))
     if g.compensate not in (None, True, False):
         raise ConfigError(f"{g.name}: compensate must be true or false, got {g.compensate!r}")
-    for option, least in (("floor", 1), ("refresh", 1), ("probe", 0)):
-        value = getattr(g, option)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{g.name}: {option} must be a whole number of at least {least}, got {value!r}")
-    for option in ("cap", "min_tokens"):
-        value = getattr(g, option)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise ConfigError(f"{g.name}: {option} must be a whole number, got {value!r}")
-    if g.cap is not None and (g.cap < g.floor or g.select != "rows"):
-        raise ConfigError(f"{g.name}: cap={g.cap} is for select='rows', and at least floor={g.floor}")
+    whole_number(g, "refresh", 1)
+    whole_number(g, "probe", 0)
+    if g.min_tokens is not None:
+        whole_number(g, "min_tokens", 0)
     if isinstance(g.always, str) or not isinstance(g.always, Sequence):
         raise ConfigError(f"{g.name}: always must be a list of {', '.join(ALWAYS_KEEP)}, got {g.always!r}")
     for name in g.always:
-        _one_of(g.name, "always", name, ALWAYS_KEEP)
+        one_of(g.name, "always", name, ALWAYS_KEEP)
     found["always"] = tuple(g.always)
-    if g.drift is not None and not (_is_number(g.drift) and 0 <= g.drift <= 1):
+    if g.drift is not None and not (is_number(g.drift) and 0 <= g.drift <= 1):
         raise ConfigError(f"{g.name}: drift must be a fall of recall in [0, 1], or null, got {g.drift!r}")
     found["within"] = within = _window_method(g.name, g.within, found.get("tile"))
     far = getattr(within, "far", None)
@@ -72,10 +48,38 @@ def checked(g: Any) -> dict[str, Any]:
     return found
 
 
+def checked(g: Any) -> dict[str, Any]:
+    """The same for the options that a ``BlockSelectionMethod`` has besides.
+
+    Raises:
+        ConfigError: for values that cannot be.
+    """
+    found: dict[str, Any] = {}
+    if g.head_density is not None:
+        found["head_density"] = _head_density(g)
+    if g.recall is not None:
+        fraction(g, "recall")
+    if not (is_number(g.safety) and g.safety >= 1):
+        raise ConfigError(f"{g.name}: safety must be at least 1, got {g.safety!r}")
+    one_of(g.name, "select", g.select, RULES)
+    if g.select == "topk" and g.recall is not None:
+        raise ConfigError(f"{g.name}: select='topk' keeps a fixed number of blocks; give density, not recall")
+    if g.rank is not None:
+        one_of(g.name, "rank", g.rank, ("mass", "error"))
+    whole_number(g, "floor", 1)
+    if g.cap is not None:
+        whole_number(g, "cap", 0)
+        if g.cap < g.floor or g.select != "rows":
+            raise ConfigError(f"{g.name}: cap={g.cap} is for select='rows', and at least floor={g.floor}")
+    return found
+
+
 def _head_density(g: Any) -> tuple[float, ...]:
     given = g.head_density
+    if not g.per_head:
+        raise ConfigError(f"{g.name}: its heads choose together, so none has a density of its own; give density")
     whole = isinstance(given, Sequence) and not isinstance(given, str) and given
-    if not whole or not all(_is_number(value) and 0 < value <= 1 for value in given):
+    if not whole or not all(is_number(value) and 0 < value <= 1 for value in given):
         raise ConfigError(f"{g.name}: head_density must be a density in (0, 1] for each head, got {given!r}")
     if g.select != "rows":
         raise ConfigError(f"{g.name}: head_density is for select='rows', got select={g.select!r}")
@@ -105,13 +109,28 @@ def _window_method(method: str, within: Any, tile: Triple | None) -> Method | No
     return within
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _one_of(method: str, option: str, value: Any, valid: Sequence[str]) -> None:
+def one_of(method: str, option: str, value: Any, valid: Sequence[str]) -> None:
+    """Raises ConfigError for a value that is none of ``valid``."""
     if value not in valid:
         raise ConfigError(f"{method}: {option} must be one of {', '.join(valid)}, got {value!r}")
+
+
+def fraction(g: Any, option: str) -> None:
+    """Raises ConfigError for an option that is no number in (0, 1]."""
+    value = getattr(g, option)
+    if not (is_number(value) and 0 < value <= 1):
+        raise ConfigError(f"{g.name}: {option} must be in (0, 1], got {value!r}")
+
+
+def whole_number(g: Any, option: str, least: int) -> None:
+    """Raises ConfigError for an option that is no whole number of at least ``least``."""
+    value = getattr(g, option)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{g.name}: {option} must be a whole number of at least {least}, got {value!r}")
 
 
 def _tile(method: str, value: Any) -> Triple:

@@ -72,6 +72,56 @@ def topk(logits: torch.Tensor, always: torch.Tensor, density: float, floor: int 
     return _whole(torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best, True), logits, always)
 
 
+def best_scores(
+    scores: torch.Tensor,
+    always: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    density: float,
+    *,
+    across_heads: bool,
+) -> torch.Tensor:
+    """The pairs with the highest scores of each head's map, or of all heads' maps of a sample: as many as make the density.
+
+    scores: (B, H, Nq, Nk) float32, comparable over rows; −inf: may not be kept. rows: of query and of key blocks. A row keeps at
+    least its best block.
+    """
+    pairs = (rows[0][:, None] * rows[1][None, :]).to(torch.float32).expand_as(scores)
+    target = density * float(scores.shape[1] if across_heads else 1) * rows[0].double().sum() * rows[1].double().sum()
+    kept = _to_the_target(scores, always, pairs, target, halfway=True, across_heads=across_heads)
+    return _whole(kept | best_of_row(scores, kept), scores, always)
+
+
+def best_of_row(scores: torch.Tensor, kept: torch.Tensor, count: int = 1) -> torch.Tensor:
+    """(B, H, Nq, Nk) bool: the ``count`` best pairs of each row that keeps fewer; nothing of the other rows."""
+    best = scores.nan_to_num(nan=-torch.inf).topk(min(count, scores.shape[-1]), dim=-1).indices
+    least = torch.zeros_like(kept).scatter_(-1, best, True) & (scores > -torch.inf)
+    return least & (kept.sum(-1, keepdim=True) < count)
+
+
+def _to_the_target(
+    scores: torch.Tensor,
+    always: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor | float,
+    *,
+    halfway: bool,
+    across_heads: bool,
+) -> torch.Tensor:
+    """(B, H, Nq, Nk) bool: pairs by falling score until their weights sum to the target; those of ``always`` come first.
+
+    halfway: the pair that crosses the target is taken if more than half of it fits; else it is always taken.
+    """
+    B, H, M, N = scores.shape
+    pools = (B, 1, H * M * N) if across_heads else (B, H, M * N)
+    flat = scores.nan_to_num(nan=-torch.inf).masked_fill(always, torch.inf).reshape(pools)
+    order = flat.argsort(dim=-1, descending=True, stable=True)
+    w = weight.reshape(pools).nan_to_num(nan=0.0).gather(-1, order).double()
+    summed = w.cumsum(-1)
+    enough = (summed - w / 2 if halfway else summed - w) >= target
+    free = flat.gather(-1, order) > -torch.inf
+    return torch.zeros_like(free).scatter_(-1, order, ~enough & free).reshape(B, H, M, N)
+
+
 def best_pairs(
     logits: torch.Tensor,
     always: torch.Tensor,
@@ -92,23 +142,13 @@ def best_pairs(
     share = logits.log_softmax(-1)
     pairs = (queries[:, None] * keys[None, :]).to(torch.float32)
     weight = (share.exp() * queries[:, None] if density is None else pairs).expand(B, H, M, N)
-    pools = (B, 1, H * M * N) if across_heads else (B, H, M * N)
-    flat = share.nan_to_num(nan=-torch.inf).masked_fill(always, torch.inf).reshape(pools)
-    order = flat.argsort(dim=-1, descending=True, stable=True)
-    w = weight.reshape(pools).nan_to_num(nan=0.0).gather(-1, order).double()
     heads = H if across_heads else 1
     whole = float(heads) * queries.double().sum() * (1 if density is None else keys.double().sum())
     target = recall if density is None else density
     assert target is not None
-    summed = w.cumsum(-1)
-    # By a density the pair that crosses the target is taken if more than half of it fits; by a recall it is always taken.
-    enough = (summed - w if density is None else summed - w / 2) >= target * whole
-    free = flat.gather(-1, order) > -torch.inf
-    kept = torch.zeros_like(free).scatter_(-1, order, ~enough & free).reshape(B, H, M, N)
+    kept = _to_the_target(share, always, weight, target * whole, halfway=density is not None, across_heads=across_heads)
     if floor > 0:
-        best = logits.nan_to_num(nan=-torch.inf).topk(min(floor, N), dim=-1).indices
-        least = torch.zeros_like(kept).scatter_(-1, best, True) & (logits > -torch.inf)
-        kept = kept | (least & (kept.sum(-1, keepdim=True) < floor))
+        kept = kept | best_of_row(logits, kept, floor)
     return _whole(kept, logits, always)
 
 

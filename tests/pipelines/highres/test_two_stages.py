@@ -369,7 +369,7 @@ def test_planning_in_threads_leaves_the_pipeline_alone(tiny_pipe_dir):
 
 
 def test_a_draft_over_too_many_blocks_is_refused_before_anything_runs(pipe, monkeypatch):
-    monkeypatch.setattr("tilewise.plugins.methods.dynamic.base.MAX_BLOCKS", 3)
+    monkeypatch.setattr("tilewise.plugins.methods.dynamic.map_method.MAX_BLOCKS", 3)
     told = []
     with pytest.raises(
         ConfigError, match=r"global_path='draft' is not for a size of 96×128: .*Give 'pooled' or 'dense'"

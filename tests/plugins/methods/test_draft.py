@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from chosen_blocks import blocks_of, planned, tensors
 
 import tilewise
 from tilewise.kernels.attention.block_compensation import add_block_compensation
@@ -16,7 +17,7 @@ from tilewise.kernels.selection.select import GOLDEN
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import make_method
 from tilewise.plugins.methods.draft import Draft
-from tilewise.plugins.methods.dynamic.base import default_tile
+from tilewise.plugins.methods.dynamic.tiles import default_tile
 from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.methods.sta import STA
 from tilewise.plugins.methods.xattention import XAttention
@@ -30,29 +31,6 @@ GRIDS = [
 ]
 IDS = [str(grid) for grid in GRIDS]
 TILE = (1, 4, 4)
-
-
-def tensors(grid, batch=2, heads=4, key_heads=2, dim=16, seed=0, size=2.0):
-    generator = torch.Generator().manual_seed(seed)
-    shape = {"generator": generator}
-    q = size * torch.randn(batch, grid.tokens, heads, dim, **shape)
-    k, v = (torch.randn(batch, grid.tokens, key_heads, dim, **shape) for _ in range(2))
-    return q, k, v
-
-
-def planned(method, layout, q, k, v, memory=None, tick=0):
-    return method.plan_call(layout, q, k, v, q.shape[-1] ** -0.5, {} if memory is None else memory, tick)
-
-
-def blocks_of(layout, plan, heads):
-    """(P, heads, N, N) bool from the lists of a plan without partial blocks."""
-    P, G, N, _ = plan.index.shape
-    kept = torch.zeros(P, G, N, N, dtype=torch.bool)
-    for p in range(P):
-        for g in range(G):
-            for i in range(N):
-                kept[p, g, i, plan.index[p, g, i, : plan.ends[p, g, i, 2]].long()] = True
-    return kept.expand(P, heads, N, N)
 
 
 def naive_logits(layout, q, k, variance):

@@ -16,7 +16,7 @@ from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.kernels.selection.select import GOLDEN
 from tilewise.plugins.methods.base import DynamicMethod, Method, Planned
 from tilewise.plugins.methods.draft import Draft
-from tilewise.plugins.methods.dynamic import base
+from tilewise.plugins.methods.dynamic import map_method
 from tilewise.plugins.methods.xattention import XAttention
 from tilewise.plugins.runtime.observers import ObservedCall
 from tilewise.plugins.runtime.sparse_call import Group, Part, choose, run_part
@@ -277,7 +277,7 @@ class Whole(DynamicMethod):
     ids=str,
 )
 def test_what_cannot_be_sparse_is_dense_and_counted(method, reason, monkeypatch):
-    monkeypatch.setattr(base, "MAX_BLOCKS", 150)
+    monkeypatch.setattr(map_method, "MAX_BLOCKS", 150)
     cache = KVCache(window=6)
     dense, _ = velocities("dense", cache, 8)
     got, model = velocities(method, cache, 8)

@@ -180,7 +180,19 @@ def test_presets_and_options_are_listed():
     assert {name: tilewise.Config.from_dict(one) for name, one in told.items()} == tilewise.presets()
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["batch"], ["presets"]])
+def test_methods_are_listed_with_source_and_use():
+    result = CliRunner().invoke(app, ["methods", "--json"])
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert sorted(told) == tilewise.methods()
+    for one in told.values():
+        assert all(one[key] for key in ("what", "source", "use")), one
+        assert one["what"].endswith(".")
+    table = CliRunner().invoke(app, ["methods"]).stdout
+    assert all(name in table for name in told)
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["batch"], ["presets"], ["methods"]])
 def test_h_is_help(command):
     long, short = (CliRunner().invoke(app, [*command, word]) for word in ("--help", "-h"))
     assert short.exit_code == 0

@@ -76,7 +76,11 @@ def config_of(values: Mapping[str, Any]) -> Config:
             raise ConfigError(
                 f"{measure} has a control of its own, where the method is chosen; take it out of the options"
             )
+    given = {option for option, value in options.items() if value is not None}
     kept = {} if any(measure in options for measure in MEASURES) else measured(name, values)
+    # An option that says how much is kept, and has no control, counts for more than the control that is always there.
+    replaced = {one for group in base.method.exclusive if given.intersection(group) for one in group}
+    kept = {measure: value for measure, value in kept.items() if measure not in replaced}
     method = make_method(base.method.name, {**options, **kept})
     steps = (_number("from", values["from_step"]), _number("to", values["to_step"]))
     beside: dict[str, Any] = {name: str(values[name] or NONE) for name in ("cache", "add")}

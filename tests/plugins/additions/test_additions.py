@@ -20,7 +20,6 @@ def test_no_addition(value):
 
 def test_ways_to_say_it_are_one():
     want = (RAUNet(t1=0.5),)
-    text = '{"name": "raunet", "t1": 0.5}'
     for value in (
         "raunet:t1=0.5",
         {"name": "raunet", "t1": 0.5},

@@ -314,7 +314,7 @@ def test_explain_tells_levels_apart():
 
 @pytest.mark.compile
 def test_compiled_it_gives_the_same():
-    unet, inputs = tiny_unet("sdxl", transformer_layers_per_block=1), inputs_of(32, 32)
+    unet, inputs = tiny_unet("sdxl", transformer_layers_per_block=1, layers_per_block=1), inputs_of(32, 32)
     tilewise.patch(unet, "hidiffusion", add=RAUNet(t1=1), **EVERY_MAP)
     eager = forward(unet, inputs)
     compiled = torch.compile(unet, backend="eager")

@@ -66,6 +66,14 @@ def test_a_step_cache_has_a_control(method, cache):
         config_of(said | {"cache": "tailor"})
 
 
+@pytest.mark.parametrize("method", ["dense", "sta"])
+def test_an_addition_has_a_control(method):
+    config = tilewise.resolve(method, add="raunet:t1=0.5")
+    said = {"method": method, **json.loads(json.dumps(method_values(config)))}
+    assert said["add"] == "raunet:t1=0.5" and config_of(said) == config
+    assert method_words(config)[:4] == ["--method", method, "--add", "raunet:t1=0.5"]
+
+
 def test_the_command_of_a_clip_says_its_step_cache_and_numbered_steps():
     config = tilewise.resolve("draft-fast", cache="taylor:cache_interval=3", steps="1:")
     words = method_words(config)

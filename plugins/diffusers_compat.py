@@ -288,6 +288,14 @@ def timesteps_to_run(pipe: Any) -> int | None:
     return getattr(pipe, "_num_timesteps", None)
 
 
+def holds_both_prompts(pipe: Any) -> bool:
+    """Whether forwards of a pipeline's run hold the samples of the negative prompt, and behind them as many of the prompt: its
+    ``do_classifier_free_guidance``. Seen in 0.42 on pipelines of UNets and of SD 3. Those that call the denoiser once for each
+    prompt have no such attribute, or have batches of one. If it is renamed, all samples count as the prompt's.
+    """
+    return bool(getattr(pipe, "do_classifier_free_guidance", False))
+
+
 def source_of(pipe: Any) -> str:
     """The folder or repository that a pipeline was loaded from, or "": ``_name_or_path`` in its config.
 

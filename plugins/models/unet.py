@@ -2,7 +2,7 @@
 
 Self-attention is ``attn1`` of the spatial transformer blocks, over one feature map: the pixels of one frame (frames are in the
 batch) at the resolution of its level. Each level has a grid of its own. Temporal attention (motion modules, temporal
-transformers) runs over a handful of frames and stays as it is.
+transformers) runs over a handful of frames: methods leave it as it is, additions reach it by ``temporal_layers``.
 """
 
 from __future__ import annotations
@@ -57,6 +57,34 @@ class UNetFamily(Family):
                 f"this {type(denoiser).__name__} attends to the keys of its text beside the picture's own, in blocks of the "
                 "SimpleCrossAttn types (DeepFloyd IF, Kandinsky 2): no family adapter serves that. Nothing was changed"
             )
+        return found
+
+    def temporal_layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        """Of motion modules (AnimateDiff) and temporal transformers (Stable Video Diffusion)."""
+        model: Any = denoiser
+        blocks = [
+            (f"{way}_blocks.{i}", block)
+            for way in ("down", "up")
+            for i, block in enumerate(getattr(model, f"{way}_blocks"))
+        ]
+        blocks.append(("mid_block", getattr(model, "mid_block", None)))
+        found: list[AttentionLayer] = []
+        for prefix, block in blocks:
+            for place, inside in (
+                ("motion_modules", "transformer_blocks"),
+                ("attentions", "temporal_transformer_blocks"),
+            ):
+                for i, wrapped in enumerate(getattr(block, place, None) or ()):
+                    for j, inner in enumerate(getattr(unsplit(wrapped), inside, ())):
+                        for name in ("attn1", "attn2"):
+                            attention = getattr(inner, name, None)
+                            if attention is None or attention.is_cross_attention:
+                                continue
+                            where = f"{prefix}.{place}.{i}.{inside}.{j}.{name}"
+                            heads = attention.heads
+                            found.append(
+                                AttentionLayer(where, attention, len(found), heads, attention.inner_dim // heads, 0)
+                            )
         return found
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:

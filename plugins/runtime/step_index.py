@@ -121,6 +121,11 @@ class StepIndex:
         denoiser = self._denoiser()
         return None if denoiser is None else running_pipeline(denoiser)
 
+    def pipeline(self) -> Any:
+        """The pipeline that is calling the denoiser in this thread, or else the one that was patched, or None."""
+        running = self._calling()
+        return self.pipe() if running is None else running
+
     def noise(self, timestep: torch.Tensor) -> float:
         """The noise level of the forward that has just begun, from 1 (noise alone) to 0: its timestep ÷ those of training.
 
@@ -129,9 +134,7 @@ class StepIndex:
         found = self.of(timestep)
         if found.run is None:
             return 1 - found.step / found.total
-        running = self._calling()
-        running = self.pipe() if running is None else running
-        trained = getattr(running.scheduler.config, "num_train_timesteps", None) or FINE
+        trained = getattr(self.pipeline().scheduler.config, "num_train_timesteps", None) or FINE
         values = self._on_host(found.run)
         level = min(max(values[found.step] / trained, 0.0), 1.0)
         return 1 - level if values[0] < values[-1] else level  # Mochi's rise

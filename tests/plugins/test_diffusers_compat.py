@@ -242,6 +242,19 @@ def test_where_a_pipeline_was_loaded_from(tmp_path):
     assert compat.source_of(object()) == ""
 
 
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "AnimateDiffPipeline"]
+)
+def test_whether_forwards_hold_both_prompts(name):
+    guided = getattr(diffusers, name).do_classifier_free_guidance
+    for scale in (1.0, 3.0):
+        unet = types.SimpleNamespace(config=types.SimpleNamespace(time_cond_proj_dim=None))
+        pipe = types.SimpleNamespace(_guidance_scale=scale, unet=unet)
+        pipe.do_classifier_free_guidance = guided.fget(pipe)
+        assert compat.holds_both_prompts(pipe) is (scale > 1)
+    assert not compat.holds_both_prompts(None)
+
+
 def test_whether_a_guider_guides():
     guider = diffusers.ClassifierFreeGuidance(guidance_scale=3.0)
     assert compat.is_enabled(guider)

@@ -139,6 +139,11 @@ class Family(ABC):
             for number, (name, block) in enumerate(blocks)
         ]
 
+    def temporal_layers(self, denoiser: nn.Module) -> list[AttentionLayer]:
+        """Attention layers over the frames of each place, in order, where the model has them beside those over places. Methods
+        leave them as they are; additions may change them. Default: none."""
+        return []
+
     @abstractmethod
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:
         """The grid that a pipeline call of this size leads to.

@@ -81,7 +81,7 @@ class RAUNet(Addition):
         if _attentions(blocks[0]):
             variant = "sd"
         else:
-            named = f"{source_of(target)} {getattr(getattr(denoiser, 'config', None), '_name_or_path', '')}"
+            named = f"{source_of(target)} {source_of(denoiser)}"
             variant = "sdxl-turbo" if "turbo" in named.lower() else "sdxl"
         return dataclasses.replace(self, variant=variant)
 

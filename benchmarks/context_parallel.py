@@ -4,6 +4,9 @@ Real architectures with some of their layers, random weights, the sizes of real 
 itself, all at the same time) and then split, in the same process: stock diffusers with cuDNN's attention, by diffusers' own
 Ulysses, and the patched denoiser, dense and with a method. A forward takes as long as its slowest rank.
 
+Works with guidance run both branches of a step, one after the other on one GPU, and then by CFG parallelism, one in each half of
+the processes.
+
     speed-up     one GPU ÷ split, the same variant
     balance      seconds in attention of the slowest rank ÷ the mean of all
     exchange     seconds in exchanges ÷ seconds of the forward, of the rank with the most; waiting for the others included
@@ -34,6 +37,7 @@ from benchmarks import family_inputs, render, results, step
 from benchmarks.header import header
 from benchmarks.layers import shortened
 from benchmarks.peers import reason
+from tilewise.plugins.context_parallel.ways import CFG, CONTEXT, token_parts
 from tilewise.plugins.diffusers_compat import context_parallel
 from tilewise.plugins.models.common.registry import attention_layers
 
@@ -49,12 +53,16 @@ EXACT = (
     "tilewise, dense",
     "tilewise, STA window (3,3,3)",
 )  # a draft may choose otherwise where scores are all but equal
+GUIDANCE = 5.0
 WRONG = {torch.bfloat16: 0.05, torch.float32: 1e-4}  # a larger error is no rounding
 
 
 @dataclass(frozen=True)
 class Work:
-    """A row: a Wan config with some of its layers, or a work of ``family_inputs``; and latent frames, height and width."""
+    """A row: a Wan config with some of its layers, or a work of ``family_inputs``; and latent frames, height and width.
+
+    guided: a step with both branches of guidance, by CFG parallelism.
+    """
 
     name: str
     model: str
@@ -62,6 +70,7 @@ class Work:
     latents: tuple[int, int, int] = (0, 0, 0)
     config: dict[str, Any] = field(default_factory=dict)
     tiny: bool = False
+    guided: bool = False
 
     @property
     def of_family(self) -> family_inputs.Work | None:
@@ -76,10 +85,13 @@ WORKS = [
     Work("Wan2.1-14B 720×1280×81", "Wan2.1-14B", 4, HD),
     Work("Wan2.1-14B 1080×1920×81", "Wan2.1-14B", 2, FULL_HD),
     Work("HunyuanVideo 768×1280×117", "HunyuanVideo 117×768×1280", 0),
+    Work("Wan2.1-1.3B 720×1280×81, guidance", "Wan2.1-1.3B", 10, HD, guided=True),
+    Work("Wan2.1-14B 720×1280×81, guidance", "Wan2.1-14B", 4, HD, guided=True),
 ]
 TINY = [
     Work("tiny Wan", "tiny", 2, (5, 14, 16), {"num_attention_heads": 3}, tiny=True),
     Work("tiny HunyuanVideo", "tiny HunyuanVideo 117×768×1280", 0, tiny=True),
+    Work("tiny Wan, guidance", "tiny", 2, (5, 14, 16), {"num_attention_heads": 3}, tiny=True, guided=True),
 ]
 
 
@@ -131,7 +143,12 @@ class Bench:
 
     def forward(self) -> torch.Tensor:
         with torch.no_grad():
-            return self.model(**self.inputs, return_dict=False)[0]
+            first = self.model(**self.inputs, return_dict=False)[0]
+            if not self.work.guided:
+                return first
+            prompt = self.inputs["encoder_hidden_states"]
+            second = self.model(**{**self.inputs, "encoder_hidden_states": -prompt}, return_dict=False)[0]
+            return second + GUIDANCE * (first - second)
 
     @contextlib.contextmanager
     def stock(self) -> Iterator[None]:
@@ -210,6 +227,8 @@ class Bench:
 
     def row(self) -> dict[str, Any]:
         peer = self.variants.get(STOCK, {}).get("split", {}).get("ms")
+        if self.work.guided:  # diffusers divides no guidance: its forwards were divided by tilewise
+            peer = None
         for variant in self.variants.values():
             if peer and "split" in variant:
                 variant["over_stock_split"] = peer / variant["split"]["ms"]
@@ -251,9 +270,12 @@ def run_work(work: Work, ranks: Ranks, runs: int, only: str = "") -> dict[str, A
     wanted = {name: method for name, method in METHODS.items() if re.search(only, name)}
     for split in (False, True):
         if split:
-            tilewise.enable_context_parallel(bench.model)
-            at = context_parallel(bench.model)
-            assert at is not None and at.ulysses == ranks.count
+            if work.guided:
+                tilewise.enable_cfg_parallel(bench.model)
+            else:
+                tilewise.enable_context_parallel(bench.model)
+            at, parts = context_parallel(bench.model), token_parts(ranks.count, CFG if work.guided else CONTEXT)
+            assert parts == (1 if at is None else at.ulysses)
         if re.search(only, STOCK):
             bench.variant(STOCK, bench.stock, split)
         for name, method in wanted.items():
@@ -275,6 +297,7 @@ def main(
         raise typer.BadParameter("start it with: torchrun --nproc-per-node 2 -m benchmarks.context_parallel")
     ranks = Ranks()
     works = [work for work in (TINY if tiny else WORKS) if re.search(rows, work.name)]
+    works = [work for work in works if not work.guided or not ranks.count % 2]
     if not works:
         raise typer.BadParameter(f"no work has {rows!r} in its name")
     wrong: list[str] = []

@@ -183,6 +183,30 @@ def change_arguments(denoiser: nn.Module, change: Callable[[nn.Module, dict[str,
     HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(Change(), name)
 
 
+def wrap_forward(denoiser: nn.Module, run: Callable[..., Any], name: str) -> None:
+    """Have forwards of a denoiser answered by ``run(stock, denoiser, args, kwargs)``. stock: the forward with all hooks of
+    diffusers that are on by now.
+
+    A ``ModelHook`` with ``new_forward``, which finds what it replaces as ``fn_ref.original_forward``. Seen in
+    ``diffusers.hooks.hooks`` in 0.42. If it changes, CFG parallelism cannot be enabled.
+    """
+    from diffusers.hooks.hooks import HookRegistry, ModelHook
+
+    class Wrap(ModelHook):
+        wrapper = staticmethod(run)
+
+        def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            stock: Any = self.fn_ref.original_forward
+            return run(stock, module, args, kwargs)
+
+    HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(Wrap(), name)
+
+
+def forward_wrapper(denoiser: nn.Module, name: str) -> Any:
+    """The ``run`` that ``wrap_forward`` put on a denoiser under a name, or None."""
+    return getattr(getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {}).get(name), "wrapper", None)
+
+
 def gather_hooks(denoiser: nn.Module) -> Iterator[tuple[Any, list[int | None]]]:
     """The hooks by which context parallelism puts a denoiser's output together: what holds each one's ``post_forward(module,
     output)``, and along which axis each of the outputs is gathered (None: it is not).

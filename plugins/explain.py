@@ -18,8 +18,10 @@ from tilewise.kernels.attention.dispatch import available_backends, unsupported
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.config import Config, MethodLike, resolve, select_blocks
 from tilewise.plugins.context_parallel.enable import check_denoiser
+from tilewise.plugins.context_parallel.enable_cfg import check_cfg
 from tilewise.plugins.context_parallel.report import RankPlan, rank_plan
 from tilewise.plugins.context_parallel.token_shares import segments_of
+from tilewise.plugins.context_parallel.ways import CFG, CONTEXT, check_way, token_parts
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Method
 from tilewise.plugins.models.common.family import AttentionLayer, Family, Size
@@ -156,6 +158,7 @@ def explain(
     blocks: str | None = None,
     strength: float = 1.0,
     gpus: int = 1,
+    parallel: str = CONTEXT,
     num_frames: int | None = None,
 ) -> Explanation:
     """What a pipeline call of this size would do with a method: grid, tiles, density, what stays dense and why.
@@ -168,7 +171,9 @@ def explain(
         num_inference_steps: denoising steps. None: the model's own number, and a note says so.
         method, steps, blocks: as for ``patch``; default: what the target is patched with.
         strength: as the pipeline takes it, for image- and video-to-video, which enters the schedule part-way.
-        gpus: over how many the sequence is split (``enable_context_parallel``): heads, tokens and density of each.
+        gpus: how many share the work: heads, tokens and density of each.
+        parallel: how: "context" splits the sequence (``enable_context_parallel``), "cfg" the two branches of guidance, and the
+            sequence within each half of the GPUs (``enable_cfg_parallel``).
         num_frames: ``frames`` by its old name, until the next release.
 
     Raises:
@@ -178,6 +183,7 @@ def explain(
     """
     if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
         raise ConfigError(f"gpus must be a whole number of at least 1, got {gpus!r}")
+    check_way(parallel)
     frames = _frames(frames, num_frames)
     own_steps = num_inference_steps is None and not isinstance(
         target, torch.nn.Module
@@ -214,9 +220,13 @@ def explain(
             label = name if downsample is None else f"{name}, 1/{2**downsample}"
             rows.append(_explain_row(label, denoiser, config, config.kept(here[0].grid(grid)), here))
         if gpus > 1:
-            check_denoiser(name, denoiser, gpus)
-            ranks.append(_rank_plan(name, family, layers, config, grid, gpus))
-            if why := config.method.refuses_some_heads():
+            cfg, parts = parallel == CFG, token_parts(gpus, parallel)
+            (check_cfg if cfg else check_denoiser)(name, denoiser, gpus)
+            ranks.append(_rank_plan(name, family, layers, config, grid, gpus, parts))
+            why = config.method.refuses_some_heads() if parts > 1 else None
+            if why is None and cfg and family.guidance_in_batch:
+                why = config.method.refuses_some_samples()
+            if why:
                 notes.append(f"{name} on {gpus} GPUs: every call would fall back: {why}")
         dense: dict[str, str] = {}
         for layer in layers:
@@ -259,12 +269,13 @@ def explain(
 
 
 def _rank_plan(
-    name: str, family: Family, layers: list[AttentionLayer], config: Config, grid: Grid, gpus: int
+    name: str, family: Family, layers: list[AttentionLayer], config: Config, grid: Grid, gpus: int, parts: int
 ) -> RankPlan:
     layout = config.method.layout(config.kept(grid))
     if layout is not None and config.too_few(grid.tokens, False):
         layout = None
-    return rank_plan(name, layers[0].heads, config.method, layout, gpus, segments_of(grid, family.one_tensor))
+    segments = segments_of(grid, family.one_tensor)
+    return rank_plan(name, layers[0].heads, config.method, layout, parts, segments, branches=gpus // parts)
 
 
 def _frames(frames: int | None, num_frames: int | None) -> int:

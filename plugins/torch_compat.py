@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import CodeType
 from typing import Any
 
@@ -109,6 +110,13 @@ def overriding_mode() -> str | None:
         if not isinstance(mode, torch.utils._device.DeviceContext):
             return type(mode).__name__
     return None
+
+
+def without_subclasses() -> AbstractContextManager[Any]:
+    """A context in which subclasses of tensors are handled as plain tensors: ``torch._C.DisableTorchFunctionSubclass``, which
+    PyTorch's notes on extending it name. If it is renamed, CFG parallelism fails at its first step."""
+    context: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
+    return context
 
 
 def in_backward() -> bool:

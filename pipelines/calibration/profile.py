@@ -268,7 +268,9 @@ def profile_run(
         ConfigError: no attention call that the method could plan.
         OutputError: activations that are not finite.
     """
-    refuse_split("calibrate", denoisers_of(pipe), "a process has some heads of each layer")
+    refuse_split(
+        "calibrate", denoisers_of(pipe), "a process has some heads of each layer, or some of the forwards", halves=True
+    )
     found = RunProfile()
     method = Profiled(base, tuple(densities), schedule.middles, found)
     config = Config(method, steps=(0.0, 1.0), vae=False)

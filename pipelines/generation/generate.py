@@ -23,7 +23,8 @@ from tilewise.pipelines.loading.model_defaults import least_steps, model_default
 from tilewise.pipelines.media.video import to_uint8
 from tilewise.pipelines.quality.content_detection import analyse
 from tilewise.pipelines.quality.content_score import parse_prompt, score
-from tilewise.plugins.diffusers_compat import execution_device, is_sharded
+from tilewise.plugins.context_parallel.checks import is_divided
+from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.common.denoisers import DENOISERS, denoisers_of
 from tilewise.plugins.patching import is_patched, patched
@@ -67,8 +68,9 @@ def generate(
 ) -> Clip:
     """Runs a pipeline with the method of `settings` and the files that they name, and takes the method out again.
 
-    Method "dense" runs the stock pipeline without any patch, but under context parallelism. Whatever happens, KeyboardInterrupt
-    included, the pipeline is usable and unpatched afterwards; `cancellation.cancellable` stops it from another thread.
+    Method "dense" runs the stock pipeline without any patch, but where several processes divide it. Whatever happens,
+    KeyboardInterrupt included, the pipeline is usable and unpatched afterwards; `cancellation.cancellable` stops it from another
+    thread.
 
     Raises ConfigError if the pipeline is already patched (which method was meant?) or has other LoRAs, UnsupportedModelError for
     a pipeline that needs more than settings can say, OutputError if the model's output is not a picture (NaN).
@@ -77,7 +79,7 @@ def generate(
     require_loras(pipe, settings.lora)
     report = None
     if settings.is_dense and not any(
-        map(is_sharded, denoisers_of(pipe).values())
+        map(is_divided, denoisers_of(pipe).values())
     ):  # which stock attention may not serve
         output, seconds = run(pipe, settings, progress, preview=preview)
     else:

@@ -103,8 +103,12 @@ def guided_by_two_forwards(pipe: Any) -> bool:
     one has not (Qwen-Image). Pipelines that have both names and leave the second forward off by default keep it off (Flux)."""
     parameter = call_parameters(pipe).get("true_cfg_scale")
     usual = None if parameter is None else parameter.default
-    embeds = any(getattr(denoiser.config, "guidance_embeds", False) for denoiser in denoisers_of(pipe).values())
-    return isinstance(usual, int | float) and usual > 1 and not embeds
+    return isinstance(usual, int | float) and usual > 1 and not guidance_is_an_input(pipe)
+
+
+def guidance_is_an_input(pipe: Any) -> bool:
+    """Whether a denoiser has guidance as an input, and no second forward for it (distilled: Flux, HunyuanVideo)."""
+    return any(getattr(denoiser.config, "guidance_embeds", False) for denoiser in denoisers_of(pipe).values())
 
 
 def _steps(pipe: Any) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.parallel.world import World
 from tilewise.plugins.context_parallel.enable import enable_context_parallel
+from tilewise.plugins.context_parallel.enable_cfg import enable_cfg_parallel
+from tilewise.plugins.context_parallel.ways import CFG, token_parts
 from tilewise.plugins.errors import ConfigError, TilewiseError
 
 T = TypeVar("T")
@@ -83,14 +86,21 @@ class Ranks:
                 "command, libraries and kind of GPU"
             )
 
-    def split(self, pipe: Any) -> None:
-        """Split the sequence of a pipeline's denoisers over the processes, if there are several."""
+    def parts(self, way: str) -> int:
+        """Over how many processes the tokens of a forward are split. way: see ``WAYS``."""
+        return token_parts(self.count, way)
+
+    def split(self, pipe: Any, way: str) -> None:
+        """Divide the work of a pipeline's denoisers between the processes, if there are several. way: see ``WAYS``."""
         if self.count > 1:
-            self.together(lambda: enable_context_parallel(pipe))
+            self.together(lambda: (enable_cfg_parallel if way == CFG else enable_context_parallel)(pipe))
 
     @contextlib.contextmanager
     def exchanging(self) -> Iterator[None]:
-        """For a block in which the processes exchange tensors: signals end this one at once. In the first, Ctrl-C raises."""
+        """For a block in which the processes exchange tensors: signals end this one at once. In the first, Ctrl-C raises.
+
+        Raises TilewiseError where an exchange fails as another process is gone.
+        """
         if self.count == 1 or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -98,6 +108,14 @@ class Ranks:
         before = {which: signal.signal(which, signal.SIG_DFL) for which in ending}
         try:
             yield
+        except RuntimeError as error:
+            if not re.search("(?i)gloo|nccl", str(error)):
+                raise
+            kind = TilewiseError if self.first else OtherRankError
+            raise kind(
+                f"another of the {self.count} processes ended in the middle of an exchange: its own message, or that of "
+                f"torchrun, says why ({str(error).splitlines()[0][:160]})"
+            ) from error
         finally:
             for which, handler in before.items():
                 signal.signal(which, handler)

@@ -103,7 +103,7 @@ def stream(
         pipe, recipe, way=way, window=window, overlap=overlap, steps=steps, guidance=guidance, adain=adain,
         prefix_noise=prefix_noise, cache=cache, chunk=chunk,
     )  # fmt: skip
-    refuse_split("stream", denoisers_of(pipe), "a stream is made by one process")
+    refuse_split("stream", denoisers_of(pipe), "a stream is made by one process", halves=True)
     fps = float(recipe.fps) if fps is None else fps
     check_fps(fps)
     if seconds is not None:

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.context_parallel.halves import halves_of
 from tilewise.plugins.context_parallel.token_shares import segments_of
 from tilewise.plugins.diffusers_compat import is_sharded, parallel_degrees
 from tilewise.plugins.errors import TilewiseError, UnsupportedModelError
+from tilewise.plugins.methods.base import Method
 from tilewise.plugins.models.common.family import AttentionLayer
 
 
@@ -22,6 +24,12 @@ def why_dense(denoiser: nn.Module) -> str | None:
         f"ring_degree={ring} splits the keys of a call over ranks, and a rank sees a plan's keys one part after the other; give "
         "ulysses_degree alone, which splits heads"
     )
+
+
+def why_halves_are_dense(denoiser: nn.Module, method: Method) -> str | None:
+    """Why calls cannot be sparse where CFG parallelism halves the batch of a denoiser's forwards, or None."""
+    halves = halves_of(denoiser)
+    return None if halves is None or not halves.in_batch else method.refuses_some_samples()
 
 
 def check_sharded(
@@ -51,10 +59,19 @@ def check_sharded(
         )
 
 
-def refuse_split(what: str, denoisers: Mapping[str, nn.Module], why: str) -> None:
-    """Raises UnsupportedModelError where context parallelism is enabled on one of these denoisers. why: it cannot be."""
+def is_divided(denoiser: nn.Module) -> bool:
+    """Whether context parallelism or CFG parallelism is enabled on a denoiser."""
+    return is_sharded(denoiser) or halves_of(denoiser) is not None
+
+
+def refuse_split(what: str, denoisers: Mapping[str, nn.Module], why: str, *, halves: bool = False) -> None:
+    """Raises UnsupportedModelError where context parallelism is enabled on one of these denoisers; with ``halves``, CFG
+    parallelism too. why: it cannot be."""
     for name, denoiser in denoisers.items():
         if is_sharded(denoiser):
-            raise UnsupportedModelError(
-                f"{what}: context parallelism splits the tokens of {name} over processes: {why}. Use a pipeline without it"
-            )
+            found = f"context parallelism splits the tokens of {name} over processes"
+        elif halves and halves_of(denoiser) is not None:
+            found = f"CFG parallelism divides the forwards of {name} between processes"
+        else:
+            continue
+        raise UnsupportedModelError(f"{what}: {found}: {why}. Use a pipeline without it")

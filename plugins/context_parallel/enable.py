@@ -46,12 +46,7 @@ def enable_context_parallel(target: T, *, mesh: Any = None) -> T:
         In each case nothing was changed.
     """
     denoisers = denoisers_of(target)
-    if not dist.is_available() or not dist.is_initialized():
-        raise ConfigError(
-            "context parallelism needs one process a GPU: start the script with `torchrun --nproc-per-node N script.py`, and "
-            "call torch.distributed.init_process_group() first"
-        )
-    ranks = dist.get_world_size() if mesh is None else mesh["ulysses"].size()
+    ranks = world_size("context parallelism") if mesh is None else mesh["ulysses"].size()
     if ranks < 2:
         raise ConfigError("context parallelism needs 2 processes or more: torchrun --nproc-per-node 2 …")
     for name, denoiser in denoisers.items():
@@ -59,6 +54,16 @@ def enable_context_parallel(target: T, *, mesh: Any = None) -> T:
     for name, denoiser in denoisers.items():
         _enable(denoiser, ranks, mesh, _plan(name, denoiser))
     return target
+
+
+def world_size(what: str) -> int:
+    """The number of processes. Raises ConfigError where there is no process group, which ``what`` needs."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ConfigError(
+            f"{what} needs one process a GPU: start the script with `torchrun --nproc-per-node N script.py`, and "
+            "call torch.distributed.init_process_group() first"
+        )
+    return dist.get_world_size()
 
 
 def check_denoiser(name: str, denoiser: nn.Module, ranks: int) -> None:

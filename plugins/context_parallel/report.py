@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tilewise.kernels.plans.layout import Layout
+from tilewise.plugins.context_parallel.halves import halves_of
 from tilewise.plugins.context_parallel.head_exchange import deal
 from tilewise.plugins.context_parallel.token_shares import split
 from tilewise.plugins.diffusers_compat import context_parallel
@@ -20,10 +21,12 @@ from tilewise.plugins.text_format import counted, ranges
 
 @dataclass(frozen=True)
 class RankRow:
-    """This process's part of a denoiser's attention.
+    """This process's part of a denoiser's work.
 
-    heads: those of a layer that it computes, as in "0-5 of 12", or how many. exchanges: with the other ranks, two a call.
-    seconds: spent in them, waiting for the others included.
+    rank, ranks: among those that split the sequence; where none do, its half under CFG parallelism, of 2.
+    heads: those of a layer that it computes, as in "0-5 of 12", or how many; "" where it computes all.
+    exchanges: with the other ranks. seconds: spent in them, waiting for the others included.
+    branch: of guidance, which part its half computes under CFG parallelism; "" without.
     """
 
     denoiser: str
@@ -32,55 +35,76 @@ class RankRow:
     heads: str
     exchanges: int
     seconds: float
+    branch: str = ""
+
+    @property
+    def part(self) -> str:
+        """Heads and branch in a few words."""
+        return ", ".join(filter(None, (self.heads and f"heads {self.heads}", self.branch)))
 
     def __str__(self) -> str:
         return (
-            f"context parallelism, {self.denoiser}: rank {self.rank} of {self.ranks}, heads {self.heads}; "
-            f"{counted(self.exchanges, 'exchange')} with the other ranks in {self.seconds:.2f} s. The table is of these heads"
+            f"{'context' if self.heads else 'CFG'} parallelism, {self.denoiser}: rank {self.rank} of {self.ranks}, {self.part}; "
+            f"{counted(self.exchanges, 'exchange')} with the other ranks in {self.seconds:.2f} s. The table is of this part"
         )
 
 
 def rank_row(
     name: str, denoiser: Any, layers: Sequence[AttentionLayer], method: Method, exchanges: int, seconds: float
 ) -> RankRow | None:
-    """The row of a denoiser; None where its sequence is not split, or not by heads."""
-    at = context_parallel(denoiser)
+    """The row of a denoiser; None where nothing of it is divided, or its sequence not by heads."""
+    at, halves = context_parallel(denoiser), halves_of(denoiser)
+    branch = "" if halves is None else halves.part
+    if at is None and halves is not None:
+        return RankRow(name, halves.half, 2, "", exchanges, seconds, branch)
     if at is None or at.ring > 1:
         return None
     heads = max(layer.heads for layer in layers)
     own = deal(heads, at.ulysses)[at.rank]
     which = ranges(list(own)) if method.head_costs() is None else str(len(own))  # by layer and noise level then
-    return RankRow(name, at.rank, at.ulysses, f"{which} of {heads}", exchanges, seconds)
+    return RankRow(name, at.rank, at.ulysses, f"{which} of {heads}", exchanges, seconds, branch)
 
 
 @dataclass(frozen=True)
 class RankPlan:
     """What each rank would have of a denoiser, by rank: heads of a layer, tokens between attention calls, and the density of its
-    heads (nan where only a call decides)."""
+    heads (nan where only a call decides). branches: of guidance, 2 where each is computed by so many GPUs; else 1."""
 
     denoiser: str
     heads: tuple[int, ...]
     tokens: tuple[int, ...]
     density: tuple[float, ...]
+    branches: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: a density that only a call decides is None."""
         density = [None if math.isnan(value) else value for value in self.density]
-        return {"denoiser": self.denoiser, "heads": list(self.heads), "tokens": list(self.tokens), "density": density}
+        heads, tokens = list(self.heads), list(self.tokens)
+        return {
+            "denoiser": self.denoiser, "heads": heads, "tokens": tokens, "density": density, "branches": self.branches,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         density = [f"{value:.3f}" for value in (min(self.density), max(self.density))]
         kept = "decided at each call" if "nan" in density else " to ".join(dict.fromkeys(density))
+        branch = "one branch of guidance, " if self.branches > 1 else ""
+        gpus, heads = len(self.heads) * self.branches, f"{_range(self.heads)} of {sum(self.heads)} heads"
         return (
-            f"{self.denoiser} on {len(self.heads)} GPUs, a GPU: {_range(self.heads)} of {sum(self.heads)} heads, "
+            f"{self.denoiser} on {gpus} GPUs, a GPU: {branch}{heads}, "
             f"{_range(self.tokens)} of {sum(self.tokens):,} tokens, density {kept}"
         )
 
 
 def rank_plan(
-    name: str, heads: int, method: Method, layout: Layout | None, ranks: int, segments: Sequence[int]
+    name: str,
+    heads: int,
+    method: Method,
+    layout: Layout | None,
+    ranks: int,
+    segments: Sequence[int],
+    branches: int = 1,
 ) -> RankPlan:
-    """heads: of a layer. segments: see ``segments_of``. layout: the method's; None: it is dense."""
+    """heads: of a layer. segments: see ``segments_of``. layout: the method's; None: it is dense. ranks: that split the tokens."""
     dealt = deal(heads, ranks, method.head_costs() if layout is not None else None)
     pieces = [split(length, ranks) for length in segments]
     density = [1.0] * ranks
@@ -91,7 +115,8 @@ def rank_plan(
                 density[rank] = mine.expected_density(layout, len(own))
             else:
                 density[rank] = mine.plan(layout, len(own), torch.device("cpu")).density
-    return RankPlan(name, tuple(map(len, dealt)), tuple(map(sum, zip(*pieces, strict=True))), tuple(density))
+    tokens = tuple(map(sum, zip(*pieces, strict=True)))
+    return RankPlan(name, tuple(map(len, dealt)), tokens, tuple(density), branches)
 
 
 def _range(values: Sequence[int]) -> str:

@@ -114,6 +114,10 @@ class Method:
         """Why a call over some of a layer's heads cannot choose as the call over all of them does, or None."""
         return None
 
+    def refuses_some_samples(self) -> str | None:
+        """Why a call over some samples of a batch cannot choose as the call over all of them does, or None."""
+        return None
+
     def describe(self, layout: Layout) -> dict[str, Any]:
         """What ``explain`` says about the method on this layout, beyond grid, tile and density."""
         return {}

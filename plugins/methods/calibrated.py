@@ -189,6 +189,9 @@ class Calibrated(DynamicMethod):
     def refuses_some_heads(self) -> str | None:
         return self.base.refuses_some_heads()
 
+    def refuses_some_samples(self) -> str | None:
+        return self.base.refuses_some_samples()
+
     def refuses_window(self) -> str | None:
         return "a calibration is of whole clips, and not of the window of a KV cache"
 

@@ -7,7 +7,7 @@ cross-attention. The pipeline hands the forward tables of rotations by position 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from tilewise.plugins.models.common.registry import register_family
 class AllegroFamily(Family):
     name = "allegro"
     classes: tuple[str, ...] = ("AllegroTransformer3DModel",)
+    guidance_in_batch: ClassVar[bool] = True
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, frames, height, width)

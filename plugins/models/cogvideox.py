@@ -26,6 +26,7 @@ from tilewise.plugins.models.common.sequence_split import joint_plan
 class CogVideoXFamily(Family):
     name = "cogvideox"
     classes: tuple[str, ...] = ("CogVideoXTransformer3DModel",)
+    guidance_in_batch: ClassVar[bool] = True
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = args[0] if args else kwargs["hidden_states"]  # (B, frames, C, height, width)

@@ -25,6 +25,7 @@ MAX_TEXT = 256  # the pipelines' default length of a prompt
 class EasyAnimateFamily(Family):
     name = "easyanimate"
     classes: tuple[str, ...] = ("EasyAnimateTransformer3DModel",)
+    guidance_in_batch: ClassVar[bool] = True
     streams: ClassVar = {"EasyAnimateTransformer3DModel": Streams(("transformer_blocks",), text=3, joint=True)}
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:

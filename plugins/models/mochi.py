@@ -26,6 +26,7 @@ from tilewise.plugins.models.common.sequence_split import joint_plan
 class MochiFamily(Family):
     name = "mochi"
     classes: tuple[str, ...] = ("MochiTransformer3DModel",)
+    guidance_in_batch: ClassVar[bool] = True
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, frames, height, width)

@@ -25,6 +25,7 @@ MAX_TEXT = 77 + 256  # CLIP's tokens and the pipelines' max_sequence_length for 
 class SD3Family(Family):
     name = "sd3"
     classes: tuple[str, ...] = ("SD3Transformer2DModel",)
+    guidance_in_batch: ClassVar[bool] = True
     streams: ClassVar = {"SD3Transformer2DModel": Streams(("transformer_blocks",), text=1, joint=True, text_first=True)}
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:

@@ -7,7 +7,7 @@ transformers) runs over a handful of frames: methods leave it as it is, addition
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,13 @@ from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 class UNetFamily(Family):
     name = "unet"
     classes: tuple[str, ...] = ("UNet2DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel")
+    guidance_in_batch: ClassVar[bool] = True
+    per_frame: ClassVar[tuple[str, ...]] = (
+        "encoder_hidden_states",
+        "added_cond_kwargs",
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+    )
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         # (B, C, H, W), (B, C, frames, H, W) or (B, frames, C, H, W): rows and columns come last in all of them.

@@ -8,7 +8,7 @@ padding; the text's stay as they are.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ MAX_TEXT = 512  # the pipelines' max_sequence_length; they do not pad prompts to
 class ZImageFamily(Family):
     name = "z_image"
     classes: tuple[str, ...] = ("ZImageTransformer2DModel",)
+    guidance_in_batch: ClassVar[bool] = True
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         call = by_name(PARAMETERS, args, kwargs)

@@ -15,7 +15,8 @@ from torch import nn
 from tilewise.plugins.additions.base import Report, additions_text
 from tilewise.plugins.autoencoders.patched_vae import VaePatch
 from tilewise.plugins.config import Config, select_blocks
-from tilewise.plugins.context_parallel.checks import check_sharded, why_dense
+from tilewise.plugins.context_parallel.checks import check_sharded, is_divided, why_dense, why_halves_are_dense
+from tilewise.plugins.context_parallel.halves import halves_of
 from tilewise.plugins.diffusers_compat import SAVED_PROCESSORS, is_sharded
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.hooks.deepcopy import COPIER, STATE, copy_patched, shallow_state
@@ -173,15 +174,14 @@ class Patch:
                 )
             refused = why_dense(denoiser) or refused
             check_sharded(self.name, denoiser, self.layers, grid, self.family.one_tensor)
-            if self.config.step_cache is not None:  # context parallelism may have come after the patch
-                check_cache(
-                    self.name, denoiser, self.config.step_cache, None if self.cache is None else self.cache.config
-                )
             if self.family.split_needs_patch and self.left_alone:
                 raise TilewiseError(
                     f"{self.name}: context parallelism needs every layer patched, and {', '.join(self.left_alone)} keeps a "
                     "processor of its own, which does not exchange tokens with the other ranks"
                 )
+        refused = why_halves_are_dense(denoiser, self.config.method) or refused
+        if self.config.step_cache is not None and is_divided(denoiser):  # since the patch, perhaps
+            check_cache(self.name, denoiser, self.config.step_cache, None if self.cache is None else self.cache.config)
         if not torch.compiler.is_dynamo_compiling():
             self.state.begin(grid, timestep, refused)
         else:
@@ -189,7 +189,8 @@ class Patch:
             if grid is not None:
                 shape = (grid.t, grid.h, grid.w, grid.text, grid.text_first, grid.opposite)
             self.calls.ticket = custom_ops.begin(timestep, self.handle, *shape, refused)
-        if self.cache is not None:
+        halves = halves_of(denoiser)
+        if self.cache is not None and (halves is None or not halves.sits_out):
             self._begin_cache(timestep)
 
     @outside_graphs  # as the cache's own decisions are

@@ -6,13 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from tilewise.plugins.context_parallel.halves import halves_of
 from tilewise.plugins.diffusers_compat import is_sharded
 from tilewise.plugins.diffusers_compat import step_cache as cache_on
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
+from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.step_caches import diffusers_compat as compat
 from tilewise.plugins.step_caches.options import FirstBlock, MagCache, SeaCache, StepCache, TaylorSeer
 
 SPLIT = "whose tokens context parallelism splits over processes: each would decide by its own which blocks run"
+HALVED = "whose batches CFG parallelism halves: each process would decide by its own half which blocks run"
 
 
 def check_cache(name: str, denoiser: nn.Module, cache: StepCache | None, own: Any = None) -> None:
@@ -63,8 +66,8 @@ def _unsupported(denoiser: nn.Module, cache: StepCache) -> str | None:
         return "whose latents diffusers' SeaCache does not read: it serves Wan's text-to-video models"
     if not isinstance(cache, FirstBlock | MagCache | SeaCache):
         return None
-    if is_sharded(denoiser):
-        return SPLIT
+    if why := why_not_divided(cache, denoiser, tokens=is_sharded(denoiser), guidance=halves_of(denoiser) is not None):
+        return why
     blocks = compat.blocks_of(denoiser)
     if len(blocks) < 2:
         return f"with {len(blocks)} of the blocks that the cache would skip: it needs two"
@@ -78,6 +81,16 @@ def _unsupported(denoiser: nn.Module, cache: StepCache) -> str | None:
     if len({known[type(block)].return_encoder_hidden_states_index is None for block in blocks}) > 1:
         return "whose first and last blocks return text in different ways, which diffusers' First Block Cache does not take"
     return None
+
+
+def why_not_divided(cache: StepCache | None, denoiser: nn.Module, *, tokens: bool, guidance: bool) -> str | None:
+    """Why a denoiser that processes share cannot run a cache, or None. tokens: whether they split its tokens. guidance: its two
+    branches of guidance."""
+    if tokens and isinstance(cache, FirstBlock | MagCache | SeaCache):
+        return SPLIT
+    family = family_of(denoiser)
+    in_batch = family is not None and family.guidance_in_batch
+    return HALVED if guidance and in_batch and isinstance(cache, FirstBlock | SeaCache) else None
 
 
 def attention_kinds(denoiser: nn.Module) -> list[str]:

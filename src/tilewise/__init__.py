@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
     from tilewise.plugins.config import Config, load_config, presets, resolve, save_config
     from tilewise.plugins.context_parallel.enable import enable_context_parallel
+    from tilewise.plugins.context_parallel.enable_cfg import enable_cfg_parallel
     from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
     from tilewise.plugins.explain import explain
     from tilewise.plugins.guidance.dual_path import two_paths
@@ -58,6 +59,7 @@ __all__ = [
     "UnsupportedModelError",
     "WindowRecipe",
     "XAttention",
+    "enable_cfg_parallel",
     "enable_context_parallel",
     "explain",
     "explain_stream",
@@ -84,6 +86,7 @@ __all__ = [
 _NAMES_BY_MODULE = {
     "config": ("Config", "load_config", "presets", "resolve", "save_config"),
     "context_parallel.enable": ("enable_context_parallel",),
+    "context_parallel.enable_cfg": ("enable_cfg_parallel",),
     "errors": ("ConfigError", "FallbackError", "TilewiseError", "UnsupportedModelError"),
     "explain": ("explain",),
     "methods.base": ("Method", "methods", "register"),

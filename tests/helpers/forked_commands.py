@@ -3,7 +3,7 @@
 IN holds a JSON list of {"name", "commands"}: the arguments of each process of a command, which are forked together, with the
 environment that torchrun gives them; one process alone gets none. As torchrun does, the program ends the others when one fails:
 by SIGTERM, and after 30 seconds by SIGKILL. OUT gets, by name, each process's exit code and output, and the seconds until all
-had ended. "fails": the process whose third exchange raises.
+had ended. "fails": the process whose third exchange raises, or with "by", the name of a signal, gets that signal.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def run_commands(runs: list[dict[str, Any]], timeout: float = 240) -> dict[str, 
         return json.loads(out.read_text())
 
 
-def child(arguments: list[str], rank: int, count: int, port: int, log: Path, fails: int | None) -> None:
+def child(arguments: list[str], rank: int, count: int, port: int, log: Path, run: dict[str, Any]) -> None:
     """Becomes one process of a command. Does not return."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
@@ -46,8 +46,8 @@ def child(arguments: list[str], rank: int, count: int, port: int, log: Path, fai
     if count > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(port)
-    if rank == fails:
-        break_exchange()
+    if rank == run.get("fails"):
+        break_exchange(run.get("by"))
     from tilewise.ui.cli.app import app
     from tilewise.ui.common.exit_codes import run_app
 
@@ -63,14 +63,16 @@ def child(arguments: list[str], rank: int, count: int, port: int, log: Path, fai
         os._exit(code)
 
 
-def break_exchange() -> None:
+def break_exchange(by: str | None) -> None:
     import torch.distributed as dist
 
     whole, calls = dist.all_to_all_single, []
 
     def exchange(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 3 and by is not None:
+            os.kill(os.getpid(), signal.Signals[by])
+        elif len(calls) == 3:
             raise RuntimeError("this GPU fell off the bus")
         return whole(*args, **kwargs)
 
@@ -90,8 +92,11 @@ def run_one(run: dict[str, Any], folder: Path) -> dict[str, Any]:
     for rank, arguments in enumerate(commands):
         if pid := os.fork():
             children[pid] = rank
-        else:
-            child(arguments, rank, len(commands), port, logs[rank], run.get("fails"))
+            continue
+        try:
+            child(arguments, rank, len(commands), port, logs[rank], run)
+        finally:
+            os._exit(1)  # a signal that came while it was ending
     codes: dict[int, int] = {}
     failed_at: float | None = None
     while len(codes) < len(children):

@@ -6,7 +6,7 @@ ranks the largest difference from one process, over all ranks, and what the case
 
 A module has ``cases()``, functions by name. Each takes ``split``, None or a function that enables context parallelism on a
 pipeline or denoiser, and returns (tensor, what it has to say in JSON). Its attribute ``ranks``, if there is one, says which
-numbers of ranks it is for.
+numbers of ranks it is for; with ``cfg``, ``split`` enables CFG parallelism.
 """
 
 from __future__ import annotations
@@ -57,13 +57,18 @@ def worker(rank: int, ranks: int, cases: dict[str, Any], alone: dict[str, Any], 
     from torch.distributed.device_mesh import init_device_mesh
 
     from tilewise.plugins.context_parallel.enable import enable_context_parallel
+    from tilewise.plugins.context_parallel.enable_cfg import enable_cfg_parallel
 
     limit = datetime.timedelta(seconds=20)
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=limit)
     mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("ring", "ulysses"))  # one for all: making it takes time
+    split = functools.partial(enable_context_parallel, mesh=mesh)
+    if any(getattr(case, "cfg", False) for case in cases.values()):
+        mesh = init_device_mesh("cpu", (2, 1, ranks // 2), mesh_dim_names=("cfg", "ring", "ulysses"))
+        cfg = functools.partial(enable_cfg_parallel, mesh=mesh)
     found: dict[str, Any] = {}
     for name, case in cases.items():
-        out, said = attempt(case, functools.partial(enable_context_parallel, mesh=mesh))
+        out, said = attempt(case, cfg if getattr(case, "cfg", False) else split)
         one = alone[name][0]
         same = out is not None and one is not None and out.shape == one.shape
         found[name] = {"error": float((out - one).abs().max()) if same else None, "said": said}
@@ -107,6 +112,8 @@ def main(modules: str, most: int, out: str) -> None:
         whole: dict[str, Any] = {"one process": {name: said for name, (_, said) in alone.items()}}
         for ranks in range(2, most + 1):
             some = {name: case for name, case in cases.items() if ranks in getattr(case, "ranks", range(2, most + 1))}
+            if not some:
+                continue
             each = forked(ranks, some, alone, Path(out).parent)
             for name in some:
                 errors = [found[name]["error"] for found in each]

@@ -142,6 +142,27 @@ def test_arguments_are_changed_before_hooks_that_were_there():
     assert model(1, y=5) == (4, 10)
 
 
+def test_a_forward_is_wrapped_around_hooks_that_were_there():
+    class Model(nn.Module):
+        def forward(self, x, y=2):
+            return x, y
+
+    class Doubles(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return args, {name: 2 * value for name, value in kwargs.items()}
+
+    def run(stock, denoiser, args, kwargs):
+        assert denoiser is model
+        return stock(*args, y=kwargs["y"] + 1)
+
+    model = Model()
+    assert compat.forward_wrapper(model, "run") is None
+    HookRegistry.check_if_exists_or_initialize(model).register_hook(Doubles(), "doubles")
+    compat.wrap_forward(model, run, "run")
+    assert model(1, y=5) == (1, 12)
+    assert compat.forward_wrapper(model, "run") is run
+
+
 def test_how_context_parallelism_is_set_up():
     assert callable(getattr(diffusers.ModelMixin, compat.RESOLVE_PARALLEL))
     assert "_flattened_mesh" in vars(diffusers.ContextParallelConfig(ring_degree=2))

@@ -63,6 +63,10 @@ STREAM_EXPLAINED = (
     "decode_device",
 )
 GPUS_HELP = "Over how many GPUs one clip is split: heads, tokens, density and memory of each."
+PARALLEL_HELP = (
+    "How several GPUs divide a clip. context: all split its tokens. cfg: one half computes the prompt's branch of guidance, the "
+    "other half the other branch."
+)
 PLOT_HELP = "Also plot it, to a .png, .svg or .pdf. Dynamic methods run the model for four steps."
 
 
@@ -113,6 +117,7 @@ def generate(
     runs: Annotated[int, typer.Option(help="With --compare: how often both are timed.")] = 1,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
+    parallel: Annotated[str, typer.Option(help=PARALLEL_HELP)] = "context",
     dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
 ) -> None:
     """Generate a clip (mp4) from a prompt, or reproduce one from its file.
@@ -121,7 +126,7 @@ def generate(
     """
     from tilewise.ui.cli.generate import Request, dry_run_request, generate_request
 
-    request = Request(prompt, options, source, out, compare, device, runs, force)
+    request = Request(prompt, options, source, out, compare, device, runs, force, parallel)
     (dry_run_request if dry_run else generate_request)(request)
 
 
@@ -234,6 +239,7 @@ def calibrate(
 def explain(
     options: dict[str, Any],
     gpus: Annotated[int, typer.Option(help=GPUS_HELP)] = 1,
+    parallel: Annotated[str, typer.Option(help=PARALLEL_HELP)] = "context",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help=PLOT_HELP, show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
@@ -253,7 +259,7 @@ def explain(
             raise typer.BadParameter("a stream is made on one GPU: give --gpus or --stream")
         explain_stream_command(options, as_json=as_json, picture=plot)
     else:
-        explain_command(options, gpus=gpus, as_json=as_json, picture=plot, force=force)
+        explain_command(options, gpus=gpus, parallel=parallel, as_json=as_json, picture=plot, force=force)
 
 
 @app.command()

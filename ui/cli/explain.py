@@ -16,9 +16,11 @@ from tilewise.pipelines.generation.settings import DEFAULT_METHOD, DEFAULT_MODEL
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.model_defaults import model_defaults
-from tilewise.pipelines.memory.estimate import forward_bytes, weight_bytes
+from tilewise.pipelines.memory.estimate import estimate_memory
+from tilewise.pipelines.memory.fit import memory_words
 from tilewise.pipelines.memory.units import gib
 from tilewise.plugins.config import Config
+from tilewise.plugins.context_parallel.ways import CONTEXT, token_parts
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.explain import Explanation, explain
 from tilewise.plugins.methods.base import DynamicMethod
@@ -37,7 +39,13 @@ PROMPT = "a red circle moving right on a blue striped background"
 
 
 def explain_command(
-    options: Mapping[str, Any], *, as_json: bool, gpus: int = 1, picture: Path | None = None, force: bool = False
+    options: Mapping[str, Any],
+    *,
+    as_json: bool,
+    gpus: int = 1,
+    parallel: str = CONTEXT,
+    picture: Path | None = None,
+    force: bool = False,
 ) -> None:
     """Prints what a method would do with a model at a size, and draws it; a picture of a dynamic method runs the model.
 
@@ -62,13 +70,23 @@ def explain_command(
         num_inference_steps=options.get("steps", native.steps),
         method=config,
         gpus=gpus,
+        parallel=parallel,
     )
     say(json.dumps(explanation.to_dict(), indent=2) if as_json else explanation)
     if gpus > 1 and not as_json:
         dtype = resolve_dtype("auto", resolve_device("auto"))
-        tokens = max(row.tokens for row in explanation.rows)
-        weights, one = sum(weight_bytes(skeleton, dtype)[0]), forward_bytes(skeleton, tokens, dtype)
-        say(f"memory a GPU: weights {gib(weights)}, then about {gib(one // gpus)} denoising (of {gib(one)} on one GPU)")
+        size = explanation.size
+        settings = resolve_settings(
+            skeleton, PROMPT, model=model, method=config, height=size["height"], width=size["width"],
+            frames=size["frames"], steps=size["num_inference_steps"],
+        )  # fmt: skip
+        one, each = (
+            estimate_memory(skeleton, settings, explanation, dtype, gpus=count)
+            for count in (1, token_parts(gpus, parallel))
+        )
+        say(f"memory a GPU: about {gib(each.total)}, on one GPU {gib(one.total)} ({memory_words(each)})")
+        for note in each.notes:
+            say(f"note: {note}")
     if picture is not None:
         if isinstance(config.method, DynamicMethod):
             with quiet_libraries():

@@ -113,7 +113,7 @@ def _generate(request: Request, ranks: Ranks) -> None:
                 loras=settings.lora,
             )  # fmt: skip
             pipe, run = ranks.together(lambda: begin_run(settings.model, work.dtype, load))
-        ranks.split(pipe)
+        ranks.split(pipe, request.parallel)
         warnings = explain_settings(work.skeleton, settings).warnings
         of_files = input_notes(pipe, Inputs.of(settings))
         for note in [*prompt_notes(pipe, settings), *of_files, *_size_notes(work), *warnings, *_origin_notes(work)]:
@@ -131,6 +131,8 @@ def _generate(request: Request, ranks: Ranks) -> None:
             )
             run["offload"] = work.memory.offload
             run["gpus"] = ranks.count
+            if ranks.count > 1:
+                run["parallel"] = request.parallel
             run["ranks"] = shares_of(result, ranks)  # the last that anybody needs of the others
     if not ranks.first:
         return
@@ -181,7 +183,7 @@ def _check(request: Request, *, create: bool, ranks: Ranks = ALONE) -> Work:
     check_memory(skeleton, memory, device)
     check_parallel(skeleton, settings, request, memory, ranks)
     explanation = explain_settings(skeleton, settings)
-    check_fit(skeleton, settings, explanation, getattr(torch, dtype), device, memory, ranks.count)
+    check_fit(skeleton, settings, explanation, getattr(torch, dtype), device, memory, ranks.parts(request.parallel))
     endings = ("-dense", "-side-by-side") if request.compare else ()
     return Work(skeleton, settings, request.outputs(settings, *endings, create=create), dtype, origin, memory)
 

@@ -12,12 +12,16 @@ from rich.table import Table
 from tilewise import __version__
 from tilewise.pipelines.generation.clip_metadata import versions
 from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.generation.stock_call import guidance_is_an_input
 from tilewise.pipelines.loading.device import device_name, resolve_device
 from tilewise.pipelines.memory.options import MemoryOptions
 from tilewise.pipelines.parallel.ranks import Ranks
 from tilewise.plugins.context_parallel.enable import check_denoiser
+from tilewise.plugins.context_parallel.enable_cfg import check_cfg
+from tilewise.plugins.context_parallel.ways import CFG, check_way
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.step_caches.support import why_not_divided
 from tilewise.plugins.text_format import render
 from tilewise.ui.cli.request import Request
 from tilewise.ui.common.terminal import Terminal, say, standard_error
@@ -38,17 +42,18 @@ def check_parallel(
 ) -> None:
     """Raises ConfigError for what several processes cannot do together, and UnsupportedModelError for a model that they cannot
     share."""
+    check_way(request.parallel)
     if ranks.count == 1:
+        if request.parallel == CFG:
+            raise ConfigError(
+                "--parallel cfg divides guidance between processes, and there is one: start it with torchrun --nproc-per-node 2 "
+                "-m tilewise …"
+            )
         return
     for name, asked, why in (
         ("--compare", request.compare, "times both clips in one process"),
         ("--offload", memory.offload != "none", "moves weights while other processes wait for an exchange"),
         ("--retry-oom", memory.retry_oom, "would begin again in one process while the others go on"),
-        (
-            "--cache",
-            settings.method.cache is not None,
-            "decides by the tokens of one process whether the next step runs",
-        ),
         (
             "--add",
             settings.method.add is not None,
@@ -57,8 +62,25 @@ def check_parallel(
     ):
         if asked:
             raise ConfigError(f"{name} cannot be used with {ranks.count} processes: it {why}. Leave it out")
+    cfg, parts = request.parallel == CFG, ranks.parts(request.parallel)
+    if cfg and (settings.guidance <= 1 or guidance_is_an_input(skeleton)):
+        why = (
+            f"guidance {settings.guidance:g} is off"
+            if settings.guidance <= 1
+            else "the model takes guidance as an input"
+        )
+        raise ConfigError(
+            f"--parallel cfg: {why}, so that each step has one forward, which cannot be divided by branches of guidance. Leave "
+            "--parallel out: the processes split the tokens then"
+        )
     for name, denoiser in denoisers_of(skeleton).items():
-        check_denoiser(name, denoiser, ranks.count)
+        (check_cfg if cfg else check_denoiser)(name, denoiser, ranks.count)
+        if (
+            why_not := why_not_divided(settings.method.step_cache, denoiser, tokens=parts > 1, guidance=cfg)
+        ) is not None:
+            raise ConfigError(
+                f"--cache cannot be used with {ranks.count} processes: {name} is a model {why_not}. Leave it out"
+            )
 
 
 def refuse_parallel(request: Request, ranks: Ranks) -> None:
@@ -78,7 +100,7 @@ def shares_of(result: Any, ranks: Ranks) -> list[dict[str, Any]]:
     summary = result.summary
     return ranks.all(
         {
-            "heads": ", ".join(f"{row.denoiser} {row.heads}" for row in summary.ranks),
+            "part": ", ".join(f"{row.denoiser} {row.part}" for row in summary.ranks),
             "density": summary.density,
             "attention": sum(row.seconds for row in summary.rows),
             "exchange": sum(row.seconds for row in summary.ranks),
@@ -90,10 +112,10 @@ def print_shares(shares: list[dict[str, Any]]) -> None:
     """A table of ``shares_of``, with how evenly the work was divided."""
     if not shares:
         return
-    table = Table("process", "heads", "density", "attention, s", "exchanges, s", title="processes")
+    table = Table("process", "part", "density", "attention, s", "exchanges, s", title="processes")
     for rank, share in enumerate(shares):
         numbers = f"{share['density']:.3f}", f"{share['attention']:.2f}", f"{share['exchange']:.2f}"
-        table.add_row(str(rank), share["heads"], *numbers)
+        table.add_row(str(rank), share["part"], *numbers)
     attention = [share["attention"] for share in shares]
     mean = sum(attention) / len(attention)
     say(render(table))
@@ -108,6 +130,7 @@ def facts_of(settings: GenerateSettings, dtype: str, request: Request) -> dict[s
         **{name: version for name, version in versions().items() if name != "python"},
         "device": device_name(device),
         "dtype": dtype,
+        "parallel": request.parallel,
         **settings.to_dict(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }

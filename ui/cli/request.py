@@ -26,7 +26,7 @@ class Request:
 
     options: those that were given, by name, as `CLIP_OPTIONS`, `TWO_STAGE_OPTIONS` and `STREAM_OPTIONS` declare them.
     source: a clip whose settings stand for what is not given, in place of the usual defaults. runs: of --compare, how often both
-    clips are timed. force: replace files that are there.
+    clips are timed. force: replace files that are there. parallel: how several processes divide the clip, one of `WAYS`.
     """
 
     prompt: str | None
@@ -37,6 +37,7 @@ class Request:
     device: str = "auto"
     runs: int = 1
     force: bool = False
+    parallel: str = "context"
 
     @property
     def settings(self) -> dict[str, Any]:

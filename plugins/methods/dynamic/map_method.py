@@ -151,6 +151,14 @@ class MapMethod(DynamicMethod):
             return "drift goes by the recall of all heads, and each rank has some; give drift=None, or refresh=1"
         return None if self.within is None else self.within.refuses_some_heads()
 
+    def refuses_some_samples(self) -> str | None:
+        if self.refresh > 1 and self.drift is not None:
+            return (
+                "drift goes by the recall of a whole batch, and each half of the processes has half of it; give drift=None, or "
+                "refresh=1"
+            )
+        return None
+
     def layout(self, grid: Grid) -> Layout:
         # Text in the sequence is cut at 128 rows, and a kernel's block has room for as many: smaller tiles would leave it empty.
         usual = DEFAULT_TILE if grid.text >= SMALLEST_TILE else default_tile(grid.shape)

@@ -116,6 +116,11 @@ class Family(ABC):
     # Whether only a patched denoiser runs under ``context_parallel_plan``: its stock processors exchange nothing, or bring masks
     # over the whole sequence.
     split_needs_patch: ClassVar[bool] = False
+    # Whether its pipelines give both branches of classifier-free guidance to one forward, as two halves of its batch. Otherwise
+    # they call the denoiser once for each.
+    guidance_in_batch: ClassVar[bool] = False
+    # Parameters of the forward that may hold a row for each frame of each sample along their first axis.
+    per_frame: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import cfg_cases
 import compose_cases
 import family_cases_split
 import forked_ranks
@@ -19,16 +20,17 @@ from tilewise.plugins.context_parallel.token_shares import segments_of, shares_o
 from tilewise.plugins.methods.draft import Draft
 
 WAN = wan_cases.cases()
-CASES = WAN | family_cases_split.cases() | compose_cases.cases()
+CFG = cfg_cases.cases()
+CASES = WAN | family_cases_split.cases() | compose_cases.cases() | CFG
 RUNS = [f"{name}, {n} ranks" for name, case in CASES.items() for n in getattr(case, "ranks", (2, 3, 4))]
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return forked_ranks.run_cases("wan_cases,family_cases_split,compose_cases", 4)
+    return forked_ranks.run_cases("wan_cases,family_cases_split,compose_cases,cfg_cases", 4)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith(("error", "refused"))])
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith(("error", "refused", "CFG", "row"))])
 def test_ranks_equal_one_process(found, name):
     assert found[name]["error"] is not None, found[name]["said"]
     assert found[name]["error"] <= 1e-5
@@ -36,6 +38,42 @@ def test_ranks_equal_one_process(found, name):
         assert ("sparse" in said["kinds"]) == ("dense," not in name)
         assert said["calls"] == found["one process"][name.rpartition(", ")[0]]["calls"]
         assert re.search("context parallelism, (denoiser|transformer): rank", said["text"])
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("CFG")])
+def test_halves_with_a_branch_of_guidance_each_equal_one_process(found, name):
+    case, _, ranks = name.rpartition(", ")
+    each, one = found[name]["said"], found["one process"][case]
+    assert found[name]["error"] is not None, each
+    assert found[name]["error"] <= 1e-5
+    if case == "CFG unpatched":
+        return
+    halves = [each[0], each[int(ranks[0]) // 2]]
+    batched = "batch" in case or "LTX" in case
+    whole = batched and "Mochi" not in case  # whose prompts of different lengths are a call each
+    assert [half["calls"] for half in halves] == [one["calls"] if whole else one["calls"] // 2] * 2
+    for half, part in zip(halves, ("first", "second"), strict=True):
+        assert ("sparse" in half["kinds"]) == ("dense" not in case)
+        assert f"the {part} {'half of each batch' if batched else 'forward of each step'}; " in half["text"]
+    if not batched:  # the branches of one process, in order
+        assert sorted(one["seen"]) == sorted(halves[0]["seen"] + halves[1]["seen"]) or "halves" in case
+        assert {branch for _, branch in halves[0]["seen"]} == {0} and {branch for _, branch in halves[1]["seen"]} == {1}
+        assert halves[0]["reused"] + halves[1]["reused"] == one["reused"]
+        assert one["reused"] or "cache" not in case
+
+
+def test_a_row_of_the_benchmark_with_guidance(found):
+    each = found["row: benchmark, 2 ranks"]["said"]
+    for row in each:
+        assert (row["gpus"], row["missing"], row["wrong"]) == (2, {}, [])
+        assert [variant["name"] for variant in row["gpu_variants"]] == [
+            "tilewise, dense",
+            "tilewise, STA window (3,3,3)",
+        ]
+        for variant in row["gpu_variants"]:
+            assert variant["error"] <= 1e-5 and variant["speed_up"] > 0
+            assert variant["split"]["density"] == pytest.approx(variant["one"]["density"])
+            assert 0 < variant["split"]["exchange_share"] < 1 <= variant["split"]["balance"] <= 2
 
 
 @pytest.mark.parametrize(
@@ -56,6 +94,12 @@ def test_ranks_equal_one_process(found, name):
         ("two_paths_before, 2", "TilewiseError: denoiser: a global path does not run under context parallelism"),
         ("stream, 2", "UnsupportedModelError: stream: .*a stream is made by one process"),
         ("calibrate, 2", "UnsupportedModelError: calibrate: .*a process has some heads"),
+        ("guidance_off, 2", "TilewiseError: CFG parallelism, transformer: .* guidance is off .*read by mul"),
+        ("odd_batch, 2", "ConfigError: CFG parallelism, denoiser: a batch of 1 cannot be halved.* guidance is off"),
+        ("block_cache, 2", "UnsupportedModelError: cache first-block: .*whose batches CFG parallelism halves"),
+        ("drift, 2", "FallbackError: .*drift goes by the recall of a whole batch"),
+        ("cfg_twice, 2", "ConfigError: CFG parallelism: denoiser is divided between processes already"),
+        ("cfg_stream, 2", "UnsupportedModelError: stream: CFG parallelism divides .*a stream is made by one process"),
         ("twice, 2", "ConfigError: context parallelism: it is enabled on denoiser already"),
     ],
 )
@@ -114,6 +158,15 @@ def test_explain_says_what_each_gpu_has():
     assert "denoiser on 3 GPUs, a GPU: 1 to 2 of 4 heads" in str(found)
     assert found.to_dict()["ranks"][0]["heads"] == [2, 1, 1]
     assert tilewise.explain(model, **size, method="sta").ranks == ()
+    halves = tilewise.explain(model, **size, method=wan_cases.METHODS["sta, a window a head"], gpus=4, parallel="cfg")
+    assert (halves.ranks[0].heads, halves.ranks[0].branches) == ((2, 2), 2)
+    assert "denoiser on 4 GPUs, a GPU: one branch of guidance, 2 of 4 heads" in str(halves)
+    two = tilewise.explain(model, **size, method=Draft(select="shared", min_tokens=0), gpus=2, parallel="cfg")
+    assert two.ranks[0].heads == (4,) and not any("fall back" in note for note in two.notes)
+    with pytest.raises(tilewise.ConfigError, match="unknown value of parallel 'both'"):
+        tilewise.explain(model, **size, method="sta", gpus=2, parallel="both")
+    with pytest.raises(tilewise.ConfigError, match="an even number of processes"):
+        tilewise.explain(model, **size, method="sta", gpus=3, parallel="cfg")
     with pytest.raises(tilewise.ConfigError, match="over 5 ranks"):
         tilewise.explain(model, **size, method="sta", gpus=5)
     shared = tilewise.explain(model, **size, method=Draft(select="shared", min_tokens=0), gpus=2)

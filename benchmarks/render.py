@@ -122,6 +122,34 @@ def quality_table(rows: Rows) -> str:
     )
 
 
+def presets_table(rows: Rows) -> str:
+    """A preset a line: seconds of a clip at real size, and how its small clips differ from dense."""
+    dense = {row["name"].split(":")[0]: row for row in rows if row["preset"] == "dense"}
+    names = ("count", "colour", "shape", "motion", "background", "everything")
+    lines: list[list[str]] = []
+    for row in rows:
+        scores, exact = row["scores"], dense[row["name"].split(":")[0]]["scores"]
+        if row["preset"] == "dense":
+            cells = ["dense", "1.000", "–", "1.00", "–"]
+            shown = [f"{scores[name]:.0%}" for name in names]
+        else:
+            clip = row["clip"]
+            if not lines[0][3].endswith("clip") and clip:
+                lines[0][2:4] = [f"{clip['name'].split(',')[0]} clip, s", "× stock clip"]
+            at_size = (
+                [f"{clip['seconds']:.0f} (stock {clip['stock_seconds']:.0f})", f"{clip['speedup']:.2f}"]
+                if clip
+                else ["–", "–"]
+            )
+            density = f"{clip['density']:.3f}" if clip else f"{row['density']:.3f}"
+            cells = [f"`{row['preset']}`", density, *at_size, f"{row['psnr']['mean']:.1f} ± {row['psnr']['std']:.1f}"]
+            shown = [f"{100 * (scores[name] - exact[name]):+.1f}" for name in names]
+        if not lines:
+            lines.append(["preset", "density where sparse", "clip, s", "× stock", "PSNR to dense, dB", *names])
+        lines.append([*cells, *shown])
+    return _markdown(lines) if lines else ""
+
+
 def errors_table(rows: Rows) -> str:
     """Attention calls of the demo model: a variant a line, a density a column."""
     return _by_density(
@@ -440,7 +468,8 @@ def missing_list(rows: Rows) -> str:
 
 # section → what its command has in it, where that is not --only and its name
 MADE_BY = {
-    "quality": "benchmarks.quality ", "attention error": "benchmarks.attention_error ", "highres": "benchmarks.highres ",
+    "quality": "benchmarks.quality ", "presets": "benchmarks.presets ", "highres": "benchmarks.highres ",
+    "attention error": "benchmarks.attention_error ",
     "context parallel": "benchmarks.context_parallel", "unets": "benchmarks.unets",
     "highres quality": "benchmarks.highres_quality ", "global path": "benchmarks.global_path ",
 }  # fmt: skip
@@ -454,6 +483,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "dynamic": ("dynamic", dynamic_table),
     "windows": ("far-field", far_field_table),
     "quality": ("quality", quality_table),
+    "presets": ("presets", presets_table),
     "errors": ("attention error", errors_table),
     "gist": ("highres", highres_gist_table),
     "highres": ("highres", highres_table),

@@ -1,0 +1,185 @@
+"""``python -m benchmarks.presets``: what each preset costs in quality, and what it gains in a whole clip.
+
+Quality    clips of the demo model, the same prompts and noise as a dense clip each: PSNR and SSIM to it, and what the
+           clip-content detector reads, against what it reads in the dense clips
+Speed      denoising of a Wan2.1-14B 720×1280×81 clip: 50 steps of two forwards each. Forwards are measured on 10 of the 40
+           layers with random weights, dense and sparse; a clip is dense and sparse steps, and dense and sparse blocks, as the
+           preset has them:
+
+               ms(step) = sparse · (1 − d) + dense · d        d: share of the blocks that stay dense
+               clip     = 2 · 40/10 · Σ over steps of ms(step)
+
+``--candidates FILE`` measures other configs, a JSON object of them by name, beside the presets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import re
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+import tilewise
+from benchmarks import results, step
+from benchmarks.header import header
+from benchmarks.quality import clips_of, compared, settings_of
+from benchmarks.timing import measure
+from tilewise.pipelines.loading.load import load_pipeline
+from tilewise.plugins.config import select_blocks
+from tilewise.plugins.presets import PRESETS
+from tilewise.plugins.schedule.steps import runs_at
+
+SECTION = "presets"
+CLIP_STEPS, FORWARDS, LAYERS = 50, 2, 40
+SIZE = next(size for size in step.SIZES if size.model == "Wan2.1-14B, 10 layers")
+ON_UNETS = {"hidiffusion"}  # presets of models that are not measured here
+_worker: dict[str, Any] = {}
+
+
+def _begin(device: str, settings: dict[str, Any], dense: np.ndarray | None) -> None:
+    torch.set_num_threads(1)
+    _worker.update(pipe=load_pipeline("demo", device=device, dtype=settings["dtype"]), settings=settings, dense=dense)
+
+
+def _dense() -> tuple[np.ndarray, float]:
+    begin = time.perf_counter()
+    return clips_of(_worker["pipe"], _worker["settings"]), time.perf_counter() - begin
+
+
+def _quality(data: dict[str, Any]) -> dict[str, Any]:
+    pipe, settings = _worker["pipe"], _worker["settings"]
+    config = tilewise.Config.from_dict(data)
+    if any(
+        field.name == "min_tokens" for field in dataclasses.fields(config.method)
+    ):  # the demo model's clips are short
+        config = dataclasses.replace(config, method=dataclasses.replace(config.method, min_tokens=0))
+    tilewise.patch(pipe, config, strict=True, fuse=False, min_tokens=0)
+    try:
+        clips = clips_of(pipe, settings)
+        told = tilewise.summary(pipe)
+    finally:
+        tilewise.unpatch(pipe)
+    figures = {"density": told.density, "cost": told.cost, "overall_density": told.overall_density}
+    return {**figures, **compared(clips, _worker["dense"], settings)}
+
+
+def quality(configs: dict[str, Any], settings: dict[str, Any], device: str, workers: int) -> dict[str, dict[str, Any]]:
+    """Figures of each config's clips by name, and of the dense ones under "dense"."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _begin, (device, settings, None)) as pool:
+        dense, seconds = pool.submit(_dense).result()
+    print(f"dense clips: {seconds:.0f} s", flush=True)
+    found = {"dense": {"density": 1.0, "cost": 1.0, "overall_density": 1.0, **compared(dense, dense, settings)}}
+    with ProcessPoolExecutor(min(workers, len(configs)), context, _begin, (device, settings, dense)) as pool:
+        for name, row in zip(configs, pool.map(_quality, configs.values()), strict=True):
+            found[name] = row
+            print(f"{name}: density {row['density']:.3f}, {row['psnr']['mean']:.2f} dB, {row['scores']}", flush=True)
+    return found
+
+
+class Forwards:
+    """Milliseconds of a forward, measured once for each method."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        size = SIZE if device.type == "cuda" else step.TINY[0]
+        model = step.build(step.CONFIGS[size.model], device, dtype)
+        self.bench = step.Bench(size, model, device, seconds, "eager")
+        self.found: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, method: Any, precision: str | None, min_tokens: int | None = None) -> tuple[float, float]:
+        """(ms, density) with a method at every block; method None: stock."""
+        key = json.dumps([None if method is None else tilewise.resolve(method).to_dict(), precision, min_tokens])
+        if key not in self.found:
+            bench = self.bench
+            if method is not None:
+                tilewise.patch(
+                    bench.model, method, steps=(0, 1), strict=True, precision=precision, min_tokens=min_tokens
+                )
+            try:
+                timing = measure(bench.forward, bench.device, seconds=bench.seconds, flush=False)
+                density = 1.0 if method is None else tilewise.summary(bench.model).density
+            finally:
+                if method is not None:
+                    tilewise.unpatch(bench.model)
+            self.found[key] = timing.median, density
+        return self.found[key]
+
+
+def clip_of(config: tilewise.Config, forwards: Forwards) -> dict[str, Any]:
+    """Seconds of the denoising of a clip under a config, and of the stock one."""
+    stock, _ = forwards(None, None)
+    dense, _ = forwards("dense", None)
+    on_gpu = forwards.bench.device.type == "cuda"
+    sparse, density = forwards(config.method, config.precision if on_gpu else None, None if on_gpu else 0)
+    kept = 1 - len(select_blocks(config.blocks, LAYERS)) / LAYERS
+    one = sparse * (1 - kept) + dense * kept
+    sparse_steps = sum(runs_at(config.steps, number, CLIP_STEPS) for number in range(CLIP_STEPS))
+    times = FORWARDS * LAYERS / len(forwards.bench.model.blocks) / 1000
+    seconds = times * (sparse_steps * one + (CLIP_STEPS - sparse_steps) * dense)
+    whole = times * CLIP_STEPS * stock
+    return {
+        "name": forwards.bench.size.name, "sparse_ms": sparse, "dense_ms": dense, "stock_ms": stock, "density": density,
+        "sparse_steps": sparse_steps, "seconds": seconds, "stock_seconds": whole, "speedup": whole / seconds,
+    }  # fmt: skip
+
+
+def main(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    prompts: Annotated[int, typer.Option(help="clips of each preset")] = 64,
+    steps: Annotated[int, typer.Option(help="denoising steps of the demo model's clips")] = 20,
+    size: Annotated[int, typer.Option(help="pixels, height and width")] = 128,
+    frames: Annotated[int, typer.Option(help="frames of a clip")] = 17,
+    seed: Annotated[int, typer.Option(help="of prompts and noise")] = 0,
+    only: Annotated[str, typer.Option(help="regular expression: presets whose name it is found in")] = "",
+    candidates: Annotated[Path | None, typer.Option(help="JSON object of more configs by name")] = None,
+    batch: Annotated[int, typer.Option(help="clips a pipeline call")] = 32,
+    dtype: Annotated[str, typer.Option(help="of the demo model's denoiser")] = "float32",
+    workers: Annotated[int, typer.Option(help="processes that share the device")] = 1,
+    seconds: Annotated[float, typer.Option(help="of each measurement of a forward; 0: no speed")] = 1.0,
+    tiny: Annotated[bool, typer.Option(help="two short clips, four steps: shows that it runs")] = False,
+    out: Annotated[Path, typer.Option(help="folder of result files")] = results.FOLDER,
+) -> None:
+    """Measure, write the result file, print a line a preset."""
+    where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    settings = settings_of(prompts, steps, size, frames, seed, dtype, batch, "the preset's")
+    if tiny:
+        settings |= {"prompts": 2, "steps": 4, "height": 64, "width": 64, "frames": 5}
+    given = {**PRESETS, **(json.loads(candidates.read_text(encoding="utf-8")) if candidates else {})}
+    chosen = {name: dict(data) for name, data in given.items() if re.search(only, name) and name not in ON_UNETS}
+    if not chosen:
+        raise typer.BadParameter(f"no preset has {only!r} in its name")
+    configs = {name: tilewise.Config.from_dict(data) for name, data in chosen.items()}  # wrong ones, before any work
+    found = quality(chosen, settings, str(where), workers)
+    clips: dict[str, dict[str, Any]] = {}
+    if seconds:
+        forwards = Forwards(where, seconds)
+        with torch.no_grad():
+            clips = {name: clip_of(config, forwards) for name, config in configs.items()}
+    about = f"demo {settings['height']}×{settings['width']}×{settings['frames']}"
+    rows = [
+        {
+            "name": f"{about}: {name}", "order": order, "preset": name, "config": chosen.get(name), "settings": settings,
+            "clip": clips.get(name), **row,
+        }
+        for order, (name, row) in enumerate(found.items())
+    ]  # fmt: skip
+    for row in rows:
+        clip = row["clip"]
+        speed = f", {clip['speedup']:.2f} × a stock clip (density {clip['density']:.3f})" if clip else ""
+        print(f"{row['name']}: {row['psnr']['mean']:.2f} dB, {row['scores']}{speed}")
+    result = {**header(where, "benchmarks.presets", sys.argv[1:], tiny), "sections": {SECTION: rows}}
+    print(f"written: {results.write(result, out)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -60,6 +60,7 @@ def variants(density: float) -> dict[str, Method]:
         "draft, tile (1,8,16)": Draft(**common, tile=(1, 8, 16)),
         "draft, tile (1,4,4)": Draft(**common, tile=(1, 4, 4)),
         "draft, tile (2,4,4)": Draft(**common, tile=(2, 4, 4)),
+        "draft, tile (2,4,8)": Draft(**common, tile=(2, 4, 8)),
         "draft, tile (4,8,4)": Draft(**common, tile=(4, 8, 4)),
         "draft, tile (9,3,4)": Draft(**common, tile=(9, 3, 4)),
         "draft, not compensated": Draft(**plain),

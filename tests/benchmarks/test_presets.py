@@ -1,6 +1,7 @@
 """The table of presets: quality of small clips and seconds of a clip at real size."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,12 +15,13 @@ from tilewise.plugins.config import Config
 pytestmark = pytest.mark.slow
 
 
-def test_a_clip_counts_dense_steps_and_dense_blocks(monkeypatch):
+def test_a_clip_counts_dense_steps_and_dense_blocks():
     class Forwards:
-        class bench:
-            device = torch.device("cuda")
-            model = type("Model", (), {"blocks": [None] * 10})
-            size = type("Size", (), {"name": "Wan2.1-14B, 10 layers 720×1280×81"})
+        bench = SimpleNamespace(
+            device=torch.device("cuda"),
+            model=SimpleNamespace(blocks=[None] * 10),
+            size=SimpleNamespace(name="14B, 10 layers"),
+        )
 
         def __call__(self, method, precision, min_tokens=None):
             return (100.0, 1.0) if method is None else (80.0, 1.0) if method == "dense" else (20.0, 0.25)

@@ -54,7 +54,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("published",),
     ],
     "ui": [("common",), ("web",), ("cli",)],
-    "ui/web": [("common",), ("jobs",), ("forms",), ("tabs",), ("page",), ("server",)],
+    "ui/web": [("common",), ("jobs",), ("forms", "live"), ("tabs",), ("page",), ("server",)],
 }
 
 

@@ -37,6 +37,8 @@ FRAGMENT_SECONDS = 0.5
 # A frame in is a frame out: no B-frames, no look-ahead. veryfast: 90 frames of 480×832 a second and core; ultrafast makes 140, of
 # more than twice the bytes at the same quality.
 ENCODER = ["-an", "-c:v", "libx264", "-preset", "veryfast", "-tune", "zerolatency", "-pix_fmt", "yuv420p", *COLOUR]
+# Otherwise ffmpeg looks at some twenty frames before it encodes the first: seconds, of a video that is watched while it is made.
+AT_ONCE = ["-probesize", "32", "-analyzeduration", "0"]
 # No tags (bitexact) and no index at the end (skip_trailer): the comment that is put into the header moves what follows it.
 FRAGMENTED = ["-movflags", "+frag_keyframe+empty_moov+default_base_moof+skip_trailer", "-map_metadata", "-1"]
 FRAGMENTED += ["-fflags", "+bitexact", "-flush_packets", "1", "-f", "mp4", "pipe:1"]
@@ -89,7 +91,7 @@ class GrowingVideo:
         gop = max(1, int(fps * FRAGMENT_SECONDS))
         frames = f"{width + width % 2}x{height + height % 2}"
         command = [program, "-hide_banner", "-loglevel", "error"]
-        command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", frames, "-r", f"{fps:g}", "-i", "pipe:0"]
+        command += [*AT_ONCE, "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", frames, "-r", f"{fps:g}", "-i", "pipe:0"]
         command += [
             *ENCODER,
             "-crf",

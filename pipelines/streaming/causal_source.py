@@ -64,6 +64,14 @@ class CausalSource(ChunkSource):
         of_first = self.recipe.first_chunk
         return of_first if first == 0 and of_first is not None else self.length
 
+    def view(self) -> dict[str, Any]:
+        denoiser = self.sampler.denoisers[0]
+        slots = denoiser.slots
+        frames: list[list[Any]] = [[-1, "memory"]] * (denoiser.memory if slots.frames else 0)
+        frames += [[frame, "sink"] for frame in slots.frames[: slots.sink]]
+        frames += [[frame, "ring"] for frame in slots.ring]
+        return {"kind": "cache", "window": slots.window, "frames": frames}
+
     def identity(self) -> dict[str, Any]:
         configs = [denoiser.config.to_dict() for denoiser in self.sampler.denoisers]
         return {

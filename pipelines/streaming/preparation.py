@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,16 @@ class StreamWork:
             self,
             settings=dataclasses.replace(self.settings, frames=frames),
             options=self.options.until(frames / self.settings.fps),
+        )
+
+    def with_prompts(self, prompts: Sequence[tuple[int, str]]) -> StreamWork:
+        """The work of a stream that was made with these prompts. prompts: (first frame, text), the first one at frame 0."""
+        (_, first), *others = prompts
+        changes = tuple(f"{frame / self.settings.fps:.9f}s={prompt}" for frame, prompt in others)
+        return dataclasses.replace(
+            self,
+            settings=dataclasses.replace(self.settings, prompt=first),
+            options=dataclasses.replace(self.options, prompt_at=changes),
         )
 
 

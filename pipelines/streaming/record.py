@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from tilewise.pipelines.errors import OutputError
+from tilewise.pipelines.generation.cancellation import Cancelled
 from tilewise.pipelines.media.files import could_not_write, sidecar, write_text
 from tilewise.pipelines.media.growing_video import GrowingVideo
 from tilewise.pipelines.media.video import write_settings
 from tilewise.pipelines.streaming.preparation import StreamWork, open_stream
+from tilewise.pipelines.streaming.video_stream import Chunk, VideoStream
+from tilewise.plugins.patching import is_patched, patched
 from tilewise.plugins.summary import Summary, summary
 
 
@@ -54,12 +58,27 @@ class Progress:
     ahead: float
 
 
+@dataclass(frozen=True)
+class Audience:
+    """Who watches a stream while it is made, and may change its prompt.
+
+    opened: called with the stream before its first chunk; ``close`` may be called on it from any thread. shown: called with each
+    chunk once its frames are with the encoder; the next chunk waits until it returns. sink: gets the file's bytes; see
+    ``GrowingVideo``.
+    """
+
+    opened: Callable[[VideoStream], None]
+    shown: Callable[[Chunk], None]
+    sink: Callable[[bytes], None]
+
+
 def record(
     pipe: Any,
     work: StreamWork,
     file: Path,
     run: Mapping[str, Any],
     *,
+    audience: Audience | None = None,
     progress: Callable[[Progress], None] = lambda at: None,
     stop: Callable[[], bool] = lambda: False,
     beside: bool = True,
@@ -73,45 +92,64 @@ def record(
     Args:
         pipe: from ``load``.
         run: what the caller knows about the run; "load", the seconds that loading took, goes to the other seconds.
+        audience: who watches and changes the prompt: the settings of the video then have the prompts that it was made with, at
+            their times. A stream that they close ends with the last finished chunk.
         progress: called after each chunk. stop: asked after each chunk; the stream ends where it is true.
         beside: write the settings as JSON beside the file too. at_end: what else is known of the run in the end.
 
     Raises:
         OutputError: the file cannot go on; what is in it plays.
+        Cancelled: the stream was closed before its first chunk; there is no file.
     """
     settings = work.settings
     height, width = settings.height, settings.width
     begun = time.perf_counter()
     first = None
     digest = hashlib.sha256()
-    report = None
+    report, rate = None, 0.0
+    prompts: list[tuple[int, str]] = []  # first frame, and what is shown from it on
     phases = {"denoise": 0.0, "decode": 0.0}
     started = _metadata(work, run, {})
-    with (
-        open_stream(pipe, work) as video,
-        GrowingVideo(file, settings.fps, height, width, metadata=started) as out,
-    ):
-        for chunk in video:
-            out.write(chunk.frames)
-            digest.update(np.ascontiguousarray(chunk.frames).data)
-            now = time.perf_counter()
-            if first is None:
-                first = now
-                if beside:
-                    _write_beside(file, started)
-            for phase in phases:
-                phases[phase] += chunk.stats[phase]
-            ahead = video.frames_out / settings.fps - (now - first)
-            progress(Progress(video.frames_out, settings.frames, chunk.stats["fps"], ahead))
-            ended = stop()
-            if (ended or video.frames_out >= settings.frames) and not settings.is_dense:
-                report = summary(pipe)  # before the patch is off
-            if ended:
-                break
-        cache = video.cache_bytes
-        frames, rate, unused = video.frames_out, chunk.stats["fps"], video.prompts.planned
+    with ExitStack() as stack:
+        if not is_patched(pipe):  # here, and not by the stream, so that what is counted outlasts it
+            stack.enter_context(patched(pipe, settings.method))
+        with (
+            open_stream(pipe, work) as video,
+            GrowingVideo(
+                file, settings.fps, height, width, metadata=started, sink=None if audience is None else audience.sink
+            ) as out,
+        ):
+            if audience is not None:
+                audience.opened(video)
+            for chunk in video:
+                out.write(chunk.frames)
+                digest.update(np.ascontiguousarray(chunk.frames).data)
+                now = time.perf_counter()
+                if first is None:
+                    first = now
+                    if beside:
+                        _write_beside(file, started)
+                for phase in phases:
+                    phases[phase] += chunk.stats[phase]
+                rate = chunk.stats["fps"]
+                if not prompts or prompts[-1][1] != chunk.prompt:
+                    prompts.append((chunk.first_frame, chunk.prompt))
+                ahead = video.frames_out / settings.fps - (now - first)
+                progress(Progress(video.frames_out, settings.frames, rate, ahead))
+                if audience is not None:
+                    audience.shown(chunk)
+                if stop():
+                    break
+            cache = video.cache_bytes
+            frames, unused = video.frames_out, video.prompts.planned
+        if frames and not settings.is_dense:
+            report = summary(pipe)
+    if frames == 0:
+        raise Cancelled("the stream was ended before its first frames")
     total = time.perf_counter() - begun
     made = work.until(frames)
+    if audience is not None:
+        made = made.with_prompts(prompts)
     seconds = {"first": (first or begun) - begun, **phases, "total": total}
     result = {
         "density": 1.0 if report is None else report.density,

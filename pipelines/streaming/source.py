@@ -54,6 +54,12 @@ class ChunkSource(ABC):
         """Told of the frames (F, H, W, 3) of each chunk, before the next one is begun where ``restarts``."""
 
     @abstractmethod
+    def view(self) -> dict[str, Any]:
+        """What the next chunk is made from, as JSON values for a picture. Of caches: "kind": "cache", "window": latent frames,
+        "frames": [number, "sink", "ring" or "memory"] of each that is kept. Of windows: "kind": "noise", "levels": rows of noise
+        levels of the window's latent frames, "passes": the number of each row."""
+
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """JSON values that a state must have in common with the stream that goes on from it."""
 

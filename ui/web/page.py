@@ -19,6 +19,7 @@ from tilewise.ui.web.forms.url_state import UrlState
 from tilewise.ui.web.jobs.clips import Studio
 from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.jobs.models import Models
+from tilewise.ui.web.live.hub import LiveHub
 from tilewise.ui.web.tabs.attention import AttentionTab
 from tilewise.ui.web.tabs.batch import BatchTab
 from tilewise.ui.web.tabs.compare import CompareTab
@@ -27,12 +28,14 @@ from tilewise.ui.web.tabs.highres import HighresTab
 from tilewise.ui.web.tabs.history import DROPPED, HistoryTab
 from tilewise.ui.web.tabs.job_view import job_box
 from tilewise.ui.web.tabs.jobs import NAMES, POLL, JobsTab, line_html
+from tilewise.ui.web.tabs.live import LiveTab
 
 TITLE = "tilewise"
 SWEPT = (600, 3600)  # every so many seconds, uploads and drawn pictures older than so many seconds go
 LOOK = Path(__file__).parent / "look"
 TABS = {
     "generate": "Generate",
+    "live": "Live",
     "compare": "Compare",
     "attention": "See the attention",
     "highres": "High resolution",
@@ -80,6 +83,7 @@ class Page:
         self.models, self.job_queue = models, job_queue
         studio = Studio(models, outputs)
         limits = dataclasses.replace(limits, inputs=outputs / FOLDER)
+        self.live = LiveHub(models, limits, job_queue, outputs)
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=SWEPT, fill_width=True) as self.blocks:
             with gr.Row(elem_id="head"):
                 gr.HTML(HEAD, elem_classes=["tw-head"])
@@ -109,6 +113,8 @@ class Page:
                     tab, boxes = self._tab, self.boxes
                     with tab("generate"):
                         generate = GenerateTab(controls, job_queue, studio, clip, boxes["generate"], go, stop)
+                    with tab("live"):
+                        live = LiveTab(controls, job_queue, self.live, boxes["live"])
                     with tab("compare"):
                         CompareTab(controls, job_queue, studio, clip, boxes["compare"])
                     with tab("attention") as this:
@@ -126,7 +132,7 @@ class Page:
             said = {
                 name: each for name, each in controls.components.items() if name not in ROLES
             }  # no file is in an address
-            self.address = UrlState({**said, **own, **batch.own})
+            self.address = UrlState({**said, **own, **batch.own, **live.own})
             self.address.wire(go.click)
             shown = [*self.address.fields.values(), *self.boxes.values(), line]
             opened = self.blocks.load(
@@ -135,7 +141,7 @@ class Page:
             opened.then(None, None, None, js="() => tilewise.addressIsRead()")
             generate.examples.wire(opened)
             controls.wire(opened)
-        self.head = f"{self.address.script()}<script>{look('page.js')}</script>"
+        self.head = f"{self.address.script()}<script>{look('page.js')}</script><script>{look('live.js')}</script>"
 
     def _tab(self, name: str) -> gr.Tab:
         tab = gr.Tab(TABS[name], id=name)

@@ -18,6 +18,7 @@ from tilewise.ui.web.common.messages import LOG, error_message, log_unexpected
 from tilewise.ui.web.common.safety import Address, Limits, check_outputs
 from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.jobs.models import Models
+from tilewise.ui.web.live.routes import PREFIX, LiveRoutes
 
 # Nothing is fetched from elsewhere, nothing is sent elsewhere, and no other site may show the page in a frame.
 POLICY = (
@@ -48,7 +49,9 @@ class Headers:
         if self.local and not names_this_machine(headers.get("host", "")):
             await _refuse(send, 421, b"this page is for its own machine only")
             return
-        if from_another_site(scope["method"], headers):
+        # A live stream begins with a GET, which the pages of other sites can make too.
+        method = "POST" if scope.get("path", "").startswith(PREFIX) else scope["method"]
+        if from_another_site(method, headers):
             await _refuse(send, 403, b"this page answers no other web site")
             return
 
@@ -145,6 +148,7 @@ def serving(
         from starlette.middleware import Middleware
 
         stack.callback(page.close, verbose=False)
+        stack.callback(built.live.close)
         stack.callback(job_queue.close)  # before the page, whose streams say what became of the jobs
         _, url, _ = _launched(
             page,
@@ -166,7 +170,10 @@ def serving(
             theme=theme(),
             css=look("style.css"),
             head=built.head,
-            app_kwargs={"middleware": [Middleware(Headers, local=address.is_local)]},
+            app_kwargs={
+                "middleware": [Middleware(Headers, local=address.is_local)],
+                "routes": LiveRoutes(built.live, address.auth).routes,
+            },
         )
         job_queue.start()  # not before it is sure that there will be a page
         importing = threading.Thread(target=make_skeletons, args=(models,), name="import", daemon=True)

@@ -53,6 +53,15 @@ class WindowSampler:
         self.generator = generator
         self.shape = space.shape(pipe, settings.height, settings.width, settings.frames)
 
+    def levels(self, overlap: int, rows: int = 10) -> dict[str, list[Any]]:
+        """Noise levels of a window that goes on from `overlap` latent frames: "levels", rows at most, evenly taken, and "passes",
+        the number of each. They are those of the schedule that the scheduler has."""
+        scheduler = self.pipe.scheduler
+        steps = len(scheduler.timesteps)
+        passes = sorted({round(i * steps / (rows - 1)) for i in range(rows)})
+        sigmas = [level_after(scheduler, step) for step in passes]
+        return {"levels": self.way.matrix(sigmas, self.shape[0], overlap, self.prefix_noise).tolist(), "passes": passes}
+
     def window(
         self,
         tail: torch.Tensor | None,

@@ -98,6 +98,9 @@ class WindowSource(ChunkSource):
         if self.restarts and len(frames):
             self._picture = frames[-1].copy()
 
+    def view(self) -> dict[str, Any]:
+        return {"kind": "noise", **self.sampler.levels(0 if self._last is None else self.recipe.overlap)}
+
     def identity(self) -> dict[str, Any]:
         configs = [patch.config.to_dict() for patch in patches_of(self.sampler.pipe).values()]
         return {

@@ -108,6 +108,14 @@ def test_it_plays_while_it_is_written(tmp_path):
     assert psnr(late, clip[16:24]) > 35
 
 
+def test_a_fragment_is_out_with_the_frame_after_it(tmp_path):
+    """Whoever watches is half a second behind, and not as long as ffmpeg likes to look at a video before it begins."""
+    pieces: list[bytes] = []
+    with GrowingVideo(tmp_path / "a.mp4", 4, 32, 48, sink=pieces.append) as video:
+        video.write(gradients(3))  # two frames are a fragment
+        until(lambda: len(pieces) == 2)
+
+
 def test_no_metadata(tmp_path):
     with GrowingVideo(tmp_path / "a.mp4", FPS, 16, 16) as video:
         video.write(gradients(1, 16, 16))

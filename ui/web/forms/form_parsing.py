@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tilewise.pipelines.conditioning.files import ROLES, SEVERAL
@@ -58,6 +58,11 @@ def settings_of(models: Models, limits: Limits, values: Mapping[str, Any]) -> Ge
     call_arguments(skeleton, settings)
     limits.check(settings)
     return settings
+
+
+def said_of(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Settings by name as the controls say them, in their own types. Raises ConfigError."""
+    return {name: _value(SETTINGS[name], values[name]) for name in names}
 
 
 def config_of(values: Mapping[str, Any]) -> Config:

@@ -77,6 +77,10 @@ class Job:
     def cancelled(self) -> bool:
         return self._cancel.is_set()
 
+    def interrupted(self) -> bool:
+        """Whether the server ends."""
+        return self._interrupted
+
     def start(self) -> None:
         self.status, self.started = RUNNING, now()
         self._began = self._phase_began = time.perf_counter()

@@ -16,6 +16,7 @@ from tilewise.pipelines.loading.model_defaults import ModelDefaults, folder_defa
 from tilewise.pipelines.loading.model_folder import check_folder, find_model
 from tilewise.pipelines.loading.revision import model_revision
 from tilewise.pipelines.memory.limits import free_memory
+from tilewise.pipelines.streaming.preparation import StreamWork, put_weights
 from tilewise.plugins.errors import ConfigError
 from tilewise.ui.web.common.safety import RefusedError
 from tilewise.ui.web.jobs.job import Job
@@ -55,7 +56,7 @@ class Models:
                 check_folder(Path(find_model(name)))
             self._defaults[name] = stated or model_defaults(self.skeleton(name))
         self._revisions: dict[str, str] = {}
-        self._loaded: tuple[str, Any, LatentPreview | None] | None = None
+        self._loaded: tuple[tuple[str, Path | None], Any, LatentPreview | None] | None = None
 
     def skeleton(self, name: str) -> Any:
         """The pipeline without weights; made by who asks first, while others wait.
@@ -88,34 +89,44 @@ class Models:
                 self._revisions[name] = model_revision(name)
             return self._revisions[name]
 
-    def is_loaded(self, name: str) -> bool:
-        return self._loaded is not None and self._loaded[0] == name
+    def is_loaded(self, name: str, causal: Path | None = None) -> bool:
+        return self._loaded is not None and self._loaded[0] == (name, causal)
 
-    def pipeline(self, name: str) -> tuple[Any, LatentPreview | None]:
+    def pipeline(self, name: str, work: StreamWork | None = None) -> tuple[Any, LatentPreview | None]:
         """The pipeline on its device, and what makes its live preview, if it can have one.
 
-        One model is kept at a time. Only for the thread that does the work.
+        work: a stream, whose causal weights are put into it. One model is kept at a time. Only for the thread that does the work.
         """
         self.skeleton(name)
-        if self._loaded is None or self._loaded[0] != name:
+        causal = None if work is None else work.checkpoint
+        if self._loaded is None or self._loaded[0] != (name, causal):
             self.unload()
             pipe = load_pipeline(name, device=str(self.device), dtype=self.dtype)
+            if work is not None:
+                put_weights(pipe, work)
             try:
                 preview = LatentPreview(pipe)
             except Exception:  # a VAE of another kind: the run is worth more than its preview
                 preview = None
-            self._loaded = (name, pipe, preview)
+            self._loaded = ((name, causal), pipe, preview)
         return self._loaded[1], self._loaded[2]
 
     def begin_run(self, name: str, job: Job) -> tuple[Any, dict[str, Any]]:
         """The pipeline, and what the metadata of its clips says of the start; the job tells that it is loaded, where it is."""
-        loads = not self.is_loaded(name)
+        return self._begin(name, job, None)
+
+    def begin_stream(self, work: StreamWork, job: Job) -> tuple[Any, dict[str, Any]]:
+        """`begin_run` for a stream."""
+        return self._begin(work.settings.model, job, work)
+
+    def _begin(self, name: str, job: Job, work: StreamWork | None) -> tuple[Any, dict[str, Any]]:
+        loads = not self.is_loaded(name, None if work is None else work.checkpoint)
 
         def tell(model: str) -> None:
             if loads:
                 job.tell(f"loading {model}", 0, 1)
 
-        return begin_run(name, self.dtype, lambda: self.pipeline(name)[0], tell)
+        return begin_run(name, self.dtype, lambda: self.pipeline(name, work)[0], tell)
 
     def unload(self) -> None:
         """Gives the memory of the loaded pipeline back."""

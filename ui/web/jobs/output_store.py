@@ -14,10 +14,14 @@ from typing import Any
 
 from tilewise.pipelines.batch import manifest
 from tilewise.pipelines.batch.job import Job, Stages
+from tilewise.pipelines.batch.stream_jobs import Streamed
 from tilewise.pipelines.generation.clip_metadata import clip_metadata
 from tilewise.pipelines.generation.generate import Clip
 from tilewise.pipelines.generation.settings import GenerateSettings
+from tilewise.pipelines.media.files import move_into_place
 from tilewise.pipelines.media.rescue import write_or_rescue
+from tilewise.pipelines.media.video import read_settings
+from tilewise.plugins.errors import ConfigError
 from tilewise.ui.web.jobs.models import Models
 
 LOCK = ".ui.lock"
@@ -31,12 +35,14 @@ class OutputStore:
         self.models, self.folder = models, folder
         self._lock = threading.Lock()
 
-    def place(self, settings: GenerateSettings, flop: float, highres: Stages | None = None) -> Job:
+    def place(
+        self, settings: GenerateSettings, flop: float, highres: Stages | None = None, stream: Streamed | None = None
+    ) -> Job:
         """Where a clip goes: the next place, or its own if it was made before. flop: of its denoising. highres: of a clip of two
-        stages, whose target's settings are given."""
+        stages, whose target's settings are given. stream: of a stream."""
         known = manifest.read_manifest(self.folder)
         revision = self.models.revision(settings.model)
-        job = Job(len(known), (), (), settings, self.models.dtype, revision, flop, highres)
+        job = Job(len(known), (), (), settings, self.models.dtype, revision, flop, highres, stream)
         if job.key in known:
             job = dataclasses.replace(job, index=known[job.key]["run"]["batch"]["index"])
         return job
@@ -50,6 +56,17 @@ class OutputStore:
         write_or_rescue(path, clip.frames, clip.settings.fps, settings=metadata, beside=False)
         manifest.append(self.folder / manifest.NAME, manifest.done_line(path, metadata))
         return path, metadata
+
+    def adopt(self, job: Job, file: Path) -> Path:
+        """Moves a finished clip from the same disk to its place, with its line. Raises ConfigError for one without settings."""
+        told = read_settings(file)
+        if told is None:
+            raise ConfigError(f"{file.name} holds no settings of tilewise")
+        run = {**DEFAULTS, **told["run"], "batch": job.to_dict()}
+        path = self.folder / job.file
+        move_into_place(file, path)
+        manifest.append(self.folder / manifest.NAME, manifest.done_line(path, {**told, "run": run}))
+        return path
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ POLL = 2  # seconds between two looks at the list
 SHOWN = 40  # jobs in the list, the latest
 NAMES = {
     "generate": ("Generate", "generate"),
+    "live": ("Live", "live"),
     "compare": ("Compare", "compare"),
     "watch": ("Watch attention", "attention"),
     "highres": ("High resolution", "highres"),

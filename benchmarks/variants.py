@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from tilewise.kernels.plans.layout import Layout
+from tilewise.plugins.methods.auto import Auto
 from tilewise.plugins.methods.base import Method
 from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod, DraftMap
@@ -55,6 +56,8 @@ def variants(density: float) -> dict[str, Method]:
     return {
         OURS: Draft(**common),
         CALIBRATED: Draft(**common),
+        "auto": Auto(**common),
+        "draft, each query": Draft(**common, each=True),
         "draft, ranked by mass": Draft(**common, rank="mass"),
         "draft, shared over heads": Draft(**common, select="shared"),
         "draft, tile (1,8,16)": Draft(**common, tile=(1, 8, 16)),

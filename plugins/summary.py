@@ -20,6 +20,8 @@ from tilewise.plugins.runtime.patched_denoiser import Patch
 from tilewise.plugins.step_caches.support import foreign_note
 from tilewise.plugins.text_format import counted, ranges, render
 
+ALIKE = 0.02  # heads whose densities differ by less need no words
+
 
 @dataclass(frozen=True)
 class SummaryRow:
@@ -40,6 +42,16 @@ class SummaryRow:
     probe: float | None = None  # the same, measured exactly on the method's probe rows
     cost: float = math.nan  # as density, with the pairs of a query and a mean that stands for keys
     broken: int = 0  # lists of key blocks that kept everything, because queries or keys were not finite
+
+
+@dataclass(frozen=True)
+class HeadsRow:
+    """What each head of a layer kept in its sparse calls, of a method that plans for each: kept ÷ all token pairs."""
+
+    denoiser: str
+    layer: str
+    block: int
+    density: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class Summary:
     cache: tuple[CacheRow, ...] = ()  # of each denoiser, where the patch has a step cache
     ranks: tuple[RankRow, ...] = ()  # of each denoiser under context parallelism: this process's part
     since: str = dataclasses.field(default="", compare=False)
+    heads: tuple[HeadsRow, ...] = ()  # of each layer, where a method plans for each head
 
     @property
     def calls(self) -> int:
@@ -163,6 +176,7 @@ class Summary:
             "vae": [dataclasses.asdict(row) for row in self.vae],
             "cache": [{**dataclasses.asdict(row), "mag_ratios": list(row.mag_ratios)} for row in self.cache],
             "ranks": [dataclasses.asdict(row) for row in self.ranks],
+            "heads": [{**dataclasses.asdict(row), "density": list(row.density)} for row in self.heads],
             "rows": [{k: _finite(v) for k, v in dataclasses.asdict(row).items()} for row in self.rows],
         }
 
@@ -184,6 +198,7 @@ class Summary:
             lines.append(f"attention mass kept by sparse calls, estimated: {self.recall:.3f}{probed}")
         if self.broken:
             lines.append(f"queries or keys were not finite: {self.broken} lists of key blocks kept everything")
+        lines += _heads_lines(self.heads)
         lines += [f"{name} stays dense: {reason}" for name, reason in self.skipped_layers.items()]
         lines += map(str, self.cache)
         lines += map(str, self.ranks)
@@ -193,6 +208,31 @@ class Summary:
         if self.since:
             lines.append(f"counted since {self.since.removesuffix('+00:00').replace('T', ' ')} UTC")
         return "\n".join([*lines, *self.notes])
+
+
+def _heads_lines(rows: tuple[HeadsRow, ...]) -> list[str]:
+    """Of each denoiser the range over heads, and the mean of each block; nothing where all heads keep alike."""
+    lines = []
+    for name in dict.fromkeys(row.denoiser for row in rows):
+        own = [row for row in rows if row.denoiser == name]
+        everywhere = [value for row in own for value in row.density]
+        if max(everywhere) - min(everywhere) < ALIKE:
+            continue
+        means = ", ".join(f"{row.block}: {sum(row.density) / len(row.density):.2f}" for row in own)
+        lines.append(f"{name}: heads keep {min(everywhere):.3f} to {max(everywhere):.3f}; their mean by block: {means}")
+    return lines
+
+
+def _heads_rows(name: str, patch: Patch) -> list[HeadsRow]:
+    found: dict[int, tuple[Any, int]] = {}
+    for (number, _), record in patch.state.call_stats.records.items():
+        if record.heads is not None:  # of one kind of sparse call; the last counts, where there are several
+            found[number] = record.heads
+    layers = patch.layers
+    return [
+        HeadsRow(name, layers[number].name, layers[number].block, tuple((sums / pairs).tolist()))
+        for number, (sums, pairs) in sorted(found.items())
+    ]
 
 
 def _finite(value: Any) -> Any:
@@ -270,11 +310,13 @@ def summary(target: Any, *, reset: bool = False) -> Summary:
     rows: list[SummaryRow] = []
     skipped: dict[str, str] = {}
     ranks: list[RankRow | None] = []
+    heads: list[HeadsRow] = []
     since = datetime.datetime.now(datetime.UTC)
     denoisers = denoisers_of(target)
     for name, patch in patches.items():
         with patch.state.call_stats.lock:  # another thread may be in a forward
             rows += [_row(name, kind, found) for kind, found in _groups(patch)]
+            heads += _heads_rows(name, patch)
             since = min(since, patch.state.call_stats.since)
             done = patch.state.call_stats.exchanges
             ranks.append(rank_row(name, denoisers[name], patch.layers, patch.config.method, done.calls, done.seconds()))
@@ -296,7 +338,8 @@ def summary(target: Any, *, reset: bool = False) -> Summary:
     cache = tuple(row for name, patch in patches.items() if (row := _cache(name, patch, reset)) is not None)
     vae, more = _vae(target, reset)
     begun = since.isoformat(timespec="seconds")
-    return Summary(config.to_dict(), rows, grids, skipped, notes + more, vae, cache, tuple(filter(None, ranks)), begun)
+    split = tuple(filter(None, ranks))
+    return Summary(config.to_dict(), rows, grids, skipped, notes + more, vae, cache, split, begun, tuple(heads))
 
 
 def _cache(name: str, patch: Patch, reset: bool) -> CacheRow | None:

@@ -50,7 +50,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("windows",),
         ("dynamic",),
         ("calibrated", "dense", "draft", "inward", "shifted_windows", "sta", "xattention"),
-        ("neighborhood",),
+        ("auto", "neighborhood"),
         ("published",),
     ],
     "ui": [("common",), ("web",), ("cli",)],

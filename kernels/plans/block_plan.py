@@ -52,6 +52,7 @@ class BlockPlan:
         density: token pairs that the mask keeps ÷ all pairs, in (0, 1]; mean over heads. nan where only the device knows it.
         work: token pairs in listed blocks, at full block size, ÷ all pairs: what a kernel computes. ≥ density, or nan as it is.
         device_density: () float32, the density of a plan made at a call (dynamic_plan.py), not yet waited for; or None.
+        head_density: (P, G) float32, the same of each list.
         far: means that stand for the keys which are not visible (far_field.py); None: those are left out.
     """
 
@@ -74,6 +75,7 @@ class BlockPlan:
     row_encoding: torch.Tensor | None = None
     guard_bits: int = 0
     device_density: torch.Tensor | None = None
+    head_density: torch.Tensor | None = None
     far: FarField | None = None
     _cache: dict = field(default_factory=dict, repr=False)  # what a backend derives from a plan, kept with it
 

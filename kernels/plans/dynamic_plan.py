@@ -28,7 +28,7 @@ def dynamic_plan(layout: Layout, kept: torch.Tensor, *, key_layout: Layout | Non
 
     Returns:
         A plan whose ``density`` and ``work`` are nan; ``device_density``, () float32 on the device, is the fraction of token
-        pairs that it keeps.
+        pairs that it keeps, and ``head_density``, (P, G) float32, that of each list.
 
     Raises:
         ValueError: for a map of another shape or dtype.
@@ -49,6 +49,7 @@ def dynamic_plan(layout: Layout, kept: torch.Tensor, *, key_layout: Layout | Non
     else:
         index, key_start, ends, tokens = lists_reference(kept, k_start, k_rows, k_text, q_text, block)
     q_len, k_len = layout.grid.tokens, keys.grid.tokens
+    head_density = ((tokens * q_rows).sum(-1) / (q_len * k_len)).float()
     return BlockPlan(
         q_start=q_start,
         q_rows=q_rows,
@@ -62,7 +63,8 @@ def dynamic_plan(layout: Layout, kept: torch.Tensor, *, key_layout: Layout | Non
         k_len=k_len,
         density=math.nan,
         work=math.nan,
-        device_density=((tokens * q_rows).sum(-1).mean() / (q_len * k_len)).float(),
+        device_density=head_density.mean(),
+        head_density=head_density,
     )
 
 

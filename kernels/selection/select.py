@@ -42,8 +42,8 @@ def select_rows(
             the row. −inf: never kept, unless ``always``.
         always: (Nq, Nk) bool, on logits' device.
         rows: (Nk,) int32 tokens of each key block, on logits' device.
-        recall, density: exactly one, in (0, 1]. density may be (H,) float32 on logits' device, one for each head; its values are
-            not checked, as that would wait for the device.
+        recall, density: exactly one, in (0, 1]. density may be (H,) or (B, H) float32 on logits' device, one for each head, or
+            for each head of each sample; its values are not checked, as that would wait for the device.
         floor, cap: fewest and most blocks of a row, ``always`` included; cap None: no limit.
 
     Returns:
@@ -65,10 +65,11 @@ def select_rows(
     target = recall if density is None else density
     assert target is not None
     if isinstance(target, torch.Tensor):
-        if target.shape != logits.shape[1:2] or target.dtype != torch.float32 or target.device != logits.device:
+        shapes = (logits.shape[1:2], logits.shape[:2])
+        if target.shape not in shapes or target.dtype != torch.float32 or target.device != logits.device:
             raise ValueError(
-                f"select_rows: a density for each of {logits.shape[1]} heads must be ({logits.shape[1]},) float32 on "
-                f"{logits.device}, got {tuple(target.shape)} {target.dtype} on {target.device}"
+                f"select_rows: a density for each of {logits.shape[1]} heads must be ({logits.shape[1]},) or "
+                f"{tuple(shapes[1])} float32 on {logits.device}, got {tuple(target.shape)} {target.dtype} on {target.device}"
             )
     elif not 0 < target <= 1:
         raise ValueError(f"select_rows: recall or density must be in (0, 1], got {target}")
@@ -92,10 +93,10 @@ def select_rows_reference(
     floor: int,
     cap: int,
 ) -> torch.Tensor:
-    """The naive way: sort each row and add up. by_mass: the target is a recall, and not a density. target: also (H,)."""
+    """The naive way: sort each row and add up. by_mass: the target is a recall, and not a density. target: also (H,), (B, H)."""
     M, N = logits.shape[-2:]
     if isinstance(target, torch.Tensor):
-        target = torch.where(target < 1, target, 2.0)[:, None, None]  # never enough: everything is kept
+        target = torch.where(target < 1, target, 2.0)[..., None, None]  # never enough: everything is kept
     broken = (logits.isnan() | (logits == torch.inf)).any(-1, keepdim=True)
     candidate = logits > -torch.inf
     if by_mass:

@@ -19,10 +19,11 @@ ROUNDS = 26  # of bisection: the width of a row's logits, 2⁻²⁶ of it
 
 @triton.jit
 def select_rows_kernel(
-    logits_ptr, always_ptr, rows_ptr, kept_ptr, N, tokens_ptr, target, H, floor, cap, golden,
+    logits_ptr, always_ptr, rows_ptr, kept_ptr, N, tokens_ptr, target, lists, floor, cap, golden,
     BY_MASS: tl.constexpr, BY_HEAD: tl.constexpr, BLOCK_N: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (query blocks, B·H). N: key blocks. target: a number; BY_HEAD: points to (H,) densities."""
+    """Grid: (query blocks, B·H). N: key blocks. target: a number; BY_HEAD: points to ``lists`` densities, (H,)
+    or (B·H,)."""
     i = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i
     j = tl.arange(0, BLOCK_N)
@@ -34,7 +35,7 @@ def select_rows_kernel(
     candidate = (x > float("-inf")) & there
     high = tl.max(tl.where(candidate, x, float("-inf")), 0)
     if BY_HEAD:
-        wanted = tl.load(target + tl.program_id(1) % H)
+        wanted = tl.load(target + tl.program_id(1) % lists)
         wanted = tl.where(wanted < 1.0, wanted, 2.0)  # never enough: everything is kept
     else:
         wanted = target
@@ -89,7 +90,9 @@ def triton_select_rows(
     cap: int,
 ) -> torch.Tensor:
     """As ``select_rows_reference``; logits must be contiguous."""
-    by_head = isinstance(target, torch.Tensor)
+    by_head, lists = False, 1
+    if isinstance(target, torch.Tensor):
+        by_head, lists, target = True, target.numel(), target.contiguous()
     B, H, M, N = logits.shape
     kept = torch.empty((B, H, M, N), dtype=torch.uint8, device=logits.device)
     block = max(16, triton.next_power_of_2(N))
@@ -98,7 +101,7 @@ def triton_select_rows(
     if kept.numel():
         with torch.cuda.device_of(logits):
             select_rows_kernel[(M, B * H)](
-                logits, always.contiguous().view(torch.uint8), rows, kept, N, tokens, target, H, floor, cap, GOLDEN,
+                logits, always.contiguous().view(torch.uint8), rows, kept, N, tokens, target, lists, floor, cap, GOLDEN,
                 BY_MASS=by_mass, BY_HEAD=by_head, BLOCK_N=block, ROUNDS=ROUNDS, num_warps=warps_of(block),
             )  # fmt: skip
     return kept.view(torch.bool)

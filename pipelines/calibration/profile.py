@@ -32,6 +32,7 @@ from tilewise.plugins.context_parallel.checks import refuse_split
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Planned
 from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod
+from tilewise.plugins.methods.dynamic.sampled_errors import projection_gram
 from tilewise.plugins.models.common.fingerprint import Fingerprint
 from tilewise.plugins.models.common.registry import attention_layers
 from tilewise.plugins.patching import denoisers_of, patched
@@ -146,7 +147,7 @@ class Profiled(DynamicMethod):
 
     def prepare(self, target: Any, denoiser: nn.Module) -> Self:
         layers = attention_layers(denoiser, "denoiser")
-        gram = tuple(_gram(layer.module, layer.heads) for layer in layers)
+        gram = tuple(projection_gram(layer.module, layer.heads) for layer in layers)
         self.found.denoisers.append(DenoiserProfile(Fingerprint.of(denoiser)))
         return dataclasses.replace(self, denoiser=len(self.found.denoisers) - 1, gram=gram)
 
@@ -282,15 +283,3 @@ def profile_run(
             "CPU it takes 1,024 tokens, on a GPU 12,800; make the clip larger, or lower the method's min_tokens"
         )
     return found
-
-
-def _gram(module: nn.Module, heads: int) -> torch.Tensor | None:
-    """(H, D, D): W[h] W[h]ᵀ of the layer's output projection; None where it has none of the usual form, or packed weights."""
-    out = getattr(module, "to_out", None)
-    first = out[0] if isinstance(out, nn.ModuleList | nn.Sequential) and len(out) else out
-    weight: Any = getattr(first, "weight", None)
-    plain = isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point()
-    if not plain or weight.device.type == "meta" or weight.shape[1] % heads:
-        return None
-    rows = weight.detach().float().t().reshape(heads, weight.shape[1] // heads, -1)
-    return rows @ rows.transpose(1, 2)

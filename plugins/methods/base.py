@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import math
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -182,6 +182,13 @@ class DynamicMethod(Method):
 
         layer: its number among the self-attention layers of the denoiser. noise: from 1, noise alone, to 0, the clip; it is only
         given where ``needs_noise``.
+        """
+        return self
+
+    def in_run(self, layer: AttentionLayer, shared: Callable[[], dict[str, Any]]) -> DynamicMethod:
+        """The method of a layer's calls within a run; only asked where ``keeps_memory``. Default: this one.
+
+        shared: gives what is kept as ``memory`` is, one dictionary for all layers of a branch.
         """
         return self
 

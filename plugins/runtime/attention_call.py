@@ -54,6 +54,7 @@ from tilewise.plugins.runtime.sparse_call import (
     PRECISIONS,
     QKV,
     Part,
+    density_of_heads,
     mean_cost,
     mean_density,
     means_for_key,
@@ -218,6 +219,8 @@ class AttentionCalls:
         out = self._run(number, parts, whole, scale)
         if isinstance(method, DynamicMethod):
             call.values, call.means = measured(parts, query.shape[0]), means_for_key(parts, query.shape[0])
+            if state.forward.heads is None:
+                call.heads = density_of_heads(parts, query.shape[0])
         else:
             call.density, call.cost = mean_density(parts, query.shape[0]), mean_cost(parts, query.shape[0])
         call.kind = kind
@@ -230,6 +233,7 @@ class AttentionCalls:
         memory: dict[str, Any] = {}
         if method.keeps_memory and not capturing(query.device):
             memory = memories.of(number, place, layout, query.shape, qkv[1].shape, query.dtype, query.device)
+            method = method.in_run(self.state.layers[number], lambda: memories.of_branch(place, len(query)))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return method.plan_call(layout, *qkv, scale, memory, memories.tick)
 

@@ -105,6 +105,7 @@ class CallRecord:
         cost: the same with pairs of a query and a mean.
         means: Σ pairs · means ÷ keys, over the calls whose density only the device knows.
         measurements: the rest's density, which only the device knows; a call captured into a CUDA graph has none.
+        heads: of those with lists for each head, Σ pairs · density of a head, (H,) float64, and Σ pairs; None if there were none.
         reasons_differ: whether the calls' reasons are not all the one that is shown, but only alike but for numbers.
     """
 
@@ -118,6 +119,7 @@ class CallRecord:
     wall: float = 0.0
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     measurements: Measurements = field(default_factory=Measurements)
+    heads: tuple[torch.Tensor, int] | None = None
     reasons_differ: bool = False
 
     def count(self, queries: int, pairs: int, call: Call) -> None:
@@ -131,6 +133,14 @@ class CallRecord:
             self.known += pairs
             self.kept += call.density * pairs
             self.cost += (call.density if call.cost is None else call.cost) * pairs
+
+    def add_heads(self, density: torch.Tensor, pairs: int) -> None:
+        """Add what each head kept of a call, (H,) on the device. Not waited for."""
+        new = density.double() * pairs
+        if self.heads is not None and self.heads[0].shape == new.shape:
+            sums, before = self.heads
+            new, pairs = sums + new.to(sums.device), before + pairs  # out of place: in inference mode or not
+        self.heads = new, pairs
 
     def kept_pairs(self) -> tuple[float, int]:
         """(token pairs that were kept, token pairs of the calls whose density is known); waits for the device."""
@@ -174,6 +184,7 @@ class Call:
         cost: the same with pairs of a query and a mean; None: as density.
         means: where only the device knows the density, means ÷ keys: one for each block that is skipped.
         values: what a dynamic call measured, () tensors by name.
+        heads: what each head of a dynamic call kept, (H,) on the device; None: not known.
     """
 
     def __init__(self, kind: CallKind | None) -> None:
@@ -182,6 +193,7 @@ class Call:
         self.cost: float | None = None
         self.means = 0.0
         self.values: dict[str, torch.Tensor] = {}
+        self.heads: torch.Tensor | None = None
 
 
 class _Timer:
@@ -257,6 +269,8 @@ class CallStats:
             if timer.captured:
                 return
             record.measurements.add(call.values, pairs, queries)
+            if call.heads is not None:
+                record.add_heads(call.heads, pairs)
             timer.add_to(record)
 
     @contextmanager

@@ -189,6 +189,16 @@ def means_for_key(parts: list[Part], batch: int) -> float:
     return _by_pairs(parts, batch, blocks)
 
 
+def density_of_heads(parts: list[Part], batch: int) -> torch.Tensor | None:
+    """(heads,) float32 on the device, what each head keeps by plans with lists for each; None if there is another."""
+    found = [part.plan.head_density for part in parts if part.plan.head_density is not None]
+    if len(found) < len(parts):
+        return None
+    shares = shares_of([part.group for part in parts], batch)
+    pairs = [share * part.plan.q_len * part.plan.k_len for share, part in zip(shares, parts, strict=True)]
+    return torch.stack([n / sum(pairs) * each.mean(0) for n, each in zip(pairs, found, strict=True)]).sum(0)
+
+
 def measured(parts: list[Part], batch: int) -> dict[str, torch.Tensor]:
     """What dynamic plans know of themselves, over the samples of a batch: () tensors on the device by name.
 

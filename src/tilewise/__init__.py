@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tilewise.plugins.errors import ConfigError, FallbackError, TilewiseError, UnsupportedModelError
     from tilewise.plugins.explain import explain
     from tilewise.plugins.guidance.dual_path import two_paths
+    from tilewise.plugins.methods.auto import Auto
     from tilewise.plugins.methods.base import Method, methods, register
     from tilewise.plugins.methods.dense import Dense
     from tilewise.plugins.methods.draft import Draft
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "STA",
+    "Auto",
     "CausalRecipe",
     "Config",
     "ConfigError",
@@ -90,6 +92,7 @@ _NAMES_BY_MODULE = {
     "errors": ("ConfigError", "FallbackError", "TilewiseError", "UnsupportedModelError"),
     "explain": ("explain",),
     "methods.base": ("Method", "methods", "register"),
+    "methods.auto": ("Auto",),
     "methods.dense": ("Dense",),
     "methods.draft": ("Draft",),
     "methods.inward": ("Inward",),

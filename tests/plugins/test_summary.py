@@ -149,6 +149,7 @@ def test_to_dict_has_every_number(model):
         "fused_calls": 1, "recall": 0.25, "probe": None, "broken": 1, "skipped_layers": {}, "notes": [], "vae": [],
         "cache": [],
         "ranks": [],
+        "heads": [],
         "rows": told["rows"], "since": told["since"],
     }  # fmt: skip
     assert told["rows"][1] == {

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -94,6 +94,33 @@ class Candidates:
             return density
         text = grid.text / grid.tokens
         return min(1.0, max((density - text) / (1 - text), 1 / grid.tokens))
+
+
+@dataclass(frozen=True)
+class BlockMeans:
+    """Statistics of key and value blocks, and the variance of scores (B, H, Nq, Nk). values.variance: None where it is not
+    ranked by error."""
+
+    keys: BlockStats
+    values: BlockStats
+    s2: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CallMaps:
+    """What a call is planned by, before anything is chosen.
+
+    Attributes:
+        candidates: what is chosen from; ``always`` those of the window of every head.
+        always: (Nq, Nk) bool, pairs that are kept in any case, where a head's window has them.
+        blocks: what ranking by error and compensation go by; None: neither is asked for.
+        bounds: of the window that limits the choice; None: there is none.
+    """
+
+    candidates: Candidates
+    always: torch.Tensor
+    blocks: BlockMeans | None
+    bounds: Bounds | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,34 +277,59 @@ class MapMethod(DynamicMethod):
         tick: int,
         window: WindowKeys | None = None,
     ) -> Planned:
+        maps = self.maps_of(layout, query, key, value, scale, window)
+        return self.planned(maps, (query, key), scale, self.choose, memory, tick)
+
+    def maps_of(
+        self,
+        layout: Layout,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: WindowKeys | None = None,
+    ) -> CallMaps:
+        """What a call is planned by; its arguments are those of ``plan_call``."""
         heads = query.shape[2]
         keys = layout if window is None else window.layout
-        _, rows, text = layout.block_table(query.device)
+        _, rows, _ = layout.block_table(query.device)
         _, key_rows, key_text = keys.block_table(query.device)
         bounds = self._bounds(layout, heads, query.device, window)
         drafted = self.draft(layout, query, key, scale, keys)
         logits = drafted.logits
         if bounds is not None:
             logits = logits.masked_fill(~bounds.seen_by_head(heads), -math.inf)
-        share = logits.softmax(-1)
         blocks = self._block_stats(layout, keys, drafted, query, key, value, scale)
         ranked = logits
         if blocks is not None and blocks.values.variance is not None:
             ranked = error_logits(logits, blocks.s2, blocks.values.variance.sum(-1).transpose(1, 2))
-        broken = broken_rows(ranked)
+        wanted = always_kept(layout, self.always, query.device, window)
+        always = wanted if bounds is None else wanted & bounds.seen_by_all()
+        candidates = Candidates(layout, keys, logits, ranked, drafted.scores, always, rows, key_rows, key_text)
+        return CallMaps(candidates, wanted, blocks, bounds)
+
+    def planned(
+        self,
+        maps: CallMaps,
+        qk: tuple[torch.Tensor, torch.Tensor],
+        scale: float,
+        choose_from: Callable[[Candidates], torch.Tensor],
+        memory: dict[str, Any],
+        tick: int,
+    ) -> Planned:
+        """The plan of a call by its maps. choose_from: as ``choose``; the other arguments are those of ``plan_call``."""
+        (query, key), blocks, bounds, c = qk, maps.blocks, maps.bounds, maps.candidates
+        heads, layout, rows, key_rows = query.shape[2], c.layout, c.rows, c.key_rows
+        share, broken = c.logits.softmax(-1), broken_rows(c.ranked)
 
         def choose() -> torch.Tensor:
             if self.keeps_everything:
-                return torch.ones_like(logits, dtype=torch.bool)
-            wanted = always_kept(layout, self.always, query.device, window)
-            always = wanted if bounds is None else wanted & bounds.seen_by_all()
-            kept = self.choose(
-                Candidates(layout, keys, logits, ranked, drafted.scores, always, rows, key_rows, key_text)
-            )
-            kept = kept | broken[..., None]
+                return torch.ones_like(c.logits, dtype=torch.bool)
+            kept = choose_from(c) | broken[..., None]
             if bounds is not None:  # those within the window of some heads alone
-                kept = kept | (wanted & bounds.seen_by_head(heads))
-            kept = kept | text[:, None] | key_text[None, :]
+                kept = kept | (maps.always & bounds.seen_by_head(heads))
+            _, _, text = layout.block_table(query.device)
+            kept = kept | text[:, None] | c.key_text[None, :]
             return kept if bounds is None else bounds.with_a_key(kept)
 
         def recall_of(kept: torch.Tensor) -> torch.Tensor:
@@ -291,7 +343,7 @@ class MapMethod(DynamicMethod):
         else:
             kept = choose()
             recall = recall_of(kept)
-        plan = dynamic_plan(layout, kept, key_layout=keys) if bounds is None else plan_within(bounds, kept)
+        plan = dynamic_plan(layout, kept, key_layout=c.keys) if bounds is None else plan_within(bounds, kept)
         if bounds is not None:
             kept = kept & bounds.seen_by_head(heads)
         skipped = None
@@ -324,7 +376,7 @@ class MapMethod(DynamicMethod):
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float,
-    ) -> _Blocks | None:
+    ) -> BlockMeans | None:
         """What ranking by error and compensation go by; what the method's map has not, is made here. None: not needed."""
         if not (self.compensates or self.ranks_by_error):
             return None
@@ -335,17 +387,7 @@ class MapMethod(DynamicMethod):
             assert keys.variance is not None
             query_start, query_rows, _ = layout.block_table(query.device)
             s2 = score_variance(block_stats(query, query_start, query_rows).mean, keys.variance, scale)
-        return _Blocks(keys, block_stats(value, start, rows, variance=self.ranks_by_error), s2)
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """Statistics of key and value blocks, and the variance of scores (B, H, Nq, Nk). values.variance: None where it is not
-    ranked by error."""
-
-    keys: BlockStats
-    values: BlockStats
-    s2: torch.Tensor
+        return BlockMeans(keys, block_stats(value, start, rows, variance=self.ranks_by_error), s2)
 
 
 def _window_bounds(within: Method, layout: Layout, heads: int, device: torch.device, keys: WindowKeys | None) -> Bounds:

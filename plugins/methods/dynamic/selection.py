@@ -35,8 +35,8 @@ def select(
 ) -> torch.Tensor:
     """The pairs that ``rule`` keeps; see the module's docstring.
 
-    density: for "rows" also (H,) float32, one for each head. cap: most blocks of a row, for "rows" only. query_rows: (Nq,) tokens
-    of each query block; None: queries and keys have the same blocks.
+    density: for "rows" also (H,) or (B, H) float32, one for each head, or for each head of each sample. cap: most blocks of a
+    row, for "rows" only. query_rows: (Nq,) tokens of each query block; None: queries and keys have the same blocks.
 
     Raises:
         ValueError: an unknown rule, or a target that the rule does not take.

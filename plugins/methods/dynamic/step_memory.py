@@ -98,6 +98,12 @@ class RunMemory:
             _keeping.memories.add(self)
         return found
 
+    def of_branch(self, *samples: Any) -> dict[str, Any]:
+        """What all layers share in the branch under way. samples: what tells a group of a batch from others."""
+        if self._last:  # read by each layer for the last time
+            return self._kept.get((self.branch, "all layers", *samples), {})
+        return self.of("all layers", *samples)
+
     def __len__(self) -> int:
         return len(self._kept)
 

@@ -242,6 +242,10 @@ def test_each_head_keeps_by_its_own_density():
     for h, density in enumerate(densities[:2]):
         assert torch.equal(kept[:, h : h + 1], select_rows(logits[:, h : h + 1], always, rows, density=density))
     assert torch.equal(kept[:, 2], (logits[:, 2] > -torch.inf) | always)  # of a density of 1: all that may be kept
+    of_samples = torch.tensor([densities, densities[::-1]])
+    each = select_rows(logits, always, rows, density=of_samples)
+    for b, own in enumerate(of_samples):
+        assert torch.equal(each[b : b + 1], select_rows(logits[b : b + 1], always, rows, density=own))
     with pytest.raises(ValueError, match="a density for each of 3 heads"):
         select_rows(logits, always, rows, density=torch.tensor(densities[:2]))
 

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.additions.riflex import riflex
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError, unknown
 from tilewise.plugins.patching import denoisers_of
 
 TURNS = (1.0, 32.0)  # YaRN's α and β: fewer turns over the training length than α: slowed by s; more than β: kept
-RIFLEX_MARGIN = 0.9
 
 
 def ntk(theta: torch.Tensor, native: int, length: int) -> torch.Tensor:
@@ -40,14 +40,6 @@ def yarn(theta: torch.Tensor, native: int, length: int) -> torch.Tensor:
     turns = native * theta / (2 * math.pi)
     keep = ((turns - TURNS[0]) / (TURNS[1] - TURNS[0])).clamp(0, 1)
     return theta * ((1 - keep) * native / length + keep)
-
-
-def riflex(theta: torch.Tensor, native: int, length: int) -> torch.Tensor:
-    """The same with one frequency slowed, so that it does not turn round within ``length`` positions."""
-    out = theta.clone()
-    intrinsic = int((2 * math.pi / theta - native).abs().argmin())
-    out[intrinsic] = min(float(theta[intrinsic]), RIFLEX_MARGIN * 2 * math.pi / length)
-    return out
 
 
 SPATIAL: dict[str, Callable[[torch.Tensor, int, int], torch.Tensor]] = {"ntk": ntk, "yarn": yarn}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import every_family
 import family_checks
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 import tilewise
 from tilewise.kernels.plans.layout import Grid
@@ -73,6 +75,27 @@ def test_means_of_single_tokens_are_dense_attention(name):
         summary = tilewise.summary(model)
         assert summary.cost == pytest.approx(1.0) and summary.density < 0.9
         assert summary.to_dict()["cost"] == summary.cost and "cost" in str(summary)
+
+
+def test_means_of_single_tokens_are_dense_attention_on_feature_maps():
+    """The same on a UNet, whose layers have maps of several sizes."""
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=24, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+    inputs = {
+        "sample": torch.randn(2, 4, 24, 20), "timestep": torch.tensor(7), "encoder_hidden_states": torch.randn(2, 5, 32)
+    }  # fmt: skip
+    narrow = STA(window=(1, 1, 1), tile=(1, 4, 4))
+    options: dict[str, Any] = {"steps": (0, 1), "min_tokens": 0, "strict": True}
+    with torch.no_grad():
+        stock = model(**inputs).sample
+        with tilewise.patched(model, narrow, **options):
+            assert (model(**inputs).sample - stock).abs().max() > 1e-3
+        with tilewise.patched(model, dataclasses.replace(narrow, far="cells", cell=(1, 1, 1)), **options):
+            torch.testing.assert_close(model(**inputs).sample, stock, atol=2e-5, rtol=2e-5)
+            assert tilewise.summary(model).density < 0.9
 
 
 def test_cost_is_known_before_and_counted_after(tiny_pipe):

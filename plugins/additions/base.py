@@ -21,6 +21,7 @@ import tilewise.plugins.additions
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import Method
 from tilewise.plugins.methods.option_text import NONE, make_named, named_dict, named_text, read_named
+from tilewise.plugins.models.common.registry import family_of
 
 if TYPE_CHECKING:
     from tilewise.plugins.runtime.forward_state import ForwardState
@@ -93,6 +94,14 @@ class Addition:
             return
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{self.name}: {name} must be a whole number of at least {least}, got {value!r}")
+
+
+def place_in_run(state: ForwardState, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """(step, steps) of the forward that has begun, counted within its run: image-to-image begins part-way."""
+    family = family_of(denoiser)
+    assert family is not None
+    at = state.steps.of(family.timestep(args, kwargs))
+    return at.step - at.first, at.steps
 
 
 A = TypeVar("A", bound=type[Addition])

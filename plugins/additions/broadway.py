@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tilewise.plugins.additions.base import Addition, Report, register_addition
+from tilewise.plugins.additions.base import Addition, Report, place_in_run, register_addition
 from tilewise.plugins.diffusers_compat import holds_both_prompts, unsplit
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.hooks.answering_processor import answer_calls
@@ -124,7 +124,7 @@ class _Running:
         assert family is not None
 
         def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._begin(args, kwargs)
+            self._begin(module, args, kwargs)
 
         def end(*_: Any) -> None:
             self.forward.reset()
@@ -155,10 +155,9 @@ class _Running:
         """For ``summary``."""
         return f"broadway: changed {self.changed} of {self.forwards} forwards" if self.forwards else None
 
-    def _begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        at = self.state.steps.of(timestep if isinstance(timestep, torch.Tensor) else torch.tensor(timestep))
-        active = at.step - at.first < self.addition.steps * at.steps
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        step, steps = place_in_run(self.state, module, args, kwargs)
+        active = step < self.addition.steps * steps
         self.forward.reset(active, holds_both_prompts(self.state.steps.pipeline()))
         with self.lock:
             self.forwards += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tilewise.plugins.context_parallel.head_exchange import gather, gather_size
+from tilewise.plugins.context_parallel.token_shares import tokens_of
 from tilewise.plugins.diffusers_compat import (
     RESOLVE_PARALLEL,
     ContextParallel,
@@ -103,11 +105,14 @@ def _enable(denoiser: Any, ranks: int, mesh: Any, plan: dict[str, Any]) -> None:
             processor._parallel_config = None
     if family.per_token:
         change_arguments(denoiser, functools.partial(_split_per_token, family.per_token), "tilewise_per_token")
+    at = context_parallel(denoiser)
+    assert at is not None
+    family.on_split(denoiser, functools.partial(tokens_of, ranks=at.ulysses, rank=at.rank))
+    if any("controlnet" in name for name in inspect.signature(type(denoiser).forward).parameters):
+        change_arguments(denoiser, _refuse_controlnet, "tilewise_no_controlnet")
     if family.split_needs_patch:
         denoiser.register_forward_pre_hook(_needs_patch)
     if cpu:
-        at = context_parallel(denoiser)
-        assert at is not None
         for reference, axes in gather_hooks(denoiser):
             reference.post_forward = functools.partial(_gather, axes, at)
 
@@ -120,6 +125,17 @@ def _split_per_token(names: tuple[str, ...], denoiser: nn.Module, given: dict[st
         value = given.get(name)
         if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == tokens:
             given[name] = value.tensor_split(at.ulysses, dim=1)[at.rank]
+
+
+def _refuse_controlnet(denoiser: nn.Module, given: dict[str, Any]) -> None:
+    found = [
+        name for name, value in given.items() if "controlnet" in name and isinstance(value, torch.Tensor | list | tuple)
+    ]
+    if found:
+        raise TilewiseError(
+            f"context parallelism: {found[0]} of {type(denoiser).__name__} are a control network's residuals of all tokens, and "
+            "a rank adds them to its own. Use the pipeline without a control network, or CFG parallelism"
+        )
 
 
 def _needs_patch(denoiser: nn.Module, args: tuple) -> None:

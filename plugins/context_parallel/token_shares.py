@@ -61,6 +61,12 @@ def split(length: int, ranks: int) -> tuple[int, ...]:
     return tuple(length // ranks + (rank < length % ranks) for rank in range(ranks))
 
 
+def tokens_of(length: int, ranks: int, rank: int) -> range:
+    """The part of a rank."""
+    sizes = split(length, ranks)
+    return range(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
 def shares_of(segments: tuple[int, ...], grid: Grid, sizes: tuple[int, ...]) -> TokenShares | str:
     """How a call's tokens lie on the ranks, of which each has ``sizes``; or why that cannot be told.
 

@@ -23,6 +23,9 @@ class AllegroFamily(Family):
     classes: tuple[str, ...] = ("AllegroTransformer3DModel",)
     guidance_in_batch: ClassVar[bool] = True
 
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        return "its blocks take rotary positions and masks of the whole sequence"
+
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, frames, height, width)
         config: Any = denoiser.config

@@ -9,11 +9,12 @@ adds to the scores: padding is not hidden, its weight is divided by e. Then the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from tilewise.plugins.diffusers_compat import gathered_output, split_input
 from tilewise.plugins.models.common.image import by_name
 from tilewise.plugins.models.common.registry import register_family
 from tilewise.plugins.models.flux import CONTROLNET, FluxFamily
@@ -26,6 +27,13 @@ class ChromaFamily(FluxFamily):
         "hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "attention_mask",
         "joint_attention_kwargs", *CONTROLNET,
     )  # fmt: skip
+
+    split_needs_patch: ClassVar = True
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        tokens = {name: split_input(1, 3) for name in ("hidden_states", "encoder_hidden_states")}
+        positions = {name: split_input(0, 2) for name in ("img_ids", "txt_ids")}
+        return {"": tokens | positions, "proj_out": gathered_output(1, 3)}
 
     def hooks(self, denoiser: nn.Module) -> list[Any]:
         masks: list[torch.Tensor] = []  # of the current forward, kept from the blocks

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.diffusers_compat import split_input
+from tilewise.plugins.diffusers_compat import gathered_output, split_input
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.common.family import Family, Size
 from tilewise.plugins.models.common.registry import register_family
-from tilewise.plugins.models.common.sequence_split import joint_plan
+from tilewise.plugins.models.common.sequence_split import ONE_BLOCK, joint_plan
 
 
 class CogVideoXFamily(Family):
@@ -86,7 +86,12 @@ class ConsisIDFamily(CogVideoXFamily):
     classes: tuple[str, ...] = ("ConsisIDTransformer3DModel",)
 
     def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
-        return "its forward cuts the whole text off behind the blocks, where each rank has a part of it"
+        blocks: Any = denoiser.transformer_blocks
+        if len(blocks) < 2:
+            return ONE_BLOCK
+        plan = joint_plan("transformer_blocks.0", image_rotary_emb=[split_input(0, 2)] * 2)
+        del plan["proj_out"]  # the forward cuts the text off behind the blocks: all of it must be there
+        return {**plan, f"transformer_blocks.{len(blocks) - 1}": [gathered_output(1, 3)] * 2}
 
 
 def _patch_sizes(denoiser: nn.Module) -> tuple[int, int]:

@@ -9,20 +9,34 @@ is another model, which stays as it is.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import split_input
 from tilewise.plugins.models.common.family import Family, Size
 from tilewise.plugins.models.common.forward_arguments import argument, check_size
 from tilewise.plugins.models.common.registry import register_family
+from tilewise.plugins.models.common.sequence_split import video_plan
 
 
 class CosmosFamily(Family):
     name = "cosmos"
     classes: tuple[str, ...] = ("CosmosTransformer3DModel",)
+
+    split_needs_patch: ClassVar = True
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        model: Any = denoiser
+        rope = {"rope": {n: split_input(0, 2, output=True) for n in (0, 1)}}
+        by_token = {name: split_input(1, 3) for name in ("embedded_timestep", "temb", "extra_pos_emb")}
+        return video_plan("transformer_blocks", len(model.transformer_blocks), rope, **by_token)
+
+    def whole_attention(self, denoiser: nn.Module) -> list[nn.Module]:
+        blocks: Any = denoiser.transformer_blocks
+        return [block.attn2 for block in blocks]
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, frames, height, width)

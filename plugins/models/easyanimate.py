@@ -18,6 +18,7 @@ from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.common.family import Family, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument, check_size, contiguous_hidden_states
 from tilewise.plugins.models.common.registry import register_family
+from tilewise.plugins.models.common.sequence_split import joint_plan
 
 MAX_TEXT = 256  # the pipelines' default length of a prompt
 
@@ -27,6 +28,11 @@ class EasyAnimateFamily(Family):
     classes: tuple[str, ...] = ("EasyAnimateTransformer3DModel",)
     guidance_in_batch: ClassVar[bool] = True
     streams: ClassVar = {"EasyAnimateTransformer3DModel": Streams(("transformer_blocks",), text=3, joint=True)}
+
+    split_needs_patch: ClassVar = True
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        return joint_plan("transformer_blocks.0", "rope_embedding")
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, frames, height, width)

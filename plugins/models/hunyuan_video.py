@@ -10,12 +10,14 @@ padding of the prompt. Rotary tables, one row a video token, come from ``rope``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import change_arguments
 from tilewise.plugins.models.common.family import Family, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument, contiguous_hidden_states
 from tilewise.plugins.models.common.registry import register_family
@@ -49,10 +51,24 @@ class HunyuanVideoFamily(Family):
     split_needs_patch: ClassVar = True
 
     def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
-        config: Any = denoiser.config
-        if getattr(config, "image_condition_type", None) == "token_replace":
-            return "its blocks count the first frame's tokens, of which each rank has some (image_condition_type='token_replace')"
         return joint_plan(next(f"{stack}.0" for stack in self.stacks if getattr(denoiser, stack)), "rope")
+
+    def on_split(self, denoiser: nn.Module, share: Callable[[int], range]) -> None:
+        config: Any = denoiser.config
+        if getattr(config, "image_condition_type", None) != "token_replace":
+            return
+        mine = 0  # of the first frame's tokens, which the blocks count: they have a timestep of their own
+
+        def count(denoiser: nn.Module, given: dict[str, Any]) -> None:
+            nonlocal mine
+            t, h, w = patches(denoiser, given["hidden_states"].shape[2:])
+            tokens = share(t * h * w)
+            mine = max(min(h * w, tokens.stop) - tokens.start, 0)
+
+        change_arguments(denoiser, count, "tilewise_first_frame")
+        for stack in self.stacks:
+            for block in getattr(denoiser, stack):
+                change_arguments(block, lambda _, given: given.update(num_tokens=mine), "tilewise_first_frame")
 
     def whole_attention(self, denoiser: nn.Module) -> list[nn.Module]:
         model: Any = denoiser

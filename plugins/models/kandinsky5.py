@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import gathered_output, split_input
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.common.family import AttentionLayer, Family, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import argument, check_size
 from tilewise.plugins.models.common.registry import register_family
+from tilewise.plugins.models.common.sequence_split import ONE_BLOCK
 from tilewise.plugins.models.common.sizes import within_positions
 
 
@@ -29,6 +31,23 @@ class Kandinsky5Family(Family):
             ("visual_transformer_blocks",), text=1, own="self_attention", cross="cross_attention", hidden="visual_embed"
         )
     }
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        model: Any = denoiser
+        if getattr(model.config, "attention_type", "regular") != "regular":
+            return f"its own sparse attention ({model.config.attention_type}) needs all tokens of all heads"
+        stack, last = "visual_transformer_blocks", len(model.visual_transformer_blocks) - 1
+        if not last:
+            return ONE_BLOCK
+        return {
+            f"{stack}.0": {"visual_embed": split_input(1, 3)},
+            f"{stack}.*": {"rope": split_input(1, 6)},
+            f"{stack}.{last}": gathered_output(1, 3),
+        }
+
+    def whole_attention(self, denoiser: nn.Module) -> list[nn.Module]:
+        model: Any = denoiser
+        return [model.text_transformer_blocks, *(block.cross_attention for block in model.visual_transformer_blocks)]
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, frames, height, width, C)

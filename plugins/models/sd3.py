@@ -15,6 +15,7 @@ from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.models.common.family import AttentionLayer, Family, Size, Streams
 from tilewise.plugins.models.common.image import by_name, image_tokens
 from tilewise.plugins.models.common.registry import register_family
+from tilewise.plugins.models.common.sequence_split import joint_plan
 from tilewise.plugins.models.common.sizes import within_positions
 
 CONTROLNET = "block_controlnet_hidden_states"
@@ -27,6 +28,11 @@ class SD3Family(Family):
     classes: tuple[str, ...] = ("SD3Transformer2DModel",)
     guidance_in_batch: ClassVar[bool] = True
     streams: ClassVar = {"SD3Transformer2DModel": Streams(("transformer_blocks",), text=1, joint=True, text_first=True)}
+
+    split_needs_patch: ClassVar = True
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        return joint_plan("transformer_blocks.0")
 
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         call = by_name(PARAMETERS, args, kwargs)

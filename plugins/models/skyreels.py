@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from tilewise.plugins.diffusers_compat import split_input
 from tilewise.plugins.models.common.family import Streams
 from tilewise.plugins.models.common.lead_timesteps import lead_by_token
 from tilewise.plugins.models.common.registry import register_family
+from tilewise.plugins.models.common.sequence_split import video_plan
 from tilewise.plugins.models.wan import WanFamily
 
 TRAINED_HISTORY = 5  # latent frames, of the 17 frames that its long videos overlap by (arXiv 2504.13074)
@@ -30,6 +32,15 @@ class SkyReelsFamily(WanFamily):
         if config.num_frame_per_block > 1:
             return f"attention is causal over groups of {config.num_frame_per_block} frames (asynchronous diffusion forcing)"
         return None
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        model: Any = denoiser
+        rope = {"rope": {n: split_input(1, 4, output=True) for n in (0, 1)}}
+        return video_plan("blocks", len(model.blocks), rope, temb=split_input(2, 4))
+
+    def whole_attention(self, denoiser: nn.Module) -> list[nn.Module]:
+        blocks: Any = denoiser.blocks
+        return [block.attn2 for block in blocks]
 
     def clean_frames(self, denoiser: nn.Module, pipe: Any) -> int | str:
         # Diffusion-forcing weights and others have the same config, except for those that are told the frame rate.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.plugins.diffusers_compat import gathered_output, split_input
 from tilewise.plugins.models.common.family import AttentionLayer, Family, FusedState, Size, Streams
 from tilewise.plugins.models.common.forward_arguments import contiguous_hidden_states
 from tilewise.plugins.models.common.lead_timesteps import lead_by_token
@@ -120,6 +121,15 @@ class WanVACEFamily(WanFamily):
     classes: tuple[str, ...] = ("WanVACETransformer3DModel",)
     pixels = 1
 
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        control = {name: split_input(1, 3) for name in ("hidden_states", "control_hidden_states")}
+        return {
+            "rope": {n: split_input(1, 4, output=True) for n in (0, 1)},
+            "vace_blocks.0": control,  # the others go on from it, and do not look at their hidden states
+            "blocks.0": {"hidden_states": split_input(1, 3)},
+            "proj_out": gathered_output(1, 3),
+        }
+
     def rotary(self, denoiser: nn.Module) -> Rotary | str:
         return "VACE's control blocks run over a whole control video"
 
@@ -148,6 +158,9 @@ class WanAnimateFamily(WanFamily):
     """
 
     classes: tuple[str, ...] = ("WanAnimateTransformer3DModel",)
+
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        return "its face adapters attend frame by frame, and a rank's tokens are no whole frames"
 
     def rotary(self, denoiser: nn.Module) -> Rotary | str:
         return "Animate's face adapters run over a whole segment"

@@ -32,6 +32,9 @@ class ZImageFamily(Family):
     classes: tuple[str, ...] = ("ZImageTransformer2DModel",)
     guidance_in_batch: ClassVar[bool] = True
 
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        return "its forward joins text and image sample by sample between two stacks of blocks, which no plan can split"
+
     def grid(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Grid:
         call = by_name(PARAMETERS, args, kwargs)
         images = call["x"]

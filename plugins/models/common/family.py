@@ -196,6 +196,13 @@ class Family(ABC):
         """
         return getattr(denoiser, "_cp_plan", None) or "diffusers has no plan to split its sequence"
 
+    def on_split(self, denoiser: nn.Module, share: Callable[[int], range]) -> None:
+        """Called once context parallelism is enabled by ``context_parallel_plan``, for what no plan can say. Default: nothing.
+
+        share: gives this rank's tokens of a sequence of so many.
+        """
+        return
+
     def whole_attention(self, denoiser: nn.Module) -> list[nn.Module]:
         """Modules with attention over tokens that each rank has all of under ``context_parallel_plan``. Default: none."""
         return []

@@ -6,6 +6,8 @@ from typing import Any
 
 from tilewise.plugins.diffusers_compat import gathered_output, split_input
 
+ONE_BLOCK = "it has one block, which cannot be where its sequence is split and where it is put together"
+
 
 def joint_plan(first: str, rope: str | None = None, *, rope_axes: int = 2, **by_block: Any) -> dict[str, Any]:
     """Text and picture are split where they enter the block ``first``, and the picture is gathered after ``proj_out``.
@@ -23,3 +25,17 @@ def joint_plan(first: str, rope: str | None = None, *, rope_axes: int = 2, **by_
     if by_block:
         plan[first.rpartition(".")[0] + ".*"] = by_block
     return plan
+
+
+def video_plan(stack: str, blocks: int, tables: dict[str, Any], **by_block: Any) -> dict[str, Any] | str:
+    """The video's tokens are split where they enter a stack of blocks, and gathered behind its last one, so that what follows has
+    them all.
+
+    Args:
+        blocks: how many. tables: entries of other modules. by_block: as above.
+    """
+    if blocks < 2:
+        return ONE_BLOCK
+    first: dict[str, Any] = {f"{stack}.0": {"hidden_states": split_input(1, 3)}}
+    every = {f"{stack}.*": by_block} if by_block else {}
+    return {**first, **tables, **every, f"{stack}.{blocks - 1}": gathered_output(1, 3)}

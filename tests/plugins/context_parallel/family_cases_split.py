@@ -7,16 +7,25 @@ from collections.abc import Callable
 from typing import Any
 
 import every_family
+import test_allegro as allegro
+import test_chroma as chroma
 import test_cogvideox as cogvideox
+import test_cosmos as cosmos
+import test_easyanimate as easyanimate
 import test_flux as flux
 import test_flux2 as flux2
 import test_hunyuan_framepack as framepack
 import test_hunyuan_video as hunyuan_video
 import test_hunyuan_video15 as hunyuan_video15
+import test_kandinsky5 as kandinsky5
 import test_ltx as ltx
 import test_mochi as mochi
 import test_qwen_image as qwen_image
+import test_sd3 as sd3
+import test_skyreels as skyreels
+import test_wan_animate as animate
 import test_wan_vace as vace
+import test_z_image as z_image
 import torch
 
 import tilewise
@@ -44,6 +53,10 @@ def made(build: Callable[..., Any], given: Callable[[Any], dict[str, Any]], **co
 
 
 ltx2 = functools.partial(ltx.ltx2, audio_num_attention_heads=3, cross_attention_dim=48, audio_cross_attention_dim=24)
+
+
+def kandinsky(num_attention_heads: int) -> Any:
+    return kandinsky5.denoiser(model_dim=16 * num_attention_heads)
 
 
 def conditioned() -> dict[str, Any]:
@@ -80,6 +93,26 @@ FAMILIES: dict[str, Make] = {
     "HunyuanVideo 1.5": made(hunyuan_video15.tiny, lambda m: hunyuan_video15.inputs(VIDEO, (6, 9), (2, 0), True)),
     "CogVideoX": made(cogvideox.denoiser, lambda m: cogvideox.inputs(m, VIDEO)),
     "CogVideoX, positions": made(functools.partial(cogvideox.denoiser, "sincos"), lambda m: cogvideox.inputs(m, VIDEO)),
+    "VACE": made(functools.partial(vace.denoiser, layers=2, vace_layers=(0, 1)), lambda m: vace.inputs(*VIDEO)),
+    "SkyReels-V2": made(skyreels.denoiser, lambda m: skyreels.inputs(*VIDEO)),
+    "SkyReels-V2, a timestep a frame": made(skyreels.denoiser, lambda m: skyreels.inputs(*VIDEO, forcing=True)),
+    "ConsisID": made(cogvideox.consisid, lambda m: cogvideox.consisid_inputs(m, VIDEO)),
+    "HunyuanVideo, first frame replaced": made(
+        functools.partial(hunyuan_video.tiny, "token_replace"),
+        lambda m: hunyuan_video.inputs("token_replace", every_family.pixels(VIDEO), (6, 9)),
+    ),
+    "Cosmos": made(cosmos.denoiser, lambda m: cosmos.inputs("2", *VIDEO)),
+    "Cosmos, a timestep a frame": made(cosmos.denoiser, lambda m: cosmos.inputs("2", *VIDEO, per_frame=True)),
+    "Cosmos, learnable positions": made(
+        functools.partial(cosmos.denoiser, "1.0"), lambda m: cosmos.inputs("1.0", *VIDEO)
+    ),
+    "Kandinsky 5": made(kandinsky, lambda m: kandinsky5.inputs(*VIDEO)),
+    "Chroma": made(chroma.tiny, lambda m: chroma.inputs(*IMAGE[1:], chroma.PADDED)),
+    "SD 3": made(functools.partial(sd3.tiny, caption_projection_dim=48), lambda m: sd3.inputs(*IMAGE[1:])),
+    "SD 3.5": made(
+        functools.partial(sd3.tiny, caption_projection_dim=48, **sd3.SD35), lambda m: sd3.inputs(*IMAGE[1:])
+    ),
+    "EasyAnimate": made(easyanimate.denoiser, lambda m: easyanimate.inputs(*VIDEO)),
     "Mochi": made(mochi.denoiser, lambda m: mochi.inputs(*VIDEO, prompts=(6, 0))),
 }
 
@@ -109,11 +142,19 @@ def unpatched(split: Any) -> Any:
         every_family.run(split(model), given)
 
 
+def controlnet(split: Any) -> Any:
+    if split:
+        model, given = FAMILIES["SD 3"]()
+        tilewise.patch(split(model), "dense")
+        every_family.run(model, given | {"block_controlnet_hidden_states": [torch.zeros(2, 77, 48)]})
+
+
 REFUSED = {
-    "ConsisID": lambda: cogvideox.denoiser(kind=cogvideox.ConsisIDTransformer3DModel),
     "FramePack": lambda: framepack.tiny(),
-    "HunyuanVideo of token_replace": lambda: hunyuan_video.tiny("token_replace"),
-    "VACE": lambda: vace.denoiser(layers=1, vace_layers=(0,)),
+    "Animate": lambda: animate.denoiser(layers=1, every=1),
+    "Allegro": lambda: allegro.denoiser(),
+    "Cosmos of one block": lambda: cosmos.denoiser(num_layers=1),
+    "Z-Image": lambda: z_image.tiny(),
 }
 
 
@@ -131,7 +172,8 @@ def cases() -> dict[str, Callable[..., Any]]:
         run: Any = functools.partial(refused, make=make)
         run.ranks = (2,)
         found[f"refused: {name}"] = run
-    stock: Any = functools.partial(unpatched)
-    stock.ranks = (2,)
-    found["refused: unpatched"] = stock
+    for alone in (unpatched, controlnet):
+        run = functools.partial(alone)
+        run.ranks = (2,)
+        found[f"refused: {alone.__name__}"] = run
     return found

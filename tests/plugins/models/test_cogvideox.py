@@ -111,16 +111,25 @@ def test_cogvideox(grid, version):
     family_checks.sparse_is_masked_stock(model, given, expected(grid))
 
 
-@pytest.mark.parametrize("version", ["sincos", "rotary"])
-def test_consisid(version):
+def consisid(version="rotary", num_attention_heads=2):
     """Face tokens are looked at after each block here, the last included."""
-    model = denoiser(
+    return denoiser(
         version, ConsisIDTransformer3DModel, is_train_face=True, cross_attn_interval=1, cross_attn_dim_head=8,
         cross_attn_num_heads=2, LFE_id_dim=8, LFE_vit_dim=12, LFE_depth=5, LFE_dim_head=8, LFE_num_heads=2,
-        LFE_num_id_token=2, LFE_num_querie=3, LFE_output_dim=21,
+        LFE_num_id_token=2, LFE_num_querie=3, LFE_output_dim=16 * num_attention_heads * 2 // 3,
+        num_attention_heads=num_attention_heads,
     )  # fmt: skip
-    given = inputs(model, GRIDS[1])
-    given |= {"id_cond": noise(2, 8, seed=3), "id_vit_hidden": [noise(2, 4, 12, seed=4 + i) for i in range(5)]}
+
+
+def consisid_inputs(model, grid):
+    faces = {"id_cond": noise(2, 8, seed=3), "id_vit_hidden": [noise(2, 4, 12, seed=4 + i) for i in range(5)]}
+    return inputs(model, grid) | faces
+
+
+@pytest.mark.parametrize("version", ["sincos", "rotary"])
+def test_consisid(version):
+    model = consisid(version)
+    given = consisid_inputs(model, GRIDS[1])
     family_checks.full_window_is_dense(model, given, expected(GRIDS[1]))
     family_checks.sparse_is_masked_stock(model, given, expected(GRIDS[1]))
 

@@ -16,10 +16,10 @@ from tilewise.plugins.runtime.call_stats import DENSE_LAYER, DENSE_STEP, SPARSE
 CONTROL = 2 * tiny_wan.Z_CHANNELS + 4  # inactive and reactive latents, and 2 × 2 pixels of mask
 
 
-def denoiser(layers=3, vace_layers=(0, 2)):
+def denoiser(layers=3, vace_layers=(0, 2), num_attention_heads=2):
     return family_cases.weights(
         WanVACETransformer3DModel(
-            num_attention_heads=2,
+            num_attention_heads=num_attention_heads,
             attention_head_dim=16,
             in_channels=tiny_wan.Z_CHANNELS,
             out_channels=tiny_wan.Z_CHANNELS,

@@ -36,7 +36,7 @@ from tilewise.plugins.methods.dynamic.sampled_errors import projection_gram
 from tilewise.plugins.models.common.fingerprint import Fingerprint
 from tilewise.plugins.models.common.registry import attention_layers
 from tilewise.plugins.patching import denoisers_of, patched
-from tilewise.plugins.runtime.sparse_call import run_with_means
+from tilewise.plugins.runtime.sparse_call import run_planned
 
 AT_ONCE = 256 * 2**20  # bytes of float32 queries whose heads are measured together
 
@@ -250,7 +250,7 @@ def head_errors(
         method = dataclasses.replace(base, density=density, recall=None)
         planned = method.plan_call(layout, *qkv, scale, {}, 0)
         choice = choose_backend(*qkv, planned.plan)
-        out = run_with_means(qkv, planned.plan, choice, layout, scale, planned.compensation)
+        out = run_planned(qkv, planned, choice, layout, scale)
         found.append(size(out.transpose(1, 2) - exact))
     return torch.stack(found, -1).cpu(), float(size(exact).sum())
 

@@ -130,6 +130,30 @@ class Method:
         return self.to_dict()
 
 
+class Around:
+    """What a dynamic method does to a call beside its plan, before and after the plan runs.
+
+    Attributes:
+        pairs: token pairs that it computes itself ÷ all.
+        moves_tokens: whether the plan's tokens are not in the layout's order, so that it says nothing about places.
+    """
+
+    pairs: float = 0.0
+    moves_tokens: bool = False
+
+    def before(
+        self, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the plan is run over, from query (B, S, H, D), key and value (B, S, Hk, D) in the layout's order."""
+        return qkv
+
+    def after(
+        self, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], out: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """The call's output (B, S, H, D) in the layout's order, from what the plan gave. qkv: as ``before`` got them."""
+        return out
+
+
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """What a dynamic method decided for one attention call. All tensors are on the call's device: nothing is waited for.
@@ -142,6 +166,7 @@ class Planned:
         recall: () float32, attention mass that the plan keeps by the method's own estimate, mean over queries and heads.
         probe: the same, measured exactly on some queries; None if that was not asked for.
         broken: () float32, number of lists that keep everything because the draft was not finite there.
+        around: what is done before and after the plan runs; None: nothing.
     """
 
     plan: BlockPlan
@@ -150,6 +175,7 @@ class Planned:
     recall: torch.Tensor | None = None
     probe: torch.Tensor | None = None
     broken: torch.Tensor | None = None
+    around: Around | None = None
 
 
 class DynamicMethod(Method):

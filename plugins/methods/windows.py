@@ -44,12 +44,7 @@ class WindowMethod(Method):
             return
         if self.far != "cells":
             raise ConfigError(f"{self.name}: cell={self.cell!r} is an option of far='cells', and far is {self.far!r}")
-        good = isinstance(self.cell, Sequence) and not isinstance(self.cell, str) and len(self.cell) == 3
-        if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in self.cell):
-            raise ConfigError(
-                f"{self.name}: cell must be three whole numbers of at least 1, (t, h, w), got {self.cell!r}"
-            )
-        object.__setattr__(self, "cell", tuple(self.cell))
+        object.__setattr__(self, "cell", triple(self.name, "cell", self.cell))
 
     def with_cells(self, layout: Layout) -> Layout:
         """The layout of the method's tiles, made of cells if it has a far field."""
@@ -69,3 +64,11 @@ class WindowMethod(Method):
         if self.far is None:
             return None
         return f"the far field of {self.name} is not made over a KV cache; give far=None"
+
+
+def triple(method: str, option: str, value: Any) -> Triple:
+    """Three sizes (t, h, w) of at least 1; raises ConfigError for anything else."""
+    good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 3
+    if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in value):
+        raise ConfigError(f"{method}: {option} must be three whole numbers of at least 1, (t, h, w), got {value!r}")
+    return (value[0], value[1], value[2])

@@ -55,6 +55,7 @@ from tilewise.plugins.runtime.sparse_call import (
     QKV,
     Part,
     density_of_heads,
+    extra_pairs,
     mean_cost,
     mean_density,
     means_for_key,
@@ -185,7 +186,8 @@ class AttentionCalls:
 
     def _run(self, number: int, parts: list[Part], whole: QKV, scale: float | None) -> torch.Tensor:
         first = parts[0]
-        alone = first.group.tokens is first.group.samples is first.planned.compensation is first.plan.far is None
+        beside = first.planned.compensation, first.planned.around, first.plan.far
+        alone = first.group.tokens is first.group.samples is None and beside == (None, None, None)
         if alone:  # one plan, and nothing beside it
             taken: list[Any] = [whole]
             if first.choice.backend in PRECISIONS:
@@ -197,7 +199,9 @@ class AttentionCalls:
             out = run_parts(parts, taken, whole, scale)
         if self.state.observers:
             for part, qkv in zip(parts, taken, strict=True):
-                self.state.observe(number, SPARSE, qkv, layout=part.layout, plan=part.plan, draft=part.planned.draft)
+                shown = part.planned.around is None or not part.planned.around.moves_tokens
+                plan, draft = (part.plan, part.planned.draft) if shown else (None, None)
+                self.state.observe(number, SPARSE, qkv, layout=part.layout, plan=plan, draft=draft)
         return out
 
     def _planned_now(self, call: Call, number: int, prepared: Prepared, whole: QKV, fused: bool) -> torch.Tensor:
@@ -221,6 +225,7 @@ class AttentionCalls:
             call.values, call.means = measured(parts, query.shape[0]), means_for_key(parts, query.shape[0])
             if state.forward.heads is None:
                 call.heads = density_of_heads(parts, query.shape[0])
+            call.extra = extra_pairs(parts, query.shape[0])
         else:
             call.density, call.cost = mean_density(parts, query.shape[0]), mean_cost(parts, query.shape[0])
         call.kind = kind

@@ -104,6 +104,7 @@ class CallRecord:
         kept: how many of ``known`` were kept, in the mean over heads.
         cost: the same with pairs of a query and a mean.
         means: Σ pairs · means ÷ keys, over the calls whose density only the device knows.
+        extra: token pairs that methods computed beside their plans.
         measurements: the rest's density, which only the device knows; a call captured into a CUDA graph has none.
         heads: of those with lists for each head, Σ pairs · density of a head, (H,) float64, and Σ pairs; None if there were none.
         reasons_differ: whether the calls' reasons are not all the one that is shown, but only alike but for numbers.
@@ -116,6 +117,7 @@ class CallRecord:
     kept: float = 0.0
     cost: float = 0.0
     means: float = 0.0
+    extra: float = 0.0
     wall: float = 0.0
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     measurements: Measurements = field(default_factory=Measurements)
@@ -127,6 +129,7 @@ class CallRecord:
         self.calls += 1
         self.queries += queries
         self.pairs += pairs
+        self.extra += call.extra * pairs
         if call.density is None:
             self.means += call.means * pairs
         else:
@@ -148,10 +151,11 @@ class CallRecord:
         return self.kept + kept, self.known + pairs
 
     def cost_pairs(self) -> float:
-        """Of the same calls, the pairs that were kept and those of a query and a mean: a mean for each block that is skipped."""
+        """Of the same calls, the pairs that were kept, those of a query and a mean (one for each block that is skipped), and
+        those computed beside the plan."""
         kept, pairs = self.measurements.total("density")
         unknown = self.pairs - self.known
-        return self.cost + kept + ((pairs - kept) * self.means / unknown if unknown else 0.0)
+        return self.cost + self.extra + kept + ((pairs - kept) * self.means / unknown if unknown else 0.0)
 
     def add_time(self, start: torch.cuda.Event, end: torch.cuda.Event) -> None:
         """Keep a pair of device events; fold those that are long done, so that a long session does not pile them up."""
@@ -183,6 +187,7 @@ class Call:
         density: kept ÷ all token pairs; None where only the device knows it.
         cost: the same with pairs of a query and a mean; None: as density.
         means: where only the device knows the density, means ÷ keys: one for each block that is skipped.
+        extra: token pairs that the method computes beside its plan ÷ all.
         values: what a dynamic call measured, () tensors by name.
         heads: what each head of a dynamic call kept, (H,) on the device; None: not known.
     """
@@ -192,6 +197,7 @@ class Call:
         self.density: float | None = 1.0
         self.cost: float | None = None
         self.means = 0.0
+        self.extra = 0.0
         self.values: dict[str, torch.Tensor] = {}
         self.heads: torch.Tensor | None = None
 

@@ -25,7 +25,7 @@ class ObservedCall:
             Over the window of a KV cache the keys and values are the window's, in its order.
         layout: the token order of a sparse call, with the text that this plan is for; None if the call was dense, or over
             a window.
-        plan: None if the call was dense.
+        plan: None if the call was dense, or sparse with the tokens of each head in an order of its own.
         draft: (B, H, Nq, Nk) float32, the attention mass that a dynamic method expected of each pair of blocks, or None.
     """
 

@@ -91,12 +91,23 @@ def run_part(
 ) -> torch.Tensor:
     """Attention by one plan, the means of the blocks that it skips, and keys that a mask weighs down by eᶜ, with values."""
     if weighed is None:
-        return run_with_means(qkv, part.plan, part.choice, part.layout, scale, part.planned.compensation)
+        return run_planned(qkv, part.planned, part.choice, part.layout, scale)
+    if (around := part.planned.around) is not None:
+        inner = dataclasses.replace(part, planned=dataclasses.replace(part.planned, around=None))
+        return around.after(qkv, run_part(around.before(qkv), inner, scale, weighed), scale)
     skipped = part.planned.compensation or far_means(qkv, part.plan)
     out, lse = run_plan(qkv, part.plan, part.choice, scale, return_lse=True)
     keys, values, weight = weighed
     out, lse = add_weighed(qkv[0], keys, values, out, lse, weight, scale, part.layout)
     return out if skipped is None else add_means(qkv[0], out, lse, skipped, part.layout, scale)
+
+
+def run_planned(qkv: QKV, planned: Planned, choice: Choice, layout: Layout, scale: float | None) -> torch.Tensor:
+    """All of what a method decided for a call: its plan, the means of what that skips, and what is done before and after it."""
+    around = planned.around
+    inner = qkv if around is None else around.before(qkv)
+    out = run_with_means(inner, planned.plan, choice, layout, scale, planned.compensation)
+    return out if around is None else around.after(qkv, out, scale)
 
 
 def run_with_means(
@@ -197,6 +208,11 @@ def density_of_heads(parts: list[Part], batch: int) -> torch.Tensor | None:
     shares = shares_of([part.group for part in parts], batch)
     pairs = [share * part.plan.q_len * part.plan.k_len for share, part in zip(shares, parts, strict=True)]
     return torch.stack([n / sum(pairs) * each.mean(0) for n, each in zip(pairs, found, strict=True)]).sum(0)
+
+
+def extra_pairs(parts: list[Part], batch: int) -> float:
+    """Token pairs that methods compute beside their plans ÷ all."""
+    return _by_pairs(parts, batch, [part.planned.around.pairs if part.planned.around else 0.0 for part in parts])
 
 
 def measured(parts: list[Part], batch: int) -> dict[str, torch.Tensor]:

@@ -138,7 +138,10 @@ def _of_a_run(model: str, config: Config, explanation: Explanation) -> Drawn:
     call = next((call for call in calls if call.plan is not None), None)
     if call is None or call.plan is None or call.layout is None:
         kinds = ", ".join(sorted({call.kind for call in calls})) or "none"
-        raise ConfigError(f"--plot: no call was sparse (calls of block {block}: {kinds}), there is nothing to draw")
+        raise ConfigError(
+            f"--plot: there is nothing to draw: no call of block {block} ({kinds}) was sparse with its tokens in the order "
+            "of the grid"
+        )
     kept = float("nan") if call.plan.device_density is None else float(call.plan.device_density)
     where = (
         f"{config.method.name}, grid {call.layout.grid}, block {block}, step {PLOT_STEP + 1} of {PLOT_STEPS}, head 0"

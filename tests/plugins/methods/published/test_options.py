@@ -32,6 +32,21 @@ BAD = [
     ("flexprefill", {"gamma": 0}, "gamma must be in"),
     ("flexprefill", {"gamma": 0.9, "density": 0.1}, "density or gamma, not both"),
     ("flexprefill", {"threshold": -1}, "threshold must be in"),
+    ("power", {"window": (2, 1, 1)}, "odd numbers"),
+    ("power", {"window": (1, 1)}, "three whole numbers"),
+    ("power", {"window": (1, 1, 1), "density": 0.2}, "not both"),
+    ("power", {"cell": (1, 2, 2)}, "option of far"),
+    ("duo", {"retrieval": 2}, "share of the heads"),
+    ("duo", {"retrieval": 0.5, "heads": ((1,),)}, "not both"),
+    ("duo", {"heads": "1"}, "numbers of heads"),
+    ("duo", {"heads": ((-1,),)}, "numbers of heads"),
+    ("duo", {"local": 0, "retrieval": 0.5}, "local must be in"),
+    ("duo", {"sink": -1}, "sink must be"),
+    ("delta", {"every": 1}, "every must be"),
+    ("delta", {"base": {"name": "dense"}}, "a sparse method"),
+    ("delta", {"base": {"name": "delta"}}, "a sparse method"),
+    ("delta", {"base": {"name": "shifted-windows"}}, "a sparse method"),
+    ("delta", {"base": {"name": "stq"}}, "Did you mean 'sta'"),
 ]
 
 

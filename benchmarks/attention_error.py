@@ -21,16 +21,15 @@ import typer
 import tilewise
 from benchmarks import results
 from benchmarks.quality import write_result
-from benchmarks.variants import DENSITIES, variants
+from benchmarks.variants import choice
 from examples.train_demo_model.evaluation import held_out_prompts
-from tilewise.kernels.attention.block_compensation import add_block_compensation
-from tilewise.kernels.attention.dispatch import block_sparse_attention
+from tilewise.kernels.attention.dispatch import choose_backend
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.plugins.methods.base import DynamicMethod, Method, Planned
-from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod
+from tilewise.plugins.methods.dynamic.map_method import MapMethod
 from tilewise.plugins.runtime.observers import ObservedCall
-from tilewise.plugins.runtime.sparse_call import far_means
+from tilewise.plugins.runtime.sparse_call import run_planned
 
 SECTION = "attention error"
 STEPS, TAKEN = 8, (2, 5)  # of a short run: the clip's layout is settled; its details are
@@ -82,9 +81,7 @@ def answer(method: Method, grid: Grid, call: ObservedCall) -> tuple[torch.Tensor
     else:
         planned = Planned(method.plan(layout, q.shape[2], q.device))
         density = planned.plan.density
-    out, lse = block_sparse_attention(q, k, v, planned.plan, return_lse=True)
-    if (s := planned.compensation or far_means((q, k, v), planned.plan)) is not None:
-        out = add_block_compensation(q, out, lse, s.key_mean, s.value_mean, s.bias, layout, scale)
+    out = run_planned((q, k, v), planned, choose_backend(q, k, v, planned.plan), layout, scale)
     return out.index_select(1, layout.inverse.to(out.device)), planned, density
 
 
@@ -96,7 +93,7 @@ def dense(call: ObservedCall) -> torch.Tensor:
 def measured(name: str, method: Method, grid: Grid, calls: list[ObservedCall], exact: list[torch.Tensor]) -> dict:
     """A variant over all calls: mean, spread and worst of its errors; density and recall."""
     begin = time.perf_counter()
-    if isinstance(method, BlockSelectionMethod):
+    if isinstance(method, MapMethod):
         method = dataclasses.replace(method, probe=PROBES)
     errors, densities, probes, recalls = [], [], [], []
     for call, wanted in zip(calls, exact, strict=True):
@@ -124,9 +121,10 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     sizes: Annotated[str, typer.Option(help="pixels, comma-separated")] = "256,512",
     frames: Annotated[int, typer.Option(help="frames of the clip")] = 17,
-    densities: Annotated[str, typer.Option(help="comma-separated")] = ",".join(map(str, DENSITIES)),
+    densities: Annotated[str, typer.Option(help="comma-separated; default: those of the variants")] = "",
     blocks: Annotated[str, typer.Option(help="transformer blocks, comma-separated; all if empty")] = "",
     dtype: Annotated[str, typer.Option(help="of the denoiser")] = "float32",
+    table: Annotated[bool, typer.Option(help="the table of methods in place of the variants of ours")] = False,
     tiny: Annotated[bool, typer.Option(help="one small size and block: shows that it runs")] = False,
     out: Annotated[Path, typer.Option(help="folder of result files")] = results.FOLDER,
 ) -> None:
@@ -135,19 +133,19 @@ def main(
     pipe = load_pipeline("demo", device=str(where), dtype=dtype)
     if tiny:
         sizes, frames, blocks = "64", 5, "4"
-    path, order = None, 0
+    path, order, variants = None, 0, choice(table, SECTION)
     with torch.inference_mode():
         for size in map(int, sizes.split(",")):
             chosen = {int(x) for x in blocks.split(",")} if blocks else None
             grid, calls = activations(pipe, size, frames, chosen)
             exact = [dense(call) for call in calls]
-            for density in map(float, densities.split(",")):
-                for variant, method in variants(density).items():
+            for density in map(float, densities.split(",")) if densities else variants.densities:
+                for variant, method in variants.of(density).items():
                     name = f"demo {size}×{size}×{frames}, density {density}: {variant}"
                     row = measured(name, method, grid, calls, exact)
                     row |= {"variant": variant, "density_asked": density, "grid": grid.shape, "order": order}
                     order += 1
-                    path = write_result(where, SECTION, [row], tiny, out, "benchmarks.attention_error")
+                    path = write_result(where, variants.section, [row], tiny, out, "benchmarks.attention_error")
                     mass = "" if row["recall"] is None else f", recall {row['recall']:.3f}"
                     print(f"{name}: density {row['density']:.3f}, error {row['error']:.4f}{mass}", flush=True)
     print(f"written: {path}")

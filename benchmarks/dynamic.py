@@ -3,6 +3,7 @@
 planning       the method's plan of one call: statistics of blocks, map, selection, lists
 attention      the kernel that runs the plan
 summaries      merging the summary rows of what was skipped, in a launch of their own
+around         what a method does before and after its plan: reordering tokens of each head, answering some queries densely
 of ideal       time of the fastest dense peer · density / time of planning and attention with the summary rows
 
 Queries and keys are random: what is chosen means nothing here, only how long it takes.
@@ -21,8 +22,9 @@ from benchmarks.timing import measure
 from tilewise.kernels.attention.block_compensation import add_block_compensation
 from tilewise.kernels.attention.dispatch import block_sparse_attention, choose_backend
 from tilewise.kernels.plans.layout import Grid
-from tilewise.plugins.methods.base import DynamicMethod, make_method
-from tilewise.plugins.runtime.sparse_call import run_with_means
+from tilewise.plugins.methods.base import Around, DynamicMethod, about_methods, make_method, method_class
+from tilewise.plugins.methods.dynamic.density_method import DensityMethod
+from tilewise.plugins.runtime.sparse_call import run_planned
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Row:
         return f"{self.method} on {self.shape}: {options}"
 
 
+def _is_published_rule(name: str) -> bool:
+    cls = method_class(name)
+    return issubclass(cls, DensityMethod) and ".published." in cls.__module__
+
+
 VARIANTS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("draft", (("density", 0.25),)),
     ("draft", (("density", 0.25), ("compensate", False))),
@@ -53,11 +60,23 @@ VARIANTS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("draft", (("recall", 0.9),)),
     ("xattention", (("density", 0.25), ("compensate", False))),
 )
+# Rules from the literature: what they cost on the largest shape, with summary rows.
+PUBLISHED: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
+    *((about.name, (("density", 0.25),)) for about in about_methods() if _is_published_rule(about.name)),
+    ("sol", (("tau", 1.0),)),
+    ("flexprefill", (("gamma", 0.9),)),
+    ("svg2", (("density", 0.1),)),
+    ("delta", (("every", 64),)),
+)
 SHAPES = ((Grid(30, 48, 80), 24), (Grid(21, 45, 80), 40), (Grid(21, 45, 80), 12))
 # Where does looking first begin to pay? Frames of 45×80 tokens, from one on.
 SHORT = [Row(Grid(frames, 45, 80), 24, *VARIANTS[0]) for frames in (1, 2, 3, 5, 9)]
-ROWS = [*(Row(grid, heads, method, options) for grid, heads in SHAPES for method, options in VARIANTS), *SHORT]
-TINY = [Row(Grid(3, 9, 12), 2, method, (*options, ("min_tokens", 0)), 64) for method, options in VARIANTS]
+ROWS = [
+    *(Row(grid, heads, method, options) for grid, heads in SHAPES for method, options in VARIANTS),
+    *SHORT,
+    *(Row(*SHAPES[0], *published) for published in PUBLISHED),
+]
+TINY = [Row(Grid(3, 9, 12), 2, *variant, 64) for variant in (*VARIANTS, *PUBLISHED)]
 
 
 def run_row(row: Row, device: torch.device, seconds: float, dense: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -91,20 +110,24 @@ def run_row(row: Row, device: torch.device, seconds: float, dense: dict[str, dic
         return method.plan_call(layout, q, k, v, scale, memory, calls)
 
     planned = plan()
-    backend = choose_backend(q, k, v, planned.plan)
+    around = planned.around or Around()
+    inner = around.before((q, k, v))
+    backend = choose_backend(*inner, planned.plan)
 
     def attend() -> Any:
         merged = planned.compensation is not None
-        return block_sparse_attention(q, k, v, planned.plan, scale=scale, backend=backend, return_lse=merged)
+        return block_sparse_attention(*inner, planned.plan, scale=scale, backend=backend, return_lse=merged)
 
     def merge(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         skipped = planned.compensation
-        return add_block_compensation(q, out, lse, skipped.key_mean, skipped.value_mean, skipped.bias, layout, scale)
+        return add_block_compensation(
+            inner[0], out, lse, skipped.key_mean, skipped.value_mean, skipped.bias, layout, scale
+        )
 
     def everything() -> torch.Tensor:
         nonlocal planned
         planned = plan()
-        return run_with_means((q, k, v), planned.plan, backend, layout, scale, planned.compensation)
+        return run_planned((q, k, v), planned, backend, layout, scale)
 
     ms = {
         "planning": measure(plan, device, seconds=seconds).median,
@@ -113,6 +136,11 @@ def run_row(row: Row, device: torch.device, seconds: float, dense: dict[str, dic
     if planned.compensation is not None:
         out, lse = attend()
         ms["summaries"] = measure(lambda: merge(out, lse), device, seconds=seconds).median
+    if planned.around is not None:
+        done = torch.empty_like(q)
+        ms["around"] = measure(
+            lambda: (around.before((q, k, v)), around.after((q, k, v), done, scale)), device, seconds=seconds
+        ).median
     timing = measure(everything, device, seconds=seconds)
     assert planned.plan.device_density is not None
     density = float(planned.plan.device_density)

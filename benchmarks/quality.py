@@ -1,5 +1,7 @@
 """``python -m benchmarks.quality``: what sparse methods cost in quality, on the demo model, clip by clip against dense.
 
+``--table`` measures every method at equal kept pairs instead, between the best blocks and random ones (method_table.py).
+
 Every variant makes the same clips as dense attention does: the same prompts, noise, steps and dense first quarter. A clip is
 compared with its dense twin (PSNR, SSIM), and read by the clip-content detector. What needs a calibration gets one for its
 density, on other prompts.
@@ -27,7 +29,8 @@ import typer
 import tilewise
 from benchmarks import results
 from benchmarks.header import header
-from benchmarks.variants import CALIBRATED, DENSITIES, OURS, PAPER, variants
+from benchmarks.method_table import beside_draft
+from benchmarks.variants import CALIBRATED, OURS, PAPER, choice
 from examples.train_demo_model.evaluation import generate_clips, held_out_prompts, judge, mean_scores
 from tilewise.pipelines.calibration.calibrate import DENSITIES as MEASURED_DENSITIES
 from tilewise.pipelines.calibration.calibrate import calibrate
@@ -85,9 +88,9 @@ def compared(clips: np.ndarray, dense: np.ndarray, settings: dict[str, Any]) -> 
     return found
 
 
-def jobs(densities: list[float], pattern: str) -> list[tuple[str, float]]:
+def jobs(densities: list[float], pattern: str, table: bool = False) -> list[tuple[str, float]]:
     """(variant, density) in the order in which they are made: what matters most first."""
-    names = [name for name in variants(0.5) if re.search(pattern, name)]
+    names = [name for name in choice(table, SECTION).of(0.5) if re.search(pattern, name)]
     first = [name for name in (OURS, PAPER) if name in names]
     ordered = first + [name for name in names if name not in first]
     return [(name, density) for name in ordered for density in densities]
@@ -147,7 +150,7 @@ def calibrated(pipe: Any, base: Any, settings: dict[str, Any], density: float) -
 
 def run_job(pipe: Any, dense: np.ndarray, settings: dict[str, Any], variant: str, density: float) -> dict[str, Any]:
     begin = time.perf_counter()
-    method = variants(density)[variant]
+    method = choice("table" in settings, SECTION).of(density)[variant]
     if variant == CALIBRATED:
         method = calibrated(pipe, method, settings, density)
     tilewise.patch(pipe, method, steps=SCHEDULE, blocks=settings["blocks"], strict=True, fuse=False)
@@ -224,13 +227,14 @@ def main(
     size: Annotated[int, typer.Option(help="pixels, height and width")] = 128,
     frames: Annotated[int, typer.Option(help="frames of a clip")] = 17,
     seed: Annotated[int, typer.Option(help="of prompts and noise")] = 0,
-    densities: Annotated[str, typer.Option(help="comma-separated")] = ",".join(map(str, DENSITIES)),
+    densities: Annotated[str, typer.Option(help="comma-separated; default: those of the variants")] = "",
     only: Annotated[str, typer.Option(help="regular expression: variants whose name it is found in")] = "",
     batch: Annotated[int, typer.Option(help="clips a pipeline call")] = 32,
     dtype: Annotated[str, typer.Option(help="of the denoiser")] = "float32",
     blocks: Annotated[str, typer.Option(help="transformer blocks that are sparse, as for tilewise.patch")] = ":",
     workers: Annotated[int, typer.Option(help="processes that share the device")] = 1,
     seconds: Annotated[float, typer.Option(help="start no job that would end later than this")] = 1e9,
+    table: Annotated[bool, typer.Option(help="the table of methods in place of the variants of ours")] = False,
     tiny: Annotated[bool, typer.Option(help="two short clips, four steps: shows that it runs")] = False,
     out: Annotated[Path, typer.Option(help="folder of result files; parts of a run are kept in it")] = results.FOLDER,
 ) -> None:
@@ -240,7 +244,11 @@ def main(
     settings = settings_of(prompts, steps, size, frames, seed, dtype, batch, blocks)
     if tiny:
         settings |= {"prompts": 2, "steps": 4, "height": 64, "width": 64, "frames": 5}
-    wanted = jobs([float(x) for x in densities.split(",")], only)
+    if table:
+        settings |= {"table": True}
+    chosen = choice(table, SECTION)
+    at = [float(x) for x in densities.split(",")] if densities else list(chosen.densities)
+    wanted = jobs(at, only, table)
     if not wanted:
         raise typer.BadParameter(f"no variant has {only!r} in its name")
     folder = out / "quality-parts"
@@ -278,7 +286,8 @@ def main(
     for density in sorted({row["density_asked"] for row in rows}, reverse=True):
         if text := gain(rows, density):
             print(text)
-    path = write_result(where, SECTION, rows, tiny, out, "benchmarks.quality")
+        print(*(beside_draft(rows, density) if table else ()), sep="\n")
+    path = write_result(where, chosen.section, rows, tiny, out, "benchmarks.quality")
     print(f"{len(rows)} of {len(parts)} jobs; written: {path}; {time.time() - begin:.0f} s")
 
 

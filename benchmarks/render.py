@@ -3,8 +3,8 @@
 ``python -m benchmarks.render`` rewrites the tables of README.md and docs/*.md: each stands between ``<!-- results FILE -->`` and
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
-    glance headline others attention implementations dynamic quality errors gist highres coherence paths step families time
-    fused streaming vae gpus unets launch missing
+    glance headline others attention implementations dynamic windows quality presets methods errors method_errors gist highres
+    coherence paths step families time fused streaming vae gpus unets launch missing
 
 and without any, all of them do. A file may have notes, written by hand: section → sentences that stand below its tables.
 """
@@ -99,12 +99,15 @@ def implementations_table(rows: Rows) -> str:
 def dynamic_table(rows: Rows) -> str:
     """What looking costs, and what is left."""
     over = [name for name in ("cudnn", "fa3") if any(name in row["over"] for row in rows)]
-    head = ["method and call", "density", "planning, ms", "attention, ms", "summaries, ms", "all, ms"]
+    head = ["method and call", "density", "planning, ms", "attention, ms", "summaries, ms"]
+    around = any("around" in row["parts"] for row in rows)
+    head += ["around, ms", "all, ms"] if around else ["all, ms"]
     lines = [[*head, *(f"× {_title(name)}" for name in over), "of ideal", "planning / dense"]]
     for row in rows:
         parts = row["parts"]
         cells = [row["name"], f"{row['density']:.3f}", *(f"{parts[n]:.2f}" for n in ("planning", "attention"))]
-        cells += [f"{parts['summaries']:.2f}" if "summaries" in parts else "–", _spread(row)]
+        shown = ("summaries", "around") if around else ("summaries",)
+        cells += [*(f"{parts[name]:.2f}" if name in parts else "–" for name in shown), _spread(row)]
         cells += [f"{row['over'][name]:.2f}" if name in row["over"] else "–" for name in over]
         cells += [f"{row['of_ideal']:.2f}", f"{row['planning_share']:.1%}"] if "of_ideal" in row else ["–", "–"]
         lines.append(cells)
@@ -119,6 +122,17 @@ def quality_table(rows: Rows) -> str:
         "clips",
         "PSNR to dense (worst), dB · everything right",
         lambda row: f"{row['psnr']['mean']:.1f} ({row['psnr']['min']:.1f}) · {row['scores']['everything']:.0%}",
+    )
+
+
+def methods_table(rows: Rows) -> str:
+    """Every method at equal kept pairs: a variant a line, a density a column."""
+    return _by_density(
+        rows,
+        lambda row: row["name"].split(", density")[0],
+        "clips",
+        "cost · PSNR to dense, dB · everything right",
+        lambda row: f"{row['cost']:.3f} · {row['psnr']['mean']:.1f} · {row['scores']['everything']:.0%}",
     )
 
 
@@ -469,7 +483,8 @@ def missing_list(rows: Rows) -> str:
 # section → what its command has in it, where that is not --only and its name
 MADE_BY = {
     "quality": "benchmarks.quality ", "presets": "benchmarks.presets ", "highres": "benchmarks.highres ",
-    "attention error": "benchmarks.attention_error ",
+    "attention error": "benchmarks.attention_error ", "quality, methods": "benchmarks.quality ",
+    "attention error, methods": "benchmarks.attention_error ",
     "context parallel": "benchmarks.context_parallel", "unets": "benchmarks.unets",
     "highres quality": "benchmarks.highres_quality ", "global path": "benchmarks.global_path ",
 }  # fmt: skip
@@ -484,7 +499,9 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "windows": ("far-field", far_field_table),
     "quality": ("quality", quality_table),
     "presets": ("presets", presets_table),
+    "methods": ("quality, methods", methods_table),
     "errors": ("attention error", errors_table),
+    "method_errors": ("attention error, methods", errors_table),
     "gist": ("highres", highres_gist_table),
     "highres": ("highres", highres_table),
     "coherence": ("highres quality", highres_quality_table),

@@ -7,34 +7,21 @@ best one here: the paper's leave them with an output of 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-
-from tilewise.kernels.plans.layout import Layout
+from benchmarks import method_table
+from benchmarks.method_table import RandomBlocks
 from tilewise.plugins.methods.auto import Auto
 from tilewise.plugins.methods.base import Method
 from tilewise.plugins.methods.draft import Draft
-from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod, DraftMap
 from tilewise.plugins.methods.sta import STA
 from tilewise.plugins.methods.xattention import XAttention
 
 DENSITIES = (0.5, 0.25, 0.1)
 OURS, PAPER = "draft (ours)", "draft, paper's selection"
 CALIBRATED = "draft, calibrated"  # the density is divided among heads, layers and noise levels by a calibration
-
-
-@dataclass(frozen=True)
-class RandomBlocks(BlockSelectionMethod):
-    """Any blocks, beside each block's own: what choosing is worth. Other ones at each call, the same in each run."""
-
-    name: ClassVar[str] = "random"
-
-    def draft(self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float) -> DraftMap:
-        size = (query.shape[0], query.shape[2], layout.blocks, layout.blocks)
-        generator = torch.Generator(query.device).manual_seed(0)
-        return DraftMap(torch.randn(size, generator=generator, device=query.device))
 
 
 def windows() -> dict[str, Method]:
@@ -79,3 +66,19 @@ def variants(density: float) -> dict[str, Method]:
         "random blocks": RandomBlocks(**plain),
         "random blocks, compensated": RandomBlocks(**common),
     }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Variants that are measured together. of: density → name → method. densities: by default. section: of the result file."""
+
+    of: Callable[[float], dict[str, Method]]
+    densities: tuple[float, ...]
+    section: str
+
+
+def choice(table: bool, section: str) -> Choice:
+    """The table of methods, or the variants of ours; section: of the latter."""
+    if table:
+        return Choice(method_table.table, method_table.DENSITIES, f"{section}, methods")
+    return Choice(variants, DENSITIES, section)

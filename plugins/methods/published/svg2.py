@@ -1,0 +1,73 @@
+"""``svg2``: tokens in the order of their clusters, and the blocks of clusters that matter (Sparse VideoGen2, arXiv 2505.18875).
+
+    clusters   k-means of the queries and, by themselves, of the keys of each head, from the means of the step before
+    order      queries and keys by their cluster
+    choice     as ``draft`` does, over blocks of that order: logit[i, j] = scale · q̄ᵢ·k̄ⱼ + log nⱼ + variance term
+
+A block of like tokens is well described by its mean, so the choice is more certain than over tiles of the grid. The paper keeps
+clusters of any size by a kernel of its own, the best until they hold a share of the mass; here clusters are cut into blocks of
+the layout's size, which our kernel runs, and ``recall`` or ``density`` says how much is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from tilewise.kernels.plans.layout import Layout
+from tilewise.plugins.methods.base import register
+from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod, DraftMap
+from tilewise.plugins.methods.dynamic.kmeans import kmeans, spread_over
+from tilewise.plugins.methods.dynamic.mean_map import mean_map
+from tilewise.plugins.methods.dynamic.options import whole_number
+from tilewise.plugins.methods.dynamic.reordered import Labels, ReorderedMethod
+
+MOST_CLUSTERS = 512
+
+
+@register
+@dataclass(frozen=True)
+class SVG2(ReorderedMethod, BlockSelectionMethod):
+    """Brings the tokens of each head into clusters, and keeps the blocks of clusters that are expected to matter.
+
+    Args:
+        clusters: of the queries and of the keys of a head, each. Default: as many as there are blocks, at most 512.
+        rounds: of k-means at each call, at least 1.
+
+    Raises:
+        ConfigError: for values that cannot be.
+    """
+
+    clusters: int | None = None
+    rounds: int = 4
+
+    name: ClassVar[str] = "svg2"
+    source: ClassVar[str] = "Sparse VideoGen2, arXiv 2505.18875"
+    use: ClassVar[str] = "low densities where like tokens lie far apart; planning takes longer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clusters is not None:
+            whole_number(self, "clusters", 1)
+        whole_number(self, "rounds", 1)
+
+    @property
+    def keeps_memory(self) -> bool:
+        return True
+
+    def labels(self, layout: Layout, query: torch.Tensor, key: torch.Tensor, memory: dict[str, Any]) -> Labels:
+        count = min(MOST_CLUSTERS, layout.blocks) if self.clusters is None else self.clusters
+        found = []
+        for name, x in (("query means", query), ("key means", key)):
+            x = x.transpose(1, 2)
+            start = memory[name] if name in memory else spread_over(x, min(count, x.shape[2]))
+            labels, memory[name] = kmeans(x, start, self.rounds)
+            found.append(labels)
+        return found[0], found[1]
+
+    def draft(
+        self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
+    ) -> DraftMap:
+        return mean_map(layout, query, key, scale, key_layout).draft()

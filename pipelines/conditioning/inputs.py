@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from tilewise.pipelines.conditioning.files import ONE, ROLES, SEVERAL, InputFile
@@ -94,7 +96,7 @@ def input_notes(pipe: Any, inputs: Inputs) -> list[str]:
             animated = role == "mask" and facts.frames > 1 and "video" in inputs.files
             notes += [*facts.notes, *([] if animated else first_frame_note(file.path, facts))]
             if role != "reference" and not (role == "image" and of_own_size(pipe)):
-                notes += _cut_note(file.path, facts.height, facts.width, inputs)
+                notes += cut_note(file.path, facts.height, facts.width, inputs)
     return list(dict.fromkeys(notes))
 
 
@@ -102,6 +104,14 @@ def first_picture(inputs: Inputs) -> Image.Image:
     """The picture that a clip begins with, at the clip's size. Raises as `input_arguments`."""
     inputs.check()
     return fitted(read_picture(inputs.files["image"][0].path), inputs.height, inputs.width)
+
+
+def video_frames(inputs: Inputs) -> Iterator[NDArray[np.uint8]]:
+    """The frames of the video that a clip is made from, uint8 (1, H, W, 3) each at the clip's size, as they are read. Raises as
+    `input_arguments`."""
+    inputs.check()
+    for frame in itertools.islice(read_video(inputs.files["video"][0].path, inputs.frames), inputs.frames):
+        yield np.asarray(fitted(frame, inputs.height, inputs.width))[None]
 
 
 def fitted(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -158,7 +168,7 @@ def _conditions(pipe: Any, inputs: Inputs) -> list[Any]:
 
 def _video_notes(pipe: Any, inputs: Inputs, role: str, path: Path) -> list[str]:
     facts = video_facts(path, inputs.frames + 1)
-    notes = [*facts.notes, *_cut_note(path, facts.height, facts.width, inputs)]
+    notes = [*facts.notes, *cut_note(path, facts.height, facts.width, inputs)]
     if facts.frames > inputs.frames:
         notes.append(f"{path.name} is longer than the clip: its first {inputs.frames} frames are used")
     elif role == "video" and facts.frames < inputs.frames and not covers_clip(pipe):
@@ -166,7 +176,8 @@ def _video_notes(pipe: Any, inputs: Inputs, role: str, path: Path) -> list[str]:
     return notes
 
 
-def _cut_note(path: Path, height: int, width: int, inputs: Inputs) -> list[str]:
+def cut_note(path: Path, height: int, width: int, inputs: Inputs) -> list[str]:
+    """What of a file of this size, in pixels, is cut off."""
     scale = max(inputs.height / height, inputs.width / width)
     lost = {
         "top and bottom": 1 - inputs.height / (scale * height),

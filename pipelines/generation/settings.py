@@ -124,7 +124,7 @@ class GenerateSettings:
     strength: float | None = option(
         None,
         help="Share of the steps that run on what the clip is made from: a picture, a video, or with --highres the first stage. "
-        "LTX: how closely it keeps to the picture or video.",
+        "With --stream: the noise level that a video is brought to. LTX: how closely it keeps to the picture or video.",
         shown_default=MODELS_OWN,
     )
 

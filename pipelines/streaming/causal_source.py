@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.streaming.prompts import History, Prompts
+from tilewise.pipelines.streaming.pushed import PushedFrames
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.sampler import CausalSampler
 from tilewise.pipelines.streaming.source import ChunkSource, State, under
@@ -20,6 +21,7 @@ class CausalSource(ChunkSource):
         sampler, prompts, recipe: see there.
         window: latent frames of the caches. chunk: latent frames of a chunk.
         start: latents (1, C, t, h, w) that the video begins with, as of an image.
+        pushed: video that is changed, and strength: the noise level that it is brought to.
     """
 
     recipe: CausalRecipe
@@ -34,10 +36,13 @@ class CausalSource(ChunkSource):
         window: int,
         chunk: int,
         start: torch.Tensor | None = None,
+        pushed: PushedFrames | None = None,
+        strength: float = 1.0,
     ) -> None:
         self.sampler, self.prompts, self.recipe = sampler, prompts, recipe
         self.history = History(window, sampler.denoisers[0].options.sink)
         self.length, self.start = chunk, start
+        self.pushed, self.strength = pushed, strength
         self.device = sampler.device
 
     @property
@@ -56,8 +61,15 @@ class CausalSource(ChunkSource):
             ready(latents)
             sampler.given(latents)
         else:
+            length, clean = self._length(first), None
+            if self.pushed is not None:
+                clean = self.pushed.take(length, between)
+                if (length := clean.shape[2]) == 0:
+                    return  # the video has ended
             self.prompts.before_chunk(sampler, self.history, frame)
-            latents = sampler.chunk(self._length(first), first=first == 0, between=between, ready=ready)
+            latents = sampler.chunk(
+                length, first=first == 0, clean=clean, strength=self.strength, between=between, ready=ready
+            )
         self.history.add(first, latents)
 
     def _length(self, first: int) -> int:

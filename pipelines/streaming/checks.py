@@ -52,11 +52,11 @@ def check_negative(recipe: CausalRecipe | WindowRecipe, negative: str | None) ->
 
 
 def check_stream(
-    pipe: Any, recipe: CausalRecipe, cache: KVCache, *, chunk: int, height: int, width: int
+    pipe: Any, recipe: CausalRecipe, cache: KVCache, *, chunk: int, height: int, width: int, edits: bool = False
 ) -> tuple[LatentSpace, Grid]:
     """Whether a pipeline can stream so: its latent space, and the token grid of a chunk.
 
-    chunk: latent frames. height, width: pixels.
+    chunk: latent frames. height, width: pixels. edits: whether it changes a video, and does not begin with noise alone.
 
     Raises:
         UnsupportedModelError: a pipeline, denoiser or VAE that cannot stream.
@@ -73,10 +73,10 @@ def check_stream(
     whole = family.grid_of_size(first, pipe, Size(height, width, 1))
     cache.check_chunk(max(chunk, recipe.first_chunk or 0))
     policy(cache.policy).check(cache, chunk)
-    if (begin := recipe.sigmas(True)[0]) < LEAST_NOISE:
+    if not edits and (begin := recipe.sigmas(True)[0]) < LEAST_NOISE:
         raise ConfigError(
             f"stream: the recipe {recipe.name} begins at the noise level {begin:g}: it is for video to video, and a stream "
-            "begins with noise alone. Use a recipe whose timesteps begin at 1000"
+            "begins with noise alone. Use a recipe whose timesteps begin at 1000, or give a video"
         )
     if recipe.boundary is not None and len(denoisers) < 2:
         raise ConfigError(f"stream: the recipe {recipe.name} has a boundary, and this pipeline one transformer")

@@ -157,6 +157,7 @@ def explain_stream(
     decode: str = OWN_VAE,
     decode_device: str | torch.device | None = None,
     device: str | torch.device | None = None,
+    edits: bool = False,
     **windows: Any,
 ) -> StreamExplanation | WindowExplanation:
     """What ``tilewise.stream`` would do with the same arguments: window, density, what stays dense and why, and memory.
@@ -166,6 +167,7 @@ def explain_stream(
 
     Args:
         device: of a skeleton: where it would be loaded. Default: where the pipeline is, or a GPU if there is one.
+        edits: whether it changes a video.
         windows: way, window, overlap, steps, guidance, adain and prefix_noise of ``stream``.
 
     Raises:
@@ -179,7 +181,7 @@ def explain_stream(
     cache = cache or cache_of(recipe)
     chunk = recipe.chunk if chunk is None else chunk
     height, width = recipe.height if height is None else height, recipe.width if width is None else width
-    space, grid = check_stream(pipe, recipe, cache, chunk=chunk, height=height, width=width)
+    space, grid = check_stream(pipe, recipe, cache, chunk=chunk, height=height, width=width, edits=edits)
     size = (height, width)
     patches = patches_of(pipe)
     config = next(iter(patches.values())).config if patches else resolve(method)

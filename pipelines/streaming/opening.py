@@ -63,14 +63,18 @@ class Opening(Protocol):
 
 
 class CausalOpening:
-    """Of a causal checkpoint; see ``Opening``. Raises as ``check_stream``."""
+    """Of a causal checkpoint; see ``Opening``. edits: a video, and does not begin with noise. Raises as ``check_stream``."""
 
-    def __init__(self, pipe: Any, recipe: CausalRecipe, cache: KVCache | None, chunk: int | None, asked: Asked) -> None:
+    def __init__(
+        self, pipe: Any, recipe: CausalRecipe, cache: KVCache | None, chunk: int | None, asked: Asked, *, edits: bool
+    ) -> None:
         self.pipe, self.recipe, self.asked = pipe, recipe, asked
         self.cache = cache or cache_of(recipe)
         self.chunk = recipe.chunk if chunk is None else chunk
         height, width = asked.size
-        self.space, self.grid = check_stream(pipe, recipe, self.cache, chunk=self.chunk, height=height, width=width)
+        self.space, self.grid = check_stream(
+            pipe, recipe, self.cache, chunk=self.chunk, height=height, width=width, edits=edits
+        )
 
     def memory(self, decode_device: torch.device, own_vae: bool) -> StreamMemory:
         return memory_of(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tilewise.pipelines.conditioning.inputs import Inputs, files_of, first_picture
+from tilewise.pipelines.conditioning.inputs import Inputs, files_of, first_picture, video_frames
 from tilewise.pipelines.conditioning.sizes import check_kinds
 from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings, check_fps
 from tilewise.pipelines.generation.tiny_decoding import resolve_decode
@@ -28,6 +28,7 @@ from tilewise.pipelines.streaming.memory import denoisers_used, memory_of, windo
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.settings import StreamSettings
 from tilewise.pipelines.streaming.stream import stream
+from tilewise.pipelines.streaming.video_in import check_edit, length_of_video
 from tilewise.pipelines.streaming.video_stream import VideoStream
 from tilewise.pipelines.streaming.windows.explain import WindowExplanation
 from tilewise.pipelines.streaming.windows.plan import (
@@ -39,7 +40,7 @@ from tilewise.pipelines.streaming.windows.plan import (
     window_space,
 )
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
-from tilewise.plugins.autoencoders.streaming import streaming_decoder
+from tilewise.plugins.autoencoders.streaming import streaming_decoder, streaming_encoder
 from tilewise.plugins.config import MethodLike, resolve
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.patching import check_config, denoisers_of
@@ -57,6 +58,8 @@ SHARED = (
     "decode",
     "lora",
     "image",
+    "video",
+    "strength",
 )  # with other clips
 
 
@@ -126,22 +129,35 @@ def prepare(
     """
     found, checkpoint = recipe_for(skeleton, options, model=model, recipe=recipe, guidance=guidance)
     check_negative(found, shared.get("negative"))
+    files = {role: tuple(one.resolved(role) for one in named) for role, named in files_of(shared).items()}
+    check_kinds(files)
+    fps = float(found.fps if shared.get("fps") is None else shared["fps"])
+    strength = None
+    if "video" in files:
+        strength = check_edit(found, shared.get("strength"), with_image="image" in files)
+        options, fps = length_of_video(files["video"][0].path, options, shared.get("fps"), fps)
+    elif shared.get("strength") is not None:
+        raise ConfigError("strength is how far a stream may go from a video: give --video too")
     if options.seconds is None:
         raise ConfigError("a stream needs its length: give --seconds")
+    check_fps(fps)
     if options.decode_device is not None:
         resolve_device(options.decode_device)
     height, width = (shared.get(name) or getattr(found, name) for name in ("height", "width"))
     decode = resolve_decode(skeleton, shared.get("decode", OWN_VAE))
     if decode == OWN_VAE:
         streaming_decoder(skeleton.vae, fuse=False)
-    fps = float(found.fps if shared.get("fps") is None else shared["fps"])
-    check_fps(fps)
     config = resolve(method)
     if isinstance(found, WindowRecipe):
         found = found.replace(height=height, width=width)
         used = denoisers_of(skeleton)
     else:
-        check_stream(skeleton, found, cache_of(found, options.storage), chunk=found.chunk, height=height, width=width)
+        check_stream(
+            skeleton, found, cache_of(found, options.storage), chunk=found.chunk, height=height, width=width,
+            edits=strength is not None,
+        )  # fmt: skip
+        if strength is not None:
+            streaming_encoder(skeleton.vae, fuse=False)
         if config.step_cache is not None:
             raise ConfigError(STEP_CACHE_REFUSED)
         if config.add is not None:
@@ -151,8 +167,6 @@ def prepare(
         used = denoisers_used(skeleton, found)
     for name, denoiser in used.items():
         check_config(name, denoiser, config.prepare(skeleton, denoiser))
-    files = {role: tuple(one.resolved(role) for one in named) for role, named in files_of(shared).items()}
-    check_kinds(files)
     tokens = shared.get("max_sequence_length")
     settings = GenerateSettings(
         prompt=prompt,
@@ -169,7 +183,9 @@ def prepare(
         max_sequence_length=model_defaults(skeleton).max_sequence_length if tokens is None else tokens,
         decode=decode,
         lora=tuple(map(resolve_lora, shared.get("lora") or ())),
-        image=str(files["image"][0]) if files else None,
+        image=str(files["image"][0]) if "image" in files else None,
+        video=str(files["video"][0]) if "video" in files else None,
+        strength=strength,
     )
     if isinstance(found, WindowRecipe):
         check_windows(skeleton, found, window_of(skeleton, found, settings))
@@ -236,7 +252,7 @@ def explain_work(skeleton: Any, work: StreamWork, device: torch.device) -> Strea
     settings = work.settings
     return explain_stream(
         skeleton, recipe=work.recipe, method=settings.method, cache=work.cache, height=settings.height, width=settings.width,
-        device=device, decode=settings.decode, decode_device=work.options.decode_device,
+        device=device, decode=settings.decode, decode_device=work.options.decode_device, edits=settings.video is not None,
     )  # fmt: skip
 
 
@@ -251,7 +267,8 @@ def check_memory(skeleton: Any, work: StreamWork, device: torch.device) -> None:
         ).check()  # fmt: skip
         return
     cache = cache_of(recipe, work.options.storage)
-    space, grid = check_stream(skeleton, recipe, cache, chunk=recipe.chunk, height=size[0], width=size[1])
+    space, grid = check_stream(skeleton, recipe, cache, chunk=recipe.chunk, height=size[0], width=size[1],
+                               edits=work.settings.video is not None)  # fmt: skip
     memory_of(
         skeleton, space, recipe, cache, grid, size, device=device, decode_device=work.options.decode_device,
         own_vae=own_vae, exact=False,
@@ -291,7 +308,9 @@ def open_stream(pipe: Any, work: StreamWork) -> VideoStream:
             seconds=options.seconds,
             seed=settings.seed,
             negative=settings.negative,
-            image=np.asarray(first_picture(files)) if files.files else None,
+            image=np.asarray(first_picture(files)) if "image" in files.files else None,
+            video=video_frames(files) if "video" in files.files else None,
+            strength=settings.strength,
             fps=settings.fps,
             decode=settings.decode,
             decode_device=options.decode_device,

@@ -29,7 +29,8 @@ class Recorded:
     """A stream that was written.
 
     work: as it was made, shorter than asked for where it was ended. seconds: "first" until the first frames were there, "denoise"
-    and "decode" by the chunks' clocks, which may run at the same time, "total".
+    and "decode" by the chunks' clocks, which may run at the same time, "total", and of a video that is changed "latency": the
+    longest from a frame that was read to the chunk that it is in.
     fps: frames a second, of all. cache: bytes of the KV caches, "latent" and "total". unused: prompts whose time came after the
     last chunk had begun. metadata: settings and run, as the file has them. note: what went wrong with the settings in the
     finished file; None: nothing.
@@ -129,9 +130,11 @@ def record(
                     first = now
                     if beside:
                         _write_beside(file, started)
-                for phase in phases:
+                for phase in ("denoise", "decode"):
                     phases[phase] += chunk.stats[phase]
                 rate = chunk.stats["fps"]
+                if "latency" in chunk.stats:
+                    phases["latency"] = max(phases.get("latency", 0.0), chunk.stats["latency"])
                 if not prompts or prompts[-1][1] != chunk.prompt:
                     prompts.append((chunk.first_frame, chunk.prompt))
                 ahead = video.frames_out / settings.fps - (now - first)

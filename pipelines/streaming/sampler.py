@@ -22,6 +22,7 @@ import torch
 from tilewise.pipelines.streaming.recipe import TRAIN_STEPS, CausalRecipe
 from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
 
+LEAST_STEP = 0.02  # between two noise levels: a pass for less would change nothing
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of x and its velocity
 
 
@@ -80,18 +81,24 @@ class CausalSampler:
         frames: int,
         *,
         first: bool = False,
+        clean: torch.Tensor | None = None,
+        strength: float = 1.0,
         between: Callable[[], None] = lambda: None,
         ready: Callable[[torch.Tensor], None] = lambda latents: None,
     ) -> torch.Tensor:
         """The next chunk, normalised latents (1, C, frames, h, w) float32.
 
-        first: whether it goes by the recipe's noise levels for the first chunk. between: called before every pass; may raise, and
+        first: whether it goes by the recipe's noise levels for the first chunk. clean: latents (1, C, frames, h, w) that it is to
+        be made from, and strength: the noise level that they are brought to, 0 … 1; the passes are those of the recipe below it,
+        and none at 0. between: called before every pass; may raise, and
         the chunk is dropped then. ready: called with the chunk before the pass that writes the caches.
         """
         sigmas = self.recipe.sigmas(first)
+        if clean is not None:
+            sigmas = levels_below(sigmas, strength)
         for denoiser in self.denoisers:
             denoiser.begin(frames)
-        x = self._noise(frames)
+        x = self._noise(frames) if clean is None else self._noised(clean, strength)
         for number, (sigma, x_of) in enumerate(self._solver(sigmas)):
             between()
             x = x_of(x, self._velocity(x, sigma, number, len(sigmas)))
@@ -125,6 +132,8 @@ class CausalSampler:
 
     def _solver(self, sigmas: Sequence[float]) -> Iterator[tuple[float, Step]]:
         """(σ, what makes the next x of this one and its velocity) of each pass."""
+        if not sigmas:
+            return
         if self.recipe.solver == "unipc":
             yield from _unipc(sigmas)
             return
@@ -138,7 +147,7 @@ class CausalSampler:
         return self._noised(x - sigma * velocity, following)
 
     def _noised(self, clean: torch.Tensor, sigma: float) -> torch.Tensor:
-        return clean if sigma == 0 else (1 - sigma) * clean + sigma * self._noise(clean.shape[2])
+        return clean if sigma <= 0 else (1 - sigma) * clean + sigma * self._noise(clean.shape[2])
 
     def _velocity(self, x: torch.Tensor, sigma: float, step: int, steps: int) -> torch.Tensor:
         denoiser = self._denoiser(sigma)
@@ -166,6 +175,11 @@ class CausalSampler:
             for lane in range(len(self.text.lanes)):
                 self._forward(denoiser, context, self.recipe.context_noise, lane)
             denoiser.commit()
+
+
+def levels_below(sigmas: Sequence[float], strength: float) -> tuple[float, ...]:
+    """The noise levels of a chunk that begins at one: that level, and those of a recipe below it."""
+    return (strength, *(sigma for sigma in sigmas if sigma < strength - LEAST_STEP)) if strength > 0 else ()
 
 
 def _euler(by: float, x: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:

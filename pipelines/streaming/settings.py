@@ -211,7 +211,7 @@ NOT_OF_STREAMS = {
     "frames": "a stream's length is seconds",
     "steps": "its passes are the recipe's timesteps, but for windows, where a --way is named",
     **dict.fromkeys(
-        ["last_image", "video", "mask", "reference", "strength"], "a stream begins with a picture at most, --image"
+        ["last_image", "mask", "reference"], "a stream begins with a picture, --image, or changes a video, --video"
     ),
 }
 """Options of clips that streams do not have, and why."""

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from tilewise.pipelines.streaming.prompt_plan import PromptPlan
+from tilewise.pipelines.streaming.pushed import PushedFrames
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 
@@ -23,6 +24,7 @@ class ChunkSource(ABC):
     Attributes:
         recipe, prompts: see there.
         device: of its latents.
+        pushed: the video that it changes; None: it begins with noise alone.
         restarts: whether each chunk after the first is a clip of its own, whose first frame is the last one that was shown.
     """
 
@@ -30,6 +32,7 @@ class ChunkSource(ABC):
     prompts: PromptPlan
     device: torch.device
     restarts: bool = False
+    pushed: PushedFrames | None = None
 
     @property
     @abstractmethod

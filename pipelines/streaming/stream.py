@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,18 @@ from tilewise.pipelines.generation.settings import OWN_VAE, check_fps
 from tilewise.pipelines.generation.tiny_decoding import tiny_decoder_of
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.model_defaults import model_defaults
+from tilewise.pipelines.streaming.causal_source import CausalSource
 from tilewise.pipelines.streaming.checks import check_negative
 from tilewise.pipelines.streaming.choice import choose_recipe
 from tilewise.pipelines.streaming.decoding import FrameDecoder
 from tilewise.pipelines.streaming.opening import Asked, CausalOpening, Opening, WindowOpening
+from tilewise.pipelines.streaming.pushed import PushedFrames
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.settings import check_seconds
+from tilewise.pipelines.streaming.video_in import check_edit
 from tilewise.pipelines.streaming.video_stream import VideoStream
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
-from tilewise.plugins.autoencoders.streaming import streaming_decoder
+from tilewise.plugins.autoencoders.streaming import streaming_decoder, streaming_encoder
 from tilewise.plugins.config import MethodLike
 from tilewise.plugins.context_parallel.checks import refuse_split
 from tilewise.plugins.diffusers_compat import execution_device
@@ -45,6 +49,8 @@ def stream(
     seed: int = 0,
     negative: str = "",
     image: NDArray | None = None,
+    video: Iterable[NDArray[np.uint8]] | None = None,
+    strength: float | None = None,
     fps: float | None = None,
     decode: str = OWN_VAE,
     decode_device: str | torch.device | None = None,
@@ -78,6 +84,10 @@ def stream(
         seed: of all noise.
         negative: what to avoid, where there is guidance.
         image: the first frame, (H, W, 3) uint8 or float in 0 … 1, at the size of the video.
+        video: that is changed, of a causal checkpoint: arrays of uint8 frames (F, H, W, 3) in order, taken as they are needed.
+            With ``strength`` alone, ``VideoStream.push_frames`` brings them. As many frames come out.
+        strength: noise level that the video is brought to, 0 (it is encoded and decoded) … 1 (nothing of it stays but its
+            length). Default: that of a recipe for video to video, or 0.6.
         fps: frames a second on playback, which ``seconds`` counts by. Default: the recipe's, or the model's own.
         decode: what makes frames of latents: "vae", the pipeline's own, or "tiny=PATH", the file of a tiny autoencoder.
         decode_device: where that decodes, such as "cuda:1"; a VAE is moved there while the stream is open. Default: where the
@@ -120,11 +130,14 @@ def stream(
         frames=None if seconds is None else max(1, round(seconds * fps)),
         device=device,
     )
+    edits = video is not None or strength is not None
+    if edits:
+        strength = check_edit(recipe, strength, with_image=image is not None)
     opening: Opening
     if isinstance(recipe, WindowRecipe):
         opening = WindowOpening(pipe, recipe, asked, image is not None)
     else:
-        opening = CausalOpening(pipe, recipe, cache, chunk, asked)
+        opening = CausalOpening(pipe, recipe, cache, chunk, asked, edits=edits)
     space = opening.space
     start_picture = None if image is None else _picture(image, height, width)
     if hasattr(pipe.vae, "_hf_hook"):
@@ -136,6 +149,7 @@ def stream(
     wanted = vae_device if decode_device is None else _device(decode_device)
     tiny = tiny_decoder_of(pipe, decode, device=wanted)
     decoder = streaming_decoder(pipe.vae) if tiny is None else tiny
+    encoder = streaming_encoder(pipe.vae) if edits else None
     opening.memory(wanted, tiny is None).check()
 
     with contextlib.ExitStack() as undo:
@@ -146,6 +160,13 @@ def stream(
             undo.callback(pipe.vae.to, vae_device)
             pipe.vae.to(wanted)
         source = opening.open(undo, start_picture)
+        if encoder is not None:
+            assert isinstance(source, CausalSource) and strength is not None
+            source.strength = strength
+            source.pushed = PushedFrames(
+                encoder, space, pipe.vae, size=(height, width), device=pipe.vae.device, temporal=space.factors(pipe)[1],
+                more=video,
+            )  # fmt: skip
         return VideoStream(
             source,
             FrameDecoder(decoder, space, pipe.vae, wanted),
@@ -154,7 +175,8 @@ def stream(
             close=undo.pop_all().close,
             temporal=space.factors(pipe)[1],
             # Windows are long, and their steps wait for the host: the frames of one would come with the next.
-            ahead=1 if device.type == "cuda" and isinstance(recipe, CausalRecipe) else 0,
+            # And a chunk that waits for pushed frames would keep those of the one before.
+            ahead=1 if device.type == "cuda" and isinstance(recipe, CausalRecipe) and not edits else 0,
         )
 
 

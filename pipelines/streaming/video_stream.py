@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tilewise.pipelines.streaming.decoding import FrameDecoder, PendingFrames
+from tilewise.pipelines.streaming.pushed import PushedFrames
 from tilewise.pipelines.streaming.source import ChunkSource
 from tilewise.pipelines.streaming.state import StreamState, restore, state_of
 from tilewise.plugins.errors import ConfigError, TilewiseError
@@ -27,7 +28,8 @@ class Chunk:
     latents: (1, C, t, h, w) float32, normalised, on the device. first_latent: number of its first latent frame.
     prompt: the one that it was made with.
     stats: "denoise" and "decode" seconds of the host's clock that the chunk took from its begin to its latents and from those to
-    its frames, "wait" until it was asked for, and "fps" since the stream began.
+    its frames, "wait" until it was asked for, and "fps" since the stream began; of a video that is changed "latency", from the
+    last pushed frame that the chunk needed to its own frames.
     """
 
     frames: NDArray[np.uint8]
@@ -46,6 +48,7 @@ class _UnderWay:
     frames: PendingFrames
     begun: float
     denoised: float
+    arrived: float | None = None  # when the last pushed frame came that it needed
 
 
 class _ClosedError(Exception):
@@ -80,6 +83,7 @@ class VideoStream(Iterator[Chunk]):
         self.fps = fps
         self.frames = frames
         self.source, self.decoder, self.prompts = source, decoder, source.prompts
+        self._most = frames
         self._ahead, self._temporal = ahead, temporal
         self._close: Callable[[], None] | None = close
         self.under_way: list[_UnderWay] = []
@@ -188,6 +192,34 @@ class VideoStream(Iterator[Chunk]):
             )
         self.prompts.change(prompt, how, over, None if at is None else math.ceil(at * self.fps - 1e-6))
 
+    def push_frames(self, frames: NDArray[np.uint8]) -> None:
+        """More of the video that is changed: uint8 (F, H, W, 3), or one frame. Frames of another size are scaled and cut.
+
+        Returns at once; ``frames_waiting`` says how many have not been begun. ``next`` waits for frames that another thread
+        pushes, until ``end_frames``.
+
+        Raises:
+            ConfigError: frames of another kind.
+            TilewiseError: the stream begins with noise, was given its video, or has got its end.
+        """
+        self._pushed("push_frames").push(frames)
+
+    def end_frames(self) -> None:
+        """The video that is pushed has no more frames. The stream ends with as many as came."""
+        self._pushed("end_frames").end()
+
+    @property
+    def frames_waiting(self) -> int:
+        """Pushed frames that have not been begun."""
+        return 0 if self.source.pushed is None else self.source.pushed.waiting
+
+    def _pushed(self, what: str) -> PushedFrames:
+        if self.source.pushed is None:
+            raise TilewiseError(
+                f"{what}: this stream begins with noise; give stream(…, strength=0.6) to change a video"
+            )
+        return self.source.pushed
+
     def pause(self) -> None:
         """``next`` waits until another thread calls ``resume`` or ``close``. The chunk under way is finished."""
         self._running.clear()
@@ -205,6 +237,10 @@ class VideoStream(Iterator[Chunk]):
             TilewiseError: the stream is closed.
         """
         self._check_open("state_dict")
+        if self.source.pushed is not None:
+            raise TilewiseError(
+                "state_dict: a stream that changes a video has no state to go on from: its frames are elsewhere"
+            )
         return state_of(self, small=small)
 
     def load_state_dict(self, state: StreamState) -> None:
@@ -249,6 +285,9 @@ class VideoStream(Iterator[Chunk]):
         return self._enough(self.source.next_frame)
 
     def _enough(self, latents: int) -> bool:
+        pushed = self.source.pushed
+        if pushed is not None and pushed.length is not None:
+            self.frames = pushed.length if self._most is None else min(self._most, pushed.length)
         return self.frames is not None and self._frames_of(latents) >= self.frames
 
     def _frames_of(self, latents: int) -> int:
@@ -267,7 +306,8 @@ class VideoStream(Iterator[Chunk]):
                 denoised = time.perf_counter()
                 ends = self.source.restarts or self._enough(first + latents.shape[2])
                 frames = self.decoder.submit(latents, new_clip=again, last=ends)
-                self.under_way.append(_UnderWay(latents, first, self.prompt, frames, begun, denoised))
+                arrived = None if self.source.pushed is None else self.source.pushed.arrived
+                self.under_way.append(_UnderWay(latents, first, self.prompt, frames, begun, denoised, arrived))
 
             self.source.chunk(self._frames_of(first), self._check_closing, ready)
             self.chunks += 1
@@ -294,4 +334,6 @@ class VideoStream(Iterator[Chunk]):
             "wait": now - asked,
             "fps": (self.frames_out - self._frames_before) / max(now - self._first_begin, 1e-9),
         }
+        if one.arrived is not None:
+            stats["latency"] = now - one.arrived
         return Chunk(frames, first, one.latents, one.first_latent, one.prompt, stats)

@@ -57,10 +57,14 @@ class StreamingDecoder(Protocol):
 
 
 class StreamingEncoder(Protocol):
-    """What encodes one clip, the other way round; ``reset`` and the state as for a decoder."""
+    """What encodes one clip, the other way round; ``reset`` and the state as for a decoder.
+
+    group: frames that it takes at a time, after the first: fewer wait for more.
+    """
 
     name: str
     exact: bool
+    group: int
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         """The next latents of the clip.

@@ -158,6 +158,8 @@ class WanStreamingDecoder(_Clip):
 class WanStreamingEncoder(_Clip):
     """See ``StreamingEncoder``. The first frame alone and then four at a time, as in the stock encoder."""
 
+    group = GROUP
+
     def __init__(self, vae: Any, fuse: bool = True) -> None:
         super().__init__(vae, vae.encoder, fuse)
         self._waiting: torch.Tensor | None = None

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import typer
 
-from tilewise.pipelines.conditioning.inputs import Inputs, input_notes
 from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run
 from tilewise.pipelines.generation.resolve import prompt_notes
 from tilewise.pipelines.generation.settings import DEFAULT_MODEL
@@ -31,6 +30,7 @@ from tilewise.pipelines.streaming.preparation import (
 )
 from tilewise.pipelines.streaming.record import Recorded, record
 from tilewise.pipelines.streaming.settings import StreamSettings, not_of_streams, stream_window
+from tilewise.pipelines.streaming.video_in import file_notes
 from tilewise.pipelines.streaming.windows.plan import window_notes
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.plugins.errors import ConfigError
@@ -73,7 +73,7 @@ def dry_run_stream(request: Request) -> None:
         say(found.work.recipe)
     explanation = explain_work(found.skeleton, found.work, resolve_device(request.device))
     say(explanation)
-    for note in input_notes(found.skeleton, Inputs.of(found.work.settings)):
+    for note in file_notes(found.skeleton, found.work.settings, found.work.recipe.fps):
         say(f"note: {note}")
     for time, prompt in found.work.options.prompts():
         say(f"from {time:g} s on: {prompt}")
@@ -95,7 +95,7 @@ def generate_stream(request: Request) -> None:
         recipe = work.recipe
         for note in window_notes(pipe, recipe) if isinstance(recipe, WindowRecipe) else []:
             notes.note(note)
-        for note in input_notes(pipe, Inputs.of(work.settings)):
+        for note in file_notes(pipe, work.settings, recipe.fps):
             notes.note(note)
 
         def tell(text: str) -> None:

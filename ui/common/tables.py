@@ -93,6 +93,10 @@ def print_stream(made: Recorded) -> None:
     seconds = made.seconds
     table.add_row("seconds", f"{seconds['total']:.2f}, the first frames after {seconds['first']:.2f}")
     table.add_row("frames a second", f"{made.fps:.2f}")
+    if "latency" in seconds:
+        table.add_row(
+            "video in", f"strength {settings.strength:g}, latency of a chunk at most {seconds['latency']:.2f} s"
+        )
     if made.cache["total"]:
         table.add_row("KV cache", cache_words(made.cache))
     standard_output().print(table)

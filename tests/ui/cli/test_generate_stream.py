@@ -28,7 +28,7 @@ import tilewise
 from tilewise.pipelines.conditioning.inputs import fitted
 from tilewise.pipelines.loading.load import load_pipeline, load_skeleton
 from tilewise.pipelines.loading.loras import LoraChoice
-from tilewise.pipelines.media.video import read_frames, read_settings
+from tilewise.pipelines.media.video import read_frames, read_settings, write_video
 from tilewise.pipelines.streaming import preparation
 from tilewise.pipelines.streaming.record import Progress
 from tilewise.pipelines.streaming.settings import StreamSettings
@@ -133,6 +133,39 @@ def test_a_stream_begins_with_a_picture_and_again(model, tmp_path):
     picture(start, (60, 32), seed=3)
     changed = run("--from", out, "--dry-run")
     assert changed.exit_code == 2 and "start.png has changed" in changed.stderr
+
+
+def test_a_video_is_changed_and_again(model, tmp_path):
+    """A file that is broken in the middle: what comes before is used, and as many frames come out."""
+    frames = np.random.default_rng(0).integers(0, 256, (20, 32, 60, 3), np.uint8)
+    video, broken, out = (tmp_path / name for name in ("in.mp4", "broken.mp4", "out.mp4"))
+    write_video(video, frames, 10)
+    data = video.read_bytes()
+    at = data.index(b"mdat") + 4
+    middle = at + (len(data) - at) // 2
+    broken.write_bytes(data[:middle] + bytes(3000) + data[middle + 3000 :])
+    result = run(RED, "--stream", "--model", model, "--video", broken, "--strength", 0.4, "--out", out)
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stderr.split())
+    assert "broken.mp4 is damaged after" in told
+    assert "broken.mp4 is 60×32 and the clip 48×32: 20% of it is cut off at left and right" in told
+    assert "the video has 10 frames a second, and the model was made for 8: every frame is kept" in told
+    assert "strength 0.4, latency of a chunk at most" in result.stdout
+    settings = read_settings(out)
+    kept = settings["frames"]
+    assert 0 < kept < 20 and settings["fps"] == 10 and read_frames(out).shape == (kept, 32, 48, 3)
+    assert f"damaged after {kept} frame" in told
+    again = run("--from", out, "--out", tmp_path / "again.mp4")
+    assert f"frames of {out}: the same, bit for bit" in again.stdout, again.output
+    short = run(RED, "--stream", "--model", model, "--video", video, "--seconds", 0.5, "--out", tmp_path / "short.mp4")
+    assert short.exit_code == 0 and read_settings(tmp_path / "short.mp4")["frames"] == 5, short.output
+    for words, said in (
+        (["--strength", 0.5, "--seconds", 1], "give --video too"),
+        (["--video", video, "--way", "prefix"], "takes a causal checkpoint"),
+        (["--video", video, "--image", picture(tmp_path / "a.png", (32, 32))], "its own first frame"),
+    ):
+        refused = run(RED, "--stream", "--model", model, *words, "--dry-run")
+        assert refused.exit_code == 2 and said in " ".join(refused.stderr.split()), refused.output
 
 
 def test_a_prompt_that_comes_too_late_is_told(model, tmp_path):

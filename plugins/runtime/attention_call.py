@@ -93,7 +93,10 @@ class AttentionCalls:
         state = self.state
         at = state.sharding()
         if at is None:
-            return self._answer(number, request, stock)
+            out = self._answer(number, request, stock)
+            for edit in state.edits:
+                out = edit(number, request.value, out)
+            return out
         if state.window is not None or state.guide is not None or state.forward.global_path:
             what = "a KV cache" if state.window is not None else "a global path"
             raise TilewiseError(

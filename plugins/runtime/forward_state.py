@@ -82,6 +82,7 @@ class ForwardState:
     Attributes:
         grid: of the last forward. forward: what the one under way goes by. call_stats: what every attention call did.
         plans: token orders and plans on the device. observers: called after every attention call.
+        edits: of additions, each given a layer's number, the values and the output of its call; they return another output.
         guide: beside a global path, where text is part of the sequence. memories: of a dynamic method.
         window: of a KV cache, while a denoiser makes a video chunk by chunk.
     """
@@ -111,6 +112,7 @@ class ForwardState:
         self.call_stats = CallStats()
         self.plans = PlanCache(name, config.method)
         self.observers: list[Observer] = []
+        self.edits: list[Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]] = []
         self.guide: TextGuide | None = None
         self.memories = Memories()
         self.window: KeyValueWindow | None = None

@@ -28,6 +28,12 @@ tilewise generate "a red circle moving right" --method sol --density 0.2
 With `compensate=False` (`--set compensate=false`) what is not kept is left out, as in most of the papers. The options that
 several of them share are those of [`draft`](methods.md): `tile`, `always`, `within`, `refresh`, `drift`, `probe`, `min_tokens`.
 
+`python -m benchmarks.quality --table` makes clips of the bundled model with each at densities of 0.05 to 0.5, without and with
+summary rows, between the best blocks that there are and random ones; `python -m benchmarks --only dynamic` times them on a GPU.
+
+The pictures show one query (red) of a clip of the bundled model at density 0.2 and what it sees (blue), in one head above and in
+another below; each column is a latent frame ([examples/draw_published_methods.py](../examples/draw_published_methods.py)).
+
 In the formulas i and j are blocks of queries and of keys, q̄ and k̄ the means of their queries and keys, and `scale` is that of the
 attention.
 

@@ -8,8 +8,8 @@ which falls with l. With one threshold λ for all heads, each takes the levels w
 budget makes the least error there is for it.
 
 A layer has to choose before the next layers are seen. So λ is that of the gains which the step before left behind, of all layers,
-and what that step kept too much or too little is taken from or given to this one. At the first step of a run each layer divides
-the budget among its own heads.
+and what was kept too much or too little until then is taken from this step or given to it. At the first step of a run each layer
+divides the budget among its own heads, and what layers before it kept too much or too little counts likewise.
 
 Samples of a batch have budgets of their own: a clip is the same whatever it is made with.
 """
@@ -101,7 +101,7 @@ class HeadBudget:
     def levels(self, layer: Hashable) -> torch.Tensor:
         """(B, H) int64: the level of each head."""
         own = self._layers[layer]
-        limit = self._find([own], None) if self._limit is None else self._limit.to(own.gains.device)
+        limit = self._find([own], self._balance) if self._limit is None else self._limit.to(own.gains.device)
         return (own.gains >= limit[:, None, None]).sum(-1)
 
     def spend(self, layer: Hashable, kept: torch.Tensor) -> None:

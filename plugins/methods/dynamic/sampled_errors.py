@@ -22,7 +22,7 @@ from tilewise.kernels.selection.select import select_rows
 from tilewise.plugins.methods.dynamic.map_method import CallMaps
 
 BLOCKS, QUERIES = 32, 4  # query blocks that are sampled, and queries of each
-AT_ONCE = 256 * 2**20  # bytes of scores in float32 that are there at a time
+AT_ONCE = 128 * 2**20  # bytes of scores in float32 that are there at a time
 
 
 def sampled_errors(

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import test_hunyuan_video as hunyuan
+import test_unet as unet
 import torch
 from family_checks import forward
 from torch import nn
@@ -196,6 +197,16 @@ def test_a_sample_is_planned_as_it_is_alone():
         assert torch.equal(found[-2][1:2], found[-1])
 
 
+def test_layers_with_grids_of_their_own(monkeypatch):
+    """A step keeps its budget although its first layers have not seen the last ones."""
+    monkeypatch.setattr("tilewise.plugins.config.MIN_MAP_TOKENS", 1)
+    model, given = unet.KINDS["2d"](), unet.inputs_of("2d", 16, 12)
+    tilewise.patch(model, Auto(density=0.4, tile=TILE, min_tokens=0), steps=(0, 1), strict=True)
+    unet.forward(model, given)
+    told = tilewise.summary(model)
+    assert {row.kind for row in told.rows} == {"sparse"} and told.density == pytest.approx(0.4, abs=0.03)
+
+
 def test_one_step_and_no_dense_ones(tiny_pipe):
     tilewise.patch(tiny_pipe, AUTO, steps="0:", strict=True)
     clips(tiny_pipe, steps=1)
@@ -275,3 +286,29 @@ def test_heads_of_a_rank_and_windows_of_a_cache_stay_dense(tiny_pipe):
     told = tilewise.explain(tiny_pipe, method=AUTO, height=64, width=64, frames=9, gpus=2)
     assert "every call would fall back: auto divides one budget among all heads" in str(told)
     assert "KV cache" in AUTO.refuses_window()
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_the_same_and_is_not_waited_for():
+    layout, run = AUTO.layout(Grid(9, 24, 24)), {}
+    qkv = [random(2, layout.grid.tokens, 4, 64, seed=seed).to("cuda", torch.bfloat16) for seed in range(3)]
+    qkv[0] = qkv[0] * torch.tensor([0.0, 1.0, 2.0, 3.0], device="cuda", dtype=torch.bfloat16)[:, None]
+    layer = AttentionLayer("layer", Layer(256).to("cuda", torch.bfloat16), 0, 4, 64)
+
+    def plan(tick: int):
+        return AUTO.in_run(layer, lambda: run).plan_call(layout, *qkv, 0.125, {}, tick).plan
+
+    plan(0)  # makes what is kept with the layout: the one time that the device is waited for
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plans = [plan(tick) for tick in range(1, 6)]  # measured again at the fourth
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    density = torch.stack([each.head_density for each in plans])
+    torch.testing.assert_close(density.mean((0, 2)).cpu(), torch.full((2,), 0.3), rtol=0, atol=0.08)
+    assert (density[..., 0] < 0.05).all()
+    found, want = (
+        sampled_errors(AUTO.base.maps_of(layout, *given, 0.125), given, 0.125, LEVELS)
+        for given in (tuple(qkv), tuple(x.cpu().float() for x in qkv))
+    )
+    torch.testing.assert_close(found[:, 1:].cpu(), want[:, 1:], rtol=0.1, atol=1e-4)

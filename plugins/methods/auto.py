@@ -1,8 +1,9 @@
 """``auto``: one budget for the whole model, of which each head gets what its own errors ask for.
 
 Heads differ: some attend to everything, some to almost nothing. Here each call measures on a few of its queries how large the
-error of each head would be at several densities (sampled_errors.py). Each head gets one of them, such that all layers and steps
-together keep the budget (head_budget.py). Key blocks are chosen as ``draft`` does, with queries drafted by themselves.
+error of each head would be at several densities, and by several rankings of the key blocks (sampled_errors.py, head_rankings.py).
+Each head gets a density such that all layers and steps together keep the budget (head_budget.py), and the ranking that is best
+there. The map of blocks is that of ``draft``, with queries drafted by themselves.
 
 ``tilewise calibrate`` measures the same beforehand, into a file; this needs none, and goes by the clip that is being made.
 """
@@ -23,6 +24,7 @@ from tilewise.plugins.methods.base import DynamicMethod, Planned, register
 from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.methods.dynamic.always_keep import always_kept
 from tilewise.plugins.methods.dynamic.head_budget import HeadBudget, LayerGains, hull_gains
+from tilewise.plugins.methods.dynamic.head_rankings import RANKINGS, rank_by_head
 from tilewise.plugins.methods.dynamic.map_method import Candidates
 from tilewise.plugins.methods.dynamic.options import DEFAULT_DENSITY
 from tilewise.plugins.methods.dynamic.sampled_errors import sampled_errors
@@ -148,14 +150,15 @@ class Auto(DynamicMethod):
         budget.begin(tick)
         levels, costs = self._on_device(layout, query.device)
         if tick % self.every == 0 or not budget.knows(name):
-            errors = sampled_errors(maps, (query, key, value), scale, LEVELS, None if layer is None else layer.module)
-            pairs = layout.grid.tokens**2
-            gains = hull_gains(costs, errors) / pairs
-            budget.tell(name, LayerGains(gains, costs.diff() * pairs, self._costs(layout)[0], pairs))
-        density = levels[budget.levels(name)]  # (B, H)
+            module = None if layer is None else layer.module
+            errors = sampled_errors(maps, (query, key, value), scale, LEVELS, RANKINGS, module)
+            pairs, best = layout.grid.tokens**2, errors.min(2)
+            gains = hull_gains(costs, best.values) / pairs
+            budget.tell(name, LayerGains(gains, costs.diff() * pairs, self._costs(layout)[0], pairs, best.indices))
+        level, ranking = budget.choices(name)
 
         def choose(c: Candidates) -> torch.Tensor:
-            return select("rows", c.ranked, c.always, c.key_rows, density=density)
+            return select("rows", rank_by_head(c, ranking), c.always, c.key_rows, density=levels[level])
 
         planned = self.base.planned(maps, (query, key), scale, choose, {}, tick)
         assert planned.plan.head_density is not None

@@ -65,13 +65,14 @@ class LayerGains:
     """What a layer's heads gain, and pay, at each step up.
 
     gains: (B, H, levels − 1), per token pair. steps: (levels − 1,) float64, token pairs that each costs. least: share of the
-    pairs that the lowest level keeps. pairs: of a head.
+    pairs that the lowest level keeps. pairs: of a head. rankings: (B, H, levels) int64, the best one at each level.
     """
 
     gains: torch.Tensor
     steps: torch.Tensor
     least: float
     pairs: int
+    rankings: torch.Tensor
 
 
 class HeadBudget:
@@ -98,11 +99,12 @@ class HeadBudget:
         """What a layer's heads gain, from now on."""
         self._layers[layer] = gains
 
-    def levels(self, layer: Hashable) -> torch.Tensor:
-        """(B, H) int64: the level of each head."""
+    def choices(self, layer: Hashable) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, H) int64: the level of each head, and its ranking there."""
         own = self._layers[layer]
         limit = self._find([own], self._balance) if self._limit is None else self._limit.to(own.gains.device)
-        return (own.gains >= limit[:, None, None]).sum(-1)
+        levels = (own.gains >= limit[:, None, None]).sum(-1)
+        return levels, own.rankings.gather(2, levels[..., None])[..., 0]
 
     def spend(self, layer: Hashable, kept: torch.Tensor) -> None:
         """What a call kept: (B, H), a share of its pairs."""

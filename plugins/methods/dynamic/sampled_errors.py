@@ -1,11 +1,11 @@
 """What a density costs each head of a call, measured on a sample of its queries.
 
-For r queries s of P blocks, and each level l of density, with the blocks that ``draft`` keeps there and the means of the others:
+For r queries s of P blocks, with the blocks that a density l keeps by a ranking k, and the means of the others:
 
-    error[b, h, l] = Σ_s |(o[l, s] − o[s]) W[h]|²  ÷  Σ_h Σ_s |o[s] W[h]|²           o: exact, W[h]: rows of the output projection
+    error[b, h, k, l] = Σ_s |(o[k, l, s] − o[s]) W[h]|²  ÷  Σ_h Σ_s |o[s] W[h]|²     o: exact, W[h]: rows of the output projection
 
-A block's part of a query's numerator and denominator is computed once, and each level adds up the parts of the blocks that it
-keeps: all levels together cost about what exact attention of these queries costs. Nothing waits for the device.
+A block's part of a query's numerator and denominator is computed once, and each choice adds up the parts of the blocks that it
+keeps: all together cost about what exact attention of these queries costs. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from tilewise.kernels.plans.layout import Layout
 from tilewise.kernels.selection.block_scores import variance_term
 from tilewise.kernels.selection.select import select_rows
+from tilewise.plugins.methods.dynamic.head_rankings import Ranking, rank
 from tilewise.plugins.methods.dynamic.map_method import CallMaps
 
 BLOCKS, QUERIES = 32, 4  # query blocks that are sampled, and queries of each
@@ -30,15 +31,16 @@ def sampled_errors(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
     densities: Sequence[float],
+    rankings: Sequence[Ranking],
     module: nn.Module | None = None,
     sample: tuple[int, int] = (BLOCKS, QUERIES),
 ) -> torch.Tensor:
-    """(B, H, levels) float32: see the module's docstring; nan where queries, keys or values are not finite.
+    """(B, H, rankings, levels) float32: see the module's docstring; nan where queries, keys or values are not finite.
 
     Args:
         maps: of the call, with ``blocks`` and without a window.
         qkv: query (B, S, H, D), key and value (B, S, Hk, D), in the layout's order.
-        densities: of rows of the map, rising; 1 is exact.
+        densities: of rows of the map, rising; 1 is exact. rankings: by which the blocks are chosen.
         module: the attention layer, whose output projection weighs the errors; None, or one without a plain projection on the
             device: all channels count the same.
         sample: query blocks, and queries of each.
@@ -48,7 +50,7 @@ def sampled_errors(
     batch, heads = query.shape[0], query.shape[2]
     layout, rows, ratio = maps.candidates.layout, maps.candidates.rows, heads // key.shape[2]
     blocks, at = sampled_queries(layout, query.device, *sample)
-    kept = _kept(maps, blocks, rows, densities)  # (levels, B, H, P, N)
+    kept = _kept(maps, blocks, rows, densities, rankings)  # (choices, B, H, P, N)
     bias = rows.log() + variance_term(maps.blocks.s2[:, :, blocks], rows)  # (B, H, P, N)
     tokens, there = _tokens_of_blocks(layout, query.device)
     at_once = max(1, AT_ONCE // (4 * batch * at.numel() * there.numel() * ratio))  # key heads
@@ -65,7 +67,7 @@ def sampled_errors(
         errors.append(_size(sparse - exact[:, :, None], gram, share))
         sizes.append(_size(exact[:, :, None], gram, share))
     size = torch.cat(sizes, 1).sum((1, 2))
-    return torch.cat(errors, 1) / size[:, None, None]
+    return (torch.cat(errors, 1) / size[:, None, None]).unflatten(2, (len(rankings), len(densities)))
 
 
 def sampled_queries(
@@ -100,13 +102,21 @@ def projection_gram(
     return rows @ rows.transpose(1, 2)
 
 
-def _kept(maps: CallMaps, blocks: torch.Tensor, rows: torch.Tensor, densities: Sequence[float]) -> torch.Tensor:
-    """(levels, B, H, P, N) float32, 1 where a sampled query block keeps a key block."""
-    ranked, always = maps.candidates.ranked[:, :, blocks].contiguous(), maps.always[blocks]
-    heads = [
-        ranked.new_full(ranked.shape[1:2], density) for density in densities
-    ]  # each of its own: then 1 is everything
-    return torch.stack([select_rows(ranked, always, rows, density=each, floor=1) for each in heads]).float()
+def _kept(
+    maps: CallMaps,
+    blocks: torch.Tensor,
+    rows: torch.Tensor,
+    densities: Sequence[float],
+    rankings: Sequence[Ranking],
+) -> torch.Tensor:
+    """(rankings · levels, B, H, P, N) float32, 1 where a sampled query block keeps a key block."""
+    always, found = maps.always[blocks], []
+    for ranking in rankings:
+        ranks = rank(maps.candidates, ranking, blocks).contiguous()
+        # A density for each head, as it is in the call: then 1 is everything.
+        heads = [ranks.new_full(ranks.shape[1:2], density) for density in densities]
+        found += [select_rows(ranks, always, rows, density=each) for each in heads]
+    return torch.stack(found).float()
 
 
 def _tokens_of_blocks(layout: Layout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,10 +142,10 @@ def _outputs(
     kept: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of sampled queries: exact (B, H, P·r, D), and at each level (B, H, levels, P·r, D).
+    """Outputs of sampled queries: exact (B, H, P·r, D), and of each choice (B, H, choices, P·r, D).
 
     query: (B, H, P, r, D). key, value: (B, Hk, N, n, D), by block. there: (N, n). means: (B, Hk, N, D) of key and value. bias:
-    (B, H, P, N) of the means. kept: (levels, B, H, P, N).
+    (B, H, P, N) of the means. kept: (choices, B, H, P, N).
     """
     B, H, P, r, D = query.shape
     ratio, (N, n) = H // key.shape[1], there.shape
@@ -148,16 +158,16 @@ def _outputs(
     part = weight.transpose(2, 3) @ value  # (B, Hk, N, ratio·P·r, D): what each block adds
     part = part.unflatten(3, (ratio, P, r)).permute(0, 1, 3, 4, 2, 5, 6).reshape(B, H, P, N, r, D)
     far = (far - most.reshape(B, H, P, r, 1)).exp_()
-    kept = kept.permute(1, 2, 3, 0, 4)  # (B, H, P, levels, N)
-    far = far[:, :, :, None] * (1 - kept)[..., None, :]  # (B, H, P, levels, r, N): of the blocks that are not kept
+    kept = kept.permute(1, 2, 3, 0, 4)  # (B, H, P, choices, N)
+    far = far[:, :, :, None] * (1 - kept)[..., None, :]  # (B, H, P, choices, r, N): of the blocks that are not kept
     mean = means[1].repeat_interleave(ratio, 1)[:, :, None, None]
     above = (kept @ part.flatten(4)).unflatten(-1, (r, D)) + far @ mean
-    below = kept @ mass.transpose(3, 4) + far.sum(-1)  # (B, H, P, levels, r)
+    below = kept @ mass.transpose(3, 4) + far.sum(-1)  # (B, H, P, choices, r)
     exact = part.sum(3) / mass.sum(-1, keepdim=True)
     sparse = above / below[..., None]
     return exact.flatten(2, 3), sparse.transpose(2, 3).flatten(3, 4)
 
 
 def _size(x: torch.Tensor, gram: torch.Tensor | None, share: torch.Tensor) -> torch.Tensor:
-    """(B, H, levels): Σ share · |x W|² of (B, H, levels, queries, D)."""
+    """(B, H, choices): Σ share · |x W|² of (B, H, choices, queries, D)."""
     return (x * (x if gram is None else x @ gram[:, None])).sum(-1) @ share

@@ -20,6 +20,7 @@ from tilewise.plugins.methods.auto import LEVELS, Auto
 from tilewise.plugins.methods.base import make_method
 from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.methods.dynamic.head_budget import HeadBudget, LayerGains, hull_gains
+from tilewise.plugins.methods.dynamic.head_rankings import RANKINGS, rank, rank_by_head
 from tilewise.plugins.methods.dynamic.sampled_errors import projection_gram, sampled_errors
 from tilewise.plugins.models.common.family import AttentionLayer
 
@@ -60,12 +61,26 @@ def test_errors_of_all_queries_are_those_of_the_sparse_call(key_heads, weighed):
     k, v = (random(2, layout.grid.tokens, key_heads, 16, seed=seed) for seed in (1, 2))
     module = Layer(64) if weighed else None
     maps = base.maps_of(layout, q, k, v, 0.25)
-    found = sampled_errors(maps, (q, k, v), 0.25, densities, module, sample=(layout.blocks, 16))
-    assert found.shape == (2, 4, 4)
-    for b in range(2):
-        one = slice(b, b + 1)
-        errors, size = head_errors(base, densities, layout, (q[one], k[one], v[one]), 0.25, projection_gram(module, 4))
-        torch.testing.assert_close(found[b], (errors / size).float(), rtol=1e-4, atol=1e-6)
+    found = sampled_errors(maps, (q, k, v), 0.25, densities, RANKINGS[:2], module, sample=(layout.blocks, 16))
+    assert found.shape == (2, 4, 2, 4)
+    for b, (n, by) in itertools.product(range(2), enumerate(("error", "mass"))):
+        one, gram = slice(b, b + 1), projection_gram(module, 4)
+        ranked = Draft(tile=TILE, min_tokens=0, each=True, rank=by)
+        errors, size = head_errors(ranked, densities, layout, (q[one], k[one], v[one]), 0.25, gram)
+        torch.testing.assert_close(found[b, :, n], (errors / size).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_each_head_has_its_ranking():
+    base = Draft(tile=TILE, min_tokens=0, each=True)
+    layout = base.layout(Grid(3, 8, 8))
+    candidates = base.maps_of(layout, *(random(2, 192, 4, 16, seed=seed) for seed in range(3)), 0.25).candidates
+    which = torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])
+    found, every = rank_by_head(candidates, which), torch.arange(layout.blocks)
+    for b, h in itertools.product(range(2), range(4)):
+        assert torch.equal(found[b, h], rank(candidates, RANKINGS[which[b, h]], every)[b, h])
+    more = found[0, 2] - candidates.ranked[0, 2]
+    apart = (layout.block_tile[:, None] - layout.block_tile).abs().sum(-1)
+    torch.testing.assert_close(more, (apart <= 1).float(), rtol=0, atol=1e-4)
 
 
 def test_a_few_queries_tell_as_much_over_ragged_tiles_and_text():
@@ -75,8 +90,8 @@ def test_a_few_queries_tell_as_much_over_ragged_tiles_and_text():
     k[:, :, 0] *= 0  # the means are exact
     k[:, :, 2] *= 4  # sharp
     maps = base.maps_of(layout, q, k, v, 0.25)
-    few = sampled_errors(maps, (q, k, v), 0.25, (0.1, 0.5, 1.0))[0]
-    every = sampled_errors(maps, (q, k, v), 0.25, (0.1, 0.5, 1.0), sample=(layout.blocks, 16))[0]
+    few = sampled_errors(maps, (q, k, v), 0.25, (0.1, 0.5, 1.0), RANKINGS[:1])[0, :, 0]
+    every = sampled_errors(maps, (q, k, v), 0.25, (0.1, 0.5, 1.0), RANKINGS[:1], sample=(layout.blocks, 16))[0, :, 0]
     assert max(few[0].max(), few[:, 2].max()) < 1e-12
     torch.testing.assert_close(few[1:, :2], every[1:, :2], rtol=0.25, atol=0)
 
@@ -89,9 +104,10 @@ def test_a_division_is_the_best_there_is_for_what_it_costs():
     errors = random(3, 5, 5, seed=6).exp().sort(-1, descending=True).values
     errors[..., 1], errors[..., 4] = errors[..., 0], 0
     budget = HeadBudget(0.3)
-    budget.tell("layer", LayerGains(hull_gains(cost, errors), cost.diff(), 0.02, 1))
+    budget.tell("layer", LayerGains(hull_gains(cost, errors), cost.diff(), 0.02, 1, torch.arange(5).expand(3, 5, 5)))
     budget.begin(0)
-    levels = budget.levels("layer")
+    levels, rankings = budget.choices("layer")
+    assert torch.equal(rankings, levels)
     plans = torch.tensor(list(itertools.product(range(5), repeat=5)))
     costs = cost[plans].sum(-1)
     for b in range(3):
@@ -168,7 +184,7 @@ def test_a_run_keeps_its_budget_and_says_so(tiny_pipe, tmp_path):
     tilewise.patch(tiny_pipe, AUTO, steps=(0.3, 1), strict=True)
     both = clips(tiny_pipe, steps=5)
     told = tilewise.summary(tiny_pipe)
-    assert told.density == pytest.approx(0.3, abs=0.08) and told.density < told.cost < 0.5
+    assert told.density == pytest.approx(0.3, abs=0.1) and told.density < told.cost < 0.5
     assert {row.kind for row in told.rows} == {"sparse", "dense step"}
     assert [(row.layer, len(row.density)) for row in told.heads] == [("blocks.0.attn1", 2), ("blocks.1.attn1", 2)]
     mean = sum(sum(row.density) for row in told.heads) / 4
@@ -308,7 +324,7 @@ def test_a_gpu_measures_the_same_and_is_not_waited_for():
     torch.testing.assert_close(density.mean((0, 2)).cpu(), torch.full((2,), 0.3), rtol=0, atol=0.08)
     assert (density[..., 0] < 0.05).all()
     found, want = (
-        sampled_errors(AUTO.base.maps_of(layout, *given, 0.125), given, 0.125, LEVELS)
+        sampled_errors(AUTO.base.maps_of(layout, *given, 0.125), given, 0.125, LEVELS, RANKINGS)
         for given in (tuple(qkv), tuple(x.cpu().float() for x in qkv))
     )
     torch.testing.assert_close(found[:, 1:].cpu(), want[:, 1:], rtol=0.1, atol=1e-4)

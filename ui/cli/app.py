@@ -1,5 +1,5 @@
 """The command line: `tilewise generate`, `tilewise batch`, `tilewise compare`, `tilewise verify`,
-`tilewise calibrate`, `tilewise explain`, `tilewise methods`, `tilewise presets`, `tilewise env`.
+`tilewise calibrate`, `tilewise rank-heads`, `tilewise explain`, `tilewise methods`, `tilewise presets`, `tilewise env`.
 
 Only typer and rich are imported here; torch and diffusers come in with the command that needs them, so that --help and
 usage errors answer at once.
@@ -43,6 +43,7 @@ FORCE_HELP = "Replace files that are there."
 COMPARE_HELP = "'dense': also generate the dense clip, compare both, and write them side by side."
 PROMPTS_HELP = "A .txt (one prompt per line), .csv or .jsonl file; lines may have a seed and a negative prompt."
 BUDGET_HELP = "Token pairs to keep over all steps, layers and heads of a run, in (0, 1]; dense steps count."
+SCORE_HELP = "brightness, contrast, detector (of the demo model's world), or FILE.py:FUNCTION of frames and prompt."
 PARTS_HELP = "Parts of the run, each with densities of its own."
 LPIPS_HELP = "Measure LPIPS too (pip install lpips)."
 OF_BOTH = [*CLIP_OPTIONS.values(), *MEMORY_OPTIONS.values(), HIGHRES, *TWO_STAGE_OPTIONS.values()]
@@ -260,6 +261,36 @@ def explain(
         explain_stream_command(options, as_json=as_json, picture=plot)
     else:
         explain_command(options, gpus=gpus, parallel=parallel, as_json=as_json, picture=plot, force=force)
+
+
+@app.command("rank-heads")
+@exit_codes
+@declared_options(option for options in (CLIP_OPTIONS, MEMORY_OPTIONS) for option in options.values())
+def rank_heads(
+    options: dict[str, Any],
+    prompts: Annotated[Path, typer.Option(help=PROMPTS_HELP, show_default=False)],
+    score: Annotated[str, typer.Option(help=SCORE_HELP)] = "brightness",
+    layers: Annotated[str, typer.Option(help="Blocks whose heads are tried, such as 5:9 or 0,3.")] = ":",
+    u: Annotated[float, typer.Option(help="How far a head's attention goes to the identity, in (0, 1].")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Scale of the guidance.")] = 3.0,
+    rounds: Annotated[int, typer.Option(help="Rounds; each tries all heads beside those chosen before.")] = 1,
+    keep: Annotated[int, typer.Option(help="Heads that a round chooses.")] = 1,
+    lowest: Annotated[bool, typer.Option("--lowest", help="Look for the lowest score.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The .json to write. Default: heads.json, numbered until it is free.")
+    ] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Find attention heads to guide by (--add soft-pag) for a purpose: clips are made with each and scored.
+
+    For UNets, SD 3 and Flux. Run it again to go on after an interruption.
+    """
+    from tilewise.ui.cli.rank_heads import RankRequest, dry_run_rank_heads, rank_heads_request
+
+    request = RankRequest(prompts, score, options, layers, u, scale, rounds, keep, lowest, out, device, force)
+    (dry_run_rank_heads if dry_run else rank_heads_request)(request)
 
 
 @app.command()

@@ -47,10 +47,11 @@ class FrameDecoder:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.no_grad()
-    def submit(self, latents: torch.Tensor, *, new_clip: bool = False, last: bool = False) -> PendingFrames:
+    def submit(self, latents: torch.Tensor, *, new_clip: int = 0, last: bool = False) -> PendingFrames:
         """Begin to decode normalised latents (1, C, t, h, w).
 
-        new_clip: they begin a clip, whose first frame is not wanted. last: frames that wait for more latents come too.
+        new_clip: above 0, they begin a clip, of which so many frames are not wanted. last: frames that wait for more latents come
+        too.
         """
         if self._stream is None:
             return PendingFrames(_to_uint8(self._decode(latents, new_clip, last)), None, ())
@@ -65,7 +66,7 @@ class FrameDecoder:
             copied = self._stream.record_event()
         return PendingFrames(host, copied, (latents, frames))
 
-    def _decode(self, latents: torch.Tensor, new_clip: bool, last: bool) -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, new_clip: int, last: bool) -> torch.Tensor:
         latents = latents.to(self.device, self.vae.dtype)
         if not self.decoder.normalised:
             mean, std = self.space.statistics(self.vae, latents)
@@ -75,7 +76,7 @@ class FrameDecoder:
         video = self.decoder.decode(latents)
         if last and (rest := self.decoder.flush()) is not None:
             video = torch.cat([video, rest], 2)
-        return video[:, :, 1:] if new_clip else video
+        return video[:, :, new_clip:]
 
 
 def _to_uint8(video: torch.Tensor) -> torch.Tensor:

@@ -120,7 +120,7 @@ class WindowOpening:
             method=resolve("dense"), seed=asked.seed, max_sequence_length=asked.text_tokens,
         )  # fmt: skip
         self.space = check_windows(pipe, self.recipe, self.settings)
-        check_start(recipe, with_image)
+        check_start(pipe, recipe, with_image)
         warn(pipe, self.recipe)
 
     def memory(self, decode_device: torch.device, own_vae: bool) -> StreamMemory:
@@ -145,7 +145,7 @@ class WindowOpening:
             total=None if frames is None else 1 + -(-(frames - 1) // temporal),
             device=self.asked.device,
             start=None if self.way.restarts else _encoded(self.pipe, self.space, picture, self.asked.device),
-            picture=to_uint8(picture)[0] if self.way.restarts and picture is not None else None,
+            frames=to_uint8(picture) if self.way.restarts and picture is not None else None,
         )
 
 

@@ -189,7 +189,7 @@ def prepare(
     )
     if isinstance(found, WindowRecipe):
         check_windows(skeleton, found, window_of(skeleton, found, settings))
-        check_start(found, bool(files))
+        check_start(skeleton, found, bool(files))
     return StreamWork(settings, options, found, checkpoint)
 
 

@@ -25,13 +25,15 @@ class ChunkSource(ABC):
         recipe, prompts: see there.
         device: of its latents.
         pushed: the video that it changes; None: it begins with noise alone.
-        restarts: whether each chunk after the first is a clip of its own, whose first frame is the last one that was shown.
+        restarts: whether each chunk after the first is a clip of its own, whose first frames, ``repeats`` of them, are the last
+            ones that were shown.
     """
 
     recipe: CausalRecipe | WindowRecipe
     prompts: PromptPlan
     device: torch.device
     restarts: bool = False
+    repeats: int = 0
     pushed: PushedFrames | None = None
 
     @property

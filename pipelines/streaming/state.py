@@ -23,7 +23,7 @@ from tilewise.plugins.errors import ConfigError
 if TYPE_CHECKING:
     from tilewise.pipelines.streaming.video_stream import VideoStream
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ class VideoStream(Iterator[Chunk]):
             self._first_begin = begun
         first = self.source.next_frame
         with torch.no_grad():
-            again = self.source.restarts and self.chunks > 0
+            again = self.source.repeats if self.source.restarts and self.chunks else 0
 
             def ready(latents: torch.Tensor) -> None:
                 denoised = time.perf_counter()

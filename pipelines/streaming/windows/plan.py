@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
+
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
 from tilewise.pipelines.latent_spaces.base import LatentSpace
@@ -12,7 +14,7 @@ from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.pipelines.streaming.windows.noise import untold_noise
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.pipelines.streaming.windows.spaces import window_spaces
-from tilewise.pipelines.streaming.windows.ways.base import Way, way_named, ways
+from tilewise.pipelines.streaming.windows.ways.base import Way, needs_picture, way_named, ways
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
 from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
@@ -114,23 +116,25 @@ def check_windows(pipe: Any, recipe: WindowRecipe, settings: GenerateSettings) -
         raise ConfigError(
             "windows: with an overlap of 0 latent frames no window goes on from the one before; give at least 1"
         )
-    if way.restarts and recipe.overlap != 1:
+    if (most := way.most(pipe)) is not None and recipe.overlap > most:
         raise ConfigError(
-            f"windows: by the way {way.name} a window goes on from one frame: overlap must be 1, not {recipe.overlap}"
+            f"windows: by the way {way.name} a window of a {type(pipe).__name__} goes on from one frame: overlap must be {most}, "
+            f"not {recipe.overlap}"
         )
     if recipe.prefix_noise and not way.per_frame:
         raise ConfigError(f"windows: prefix_noise is of the way prefix, and this stream goes the way {way.name}")
     for denoiser in denoisers_of(pipe).values():
         if (family := family_of(denoiser)) is not None:
             family.grid_of_size(denoiser, pipe, Size(settings.height, settings.width, settings.frames))
-    call_arguments(pipe, settings, ("image",) if way.restarts else ())
+    picture = np.zeros((1, 1, 1, 3), np.uint8)
+    call_arguments(pipe, settings, tuple(way.arguments(pipe, picture, 1)) if way.restarts else ())
     return space
 
 
-def check_start(recipe: WindowRecipe, with_image: bool) -> None:
+def check_start(pipe: Any, recipe: WindowRecipe, with_image: bool) -> None:
     """Raises ConfigError for a picture to begin with where the way has no place for it, or none where it needs one."""
     way = way_named(recipe.way)
-    if way.restarts and not with_image:
+    if way.restarts and not with_image and needs_picture(pipe) is not None:
         raise ConfigError(f"windows: the way {recipe.way} begins with a picture: give an image")
     if with_image and not (way.per_frame or way.restarts):
         raise ConfigError(f"windows: the way {recipe.way} begins with noise alone; leave the image out")

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import stock_call
@@ -68,19 +67,19 @@ class WindowSampler:
         text: WindowText,
         between: Callable[[], None] = lambda: None,
         *,
-        picture: NDArray[np.uint8] | None = None,
+        frames: NDArray[np.uint8] | None = None,
     ) -> torch.Tensor:
         """The next window, normalised latents (1, C, t, h, w) float32.
 
         tail: (1, C, k, h, w), the last latents of the window before; None: the first window, the stock pipeline's clip.
-        picture: (H, W, 3), where it begins with one.
+        frames: (F, H, W, 3) that it begins with, by a way that restarts.
         between: called after every pass; may raise, and the window is dropped then.
         """
         between()
         settings = dataclasses.replace(self.settings, prompt=text.prompt)
         given: dict[str, Any] = {"generator": self.generator, "output_type": "latent"}
-        if picture is not None:
-            given["image"] = Image.fromarray(picture)
+        if frames is not None:
+            given |= self.way.arguments(self.pipe, frames, settings.frames)
         held = None if tail is None else _Held(self, tail)
         if held is not None:
             given["latents"] = self.space.packed(self.pipe, held.begin)

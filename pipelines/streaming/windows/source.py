@@ -24,7 +24,7 @@ class WindowSource(ChunkSource):
     Args:
         sampler, prompts, recipe: see there.
         total: latent frames of the video; None: without end. device: of the latents.
-        start: latents (1, C, t, h, w) that the first window has in front, as of an image. picture: (H, W, 3) that it begins
+        start: latents (1, C, t, h, w) that the first window has in front, as of an image. frames: (F, H, W, 3) that it begins
             with, by a way that restarts.
     """
 
@@ -40,7 +40,7 @@ class WindowSource(ChunkSource):
         total: int | None,
         device: torch.device,
         start: torch.Tensor | None = None,
-        picture: NDArray[np.uint8] | None = None,
+        frames: NDArray[np.uint8] | None = None,
     ) -> None:
         self.sampler, self.prompts, self.recipe = sampler, prompts, recipe
         self.total, self.device = total, device
@@ -49,7 +49,8 @@ class WindowSource(ChunkSource):
         self._end = 0 if start is None else start.shape[2]  # number of the latent frame after it
         self._first: torch.Tensor | None = None  # statistics of the first window
         self.restarts = sampler.way.restarts
-        self._picture = picture
+        self._frames = frames
+        self.repeats = 1 + (recipe.overlap - 1) * sampler.space.factors(sampler.pipe)[1]
 
     @property
     def next_frame(self) -> int:
@@ -65,8 +66,9 @@ class WindowSource(ChunkSource):
     def _next(self, frame: int, between: Callable[[], None]) -> torch.Tensor:
         text = self.prompts.next_text(frame)
         if self.restarts:
-            new = self._guarded(self.sampler.window(None, text, between, picture=self._picture), 1)
-            self._given += new.shape[2] - (1 if self._given else 0)  # the first of a later window is there already
+            overlap = self.recipe.overlap if self._given else 0  # which is there already
+            new = self._guarded(self.sampler.window(None, text, between, frames=self._frames), max(overlap, 1))
+            self._given += new.shape[2] - overlap
             return new
         before = self._last
         overlap = 0
@@ -96,7 +98,8 @@ class WindowSource(ChunkSource):
 
     def shown(self, frames: NDArray[np.uint8]) -> None:
         if self.restarts and len(frames):
-            self._picture = frames[-1].copy()
+            before = [] if self._frames is None else [self._frames]
+            self._frames = np.concatenate([*before, frames])[-self.repeats :]
 
     def view(self) -> dict[str, Any]:
         return {"kind": "noise", **self.sampler.levels(0 if self._last is None else self.recipe.overlap)}
@@ -115,7 +118,7 @@ class WindowSource(ChunkSource):
         tensors = {"generator": self.sampler.generator.get_state()}
         tensors |= {} if self._last is None else {"last": self._last}
         tensors |= {} if self._first is None else {"first": self._first}
-        tensors |= {} if self._picture is None else {"picture": torch.from_numpy(self._picture)}
+        tensors |= {} if self._frames is None else {"frames": torch.from_numpy(self._frames)}
         return {"small": small, "given": self._given, "end": self._end}, tensors
 
     def load_state(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -123,4 +126,4 @@ class WindowSource(ChunkSource):
         self._given, self._end = values["given"], values["end"]
         self._last = tensors["last"].to(self.device) if "last" in tensors else None
         self._first = tensors["first"].to(self.device) if "first" in tensors else None
-        self._picture = tensors["picture"].cpu().numpy() if "picture" in tensors else None
+        self._frames = tensors["frames"].cpu().numpy() if "frames" in tensors else None

@@ -8,8 +8,8 @@ import torch
 
 from tilewise.pipelines.latent_spaces.base import LatentSpace, latent_spaces
 
-# Pipelines that begin with a picture, and those that have the same latents without one.
-ALIKE = {"WanImageToVideoPipeline": "WanPipeline"}
+# Pipelines that begin with a picture or a few frames, and those that have the same latents without one.
+ALIKE = {"WanImageToVideoPipeline": "WanPipeline", "WanVACEPipeline": "WanPipeline"}
 
 
 class CogVideoXLatents(LatentSpace):

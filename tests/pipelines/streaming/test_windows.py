@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 import tilewise
-from tests.helpers.tiny_conditioned import without_ftfy
+from tests.helpers.tiny_conditioned import save, without_ftfy
 from tests.helpers.tiny_wan import tiny_pipeline
+from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.pipelines.streaming.state import StreamState
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.pipelines.streaming.windows.ways.base import way_named, ways
@@ -342,3 +343,33 @@ def test_condition_begins_each_window_with_the_last_frame(monkeypatch):
             stream(pipe, **{"overlap": None, **options})
     with pytest.raises(tilewise.UnsupportedModelError, match="each window begins with a picture"):
         stream(pipe, way="renoised", image=picture)
+
+
+def test_vace_begins_each_window_with_the_last_frames(monkeypatch, tmp_path):
+    """Of the video that it is conditioned on the first frames are kept, and the rest is made: the stock call with those."""
+    without_ftfy(monkeypatch)
+    pipe = load_pipeline(save(tmp_path / "vace", "vace"))
+    with stream(pipe, seconds=21 / 8, guidance=5.0) as video:
+        assert (video.recipe.way, video.recipe.overlap) == ("condition", 2)
+        chunks = [next(video)]
+        state = video.state_dict()
+        chunks += list(video)
+    assert [len(chunk.frames) for chunk in chunks] == [9, 6, 6] and [c.first_frame for c in chunks] == [0, 9, 15]
+    generator, grey = torch.Generator().manual_seed(0), Image.new("RGB", (32, 32), (128, 128, 128))
+    size = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "max_sequence_length": 16}
+    tail: list[Image.Image] = []
+    for chunk in chunks[:2]:
+        given = {
+            "video": [*tail, *[grey] * (9 - len(tail))],
+            "mask": [Image.new("L", (32, 32), 0 if i < len(tail) else 255) for i in range(9)],
+        } if tail else {}  # fmt: skip
+        clip = pipe(RED, "", generator=generator, output_type="np", **size, **given).frames[0]
+        wanted = (clip * 255).round()[-len(chunk.frames) :]
+        assert np.abs(chunk.frames - wanted).max() <= 1
+        tail = [Image.fromarray(frame) for frame in chunk.frames[-3:]]
+    with stream(pipe, seconds=21 / 8, guidance=5.0) as video:
+        video.load_state_dict(state)
+        assert np.array_equal(np.concatenate([c.frames for c in video]), np.concatenate([c.frames for c in chunks[1:]]))
+    start = np.zeros((32, 32, 3), np.uint8)
+    with stream(pipe, image=start) as video:  # a picture to begin with
+        assert not np.array_equal(next(video).frames, chunks[0].frames)

@@ -21,7 +21,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import tilewise.pipelines.streaming.windows.ways
 from tilewise.pipelines.conditioning.roles import needed_roles
@@ -34,7 +36,7 @@ class Way(ABC):
     Attributes:
         name: what options call it.
         per_frame: whether the denoiser is told M by a timestep for each latent frame.
-        restarts: whether a window is a clip of its own, which begins with the last frame of the one before as a picture.
+        restarts: whether a window is a clip of its own, which begins with the last frames of the one before as pictures.
         holds_back: whether the next window still changes the columns that it shares with this one.
     """
 
@@ -54,6 +56,15 @@ class Way(ABC):
     @abstractmethod
     def usual_overlap(self, pipe: Any, window: int) -> int:
         """Latent frames, less than window."""
+
+    def most(self, pipe: Any) -> int | None:
+        """The longest overlap in latent frames that a pipeline can have; None: any shorter than the window."""
+        return None
+
+    def arguments(self, pipe: Any, frames: NDArray[np.uint8], length: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call for a window of ``length`` frames that begins with some, (F, H, W, 3): where a way
+        restarts."""
+        raise NotImplementedError
 
     def trained(self, pipe: Any) -> int | None:
         """The longest overlap in latent frames that the weights were trained with; 0: they say nothing of it; None: training

@@ -57,7 +57,10 @@ VARIANTS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("draft", (("density", 0.25), ("compensate", False))),
     ("draft", (("density", 0.1),)),
     ("draft", (("density", 0.25), ("refresh", 4), ("drift", None))),
+    ("draft", (("density", 0.25), ("each", True))),
     ("draft", (("recall", 0.9),)),
+    ("auto", (("density", 0.25),)),
+    ("auto", (("density", 0.25), ("every", 1))),  # every call measures
     ("xattention", (("density", 0.25), ("compensate", False))),
 )
 # Rules from the literature: what they cost on the largest shape, with summary rows.

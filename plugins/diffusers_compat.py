@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -207,12 +208,36 @@ def forward_wrapper(denoiser: nn.Module, name: str) -> Any:
     return getattr(getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", {}).get(name), "wrapper", None)
 
 
-def gather_hooks(denoiser: nn.Module) -> Iterator[tuple[Any, list[int | None]]]:
-    """The hooks by which context parallelism puts a denoiser's output together: what holds each one's ``post_forward(module,
-    output)``, and along which axis each of the outputs is gathered (None: it is not).
+@contextmanager
+def inside_split_hooks(denoiser: nn.Module) -> Iterator[None]:
+    """Hooks that are put on modules of a denoiser in the ``with`` block run inside those of context parallelism, which are taken
+    off before it, and put on again after it.
 
-    ``ContextParallelGatherHook`` of ``diffusers.hooks.context_parallel``, with ``metadata`` and ``fn_ref``. Seen in 0.42. gloo
-    gathers tensors of one size only, which the hook does not go by; if it is renamed, other lengths fail on a CPU.
+    ``ContextParallelSplitHook`` and ``ContextParallelGatherHook`` of ``diffusers.hooks.context_parallel``. Seen in 0.42. If they
+    are renamed, step caches that come after context parallelism mix whole sequences and parts.
+    """
+    from diffusers.hooks.context_parallel import ContextParallelGatherHook, ContextParallelSplitHook
+
+    off = []
+    for module in denoiser.modules():
+        registry: Any = None if module is denoiser else getattr(module, "_diffusers_hook", None)
+        for name, hook in reversed(list(getattr(registry, "hooks", {}).items())):
+            if isinstance(hook, ContextParallelGatherHook | ContextParallelSplitHook):
+                registry.remove_hook(name, recurse=False)
+                off.append((registry, hook, name))
+    try:
+        yield
+    finally:
+        for registry, hook, name in reversed(off):
+            registry.register_hook(hook, name)
+
+
+def gather_hooks(denoiser: nn.Module) -> Iterator[tuple[Any, list[int | None]]]:
+    """The hooks by which context parallelism puts a denoiser's output together, and along which axis each of the outputs is
+    gathered (None: it is not).
+
+    ``ContextParallelGatherHook`` of ``diffusers.hooks.context_parallel``, with ``metadata``. Seen in 0.42. gloo gathers tensors
+    of one size only, which the hook does not go by; if it is renamed, other lengths fail on a CPU.
     """
     from diffusers.hooks.context_parallel import ContextParallelGatherHook
 
@@ -220,7 +245,13 @@ def gather_hooks(denoiser: nn.Module) -> Iterator[tuple[Any, list[int | None]]]:
         for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
             if isinstance(hook, ContextParallelGatherHook):
                 outputs: Any = hook.metadata
-                yield hook.fn_ref, [None if output is None else output.gather_dim for output in outputs]
+                yield hook, [None if output is None else output.gather_dim for output in outputs]
+
+
+def replace_post_forward(hook: Any, function: Callable[[nn.Module, Any], Any]) -> None:
+    """Another ``post_forward(module, output)`` for a hook that is on a module: on the hook, for when it is put on anew, and in
+    its ``fn_ref``, which is what runs. Seen in 0.42, as above."""
+    hook.post_forward = hook.fn_ref.post_forward = function
 
 
 def is_default_backend(backend: Any) -> bool:

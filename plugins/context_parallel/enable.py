@@ -20,6 +20,7 @@ from tilewise.plugins.diffusers_compat import (
     context_parallel,
     gather_hooks,
     is_sharded,
+    replace_post_forward,
     set_up_on_cpu,
 )
 from tilewise.plugins.errors import ConfigError, TilewiseError, UnsupportedModelError
@@ -113,8 +114,8 @@ def _enable(denoiser: Any, ranks: int, mesh: Any, plan: dict[str, Any]) -> None:
     if family.split_needs_patch:
         denoiser.register_forward_pre_hook(_needs_patch)
     if cpu:
-        for reference, axes in gather_hooks(denoiser):
-            reference.post_forward = functools.partial(_gather, axes, at)
+        for hook, axes in gather_hooks(denoiser):
+            replace_post_forward(hook, functools.partial(_gather, axes, at))
 
 
 def _split_per_token(names: tuple[str, ...], denoiser: nn.Module, given: dict[str, Any]) -> None:

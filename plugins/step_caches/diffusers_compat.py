@@ -6,9 +6,13 @@ and patched pipelines reuse different steps: tests/plugins/step_caches/ compares
 
 from __future__ import annotations
 
+import functools
 import inspect
+import weakref
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from tilewise.plugins.torch_compat import uncompiled
@@ -63,6 +67,28 @@ def new_context(name: str, **where: Any) -> Any:
 def is_stateful(hook: Any) -> bool:
     """Whether a hook has a state to reset."""
     return bool(hook._is_stateful)
+
+
+def replace_decision(hook: Any, decide: Callable[[Any, Callable[..., bool], torch.Tensor], bool]) -> None:
+    """Have ``decide(hook, stock, change)`` say whether the blocks after the first run, in First Block Cache's first hook. stock:
+    its own decision, by the change of the first block. Hooks of other caches are left as they are.
+    ``FBCHeadBlockHook._should_compute_remaining_blocks``."""
+    stock: Any = getattr(type(hook), "_should_compute_remaining_blocks", None)
+    if stock is None:
+        return
+    own = weakref.ref(hook)  # which holds tensors of a whole sequence: it must not be part of a cycle
+
+    def decided(change: torch.Tensor) -> bool:
+        found = own()
+        return decide(found, functools.partial(stock, found), change)
+
+    hook._should_compute_remaining_blocks = decided
+
+
+def last_change(hook: Any) -> tuple[torch.Tensor | None, float]:
+    """What that hook compares with: the change of the first block when the others ran last, in the cache context that is set, and
+    how large a part of it may be different."""
+    return hook.state_manager.get_state().head_block_residual, hook.threshold
 
 
 def branch_states(hook: Any) -> None:

@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import nn
 
-from tilewise.plugins.diffusers_compat import kept_forwards, step_cache_hooks
+from tilewise.plugins.diffusers_compat import inside_split_hooks, kept_forwards, step_cache_hooks
 from tilewise.plugins.errors import ConfigError, TilewiseError
 from tilewise.plugins.step_caches import diffusers_compat as compat
 from tilewise.plugins.step_caches.counting import CacheCounts, reuse_of
 from tilewise.plugins.step_caches.options import MagCache, PyramidAttention, SeaCache, StepCache, TaylorSeer
+from tilewise.plugins.step_caches.shared_decision import share_decisions
 from tilewise.plugins.step_caches.support import diffusers_config
 
 
@@ -64,7 +65,9 @@ class CacheDriver:
         self._outermost = {module: module.__dict__.get("forward") for module, _, _ in self._hooks}
 
     def _enable(self, denoiser: Any) -> None:
-        denoiser.enable_cache(self.config)
+        # What blocks get and give must be this process's part on both sides of a cache's hooks.
+        with inside_split_hooks(denoiser):
+            denoiser.enable_cache(self.config)
         self._hooks = list(step_cache_hooks(denoiser))
         if not self._hooks:
             raise ConfigError(
@@ -72,6 +75,7 @@ class CacheDriver:
                 f"be reused: {self.cache}"
             )
         hooks = [hook for _, _, hook in self._hooks]
+        share_decisions(denoiser, hooks)
         if isinstance(self.cache, PyramidAttention):
             for hook in hooks:
                 compat.branch_states(hook)

@@ -14,8 +14,8 @@ from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.step_caches import diffusers_compat as compat
 from tilewise.plugins.step_caches.options import FirstBlock, MagCache, SeaCache, StepCache, TaylorSeer
 
-SPLIT = "whose tokens context parallelism splits over processes: each would decide by its own which blocks run"
-HALVED = "whose batches CFG parallelism halves: each process would decide by its own half which blocks run"
+MEASURES = "that several processes share: calibrate=true would measure the part of each"
+SPLIT = "whose tokens context parallelism splits over processes: diffusers' SeaCache goes by whole sequences"
 
 
 def check_cache(name: str, denoiser: nn.Module, cache: StepCache | None, own: Any = None) -> None:
@@ -86,11 +86,12 @@ def _unsupported(denoiser: nn.Module, cache: StepCache) -> str | None:
 def why_not_divided(cache: StepCache | None, denoiser: nn.Module, *, tokens: bool, guidance: bool) -> str | None:
     """Why a denoiser that processes share cannot run a cache, or None. tokens: whether they split its tokens. guidance: its two
     branches of guidance."""
-    if tokens and isinstance(cache, FirstBlock | MagCache | SeaCache):
+    if tokens and isinstance(cache, SeaCache):
         return SPLIT
     family = family_of(denoiser)
     in_batch = family is not None and family.guidance_in_batch
-    return HALVED if guidance and in_batch and isinstance(cache, FirstBlock | SeaCache) else None
+    measures = isinstance(cache, MagCache) and cache.calibrate
+    return MEASURES if measures and (tokens or (guidance and in_batch)) else None
 
 
 def attention_kinds(denoiser: nn.Module) -> list[str]:

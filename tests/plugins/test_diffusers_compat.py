@@ -15,6 +15,7 @@ import diffusers
 import peft
 import pytest
 import torch
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.models._modeling_parallel import ParallelConfig
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
@@ -161,6 +162,19 @@ def test_a_forward_is_wrapped_around_hooks_that_were_there():
     compat.wrap_forward(model, run, "run")
     assert model(1, y=5) == (1, 12)
     assert compat.forward_wrapper(model, "run") is run
+
+
+def test_hooks_are_put_inside_those_of_context_parallelism():
+    block, split = nn.Linear(2, 2), ContextParallelSplitHook({}, None)
+    registry = HookRegistry.check_if_exists_or_initialize(block)
+    registry.register_hook(split, "split")
+    compat.replace_post_forward(split, lambda module, output: output + 1)
+    with compat.inside_split_hooks(nn.Sequential(block)):
+        assert not registry.hooks
+        registry.register_hook(ModelHook(), "other")
+    assert list(registry.hooks) == ["other", "split"]
+    x = torch.ones(1, 2)
+    assert torch.equal(block(x), nn.functional.linear(x, block.weight, block.bias) + 1)
 
 
 def test_how_context_parallelism_is_set_up():

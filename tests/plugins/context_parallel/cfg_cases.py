@@ -150,11 +150,6 @@ def odd_batch(split: Any) -> Any:
         every_family.run(split(model), given)
 
 
-def block_cache(split: Any) -> Any:
-    if split:
-        tilewise.patch(split(family_cases_split.FAMILIES["LTX-Video"]()[0]), SMALL, cache="first-block")
-
-
 def drift(split: Any) -> Any:
     if split:
         model, given = family_cases_split.FAMILIES["LTX-Video"]()
@@ -202,6 +197,9 @@ def cases() -> dict[str, Callable[..., Any]]:
         "unpatched": unpatched,
         **{f"pipeline, {name}": run for name, run in PIPELINES.items()},
         **{f"batch, {name}": functools.partial(batched, make=functools.partial(of_family, name)) for name in BATCHED},
+        "batch, cache": functools.partial(
+            compose_cases.caches, make=family_cases_split.FAMILIES["LTX-Video"], cache="first-block:threshold=1000"
+        ),
         **{
             f"batch, UNet {name}": functools.partial(batched, make=functools.partial(unet, name))
             for name in test_unet.KINDS
@@ -216,7 +214,7 @@ def cases() -> dict[str, Callable[..., Any]]:
     ):
         run.ranks = (4,)  # type: ignore[attr-defined]
         found[name] = run
-    for run in (guidance_off, odd_batch, block_cache, drift, cfg_twice, cfg_stream, benchmark):
+    for run in (guidance_off, odd_batch, drift, cfg_twice, cfg_stream, benchmark):
         run.ranks = (2,)  # type: ignore[attr-defined]
         found[f"{'row' if run is benchmark else 'error'}: {run.__name__}"] = run
     for run in found.values():

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import family_cases_split
 import tiny_wan
 import torch
 import wan_cases
@@ -18,6 +19,9 @@ from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.models.common.fingerprint import Fingerprint
 
 SIZE = {"height": 64, "width": 80, "num_frames": 9, "num_inference_steps": 4}
+MAG = "mag:num_inference_steps=3:retention_ratio=0:threshold=10:mag_ratios=1,1,1"
+BLOCK = "first-block:threshold=1000"
+SMALL = tilewise.STA(window=(3, 1, 3), tile=(1, 2, 3))
 STA = wan_cases.METHODS["sta"]
 
 
@@ -77,15 +81,57 @@ def highres(split: Any) -> tuple[torch.Tensor, Any]:
     return torch.from_numpy(made.frames).float(), {"kinds": kinds, "calls": summary.calls, "text": str(summary)}
 
 
-def with_block_cache(split: Any) -> Any:
-    if split:
-        tilewise.patch(split(tiny_wan.tiny_transformer()), STA, cache="first-block")
+def caches(
+    split: Any, make: Callable[[], tuple[Any, dict[str, Any]]], cache: str, *, first: bool = False
+) -> tuple[torch.Tensor, Any]:
+    """Three forwards of a denoiser, of which later ones reuse. first: patched before it is split."""
+    model, given = make()
+    if split and not first:
+        split(model)
+    tilewise.patch(model, SMALL, steps=(0, 1), min_tokens=0, cache=cache)
+    if split and first:
+        split(model)
+    out = []
+    for number in range(3):
+        timestep = torch.full_like(given["timestep"], 900 - 100 * number)
+        call = {**given, "timestep": timestep, "hidden_states": given["hidden_states"] * (1 + number / 8)}
+        out.append(model(**call, return_dict=False)[0])
+    found = tilewise.summary(model)
+    return torch.stack(out), said(model) | {"skipped": sum(row.skipped for row in found.cache)}
 
 
-def with_block_cache_before(split: Any) -> Any:
+def wan_of_four_blocks() -> tuple[Any, dict[str, Any]]:
+    return tiny_wan.tiny_transformer(num_attention_heads=4, num_layers=3), wan_cases.inputs((5, 6, 8))
+
+
+def threshold_between(split: Any) -> tuple[torch.Tensor, Any]:
+    """A threshold between what each rank would decide by its own tokens: 0.29 and 0.89, and 0.59 by all."""
+    model, given = wan_of_four_blocks()
     if split:
-        model = tilewise.patch(tiny_wan.tiny_transformer(), STA, cache="first-block")
+        split(model)
+    tilewise.patch(model, SMALL, steps=(0, 1), min_tokens=0, cache="first-block:threshold=0.75")
+    hidden = given["hidden_states"].clone()
+    out = [model(**given, return_dict=False)[0]]
+    hidden[:, :, 3:] *= -1
+    later = {**given, "hidden_states": hidden, "timestep": given["timestep"] - 100}
+    out.append(model(**later, return_dict=False)[0])
+    return torch.stack(out), said(model) | {"skipped": sum(row.skipped for row in tilewise.summary(model).cache)}
+
+
+def with_measuring_cache(split: Any) -> Any:
+    if split:
+        tilewise.patch(split(tiny_wan.tiny_transformer()), STA, cache="mag:calibrate=true:num_inference_steps=4")
+
+
+def with_measuring_cache_before(split: Any) -> Any:
+    if split:
+        model = tilewise.patch(tiny_wan.tiny_transformer(), STA, cache="mag:calibrate=true:num_inference_steps=4")
         split(model)(**wan_cases.inputs((5, 6, 8)))
+
+
+def with_sea_cache(split: Any) -> Any:
+    if split:
+        tilewise.patch(split(tiny_wan.tiny_transformer()), STA, cache="sea")
 
 
 def two_paths(split: Any) -> Any:
@@ -121,13 +167,30 @@ def cases() -> dict[str, Callable[..., Any]]:
         "highres": highres,
         "cache pab": functools.partial(clip, cache="pab"),
         "cache taylor": functools.partial(clip, cache="taylor"),
+        "cache mag": functools.partial(caches, make=wan_of_four_blocks, cache=MAG),
+        "cache mag, patched first": functools.partial(caches, make=wan_of_four_blocks, cache=MAG, first=True),
+        "cache first-block": functools.partial(caches, make=wan_of_four_blocks, cache=BLOCK),
+        "cache first-block, patched first": functools.partial(caches, make=wan_of_four_blocks, cache=BLOCK, first=True),
+        "cache first-block, threshold between ranks": threshold_between,
+        **{
+            f"cache first-block, {name}": functools.partial(caches, make=family_cases_split.FAMILIES[name], cache=BLOCK)
+            for name in ("CogVideoX", "LTX-Video")
+        },
         "draft of several steps": functools.partial(
             clip, method=Draft(**wan_cases.SELECTING, refresh=2, drift=None), steps=(0, 1)
         ),
     }
     refused: dict[str, Any] = {
         f"error: {run.__name__}": run
-        for run in (with_block_cache, with_block_cache_before, two_paths, two_paths_before, stream, calibrate)
+        for run in (
+            with_sea_cache,
+            with_measuring_cache,
+            with_measuring_cache_before,
+            two_paths,
+            two_paths_before,
+            stream,
+            calibrate,
+        )
     }
     for run in [*runs.values(), *refused.values()]:
         run.ranks = (2,)

@@ -36,7 +36,9 @@ def test_ranks_equal_one_process(found, name):
     assert found[name]["error"] <= 1e-5
     for said in found[name]["said"]:
         assert ("sparse" in said["kinds"]) == ("dense," not in name)
-        assert said["calls"] == found["one process"][name.rpartition(", ")[0]]["calls"]
+        one = found["one process"][name.rpartition(", ")[0]]
+        assert said["calls"] == one["calls"]
+        assert said.get("skipped") == one.get("skipped") and one.get("skipped") != 0
         assert re.search("context parallelism, (denoiser|transformer): rank", said["text"])
 
 
@@ -90,15 +92,18 @@ def test_a_row_of_the_benchmark_with_guidance(found):
         ("Z-Image, 2", "UnsupportedModelError: .*joins text and image sample by sample"),
         ("controlnet, 2", "TilewiseError: .*block_controlnet_hidden_states of SD3Transformer2DModel .*of all tokens"),
         ("unpatched, 2", "TilewiseError: .*its stock attention does not exchange tokens"),
-        ("with_block_cache, 2", "UnsupportedModelError: cache first-block: .*each would decide by its own"),
-        ("with_block_cache_before, 2", "UnsupportedModelError: cache first-block: .*each would decide by its own"),
+        (
+            "with_measuring_cache, 2",
+            "UnsupportedModelError: cache mag: .*calibrate=true would measure the part of each",
+        ),
+        ("with_measuring_cache_before, 2", "UnsupportedModelError: cache mag: .*would measure the part of each"),
+        ("with_sea_cache, 2", "UnsupportedModelError: cache sea: .*goes by whole sequences"),
         ("two_paths, 2", "UnsupportedModelError: two paths: context parallelism splits the tokens of denoiser"),
         ("two_paths_before, 2", "TilewiseError: denoiser: a global path does not run under context parallelism"),
         ("stream, 2", "UnsupportedModelError: stream: .*a stream is made by one process"),
         ("calibrate, 2", "UnsupportedModelError: calibrate: .*a process has some heads"),
         ("guidance_off, 2", "TilewiseError: CFG parallelism, transformer: .* guidance is off .*read by mul"),
         ("odd_batch, 2", "ConfigError: CFG parallelism, denoiser: a batch of 1 cannot be halved.* guidance is off"),
-        ("block_cache, 2", "UnsupportedModelError: cache first-block: .*whose batches CFG parallelism halves"),
         ("drift, 2", "FallbackError: .*drift goes by the recall of a whole batch"),
         ("cfg_twice, 2", "ConfigError: CFG parallelism: denoiser is divided between processes already"),
         ("cfg_stream, 2", "UnsupportedModelError: stream: CFG parallelism divides .*a stream is made by one process"),

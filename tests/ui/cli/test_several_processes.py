@@ -115,7 +115,7 @@ def test_a_process_that_is_ended_ends_the_others_and_leaves_nothing(found, folde
         ({}, {"retry_oom": True}, {}, "--retry-oom cannot be used with 2 processes"),
         ({}, {}, {"compare": "dense"}, "--compare cannot be used with 2 processes"),
         (
-            {"method": resolve("sta", cache="first-block")},
+            {"method": resolve("sta", cache="mag:calibrate=true")},
             {},
             {},
             "--cache cannot be used with 2 processes: transformer is a",
@@ -134,7 +134,7 @@ def test_what_several_processes_cannot_do(changes, memory, request_, expected):
 def test_guidance_is_divided_where_there_is_some():
     pipe, memory = tiny_wan.tiny_pipeline(), MemoryOptions()
     request = Request("a cat", {}, parallel="cfg")
-    guided = GenerateSettings("a cat", "", "demo", resolve("sta", cache="first-block"), 64, 64, 9, 2, 3.0, 0, 8)
+    guided = GenerateSettings("a cat", "", "demo", resolve("sta", cache="mag:calibrate=true"), 64, 64, 9, 2, 3.0, 0, 8)
     check_parallel(pipe, guided, request, memory, Ranks(TWO))
     with pytest.raises(ConfigError, match="--cache cannot be used with 4 processes"):
         check_parallel(pipe, guided, request, memory, Ranks(World(0, 4)))

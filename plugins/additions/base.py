@@ -43,6 +43,8 @@ class Addition:
     """
 
     name: ClassVar[str]
+    forwards: ClassVar[int] = 1
+    """How many forwards a call of the denoiser runs."""
 
     def prepare(self, target: Any, denoiser: nn.Module) -> Self:
         """The addition with what it needs to know about a denoiser filled in. Default: as it is.

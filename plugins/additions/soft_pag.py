@@ -63,6 +63,7 @@ class SoftPAG(Addition):
     u: float = 1.0
 
     name: ClassVar[str] = "soft-pag"
+    forwards: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         heads = self.heads

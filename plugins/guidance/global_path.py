@@ -94,6 +94,12 @@ def _check(name: str, denoiser: nn.Module, config: Config, global_path: str) -> 
             f"two paths: the step cache {config.step_cache} skips blocks of {name}, which the global path has to run. "
             "Leave cache= out; in highres the first stage's method may have one"
         )
+    for one in config.additions:
+        if one.forwards > 1:
+            raise ConfigError(
+                f"two paths: {one.name} runs {one.forwards} forwards a step, and the global path would guide them as one; leave "
+                f"{one.name} out"
+            )
     if config.keep is not None:
         raise ConfigError(
             f"two paths: keep={config.keep!r} is for one path: the global path sees all frames. Leave keep out"

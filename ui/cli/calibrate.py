@@ -133,6 +133,8 @@ def _base(config: Config) -> BlockSelectionMethod:
     """Raises ConfigError for a config that says what calibration decides."""
     if config.step_cache is not None:
         raise ConfigError("calibrate measures every forward of a run: leave --cache out, and give it when you generate")
+    if config.add is not None:
+        raise ConfigError("calibrate measures the model as it is: leave --add out, and give it when you generate")
     if config.blocks != DEFAULT_BLOCKS:
         raise ConfigError(f"calibrate decides which heads stay dense: leave --blocks out, got {config.blocks!r}")
     return base_of(config.method)

@@ -306,6 +306,25 @@ def test_models_that_it_is_not_for(tiny_pipe):
     assert not tilewise.is_patched(two)
 
 
+def test_turbo_is_told_by_its_name():
+    unet = tiny_unet("sdxl")
+    for name, variant in (("stabilityai/sdxl-turbo", "sdxl-turbo"), ("a/b", "sdxl")):
+        unet.register_to_config(_name_or_path=name)
+        assert RAUNet().prepare(unet, unet).variant == variant
+    assert RAUNet(variant="sdxl-turbo").thresholds((512, 512), True) == (0.5, 0.0)
+    assert RAUNet().prepare(tiny_unet(), tiny_unet()).variant == "sd"
+
+
+def test_residuals_of_an_adapter_are_refused():
+    unet, inputs = tiny_unet(), inputs_of(32, 32)
+    given = {**inputs, "down_intrablock_additional_residuals": [torch.zeros(2, 8, 32, 32)]}
+    with (
+        tilewise.patched(unet, "dense", add="raunet"),
+        pytest.raises(tilewise.UnsupportedModelError, match="T2I-Adapter"),
+    ):
+        forward(unet, given)
+
+
 def test_explain_tells_levels_apart():
     unet = tiny_unet("sdxl")
     told = tilewise.explain(unet, height=1024, width=1024, frames=1, method="hidiffusion", **{"blocks": None})

@@ -161,3 +161,10 @@ def test_what_cannot_be_is_refused(tiny_pipe):
     with pytest.raises(tilewise.ConfigError, match="give refresh=1"):
         tilewise.patch(model, tilewise.Draft(density=0.5, refresh=2), add="soft-pag")
     assert not tilewise.is_patched(model)
+
+
+def test_not_beside_a_global_path():
+    model = test_flux.tiny()
+    tilewise.patch(model, tilewise.STA(window=(1, 3, 3)), add="soft-pag")
+    with pytest.raises(tilewise.ConfigError, match="two paths: soft-pag runs 2 forwards"), tilewise.two_paths(model):
+        pass

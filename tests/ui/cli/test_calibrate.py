@@ -67,6 +67,7 @@ def test_interrupted_continued_and_used(words, tmp_path, tiny_pipe_dir, monkeypa
         (["--parts", "4"], "3 sparse steps of 4 cannot be divided into 4 parts"),
         (["--blocks", "1:"], "leave --blocks out"),
         (["--cache", "first-block"], "leave --cache out"),
+        (["--add", "riflex"], "leave --add out"),
         (["--out", "x.mp4"], ".json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

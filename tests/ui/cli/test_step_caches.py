@@ -53,6 +53,7 @@ def test_explain_foretells(tiny_pipe_dir):
         (["--cache", "mag"], "mag:calibrate=true"),
         (["--cache", "taylor", "--set", "cache=pab"], "are the same"),
         (["--cache", "taylor", "--stream", "--seconds", 2], "a stream takes no step cache"),
+        (["--add", "riflex", "--stream", "--seconds", 2], "a stream over a KV cache takes no addition"),
         (["--method", "dense", "--compare", "dense"], "or a --cache"),
         (["--method", "dense", "--cache", "none", "--compare", "dense"], "or a --cache"),
     ],

@@ -7,7 +7,6 @@ others grey; dark lines are the borders of tiles where the window counts in tile
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,42 +66,42 @@ def shifts_of(method: ShiftedWindows) -> list[Column]:
 
 
 def draw(method: Method) -> Image.Image:
-    """Filmstrips of the queries' regions, one below the other."""
-    layout = method.layout(GRID)
-    assert layout is not None
-    plan = method.plan(layout, 1, torch.device("cpu"))
-    regions = [(query, region_of_query(plan, layout, query, 0)) for query in QUERIES]
-    return strips(GRID, regions, layout.tile if isinstance(method, tilewise.STA) else None)
-
-
-def strips(
-    grid: Grid,
-    regions: Sequence[tuple[tuple[int, int, int], torch.Tensor]],
-    tile: tuple[int, int, int] | None,
-    cell: int = CELL,
-) -> Image.Image:
-    """A filmstrip for each query and region (T, H, W) bool, one below the other. tile: whose borders are drawn. cell: pixels."""
-    width, height = grid.w * cell, grid.h * cell
-    size = (grid.t * (width + GAP) + GAP, len(regions) * (height + GAP) + LABEL)
+    """Filmstrips of the query's region, one below the other."""
+    columns = shifts_of(method) if isinstance(method, ShiftedWindows) else frames_of(method)
+    width, height = GRID.w * CELL, GRID.h * CELL
+    size = (len(columns) * (width + GAP) + GAP, len(QUERIES) * (height + GAP) + LABEL)
     picture = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(picture)
-    for t in range(grid.t):
-        pen.text((GAP + t * (width + GAP), 3), f"latent frame {t}", fill=TILE)
-    for row, (query, region) in enumerate(regions):
-        for t in range(grid.t):
-            left, top = GAP + t * (width + GAP), LABEL + row * (height + GAP)
-            for h in range(grid.h):
-                for w in range(grid.w):
-                    colour = QUERY if (t, h, w) == query else SEEN if region[t, h, w] else UNSEEN
-                    x, y = left + w * cell, top + h * cell
-                    pen.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour)
-            if tile is None:
+    for place, column in enumerate(columns):
+        layout, t = column.layout, column.frame
+        plan = method.plan(layout, 1, torch.device("cpu"))
+        pen.text((GAP + place * (width + GAP), 3), column.label, fill=TILE)
+        for row, query in enumerate(column.queries):
+            region = region_of_query(plan, layout, query, 0)
+            left, top = GAP + place * (width + GAP), LABEL + row * (height + GAP)
+            draw_frame(pen, (left, top), region[t], query[1:] if t == query[0] else None)
+            if not isinstance(method, tilewise.STA):
                 continue
-            for h in range(0, grid.h, tile[1]):
-                pen.line((left, top + h * cell - 1, left + width - 2, top + h * cell - 1), fill=TILE)
-            for w in range(0, grid.w, tile[2]):
-                pen.line((left + w * cell - 1, top, left + w * cell - 1, top + height - 2), fill=TILE)
+            for h in range(0, GRID.h, layout.tile[1]):
+                pen.line((left, top + h * CELL - 1, left + width - 2, top + h * CELL - 1), fill=TILE)
+            for w in range(0, GRID.w, layout.tile[2]):
+                pen.line((left + w * CELL - 1, top, left + w * CELL - 1, top + height - 2), fill=TILE)
     return picture.quantize(16)
+
+
+def draw_frame(
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    region: torch.Tensor,
+    query: tuple[int, int] | None,
+    cell: int = CELL,
+) -> None:
+    """One latent frame. region: (H, W) bool, tokens that the query sees; query: its row and column, if it is in this frame."""
+    for h in range(region.shape[0]):
+        for w in range(region.shape[1]):
+            colour = QUERY if (h, w) == query else SEEN if region[h, w] else UNSEEN
+            x, y = corner[0] + w * cell, corner[1] + h * cell
+            pen.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import argparse
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 
 from benchmarks.attention_error import activations
-from examples.draw_methods import strips
-from tilewise.kernels.plans.layout import Layout
+from examples.draw_methods import GAP, LABEL, PAPER, TILE, draw_frame
+from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.plugins.methods.base import DynamicMethod, Planned, about_methods, make_method, method_class
 from tilewise.plugins.methods.dynamic.reordered import HeadOrders
@@ -40,6 +41,20 @@ def seen(planned: Planned, layout: Layout, query: int, head: int) -> torch.Tenso
     return found[layout.inverse]
 
 
+def strips(grid: Grid, query: tuple[int, int, int], regions: list[torch.Tensor]) -> Image.Image:
+    """A filmstrip for each of the regions, (S,) bool, one below the other."""
+    width, height = grid.w * CELL, grid.h * CELL
+    picture = Image.new("RGB", (grid.t * (width + GAP) + GAP, len(regions) * (height + GAP) + LABEL), PAPER)
+    pen = ImageDraw.Draw(picture)
+    for t in range(grid.t):
+        left = GAP + t * (width + GAP)
+        pen.text((left, 3), f"latent frame {t}", fill=TILE)
+        for row, region in enumerate(regions):
+            corner = left, LABEL + row * (height + GAP)
+            draw_frame(pen, corner, region.view(grid.shape)[t], query[1:] if t == query[0] else None, CELL)
+    return picture.quantize(16)
+
+
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     grid, calls = activations(load_pipeline("demo", device="cpu"), SIZE, FRAMES, {BLOCK})
@@ -57,9 +72,8 @@ def main(folder: Path) -> None:
             planned = method.plan_call(layout, q, k, v, q.shape[-1] ** -0.5, {}, 0)
         else:
             planned = Planned(method.plan(layout, q.shape[2], q.device))
-        regions = [(query, seen(planned, layout, number, head).view(grid.shape)) for head in HEADS]
         path = folder / f"method-{about.name}.png"
-        strips(grid, regions, None, CELL).save(path, optimize=True)
+        strips(grid, query, [seen(planned, layout, number, head) for head in HEADS]).save(path, optimize=True)
         print(path)
 
 

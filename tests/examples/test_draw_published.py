@@ -1,4 +1,4 @@
-"""The pictures of methods from the literature show the tokens that the plan shows."""
+"""``draw_published_methods.py``: the pictures of methods from the literature show the tokens that the plan shows."""
 
 import sys
 from pathlib import Path

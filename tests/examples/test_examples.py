@@ -73,6 +73,10 @@ def test_list_models(run):
     assert "| wan | `WanAnimateTransformer3DModel`, `WanTransformer3DModel`" in run("list_models.py")
 
 
+def test_list_methods(run):
+    assert "| [`sol`](#sol) |" in run("list_methods.py")
+
+
 def test_draw_high_resolution(tmp_path, run):
     said = run("draw_high_resolution.py", "row.png", "--side", "144", "--steps", "2", "--frames", "1")
     assert "row.png" in said
@@ -80,7 +84,7 @@ def test_draw_high_resolution(tmp_path, run):
 
 
 def test_every_example_is_tested():
-    tested = Path(__file__).read_text(encoding="utf-8")
+    tested = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     for path in EXAMPLES.glob("*.py"):
         assert path.name in tested
 

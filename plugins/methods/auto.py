@@ -94,8 +94,8 @@ class Auto(DynamicMethod):
         least = self._costs(layout)[0]
         if grid.tokens >= fewest and least > self.density:
             raise ConfigError(
-                f"auto: a density of {self.density} of {grid.tokens} tokens is below {least:.4f}, what is kept in any case: in "
-                f"blocks of {layout.tile}, always {', '.join(self.always) or 'one block'}"
+                f"auto: a density of {self.density} of {grid.tokens} tokens is below {least:.4f}, what is kept in any case: "
+                f"{LEVELS[0]} by each head, and in blocks of {layout.tile} always {', '.join(self.always) or 'one block'}"
                 f"{' and text' if grid.text else ''}. Raise the density, or use smaller tiles"
             )
         return layout

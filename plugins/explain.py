@@ -224,6 +224,10 @@ def explain(
             (check_cfg if cfg else check_denoiser)(name, denoiser, gpus)
             ranks.append(_rank_plan(name, family, layers, config, grid, gpus, parts))
             why = config.method.refuses_some_heads() if parts > 1 else None
+            if cfg and getattr(denoiser.config, "guidance_embeds", False):
+                notes.append(
+                    f"{name} takes guidance as an input: a step has one forward, and parallel=cfg nothing to divide"
+                )
             if why is None and cfg and family.guidance_in_batch:
                 why = config.method.refuses_some_samples()
             if why:

@@ -11,7 +11,7 @@ from tilewise.plugins.context_parallel.cfg_batch import CfgBatch
 from tilewise.plugins.context_parallel.cfg_forwards import CfgForwards
 from tilewise.plugins.context_parallel.enable import check_denoiser, enable_context_parallel, world_size
 from tilewise.plugins.context_parallel.halves import NAME, Halves, halves_of
-from tilewise.plugins.diffusers_compat import is_sharded, wrap_forward
+from tilewise.plugins.diffusers_compat import is_sharded, step_cache_hooks, wrap_forward
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.models.common.denoisers import denoisers_of
 from tilewise.plugins.models.common.registry import attention_layers, family_of
@@ -74,6 +74,13 @@ def check_cfg(name: str, denoiser: nn.Module, ranks: int) -> None:
         raise ConfigError(
             f"CFG parallelism: {name} is divided between processes already. Call enable_cfg_parallel alone: with four processes "
             "or more it splits the sequence too"
+        )
+    if any(
+        module is denoiser for module, _, _ in step_cache_hooks(denoiser)
+    ):  # its removal would take the hook of this along
+        raise ConfigError(
+            f"CFG parallelism: a step cache has hooks on {name} itself. Enable CFG parallelism first, and then "
+            "patch with the cache"
         )
     if ranks > 2:
         check_denoiser(name, denoiser, ranks // 2)

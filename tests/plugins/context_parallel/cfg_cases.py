@@ -53,6 +53,17 @@ def clip(
     return out, said(pipe, calls)
 
 
+def highres(split: Any) -> tuple[torch.Tensor, Any]:
+    """With the global path, which one branch alone has."""
+    pipe = tiny_wan.tiny_pipeline(num_attention_heads=4)
+    if split:
+        split(pipe)
+    size = {"height": 80, "width": 64, "native": (64, 64), "frames": 5, "steps": 4}
+    made = tilewise.highres(pipe, "a red circle", **size)
+    kinds = sorted({row.kind for row in made.clip.summary.rows})
+    return torch.from_numpy(made.frames).float(), {"kinds": kinds, "calls": made.clip.summary.calls}
+
+
 def unpatched(split: Any) -> tuple[torch.Tensor, Any]:
     pipe = tiny_wan.tiny_pipeline(num_attention_heads=4)
     if split:
@@ -162,6 +173,11 @@ def cfg_twice(split: Any) -> Any:
         split(split(tiny_wan.tiny_transformer()))
 
 
+def cfg_after_a_cache(split: Any) -> Any:
+    if split:
+        split(tilewise.patch(tiny_wan.tiny_pipeline(), SMALL, cache="sea"))
+
+
 def cfg_stream(split: Any) -> Any:
     if split:
         tilewise.stream(split(tiny_wan.tiny_pipeline()), "a red circle")
@@ -195,6 +211,7 @@ def cases() -> dict[str, Callable[..., Any]]:
             )
         },
         "unpatched": unpatched,
+        "highres": highres,
         **{f"pipeline, {name}": run for name, run in PIPELINES.items()},
         **{f"batch, {name}": functools.partial(batched, make=functools.partial(of_family, name)) for name in BATCHED},
         "batch, cache": functools.partial(
@@ -214,7 +231,7 @@ def cases() -> dict[str, Callable[..., Any]]:
     ):
         run.ranks = (4,)  # type: ignore[attr-defined]
         found[name] = run
-    for run in (guidance_off, odd_batch, drift, cfg_twice, cfg_stream, benchmark):
+    for run in (guidance_off, odd_batch, drift, cfg_twice, cfg_after_a_cache, cfg_stream, benchmark):
         run.ranks = (2,)  # type: ignore[attr-defined]
         found[f"{'row' if run is benchmark else 'error'}: {run.__name__}"] = run
     for run in found.values():

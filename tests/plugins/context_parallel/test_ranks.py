@@ -50,6 +50,10 @@ def test_halves_with_a_branch_of_guidance_each_equal_one_process(found, name):
     assert found[name]["error"] <= 1e-5
     if case == "CFG unpatched":
         return
+    if case == "CFG highres":
+        assert sum(half["calls"] for half in each) == one["calls"]
+        assert ["global path" in half["kinds"] for half in each] == [True, False]
+        return
     halves = [each[0], each[int(ranks[0]) // 2]]
     batched = "batch" in case or "LTX" in case
     whole = batched and "Mochi" not in case  # whose prompts of different lengths are a call each
@@ -106,6 +110,7 @@ def test_a_row_of_the_benchmark_with_guidance(found):
         ("odd_batch, 2", "ConfigError: CFG parallelism, denoiser: a batch of 1 cannot be halved.* guidance is off"),
         ("drift, 2", "FallbackError: .*drift goes by the recall of a whole batch"),
         ("cfg_twice, 2", "ConfigError: CFG parallelism: denoiser is divided between processes already"),
+        ("cfg_after_a_cache, 2", "ConfigError: CFG parallelism: a step cache has hooks on transformer itself"),
         ("cfg_stream, 2", "UnsupportedModelError: stream: CFG parallelism divides .*a stream is made by one process"),
         ("twice, 2", "ConfigError: context parallelism: it is enabled on denoiser already"),
     ],
@@ -170,6 +175,9 @@ def test_explain_says_what_each_gpu_has():
     assert "denoiser on 4 GPUs, a GPU: one branch of guidance, 2 of 4 heads" in str(halves)
     two = tilewise.explain(model, **size, method=Draft(select="shared", min_tokens=0), gpus=2, parallel="cfg")
     assert two.ranks[0].heads == (4,) and not any("fall back" in note for note in two.notes)
+    model.register_to_config(guidance_embeds=True)
+    distilled = tilewise.explain(model, **size, method="sta", gpus=2, parallel="cfg")
+    assert any("takes guidance as an input" in note for note in distilled.notes)
     with pytest.raises(tilewise.ConfigError, match="unknown value of parallel 'both'"):
         tilewise.explain(model, **size, method="sta", gpus=2, parallel="both")
     with pytest.raises(tilewise.ConfigError, match="an even number of processes"):

@@ -100,6 +100,12 @@ class Duo(DensityMethod):
         share = sum(named) / len(named) if named else round((self.retrieval or 0) * heads) / heads
         return share + (1 - share) * max(1, round(self.local * layout.blocks)) / layout.blocks
 
+    def _named(self, heads: int, device: torch.device) -> torch.Tensor:
+        """(1, heads) bool: those that see everything."""
+        assert self.heads is not None
+        with torch.inference_mode(False):
+            return torch.tensor([[head in self.heads[0] for head in range(heads)]], device=device)
+
     def draft(
         self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
     ) -> DraftMap:
@@ -116,8 +122,9 @@ class Duo(DensityMethod):
             full, local = round((self.retrieval or 0) * H), self.local
         kept = local_blocks(c.layout, max(1, round(local * N)), self.sink, c.logits.device) | c.always
         if self.heads is not None:
-            chosen = torch.zeros(1, H, dtype=torch.bool, device=c.logits.device)
-            chosen[:, list(self.heads[0])] = True
+            chosen = c.layout.cached(
+                ("duo heads", self.heads[0], H, c.logits.device), lambda: self._named(H, c.logits.device)
+            )
         else:
             mass = ((c.logits.softmax(-1) * kept).sum(-1) * c.rows).sum(-1)  # (B, H)
             chosen = mass.argsort(dim=-1, stable=True).argsort(dim=-1) < full

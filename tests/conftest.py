@@ -86,6 +86,16 @@ def tiny_pipe():
 
 
 @pytest.fixture(scope="session")
+def tiny_sd_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion pipeline with random weights as a diffusers folder on disk. Shared: read it, do not write to it."""
+    import tiny_unets
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-sd"
+    tiny_unets.whole_pipe().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_pipe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same pipeline as a diffusers folder on disk. Shared: read it, do not write to it."""
     import tiny_wan

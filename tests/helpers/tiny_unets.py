@@ -9,10 +9,16 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -61,6 +67,27 @@ def tiny_pipe(unet: Any, kind: str = "text") -> Any:
         "inpaint": StableDiffusionInpaintPipeline, "control": StableDiffusionControlNetPipeline,
     }  # fmt: skip
     if kind == "control":
+        parts["controlnet"] = tiny_controlnet(unet)
+    pipe = classes[kind](**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_xl_pipe(kind: str = "text") -> Any:
+    """An SDXL pipeline of a kind, "text", "image", "inpaint", "control" or "control image"."""
+    conditions = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    conditions |= {"projection_class_embeddings_input_dim": 6 * 4 + TEXT}
+    unet = tiny_unet("sdxl", **conditions, **({"in_channels": 9} if kind == "inpaint" else {}))
+    parts: dict[str, Any] = {
+        "vae": tiny_vae(), "text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None, "unet": unet,
+        "scheduler": EulerDiscreteScheduler(),
+    }  # fmt: skip
+    classes = {
+        "text": StableDiffusionXLPipeline, "image": StableDiffusionXLImg2ImgPipeline,
+        "inpaint": StableDiffusionXLInpaintPipeline, "control": StableDiffusionXLControlNetPipeline,
+        "control image": StableDiffusionXLControlNetImg2ImgPipeline,
+    }  # fmt: skip
+    if "control" in kind:
         parts["controlnet"] = tiny_controlnet(unet)
     pipe = classes[kind](**parts)
     pipe.set_progress_bar_config(disable=True)

@@ -23,13 +23,6 @@ def pipe():
     return whole_pipe()
 
 
-@pytest.fixture(scope="module")
-def folder(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd")
-    pipe.save_pretrained(folder)
-    return folder
-
-
 def test_scores():
     frames = np.zeros((2, 4, 6, 3), np.uint8)
     frames[:, :, 3:] = 255
@@ -86,7 +79,7 @@ def test_candidates(pipe):
         candidates(pipe, "99")
 
 
-def test_the_command(folder, tmp_path, monkeypatch):
+def test_the_command(tiny_sd_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a fox\n")
     words = [
@@ -94,7 +87,7 @@ def test_the_command(folder, tmp_path, monkeypatch):
         "--prompts",
         "p.txt",
         "--model",
-        str(folder),
+        str(tiny_sd_dir),
         "--steps",
         "2",
         "--layers",
@@ -128,7 +121,7 @@ def test_the_command(folder, tmp_path, monkeypatch):
     assert told["heads"] == [max(one["scores"], key=one["scores"].get)] and set(one["scores"]) == {"6.0", "6.1"}
     assert len({one["before"], *one["scores"].values()}) == 3
     assert f"--add {told['add']}" in said and told["add"] == f"soft-pag:heads={told['heads'][0]}:scale=20.0"
-    clip = ["generate", "a fox", "--model", str(folder), "--steps", "2", "--method", "dense", "--out", "a.png"]
+    clip = ["generate", "a fox", "--model", str(tiny_sd_dir), "--steps", "2", "--method", "dense", "--out", "a.png"]
     result = CliRunner().invoke(app, [*clip, "--add", told["add"]])
     assert result.exit_code == 0, result.output
 
@@ -143,9 +136,9 @@ def test_the_command(folder, tmp_path, monkeypatch):
         (["--model", "demo"], "soft-pag serves"),
     ],
 )
-def test_bad_input_before_weights_are_read(folder, tmp_path, more, why):
+def test_bad_input_before_weights_are_read(tiny_sd_dir, tmp_path, more, why):
     (tmp_path / "p.txt").write_text("a fox\n")
-    words = ["rank-heads", "--prompts", str(tmp_path / "p.txt"), "--model", str(folder), "--layers", "6"]
+    words = ["rank-heads", "--prompts", str(tmp_path / "p.txt"), "--model", str(tiny_sd_dir), "--layers", "6"]
     result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "h.json"), *more])
     assert result.exit_code == (1 if why == "soft-pag serves" else 2), result.output
     assert why in re.sub(r"[\s│]+", " ", result.stderr)

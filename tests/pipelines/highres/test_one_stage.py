@@ -24,13 +24,6 @@ def pipe():
     return whole_pipe()
 
 
-@pytest.fixture(scope="module")
-def folder(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd")
-    pipe.save_pretrained(folder)
-    return folder
-
-
 def test_it_is_one_run_with_the_preset(pipe):
     made = tilewise.highres(pipe, "a fox", **SIZE, steps=5)
     want = generate(pipe, resolve_settings(pipe, "a fox", method="hidiffusion", **SIZE, steps=5))
@@ -49,12 +42,12 @@ def test_options_of_two_stages_are_refused(pipe):
         tilewise.highres(pipe, "a fox", **SIZE, native=(128, 128), refresh=2)
 
 
-def test_the_command_makes_it_and_makes_it_again(folder, tmp_path):
+def test_the_command_makes_it_and_makes_it_again(tiny_sd_dir, tmp_path):
     words = [
         "generate",
         "a fox",
         "--model",
-        str(folder),
+        str(tiny_sd_dir),
         "--highres",
         "--height",
         "192",
@@ -75,7 +68,7 @@ def test_the_command_makes_it_and_makes_it_again(folder, tmp_path):
     refused = CliRunner().invoke(app, [*words, "--refresh", "2"])
     assert refused.exit_code == 2 and "--refresh: a UNet's picture is made in one stage" in refused.output
     explained = CliRunner().invoke(
-        app, ["explain", "--model", str(folder), "--method", "sta", "--add", "raunet:t1=0.5", "--json"]
+        app, ["explain", "--model", str(tiny_sd_dir), "--method", "sta", "--add", "raunet:t1=0.5", "--json"]
     )
     assert explained.exit_code == 0, explained.output
     assert json.loads(explained.output)["config"]["add"][0]["t1"] == 0.5

@@ -42,7 +42,7 @@ def unet(stock_unet):
     return copy.deepcopy(stock_unet)
 
 
-def inputs_of(frames: int, batch: int = 1, h: int = 16, w: int = 24) -> dict[str, Any]:
+def inputs_of(frames: int, batch: int = 1, h: int = 8, w: int = 16) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     sample, text = (
         torch.randn(batch, 4, frames, h, w, generator=generator),
@@ -110,7 +110,7 @@ def plain(model: Any, inputs: dict[str, Any], settings: BroadWay, halves: bool =
                 layer.module.processor = stock[layer.name]
 
 
-@pytest.mark.parametrize("frames", [4, 7, 16])
+@pytest.mark.parametrize("frames", [7, 16])
 @pytest.mark.parametrize(
     "add", ["broadway:steps=1", "broadway:steps=1:alpha=0.1:beta=10", "broadway:steps=1:tau=1:beta=1"]
 )
@@ -155,8 +155,8 @@ def test_pipeline_changes_its_first_fifth(stock_unet):
     given = {
         **prompt(),
         "num_frames": 4,
-        "height": 128,
-        "width": 128,
+        "height": 64,
+        "width": 64,
         "num_inference_steps": 5,
         "output_type": "latent",
     }

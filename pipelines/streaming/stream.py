@@ -174,10 +174,16 @@ def stream(
             fps=fps,
             close=undo.pop_all().close,
             temporal=space.factors(pipe)[1],
-            # Windows are long, and their steps wait for the host: the frames of one would come with the next.
-            # And a chunk that waits for pushed frames would keep those of the one before.
+            # Steps of windows wait for the host: the frames of one would come with the next, and a thread makes it instead.
+            # A chunk that waits for pushed frames would keep those of the one before.
+            beside=runs_beside(device, recipe) and not source.restarts,
             ahead=1 if device.type == "cuda" and isinstance(recipe, CausalRecipe) and not edits else 0,
         )
+
+
+def runs_beside(device: torch.device, recipe: CausalRecipe | WindowRecipe) -> bool:
+    """Whether a window is decoded while the next one is denoised: on a CPU each would only slow the other down."""
+    return device.type == "cuda" and isinstance(recipe, WindowRecipe)
 
 
 def _device(named: str | torch.device) -> torch.device:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Self
 
@@ -65,6 +67,8 @@ class VideoStream(Iterator[Chunk]):
         source: of its latents. decoder: see there.
         frames: of the video; None: without end.
         close: takes everything off the pipeline again. ahead: chunks that are begun before the one before is read; 0 on a CPU.
+        beside: make chunks in a thread of their own, each from when the one before has its latents: its decoding, and what is
+            done with its frames, run beside the next one's passes.
         temporal: frames a latent frame, but for the first one.
     """
 
@@ -78,6 +82,7 @@ class VideoStream(Iterator[Chunk]):
         close: Callable[[], None],
         ahead: int,
         temporal: int,
+        beside: bool = False,
     ) -> None:
         self.recipe = source.recipe
         self.fps = fps
@@ -85,6 +90,9 @@ class VideoStream(Iterator[Chunk]):
         self.source, self.decoder, self.prompts = source, decoder, source.prompts
         self._most = frames
         self._ahead, self._temporal = ahead, temporal
+        # One thread for all chunks: methods and step caches keep what they know of a run by thread.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tilewise-stream") if beside else None
+        self._task: Future[None] | None = None  # the chunk that it makes
         self._close: Callable[[], None] | None = close
         self.under_way: list[_UnderWay] = []
         self.chunks = 0  # begun
@@ -113,7 +121,9 @@ class VideoStream(Iterator[Chunk]):
                 # The first frames are waited for: launching the next chunk before them would take as long again.
                 ahead = self._ahead if self.chunks else 0
                 while True:
-                    while len(self.under_way) <= ahead and not self._enough_begun():
+                    if self._worker is not None:
+                        self._begin_beside(self._worker)
+                    while self._worker is None and len(self.under_way) <= ahead and not self._enough_begun():
                         self._begin_chunk()
                     if not self.under_way:  # a decoder that leaves an incomplete group of latents out at the end
                         self.close()
@@ -150,6 +160,11 @@ class VideoStream(Iterator[Chunk]):
         self._running.set()
         with self._working:
             close, self._close = self._close, None
+            if self._task is not None:
+                wait([self._task])
+                self._task = None
+            if self._worker is not None:
+                self._worker.shutdown(wait=False)
             self.under_way.clear()
             if close is not None:
                 close()
@@ -256,6 +271,9 @@ class VideoStream(Iterator[Chunk]):
 
     def finish_under_way(self) -> None:
         """Wait for the frames of the chunks that were begun."""
+        if self._task is not None:
+            task, self._task = self._task, None
+            task.result()
         for one in self.under_way:
             one.frames.result()
 
@@ -294,12 +312,27 @@ class VideoStream(Iterator[Chunk]):
         """Frames of a video of so many latent frames."""
         return 0 if latents == 0 else 1 + (latents - 1) * self._temporal
 
+    def _begin_beside(self, worker: ThreadPoolExecutor) -> None:
+        """Wait for the latents of the next chunk, and begin the one after it."""
+        while not self.under_way:
+            if self._task is None:
+                if self._enough_begun():
+                    return
+                self._task = worker.submit(self._begin_chunk)
+            task = self._task
+            task.result()
+            self._task = None
+        if self._task is None and not self._enough_begun():
+            self._task = worker.submit(self._begin_chunk)
+
     def _begin_chunk(self) -> None:
         begun = time.perf_counter()
         if self._first_begin is None:
             self._first_begin = begun
         first = self.source.next_frame
-        with torch.no_grad():
+        device = self.source.device
+        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()  # of this thread
+        with torch.no_grad(), current:
             again = self.source.repeats if self.source.restarts and self.chunks else 0
 
             def ready(latents: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import tilewise
 from tests.helpers.tiny_conditioned import save, without_ftfy
 from tests.helpers.tiny_wan import tiny_pipeline
 from tilewise.pipelines.loading.load import load_pipeline
+from tilewise.pipelines.streaming import stream as stream_module
 from tilewise.pipelines.streaming.state import StreamState
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.pipelines.streaming.windows.ways.base import way_named, ways
@@ -373,3 +374,45 @@ def test_vace_begins_each_window_with_the_last_frames(monkeypatch, tmp_path):
     start = np.zeros((32, 32, 3), np.uint8)
     with stream(pipe, image=start) as video:  # a picture to begin with
         assert not np.array_equal(next(video).frames, chunks[0].frames)
+
+
+def test_windows_beside_their_decoding_are_the_same(pipe, monkeypatch):
+    """As on a GPU: a thread makes the next window while one is read, so that a new prompt comes a window later."""
+    with stream(pipe, way="prefix", seconds=21 / 8) as video:
+        wanted = [next(video), next(video)]
+        video.set_prompt(BLUE)
+        wanted += list(video)
+    before = trace_of(pipe)
+    monkeypatch.setattr(stream_module, "runs_beside", lambda device, recipe: True)
+    with stream(pipe, way="prefix", seconds=21 / 8) as video:
+        got = [next(video)]
+        video.finish_under_way()
+        video.set_prompt(BLUE)
+        state = video.state_dict()
+        got += list(video)
+    assert [chunk.prompt for chunk in got] == [RED, RED, BLUE] == [chunk.prompt for chunk in wanted]
+    assert all(np.array_equal(a.frames, b.frames) for a, b in zip(got, wanted, strict=True))
+    with stream(pipe, way="prefix", seconds=21 / 8) as video:
+        video.load_state_dict(state)
+        assert all(np.array_equal(a.frames, b.frames) for a, b in zip(list(video), wanted[1:], strict=True))
+    with stream(pipe, way="prefix") as video:  # closed while a window is made
+        next(video)
+    assert trace_of(pipe) == before and list(video) == []
+    handle = pipe.transformer.blocks[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(OSError("no room")))
+    with pytest.raises(OSError, match="no room"):
+        next(stream(pipe, way="prefix"))
+    handle.remove()
+    assert not tilewise.is_patched(pipe) and not pipe.transformer._forward_pre_hooks
+
+
+@pytest.mark.gpu
+def test_windows_on_a_gpu_are_decoded_beside_the_next_one():
+    pipe = tiny_pipeline().to("cuda")
+    with stream(pipe, way="renoised", seconds=33 / 8) as video:
+        assert video._worker is not None
+        chunks = list(video)
+    assert sum(len(chunk.frames) for chunk in chunks) == 33
+    latents = torch.cat([chunk.latents for chunk in chunks], 2)
+    whole = video.source.sampler.space.decode(pipe, latents)
+    got = np.concatenate([chunk.frames for chunk in chunks])
+    assert np.abs(got - (whole * 255).round()).max() <= 4

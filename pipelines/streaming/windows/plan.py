@@ -13,6 +13,7 @@ from tilewise.pipelines.latent_spaces.base import LatentSpace
 from tilewise.pipelines.loading.model_defaults import model_defaults
 from tilewise.pipelines.streaming.windows.noise import untold_noise
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
+from tilewise.pipelines.streaming.windows.refused import WHY
 from tilewise.pipelines.streaming.windows.spaces import window_spaces
 from tilewise.pipelines.streaming.windows.ways.base import Way, needs_picture, way_named, ways
 from tilewise.plugins.errors import ConfigError, UnsupportedModelError
@@ -29,6 +30,8 @@ def window_space(pipe: Any) -> LatentSpace:
     Raises UnsupportedModelError for a kind of pipeline that goes none of the ways.
     """
     spaces, kind = window_spaces(), type(pipe).__name__
+    if kind in WHY:
+        raise UnsupportedModelError(f"stream: {kind} goes none of the ways ({', '.join(ways())}): {WHY[kind]}")
     if kind not in spaces:
         raise UnsupportedModelError(
             f"stream: {kind} goes none of the ways ({', '.join(ways())}): each needs latents that can be read and given in "

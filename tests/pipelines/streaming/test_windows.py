@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,10 @@ from tests.helpers.tiny_wan import tiny_pipeline
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.pipelines.streaming import stream as stream_module
 from tilewise.pipelines.streaming.state import StreamState
+from tilewise.pipelines.streaming.windows.plan import window_space
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
+from tilewise.pipelines.streaming.windows.refused import WHY
+from tilewise.pipelines.streaming.windows.spaces import window_spaces
 from tilewise.pipelines.streaming.windows.ways.base import way_named, ways
 
 RED, BLUE = "a red circle moving left", "a blue square moving right"
@@ -28,8 +32,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*latent frames.*:UserWarning")
 
 @pytest.fixture(scope="module")
 def pipe():
-    """Wan 2.2 TI2V-5B's kind: a timestep per token."""
-    return tiny_pipeline(expand_timesteps=True)
+    """Wan 2.2 TI2V-5B's kind: a timestep per token. It has run once, so that what a call leaves on it is there."""
+    made = tiny_pipeline(expand_timesteps=True)
+    stock_clip(made, 0)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +350,16 @@ def test_condition_begins_each_window_with_the_last_frame(monkeypatch):
             stream(pipe, **{"overlap": None, **options})
     with pytest.raises(tilewise.UnsupportedModelError, match="each window begins with a picture"):
         stream(pipe, way="renoised", image=picture)
+
+
+@pytest.mark.parametrize("kind", sorted(WHY))
+def test_pipelines_that_one_might_look_for_say_what_stands_in_the_way(kind):
+    assert hasattr(diffusers, kind) and kind not in window_spaces()
+    pipe = object.__new__(getattr(diffusers, kind))
+    with pytest.raises(
+        tilewise.UnsupportedModelError, match=rf"{kind} goes none of the ways \(.*\): .*{WHY[kind][:20]}"
+    ):
+        window_space(pipe)
 
 
 def test_vace_begins_each_window_with_the_last_frames(monkeypatch, tmp_path):

@@ -61,7 +61,7 @@ def patch(
 
     Args:
         target: a diffusers pipeline, anything with ``transformer``, ``transformer_2`` or ``unet``, or a denoiser module.
-        method: a method name ("sta", "dense"), a preset ("sta-quality", "sta-balanced", "sta-fast"), a ``.json`` file as
+        method: a method name ("sta", "dense"), a preset ("sta-balanced", "auto-fast"; see ``presets``), a ``.json`` file as
             ``save_config`` and ``tilewise calibrate`` write it, a method object such as ``STA(window=(3, 3, 3))``, or a
             ``Config``.
         steps: (from, to), the fraction of the denoising schedule that runs the method; dense outside. Or a slice of step numbers,

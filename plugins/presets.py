@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Chosen on the bundled demo model, by whole clips (benchmarks/presets.py). The first steps are the most sensitive, so every preset
-# leaves some dense; windows have a far field, without which the backgrounds of clips lose their patterns.
+# Chosen on the bundled demo model, by whole clips (benchmarks/presets.py). The first steps are the most sensitive, so every
+# preset leaves some dense; windows have a far field, without which the backgrounds of clips lose their patterns.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "sta-quality": {"method": {"name": "sta", "density": 0.4, "far": "cells"}, "steps": (0.4, 1.0), "blocks": ":"},
     "sta-balanced": {"method": {"name": "sta", "density": 0.4, "far": "cells"}, "steps": (0.25, 1.0), "blocks": "1:"},

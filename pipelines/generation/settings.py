@@ -30,8 +30,8 @@ OWN_VAE = "vae"
 METHOD_HELP = (
     "sta, draft, auto, xattention, inward, neighborhood, shifted-windows, dense, a rule from the literature (sol, moba, hip, "
     "less-is-more, dhsa, flexprefill, power, duo, svg2, routing, hyper, foreground, delta), a preset (sta-quality, sta-balanced, "
-    "sta-fast, draft-quality, draft-balanced, draft-fast, draft-few-steps, auto-quality, auto-balanced, auto-fast, hidiffusion), or "
-    "a config .json. `tilewise methods` lists them."
+    "sta-fast, draft-quality, draft-balanced, draft-fast, draft-few-steps, auto-quality, auto-balanced, auto-fast, hidiffusion), "
+    "or a config .json. `tilewise methods` lists them."
 )
 
 

@@ -76,7 +76,7 @@ def test_generate_and_compare(tiny_pipe_dir, tmp_path):
     assert record == json.loads((tmp_path / "new" / "clip.json").read_text())
     settings = GenerateSettings.from_dict(record)
     assert (settings.prompt, settings.seed, settings.frames) == (PROMPT, 3, 9)
-    assert settings.method.method == tilewise.STA(window=(1, 2, 2))
+    assert settings.method.method == tilewise.STA(window=(1, 2, 2), far="cells")
     assert settings.method.steps == tilewise.presets()["sta-balanced"].steps
     assert GenerateSettings.from_dict(read_settings(tmp_path / "new" / "clip-dense.mp4")).is_dense
     assert record["run"]["summary"]["fallbacks"] == {}
@@ -256,7 +256,7 @@ def test_what_the_clip_shows_is_added_once_it_is_written(shapes_dir, tmp_path, m
         assert set(record["run"]["content"]) >= {"colour", "shape", "motion"}
     assert record["run"]["comparison"]["content"]["dense"] is not None
     assert "prompt shown, dense" in result.stdout
-    assert "note: sta never runs: the only step is outside the part from 0.4 to 1" in result.stderr
+    assert "note: sta never runs: the only step is outside the part from 0.25 to 1" in result.stderr
     assert "the method never ran" in result.stdout
     assert result.stdout.count("(one run)") == 2
 
@@ -285,7 +285,7 @@ def test_a_config_file_as_method(tiny_pipe_dir, tmp_path):
 
 
 def test_window_and_density_replace_the_presets_own():
-    assert method_config("sta-fast", {"window": "1, 3,5"}).method == tilewise.STA(window=(1, 3, 5))
+    assert method_config("sta-fast", {"window": "1, 3,5"}).method == tilewise.STA(window=(1, 3, 5), far="tiles")
     assert method_config("sta", {"density": 0.5}).method == tilewise.STA(density=0.5)
     assert method_config("sta-fast", {"window": "3,3,3"}).steps == tilewise.presets()["sta-fast"].steps
     assert method_config("draft", {"set.recall": "0.9"}).method == tilewise.Draft(recall=0.9)

@@ -40,6 +40,7 @@ METHODS = {
     "draft": Draft(density=0.5, tile=(1, 3, 4), min_tokens=0),
 }
 RANKS = {"dense": (2,), "sta": (2,), "draft": (3,)}
+OF_KNOWN_PLANS = ("VACE", "SkyReels-V2", "ConsisID", "Kandinsky 5", "Chroma", "SD 3", "SD 3.5", "EasyAnimate")
 Make = Callable[[], tuple[Any, dict[str, Any]]]
 
 
@@ -161,7 +162,8 @@ REFUSED = {
 def cases() -> dict[str, Callable[..., Any]]:
     found: dict[str, Any] = {}
     for name, make in FAMILIES.items():
-        variant = ", " in name  # what differs from the family's first case is in any method's way
+        # What differs from the family's first case is in any method's way, and so is what such plans have of their own.
+        variant = ", " in name or name in OF_KNOWN_PLANS
         for method_name, method in METHODS.items():
             if variant and method_name != "sta":
                 continue

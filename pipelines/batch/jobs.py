@@ -30,6 +30,7 @@ from tilewise.pipelines.generation.method_options import EITHER, PREFIX, flag, i
 from tilewise.pipelines.generation.resolve import explain_settings, resolve_settings
 from tilewise.pipelines.generation.settings import MAX_SEED, RANDOM_SEED, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
+from tilewise.pipelines.highres.one_stage import METHOD, in_one_stage, refuse_stages
 from tilewise.pipelines.highres.preparation import Work
 from tilewise.pipelines.highres.settings import TWO_STAGE_OPTIONS
 from tilewise.pipelines.memory.fit import check_fit
@@ -186,6 +187,8 @@ def make_jobs(
         for swept in combinations:
             try:
                 fields, left_out = _join(base, swept, row.fields, usual_method)
+                if fields.get("highres") and not any("method" in level for level in (base, swept, row.fields)):
+                    fields["method"] = METHOD if in_one_stage(tools.skeleton(fields["model"])) else fields["method"]
                 ignored |= dict.fromkeys(left_out)
                 config = tools.config(fields["method"], {})
                 for name in _leave_out(fields, base, row.fields, config):
@@ -261,7 +264,9 @@ class _Resolver:
             else:
                 flop = stream_flop(skeleton, stream, told)
             return _Shape(settings, told, flop, stream=stream)
-        if fields.get("highres"):
+        if fields.get("highres") and in_one_stage(skeleton):
+            refuse_stages([name for name in TWO_STAGE_OPTIONS if name in fields], flags=True)
+        elif fields.get("highres"):
             dtype = self.tools.dtype(fields.get("dtype", "auto"))
             work = plan_fields(skeleton, fields, method=config, dtype=dtype, device=self.tools.device)
             return _Shape(work.target, explain_settings(skeleton, work.target), stages_flop(skeleton, work), work)

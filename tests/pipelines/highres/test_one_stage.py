@@ -80,3 +80,31 @@ def test_the_native_size_is_that_of_the_unet(pipe):
     assert (model_defaults(pipe).height, model_defaults(pipe).width) == (128, 128)
     (note,) = size_notes(pipe, 256, 256)
     assert "--highres, or --method hidiffusion" in note
+
+
+def test_batches_make_it_too(tiny_sd_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a fox\n")
+    words = [
+        "batch",
+        "p.txt",
+        "--model",
+        str(tiny_sd_dir),
+        "--highres",
+        "--height",
+        "192",
+        "--width",
+        "160",
+        "--steps",
+        "3",
+    ]
+    result = CliRunner().invoke(app, [*words, "--out", "out"])
+    assert result.exit_code == 0, result.output
+    (line,) = map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
+    assert line["method"] == tilewise.resolve("hidiffusion").to_dict()
+    swept = CliRunner().invoke(app, [*words, "--out", "both", "--sweep", "method=dense,sta"])
+    assert swept.exit_code == 0, swept.output
+    lines = map(json.loads, (tmp_path / "both" / "manifest.jsonl").read_text().splitlines())
+    assert [line["method"]["method"]["name"] for line in lines] == ["dense", "sta"]
+    refused = CliRunner().invoke(app, [*words, "--out", "other", "--refresh", "2"])
+    assert refused.exit_code == 2 and "--refresh: a UNet's picture is made in one stage" in refused.output

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from tilewise.plugins.methods.base import Method, about_methods, method_class
+from tilewise.plugins.methods.base import Method, about_methods, make_method, method_class
 from tilewise.plugins.methods.option_text import format_value
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
@@ -49,7 +49,9 @@ def page() -> str:
         for one in published
     ]
     table = "| method | what it does | source | for |\n| --- | --- | --- | --- |\n" + "".join(rows)
-    return HEAD + table + "".join(_section(one.name, method_class(one.name)) for one in published)
+    streamed = [f"`{one.name}`" for one in published if make_method(one.name).refuses_window() is None]
+    streams = f"\nOver the KV cache of a [stream](streaming.md) run {', '.join(streamed[:-1])} and {streamed[-1]}.\n"
+    return HEAD + table + streams + "".join(_section(one.name, method_class(one.name)) for one in published)
 
 
 def _section(name: str, cls: type[Method]) -> str:

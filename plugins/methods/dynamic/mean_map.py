@@ -15,7 +15,7 @@ from tilewise.kernels.plans.layout import Layout
 from tilewise.kernels.selection.block_scores import block_logits
 from tilewise.kernels.selection.block_stats import BlockStats, block_stats
 from tilewise.plugins.methods.dynamic.block_logits import mean_products, score_variance
-from tilewise.plugins.methods.dynamic.map_method import DraftMap
+from tilewise.plugins.methods.dynamic.map_method import DraftMap, MapMethod
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,13 @@ def mean_map(
     assert keys.variance is not None
     products, s2 = mean_products(mean, keys.mean), score_variance(mean, keys.variance, scale)
     return MeanMap(scale * products, mean, keys, block_logits(products, s2, key_rows, scale), s2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanDraft(MapMethod):
+    """For methods whose rule goes by the products of means alone: ``Candidates.scores``."""
+
+    def draft(
+        self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
+    ) -> DraftMap:
+        return mean_map(layout, query, key, scale, key_layout).draft()

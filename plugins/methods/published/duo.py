@@ -25,15 +25,15 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, register
 from tilewise.plugins.methods.dynamic.always_keep import nearness
 from tilewise.plugins.methods.dynamic.density_method import DensityMethod
-from tilewise.plugins.methods.dynamic.map_method import Candidates, DraftMap
-from tilewise.plugins.methods.dynamic.mean_map import mean_map
+from tilewise.plugins.methods.dynamic.map_method import Candidates
+from tilewise.plugins.methods.dynamic.mean_map import MeanDraft
 from tilewise.plugins.methods.dynamic.options import is_number, whole_number
 from tilewise.plugins.models.common.registry import family_of
 
 
 @register
 @dataclass(frozen=True)
-class Duo(DensityMethod):
+class Duo(MeanDraft, DensityMethod):
     """Retrieval heads see everything, local heads their surroundings and the first latent frame.
 
     Args:
@@ -105,11 +105,6 @@ class Duo(DensityMethod):
         assert self.heads is not None
         with torch.inference_mode(False):
             return torch.tensor([[head in self.heads[0] for head in range(heads)]], device=device)
-
-    def draft(
-        self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
-    ) -> DraftMap:
-        return mean_map(layout, query, key, scale, key_layout).draft()
 
     def choose(self, candidates: Candidates) -> torch.Tensor:
         c = candidates

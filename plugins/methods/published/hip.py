@@ -19,27 +19,21 @@ from typing import ClassVar
 
 import torch
 
-from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.methods.base import register
 from tilewise.plugins.methods.dynamic.density_method import DensityMethod
-from tilewise.plugins.methods.dynamic.map_method import Candidates, DraftMap
-from tilewise.plugins.methods.dynamic.mean_map import mean_map
+from tilewise.plugins.methods.dynamic.map_method import Candidates
+from tilewise.plugins.methods.dynamic.mean_map import MeanDraft
 from tilewise.plugins.methods.dynamic.selection import topk
 
 
 @register
 @dataclass(frozen=True)
-class HiP(DensityMethod):
+class HiP(MeanDraft, DensityMethod):
     """Finds the best key blocks of each query block by a search down a tree of ranges."""
 
     name: ClassVar[str] = "hip"
     source: ClassVar[str] = "HiP attention, arXiv 2406.09827"
     use: ClassVar[str] = "comparing a search that reads few scores with those that read all"
-
-    def draft(
-        self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
-    ) -> DraftMap:
-        return mean_map(layout, query, key, scale, key_layout).draft()
 
     def choose(self, candidates: Candidates) -> torch.Tensor:
         c = candidates

@@ -15,20 +15,19 @@ from typing import ClassVar
 
 import torch
 
-from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import register
 from tilewise.plugins.methods.dynamic.always_keep import nearness
 from tilewise.plugins.methods.dynamic.density_method import DensityMethod
-from tilewise.plugins.methods.dynamic.map_method import Candidates, DraftMap
-from tilewise.plugins.methods.dynamic.mean_map import mean_map
+from tilewise.plugins.methods.dynamic.map_method import Candidates
+from tilewise.plugins.methods.dynamic.mean_map import MeanDraft
 from tilewise.plugins.methods.dynamic.options import is_number
 from tilewise.plugins.methods.dynamic.selection import topk
 
 
 @register
 @dataclass(frozen=True)
-class LessIsMore(DensityMethod):
+class LessIsMore(MeanDraft, DensityMethod):
     """Keeps the same key blocks in all heads: the first choices of each head, and the nearest blocks.
 
     Args:
@@ -54,11 +53,6 @@ class LessIsMore(DensityMethod):
 
     def refuses_window(self) -> str | None:
         return "its nearest blocks are those of one grid, and not of a KV cache"
-
-    def draft(
-        self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
-    ) -> DraftMap:
-        return mean_map(layout, query, key, scale, key_layout).draft()
 
     def choose(self, candidates: Candidates) -> torch.Tensor:
         c = candidates

@@ -14,27 +14,21 @@ from typing import ClassVar
 
 import torch
 
-from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.methods.base import register
 from tilewise.plugins.methods.dynamic.density_method import DensityMethod
-from tilewise.plugins.methods.dynamic.map_method import Candidates, DraftMap
-from tilewise.plugins.methods.dynamic.mean_map import mean_map
+from tilewise.plugins.methods.dynamic.map_method import Candidates
+from tilewise.plugins.methods.dynamic.mean_map import MeanDraft
 from tilewise.plugins.methods.dynamic.selection import topk
 
 
 @register
 @dataclass(frozen=True)
-class MoBA(DensityMethod):
+class MoBA(MeanDraft, DensityMethod):
     """Keeps the key blocks with the highest products of mean query and mean key, equally many for each query block."""
 
     name: ClassVar[str] = "moba"
     source: ClassVar[str] = "MoBA, arXiv 2502.13189"
     use: ClassVar[str] = "models trained with MoBA, and the simplest rule to compare others with"
-
-    def draft(
-        self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
-    ) -> DraftMap:
-        return mean_map(layout, query, key, scale, key_layout).draft()
 
     def choose(self, candidates: Candidates) -> torch.Tensor:
         c = candidates

@@ -20,8 +20,8 @@ from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.methods.base import register
 from tilewise.plugins.methods.dynamic.density_method import DensityMethod
 from tilewise.plugins.methods.dynamic.kmeans import kmeans, spread_over
-from tilewise.plugins.methods.dynamic.map_method import Candidates, DraftMap
-from tilewise.plugins.methods.dynamic.mean_map import mean_map
+from tilewise.plugins.methods.dynamic.map_method import Candidates
+from tilewise.plugins.methods.dynamic.mean_map import MeanDraft
 from tilewise.plugins.methods.dynamic.options import whole_number
 from tilewise.plugins.methods.dynamic.reordered import Labels, ReorderedMethod, band
 from tilewise.plugins.methods.dynamic.selection import select
@@ -29,7 +29,7 @@ from tilewise.plugins.methods.dynamic.selection import select
 
 @register
 @dataclass(frozen=True)
-class Routing(ReorderedMethod, DensityMethod):
+class Routing(ReorderedMethod, MeanDraft, DensityMethod):
     """Brings the queries and keys of each head into common clusters, and keeps the pairs of the same cluster.
 
     Args:
@@ -66,11 +66,6 @@ class Routing(ReorderedMethod, DensityMethod):
         start = memory["means"] if "means" in memory else spread_over(together, min(self.clusters, together.shape[2]))
         labels, memory["means"] = kmeans(together, start, self.rounds)
         return labels[:, :, :-V].reshape(B, H, V), labels[:, :, -V:]
-
-    def draft(
-        self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
-    ) -> DraftMap:
-        return mean_map(layout, query, key, scale, key_layout).draft()
 
     def choose_by(self, candidates: Candidates, labels: Labels) -> torch.Tensor:
         c = candidates

@@ -18,9 +18,9 @@ import torch
 
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.methods.base import register
-from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod, DraftMap
+from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod
 from tilewise.plugins.methods.dynamic.kmeans import kmeans, spread_over
-from tilewise.plugins.methods.dynamic.mean_map import mean_map
+from tilewise.plugins.methods.dynamic.mean_map import MeanDraft
 from tilewise.plugins.methods.dynamic.options import whole_number
 from tilewise.plugins.methods.dynamic.reordered import Labels, ReorderedMethod
 
@@ -30,7 +30,7 @@ MOST_CLUSTERS, BLOCKS_A_CLUSTER = 512, 4
 
 @register
 @dataclass(frozen=True)
-class SVG2(ReorderedMethod, BlockSelectionMethod):
+class SVG2(ReorderedMethod, MeanDraft, BlockSelectionMethod):
     """Brings the tokens of each head into clusters, and keeps the blocks of clusters that are expected to matter.
 
     Args:
@@ -72,8 +72,3 @@ class SVG2(ReorderedMethod, BlockSelectionMethod):
             labels, memory[name] = kmeans(x, start, self.rounds)
             found.append(labels)
         return found[0], found[1]
-
-    def draft(
-        self, layout: Layout, query: torch.Tensor, key: torch.Tensor, scale: float, key_layout: Layout | None = None
-    ) -> DraftMap:
-        return mean_map(layout, query, key, scale, key_layout).draft()

@@ -1,6 +1,6 @@
 """``delta``: a few queries, answered densely, correct what sparse attention shifts (Delta attention, arXiv 2505.11254).
 
-    groups of ``every`` queries of a block, m the one in the middle of query s's group:
+    groups of ``every`` queries of the video, m the one in the middle of query s's group:
 
     out[s] = sparse[s] + dense[m] − sparse[m]
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -178,26 +177,16 @@ class Correction(Around):
 
 
 def correction(layout: Layout, every: int, device: torch.device) -> Correction:
-    """The groups of a layout's queries: within a block, as equal as they can be with at most ``every``."""
+    """The groups of the video's queries in the layout's order, as equal as they can be with at most ``every``."""
 
     def make() -> Correction:
-        at: list[int] = []
-        group: list[int] = []
-        blocks = zip(layout.block_start.tolist(), layout.block_rows.tolist(), layout.is_text.tolist(), strict=True)
-        for start, rows, text in blocks:
-            groups = 0 if text else -(-rows // every)
-            edges = [start + rows * n // max(groups, 1) for n in range(groups + 1)]
-            for first, end in itertools.pairwise(edges):
-                group += [len(at)] * (end - first)
-                at.append((first + end) // 2)
-            group += [-1] * (rows if text else 0)
-        numbers = torch.tensor(group)
+        grid = layout.grid
+        first, groups = grid.text if grid.text_first else 0, -(-grid.video // every)
+        edges = torch.arange(groups + 1) * grid.video // groups + first
+        group = torch.full((grid.tokens,), groups)
+        group[first : first + grid.video] = torch.arange(groups).repeat_interleave(edges.diff())
         with torch.inference_mode(False):
-            return Correction(
-                torch.tensor(at, device=device),
-                torch.where(numbers < 0, len(at), numbers).to(device),
-                len(at) / layout.grid.tokens,
-            )
+            return Correction(((edges[:-1] + edges[1:]) // 2).to(device), group.to(device), groups / grid.tokens)
 
     return layout.cached(("delta", every, device), make)
 

@@ -147,15 +147,12 @@ def test_delta(grid, base):
     sparse = masked_attention(q, k, v, found.plan.to_mask(4))[0]
     dense = masked_attention(q, k, v)[0]
     wanted, answered = sparse.clone(), 0
-    for start, rows, text in zip(
-        layout.block_start.tolist(), layout.block_rows.tolist(), layout.is_text.tolist(), strict=True
-    ):
-        groups = -(-rows // 5)
-        for n in range(0 if text else groups):
-            first, end = start + rows * n // groups, start + rows * (n + 1) // groups
-            middle = (first + end) // 2
-            wanted[:, first:end] += (dense - sparse)[:, middle : middle + 1]
-            answered += 1
+    first, groups = (grid.text if grid.text_first else 0), -(-grid.video // 5)
+    for n in range(groups):
+        begin, end = (first + grid.video * edge // groups for edge in (n, n + 1))
+        middle = (begin + end) // 2
+        wanted[:, begin:end] += (dense - sparse)[:, middle : middle + 1]
+        answered += 1
     torch.testing.assert_close(out, wanted.float(), rtol=1e-4, atol=1e-5)
     assert found.around.pairs == pytest.approx(answered / grid.tokens)
     assert method.expected_cost(layout, 4) == pytest.approx(method.expected_density(layout, 4) + found.around.pairs)

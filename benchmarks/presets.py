@@ -169,25 +169,33 @@ def main(
         raise typer.BadParameter(f"no preset has {only!r} in its name")
     configs = {name: tilewise.Config.from_dict(data) for name, data in chosen.items()}  # wrong ones, before any work
     found = quality(chosen, settings, str(where), workers)
-    clips: dict[str, dict[str, Any]] = {}
-    if seconds:
-        forwards = Forwards(where, seconds)
-        with torch.no_grad():
-            clips = {name: clip_of(config, forwards) for name, config in configs.items()}
     about = f"demo {settings['height']}×{settings['width']}×{settings['frames']}"
     rows = [
         {
-            "name": f"{about}: {name}", "order": order, "preset": name, "config": chosen.get(name), "settings": settings,
-            "clip": clips.get(name), **row,
+            "name": f"{about}: {name}",
+            "order": order,
+            "preset": name,
+            "config": chosen.get(name),
+            "settings": settings,
+            "clip": None,
         }
+        | row
         for order, (name, row) in enumerate(found.items())
-    ]  # fmt: skip
+    ]
+    result = {**header(where, "benchmarks.presets", sys.argv[1:], tiny), "sections": {SECTION: rows}}
+    path = results.write(result, out)  # a run that is ended while forwards are measured keeps this
+    if seconds:
+        forwards = Forwards(where, seconds)
+        for row in rows:
+            if row["preset"] in configs:
+                with torch.no_grad():
+                    row["clip"] = clip_of(configs[row["preset"]], forwards)
+                results.write(result, out)
     for row in rows:
         clip = row["clip"]
         speed = f", {clip['speedup']:.2f} × a stock clip (density {clip['density']:.3f})" if clip else ""
         print(f"{row['name']}: {row['psnr']['mean']:.2f} dB, {row['scores']}{speed}")
-    result = {**header(where, "benchmarks.presets", sys.argv[1:], tiny), "sections": {SECTION: rows}}
-    print(f"written: {results.write(result, out)}")
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -137,31 +137,33 @@ def methods_table(rows: Rows) -> str:
 
 
 def presets_table(rows: Rows) -> str:
-    """A preset a line: seconds of a clip at real size, and how its small clips differ from dense."""
+    """A preset a line: how its small clips differ from dense, and seconds of a clip at real size where they were measured."""
     dense = {row["name"].split(":")[0]: row for row in rows if row["preset"] == "dense"}
+    clips = [row["clip"] for row in rows if row["clip"]]
     names = ("count", "colour", "shape", "motion", "background", "everything")
-    lines: list[list[str]] = []
+    head = ["preset", "density where sparse", "PSNR to dense, dB", *names]
+    if clips:
+        head[2:2] = [f"{clips[0]['name'].split(',')[0]} clip, s", "× stock clip"]
+    lines = [head]
     for row in rows:
-        scores, exact = row["scores"], dense[row["name"].split(":")[0]]["scores"]
+        scores, clip, about = row["scores"], row["clip"], row["name"].split(":")[0]
         if row["preset"] == "dense":
-            cells = ["dense", "1.000", "–", "1.00", "–"]
-            shown = [f"{scores[name]:.0%}" for name in names]
+            cells = [about, "1.000", *(("–", "–") if clips else ()), "–", *(f"{scores[name]:.1%}" for name in names)]
         else:
-            clip = row["clip"]
-            if not lines[0][3].endswith("clip") and clip:
-                lines[0][2:4] = [f"{clip['name'].split(',')[0]} clip, s", "× stock clip"]
             at_size = (
                 [f"{clip['seconds']:.0f} (stock {clip['stock_seconds']:.0f})", f"{clip['speedup']:.2f}"]
                 if clip
                 else ["–", "–"]
             )
-            density = f"{clip['density']:.3f}" if clip else f"{row['density']:.3f}"
-            cells = [f"`{row['preset']}`", density, *at_size, f"{row['psnr']['mean']:.1f} ± {row['psnr']['std']:.1f}"]
-            shown = [f"{100 * (scores[name] - exact[name]):+.1f}" for name in names]
-        if not lines:
-            lines.append(["preset", "density where sparse", "clip, s", "× stock", "PSNR to dense, dB", *names])
-        lines.append([*cells, *shown])
-    return _markdown(lines) if lines else ""
+            spread = f" ± {row['psnr']['std']:.1f}" if "std" in row["psnr"] else ""
+            cells = [f"`{row['preset']}`", f"{(clip or row)['density']:.3f}", *(at_size if clips else ())]
+            exact = dense[about]["scores"]
+            cells += [
+                f"{row['psnr']['mean']:.1f}{spread}",
+                *(f"{100 * (scores[name] - exact[name]):+.1f}" for name in names),
+            ]
+        lines.append(cells)
+    return _markdown(lines)
 
 
 def errors_table(rows: Rows) -> str:

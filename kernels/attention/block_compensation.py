@@ -90,7 +90,36 @@ def add_block_compensation(
 
         start, rows, _ = layout.block_table(q.device)
         return triton_add_block_compensation(q, out, lse, key_mean, value_mean, bias, start, rows, scale)
+    rows = layout.block_rows
+    if bool((rows == rows[0]).all()):
+        return _merged_in_place(q, out, lse, key_mean, value_mean, bias, int(rows[0]), scale)
     return add_block_compensation_reference(q, out, lse, key_mean, value_mean, bias, layout, scale)
+
+
+def _merged_in_place(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    key_mean: torch.Tensor,
+    value_mean: torch.Tensor,
+    bias: torch.Tensor,
+    rows: int,
+    scale: float,
+) -> torch.Tensor:
+    """The formula for blocks of equally many ``rows``: one (B, H, S, N) tensor, in which all steps are done; twice as fast as
+    the naive way on a CPU."""
+    (B, S, H, _), work = q.shape, key_mean.dtype
+    groups = H // key_mean.shape[2]
+    keys, values = (x.repeat_interleave(groups, 2) if groups > 1 else x for x in (key_mean, value_mean))
+    z = (q.transpose(1, 2).to(work) * scale) @ keys.permute(0, 2, 3, 1)
+    z = z.view(B, H, S // rows, rows, -1).add_(bias.to(work)[:, :, :, None]).view(B, H, S, -1)
+    lse = lse.to(work)
+    top = torch.maximum(z.amax(-1), lse).clamp_min(torch.finfo(work).min)  # where nothing was seen and nothing skipped
+    weights = z.sub_(top[..., None]).exp_()
+    seen = (lse - top).exp_()
+    total = weights.sum(-1).add_(seen)
+    merged = (weights @ values.transpose(1, 2)).addcmul_(out.transpose(1, 2).to(work), seen[..., None])
+    return merged.div_(total.clamp_min_(1e-30)[..., None]).transpose(1, 2).to(out.dtype).contiguous()
 
 
 def add_block_compensation_reference(

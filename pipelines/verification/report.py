@@ -95,6 +95,11 @@ def _wrong(report: Any) -> list[str]:
         return [f"it has no format {FORMAT}"]
     kinds = {"tilewise": str, "date": str, "model": dict, "method": dict, "settings": dict, "machine": dict}
     wrong = [f"{name} is missing" for name, kind in kinds.items() if not isinstance(report.get(name), kind)]
+    if isinstance(sizes := report.get("settings"), dict):
+        sizes_given = ("height", "width", "frames", "steps")
+        wrong += [
+            f"settings: {name} is no whole number" for name in sizes_given if not isinstance(sizes.get(name), int)
+        ]
     pairs = report.get("pairs")
     if not isinstance(pairs, list) or not pairs:
         return [*wrong, "there are no pairs"]

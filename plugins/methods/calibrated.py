@@ -240,6 +240,10 @@ def base_of(given: Any) -> BlockSelectionMethod:
             f"calibrate: {name} cannot have a density for each head; methods that can are draft and xattention, with "
             "select='rows'"
         )
+    if given.within is not None:
+        raise ConfigError(
+            f"calibrate: {given.name} within={given.within!r}: leave within out; no head could see the whole clip"
+        )
     return given
 
 

@@ -27,7 +27,7 @@ class WindowMethod(Method):
     Args:
         far: "cells": keys outside the window are seen as means of small cells; "tiles": as one mean a tile; None: not at all.
             ``density`` counts exact pairs, ``cost`` those with means too. Within ``draft`` and ``xattention`` (``within=``): None
-            or "tiles", which are their tiles.
+            or "tiles", which are their tiles. Over the KV cache of a stream there is none: the window runs alone.
         cell: tokens (t, h, w) of a cell. Default: about 12 that divide the tile, such as (3, 2, 2).
 
     Raises:
@@ -58,12 +58,9 @@ class WindowMethod(Method):
         return with_far_field(plan, layout) if self.far is not None and isinstance(layout, CellLayout) else plan
 
     def describe_far(self, layout: Layout) -> dict[str, Any]:
-        return {"far field": f"means of {'×'.join(map(str, layout.cell))}"} if isinstance(layout, CellLayout) else {}
-
-    def refuses_window(self) -> str | None:
-        if self.far is None:
-            return None
-        return f"the far field of {self.name} is not made over a KV cache; give far=None"
+        if isinstance(layout, CellLayout):
+            return {"far field": f"means of {'×'.join(map(str, layout.cell))}"}
+        return {} if self.far is None else {"far field": "none over a KV cache"}
 
 
 def triple(method: str, option: str, value: Any) -> Triple:

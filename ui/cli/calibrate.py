@@ -122,7 +122,12 @@ def _check(request: CalibrateRequest) -> Work:
     if not sparse or sparse != list(range(sparse[0], steps)):
         raise ConfigError(f"calibrate covers a run to its end: give --steps-sparse FROM,1, got {config.steps}")
     schedule = Schedule(steps, sparse[0], request.parts)
-    sparse_budget(request.budget, schedule)
+    left = sparse_budget(request.budget, schedule)
+    if left < DENSITIES[0]:
+        raise ConfigError(
+            f"calibrate: a budget of {request.budget} leaves {left:.3f} of the pairs to the sparse steps; {DENSITIES[0]} is the "
+            "least that is measured; raise --budget, or keep fewer steps dense"
+        )
     outputs = Outputs(request.out or FILE, given=request.out is not None, force=request.force).free()
     check_writable(outputs.file, suffix=".json")
     outputs.check()
@@ -137,7 +142,14 @@ def _base(config: Config) -> BlockSelectionMethod:
         raise ConfigError("calibrate measures the model as it is: leave --add out, and give it when you generate")
     if config.blocks != DEFAULT_BLOCKS:
         raise ConfigError(f"calibrate decides which heads stay dense: leave --blocks out, got {config.blocks!r}")
-    return base_of(config.method)
+    base = base_of(config.method)
+    usual = type(base)()
+    for name in ("density", "recall", "head_density", "refresh"):
+        if getattr(base, name) != getattr(usual, name):
+            raise ConfigError(
+                f"calibrate decides the density of each head at each call: leave {name} out, got {getattr(base, name)!r}"
+            )
+    return base
 
 
 def _print(found: Calibration) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -112,6 +114,15 @@ def test_a_small_window_changes_the_output_and_is_counted():
     assert 0.2 < report.density < 0.9 and not report.fallbacks
 
 
+def test_a_window_with_a_far_field_runs_without_it():
+    """The means are of cells of a whole clip, and a KV cache keeps none."""
+    window = tilewise.STA(window=(1, 1, 1), tile=(2, 2, 3))
+    alone, _ = velocities(window, KVCache(window=6, sink=C), 12)
+    got, model = velocities(dataclasses.replace(window, far="tiles"), KVCache(window=6, sink=C), 12, strict=True)
+    assert torch.equal(got, alone)
+    assert not tilewise.summary(model).fallbacks
+
+
 @pytest.mark.parametrize(
     ("method", "cache", "reason"),
     [
@@ -119,7 +130,6 @@ def test_a_small_window_changes_the_output_and_is_counted():
         ("sta", KVCache(window=6, sink=1), "sink of 1 latent frames is no multiple"),
         (tilewise.STA(tile=(4, 2, 2)), KVCache(window=6), "do not divide a chunk"),
         (tilewise.Neighborhood(dilation=(1, 2, 2)), KVCache(window=6), "dilated windows"),
-        (tilewise.STA(tile=(2, 2, 2), far="tiles"), KVCache(window=6), "the far field of sta"),
     ],
 )
 def test_what_cannot_be_sparse_is_dense_and_counted(method, cache, reason):

@@ -64,6 +64,8 @@ def test_interrupted_continued_and_used(words, tmp_path, tiny_pipe_dir, monkeypa
         (["--budget", "0"], "budget must be in (0, 1]"),
         (["--budget", "0.2"], "the first 1 of 4 steps stay dense and take 0.250 of all pairs"),
         (["--method", "sta"], "sta cannot have a density for each head"),
+        (["--density", "0.1"], "leave density out, got 0.1"),
+        (["--budget", "0.26"], "leaves 0.013 of the pairs to the sparse steps; 0.02 is the least"),
         (["--parts", "4"], "3 sparse steps of 4 cannot be divided into 4 parts"),
         (["--blocks", "1:"], "leave --blocks out"),
         (["--cache", "first-block"], "leave --cache out"),

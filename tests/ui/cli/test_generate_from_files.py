@@ -67,7 +67,6 @@ def test_a_dry_run_says_what_is_done_to_a_video(models, tmp_path):
         (["--image", "missing.png"], "--image: the file missing.png is not there"),
         (["--image", "a.png", "--highres", "--height", "320", "--width", "512"], "--image is not for this WanPipeline"),
         (["--strength", "0.5"], "--strength is not for this WanPipeline"),
-        (["--stream", "--seconds", "1", "--video", "a.mp4"], "--video cannot be used with --stream"),
     ],
 )
 def test_the_bundled_model_takes_no_files(tmp_path, monkeypatch, words, said):

@@ -36,14 +36,15 @@ def plan_html(models: Models, settings: GenerateSettings) -> str:
 
 
 def overall(explanation: Explanation) -> float:
-    """Token pairs that attention computes over all steps and layers ÷ those of dense attention; nan where calls decide."""
+    """Token pairs that attention computes over all steps and layers, those with means too, ÷ those of dense attention; nan where
+    calls decide."""
     steps = explanation.sparse_steps + explanation.dense_steps
     done = whole = 0.0
     for row in explanation.rows:
         sparse, dense = count(row.sparse_blocks), count(row.dense_blocks)
         pairs = float(row.tokens) ** 2
         whole += pairs * (sparse + dense) * steps
-        done += pairs * (explanation.sparse_steps * (sparse * row.density + dense))
+        done += pairs * (explanation.sparse_steps * (sparse * row.cost + dense))
         done += pairs * explanation.dense_steps * (sparse + dense)
     return done / whole if whole else 1.0
 
@@ -68,6 +69,8 @@ def _of_denoiser(row: ExplainRow) -> list[tuple[str, str]]:
     decided = not math.isnan(row.density)
     density = bar(row.density, f"{row.density:.3f}") if decided else "decided at each call"
     cells += [("density where sparse", density)]
+    if decided and f"{row.cost:.3f}" != f"{row.density:.3f}":
+        cells += [("cost, means counted too", bar(row.cost, f"{row.cost:.3f}"))]
     blocks = f"{row.sparse_blocks or 'none'} sparse, {row.dense_blocks or 'none'} dense"
     cells += [("blocks", escape(blocks)), ("backend", escape(f"{row.backend}: {row.backend_reason}"))]
     return cells

@@ -86,4 +86,4 @@ def timing(made: Made) -> str:
     run = made.run
     device = "a CPU" if run["device"] == "cpu" else run["device_name"]
     share = "" if made.settings.is_dense else f"; {run['density']:.0%} of the token pairs where it is sparse"
-    return "; ".join([f"{run['seconds']['total']:.0f} s on {device}, {run['dtype']}{share}", *run["notes"]])
+    return "; ".join([f"{run['seconds']['total']:.0f} s on {device}, {run['dtype']}{share}", *run.get("notes", ())])

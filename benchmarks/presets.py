@@ -75,6 +75,14 @@ def _quality(data: dict[str, Any]) -> dict[str, Any]:
 
 def quality(configs: dict[str, Any], settings: dict[str, Any], device: str, workers: int) -> dict[str, dict[str, Any]]:
     """Figures of each config's clips by name, and of the dense ones under "dense"."""
+    if workers == 1:  # in this process
+        _begin(device, settings, None)
+        _worker["dense"] = dense = _dense()[0]
+        rows = {name: _quality(data) for name, data in configs.items()}
+        return {
+            "dense": {"density": 1.0, "cost": 1.0, "overall_density": 1.0, **compared(dense, dense, settings)},
+            **rows,
+        }
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, _begin, (device, settings, None)) as pool:
         dense, seconds = pool.submit(_dense).result()

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tilewise.kernels.plans.mean_lists import with_rows_in_line
 from tilewise.kernels.selection.triton_block_stats import by_head
 
 LOG2E = 1.4426950408889634
@@ -93,8 +94,7 @@ def triton_add_block_compensation(
     merged = torch.empty((B, S, H, D), dtype=out.dtype, device=out.device)
     if out.stride(3) != 1:
         out = out.contiguous()
-    if bias.stride(3) != 1 or bias.stride(2) != N:  # samples and heads may share one: strides of 0
-        bias = bias.contiguous()
+    bias = with_rows_in_line(bias)
     heavy = torch.empty((B, H, len(start)), dtype=torch.int8, device=out.device)
     if merged.numel():
         with torch.cuda.device_of(q):

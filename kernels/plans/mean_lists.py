@@ -50,6 +50,13 @@ def mean_lists(bias: torch.Tensor, even: float) -> MeanLists:
     return MeanLists(index.int().contiguous(), ends.int().contiguous(), even)
 
 
+def with_rows_in_line(bias: torch.Tensor) -> torch.Tensor:
+    """``bias`` (B, H, Nq, N) with the N means of a query block side by side and its blocks one after another, as kernels read it.
+    Samples and heads may share one: strides of 0."""
+    in_line = bias.stride(3) == 1 and bias.stride(2) == bias.shape[3]
+    return bias if in_line else bias.contiguous()
+
+
 @lru_cache(maxsize=64)
 def every_block(means: int, device: torch.device) -> MeanLists:
     """One list of all blocks, each uneven, for a bias of which nothing is known."""

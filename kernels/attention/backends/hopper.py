@@ -33,7 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewise.kernels.attention.block_compensation import BlockCompensation
 from tilewise.kernels.plans.block_plan import BlockPlan
-from tilewise.kernels.plans.mean_lists import every_block
+from tilewise.kernels.plans.mean_lists import every_block, with_rows_in_line
 
 LOG2E = 1.4426950408889634
 LOG_2_E = gl.constexpr(LOG2E)  # in a kernel
@@ -440,9 +440,8 @@ def hopper_forward(
     mean_k, mean_v, lists, bias = k, v, None, unused
     if means is not None:
         mean_k, mean_v = (as_rows(x.to(q.dtype)) for x in (means.key_mean, means.value_mean))
-        lists, bias = means.lists or every_block(means.key_mean.shape[1], q.device), means.bias
-        if bias.stride(3) != 1 or bias.stride(2) != bias.shape[3]:  # samples and heads may share one: strides of 0
-            bias = bias.contiguous()
+        lists = means.lists or every_block(means.key_mean.shape[1], q.device)
+        bias = with_rows_in_line(means.bias)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         hopper_kernel[(q_blocks, B * H)](
             _descriptor(q, HALF.value), _descriptor(k, BLOCK), _descriptor(v, BLOCK), out, lse,

@@ -41,7 +41,7 @@ from tilewise.kernels.attention.backends.hopper import BLOCK, HALF, LN2, LOG2E, 
 from tilewise.kernels.attention.block_compensation import BlockCompensation
 from tilewise.kernels.attention.quantize import Quantized
 from tilewise.kernels.plans.block_plan import BlockPlan
-from tilewise.kernels.plans.mean_lists import every_block
+from tilewise.kernels.plans.mean_lists import every_block, with_rows_in_line
 
 NOTHING = gl.constexpr(-(2**31))  # the score of a key that a row does not see
 SMALLEST = gl.constexpr(2.0**-27)
@@ -521,9 +521,8 @@ def hopper_8bit_forward(
     unused = plan.index  # a pointer that a specialised kernel never reads
     lists, bias = None, unused
     if means is not None:
-        lists, bias = means.lists or every_block(means.key_mean.shape[1], device), means.bias
-        if bias.stride(3) != 1 or bias.stride(2) != bias.shape[3]:  # samples and heads may share one: strides of 0
-            bias = bias.contiguous()
+        lists = means.lists or every_block(means.key_mean.shape[1], device)
+        bias = with_rows_in_line(means.bias)
     with torch.cuda.device_of(out):  # Triton launches on the current device
         hopper_8bit_kernel[(Nq, B * H)](
             _descriptor(x.q, HALF.value), _descriptor(x.k, BLOCK), _descriptor(x.v, D), out, lse,

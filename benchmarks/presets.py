@@ -21,6 +21,7 @@ import multiprocessing
 import re
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,21 +78,25 @@ def quality(configs: dict[str, Any], settings: dict[str, Any], device: str, work
     """Figures of each config's clips by name, and of the dense ones under "dense"."""
     if workers == 1:  # in this process
         _begin(device, settings, None)
-        _worker["dense"] = dense = _dense()[0]
-        rows = {name: _quality(data) for name, data in configs.items()}
-        return {
-            "dense": {"density": 1.0, "cost": 1.0, "overall_density": 1.0, **compared(dense, dense, settings)},
-            **rows,
-        }
+        dense, seconds = _dense()
+        _worker["dense"] = dense
+        return _by_name(configs, settings, dense, seconds, map(_quality, configs.values()))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, _begin, (device, settings, None)) as pool:
         dense, seconds = pool.submit(_dense).result()
+    with ProcessPoolExecutor(min(workers, len(configs)), context, _begin, (device, settings, dense)) as pool:
+        return _by_name(configs, settings, dense, seconds, pool.map(_quality, configs.values()))
+
+
+def _by_name(
+    configs: dict[str, Any], settings: dict[str, Any], dense: np.ndarray, seconds: float, rows: Iterable[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """``rows`` by the names of their configs behind the dense one, each told as soon as it is there."""
     print(f"dense clips: {seconds:.0f} s", flush=True)
     found = {"dense": {"density": 1.0, "cost": 1.0, "overall_density": 1.0, **compared(dense, dense, settings)}}
-    with ProcessPoolExecutor(min(workers, len(configs)), context, _begin, (device, settings, dense)) as pool:
-        for name, row in zip(configs, pool.map(_quality, configs.values()), strict=True):
-            found[name] = row
-            print(f"{name}: density {row['density']:.3f}, {row['psnr']['mean']:.2f} dB, {row['scores']}", flush=True)
+    for name, row in zip(configs, rows, strict=True):
+        found[name] = row
+        print(f"{name}: density {row['density']:.3f}, {row['psnr']['mean']:.2f} dB, {row['scores']}", flush=True)
     return found
 
 

@@ -400,10 +400,11 @@ def flux2_mu(tokens: int, steps: int) -> float:
 
 
 def another(found: Any, known: type) -> str:
-    """How a report calls an object that is none of diffusers' ``known`` class, as in "a MyBlock, not diffusers' WanBlock"."""
+    """How a report calls an object that is not of class ``known``, as in "a MyBlock, not diffusers' WanBlock"."""
     kind = type(found)
     where = f" of {kind.__module__}" if kind.__name__ == known.__name__ else ""
-    return f"a {kind.__name__}{where}, not diffusers' {known.__name__}"
+    whose = "PyTorch's" if known.__module__.startswith("torch.") else "diffusers'"
+    return f"a {kind.__name__}{where}, not {whose} {known.__name__}"
 
 
 class WanModules(NamedTuple):

@@ -84,15 +84,20 @@ class WanFamily(Family):
         return wan_self_attention
 
     def notes(self, denoiser: nn.Module, *, fuse: bool, dense: Collection[str]) -> list[str]:
-        from tilewise.plugins.models.fused.wan import stock_reasons
+        from tilewise.plugins.models.fused.wan import feed_forward_reasons, stock_reasons
 
         if not fuse:
             return []
         blocks: Any = denoiser.blocks
         known_dense = {number for number in range(len(blocks)) if f"blocks.{number}.attn1" in dense}
+        parts = {
+            "fused kernels are off": stock_reasons(denoiser, known_dense),
+            "the feed-forward runs its first layer and its GELU one by one": feed_forward_reasons(denoiser),
+        }
         return [
-            f"fused kernels are off in {count} of {len(blocks)} blocks: {reason}"
-            for reason, count in stock_reasons(denoiser, known_dense).items()
+            f"{what} in {count} of {len(blocks)} blocks: {reason}"
+            for what, reasons in parts.items()
+            for reason, count in reasons.items()
         ]
 
     def grid_of_size(self, denoiser: nn.Module, pipe: Any, size: Size) -> Grid:

@@ -149,6 +149,28 @@ def test_in_both_orders(tiny_pipe, name, first):
     torch.testing.assert_close(latents(tiny_pipe, steps=6), plain, atol=0 if name != "fused LoRA" else 1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("first", ["patch", "casting"])
+def test_layerwise_casting(tiny_pipe, first):
+    """Weights kept in 8 bits, each turned back during its layer's own forward. diffusers cannot take that off again."""
+
+    def cast(pipe: Any) -> None:
+        pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+    other = tiny_wan.tiny_pipeline()
+    plain = latents(other)
+    cast(other)
+    stock = latents(other)
+    assert not torch.allclose(stock, plain, atol=1e-2)
+    for step in ("patch", "cast") if first == "patch" else ("cast", "patch"):
+        if step == "cast":
+            cast(tiny_pipe)
+        else:
+            tilewise.patch(tiny_pipe, FULL, steps=(0, 1), strict=True)
+    torch.testing.assert_close(latents(tiny_pipe), stock, atol=1e-4, rtol=1e-4)
+    tilewise.unpatch(tiny_pipe)
+    assert torch.equal(latents(tiny_pipe), stock)
+
+
 def test_another_dtype_before_and_after(tiny_pipe):
     tilewise.patch(tiny_pipe, FULL, steps=(0, 1), strict=True)
     tiny_pipe.to(torch.bfloat16)

@@ -31,6 +31,7 @@ from tilewise.plugins.hooks.stand_in import stock_processor
 from tilewise.plugins.models.common.family import FusedState
 
 STOCK = wan_modules()  # the classes that this file stands in for
+PLAIN = (nn.Parameter, torch.Tensor)  # weights that are what they show; those of quantizers are classes of their own
 
 
 def fuse_blocks(denoiser: nn.Module, state: FusedState) -> list[ForwardOverride]:
@@ -50,12 +51,21 @@ def stock_reasons(denoiser: nn.Module, dense: Collection[int]) -> Counter[str]:
     return Counter(reason for reason in reasons if reason is not None)
 
 
+def feed_forward_reasons(denoiser: nn.Module) -> Counter[str]:
+    """Why blocks that run this file's code call the first layer of their feed-forward as a module: reason → number of blocks."""
+    blocks: Any = denoiser.blocks
+    reasons = (_gelu_reason(block.ffn) for block in blocks if _stock_reason(block, False) is None)
+    return Counter(reason for reason in reasons if reason is not None)
+
+
 def _stock_reason(block: Any, attention: bool) -> str | None:
     """The first of a block's parts that is not the one that fused code stands in for, or None; attention: look at that too."""
     if type(block).forward is not STOCK.block.forward:
         return f"the block is {another(block, STOCK.block)} or a subclass with its forward"
     if not can_override(block):
         return "the block's forward was replaced"
+    if type(block.scale_shift_table) not in PLAIN:
+        return f"its scale_shift_table is a {type(block.scale_shift_table).__name__}"
     if not attention:
         return None
     attn = block.attn1
@@ -154,19 +164,35 @@ def _affine(norm: nn.Module, h: torch.Tensor, y: torch.Tensor, m: _Modulation) -
 
 def _feed_forward(ffn: Any, x: torch.Tensor) -> torch.Tensor:
     """``ffn(x)``, with its first product and GELU in one where all three modules are the plain ones."""
-    if type(ffn) is not STOCK.feed_forward or not has_own_forward(ffn) or len(ffn.net) != 3:
+    if _gelu_reason(ffn) is not None:
         return ffn(x)
-    gelu = ffn.net[0]
-    if type(gelu) is not STOCK.gelu or gelu.approximate != "tanh" or not has_own_forward(gelu):
-        return ffn(x)
-    proj = gelu.proj
-    if type(proj) is not nn.Linear or not has_own_forward(proj) or proj.bias is None:
-        return ffn(x)
+    proj = ffn.net[0].proj
     if not (_readable(proj.weight, x.device) and _readable(proj.bias, x.device)):
         return ffn(x)
     if not x.dtype == proj.weight.dtype == proj.bias.dtype or torch.is_autocast_enabled(x.device.type):
         return ffn(x)
     return ffn.net[2](ffn.net[1](linear_gelu(x, proj.weight, proj.bias)))
+
+
+def _gelu_reason(ffn: Any) -> str | None:
+    """Why a feed-forward calls its first layer and its GELU as modules, whatever the input; None: they run as one kernel."""
+    if type(ffn) is not STOCK.feed_forward or len(ffn.net) != 3:
+        return f"the feed-forward is {another(ffn, STOCK.feed_forward)}"
+    gelu = ffn.net[0]
+    if type(gelu) is not STOCK.gelu:
+        return f"its activation is {another(gelu, STOCK.gelu)}"
+    if gelu.approximate != "tanh":
+        return "its GELU is not the one by tanh"
+    proj = gelu.proj
+    if type(proj) is not nn.Linear:
+        return f"its first layer is {another(proj, nn.Linear)}"
+    if proj.bias is None:
+        return "its first layer has no bias"
+    if type(proj.weight) not in PLAIN:
+        return f"its first layer's weight is a {type(proj.weight).__name__}"
+    if not all(has_own_forward(part) for part in (ffn, gelu, proj)):
+        return "the forward of it, or of a part, is hooked or was replaced"
+    return None
 
 
 def wan_self_attention(
@@ -249,7 +275,7 @@ def _plain_layer_norm(norm: Any, x: torch.Tensor) -> bool:
 
 def _readable(weight: torch.Tensor, device: torch.device) -> bool:
     """Whether a weight is an ordinary one, and on the device: offloaded ones are elsewhere until their module is called."""
-    return type(weight) in (nn.Parameter, torch.Tensor) and weight.device == device and weight.dtype in FLOATS
+    return type(weight) in PLAIN and weight.device == device and weight.dtype in FLOATS
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

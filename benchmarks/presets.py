@@ -9,6 +9,9 @@ Speed      denoising of a Wan2.1-14B 720×1280×81 clip: 50 steps of two forward
                ms(step) = sparse · (1 − d) + dense · d        d: share of the blocks that stay dense
                clip     = 2 · 40/10 · Σ over steps of ms(step)
 
+           once as the preset is, once with the method's attention in int8, and once with the linear layers in fp8 too (torchao):
+           the stock clip beside them is the 16-bit one each time
+
 ``--candidates FILE`` measures other configs, a JSON object of them by name, beside the presets.
 """
 
@@ -33,6 +36,7 @@ import typer
 import tilewise
 from benchmarks import results, step
 from benchmarks.header import header
+from benchmarks.layers import fp8_linears
 from benchmarks.quality import clips_of, compared, settings_of
 from benchmarks.timing import measure
 from tilewise.pipelines.loading.load import load_pipeline
@@ -43,6 +47,11 @@ from tilewise.plugins.schedule.steps import runs_at
 SECTION = "presets"
 CLIP_STEPS, FORWARDS, LAYERS = 50, 2, 40
 SIZE = next(size for size in step.SIZES if size.model == "Wan2.1-14B, 10 layers")
+CLIPS = {
+    "clip": None,
+    "clip_int8": "int8",
+    "clip_int8_fp8": "int8",
+}  # a row's clips: the precision of the method's calls
 ON_UNETS = {"hidiffusion"}  # presets of models that are not measured here
 _worker: dict[str, Any] = {}
 
@@ -58,6 +67,14 @@ def _dense() -> tuple[np.ndarray, float]:
 
 
 def _quality(data: dict[str, Any]) -> dict[str, Any]:
+    """Figures of one config's clips, or its error: the others of a long run are kept."""
+    try:
+        return _clips_under(data)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _clips_under(data: dict[str, Any]) -> dict[str, Any]:
     pipe, settings = _worker["pipe"], _worker["settings"]
     config = tilewise.Config.from_dict(data)
     if any(
@@ -91,10 +108,13 @@ def quality(configs: dict[str, Any], settings: dict[str, Any], device: str, work
 def _by_name(
     configs: dict[str, Any], settings: dict[str, Any], dense: np.ndarray, seconds: float, rows: Iterable[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """``rows`` by the names of their configs behind the dense one, each told as soon as it is there."""
+    """``rows`` by the names of their configs behind the dense one, each told as soon as it is there; failed ones are left out."""
     print(f"dense clips: {seconds:.0f} s", flush=True)
     found = {"dense": {"density": 1.0, "cost": 1.0, "overall_density": 1.0, **compared(dense, dense, settings)}}
     for name, row in zip(configs, rows, strict=True):
+        if "error" in row:
+            print(f"{name} not measured: {row['error']}", flush=True)
+            continue
         found[name] = row
         print(f"{name}: density {row['density']:.3f}, {row['psnr']['mean']:.2f} dB, {row['scores']}", flush=True)
     return found
@@ -108,11 +128,19 @@ class Forwards:
         size = SIZE if device.type == "cuda" else step.TINY[0]
         model = step.build(step.CONFIGS[size.model], device, dtype)
         self.bench = step.Bench(size, model, device, seconds, "eager")
+        self.linears = "16 bits"
         self.found: dict[str, tuple[float, float]] = {}
+
+    def to_fp8(self) -> None:
+        """From here on, forwards have fp8 linear layers."""
+        fp8_linears(self.bench.model)
+        self.linears = "fp8"
 
     def __call__(self, method: Any, precision: str | None, min_tokens: int | None = None) -> tuple[float, float]:
         """(ms, density) with a method at every block; method None: stock."""
-        key = json.dumps([None if method is None else tilewise.resolve(method).to_dict(), precision, min_tokens])
+        key = json.dumps(
+            [None if method is None else tilewise.resolve(method).to_dict(), precision, min_tokens, self.linears]
+        )
         if key not in self.found:
             bench = self.bench
             if method is not None:
@@ -137,12 +165,14 @@ class Forwards:
         return self.found[key]
 
 
-def clip_of(config: tilewise.Config, forwards: Forwards) -> dict[str, Any]:
-    """Seconds of the denoising of a clip under a config, and of the stock one."""
-    stock, _ = forwards(None, None)
+def clip_of(config: tilewise.Config, forwards: Forwards, stock: float, precision: str | None) -> dict[str, Any]:
+    """Seconds of the denoising of a clip under a config, the method's calls in ``precision`` where the config names none; and of
+    the stock clip, whose forward takes ``stock`` ms."""
     dense, _ = forwards("dense", None)
     on_gpu = forwards.bench.device.type == "cuda"
-    sparse, density = forwards(config.method, config.precision if on_gpu else None, None if on_gpu else 0)
+    sparse, density = forwards(
+        config.method, (config.precision or precision) if on_gpu else None, None if on_gpu else 0
+    )
     kept = 1 - len(select_blocks(config.blocks, LAYERS)) / LAYERS
     one = sparse * (1 - kept) + dense * kept
     sparse_steps = sum(runs_at(config.steps, number, CLIP_STEPS) for number in range(CLIP_STEPS))
@@ -190,25 +220,32 @@ def main(
             "preset": name,
             "config": chosen.get(name),
             "settings": settings,
-            "clip": None,
+            **dict.fromkeys(CLIPS),
         }
         | row
         for order, (name, row) in enumerate(found.items())
     ]
     result = {**header(where, "benchmarks.presets", sys.argv[1:], tiny), "sections": {SECTION: rows}}
     path = results.write(result, out)  # a run that is ended while forwards are measured keeps this
+    missing = sorted(set(configs) - set(found))
     if seconds:
         forwards = Forwards(where, seconds)
-        for row in rows:
-            if row["preset"] in configs:
-                with torch.no_grad():
-                    row["clip"] = clip_of(configs[row["preset"]], forwards)
-                results.write(result, out)
+        with torch.no_grad():
+            stock, _ = forwards(None, None)
+            for clip, precision in CLIPS.items() if where.type == "cuda" else [("clip", None)]:
+                if clip == "clip_int8_fp8":
+                    forwards.to_fp8()
+                for row in rows[1:]:
+                    row[clip] = clip_of(configs[row["preset"]], forwards, stock, precision)
+                    results.write(result, out)
     for row in rows:
         clip = row["clip"]
-        speed = f", {clip['speedup']:.2f} × a stock clip (density {clip['density']:.3f})" if clip else ""
+        more = ", ".join(f"{key} {row[key]['speedup']:.2f} ×" for key in CLIPS if row[key])
+        speed = f", density {clip['density']:.3f}: {more} a stock clip" if clip else ""
         print(f"{row['name']}: {row['psnr']['mean']:.2f} dB, {row['scores']}{speed}")
     print(f"written: {path}")
+    if missing:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

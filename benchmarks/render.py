@@ -136,6 +136,9 @@ def methods_table(rows: Rows) -> str:
     )
 
 
+PRESETS_IN_8_BITS = {"clip_int8": "with int8 attention", "clip_int8_fp8": "and fp8 linear layers"}
+
+
 def presets_table(rows: Rows) -> str:
     """A preset a line: how its small clips differ from dense, and seconds of a clip at real size where they were measured."""
     dense = {row["name"].split(":")[0]: row for row in rows if row["preset"] == "dense"}
@@ -144,11 +147,20 @@ def presets_table(rows: Rows) -> str:
     head = ["preset", "density where sparse", "PSNR to dense, dB", *names]
     if clips:
         head[2:2] = [f"{clips[0]['name'].split(',')[0]} clip, s", "× stock clip"]
+    faster = {key: said for key, said in PRESETS_IN_8_BITS.items() if any(row.get(key) for row in rows)}
+    head[4:4] = faster.values()
     lines = [head]
     for row in rows:
         scores, clip, about = row["scores"], row["clip"], row["name"].split(":")[0]
         if row["preset"] == "dense":
-            cells = [about, "1.000", *(("–", "–") if clips else ()), "–", *(f"{scores[name]:.1%}" for name in names)]
+            cells = [
+                about,
+                "1.000",
+                *(("–", "–") if clips else ()),
+                *["–"] * len(faster),
+                "–",
+                *(f"{scores[name]:.1%}" for name in names),
+            ]
         else:
             at_size = (
                 [f"{clip['seconds']:.0f} (stock {clip['stock_seconds']:.0f})", f"{clip['speedup']:.2f}"]
@@ -157,6 +169,7 @@ def presets_table(rows: Rows) -> str:
             )
             spread = f" ± {row['psnr']['std']:.1f}" if "std" in row["psnr"] else ""
             cells = [f"`{row['preset']}`", f"{(clip or row)['density']:.3f}", *(at_size if clips else ())]
+            cells += [f"{row[key]['speedup']:.2f}" if row.get(key) else "–" for key in faster]
             exact = dense[about]["scores"]
             cells += [
                 f"{row['psnr']['mean']:.1f}{spread}",

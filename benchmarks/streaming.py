@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import tilewise
+from benchmarks.layers import fp8_linears
 from benchmarks.peers import reason
 from benchmarks.step import CONFIGS, build
 from benchmarks.timing import measure
@@ -137,7 +138,7 @@ def run(device: torch.device, seconds: float, works: list[Work]) -> Iterator[dic
         row = {"name": work.name, "model": work.model, "window": work.window, "sink": work.sink, "chunk": work.chunk}
         try:
             if work.fp8:
-                _fp8_linears(model)
+                fp8_linears(model)
         except Exception as error:
             yield {**row, "variants": [], "missing": dict.fromkeys(work.variants, reason(error))}
             continue
@@ -259,18 +260,6 @@ def _allocated(device: torch.device) -> int:
 def _stalls(times: list[float], frames: int) -> int:
     """Chunks that came later than their frames last at 16 a second: a player without a buffer would have waited."""
     return sum(seconds > frames / len(times) / 16 for seconds in times)
-
-
-def _fp8_linears(model: Any) -> None:
-    """Weights of the blocks' linear layers and, as they come, their inputs in fp8 with a scale a row. A model that has them stays
-    as it is."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_  # type: ignore
-
-    linears = [module for module in model.blocks.modules() if isinstance(module, torch.nn.Linear)]
-    if type(linears[0].weight) in (torch.nn.Parameter, torch.Tensor):
-        quantize_(
-            model.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-        )
 
 
 def _density(causal: CausalDenoiser, model: Any, inputs: tuple[torch.Tensor, ...]) -> float:

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("scipy")
 
 import torch
+import typer
 
 from benchmarks import presets, render
 from tilewise.plugins.config import Config
@@ -24,10 +25,10 @@ def test_a_clip_counts_dense_steps_and_dense_blocks():
         )
 
         def __call__(self, method, precision, min_tokens=None):
-            return (100.0, 1.0) if method is None else (80.0, 1.0) if method == "dense" else (20.0, 0.25)
+            return (80.0, 1.0) if method == "dense" else (20.0, 0.25)
 
     config = Config.from_dict({"method": {"name": "sta", "density": 0.25}, "steps": [0.2, 1.0], "blocks": "4:"})
-    clip = presets.clip_of(config, Forwards())
+    clip = presets.clip_of(config, Forwards(), 100.0, None)
     # 10 dense steps of 80 ms and 40 of 0.9 · 20 + 0.1 · 80 = 26 ms; four times the layers, two forwards a step.
     assert clip["sparse_steps"] == 40
     assert clip["seconds"] == pytest.approx(8 * (10 * 80 + 40 * 26) / 1000)
@@ -37,8 +38,10 @@ def test_a_clip_counts_dense_steps_and_dense_blocks():
 def test_presets_are_measured_and_shown(tmp_path):
     more = tmp_path / "more.json"
     config = {"method": {"name": "draft", "density": 0.3}, "steps": [0.5, 1.0], "blocks": ":"}
-    more.write_text(json.dumps({"another": config}), encoding="utf-8")
-    presets.main("cpu", only="another", candidates=more, seconds=0.01, tiny=True, out=tmp_path)
+    failing = {**config, "precision": "int8"}  # refused: the demo model's tiles are too small for it
+    more.write_text(json.dumps({"another": config, "another, failing": failing}), encoding="utf-8")
+    with pytest.raises(typer.Exit):
+        presets.main("cpu", only="another", candidates=more, seconds=0.01, tiny=True, out=tmp_path)
     (file,) = tmp_path.glob("*-tiny.json")
     result = json.loads(file.read_text(encoding="utf-8"))
     dense, row = result["sections"]["presets"]

@@ -34,7 +34,8 @@ from benchmarks.variants import CALIBRATED, OURS, PAPER, choice
 from examples.train_demo_model.evaluation import generate_clips, held_out_prompts, judge, mean_scores
 from tilewise.pipelines.calibration.calibrate import DENSITIES as MEASURED_DENSITIES
 from tilewise.pipelines.calibration.calibrate import calibrate
-from tilewise.pipelines.calibration.profile import Schedule, profile_run
+from tilewise.pipelines.calibration.profile import profile_run
+from tilewise.pipelines.calibration.records import Schedule
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.pipelines.quality.metrics import psnr, ssim

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewise.pipelines.calibration.allocate import allocate
-from tilewise.pipelines.calibration.profile import DenoiserProfile, RunProfile, Schedule
+from tilewise.pipelines.calibration.records import DenoiserProfile, RunProfile, Schedule
 from tilewise.plugins.config import Config
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.calibrated import DIGITS, Calibrated, HeadTable
@@ -57,10 +57,15 @@ def calibrate(
     denoisers = _joined(runs)
     items: list[_Layer] = []
     for number, found in enumerate(denoisers):
-        for part, layer in sorted(found.errors):
-            error = found.errors[part, layer].numpy() / max(found.output[part, layer], 1e-300)
-            items.append(_Layer(number, part, layer, error, schedule.lengths[part], found.pairs[part, layer]))
-    cost = np.concatenate([item.steps * item.pairs * np.tile(densities, (len(item.error), 1)) for item in items])
+        for part in range(schedule.count):
+            if not (steps := runs[0].steps_of(number, part, schedule)):
+                continue
+            for layer in sorted({layer for _, layer in found.errors}):
+                nearest = found.nearest(part, layer)
+                assert nearest is not None
+                error = found.errors[nearest, layer].numpy() / max(found.output[nearest, layer], 1e-300)
+                items.append(_Layer(number, part, layer, error, found.kept[nearest, layer].numpy(), steps))
+    cost = np.concatenate([item.steps * item.kept for item in items])
     error = np.concatenate([item.steps * item.error for item in items])
     whole = float(cost[:, -1].sum())
     level = allocate(cost, error, sparse * whole)
@@ -74,7 +79,7 @@ def calibrate(
         Config(method, steps=(first, 1.0)),
         first + (1 - first) * kept,
         (squared / layers) ** 0.5,
-        (_at_one_density(densities, error, kept) / layers) ** 0.5,
+        (_at_one_density(cost.sum(0) / whole, error, kept) / layers) ** 0.5,
     )
 
 
@@ -97,25 +102,27 @@ def sparse_budget(budget: float, schedule: Schedule) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """A layer in a part of the run. error: (heads, densities), relative and squared. steps: that it stands for."""
+    """A layer in a part of the run. error: (heads, densities), relative and squared. kept: (heads, densities), token pairs of a
+    call. steps: in which its denoiser runs there."""
 
     denoiser: int
     part: int
     layer: int
     error: NDArray[np.float64]
+    kept: NDArray[np.float64]
     steps: int
-    pairs: int
 
 
 def _joined(runs: Sequence[RunProfile]) -> list[DenoiserProfile]:
     """The sums over runs, by denoiser."""
-    joined = [dataclasses.replace(found, errors={}, output={}, pairs={}) for found in runs[0].denoisers]
+    joined = [dataclasses.replace(found, errors={}, kept={}, output={}) for found in runs[0].denoisers]
     for run in runs:
         for into, found in zip(joined, run.denoisers, strict=True):
             for where, errors in found.errors.items():
-                into.errors[where] = into.errors[where] + errors if where in into.errors else errors
+                there = where in into.errors
+                into.errors[where] = into.errors[where] + errors if there else errors
+                into.kept[where] = into.kept[where] + found.kept[where] if there else found.kept[where]
                 into.output[where] = into.output.get(where, 0.0) + found.output[where]
-                into.pairs[where] = found.pairs[where]
     return joined
 
 
@@ -128,25 +135,38 @@ def _noise(levels: Sequence[float], schedule: Schedule) -> tuple[float, ...]:
 def _tables(
     denoisers: Sequence[DenoiserProfile], items: Sequence[_Layer], level: NDArray[np.int64], parts: int, densities: int
 ) -> tuple[HeadTable, ...]:
-    """The levels of all items, which come in their order, as tables. What was not measured is dense: it runs dense anyway, as it
-    is too short, or does not run at all."""
-    found: list[list[list[str]]] = [
-        [[DIGITS[densities - 1] * heads for heads in profile.denoiser.heads] for _ in range(parts)]
-        for profile in denoisers
-    ]
+    """The levels of all items, which come in their order, as tables.
+
+    A layer has in parts in which its denoiser did not run the levels of the nearest in which it did: other schedules may put it
+    there. A layer that was not measured is dense: it runs dense anyway, as it is too short, or does not run at all.
+    """
+    chosen: dict[tuple[int, int], dict[int, str]] = {}  # (denoiser, layer): {part: digits}
     start = 0
     for item in items:
         heads = len(item.error)
         digits = "".join(DIGITS[n] for n in level[start : start + heads])
-        found[item.denoiser][parts - 1 - item.part][item.layer] = digits  # from the lowest noise level
+        chosen.setdefault((item.denoiser, item.layer), {})[item.part] = digits
         start += heads
+
+    def digits_of(denoiser: int, layer: int, heads: int, part: int) -> str:
+        found = chosen.get((denoiser, layer), {})
+        dense = DIGITS[densities - 1] * heads
+        return found[min(found, key=lambda there: abs(there - part))] if found else dense
+
     return tuple(
-        HeadTable(profile.denoiser, tuple(map(tuple, levels))) for profile, levels in zip(denoisers, found, strict=True)
+        HeadTable(
+            profile.denoiser,
+            tuple(  # from the lowest noise level
+                tuple(digits_of(number, layer, heads, part) for layer, heads in enumerate(profile.denoiser.heads))
+                for part in reversed(range(parts))
+            ),
+        )
+        for number, profile in enumerate(denoisers)
     )
 
 
-def _at_one_density(densities: Sequence[float], error: NDArray[np.float64], kept: float) -> float:
-    """The error of one density for all, between those that were measured: their logarithms on a line."""
+def _at_one_density(shares: NDArray[np.float64], error: NDArray[np.float64], kept: float) -> float:
+    """The error of one density for all, between those that were measured, which kept ``shares``: their logarithms on a line."""
     sums = np.maximum(error.sum(0), 1e-300)
     sums[-1] = max(sums[-1], sums[-2] * 1e-3)  # 0 when dense, which a logarithm cannot be
-    return float(np.exp(np.interp(np.log(kept), np.log(densities), np.log(sums))))
+    return float(np.exp(np.interp(np.log(kept), np.log(shares), np.log(sums))))

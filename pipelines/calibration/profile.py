@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -24,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tilewise.kernels.attention.dispatch import choose_backend
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.kernels.plans.window_keys import WindowKeys
+from tilewise.pipelines.calibration.records import DenoiserProfile, RunProfile, Schedule
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.generate import Progress, run
 from tilewise.pipelines.generation.settings import GenerateSettings
@@ -46,101 +46,22 @@ class EnoughError(Exception):
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The steps of a run, and the parts that they are divided into.
-
-    steps: of a run. first: the first that is sparse. count: of parts, of equal length within one step, from there to the end.
-
-    Raises:
-        ConfigError: more parts than steps.
-    """
-
-    steps: int
-    first: int
-    count: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.count <= self.steps - self.first:
-            raise ConfigError(
-                f"calibrate: {self.steps - self.first} sparse steps of {self.steps} cannot be divided into {self.count} parts; "
-                "give fewer parts or more steps"
-            )
-
-    @property
-    def borders(self) -> tuple[int, ...]:
-        """The first step of each part, and the end of the last."""
-        return tuple(self.first + part * (self.steps - self.first) // self.count for part in range(self.count + 1))
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Steps of each part."""
-        return tuple(end - start for start, end in itertools.pairwise(self.borders))
-
-    @property
-    def middles(self) -> tuple[int, ...]:
-        """The step of each part that is measured."""
-        return tuple((start + end - 1) // 2 for start, end in itertools.pairwise(self.borders))
-
-
-@dataclass
-class DenoiserProfile:
-    """What was measured of one denoiser.
-
-    errors: {(part of the run, layer): (heads, densities)}, summed over forwards, not yet divided by ``output``.
-    output: {(part, layer): Σ |O W|²}. pairs: {(part, layer): token pairs of a call}.
-    """
-
-    denoiser: Fingerprint
-    errors: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    output: dict[tuple[int, int], float] = field(default_factory=dict)
-    pairs: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        calls = [
-            [*where, errors.tolist(), self.output[where], self.pairs[where]] for where, errors in self.errors.items()
-        ]
-        return {"denoiser": dataclasses.asdict(self.denoiser), "calls": calls}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Self:
-        profile = cls(Fingerprint.from_dict(data["denoiser"]))
-        for part, layer, errors, output, pairs in data["calls"]:
-            where = part, layer
-            profile.errors[where] = torch.tensor(errors, dtype=torch.float64)
-            profile.output[where], profile.pairs[where] = output, pairs
-        return profile
-
-
-@dataclass
-class RunProfile:
-    """What one run told. noise: levels of its steps, in their order, as far as it went."""
-
-    noise: list[float] = field(default_factory=list)
-    denoisers: list[DenoiserProfile] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, for `from_dict`."""
-        return {"noise": self.noise, "denoisers": [profile.to_dict() for profile in self.denoisers]}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Self:
-        return cls(list(data["noise"]), [DenoiserProfile.from_dict(found) for found in data["denoisers"]])
-
-
-@dataclass(frozen=True)
 class Profiled(DynamicMethod):
-    """Dense attention that measures what ``base`` would make of its calls, at the steps ``measured``. Not for people's use.
+    """Dense attention that measures what ``base`` would make of its calls, in one step of each part. Not for people's use.
 
-    found: is filled. part, layer, denoiser: of a call; set by ``prepare`` and ``at``. gram: (H, D, D) of each layer, W[h] W[h]ᵀ.
+    Of two denoisers that share a run, the second is measured in the middle of what it has of the part in which it begins. The
+    first may have had its end by the middle of that part: then it goes by the part before, and in the first part by its first
+    step, which is measured for that.
+
+    found: is filled. denoiser, layer: of a call; set by ``prepare`` and ``at``. gram: (H, D, D) of each layer, W[h] W[h]ᵀ.
     """
 
     base: BlockSelectionMethod
     densities: tuple[float, ...]
-    measured: tuple[int, ...]
+    schedule: Schedule
     found: RunProfile
     denoiser: int = 0
     layer: int = 0
-    part: int = 0
     gram: tuple[torch.Tensor | None, ...] = ()
 
     name: ClassVar[str] = "profiled"
@@ -153,18 +74,33 @@ class Profiled(DynamicMethod):
 
     def at(self, layer: int, noise: float | None) -> DynamicMethod | None:
         assert noise is not None
-        levels = self.found.noise
+        levels, own = self.found.noise, self.found.denoisers[self.denoiser]
         if not levels or levels[-1] != noise:
-            if len(levels) > self.measured[-1]:
-                raise EnoughError
+            self._begin_step(len(levels))
             levels.append(noise)
         step = len(levels) - 1
-        if step not in self.measured:
-            return None
-        part = self.measured.index(step)
-        if (part, layer) in self.found.denoisers[self.denoiser].errors:
-            return None  # the unconditional forward, after the conditional
-        return dataclasses.replace(self, layer=layer, part=part)
+        if not own.steps or own.steps[-1] != step:
+            own.steps.append(step)
+        if not self._measures(step) or (self.denoiser, layer) in self.found.measured_now:
+            return None  # measured now: the unconditional forward, after the conditional
+        return dataclasses.replace(self, layer=layer)
+
+    def _begin_step(self, step: int) -> None:
+        """Raises EnoughError where nothing from this step on is measured: the denoisers have all begun, and the last part's
+        step is over."""
+        begun = [profile.steps[0] for profile in self.found.denoisers if profile.steps]
+        waiting = len(begun) < len(self.found.denoisers)
+        if step and not waiting and step > self.schedule.measured(self.schedule.count - 1, max(begun)):
+            raise EnoughError
+        self.found.measured_now.clear()
+
+    def _measures(self, step: int) -> bool:
+        """Whether this denoiser is measured in a step."""
+        part, begin = self.schedule.part_of(step), self.found.denoisers[self.denoiser].steps[0]
+        if part < 0:
+            return False
+        first = len(self.found.denoisers) > 1 and step == self.schedule.first
+        return first or step == self.schedule.measured(part, begin)
 
     @property
     def needs_noise(self) -> bool:
@@ -197,29 +133,43 @@ class Profiled(DynamicMethod):
         window: WindowKeys | None = None,
     ) -> Planned:
         """Measures, some heads at a time, and answers the call densely."""
-        profile, where = self.found.denoisers[self.denoiser], (self.part, self.layer)
+        profile, step = self.found.denoisers[self.denoiser], len(self.found.noise) - 1
+        where = self.schedule.part_of(step), self.layer
         heads, ratio = query.shape[2], query.shape[2] // key.shape[2]
         size = 4 * query[:, :, :ratio].numel()  # of the heads that share a key head, in float32
         at_once = ratio * max(1, min(key.shape[2], AT_ONCE // size))
-        errors, output, gram = torch.zeros(heads, len(self.densities), dtype=torch.float64), 0.0, self.gram[self.layer]
+        shape, gram = (heads, len(self.densities)), self.gram[self.layer]
+        errors, shares, output = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64), 0.0
         for first in range(0, heads, at_once):
             own = slice(first, first + at_once)
             shared = slice(first // ratio, (first + at_once) // ratio)
             qkv = query[:, :, own], key[:, :, shared], value[:, :, shared]
-            found, exact = head_errors(
-                self.base, self.densities, layout, qkv, scale, None if gram is None else gram[own]
-            )
-            errors[own] = found
-            output += exact
+            found = head_errors(self.base, self.densities, layout, qkv, scale, None if gram is None else gram[own])
+            errors[own], shares[own] = found.errors, found.kept
+            output += found.output
         if not (errors.isfinite().all() and output < float("inf")):
             raise OutputError(
-                f"calibrate: the attention of layer {self.layer} is not finite in step {len(self.found.noise) - 1}: the model "
+                f"calibrate: the attention of layer {self.layer} is not finite in step {step}: the model "
                 "makes NaN or infinite activations in this dtype; try another --dtype"
             )
+        self.found.measured_now.add((self.denoiser, self.layer))
         profile.errors[where], profile.output[where] = errors, output
-        profile.pairs[where] = layout.grid.tokens**2
+        profile.kept[where] = shares * layout.grid.tokens**2
         whole = dataclasses.replace(self.base, density=1.0, recall=None)
         return whole.plan_call(layout, query, key, value, scale, {}, 0)
+
+
+@dataclass(frozen=True)
+class HeadErrors:
+    """What densities make of a call, on the CPU.
+
+    errors: (H, densities) float64, squared errors of each head. kept: (H, densities) float64, share of its token pairs that each
+    density keeps: whole blocks, and never less than in any case. output: the squared size of the heads' outputs together.
+    """
+
+    errors: torch.Tensor
+    kept: torch.Tensor
+    output: float
 
 
 def head_errors(
@@ -229,8 +179,8 @@ def head_errors(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
     gram: torch.Tensor | None,
-) -> tuple[torch.Tensor, float]:
-    """(H, densities) float64 squared errors of each head, on the CPU, and the squared size of their outputs together.
+) -> HeadErrors:
+    """The errors of each head at some densities, and what these keep.
 
     qkv: (B, S, H, D) and (B, S, Hk, D), in the layout's order. gram: (H, D, D), W Wᵀ of each head's rows W of the output
     projection; None: identities.
@@ -242,17 +192,20 @@ def head_errors(
         x = x.float()
         return (x * (x if gram is None else x @ gram)).sum((0, 2, 3), dtype=torch.float64)
 
-    found = []
+    errors, kept = [], []
     for density in densities:
         if density == 1:
-            found.append(size(torch.zeros_like(exact)))
+            errors.append(size(torch.zeros_like(exact)))
+            kept.append(torch.ones_like(errors[-1]))
             continue
         method = dataclasses.replace(base, density=density, recall=None)
         planned = method.plan_call(layout, *qkv, scale, {}, 0)
         choice = choose_backend(*qkv, planned.plan)
         out = run_planned(qkv, planned, choice, layout, scale)
-        found.append(size(out.transpose(1, 2) - exact))
-    return torch.stack(found, -1).cpu(), float(size(exact).sum())
+        errors.append(size(out.transpose(1, 2) - exact))
+        assert planned.plan.head_density is not None
+        kept.append(planned.plan.head_density.double().mean(0))
+    return HeadErrors(torch.stack(errors, -1).cpu(), torch.stack(kept, -1).cpu(), float(size(exact).sum()))
 
 
 def profile_run(
@@ -273,7 +226,7 @@ def profile_run(
         "calibrate", denoisers_of(pipe), "a process has some heads of each layer, or some of the forwards", halves=True
     )
     found = RunProfile()
-    method = Profiled(base, tuple(densities), schedule.middles, found)
+    method = Profiled(base, tuple(densities), schedule, found)
     config = Config(method, steps=(0.0, 1.0), vae=False)
     with contextlib.suppress(EnoughError), patched(pipe, config):
         run(pipe, settings, progress, decode=False)

@@ -22,7 +22,7 @@ from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Planned, register
 from tilewise.plugins.methods.draft import Draft
-from tilewise.plugins.methods.dynamic.always_keep import always_kept
+from tilewise.plugins.methods.dynamic.always_keep import kept_by_rows
 from tilewise.plugins.methods.dynamic.head_budget import HeadBudget, LayerGains, hull_gains
 from tilewise.plugins.methods.dynamic.head_rankings import RANKINGS, rank_by_head
 from tilewise.plugins.methods.dynamic.map_method import Candidates
@@ -166,17 +166,8 @@ class Auto(DynamicMethod):
         return planned
 
     def _costs(self, layout: Layout) -> tuple[float, ...]:
-        """What each level keeps of a head's pairs, text included, if every row keeps what the level says."""
-
-        def make() -> tuple[float, ...]:
-            cpu = torch.device("cpu")
-            rows, text = layout.block_rows.double(), layout.is_text
-            always = always_kept(layout, self.always, cpu).double()
-            least = (always @ rows).clamp_min(float(rows[~text].mean())) / rows.sum()  # of each query block
-            kept = [torch.where(text, 1.0, least.clamp_min(level)) for level in LEVELS]
-            return tuple(float(each @ rows / rows.sum()) for each in kept)
-
-        return layout.cached(("costs of levels", self.always), make)
+        """What each level keeps of a head's pairs, text included."""
+        return layout.cached(("costs of levels", self.always), lambda: kept_by_rows(layout, self.always, LEVELS))
 
     def _on_device(self, layout: Layout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(levels,) float32, and their costs, (levels,) float64."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -20,7 +21,9 @@ from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import DynamicMethod, Planned, make_method, register
+from tilewise.plugins.methods.dynamic.always_keep import kept_by_rows
 from tilewise.plugins.methods.dynamic.base import BlockSelectionMethod
+from tilewise.plugins.methods.dynamic.map_method import density_of_rows
 from tilewise.plugins.models.common.fingerprint import Fingerprint
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # what a head's density is written as: its number among the densities
@@ -40,12 +43,13 @@ class HeadTable:
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         if not isinstance(data, Mapping) or set(data) != {"denoiser", "heads"}:
-            raise ConfigError("calibrated: a table has the keys 'denoiser' and 'heads'")
-        try:
-            heads = tuple(tuple(str(layer) for layer in level) for level in data["heads"])
-        except TypeError as error:
-            raise ConfigError(f"calibrated: the heads of a table are lists of text: {error}") from error
-        return cls(Fingerprint.from_dict(data["denoiser"]), heads)
+            raise ConfigError(f"calibrated: a table has the keys 'denoiser' and 'heads', got {reprlib.repr(data)}")
+        levels = data["heads"]
+        if not _is_list(levels) or not all(_is_list(level) and all(map(_is_text, level)) for level in levels):
+            raise ConfigError(
+                f"calibrated: the heads of a table are lists of text, one for each noise level, got {reprlib.repr(levels)}"
+            )
+        return cls(Fingerprint.from_dict(data["denoiser"]), tuple(map(tuple, levels)))
 
 
 @register
@@ -86,6 +90,10 @@ class Calibrated(DynamicMethod):
         object.__setattr__(self, "noise", _rising("noise", self.noise, 1.0 - 1e-9))
         if not self.densities:
             raise ConfigError("calibrated: there are no densities")
+        if not _is_list(self.tables):
+            raise ConfigError(
+                f"calibrated: tables must be a list, one for each denoiser, got {reprlib.repr(self.tables)}"
+            )
         tables = tuple(t if isinstance(t, HeadTable) else HeadTable.from_dict(t) for t in self.tables)
         object.__setattr__(self, "tables", tables)
         for table in tables:
@@ -168,8 +176,14 @@ class Calibrated(DynamicMethod):
 
     def expected_density(self, layout: Layout, heads: int, window: WindowKeys | None = None) -> float:
         """The mean over heads, layers and parts of the run, which are taken to have as many steps."""
+        shares = self._shares(layout)
         digits = [digit for table in self.tables for level in table.heads for digit in "".join(level)]
-        return sum(self.densities[DIGITS.index(digit)] for digit in digits) / len(digits)
+        return sum(shares[DIGITS.index(digit)] for digit in digits) / len(digits)
+
+    def _shares(self, layout: Layout) -> tuple[float, ...]:
+        """What each density keeps of a head's pairs on this layout, where some are kept in any case."""
+        rows = tuple(density_of_rows(layout.grid, density) for density in self.densities)
+        return kept_by_rows(layout, self.base.always, rows)
 
     def expected_cost(self, layout: Layout, heads: int) -> float:
         density = self.expected_density(layout, heads)
@@ -199,11 +213,11 @@ class Calibrated(DynamicMethod):
         return self.base.stays_dense(tokens, device)
 
     def describe(self, layout: Layout) -> dict[str, Any]:
-        parts = {}
+        parts, shares = {}, self._shares(layout)
         borders = (0.0, *self.noise, 1.0)
         for number, (low, high) in enumerate(itertools.pairwise(borders)):
             digits = [digit for table in self.tables for digit in "".join(table.heads[number])]
-            mean = sum(self.densities[DIGITS.index(digit)] for digit in digits) / len(digits)
+            mean = sum(shares[DIGITS.index(digit)] for digit in digits) / len(digits)
             parts[f"density at noise {low:.2f} to {high:.2f}"] = round(mean, 3)
         return {"base": self.base.name, **parts}
 
@@ -245,6 +259,14 @@ def base_of(given: Any) -> BlockSelectionMethod:
             f"calibrate: {given.name} within={given.within!r}: leave within out; no head could see the whole clip"
         )
     return given
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str)
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str)
 
 
 def _rising(what: str, given: Any, most: float) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ usage errors answer at once.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,11 @@ FORCE_HELP = "Replace files that are there."
 COMPARE_HELP = "'dense': also generate the dense clip, compare both, and write them side by side."
 PROMPTS_HELP = "A .txt (one prompt per line), .csv or .jsonl file; lines may have a seed and a negative prompt."
 BUDGET_HELP = "Token pairs to keep over all steps, layers and heads of a run, in (0, 1]; dense steps count."
+CALIBRATED_METHOD = dataclasses.replace(
+    CLIP_OPTIONS["method"],
+    help="What selects at each call, at the densities that are chosen: draft or xattention, or a config .json of one.",
+    shown_default="draft",
+)
 SCORE_HELP = "brightness, contrast, detector (of the demo model's world), or FILE.py:FUNCTION of frames and prompt."
 PARTS_HELP = "Parts of the run, each with densities of its own."
 LPIPS_HELP = "Measure LPIPS too (pip install lpips)."
@@ -204,7 +210,11 @@ def verify(
 
 @app.command()
 @exit_codes
-@declared_options(option for options in (CLIP_OPTIONS, MEMORY_OPTIONS) for option in options.values())
+@declared_options(
+    CALIBRATED_METHOD if option.name == "method" else option
+    for options in (CLIP_OPTIONS, MEMORY_OPTIONS)
+    for option in options.values()
+)
 def calibrate(
     options: dict[str, Any],
     prompts: Annotated[Path, typer.Option(help=PROMPTS_HELP, show_default=False)],
@@ -220,7 +230,7 @@ def calibrate(
     """Measure what each head of a model needs, and choose a density for each head, layer and noise level within a budget.
 
     Makes a dense clip of each prompt. The file is a method, for --method and for tilewise.patch.
-    The default method is draft. Run it again to go on after an interruption.
+    Run it again to go on after an interruption.
     """
     from tilewise.ui.cli.calibrate import CalibrateRequest, calibrate_request, dry_run_calibrate
 

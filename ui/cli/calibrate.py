@@ -10,10 +10,12 @@ from rich.table import Table
 
 from tilewise import __version__
 from tilewise.pipelines.calibration.calibrate import DENSITIES, Calibration, calibrate, sparse_budget
-from tilewise.pipelines.calibration.profile import RunProfile, Schedule, profile_run
+from tilewise.pipelines.calibration.profile import profile_run
+from tilewise.pipelines.calibration.records import RunProfile, Schedule
 from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import machine
 from tilewise.pipelines.generation.kept_results import KeptResults
+from tilewise.pipelines.generation.resolve import explain_settings
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.loading.load import load_pipeline
 from tilewise.pipelines.loading.revision import model_revision
@@ -78,7 +80,7 @@ def calibrate_request(request: CalibrateRequest) -> None:
             )
         revision, where = model_revision(first.model), machine(work.device, work.dtype)
         said = [revision, where, work.base.to_dict(), dataclasses.astuple(work.schedule), list(DENSITIES)]
-        kept = KeptResults(work.outputs.file.with_suffix(".parts"), "profile", said)
+        kept = KeptResults(work.outputs.file.with_suffix(".parts"), "run", said)
         if there := kept.count(work.jobs):
             notes.note(f"{counted(there, 'run')} of an earlier calibration kept, and not made again")
         with progress_bars(notes) as progress:
@@ -122,16 +124,24 @@ def _check(request: CalibrateRequest) -> Work:
     if not sparse or sparse != list(range(sparse[0], steps)):
         raise ConfigError(f"calibrate covers a run to its end: give --steps-sparse FROM,1, got {config.steps}")
     schedule = Schedule(steps, sparse[0], request.parts)
-    left = sparse_budget(request.budget, schedule)
-    if left < DENSITIES[0]:
-        raise ConfigError(
-            f"calibrate: a budget of {request.budget} leaves {left:.3f} of the pairs to the sparse steps; {DENSITIES[0]} is the "
-            "least that is measured; raise --budget, or keep fewer steps dense"
-        )
+    _check_least(request.budget, sparse_budget(request.budget, schedule), base, config, jobs)
     outputs = Outputs(request.out or FILE, given=request.out is not None, force=request.force).free()
     check_writable(outputs.file, suffix=".json")
     outputs.check()
     return Work(**vars(jobs), base=base, schedule=schedule, outputs=outputs)
+
+
+def _check_least(budget: float, left: float, base: BlockSelectionMethod, config: Config, jobs: PromptJobs) -> None:
+    """Raises ConfigError for a budget below what heads at the lowest density keep: that, or what the method always keeps."""
+    lowest = dataclasses.replace(base, density=DENSITIES[0], recall=None)
+    first = dataclasses.replace(jobs.jobs[0], method=dataclasses.replace(config, method=lowest))
+    told = explain_settings(jobs.skeleton, first)
+    if any(row.sparse_layers for row in told.rows) and left < told.density:
+        raise ConfigError(
+            f"calibrate: a budget of {budget} leaves {left:.3f} of the pairs to the sparse steps; {told.density:.3g} is the "
+            f"least that they keep at this size, with always={', '.join(base.always) or 'none'}; raise --budget, or keep fewer "
+            "steps dense"
+        )
 
 
 def _base(config: Config) -> BlockSelectionMethod:

@@ -58,6 +58,26 @@ def _pairs(layout: Layout, names: tuple[str, ...], last: int) -> torch.Tensor:
     return kept
 
 
+def tokens_always_kept(layout: Layout, names: tuple[str, ...], window: WindowKeys | None = None) -> torch.Tensor:
+    """(Nq,) float64 on the CPU: tokens that each query block sees in any case. The arguments are those of ``always_kept``."""
+
+    def make() -> torch.Tensor:
+        keys = layout if window is None else window.layout
+        always = always_kept(layout, names, torch.device("cpu"), window)
+        return (always.float() @ keys.block_rows.float()).double()  # whole numbers below 2²⁴
+
+    return (layout.cached if window is None else window.cached)(("tokens always kept", names), make)
+
+
+def kept_by_rows(layout: Layout, names: tuple[str, ...], levels: tuple[float, ...]) -> tuple[float, ...]:
+    """Share of a head's pairs that each level keeps, text included: every row of video keeps so much of its own, but never less
+    than in any case (``names``, text and one block)."""
+    rows, text = layout.block_rows.double(), layout.is_text
+    least = tokens_always_kept(layout, names).clamp_min(float(rows[~text].mean())) / rows.sum()  # of each query block
+    kept = [torch.where(text, 1.0, least.clamp_min(level)) for level in levels]
+    return tuple(float(each @ rows / rows.sum()) for each in kept)
+
+
 def nearness(layout: Layout, device: torch.device) -> torch.Tensor:
     """(N, N) int64 on ``device``: place of key block j among the blocks of the video by distance from query block i, itself 0.
 

@@ -15,7 +15,7 @@ import torch
 from tilewise.kernels.plans.layout import Layout
 from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.methods.dynamic.always_keep import always_kept
+from tilewise.plugins.methods.dynamic.always_keep import tokens_always_kept
 from tilewise.plugins.methods.dynamic.map_method import MapMethod
 from tilewise.plugins.methods.dynamic.options import DEFAULT_DENSITY, fraction
 
@@ -65,9 +65,9 @@ class DensityMethod(MapMethod):
             return wanted
         bounds = self._bounds(layout, heads, device, window)
         found = wanted if bounds is None else min(wanted, bounds.plan.density)
-        if window is None:
+        if window is None and bounds is not None:
             return found
-        rows = [table.block_table(device)[1].double() for table in (layout, window.layout)]
-        always = always_kept(layout, self.always, device, window).double()
-        least = rows[0] @ always @ rows[1] / (rows[0].sum() * rows[1].sum())
-        return max(found, float(least))  # memory and sink are kept whatever the density
+        keys = layout if window is None else window.layout
+        queries = layout.block_rows.double()
+        least = queries @ tokens_always_kept(layout, self.always, window) / (queries.sum() * keys.block_rows.sum())
+        return max(found, float(least))  # kept whatever the density

@@ -88,12 +88,16 @@ class Candidates:
     key_text: torch.Tensor
 
     def density_of_rows(self, density: float) -> float:
-        """What the rows of video must keep for the whole to keep ``density``: those of text keep everything."""
-        grid = self.layout.grid
-        if not grid.text:
-            return density
-        text = grid.text / grid.tokens
-        return min(1.0, max((density - text) / (1 - text), 1 / grid.tokens))
+        """See the function of this name."""
+        return density_of_rows(self.layout.grid, density)
+
+
+def density_of_rows(grid: Grid, density: float) -> float:
+    """What the rows of video must keep for the whole to keep ``density``: those of text keep everything."""
+    if not grid.text:
+        return density
+    text = grid.text / grid.tokens
+    return min(1.0, max((density - text) / (1 - text), 1 / grid.tokens))
 
 
 @dataclass(frozen=True)

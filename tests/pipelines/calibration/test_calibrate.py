@@ -13,7 +13,8 @@ from diffusers import UniPCMultistepScheduler
 import tilewise
 from tilewise.kernels.plans.layout import Grid
 from tilewise.pipelines.calibration.calibrate import calibrate
-from tilewise.pipelines.calibration.profile import RunProfile, Schedule, head_errors, profile_run
+from tilewise.pipelines.calibration.profile import head_errors, profile_run
+from tilewise.pipelines.calibration.records import RunProfile, Schedule
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.plugins.config import Config
@@ -58,7 +59,7 @@ def test_errors_of_heads_are_those_of_a_naive_mask(kind):
     shape = 1, layout.grid.tokens, 4, 16
     q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
     weight = torch.randn(4, 16, 24, generator=generator)  # a head's rows of the output projection
-    found, output = head_errors(base, (0.3, 1.0), layout, (q, k, v), 0.5, weight @ weight.transpose(1, 2))
+    found = head_errors(base, (0.3, 1.0), layout, (q, k, v), 0.5, weight @ weight.transpose(1, 2))
     plan = dataclasses.replace(base, density=0.3).plan_call(layout, q, k, v, 0.5, {}, 0).plan
     mask = plan.to_mask(4)
     scores = torch.einsum("bshd,bthd->bhst", q.double(), k.double()) * 0.5
@@ -66,9 +67,10 @@ def test_errors_of_heads_are_those_of_a_naive_mask(kind):
         torch.einsum("bhst,bthd,hdc->hsc", s.softmax(-1), v.double(), weight.double())
         for s in (scores, scores.masked_fill(~mask, -torch.inf))
     )
-    torch.testing.assert_close(found[:, 0], (sparse - exact).square().sum((1, 2)), rtol=1e-3, atol=1e-3)
-    assert found[:, 1].tolist() == [0.0] * 4
-    assert output == pytest.approx(float(exact.square().sum()), rel=1e-4)
+    torch.testing.assert_close(found.errors[:, 0], (sparse - exact).square().sum((1, 2)), rtol=1e-3, atol=1e-3)
+    assert found.errors[:, 1].tolist() == [0.0] * 4 and found.kept[:, 1].tolist() == [1.0] * 4
+    torch.testing.assert_close(found.kept[:, 0], mask[0].double().mean((1, 2)), rtol=1e-6, atol=0)
+    assert found.output == pytest.approx(float(exact.square().sum()), rel=1e-4)
 
 
 def test_a_run_tells_of_each_part_and_layer_and_leaves_no_trace(pipe, run):
@@ -95,11 +97,13 @@ def planted(run: RunProfile) -> RunProfile:
 
 
 def test_heads_get_what_they_need(pipe, settings, run):
-    made = calibrate([planted(run)], BASE, SCHEDULE, budget=0.2 + 0.8 * (0.1 * 6 + 1.0 * 2) / 8, densities=DENSITIES)
+    (low,) = {round(float(kept) / 320**2, 6) for found in run.denoisers[0].kept.values() for kept in found[:, 0]}
+    share = (low * 6 + 1.0 * 2) / 8
+    made = calibrate([planted(run)], BASE, SCHEDULE, budget=0.2 + 0.8 * share + 1e-6, densities=DENSITIES)
     method = made.config.method
     assert isinstance(method, Calibrated) and made.config.steps == (0.2, 1.0)
     assert method.tables[0].heads == (("02", "00"), ("02", "00"))
-    assert (made.error, made.density) == (0.0, pytest.approx(0.2 + 0.8 * 0.325)) and made.uniform > 0.01
+    assert (made.error, made.density) == (0.0, pytest.approx(0.2 + 0.8 * share, abs=2e-6)) and made.uniform > 0.01
     tilewise.patch(pipe, made.config)
     try:
         with tilewise.watch(pipe) as calls:
@@ -114,10 +118,56 @@ def test_heads_get_what_they_need(pipe, settings, run):
         assert (low < 0.2).all() and (call.block or by_head[1] == 1)
 
 
+@pytest.mark.parametrize(
+    ("base", "size", "budget"),
+    [
+        (Draft(tile=(1, 4, 4), min_tokens=0, always=("self", "neighbours")), {}, 0.45),
+        (Draft(tile=(1, 4, 4), min_tokens=0, always=("self", "first-frame")), {}, 0.6),
+        (Draft(min_tokens=0), {"height": 48, "width": 48, "frames": 5}, 0.5),  # 12 blocks, of 4 to 16 tokens
+    ],
+)
+def test_no_clip_keeps_more_than_the_budget(pipe, settings, base, size, budget):
+    settings = dataclasses.replace(settings, method=Config(base), **size)
+    found = profile_run(pipe, settings, base, DENSITIES, SCHEDULE)
+    made = calibrate([found], base, SCHEDULE, budget=budget, densities=DENSITIES)
+    more = {"height": settings.height, "width": settings.width, "num_frames": settings.frames}
+    with tilewise.patched(pipe, made.config):
+        run_of(pipe, settings, **more)
+        kept = tilewise.summary(pipe).overall_density
+    assert made.density <= budget and kept == pytest.approx(made.density, abs=0.01)
+    assert kept > 0.85 * budget
+    told = tilewise.explain(
+        pipe, method=made.config, height=settings.height, width=settings.width, frames=settings.frames
+    )
+    assert 0.2 + 0.8 * told.density == pytest.approx(kept, abs=0.03)
+
+
+@pytest.mark.parametrize("boundary", [0.55, 0.8, 0.87, 0.95, 0.2])
+def test_two_denoisers_share_a_run(settings, boundary):
+    """Wherever the border is: in the middle of a part, before or after the step that is measured, in the dense steps."""
+    pipe = tiny_wan.tiny_pipeline(boundary_ratio=boundary)
+    found = profile_run(pipe, settings, BASE, DENSITIES, SCHEDULE)
+    made = calibrate([found], BASE, SCHEDULE, budget=0.5, densities=DENSITIES)
+    with tilewise.patched(pipe, made.config):
+        run_of(pipe, settings)
+        told = tilewise.summary(pipe)
+    assert told.overall_density == pytest.approx(made.density, abs=0.02) and made.density <= 0.5
+    sigmas = [float(t) / 1000 for t in pipe.scheduler.timesteps]
+    for number, profile in enumerate(found.denoisers):
+        ran = [step for step, sigma in enumerate(sigmas) if (sigma < boundary) == bool(number)]
+        assert profile.steps == ran[: len(profile.steps)]
+        steps = [found.steps_of(number, part, SCHEDULE) for part in range(2)]
+        assert steps == [sum(step in part for step in ran) for part in ((1, 2), (3, 4))]
+        if sum(steps):  # it chose something for each part, whether it ran there or not
+            levels = made.config.method.tables[number].heads
+            assert profile.errors and any(set("".join(level)) != {"2"} for level in levels)
+
+
 def run_of(pipe, settings, **more):
     return pipe(
-        settings.prompt, width=64, guidance_scale=3.0, max_sequence_length=16, output_type="latent",
-        generator=torch.Generator().manual_seed(0), **{"num_inference_steps": 5, "height": 64, "num_frames": 9, **more},
+        settings.prompt, guidance_scale=3.0, max_sequence_length=16, output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+        **{"num_inference_steps": 5, "height": 64, "width": 64, "num_frames": 9, **more},
     ).frames  # fmt: skip
 
 
@@ -189,6 +239,21 @@ def test_what_cannot_be(pipe, settings, run):
         Calibrated()
     with pytest.raises(ConfigError, match="sta cannot have a density for each head"):
         Calibrated(base={"name": "sta"}, densities=(1.0,), tables=({},))
+    told = calibrate([run], BASE, SCHEDULE, budget=0.5, densities=DENSITIES).config.to_dict()
+    (table,) = told["method"]["tables"]
+    for option, value, why in (
+        ("tables", 5, "tables must be a list, one for each denoiser, got 5"),
+        ("tables", "abc", "tables must be a list, one for each denoiser, got 'abc'"),
+        ("tables", [5], "a table has the keys 'denoiser' and 'heads', got 5"),
+        ("tables", [{**table, "heads": [["0", 1]]}], "the heads of a table are lists of text"),
+        ("tables", [{**table, "heads": "00"}], "the heads of a table are lists of text"),
+        ("tables", [{**table, "denoiser": 5}], "not the fingerprint of a denoiser"),
+        ("noise", 5, r"noise must be rising numbers in \(0, 1\], got 5"),
+        ("densities", "0.1", "densities must be rising numbers"),
+        ("base", 5, "5 cannot have a density for each head"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            Config.from_dict({**told, "method": {**told["method"], option: value}})
     with pytest.raises(ConfigError, match="head_density has 3 densities, but the layer has 2 heads"):
         tilewise.patch(pipe, Draft(head_density=(0.1, 0.2, 0.3)))
     with pytest.raises(ConfigError, match="nothing to calibrate"):

@@ -9,6 +9,7 @@ import math
 import pytest
 import test_hunyuan_video as hunyuan
 import test_unet as unet
+import tiny_wan
 import torch
 from family_checks import forward
 from torch import nn
@@ -68,8 +69,8 @@ def test_errors_of_all_queries_are_those_of_the_sparse_call(key_heads, weighed, 
     for b, (n, by) in itertools.product(range(2), enumerate(("error", "mass"))):
         one, gram = slice(b, b + 1), projection_gram(module, 4)
         ranked = Draft(tile=TILE, min_tokens=0, each=True, rank=by)
-        errors, size = head_errors(ranked, densities, layout, (q[one], k[one], v[one]), 0.25, gram)
-        torch.testing.assert_close(found[b, :, n], (errors / size).float(), rtol=1e-4, atol=1e-6)
+        whole = head_errors(ranked, densities, layout, (q[one], k[one], v[one]), 0.25, gram)
+        torch.testing.assert_close(found[b, :, n], (whole.errors / whole.output).float(), rtol=1e-4, atol=1e-6)
 
 
 def test_each_head_has_its_ranking():
@@ -230,6 +231,18 @@ def test_one_step_and_no_dense_ones(tiny_pipe):
     clips(tiny_pipe, steps=1)
     told = tilewise.summary(tiny_pipe)
     assert {row.kind for row in told.rows} == {"sparse"} and told.density == pytest.approx(0.3, abs=0.1)
+
+
+def test_two_denoisers_and_branches_have_budgets_of_their_own():
+    pipe = tiny_wan.tiny_pipeline(boundary_ratio=0.8)
+    tilewise.patch(pipe, AUTO, strict=True)
+    clips(pipe, steps=8)
+    rows = [row for row in tilewise.summary(pipe).rows if row.kind == "sparse"]
+    for name in ("transformer", "transformer_2"):
+        own = [row for row in rows if row.denoiser == name]
+        assert sum(row.density * row.pairs for row in own) / sum(row.pairs for row in own) == pytest.approx(
+            0.3, abs=0.02
+        )
 
 
 def test_a_density_of_one_is_dense(tiny_pipe):

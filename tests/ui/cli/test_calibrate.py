@@ -65,7 +65,8 @@ def test_interrupted_continued_and_used(words, tmp_path, tiny_pipe_dir, monkeypa
         (["--budget", "0.2"], "the first 1 of 4 steps stay dense and take 0.250 of all pairs"),
         (["--method", "sta"], "sta cannot have a density for each head"),
         (["--density", "0.1"], "leave density out, got 0.1"),
-        (["--budget", "0.26"], "leaves 0.013 of the pairs to the sparse steps; 0.02 is the least"),
+        (["--budget", "0.26"], "leaves 0.013 of the pairs to the sparse steps; 0.05 is the least"),
+        (["--budget", "0.4", "--set", "always=self,neighbours"], "0.23 is the least that they keep at this size"),
         (["--parts", "4"], "3 sparse steps of 4 cannot be divided into 4 parts"),
         (["--blocks", "1:"], "leave --blocks out"),
         (["--cache", "first-block"], "leave --cache out"),
@@ -79,6 +80,12 @@ def test_bad_input_is_refused_before_weights_are_read(words, more, why, monkeypa
     result, said = invoke(*words, *more)
     assert result.exit_code == 2 and why in said, said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.txt"]
+
+
+def test_the_help_names_its_own_default(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    _, said = invoke("calibrate", "--help")
+    assert "draft or xattention" in said and "[default: (draft)]" in said and "sta-balanced" not in said
 
 
 def test_no_prompts(words, tmp_path):

@@ -74,7 +74,8 @@ class StreamMemory:
         )
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "KV cache": self.cache, "forward": self.forward, "decoding": self.decode}
+        kept = "KV cache" if self.latent else "keys of earlier windows"
+        parts = {"weights": self.weights, kept: self.cache, "forward": self.forward, "decoding": self.decode}
         told = ", ".join(f"{name} {amount(size)}" for name, size in parts.items() if size)
         return f"{amount(self.needed)} needed on {self.device} ({told}), {amount(self.free)} free"
 

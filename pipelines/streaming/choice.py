@@ -11,7 +11,7 @@ from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.streaming.kv_cache import KVCache
 
-OPTIONS = ("way", "window", "overlap", "steps", "guidance", "adain", "prefix_noise")  # of windows
+OPTIONS = ("way", "window", "overlap", "steps", "guidance", "adain", "prefix_noise", "sink", "previous")  # of windows
 
 
 def choose_recipe(
@@ -47,6 +47,7 @@ def choose_recipe(
         name = next(iter(said))
         instead = {
             "window": "give cache=KVCache(window=…)",
+            "sink": "give cache=KVCache(window=…, sink=…)",
             "guidance": "give a recipe with it",
             "steps": "its passes are the recipe's timesteps",
         }

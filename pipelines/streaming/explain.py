@@ -168,7 +168,7 @@ def explain_stream(
     Args:
         device: of a skeleton: where it would be loaded. Default: where the pipeline is, or a GPU if there is one.
         edits: whether it changes a video.
-        windows: way, window, overlap, steps, guidance, adain and prefix_noise of ``stream``.
+        windows: way, window, overlap, steps, guidance, adain, prefix_noise, sink and previous of ``stream``.
 
     Raises:
         ConfigError, UnsupportedModelError: as ``stream`` does. A stream without room is told, not refused

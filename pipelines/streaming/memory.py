@@ -11,6 +11,8 @@ from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.latent_spaces.base import LatentSpace
 from tilewise.pipelines.memory.stream_plan import StreamMemory, plan_stream
 from tilewise.pipelines.streaming.recipe import CausalRecipe
+from tilewise.pipelines.streaming.windows.earlier import earlier_bytes
+from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.explain import expected_device
 from tilewise.plugins.models.common.family import Size
@@ -99,12 +101,13 @@ def window_memory(
     pipe: Any,
     space: LatentSpace,
     settings: GenerateSettings,
+    recipe: WindowRecipe,
     *,
     device: str | torch.device | None = None,
     decode_device: str | torch.device | None = None,
     own_vae: bool = True,
 ) -> StreamMemory:
-    """What a stream of windows takes: no cache, and a forward over a whole window; arguments as for ``memory_of``.
+    """What a stream of windows takes: a forward over a whole window, and keys of earlier ones; arguments as for ``memory_of``.
 
     settings: of a clip that is a window.
     """
@@ -115,8 +118,10 @@ def window_memory(
     if device is None:
         device = expected_device(first) if first.device.type == "meta" else execution_device(pipe, pipe.device)
     latents = space.shape(pipe, settings.height, settings.width, settings.frames)[0]
+    earlier = earlier_bytes(pipe, recipe, grid)
+    more = ("a smaller sink, or previous, whose keys are kept for each step",) if earlier else ()
     return plan_stream(
-        pipe, space, cache=0, latent=0, between=0, tokens=grid.video, chunk=latents, window=latents, sink=0,
+        pipe, space, cache=earlier, latent=0, between=0, tokens=grid.video, chunk=latents, window=latents, sink=0,
         size=(settings.height, settings.width), device=torch.device(device),
-        decode_device=None if decode_device is None else torch.device(decode_device), own_vae=own_vae, exact=False,
+        decode_device=None if decode_device is None else torch.device(decode_device), own_vae=own_vae, more=more, exact=False,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from tilewise.pipelines.streaming.prompts import Prompts
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.sampler import CausalSampler, TextStates
 from tilewise.pipelines.streaming.source import ChunkSource
+from tilewise.pipelines.streaming.windows.earlier import earlier_keys
 from tilewise.pipelines.streaming.windows.plan import check_start, check_windows, warn, window_settings, window_space
 from tilewise.pipelines.streaming.windows.prompts import WindowPrompts
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
@@ -125,8 +126,9 @@ class WindowOpening:
 
     def memory(self, decode_device: torch.device, own_vae: bool) -> StreamMemory:
         return window_memory(
-            self.pipe, self.space, self.settings, device=self.asked.device, decode_device=decode_device, own_vae=own_vae
-        )
+            self.pipe, self.space, self.settings, self.recipe, device=self.asked.device, decode_device=decode_device,
+            own_vae=own_vae,
+        )  # fmt: skip
 
     def open(self, undo: contextlib.ExitStack, picture: NDArray[np.float32] | None) -> ChunkSource:
         frames, temporal = self.asked.frames, self.space.factors(self.pipe)[1]
@@ -136,6 +138,7 @@ class WindowOpening:
             self.settings,
             self.way,
             prefix_noise=self.recipe.prefix_noise,
+            earlier=undo.enter_context(earlier_keys(self.pipe, self.recipe)),
             generator=torch.Generator("cpu").manual_seed(self.asked.seed),
         )
         return WindowSource(

@@ -30,6 +30,7 @@ from tilewise.pipelines.streaming.settings import StreamSettings
 from tilewise.pipelines.streaming.stream import stream
 from tilewise.pipelines.streaming.video_in import check_edit, length_of_video
 from tilewise.pipelines.streaming.video_stream import VideoStream
+from tilewise.pipelines.streaming.windows.earlier import check_earlier
 from tilewise.pipelines.streaming.windows.explain import WindowExplanation
 from tilewise.pipelines.streaming.windows.plan import (
     UNTRAINED,
@@ -150,6 +151,7 @@ def prepare(
     config = resolve(method)
     if isinstance(found, WindowRecipe):
         found = found.replace(height=height, width=width)
+        check_earlier(found, config)
         used = denoisers_of(skeleton)
     else:
         check_stream(
@@ -262,7 +264,7 @@ def check_memory(skeleton: Any, work: StreamWork, device: torch.device) -> None:
     own_vae = work.settings.decode == OWN_VAE
     if isinstance(recipe, WindowRecipe):
         window_memory(
-            skeleton, window_space(skeleton), window_of(skeleton, recipe, work.settings), device=device,
+            skeleton, window_space(skeleton), window_of(skeleton, recipe, work.settings), recipe, device=device,
             decode_device=work.options.decode_device, own_vae=own_vae,
         ).check()  # fmt: skip
         return

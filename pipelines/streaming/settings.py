@@ -19,8 +19,8 @@ POLICIES = ("adaptive", "dual_ema", "ema", "fixed", "reference", "shot")
 MOST_SECONDS = 10**7
 WAYS = ("condition", "prefix", "renoised")
 RECIPES_OWN = "the recipe's"
-LEAST = {"chunk": 1, "window": 1, "sink": 0, "memory": 0, "overlap": 1, "steps": 1, "prompt_over": 1}
-OF_WINDOWS = ("way", "window", "overlap", "adain", "prefix_noise", "steps")
+LEAST = {"chunk": 1, "window": 1, "sink": 0, "memory": 0, "overlap": 1, "previous": 0, "steps": 1, "prompt_over": 1}
+OF_WINDOWS = ("way", "window", "overlap", "adain", "prefix_noise", "sink", "previous", "steps")
 OF_RECIPE = ("chunk", "window", "sink", "memory", "sink_position", "policy")
 
 
@@ -42,7 +42,8 @@ class StreamSettings:
         recipe: name of a published recipe; None: what the checkpoint's files say.
         seconds: length of the video.
         chunk, window, sink, memory, sink_position, policy: see ``CausalRecipe``. storage: see ``KVCache``.
-        way, overlap, adain, prefix_noise, steps: see ``WindowRecipe``, which has a window too. A way makes windows of any model.
+        way, overlap, adain, prefix_noise, previous, steps: see ``WindowRecipe``, which has window and sink too. A way makes
+            windows of any model.
         prompt_at: changes of the prompt, each "TIME=TEXT" with TIME in seconds ("10s", "1.5s", "10"), rising, within the video.
         prompt_change, prompt_over: how they are made, and in how many chunks by "blend"; see ``VideoStream.set_prompt``.
         decode_device: where frames are decoded; None: with the rest.
@@ -63,7 +64,11 @@ class StreamSettings:
     seconds: float | None = option(None, help="Length of the video.")
     chunk: int | None = option(None, help="Latent frames of a chunk.", shown_default=RECIPES_OWN)
     window: int | None = option(None, help="Latent frames that a chunk attends to.", shown_default=RECIPES_OWN)
-    sink: int | None = option(None, help="First latent frames that stay in the window.", shown_default=RECIPES_OWN)
+    sink: int | None = option(
+        None,
+        help="First latent frames that stay in the window, or that later windows attend to.",
+        shown_default=RECIPES_OWN,
+    )
     memory: int | None = option(
         None, help="Latent frames beside the window, for averages of what left it.", shown_default=RECIPES_OWN
     )
@@ -92,6 +97,10 @@ class StreamSettings:
     prefix_noise: float | None = option(
         None, help="Against drift of windows: noise level of the frames in front, way prefix.", shown_default="0"
     )
+    previous: int | None = option(
+        None, help="Latent frames of the window before, in front of the overlap, that a window attends to.",
+        shown_default="0",
+    )  # fmt: skip
     steps: int | None = option(None, help="Denoising steps of a window.", shown_default="the model's own")
     prompt_at: tuple[str, ...] = option(
         (),
@@ -147,8 +156,9 @@ class StreamSettings:
         why: what it is then.
         """
         usual = StreamSettings()
-        causal = ("causal", "recipe", *(name for name in OF_RECIPE if name != "window"), "storage")
-        for name in causal if windows else (name for name in OF_WINDOWS if name != "window"):
+        of_causal = ("causal", "recipe", *OF_RECIPE, "storage")
+        others, own = (of_causal, OF_WINDOWS) if windows else (OF_WINDOWS, of_causal)
+        for name in (name for name in others if name not in own):
             if getattr(self, name) != getattr(usual, name):
                 option = f"--{name.replace('_', '-')}"
                 of = "causal checkpoints" if windows else "windows"

@@ -62,6 +62,8 @@ def stream(
     guidance: float | None = None,
     adain: float | None = None,
     prefix_noise: float | None = None,
+    sink: int | None = None,
+    previous: int | None = None,
 ) -> VideoStream:
     """Make a video chunk by chunk, for as long as you like, in constant memory.
 
@@ -93,9 +95,9 @@ def stream(
         decode_device: where that decodes, such as "cuda:1"; a VAE is moved there while the stream is open. Default: where the
             VAE is.
         max_sequence_length: text tokens. Default: the model's.
-        way, window, overlap, steps, guidance, adain, prefix_noise: of windows; see ``WindowRecipe``. Lengths are in latent
-            frames. Default: the way that the model was trained for or can go, and the model's own. ``way`` makes windows of a
-            pipeline with a causal checkpoint too.
+        way, window, overlap, steps, guidance, adain, prefix_noise, sink, previous: of windows; see ``WindowRecipe``. Lengths are
+            in latent frames. Default: the way that the model was trained for or can go, and the model's own. ``way`` makes
+            windows of a pipeline with a causal checkpoint too.
 
     Returns:
         An iterator of ``Chunk``, and a context manager.
@@ -111,7 +113,7 @@ def stream(
         raise ConfigError("stream: the prompt is empty: say what the video should show")
     recipe = choose_recipe(
         pipe, recipe, way=way, window=window, overlap=overlap, steps=steps, guidance=guidance, adain=adain,
-        prefix_noise=prefix_noise, cache=cache, chunk=chunk,
+        prefix_noise=prefix_noise, sink=sink, previous=previous, cache=cache, chunk=chunk,
     )  # fmt: skip
     refuse_split("stream", denoisers_of(pipe), "a stream is made by one process", halves=True)
     fps = float(recipe.fps) if fps is None else fps

@@ -40,7 +40,8 @@ from tilewise.plugins.runtime.call_stats import (
     Call,
     CallKind,
 )
-from tilewise.plugins.runtime.dense_call import Stock, attend_dense, forbid
+from tilewise.plugins.runtime.dense_call import Stock, attend_dense, attend_dense_window, forbid
+from tilewise.plugins.runtime.earlier_keys import KV, seen_besides
 from tilewise.plugins.runtime.forward_state import ForwardState
 from tilewise.plugins.runtime.joint_text import (
     attend_with_text_partial,
@@ -97,8 +98,12 @@ class AttentionCalls:
             for edit in state.edits:
                 out = edit(number, request.value, out)
             return out
-        if state.window is not None or state.guide is not None or state.forward.global_path:
-            what = "a KV cache" if state.window is not None else "a global path"
+        beside = {
+            "a KV cache": state.window is not None,
+            "keys of earlier windows": state.earlier is not None,
+            "a global path": state.guide is not None or state.forward.global_path,
+        }
+        if what := next((name for name, there in beside.items() if there), None):
             raise TilewiseError(
                 f"{state.name}: {what} does not run under context parallelism; give a denoiser without it"
             )
@@ -118,6 +123,9 @@ class AttentionCalls:
         forward = state.forward
         if state.window is not None:
             return attend_window(state, number, state.window, request, stock)
+        earlier = None
+        if state.earlier is not None and layer.downsample is None:
+            earlier = state.earlier.of_call(number, request, forward.whole)
         if forward.global_path:
             kind, request = self._beside_global_path(layer, request)
         elif not forward.runs:
@@ -132,14 +140,17 @@ class AttentionCalls:
         else:
             prepared = self._prepare(layer, request)
             if isinstance(prepared, Prepared):
-                out = self._sparse(number, prepared, request)
+                out = self._sparse(number, prepared, request, earlier)
                 if isinstance(out, torch.Tensor):
                     return out
                 prepared = out
             kind = prepared
             forbid(state, layer, request, kind)
         request, rank_order = self._for_dense(_in_model_order(request))
-        out = attend_dense(state, number, replace(kind, fused=request.fused), request, stock)
+        kind = replace(kind, fused=request.fused)
+        if earlier is not None:
+            return attend_dense_window(state, number, kind, seen_besides(request, earlier), stock)
+        out = attend_dense(state, number, kind, request, stock)
         return out if rank_order is None else reorder_tokens([out], rank_order.inverse)[0]
 
     def _for_dense(self, request: AttentionRequest) -> tuple[AttentionRequest, RankOrder | None]:
@@ -169,8 +180,10 @@ class AttentionCalls:
 
     # ── sparse ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _sparse(self, number: int, prepared: Prepared, request: AttentionRequest) -> torch.Tensor | CallKind:
-        """The output; or what the call counts as, where no kernel takes it."""
+    def _sparse(
+        self, number: int, prepared: Prepared, request: AttentionRequest, earlier: KV | None
+    ) -> torch.Tensor | CallKind:
+        """The output; or what the call counts as, where no kernel takes it. earlier: what all queries see besides."""
         state, (there, back) = self.state, prepared.order
         try:
             with state.call_stats.record(number, prepared.kind, request.query, request.key) as call:
@@ -180,17 +193,21 @@ class AttentionCalls:
                     whole = request.query, request.key, reorder_tokens([request.value], there)[0]
                 call.density, call.cost = prepared.density, prepared.cost
                 if prepared.parts is None:
-                    out = self._planned_now(call, number, prepared, whole, request.fused)
+                    out = self._planned_now(call, number, prepared, whole, request.fused, earlier)
                 else:
-                    out = self._run(number, prepared.parts, whole, prepared.scale)
+                    out = self._run(number, prepared.parts, whole, prepared.scale, earlier)
+                if earlier is not None:
+                    call.extra += earlier[0].shape[1] / request.key.shape[1]
                 return reorder_tokens([out], back)[0]
         except UnsupportedPlanError as error:
             return CallKind(FALLBACK, reason=str(error))
 
-    def _run(self, number: int, parts: list[Part], whole: QKV, scale: float | None) -> torch.Tensor:
+    def _run(
+        self, number: int, parts: list[Part], whole: QKV, scale: float | None, earlier: KV | None = None
+    ) -> torch.Tensor:
         first = parts[0]
-        beside = first.planned.compensation, first.planned.around, first.plan.far
-        alone = first.group.tokens is first.group.samples is None and beside == (None, None, None)
+        beside = first.planned.compensation, first.planned.around, first.plan.far, earlier
+        alone = first.group.tokens is first.group.samples is None and beside == (None, None, None, None)
         if alone:  # one plan, and nothing beside it
             taken: list[Any] = [whole]
             if first.choice.backend in PRECISIONS:
@@ -199,7 +216,7 @@ class AttentionCalls:
                 out = block_sparse_attention(*whole, first.planned.plan, scale=scale, backend=first.choice)
         else:
             taken = [part.group.take(*whole) for part in parts]
-            out = run_parts(parts, taken, whole, scale)
+            out = run_parts(parts, taken, whole, scale, earlier)
         if self.state.observers:
             for part, qkv in zip(parts, taken, strict=True):
                 shown = part.planned.around is None or not part.planned.around.moves_tokens
@@ -207,7 +224,9 @@ class AttentionCalls:
                 self.state.observe(number, SPARSE, qkv, layout=part.layout, plan=plan, draft=draft)
         return out
 
-    def _planned_now(self, call: Call, number: int, prepared: Prepared, whole: QKV, fused: bool) -> torch.Tensor:
+    def _planned_now(
+        self, call: Call, number: int, prepared: Prepared, whole: QKV, fused: bool, earlier: KV | None
+    ) -> torch.Tensor:
         """A call whose plan is made from its queries and keys, or that a global path's text takes part in."""
         state, groups, layout, scale = self.state, prepared.groups, prepared.layout, prepared.scale
         query = whole[0]
@@ -223,7 +242,7 @@ class AttentionCalls:
         else:
             planned = [Planned(state.plan(own, query.shape[2], query.device)) for own in layouts]
         parts, kind = self.planner.parts_of(groups, layouts, planned, taken, fused)
-        out = self._run(number, parts, whole, scale)
+        out = self._run(number, parts, whole, scale, earlier)
         if isinstance(method, DynamicMethod):
             call.values, call.means = measured(parts, query.shape[0]), means_for_key(parts, query.shape[0])
             if state.forward.heads is None:

@@ -52,3 +52,19 @@ def attend_dense(
         )  # fmt: skip
     state.observe(number, kind.kind, request.qkv)
     return out
+
+
+def attend_dense_window(
+    state: ForwardState, number: int, kind: CallKind, request: AttentionRequest, stock: Stock
+) -> torch.Tensor:
+    """The same for a call with more keys than queries, of a window of frames."""
+    takes = request.attn_mask is None and dense_backend.takes(request, window=True)
+    if state.config.fuse and takes and overriding_mode() is None:
+        with state.call_stats.record(number, None, request.query, request.key) as call:
+            out = dense_backend.attend_window(request, state.plans.dense_plan)
+            if out is not None:
+                call.kind = replace(kind, backend=dense_backend.HOPPER.name)
+        if out is not None:
+            state.observe(number, kind.kind, request.qkv)
+            return out
+    return attend_dense(state, number, kind, request, stock)

@@ -27,6 +27,7 @@ from tilewise.plugins.methods.base import DynamicMethod, Method, of_heads
 from tilewise.plugins.methods.dynamic.step_memory import Memories
 from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime.call_stats import CallStats
+from tilewise.plugins.runtime.earlier_keys import EarlierKeys
 from tilewise.plugins.runtime.joint_text import TextGuide
 from tilewise.plugins.runtime.key_value_window import KeyValueWindow
 from tilewise.plugins.runtime.observers import ObservedCall, Observer
@@ -84,7 +85,7 @@ class ForwardState:
         plans: token orders and plans on the device. observers: called after every attention call.
         edits: of additions, each given a layer's number, the values and the output of its call; they return another output.
         guide: beside a global path, where text is part of the sequence. memories: of a dynamic method.
-        window: of a KV cache, while a denoiser makes a video chunk by chunk.
+        window: of a KV cache, while a denoiser makes a video chunk by chunk. earlier: while it makes one window after another.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class ForwardState:
         self.guide: TextGuide | None = None
         self.memories = Memories()
         self.window: KeyValueWindow | None = None
+        self.earlier: EarlierKeys | None = None
         self.text_per_sample = text_per_sample
         self.one_tensor = one_tensor
         self._parallel = parallel
@@ -136,6 +138,8 @@ class ForwardState:
     def begin(self, grid: Grid | None, timestep: torch.Tensor, refused: str | None = None) -> None:
         """Begin a forward over ``grid`` at ``timestep``; ``refused``: why no call of it can be sparse."""
         forward = self.forward
+        if self.earlier is not None:
+            self.earlier.begin()
         forward.whole = grid
         forward.asked.clear()
         forward.map = None

@@ -7,6 +7,7 @@ means that stand for the blocks that a dynamic method skips or for what a window
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,18 +88,18 @@ def run_plan(qkv: QKV, plan: BlockPlan, choice: Choice, scale: float | None, ret
 
 
 def run_part(
-    qkv: QKV, part: Part, scale: float | None, weighed: tuple[torch.Tensor, torch.Tensor, float] | None = None
+    qkv: QKV, part: Part, scale: float | None, weighed: Sequence[tuple[torch.Tensor, torch.Tensor, float]] = ()
 ) -> torch.Tensor:
-    """Attention by one plan, the means of the blocks that it skips, and keys that a mask weighs down by eᶜ, with values."""
-    if weighed is None:
+    """Attention by one plan, the means of the blocks that it skips, and further keys, with values, each weighed down by eᶜ."""
+    if not weighed:
         return run_planned(qkv, part.planned, part.choice, part.layout, scale)
     if (around := part.planned.around) is not None:
         inner = dataclasses.replace(part, planned=dataclasses.replace(part.planned, around=None))
         return around.after(qkv, run_part(around.before(qkv), inner, scale, weighed), scale)
     skipped = part.planned.compensation or far_means(qkv, part.plan)
     out, lse = run_plan(qkv, part.plan, part.choice, scale, return_lse=True)
-    keys, values, weight = weighed
-    out, lse = add_weighed(qkv[0], keys, values, out, lse, weight, scale, part.layout)
+    for keys, values, weight in weighed:
+        out, lse = add_weighed(qkv[0], keys, values, out, lse, weight, scale, part.layout)
     return out if skipped is None else add_means(qkv[0], out, lse, skipped, part.layout, scale)
 
 
@@ -160,19 +161,35 @@ def far_means(qkv: QKV, plan: BlockPlan, dtype: torch.dtype | None = None) -> Bl
     return BlockCompensation(key, value, sets[None].expand(batch, heads, -1, -1), far.lists)
 
 
-def run_parts(parts: list[Part], taken: list[QKV], whole: QKV, scale: float | None) -> torch.Tensor:
-    """Each group of the ``whole`` call, whose tensors are ``taken``, by its own plan; tokens that a mask hides get 0."""
+def run_parts(
+    parts: list[Part],
+    taken: list[QKV],
+    whole: QKV,
+    scale: float | None,
+    earlier: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Each group of the ``whole`` call, whose tensors are ``taken``, by its own plan; tokens that a mask hides get 0.
+
+    earlier: keys and values (B, n, Hk, D) that all queries see besides.
+    """
     if len(parts) == 1 and parts[0].group.is_whole:
-        return run_part(taken[0], parts[0], scale)
+        return run_part(taken[0], parts[0], scale, () if earlier is None else [(*earlier, 0.0)])
     out = torch.zeros_like(whole[0], memory_format=torch.contiguous_format)
     for part, qkv in zip(parts, taken, strict=True):
-        group, weighed = part.group, None
+        group, weighed = part.group, []
+        own = earlier
+        if own is not None and group.samples is not None:
+            own = own[0].index_select(0, group.samples), own[1].index_select(0, group.samples)
+        if own is not None:
+            weighed.append((*own, 0.0))
         if group.weighed is not None:
             positions, weight = group.weighed
             others = dataclasses.replace(group, tokens=positions)
             query, key, value = others.take(*whole)
             _, keys, values = dataclasses.replace(group, tokens=None).take(*whole)
-            weighed = key, value, weight
+            weighed.append((key, value, weight))
+            if own is not None:
+                keys, values = torch.cat([keys, own[0]], 1), torch.cat([values, own[1]], 1)
             others.put(out, attend_all(query, keys, values, scale))
         group.put(out, run_part(qkv, part, scale, weighed))
     return out

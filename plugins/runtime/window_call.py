@@ -17,7 +17,6 @@ from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.masks.padding_mask import Group
 from tilewise.plugins.methods.base import DynamicMethod, Method, Planned
-from tilewise.plugins.runtime import dense_backend
 from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.call_stats import (
     DENSE_LAYER,
@@ -28,11 +27,10 @@ from tilewise.plugins.runtime.call_stats import (
     WINDOW,
     CallKind,
 )
-from tilewise.plugins.runtime.dense_call import Stock, attend_dense, forbid
+from tilewise.plugins.runtime.dense_call import Stock, attend_dense_window, forbid
 from tilewise.plugins.runtime.forward_state import ForwardState
 from tilewise.plugins.runtime.key_value_window import KeyValueWindow
 from tilewise.plugins.runtime.sparse_call import QKV, Part, choose, means_for_key, measured, reordered, run_part
-from tilewise.plugins.torch_compat import overriding_mode
 
 
 def attend_window(
@@ -60,7 +58,7 @@ def attend_window(
     if out is None:
         assert kind is not None
         forbid(state, layer, whole, kind)
-        out = _dense(state, number, replace(kind, fused=request.fused), whole, stock)
+        out = attend_dense_window(state, number, replace(kind, fused=request.fused), whole, stock)
     return out if window.order is None else reorder_tokens([out], window.order[1])[0]
 
 
@@ -130,15 +128,3 @@ def _plan(method: Method, keys: WindowKeys, qkv: QKV, scale: float | None) -> Pl
         return method.plan_call(keys.chunk, *qkv, scale, {}, 0, keys)
     heads, device = query.shape[2], query.device
     return keys.cached(("plan", method, heads, device), lambda: Planned(method.window_plan(keys, heads, device)))
-
-
-def _dense(state: ForwardState, number: int, kind: CallKind, request: AttentionRequest, stock: Stock) -> torch.Tensor:
-    if state.config.fuse and dense_backend.takes(request, window=True) and overriding_mode() is None:
-        with state.call_stats.record(number, None, request.query, request.key) as call:
-            out = dense_backend.attend_window(request, state.plans.dense_plan)
-            if out is not None:
-                call.kind = replace(kind, backend=dense_backend.HOPPER.name)
-        if out is not None:
-            state.observe(number, kind.kind, request.qkv)
-            return out
-    return attend_dense(state, number, kind, request, stock)

@@ -98,7 +98,9 @@ def print_stream(made: Recorded) -> None:
             "video in", f"strength {settings.strength:g}, latency of a chunk at most {seconds['latency']:.2f} s"
         )
     if made.cache["total"]:
-        table.add_row("KV cache", cache_words(made.cache))
+        table.add_row(
+            "keys of earlier windows" if isinstance(recipe, WindowRecipe) else "KV cache", cache_words(made.cache)
+        )
     standard_output().print(table)
 
 

@@ -10,7 +10,9 @@ import torch
 from tilewise.pipelines.generation.resolve import explain_settings
 from tilewise.pipelines.generation.settings import OWN_VAE
 from tilewise.pipelines.memory.stream_plan import StreamMemory
+from tilewise.pipelines.memory.units import amount
 from tilewise.pipelines.streaming.memory import window_memory
+from tilewise.pipelines.streaming.windows.earlier import check_earlier
 from tilewise.pipelines.streaming.windows.plan import check_windows, window_notes, window_settings, window_space
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.plugins.config import MethodLike, resolve
@@ -47,7 +49,11 @@ class WindowExplanation:
     def __str__(self) -> str:
         told = f"memory: {self.memory}" + ("" if self.memory.fits else ": it does not fit")
         length = f"the first window has {counted(self.frames, 'frame')}, each later one adds {self.new}"
-        return "\n".join([str(self.recipe), length, str(self.window), told, *self.memory.notes, *self.notes])
+        kept = self.recipe.sink + self.recipe.previous
+        earlier = (
+            [f"keys of earlier windows: {counted(kept, 'latent frame')}, {amount(self.memory.cache)}"] if kept else []
+        )
+        return "\n".join([str(self.recipe), length, str(self.window), *earlier, told, *self.memory.notes, *self.notes])
 
 
 def explain_windows(
@@ -65,13 +71,14 @@ def explain_windows(
     space = window_space(pipe)
     settings = window_settings(pipe, space, recipe, prompt="?", negative="", model="", method=config, seed=0)
     check_windows(pipe, recipe, settings)
+    check_earlier(recipe, config)
     return WindowExplanation(
         recipe=recipe,
         frames=settings.frames,
         new=recipe.chunk * space.factors(pipe)[1],
         window=explain_settings(pipe, settings),
         memory=window_memory(
-            pipe, space, settings, device=device, decode_device=decode_device, own_vae=decode == OWN_VAE
+            pipe, space, settings, recipe, device=device, decode_device=decode_device, own_vae=decode == OWN_VAE
         ),
         notes=window_notes(pipe, recipe),
     )

@@ -79,6 +79,8 @@ def window_recipe(
     width: int | None = None,
     adain: float = 0.0,
     prefix_noise: float = 0.0,
+    sink: int = 0,
+    previous: int = 0,
 ) -> WindowRecipe:
     """How a bidirectional pipeline streams; what is None is the model's own, or the way's.
 
@@ -104,6 +106,8 @@ def window_recipe(
         width=own.width if width is None else width,
         adain=adain,
         prefix_noise=prefix_noise,
+        sink=sink,
+        previous=previous,
     )
 
 

@@ -11,8 +11,9 @@ from tilewise.pipelines.options import is_number
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.text_format import counted
 
-_WHOLE = {"window": 1, "overlap": 0, "steps": 1, "height": 1, "width": 1}
+_WHOLE = {"window": 1, "overlap": 0, "steps": 1, "height": 1, "width": 1, "sink": 0, "previous": 0}
 _SHARES = ("adain", "prefix_noise")
+EARLIER = ("sink", "previous")  # latent frames of earlier windows that later ones attend to
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class WindowRecipe:
     adain: share, 0 … 1, by which mean and standard deviation of each latent channel of a window are brought back to those of the
     first window (AdaIN, arXiv 1703.06868, of latents).
     prefix_noise: noise level, 0 … 1, that the clean frames of ``prefix`` have (SkyReels-V2's long videos: 0.02).
+    sink, previous: latent frames whose keys and values each later window attends to beside its own, at the same layer and pass:
+    the first ones of the first window, and those of the window before that lie before the overlap (cross-window attention,
+    LOVECon, arXiv 2310.09711).
 
     Raises ConfigError for values that contradict each other.
     """
@@ -39,6 +43,8 @@ class WindowRecipe:
     width: int
     adain: float = 0.0
     prefix_noise: float = 0.0
+    sink: int = 0
+    previous: int = 0
 
     def __post_init__(self) -> None:
         for name, least in _WHOLE.items():
@@ -57,6 +63,16 @@ class WindowRecipe:
             raise ConfigError(
                 f"windows: an overlap of {self.overlap} latent frames leaves nothing new in a window of {self.window}; give a "
                 f"smaller overlap, at most {self.window - 1}, or a longer window"
+            )
+
+        if self.sink > self.window:
+            raise ConfigError(
+                f"windows: a sink of {self.sink} latent frames is longer than the first window, {self.window}"
+            )
+        if self.previous > self.chunk:
+            raise ConfigError(
+                f"windows: previous={self.previous} latent frames before an overlap of {self.overlap} are more than a window of "
+                f"{self.window} has; give at most {self.chunk}"
             )
 
     @property
@@ -91,7 +107,7 @@ class WindowRecipe:
         return cls(**fields)
 
     def __str__(self) -> str:
-        guards = [f"{name} {getattr(self, name):g}" for name in _SHARES if getattr(self, name)]
+        guards = [f"{name} {getattr(self, name):g}" for name in (*_SHARES, *EARLIER) if getattr(self, name)]
         rows = [
             ("way", self.way),
             ("window", f"{self.window} latent frames, {self.overlap} of them those of the window before"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from tilewise.pipelines.streaming.windows.ways.base import Way
 from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
+from tilewise.plugins.runtime.earlier_keys import EarlierKeys
 
 TRAIN_STEPS = 1000.0  # timesteps are counted from 0 (clean) to this (pure noise)
 
@@ -35,6 +36,7 @@ class WindowSampler:
         pipe: the pipeline. space: of its latents. settings: of a clip that is a window.
         way: how a window goes on. prefix_noise: see ``WindowRecipe``.
         generator: of all noise, on the CPU: the first window's is drawn by the pipeline, as in a call of it.
+        earlier: keys of earlier windows that the denoisers keep.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class WindowSampler:
         *,
         prefix_noise: float,
         generator: torch.Generator,
+        earlier: Sequence[EarlierKeys] = (),
     ) -> None:
         self.pipe, self.space, self.settings, self.way = pipe, space, settings, way
+        self.earlier = list(earlier)
         self.prefix_noise = prefix_noise
         self.generator = generator
         self.shape = space.shape(pipe, settings.height, settings.width, settings.frames)
@@ -76,6 +80,8 @@ class WindowSampler:
         between: called after every pass; may raise, and the window is dropped then.
         """
         between()
+        for kept in self.earlier:
+            kept.begin_window()
         settings = dataclasses.replace(self.settings, prompt=text.prompt)
         given: dict[str, Any] = {"generator": self.generator, "output_type": "latent"}
         if frames is not None:

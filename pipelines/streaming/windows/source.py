@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from tilewise.pipelines.streaming.prompt_plan import FLUSH_KEEPS
-from tilewise.pipelines.streaming.source import ChunkSource, State
+from tilewise.pipelines.streaming.source import ChunkSource, State, under
 from tilewise.pipelines.streaming.windows.drift import matched, statistics
 from tilewise.pipelines.streaming.windows.prompts import WindowPrompts
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.pipelines.streaming.windows.sampler import WindowSampler
+from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.patching import denoisers_of, patches_of
 
 
@@ -58,7 +59,8 @@ class WindowSource(ChunkSource):
 
     @property
     def cache_bytes(self) -> dict[str, int]:
-        return {"latent": 0, "total": 0}
+        total = sum(kept.bytes for kept in self.sampler.earlier)
+        return {"latent": total // max(1, self.recipe.sink + self.recipe.previous), "total": total}
 
     def chunk(self, frame: int, between: Callable[[], None], ready: Callable[[torch.Tensor], None]) -> None:
         ready(self._next(frame, between))
@@ -119,7 +121,17 @@ class WindowSource(ChunkSource):
         tensors |= {} if self._last is None else {"last": self._last}
         tensors |= {} if self._first is None else {"first": self._first}
         tensors |= {} if self._frames is None else {"frames": torch.from_numpy(self._frames)}
-        return {"small": small, "given": self._given, "end": self._end}, tensors
+        values = {"small": small, "given": self._given, "end": self._end}
+        earlier = self.sampler.earlier
+        if earlier and small:
+            raise ConfigError(
+                "state_dict(small=True): keys of earlier windows, which sink and previous keep, cannot be computed anew from "
+                "latents; save the whole state"
+            )
+        for i, kept in enumerate(earlier):
+            tensors |= {f"earlier.{i}.{name}": tensor for name, tensor in kept.state().items()}
+            values["windows"] = kept.window
+        return values, tensors
 
     def load_state(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         self.sampler.generator.set_state(tensors["generator"])
@@ -127,3 +139,5 @@ class WindowSource(ChunkSource):
         self._last = tensors["last"].to(self.device) if "last" in tensors else None
         self._first = tensors["first"].to(self.device) if "first" in tensors else None
         self._frames = tensors["frames"].cpu().numpy() if "frames" in tensors else None
+        for i, kept in enumerate(self.sampler.earlier):
+            kept.load_state(values["windows"], under(f"earlier.{i}", tensors), self.device)

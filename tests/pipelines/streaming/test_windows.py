@@ -182,6 +182,28 @@ def test_adain_brings_statistics_back(pipe):
     assert drift(1.0) < 1e-4 < drift(0.5) < drift(0.0)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_later_windows_attend_to_earlier_ones_and_the_memory_is_told(pipe, guidance):
+    """A second window sees the first one's keys; what is kept is as large as ``explain_stream`` says, and does not grow."""
+    options = {"way": "prefix", "seed": 2, "guidance": guidance}
+    with stream(pipe, **options) as video:
+        plain = [next(video).frames for _ in range(2)]
+    earlier = {"sink": 2, "previous": 1}
+    with stream(pipe, **options, **earlier) as video:
+        found, sizes = [], []
+        for _ in range(3):
+            found.append(next(video).frames)
+            sizes.append(video.cache_bytes["total"])
+        assert pipe.transformer._tilewise.state.earlier is not None
+    assert np.array_equal(found[0], plain[0]) and not np.array_equal(found[1], plain[1])
+    told = tilewise.explain_stream(pipe, window=5, overlap=2, height=32, width=32, steps=2, **{
+        name: value for name, value in {**options, **earlier}.items() if name != "seed"})  # fmt: skip
+    assert sizes[1:] == [told.memory.cache] * 2 and "keys of earlier windows: 3 latent frames, " in str(told)
+    assert not tilewise.is_patched(pipe)
+    with tilewise.patched(pipe, "dense", cache="first-block"), pytest.raises(tilewise.ConfigError, match="step cache"):
+        stream(pipe, **options, **earlier)
+
+
 @pytest.mark.parametrize("how", ["recache", "flush", "blend"])
 def test_a_prompt_changes_at_a_window(pipe, how):
     plain = [chunk.frames for chunk in stream(pipe, way="prefix", seconds=25 / 8)]
@@ -205,13 +227,17 @@ def test_a_prompt_changes_at_a_window(pipe, how):
 
 @pytest.mark.parametrize("way", ["prefix", "renoised"])
 def test_the_state_goes_on_bit_for_bit(pipe, way, tmp_path):
-    options = {"way": way, "seconds": 31 / 8, "seed": 3, "adain": 0.5}
+    earlier = {"sink": 2, "previous": 1} if way == "prefix" else {}
+    options = {"way": way, "seconds": 31 / 8, "seed": 3, "adain": 0.5, **earlier}
     with stream(pipe, **options) as video:
         next(video)
         video.set_prompt(BLUE, "blend", over=3)
         next(video)
         video.set_prompt("a green star", "flush", at=20 / 8)
         video.state_dict().save(tmp_path / "state.safetensors")
+        if earlier:
+            with pytest.raises(tilewise.ConfigError, match="save the whole state"):
+                video.state_dict(small=True)
         wanted = np.concatenate([chunk.frames for chunk in video])
     with stream(pipe, **options) as video:
         video.load_state_dict(StreamState.load(tmp_path / "state.safetensors"))
@@ -284,6 +310,9 @@ def test_a_close_and_an_error_in_the_middle_of_a_window(pipe):
         ({"cache": tilewise.KVCache(window=6)}, "give window and overlap"),
         ({"height": 30}, "height"),
         ({"steps": 0}, "steps must be a whole number"),
+        ({"sink": 6}, "a sink of 6 latent frames is longer than the first window, 5"),
+        ({"sink": -1}, "sink must be a whole number"),
+        ({"previous": 4}, "give at most 3"),
         ({"guidance": 1.0, "negative": "blurry"}, "no guidance"),
         ({"recipe": tilewise.CausalRecipe()}, "window is of windows"),
     ],

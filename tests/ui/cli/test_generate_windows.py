@@ -37,6 +37,7 @@ def run(*words: object, command: str = "generate"):
 def test_the_file_has_the_windows_and_what_makes_them_again(model, tmp_path):
     file = tmp_path / "clip.mp4"
     words = ["--model", model, "--seconds", 3, "--overlap", 2, "--adain", 0.5, "--prefix-noise", 0.02, "--seed", 7]
+    words += ["--sink", 1, "--previous", 1]
     result = run(RED, "--stream", *words, "--prompt-at", f"1.5s={BLUE}", "--out", file)
     assert result.exit_code == 0, result.output
     assert "prefix: windows of 5 latent frames in 2 steps, 2 of the one before" in re.sub(r"[\s│]+", " ", result.stdout)
@@ -48,7 +49,7 @@ def test_the_file_has_the_windows_and_what_makes_them_again(model, tmp_path):
     assert (recipe["way"], recipe["window"], recipe["overlap"], recipe["adain"], recipe["prefix_noise"]) == (
         "prefix", 5, 2, 0.5, 0.02,
     )  # fmt: skip
-    options = {"overlap": 2, "adain": 0.5, "prefix_noise": 0.02, "seed": 7, "seconds": 3}
+    options = {"overlap": 2, "adain": 0.5, "prefix_noise": 0.02, "sink": 1, "previous": 1, "seed": 7, "seconds": 3}
     with tilewise.stream(load_pipeline(model), RED, **options) as video:
         video.set_prompt(BLUE, at=1.5)
         frames = np.concatenate([chunk.frames for chunk in video])
@@ -117,8 +118,10 @@ BAD = {
     "way": (["--way", "sideways"], "prefix, renoised"),
     "guard": (["--adain", 1.5], "adain must be a number from 0 to 1"),
     "guard of another way": (["--way", "renoised", "--prefix-noise", 0.1], "prefix_noise is of the way prefix"),
-    "sink": (["--sink", 1], "--sink is an option of streams of causal checkpoints, and the model"),
-    "sink and way": (["--way", "prefix", "--sink", 1], "this one makes windows, by the way prefix"),
+    "memory": (["--memory", 1], "--memory is an option of streams of causal checkpoints, and the model"),
+    "memory and way": (["--way", "prefix", "--memory", 1], "this one makes windows, by the way prefix"),
+    "a sink with a step cache": (["--sink", 1, "--cache", "first-block"], "leave the cache out"),
+    "a long sink": (["--sink", 9], "longer than the first window, 5"),
     "checkpoint and way": (["--way", "prefix", "--causal", "x.pt"], "--causal is an option of streams of causal"),
     "steps without way": (["--steps", 1], "where a --way is named"),
     "negative without guidance": (["--guidance", 1, "--negative", "blurry"], "no guidance"),

@@ -319,9 +319,13 @@ def summary(target: Any, *, reset: bool = False) -> Summary:
             heads += _heads_rows(name, patch)
             since = min(since, patch.state.call_stats.since)
             done = patch.state.call_stats.exchanges
-            ranks.append(rank_row(name, denoisers[name], patch.layers, patch.config.method, done.calls, done.seconds()))
+            dealer = patch.state.head_dealer
+            ranks.append(
+                rank_row(name, denoisers[name], patch.layers, patch.config.method, dealer, done.calls, done.seconds())
+            )
             if reset:
                 patch.state.call_stats.restart()
+                dealer.restart()
         skipped |= {f"{name}.{layer}": reason for layer, reason in patch.state.call_stats.skipped_layers.items()}
     config = next(iter(patches.values())).config
     grids = {name: str(patch.state.grid) for name, patch in patches.items() if patch.state.grid is not None}

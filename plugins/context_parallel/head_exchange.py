@@ -16,28 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tilewise.plugins.context_parallel.token_shares import split
-
-Heads = range | tuple[int, ...]
-
-
-@lru_cache(maxsize=256)
-def deal(heads: int, ranks: int, costs: tuple[float, ...] | None = None) -> tuple[Heads, ...]:
-    """The heads of each rank: as many each, or one more for the first.
-
-    costs: the work of each head, where they differ: the dearest first, each to the rank with the least work so far that has room
-    (Graham 1969). None: the first heads to the first rank, and so on.
-    """
-    sizes = split(heads, ranks)
-    if costs is None or len(set(costs)) == 1:
-        return tuple(range(sum(sizes[:rank]), sum(sizes[: rank + 1])) for rank in range(ranks))
-    own: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0.0] * ranks
-    for head in sorted(range(heads), key=lambda head: -costs[head]):
-        rank = min((rank for rank in range(ranks) if len(own[rank]) < sizes[rank]), key=lambda rank: load[rank])
-        own[rank].append(head)
-        load[rank] += costs[head]
-    return tuple(tuple(sorted(dealt)) for dealt in own)
+from tilewise.plugins.context_parallel.head_dealing import Heads
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ import torch
 
 from tilewise.kernels.plans.layout import Layout
 from tilewise.plugins.context_parallel.halves import halves_of
-from tilewise.plugins.context_parallel.head_exchange import deal
+from tilewise.plugins.context_parallel.head_dealing import HeadDealer, deal
 from tilewise.plugins.context_parallel.token_shares import split
 from tilewise.plugins.diffusers_compat import context_parallel
 from tilewise.plugins.methods.base import DynamicMethod, Method
@@ -27,6 +27,9 @@ class RankRow:
     heads: those of a layer that it computes, as in "0-5 of 12", or how many; "" where it computes all.
     exchanges: with the other ranks. seconds: spent in them, waiting for the others included.
     branch: of guidance, which part its half computes under CFG parallelism; "" without.
+    balance: token pairs that the busiest rank keeps in a call ÷ the mean over ranks, in the mean over calls at sparse steps; None
+        where each has all heads, and where it is not known yet. by_figures: whether heads change places by what they kept in the
+        forward before.
     """
 
     denoiser: str
@@ -36,6 +39,8 @@ class RankRow:
     exchanges: int
     seconds: float
     branch: str = ""
+    balance: float | None = None
+    by_figures: bool = False
 
     @property
     def part(self) -> str:
@@ -43,14 +48,24 @@ class RankRow:
         return ", ".join(filter(None, (self.heads and f"heads {self.heads}", self.branch)))
 
     def __str__(self) -> str:
+        even = "" if self.balance is None else f" Work of the busiest rank ÷ mean: {self.balance:.3f}"
+        if self.by_figures:
+            even += ", heads dealt by what they kept in the forward before"
+        exchanges = f"{counted(self.exchanges, 'exchange')} with the other ranks in {self.seconds:.2f} s"
         return (
             f"{'context' if self.heads else 'CFG'} parallelism, {self.denoiser}: rank {self.rank} of {self.ranks}, {self.part}; "
-            f"{counted(self.exchanges, 'exchange')} with the other ranks in {self.seconds:.2f} s. The table is of this part"
+            f"{exchanges}. The table is of this part.{even}"
         )
 
 
 def rank_row(
-    name: str, denoiser: Any, layers: Sequence[AttentionLayer], method: Method, exchanges: int, seconds: float
+    name: str,
+    denoiser: Any,
+    layers: Sequence[AttentionLayer],
+    method: Method,
+    dealer: HeadDealer,
+    exchanges: int,
+    seconds: float,
 ) -> RankRow | None:
     """The row of a denoiser; None where nothing of it is divided, or its sequence not by heads."""
     at, halves = context_parallel(denoiser), halves_of(denoiser)
@@ -61,8 +76,13 @@ def rank_row(
         return None
     heads = max(layer.heads for layer in layers)
     own = deal(heads, at.ulysses)[at.rank]
-    which = ranges(list(own)) if method.head_costs() is None else str(len(own))  # by layer and noise level then
-    return RankRow(name, at.rank, at.ulysses, f"{which} of {heads}", exchanges, seconds, branch)
+    which = (
+        str(len(own)) if dealer.by_figures or method.head_costs() else ranges(list(own))
+    )  # else by layer and noise level
+    return RankRow(
+        name, at.rank, at.ulysses, f"{which} of {heads}", exchanges, seconds, branch,
+        dealer.balance, dealer.by_figures,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +102,15 @@ class RankPlan:
         heads, tokens = list(self.heads), list(self.tokens)
         return {
             "denoiser": self.denoiser, "heads": heads, "tokens": tokens, "density": density, "branches": self.branches,
+            "balance": self.balance,
         }  # fmt: skip
+
+    @property
+    def balance(self) -> float:
+        """Work of the busiest rank ÷ the mean, by its heads' density; by their number where only a call decides."""
+        known = not any(map(math.isnan, self.density))
+        work = [n * (density if known else 1.0) for n, density in zip(self.heads, self.density, strict=True)]
+        return max(work) * len(work) / sum(work)
 
     def __str__(self) -> str:
         density = [f"{value:.3f}" for value in (min(self.density), max(self.density))]
@@ -91,7 +119,7 @@ class RankPlan:
         gpus, heads = len(self.heads) * self.branches, f"{_range(self.heads)} of {sum(self.heads)} heads"
         return (
             f"{self.denoiser} on {gpus} GPUs, a GPU: {branch}{heads}, "
-            f"{_range(self.tokens)} of {sum(self.tokens):,} tokens, density {kept}"
+            f"{_range(self.tokens)} of {sum(self.tokens):,} tokens, density {kept}; work of the busiest ÷ mean {self.balance:.2f}"
         )
 
 

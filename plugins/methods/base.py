@@ -228,6 +228,11 @@ class DynamicMethod(Method):
         """Whether ``memory`` is used at all: only then are steps and branches told apart."""
         return False
 
+    @property
+    def heads_alike(self) -> bool:
+        """Whether each head keeps the same share of its pairs. Default: they may differ, and only a call knows."""
+        return False
+
     def expected_density(self, layout: Layout, heads: int, window: WindowKeys | None = None) -> float:
         """Kept ÷ all token pairs, as far as it is known before anything runs; nan if only a call decides. window: the keys, where
         they are those of a KV cache."""

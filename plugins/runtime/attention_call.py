@@ -114,7 +114,7 @@ class AttentionCalls:
         if isinstance(sharding, str):
             return attend_by_diffusers(state, number, request, stock, sharding)
         whole, back = whole_call(state, number, request, sharding)
-        with state.some_heads(sharding.own):
+        with state.some_heads(sharding.heads, at.rank):
             return back(self._answer(number, whole, stock))
 
     def _answer(self, number: int, request: AttentionRequest, stock: Stock) -> torch.Tensor:
@@ -174,9 +174,14 @@ class AttentionCalls:
         shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
         own = None if layer.downsample is None else self.state.map_layout(layer)
         known = (forward.grid, forward.layout, layer.downsample, own, shapes, query.dtype, key.dtype, value.dtype, query.device,
-                 request.dropout_p, request.is_causal, request.scale, request.fused, forward.heads,
+                 request.dropout_p, request.is_causal, request.scale, request.fused, self._heads_of_plans(),
                  request.rank_order and request.rank_order.parts)  # fmt: skip
         return self._prepared.lookup(known, lambda: self.planner.prepare(layer, request))
+
+    def _heads_of_plans(self) -> range | tuple[int, ...] | bool | None:
+        """What a kept call depends on of the heads that it is over: with a dynamic method, only whether they are some or all."""
+        heads = self.state.forward.heads
+        return heads is None if isinstance(self.state.config.method, DynamicMethod) else heads
 
     # ── sparse ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -245,8 +250,11 @@ class AttentionCalls:
         out = self._run(number, parts, whole, scale, earlier)
         if isinstance(method, DynamicMethod):
             call.values, call.means = measured(parts, query.shape[0]), means_for_key(parts, query.shape[0])
-            if state.forward.heads is None:
-                call.heads = density_of_heads(parts, query.shape[0])
+            kept = density_of_heads(parts, query.shape[0])
+            if state.forward.dealt is None:
+                call.heads = kept
+            elif not method.heads_alike:
+                state.head_dealer.tell(number, *state.forward.dealt, kept)
             call.extra = extra_pairs(parts, query.shape[0])
         else:
             call.density, call.cost = mean_density(parts, query.shape[0]), mean_cost(parts, query.shape[0])

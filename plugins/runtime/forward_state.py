@@ -20,6 +20,7 @@ from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.config import Config
+from tilewise.plugins.context_parallel.head_dealing import HeadDealer, Heads
 from tilewise.plugins.diffusers_compat import ContextParallel, context_parallel
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.masks.padding_mask import Masks
@@ -49,7 +50,7 @@ class Forward(threading.local):
         masks: the attention masks that were read.
         step: of the denoising schedule, if anybody wants to know it.
         noise: the noise level, from 1 to 0, if the method goes by it.
-        heads: of the call under way, those that this process computes, where context parallelism splits them; None: all.
+        dealt: of the call under way, the heads of each rank and this process's rank, where context parallelism splits heads.
         map: (h, w) of the feature map of the layer under way, where an addition says it; None: the model's usual.
         asked: by layer, how many calls asked the other ranks for their number of tokens.
     """
@@ -64,9 +65,14 @@ class Forward(threading.local):
         self.masks = Masks(masks_per_layer)
         self.step: int | None = None
         self.noise: float | None = None
-        self.heads: range | tuple[int, ...] | None = None
+        self.dealt: tuple[tuple[Heads, ...], int] | None = None
         self.map: tuple[int, int] | None = None
         self.asked: dict[int, int] = {}
+
+    @property
+    def heads(self) -> Heads | None:
+        """Of the call under way, those that this process computes; None: all."""
+        return None if self.dealt is None else self.dealt[0][self.dealt[1]]
 
 
 class ForwardState:
@@ -86,6 +92,7 @@ class ForwardState:
         edits: of additions, each given a layer's number, the values and the output of its call; they return another output.
         guide: beside a global path, where text is part of the sequence. memories: of a dynamic method.
         window: of a KV cache, while a denoiser makes a video chunk by chunk. earlier: while it makes one window after another.
+        head_dealer: deals heads to the ranks of context parallelism.
     """
 
     def __init__(
@@ -118,6 +125,7 @@ class ForwardState:
         self.memories = Memories()
         self.window: KeyValueWindow | None = None
         self.earlier: EarlierKeys | None = None
+        self.head_dealer = HeadDealer()
         self.text_per_sample = text_per_sample
         self.one_tensor = one_tensor
         self._parallel = parallel
@@ -142,6 +150,7 @@ class ForwardState:
             self.earlier.begin()
         forward.whole = grid
         forward.asked.clear()
+        self.head_dealer.begin()
         forward.map = None
         grid = None if grid is None else self.config.kept(grid)
         forward.grid = self.grid = grid
@@ -183,13 +192,13 @@ class ForwardState:
             observer(observed)
 
     @contextmanager
-    def some_heads(self, heads: range | tuple[int, ...]) -> Iterator[None]:
-        """The attention call in here is over these heads of its layer alone."""
-        self.forward.heads = heads
+    def some_heads(self, dealt: tuple[Heads, ...], rank: int) -> Iterator[None]:
+        """The attention call in here is over some heads of its layer alone. dealt: those of each rank."""
+        self.forward.dealt = dealt, rank
         try:
             yield
         finally:
-            self.forward.heads = None
+            self.forward.dealt = None
 
     # ── which step ───────────────────────────────────────────────────────────────────────────────────────────────
 

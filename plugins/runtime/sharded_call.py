@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from tilewise.plugins.context_parallel.head_exchange import Heads, deal, gather, gather_size, to_heads, to_tokens
+from tilewise.plugins.context_parallel.head_dealing import Heads, deal
+from tilewise.plugins.context_parallel.head_exchange import gather, gather_size, to_heads, to_tokens
 from tilewise.plugins.context_parallel.token_shares import TokenShares, segments_of, shares_of
 from tilewise.plugins.diffusers_compat import ContextParallel
 from tilewise.plugins.errors import TilewiseError
@@ -65,7 +66,7 @@ def sharding_of(state: ForwardState, number: int, request: AttentionRequest, at:
     if not sizes:
         return "queries and keys are split in different ways"
     shares = shares_of(segments_of(whole, state.one_tensor), whole, sizes)
-    return shares if isinstance(shares, str) else Sharding(shares, deal(heads, ranks, _costs(state, number)), at)
+    return shares if isinstance(shares, str) else Sharding(shares, _dealt_for(state, number, request, at), at)
 
 
 def attend_by_diffusers(
@@ -106,12 +107,23 @@ def whole_call(
     return whole, back
 
 
-def _costs(state: ForwardState, number: int) -> tuple[float, ...] | None:
-    """How the work of a layer's heads differs, as its method knows it beforehand."""
-    method = state.method_of(number) if state.forward.runs else None
-    if method is None or (isinstance(method, DynamicMethod) and method.keeps_memory):  # of the same heads at each step
-        return None
-    return method.head_costs()
+def _dealt_for(state: ForwardState, number: int, request: AttentionRequest, at: ContextParallel) -> tuple[Heads, ...]:
+    """The heads of each rank, so that each has as much work, as far as that is known before the call."""
+    heads, ranks = request.query.shape[2], at.ulysses
+    runs = state.forward.runs and state.layers[number].block in state.selected
+    method = state.method_of(number) if runs else None
+    if method is None:
+        return deal(heads, ranks)
+    if isinstance(method, DynamicMethod) and method.keeps_memory:  # of the same heads at each step
+        return state.head_dealer.known(heads, ranks, None)
+    if isinstance(method, DynamicMethod) and _may_differ(method) and request.key.shape[2] == heads:
+        return state.head_dealer.by_last(number, heads, at, request.query.device)
+    return state.head_dealer.known(heads, ranks, method.head_costs())
+
+
+def _may_differ(method: DynamicMethod) -> bool:
+    """Whether only a call decides what each head keeps."""
+    return not method.heads_alike and method.head_costs() is None
 
 
 def _dealt(x: torch.Tensor, query: torch.Tensor, sharding: Sharding) -> tuple[Heads, ...]:

@@ -59,6 +59,10 @@ class DensityMethod(MapMethod):
         """What is to be kept; nan if only a call decides."""
         return math.nan if self.density is None else self.density
 
+    @property
+    def heads_alike(self) -> bool:
+        return self.within is None and not math.isnan(self.wanted_density())
+
     def expected_density(self, layout: Layout, heads: int, window: WindowKeys | None = None) -> float:
         wanted, device = self.wanted_density(), torch.device("cpu")
         if math.isnan(wanted):

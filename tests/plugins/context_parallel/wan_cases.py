@@ -77,10 +77,34 @@ def forward(
     return torch.cat([out, stock]), said
 
 
+def unequal_heads(split: Callable[[Any], Any] | None, method: Any) -> tuple[torch.Tensor, Any]:
+    """Forwards of a model whose first heads attend to little, and whose last ones to almost everything."""
+    model = tiny_wan.tiny_transformer(num_attention_heads=4)
+    for block in model.blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.weight.view(4, -1).mul_(torch.tensor([5.0, 4.0, 1.0, 0.5])[:, None])
+    if split:
+        split(model)
+    tilewise.patch(model, method, steps=(0, 1), strict=True)
+    given, out, balance = inputs((5, 6, 8)), [], []
+    for timestep in (500.0, 480.0, 460.0):
+        out.append(model(**given | {"timestep": torch.tensor([timestep] * 2)}, return_dict=False)[0])
+        found = tilewise.summary(model, reset=timestep > 460)
+        balance += [row.balance for row in found.ranks]
+    said = {"kinds": sorted({row.kind for row in found.rows}), "calls": found.calls, "text": str(found)}
+    return torch.stack(out), said | {"balance": balance}
+
+
 def case(method: Any, *, ranks: tuple[int, ...] | None = None, **options: Any) -> Callable[..., Any]:
     run: Any = functools.partial(forward, method=method, **options)
     if ranks is not None:
         run.ranks = ranks
+    return run
+
+
+def unequal(method: Any) -> Callable[..., Any]:
+    run: Any = functools.partial(unequal_heads, method=method)
+    run.ranks = (2,)
     return run
 
 
@@ -94,6 +118,8 @@ def cases() -> dict[str, Callable[..., Any]]:
             METHODS["draft"], grid=(5, 7, 5), heads=7, blocks="1:", ranks=(3,)
         ),
         "sta, a timestep a token": case(METHODS["sta"], by_token=True, grid=(5, 7, 5), heads=6),
+        "draft, a recall, unequal heads": unequal(Draft(recall=0.8, tile=(1, 4, 4), min_tokens=0)),
+        "xattention, a recall, unequal heads": unequal(XAttention(recall=0.8, tile=(1, 4, 4), min_tokens=0, stride=4)),
         "keep": case(METHODS["draft"], keep="ends", ranks=(2,)),
         **{f"error: {name}": error for name, error in ERRORS.items()},
     }

@@ -13,6 +13,7 @@ from typing import Any
 from tilewise.pipelines.batch.manifest import NAME, Line, Note, clip_path, is_whole, read_manifest, spent
 from tilewise.pipelines.conditioning.inputs import files_of
 from tilewise.pipelines.errors import OutputError
+from tilewise.pipelines.generation.clip_metadata import cost_of
 from tilewise.pipelines.highres.settings import HighresSettings
 from tilewise.pipelines.media.video import read_frames
 from tilewise.pipelines.quality.metrics import SMALLEST, psnr, ssim
@@ -70,6 +71,7 @@ class MethodRow:
     method: str
     clips: int
     density: float
+    cost: float
     seconds: float
     speedups: tuple[float, ...]
     psnr: float | None
@@ -123,6 +125,7 @@ def method_rows(groups: Sequence[Group]) -> list[MethodRow]:
             method,
             len(clips),
             statistics.median(clip.line["run"]["density"] for clip in clips),
+            statistics.median(cost_of(clip.line["run"]) for clip in clips),
             statistics.median(spent(clip.line, "denoise") for clip in clips),
             tuple(clip.speedup for clip in clips if clip.speedup is not None),
             _median(finite),

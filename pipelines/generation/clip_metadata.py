@@ -44,12 +44,20 @@ def clip_metadata(clip: Clip, run: Mapping[str, Any]) -> dict[str, Any]:
     told = {
         "seconds": {**({"load": run.pop("load")} if "load" in run else {}), **clip.seconds},
         "density": 1.0 if report is None else report.density,
+        "cost": 1.0 if report is None else report.cost,
         "fallbacks": {} if report is None else report.fallbacks,
         "summary": None if report is None else report.to_dict(),
         "content": clip.content,
         "frames_sha256": frames_sha256(clip.frames),
     }
     return {**clip.settings.to_dict(), "run": {**told, **run}}
+
+
+def cost_of(run: Mapping[str, Any]) -> float:
+    """Share of the token pairs that a clip computed where it was sparse, pairs of a query and a mean too, by its "run" part; as
+    its density where that is not said."""
+    cost: float = run.get("cost", run["density"])
+    return cost
 
 
 def machine(device: torch.device, dtype: str) -> dict[str, Any]:

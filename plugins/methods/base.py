@@ -275,10 +275,12 @@ def of_heads(method: AnyMethod, heads: range | tuple[int, ...] | None) -> AnyMet
 
 
 def with_tile(method: AnyMethod, tile: tuple[int, int, int]) -> AnyMethod:
-    """The method with the tile of a layout that it did not choose itself, if it counts in tiles."""
-    if not any(field.name == "tile" for field in dataclasses.fields(method)):
+    """The method with the tile of a layout that it did not choose itself, if it counts in tiles. Such a layout has no cells."""
+    names = {field.name for field in dataclasses.fields(method)}
+    if "tile" not in names:
         return method
-    return dataclasses.replace(method, tile=tile)  # type: ignore[call-arg]
+    changed: dict[str, Any] = {"tile": tile, **({"far": None, "cell": None} if "cell" in names else {})}
+    return dataclasses.replace(method, **changed)
 
 
 def register(cls: M) -> M:

@@ -61,7 +61,8 @@ class STA(WindowMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tile is not None:
-            object.__setattr__(self, "tile", _triple("tile", self.tile, "tokens"))
+            object.__setattr__(self, "tile", tile := _triple("tile", self.tile, "tokens"))
+            self.check_cell(tile)
         if self.density is not None:
             if self.window is not None:
                 raise ConfigError("STA: give window or density, not both: density picks the window")

@@ -28,10 +28,11 @@ class WindowMethod(Method):
         far: "cells": keys outside the window are seen as means of small cells; "tiles": as one mean a tile; None: not at all.
             ``density`` counts exact pairs, ``cost`` those with means too. Within ``draft`` and ``xattention`` (``within=``): None
             or "tiles", which are their tiles. Over the KV cache of a stream there is none: the window runs alone.
-        cell: tokens (t, h, w) of a cell. Default: about 12 that divide the tile, such as (3, 2, 2).
+        cell: tokens (t, h, w) of a cell. Default: about 12 that divide the tile, such as (3, 2, 2). No cell reaches over a tile:
+            one that is larger than the tile chosen for a grid is cut to it, and ``explain`` says so.
 
     Raises:
-        ConfigError: for other values, or ``cell`` without ``far="cells"``.
+        ConfigError: for other values, ``cell`` without ``far="cells"``, or a cell larger than a tile that is given.
     """
 
     far: str | None = None
@@ -46,6 +47,14 @@ class WindowMethod(Method):
             raise ConfigError(f"{self.name}: cell={self.cell!r} is an option of far='cells', and far is {self.far!r}")
         object.__setattr__(self, "cell", triple(self.name, "cell", self.cell))
 
+    def check_cell(self, tile: Triple) -> None:
+        """Raises ConfigError for a cell that is larger than a tile that was given with it."""
+        if self.cell is not None and any(size > most for size, most in zip(self.cell, tile, strict=True)):
+            raise ConfigError(
+                f"{self.name}: a cell of {self.cell} tokens does not fit into a tile of {tile}; give a cell of at most the tile "
+                "on each axis, or a larger tile"
+            )
+
     def with_cells(self, layout: Layout) -> Layout:
         """The layout of the method's tiles, made of cells if it has a far field."""
         if self.far is None:
@@ -59,7 +68,10 @@ class WindowMethod(Method):
 
     def describe_far(self, layout: Layout) -> dict[str, Any]:
         if isinstance(layout, CellLayout):
-            return {"far field": f"means of {'×'.join(map(str, layout.cell))}"}
+            said = f"means of {'×'.join(map(str, layout.cell))}"
+            if self.cell is not None and self.cell != layout.cell:
+                said += f": cell {'×'.join(map(str, self.cell))} cut to the tile"
+            return {"far field": said}
         return {} if self.far is None else {"far field": "none over a KV cache"}
 
 

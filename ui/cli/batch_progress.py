@@ -16,6 +16,7 @@ from tilewise.pipelines.batch.manifest import Line, spent
 from tilewise.pipelines.batch.run import Watch
 from tilewise.pipelines.parallel.world import World
 from tilewise.plugins.text_format import counted
+from tilewise.ui.common.shares import shares_words
 from tilewise.ui.common.terminal import shown
 
 
@@ -42,8 +43,7 @@ class Shown(Watch):
     def finished(self, job: Job, line: Line) -> None:
         self.on_work(False)
         self.made += 1
-        seconds, density = spent(line, "total"), line["run"]["density"]
-        self.say(f"[{self.made}/{self.mine}] made in {seconds:.1f} s, density {density:.3f}")
+        self.say(f"[{self.made}/{self.mine}] made in {spent(line, 'total'):.1f} s, {shares_words(line['run'])}")
 
     def failed(self, job: Job, error: Exception) -> None:
         self.on_work(False)

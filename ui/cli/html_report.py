@@ -26,6 +26,7 @@ from tilewise.pipelines.generation.compare import speedup_words
 from tilewise.pipelines.media.files import is_still
 from tilewise.pipelines.media.video import read_frames
 from tilewise.plugins.text_format import counted
+from tilewise.ui.common.shares import shares_words
 
 THUMBNAIL = 320  # pixels, the longer side
 
@@ -101,6 +102,7 @@ def table_cells(row: MethodRow) -> list[str]:
         row.method,
         str(row.clips),
         f"{row.density:.3f}",
+        f"{row.cost:.3f}",
         f"{row.seconds:.2f}",
         speedup_words(row.speedups, "clip") if row.speedups else "",
         close,
@@ -110,7 +112,18 @@ def table_cells(row: MethodRow) -> list[str]:
     ]
 
 
-COLUMNS = ["method", "clips", "density", "denoise, s", "speed-up", "PSNR, dB", "SSIM", "prompt shown", "fallbacks"]
+COLUMNS = [
+    "method",
+    "clips",
+    "density",
+    "cost",
+    "denoise, s",
+    "speed-up",
+    "PSNR, dB",
+    "SSIM",
+    "prompt shown",
+    "fallbacks",
+]
 
 
 def _table(rows: Sequence[MethodRow]) -> str:
@@ -134,7 +147,7 @@ def _heading(group: Group) -> str:
 
 def _figure(clip: ComparedClip, folder: Path, more: Sequence[str], *, inside: bool) -> str:
     """A clip with its caption; more: words for the end of that."""
-    words = [f"density {clip.line['run']['density']:.3f}", f"{spent(clip.line, 'denoise'):.2f} s"]
+    words = [shares_words(clip.line["run"]), f"{spent(clip.line, 'denoise'):.2f} s"]
     if clip.speedup is not None:
         words.append(f"{speedup_words([clip.speedup])} as fast as dense")
     if clip.psnr is not None:

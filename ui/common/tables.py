@@ -20,6 +20,7 @@ from tilewise.plugins.additions.base import additions_text
 from tilewise.plugins.config import Config
 from tilewise.plugins.schedule.steps import steps_words
 from tilewise.plugins.text_format import counted
+from tilewise.ui.common.shares import DENSITY, shares
 from tilewise.ui.common.terminal import say, standard_output
 
 
@@ -49,9 +50,11 @@ def print_result(result: Clip | Comparison) -> None:
     table.add_row("model, method, seed", f"{settings.model}, {method_words(settings.method)}, {settings.seed}")
     _add_decoder(table, settings)
     if clip.summary is not None:
-        table.add_row(
-            "density where sparse", f"{clip.summary.density:.3f}" if clip.summary.ran else "the method never ran"
-        )
+        if clip.summary.ran:
+            for name, value in shares(clip.summary.density, clip.summary.cost):
+                table.add_row(name, f"{value:.3f}")
+        else:
+            table.add_row(DENSITY, "the method never ran")
         for row in clip.summary.cache:
             table.add_row("step cache", f"{row.denoiser}: {row.reused} of {counted(row.forwards, 'forward')} reused")
         reasons = "\n".join(f"{counted(count, 'call')}: {reason}" for reason, count in clip.summary.fallbacks.items())

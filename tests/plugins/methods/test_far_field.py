@@ -115,6 +115,16 @@ def test_cost_is_known_before_and_counted_after(tiny_pipe):
     assert summary.cost == pytest.approx(summary.density + (1 - summary.density) / 16, abs=1e-6)
 
 
+def test_a_cell_that_does_not_fit_its_tile(tiny_pipe):
+    with pytest.raises(ConfigError, match=r"a cell of \(3, 2, 2\) tokens does not fit into a tile of \(2, 4, 4\)"):
+        STA(window=(1, 1, 1), tile=(2, 4, 4), far="cells", cell=(3, 2, 2))
+    told = tilewise.explain(
+        tiny_pipe, height=64, width=64, num_frames=9, method=STA(window=(1, 1, 1), far="cells", cell=(9, 1, 1))
+    )
+    (t, *_) = told.rows[0].tile
+    assert told.rows[0].options["far field"] == f"means of {t}×1×1: cell 9×1×1 cut to the tile" and t < 9
+
+
 def test_within_a_dynamic_method():
     """``within`` hides what is outside its window; with a far field, the tiles out there are means, as skipped ones are."""
     grid = Grid(2, 8, 8)

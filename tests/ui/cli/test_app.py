@@ -81,6 +81,10 @@ def test_generate_and_compare(tiny_pipe_dir, tmp_path):
     assert GenerateSettings.from_dict(read_settings(tmp_path / "new" / "clip-dense.mp4")).is_dense
     assert record["run"]["summary"]["fallbacks"] == {}
     assert record["run"]["comparison"]["psnr"] > 0
+    density, cost = record["run"]["density"], record["run"]["cost"]
+    assert density < cost
+    for name, share in (("density where sparse", density), ("cost, means counted too", cost)):
+        assert re.search(rf"{name}\W+{share:.3f}", result.stdout)
 
     for word in ("sparse", "dense step", "torch", "speed-up over dense", "PSNR", "SSIM", "fallbacks to dense"):
         assert word in result.stdout

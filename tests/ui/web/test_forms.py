@@ -21,6 +21,8 @@ from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.loading.load import load_skeleton
 from tilewise.pipelines.media.video import write_video
 from tilewise.plugins.text_format import counted
+from tilewise.ui.common.shares import shares_words
+from tilewise.ui.web.common import media
 from tilewise.ui.web.common.safety import Limits, RefusedError
 from tilewise.ui.web.common.summary_table import summary_html
 from tilewise.ui.web.forms.form_parsing import config_of, method_values
@@ -180,6 +182,16 @@ def test_settings_are_read_from_files_that_hold_them(tmp_path):
             settings_in_file(str(path))
 
 
+def test_cost_stands_beside_density():
+    run = {"density": 0.25, "cost": 0.3124}
+    rows = media.run_share_rows(run)
+    assert [name for name, _ in rows] == ["density where sparse", "cost, means counted too"]
+    assert rows[0][1].endswith("0.250") and rows[1][1].endswith("0.312")
+    for without in ({"density": 0.25}, {"density": 0.25, "cost": 0.25}, {"density": 1.0, "cost": 1.0}):
+        assert len(media.run_share_rows(without)) == 1
+    assert shares_words(run) == "density 0.250, cost 0.312" and shares_words({"density": 1.0}) == "density 1.000"
+
+
 def test_a_summary_is_a_table():
     row = {"denoiser": "transformer", "layers": "1-7", "kind": "fallback", "calls": 1200, "density": None, "backend": "torch",
            "seconds": 1.234, "reason": "a <reason>"}  # fmt: skip
@@ -196,7 +208,10 @@ def test_a_summary_is_a_table():
         "a note",
     ):
         assert words in html
-    assert "dense" in summary_html(None)
+    assert "dense" in summary_html(None) and "cost" not in html
+    row |= {"density": 0.25, "cost": 0.3124, "kind": "sparse", "reason": ""}
+    html = summary_html({"rows": [row]})
+    assert "<td>0.250</td><td>0.312</td>" in html and html.count("<th ") == 8
 
 
 def test_a_clip_that_cannot_fit_is_refused_with_its_numbers(tiny_pipe_dir, monkeypatch):

@@ -6,17 +6,20 @@ import base64
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from html import escape
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tilewise.pipelines.generation.clip_metadata import cost_of
 from tilewise.pipelines.media.files import is_still, replacing
+from tilewise.ui.common.shares import DENSITY, shares
 
 SMALLEST = 256  # pixels: previews are enlarged to at least this, with hard edges, so that each latent cell shows
 
@@ -112,6 +115,16 @@ def bar(share: float, words: str) -> str:
         f'<span class="tw-bar" aria-hidden="true"><span style="width:{100 * min(max(share, 0), 1):.1f}%"></span></span> '
         f"{escape(words)}"
     )
+
+
+def share_rows(density: float, cost: float, name: str = DENSITY) -> list[tuple[str, str]]:
+    """Rows of ``table`` for the shares of token pairs that are computed. name: of the density."""
+    return [(words, bar(value, f"{value:.3f}")) for words, value in shares(density, cost, name)]
+
+
+def run_share_rows(run: Mapping[str, Any], name: str = DENSITY) -> list[tuple[str, str]]:
+    """The same by the "run" part of a clip's metadata."""
+    return share_rows(run["density"], cost_of(run), name)
 
 
 def duration(seconds: float) -> str:

@@ -9,18 +9,21 @@ from typing import Any
 from tilewise.plugins.text_format import counted
 
 DENSE = "dense: the stock pipeline, not patched, so that nothing was counted"
-COLUMNS = ("denoiser", "layers", "kind", "calls", "density", "backend", "seconds")
-HEADS = ("denoiser", "blocks", "kind", "calls", "density", "backend", "seconds")
+HEADS = {
+    "denoiser": "denoiser", "layers": "blocks", "kind": "kind", "calls": "calls", "density": "density", "cost": "cost",
+    "backend": "backend", "seconds": "seconds",
+}  # fmt: skip
 
 
 def summary_html(summary: Mapping[str, Any] | None) -> str:
     """summary: as `Summary.to_dict` writes it; None for dense."""
     if summary is None:
         return f"<p>{DENSE}</p>"
-    head = "".join(f'<th scope="col">{name}</th>' for name in HEADS)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(_cell(row, name))}</td>' for name in COLUMNS)}</tr>" for row in summary["rows"]
-    )
+    rows = [{"cost": row["density"], **row} for row in summary["rows"]]
+    means = any(_cell(row, "cost") != _cell(row, "density") for row in rows)  # whether there are any to count
+    columns = [name for name in HEADS if means or name != "cost"]
+    head = "".join(f'<th scope="col">{HEADS[name]}</th>' for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(_cell(row, name))}</td>' for name in columns)}</tr>" for row in rows)
     table = (
         f'<div class="tw-wide"><table class="tw-grid"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
@@ -37,7 +40,7 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
         return f"{value}: {row['reason']}"
     if name == "calls":
         return f"{value:,}"
-    return {"density": "{:.3f}", "seconds": "{:.2f}"}.get(name, "{}").format(value)
+    return {"density": "{:.3f}", "cost": "{:.3f}", "seconds": "{:.2f}"}.get(name, "{}").format(value)
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from tilewise.pipelines.memory.units import gib
 from tilewise.pipelines.options import field_values, options_of
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.guidance.global_path import global_paths
-from tilewise.ui.web.common.media import bar, table
+from tilewise.ui.web.common.media import share_rows, table
 from tilewise.ui.web.common.safety import Limits
 from tilewise.ui.web.forms.form_parsing import _whole, refuse_lost, settings_from, settings_of
 from tilewise.ui.web.forms.option_controls import given_values, said_values
@@ -125,7 +125,7 @@ def plan_html(work: Work, skeleton: Any) -> str:
         tokens = f"{method.native[0]}×{method.native[1]} of {escape(row.grid)}, in all latent frames"
         rows += [
             (f"{prefix}window, tokens", tokens),
-            (f"{prefix}density of the window", bar(row.density, f"{row.density:.3f}")),
+            *share_rows(row.density, row.cost, f"{prefix}density of the window"),
         ]
     left = steps_to_run(target.steps, options.strength)
     rows += [

@@ -13,7 +13,8 @@ from tilewise.pipelines.loading.device import resolve_dtype
 from tilewise.pipelines.memory.estimate import MemoryEstimate, estimate_memory
 from tilewise.pipelines.memory.plan import device_bytes
 from tilewise.plugins.explain import ExplainRow, Explanation
-from tilewise.ui.web.common.media import bar, size, table
+from tilewise.ui.common.shares import DENSITY
+from tilewise.ui.web.common.media import bar, share_rows, size, table
 from tilewise.ui.web.jobs.models import Models
 
 
@@ -66,11 +67,10 @@ def _of_denoiser(row: ExplainRow) -> list[tuple[str, str]]:
     if row.tiles is not None:
         cells += [("tiles", triple(row.tiles))]
     cells += [(name, escape(_plain(value))) for name, value in row.options.items()]
-    decided = not math.isnan(row.density)
-    density = bar(row.density, f"{row.density:.3f}") if decided else "decided at each call"
-    cells += [("density where sparse", density)]
-    if decided and f"{row.cost:.3f}" != f"{row.density:.3f}":
-        cells += [("cost, means counted too", bar(row.cost, f"{row.cost:.3f}"))]
+    if math.isnan(row.density):
+        cells += [(DENSITY, "decided at each call")]
+    else:
+        cells += share_rows(row.density, row.cost)
     blocks = f"{row.sparse_blocks or 'none'} sparse, {row.dense_blocks or 'none'} dense"
     cells += [("blocks", escape(blocks)), ("backend", escape(f"{row.backend}: {row.backend_reason}"))]
     return cells

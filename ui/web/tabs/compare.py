@@ -76,7 +76,7 @@ def pair_html(sparse: Made, dense: Made, found: Mapping[str, Any]) -> str:
         ("SSIM", "–" if found["ssim"] is None else f"{found['ssim']:.3f}"),
         ("seconds, dense", _seconds(dense)),
         ("seconds, method", _seconds(sparse)),
-        ("density where sparse", media.bar(sparse.run["density"], f"{sparse.run['density']:.3f}")),
+        *media.run_share_rows(sparse.run),
     ]
     figures = [_figure(dense, "dense"), _figure(sparse, method_words(sparse.settings.method))]
     return f"{media.pair(figures)}{media.table(rows)}"

@@ -100,7 +100,7 @@ def result_html(made: Made) -> str:
         ("clip", escape(f"{size}, seed {settings.seed}")),
         ("method", escape(method_words(settings.method))),
         ("seconds", escape(", ".join(f"{name} {value:.2f}" for name, value in run["seconds"].items() if value))),
-        ("density where sparse", media.bar(run["density"], f"{run['density']:.3f}")),
+        *media.run_share_rows(run),
         ("fallbacks to dense", escape(fallback_words(run["fallbacks"]))),
     ]
     if run.get("peak_memory", {}).get("bytes"):

@@ -46,7 +46,7 @@ def stages_html(path: Path, metadata: Mapping[str, Any]) -> str:
         rows.append(("peak memory", f"{media.size(run['peak_memory']['bytes'])} ({run['peak_memory']['of']})"))
     rows.append(("device", f"{run['device_name']}, {run['dtype']}"))
     cells = [(name, escape(words)) for name, words in rows]
-    cells.append(("density of the window", media.bar(run["density"], f"{run['density']:.3f}")))
+    cells += media.run_share_rows(run, "density of the window")
     notes = "".join(f"<p>{escape(note)}</p>" for note in run["notes"])
     version, first = run["frames_sha256"][:12], path.with_name(told["native"]["file"])
     prompt = str(metadata["prompt"])

@@ -73,7 +73,7 @@ class Past:
         rows = [
             ("prompt", escape(str(self.line["prompt"])[:500])),
             ("method", escape(method_name(self.line))),
-            ("density", media.bar(run["density"], f"{run['density']:.3f}")),
+            *media.run_share_rows(run),
             ("seconds", f"{run['seconds']['total']:.2f}"),
             ("device", escape(f"{run['device_name']}, {run['dtype']}")),
         ]

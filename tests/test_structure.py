@@ -45,7 +45,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("verification",),
     ],
     "plugins/methods": [
-        ("option_text",),
+        ("head_part", "option_text"),
         ("base",),
         ("windows",),
         ("dynamic",),

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from tilewise.kernels.device import capturing
 from tilewise.plugins.diffusers_compat import ContextParallel
+from tilewise.plugins.methods.head_part import Heads
 
-Heads = range | tuple[int, ...]
 PAYS = 1.03  # how many times as much the busiest rank must have before heads change places: moving them costs two more copies
 
 

@@ -10,24 +10,12 @@ without padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tilewise.plugins.context_parallel.head_dealing import Heads
-
-
-@lru_cache(maxsize=256)
-def _index(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(heads, device=device)
-
-
-def _some(x: torch.Tensor, heads: Heads) -> torch.Tensor:
-    """Of (B, S, H, D), these heads."""
-    return x[:, :, heads.start : heads.stop] if isinstance(heads, range) else x.index_select(2, _index(heads, x.device))
+from tilewise.plugins.methods.head_part import Heads, some_heads
 
 
 def to_heads(
@@ -48,7 +36,7 @@ def to_heads(
         given, taken = [tokens * len(h) * row for h in dealt], [size * len(dealt[rank]) * row for size in sizes]
         sent, got = x.new_empty(sum(given)), x.new_empty(sum(taken))
         for h, part in zip(dealt, sent.split(given), strict=True):
-            part.view(tokens, batch, len(h), width).copy_(_some(x, h).transpose(0, 1))
+            part.view(tokens, batch, len(h), width).copy_(some_heads(x, h, 2).transpose(0, 1))
         work = dist.all_to_all_single(got, sent, taken, given, group=group, async_op=True)
         waiting.append((work, got.view(-1, batch, len(dealt[rank]), width), sent))
     for work, _, _ in waiting:
@@ -66,11 +54,15 @@ def to_tokens(out: torch.Tensor, heads: Sequence[Heads], sizes: tuple[int, ...],
     dist.all_to_all_single(got, sent.view(-1), taken, given, group=group)
     parts = [part.view(tokens, batch, -1, width) for part in got.split(taken)]
     whole = torch.cat(parts, 2).transpose(0, 1)
+    return in_order(whole, heads, 2).contiguous()
+
+
+def in_order(x: torch.Tensor, heads: Sequence[Heads], dim: int) -> torch.Tensor:
+    """A tensor whose axis ``dim`` has the heads of the first rank, of the second, and so on, with all of them in their order."""
     dealt = tuple(head for h in heads for head in h)
-    if dealt != tuple(range(len(dealt))):
-        places = tuple(sorted(range(len(dealt)), key=lambda place: dealt[place]))
-        return whole.index_select(2, _index(places, out.device))
-    return whole.contiguous()
+    if dealt == tuple(range(len(dealt))):
+        return x
+    return some_heads(x, tuple(sorted(range(len(dealt)), key=lambda place: dealt[place])), dim)
 
 
 def gather(x: torch.Tensor, dim: int, sizes: tuple[int, ...], rank: int, group: Any) -> torch.Tensor:

@@ -30,6 +30,7 @@ from tilewise.plugins.methods.dynamic.options import DEFAULT_DENSITY
 from tilewise.plugins.methods.dynamic.sampled_errors import sampled_errors
 from tilewise.plugins.methods.dynamic.selection import select
 from tilewise.plugins.methods.dynamic.tiles import MIN_TOKENS, Triple
+from tilewise.plugins.methods.head_part import HeadPart, some_heads
 from tilewise.plugins.models.common.family import AttentionLayer
 
 LEVELS = (0.01, 0.02, 0.035, 0.055, 0.08, 0.12, 0.17, 0.24, 0.33, 0.45, 0.65, 1.0)  # densities that a head may have
@@ -104,6 +105,10 @@ class Auto(DynamicMethod):
     def keeps_memory(self) -> bool:
         return True
 
+    @property
+    def remembers_heads(self) -> bool:
+        return False  # a budget is of all heads of all layers
+
     def expected_density(self, layout: Layout, heads: int, window: WindowKeys | None = None) -> float:
         return self.density
 
@@ -112,9 +117,6 @@ class Auto(DynamicMethod):
 
     def refuses_call(self, layout: Layout) -> str | None:
         return self.base.refuses_call(layout)
-
-    def refuses_some_heads(self) -> str | None:
-        return "auto divides one budget among all heads of a layer, and each rank has some; use draft, or a calibration"
 
     def refuses_window(self) -> str | None:
         return "auto divides its budget over the steps of a whole clip, and not over the window of a KV cache"
@@ -128,8 +130,10 @@ class Auto(DynamicMethod):
 
     # ── a call ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def in_run(self, layer: AttentionLayer, shared: Callable[[], dict[str, Any]]) -> DynamicMethod:
-        return _InRun(self, layer, shared())
+    def in_run(
+        self, layer: AttentionLayer, shared: Callable[[], dict[str, Any]], part: HeadPart | None = None
+    ) -> DynamicMethod:
+        return _InRun(self, layer, shared(), part)
 
     def plan_call(
         self,
@@ -142,8 +146,12 @@ class Auto(DynamicMethod):
         tick: int,
         window: WindowKeys | None = None,
         layer: AttentionLayer | None = None,
+        part: HeadPart | None = None,
     ) -> Planned:
-        """Without a run, the budget is divided among the heads of this call."""
+        """Without a run, the budget is divided among the heads of this call.
+
+        part: which heads of the layer it is over, if not all; processes that have the others divide the same budget alike.
+        """
         maps = self.base.maps_of(layout, query, key, value, scale)
         budget: HeadBudget = memory.setdefault("budget", HeadBudget(self.density))
         name = "" if layer is None else layer.name
@@ -151,18 +159,23 @@ class Auto(DynamicMethod):
         levels, costs = self._on_device(layout, query.device)
         if tick % self.every == 0 or not budget.knows(name):
             module = None if layer is None else layer.module
-            errors = sampled_errors(maps, (query, key, value), scale, LEVELS, RANKINGS, module)
+            errors = sampled_errors(maps, (query, key, value), scale, LEVELS, RANKINGS, module, part=part)
             pairs, best = layout.grid.tokens**2, errors.min(2)
-            gains = hull_gains(costs, best.values) / pairs
-            budget.tell(name, LayerGains(gains, costs.diff() * pairs, self._costs(layout)[0], pairs, best.indices))
+            gains, rankings = hull_gains(costs, best.values) / pairs, best.indices
+            if part is not None:
+                gains, rankings = part.whole(gains), part.whole(rankings)
+            budget.tell(name, LayerGains(gains, costs.diff() * pairs, self._costs(layout)[0], pairs, rankings))
         level, ranking = budget.choices(name)
+        if part is not None:
+            level, ranking = (some_heads(x, part.own, 1) for x in (level, ranking))
 
         def choose(c: Candidates) -> torch.Tensor:
             return select("rows", rank_by_head(c, ranking), c.always, c.key_rows, density=levels[level])
 
         planned = self.base.planned(maps, (query, key), scale, choose, {}, tick)
         assert planned.plan.head_density is not None
-        budget.spend(name, planned.plan.head_density)
+        kept = planned.plan.head_density
+        budget.spend(name, kept if part is None else part.whole(kept))
         return planned
 
     def _costs(self, layout: Layout) -> tuple[float, ...]:
@@ -187,6 +200,7 @@ class _InRun(DynamicMethod):
     method: Auto
     layer: AttentionLayer
     run: dict[str, Any]
+    part: HeadPart | None = None
 
     name: ClassVar[str] = "auto"
 
@@ -201,4 +215,4 @@ class _InRun(DynamicMethod):
         tick: int,
         window: WindowKeys | None = None,
     ) -> Planned:
-        return self.method.plan_call(layout, query, key, value, scale, self.run, tick, layer=self.layer)
+        return self.method.plan_call(layout, query, key, value, scale, self.run, tick, layer=self.layer, part=self.part)

@@ -20,6 +20,7 @@ from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import ConfigError, unknown
+from tilewise.plugins.methods.head_part import HeadPart
 from tilewise.plugins.models.common.family import AttentionLayer
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -211,10 +212,13 @@ class DynamicMethod(Method):
         """
         return self
 
-    def in_run(self, layer: AttentionLayer, shared: Callable[[], dict[str, Any]]) -> DynamicMethod:
+    def in_run(
+        self, layer: AttentionLayer, shared: Callable[[], dict[str, Any]], part: HeadPart | None = None
+    ) -> DynamicMethod:
         """The method of a layer's calls within a run; only asked where ``keeps_memory``. Default: this one.
 
-        shared: gives what is kept as ``memory`` is, one dictionary for all layers of a branch.
+        shared: gives what is kept as ``memory`` is, one dictionary for all layers of a branch. part: which heads of the layer its
+        calls are over, if not all.
         """
         return self
 
@@ -232,6 +236,12 @@ class DynamicMethod(Method):
     def heads_alike(self) -> bool:
         """Whether each head keeps the same share of its pairs. Default: they may differ, and only a call knows."""
         return False
+
+    @property
+    def remembers_heads(self) -> bool:
+        """Whether what is kept in ``memory`` is of the heads of a call, which must then be the same at each step. Default: yes,
+        where anything is kept."""
+        return self.keeps_memory
 
     def expected_density(self, layout: Layout, heads: int, window: WindowKeys | None = None) -> float:
         """Kept ÷ all token pairs, as far as it is known before anything runs; nan if only a call decides. window: the keys, where

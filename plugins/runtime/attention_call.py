@@ -14,8 +14,8 @@ steps only run the kernel.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ from tilewise.plugins.runtime.joint_text import (
     text_partial,
 )
 from tilewise.plugins.runtime.plan_cache import LRU, Order
-from tilewise.plugins.runtime.sharded_call import attend_by_diffusers, sharding_of, whole_call
+from tilewise.plugins.runtime.sharded_call import attend_by_diffusers, head_part, sharding_of, whole_call
 from tilewise.plugins.runtime.sparse_call import (
     PRECISIONS,
     QKV,
@@ -266,9 +266,12 @@ class AttentionCalls:
         method, query, memories = self.state.method_of(number), qkv[0], self.state.memories.now
         assert isinstance(method, DynamicMethod)
         memory: dict[str, Any] = {}
-        if method.keeps_memory and not capturing(query.device):
-            memory = memories.of(number, place, layout, query.shape, qkv[1].shape, query.dtype, query.device)
-            method = method.in_run(self.state.layers[number], lambda: memories.of_branch(place, len(query)))
+        if method.keeps_memory:
+            kept = not capturing(query.device)
+            if kept:
+                memory = memories.of(number, place, layout, query.shape, qkv[1].shape, query.dtype, query.device)
+            shared = functools.partial(memories.of_branch, place, len(query)) if kept else dict
+            method = method.in_run(self.state.layers[number], shared, head_part(self.state))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return method.plan_call(layout, *qkv, scale, memory, memories.tick)
 
@@ -344,6 +347,6 @@ def _triton_runs(device: torch.device) -> bool:
     return _find_triton(device)
 
 
-@cache
+@functools.cache
 def _find_triton(device: torch.device) -> bool:
     return any(name == "triton" and usable for name, usable, _ in available_backends(device))

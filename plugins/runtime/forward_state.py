@@ -20,12 +20,13 @@ from tilewise.kernels.device import capturing
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.plugins.config import Config
-from tilewise.plugins.context_parallel.head_dealing import HeadDealer, Heads
+from tilewise.plugins.context_parallel.head_dealing import HeadDealer
 from tilewise.plugins.diffusers_compat import ContextParallel, context_parallel
 from tilewise.plugins.errors import FallbackError, TilewiseError
 from tilewise.plugins.masks.padding_mask import Masks
 from tilewise.plugins.methods.base import DynamicMethod, Method, of_heads
 from tilewise.plugins.methods.dynamic.step_memory import Memories
+from tilewise.plugins.methods.head_part import Heads
 from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime.call_stats import CallStats
 from tilewise.plugins.runtime.earlier_keys import EarlierKeys

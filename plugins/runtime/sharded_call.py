@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from tilewise.plugins.context_parallel.head_dealing import Heads, deal
-from tilewise.plugins.context_parallel.head_exchange import gather, gather_size, to_heads, to_tokens
+from tilewise.plugins.context_parallel.head_dealing import deal
+from tilewise.plugins.context_parallel.head_exchange import gather, gather_size, in_order, to_heads, to_tokens
 from tilewise.plugins.context_parallel.token_shares import TokenShares, segments_of, shares_of
 from tilewise.plugins.diffusers_compat import ContextParallel
 from tilewise.plugins.errors import TilewiseError
 from tilewise.plugins.methods.base import DynamicMethod
+from tilewise.plugins.methods.head_part import HeadPart, Heads
 from tilewise.plugins.runtime.attention_request import AttentionRequest
 from tilewise.plugins.runtime.call_stats import FALLBACK, CallKind
 from tilewise.plugins.runtime.dense_call import Stock, attend_dense, forbid
@@ -107,6 +108,16 @@ def whole_call(
     return whole, back
 
 
+def head_part(state: ForwardState) -> HeadPart | None:
+    """Which heads the call under way is over, in a layer whose others are on other ranks; None: all."""
+    at = state.sharding()
+    if state.forward.dealt is None or at is None:
+        return None
+    dealt, rank = state.forward.dealt
+    sizes, group = tuple(map(len, dealt)), at.group
+    return HeadPart(dealt[rank], sum(sizes), lambda x: in_order(gather(x, 1, sizes, rank, group), dealt, 1))
+
+
 def _dealt_for(state: ForwardState, number: int, request: AttentionRequest, at: ContextParallel) -> tuple[Heads, ...]:
     """The heads of each rank, so that each has as much work, as far as that is known before the call."""
     heads, ranks = request.query.shape[2], at.ulysses
@@ -114,7 +125,7 @@ def _dealt_for(state: ForwardState, number: int, request: AttentionRequest, at: 
     method = state.method_of(number) if runs else None
     if method is None:
         return deal(heads, ranks)
-    if isinstance(method, DynamicMethod) and method.keeps_memory:  # of the same heads at each step
+    if isinstance(method, DynamicMethod) and method.remembers_heads:
         return state.head_dealer.known(heads, ranks, None)
     if isinstance(method, DynamicMethod) and _may_differ(method) and request.key.shape[2] == heads:
         return state.head_dealer.by_last(number, heads, at, request.query.device)

@@ -21,6 +21,7 @@ from tilewise.kernels.selection.block_scores import variance_term
 from tilewise.kernels.selection.select import select_rows
 from tilewise.plugins.methods.dynamic.head_rankings import Ranking, rank
 from tilewise.plugins.methods.dynamic.map_method import CallMaps
+from tilewise.plugins.methods.head_part import HeadPart, some_heads
 
 BLOCKS, QUERIES = 32, 4  # query blocks that are sampled, and queries of each
 AT_ONCE = 128 * 2**20  # bytes of scores in float32 that are there at a time
@@ -34,6 +35,7 @@ def sampled_errors(
     rankings: Sequence[Ranking],
     module: nn.Module | None = None,
     sample: tuple[int, int] = (BLOCKS, QUERIES),
+    part: HeadPart | None = None,
 ) -> torch.Tensor:
     """(B, H, rankings, levels) float32: see the module's docstring; nan where queries, keys or values are not finite.
 
@@ -44,6 +46,7 @@ def sampled_errors(
         module: the attention layer, whose output projection weighs the errors; None, or one without a plain projection on the
             device: all channels count the same.
         sample: query blocks, and queries of each.
+        part: which heads of the layer the call is over; None: all.
     """
     assert maps.blocks is not None
     query, key, value = qkv
@@ -63,10 +66,11 @@ def sampled_errors(
         q = query[:, at, own].float().movedim(3, 1)  # (B, H', P, r, D)
         means = [x.mean[:, :, shared].transpose(1, 2) for x in (maps.blocks.keys, maps.blocks.values)]
         exact, sparse = _outputs(q, k, v, there, means, bias[:, own], kept[:, :, own], scale)
-        gram = projection_gram(module, heads, own, query.device)
+        gram = projection_gram(module, heads, own, query.device, part)
         errors.append(_size(sparse - exact[:, :, None], gram, share))
         sizes.append(_size(exact[:, :, None], gram, share))
-    size = torch.cat(sizes, 1).sum((1, 2))
+    each = torch.cat(sizes, 1)
+    size = (each if part is None else part.whole(each)).sum((1, 2))
     return (torch.cat(errors, 1) / size[:, None, None]).unflatten(2, (len(rankings), len(densities)))
 
 
@@ -88,17 +92,23 @@ def sampled_queries(
 
 
 def projection_gram(
-    module: nn.Module | None, heads: int, which: slice = slice(None), device: torch.device | None = None
+    module: nn.Module | None,
+    heads: int,
+    which: slice = slice(None),
+    device: torch.device | None = None,
+    part: HeadPart | None = None,
 ) -> torch.Tensor | None:
     """(H', D, D) float32 on ``device``: W[h] W[h]ᵀ of some heads' rows of a layer's output projection; None where it has none of
-    the usual form, packed weights, or weights that are not there (meta). device: None: the weights' own."""
+    the usual form, packed weights, or weights that are not there (meta). device: None: the weights' own. part: which heads of the
+    layer the ``heads`` are; None: all."""
     out = getattr(module, "to_out", None)
     first = out[0] if isinstance(out, nn.ModuleList | nn.Sequential) and len(out) else out
     weight: Any = getattr(first, "weight", None)
     plain = isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point()
-    if not plain or weight.device.type == "meta" or weight.shape[1] % heads:
+    if not plain or weight.device.type == "meta" or weight.shape[1] % (total := heads if part is None else part.total):
         return None
-    rows = weight.detach().t().unflatten(0, (heads, -1))[which].to(device or weight.device).float()
+    rows = weight.detach().t().unflatten(0, (total, -1))
+    rows = (rows if part is None else some_heads(rows, part.own, 0))[which].to(device or weight.device).float()
     return rows @ rows.transpose(1, 2)
 
 

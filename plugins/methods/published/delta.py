@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -27,6 +27,8 @@ from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.methods.base import Around, DynamicMethod, Method, Planned, make_method, of_heads, register
 from tilewise.plugins.methods.dynamic.options import whole_number
+from tilewise.plugins.methods.head_part import HeadPart
+from tilewise.plugins.models.common.family import AttentionLayer
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -96,6 +98,19 @@ class Delta(DynamicMethod):
         base = self.base.at(layer, noise) if isinstance(self.base, DynamicMethod) else self.base
         return None if base is None else _with_base(self, base)
 
+    def in_run(
+        self, layer: AttentionLayer, shared: Callable[[], dict[str, Any]], part: HeadPart | None = None
+    ) -> DynamicMethod:
+        return dataclasses.replace(self, base=self.base.in_run(layer, shared, part))
+
+    @property
+    def heads_alike(self) -> bool:
+        return not isinstance(self.base, DynamicMethod) or self.base.heads_alike
+
+    def refuses_some_samples(self) -> str | None:
+        found: str | None = self.base.refuses_some_samples()
+        return found
+
     @property
     def needs_noise(self) -> bool:
         return isinstance(self.base, DynamicMethod) and self.base.needs_noise
@@ -103,6 +118,10 @@ class Delta(DynamicMethod):
     @property
     def keeps_memory(self) -> bool:
         return isinstance(self.base, DynamicMethod) and self.base.keeps_memory
+
+    @property
+    def remembers_heads(self) -> bool:
+        return isinstance(self.base, DynamicMethod) and self.base.remembers_heads
 
     def refuses_call(self, layout: Layout) -> str | None:
         return self.base.refuses_call(layout) if isinstance(self.base, DynamicMethod) else None

@@ -13,9 +13,11 @@ import wan_cases
 
 import tilewise
 from tilewise.pipelines.calibration.profile import profile_run
+from tilewise.plugins.methods.auto import Auto
 from tilewise.plugins.methods.calibrated import Calibrated, HeadTable
 from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.methods.inward import Inward
+from tilewise.plugins.methods.published.delta import Delta
 from tilewise.plugins.models.common.fingerprint import Fingerprint
 
 SIZE = {"height": 64, "width": 80, "num_frames": 9, "num_inference_steps": 4}
@@ -38,6 +40,18 @@ def clip(split: Any, method: Any = STA, **options: Any) -> tuple[torch.Tensor, A
     tilewise.patch(pipe, method, **options)
     out = pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="latent", **SIZE).frames
     return out, said(pipe)
+
+
+def auto_of_a_batch(split: Any, heads: int) -> tuple[torch.Tensor, Any]:
+    """Two samples, whose budgets are their own, and heads that the ranks do not share evenly; ``auto`` under ``delta``."""
+    model = tiny_wan.tiny_transformer(num_attention_heads=heads)
+    if split:
+        split(model)
+    method = Delta(base=Auto(**wan_cases.SELECTING, every=1), every=8)
+    tilewise.patch(model, method, steps=(0, 1), strict=True)
+    given = wan_cases.inputs((5, 6, 8))
+    out = [model(**given | {"timestep": torch.tensor([t, t])}, return_dict=False)[0] for t in (500.0, 400.0)]
+    return torch.stack(out), said(model)
 
 
 def two_denoisers(split: Any) -> tuple[torch.Tensor, Any]:
@@ -176,6 +190,8 @@ def cases() -> dict[str, Callable[..., Any]]:
             f"cache first-block, {name}": functools.partial(caches, make=family_cases_split.FAMILIES[name], cache=BLOCK)
             for name in ("CogVideoX", "LTX-Video")
         },
+        "auto": functools.partial(clip, method=Auto(**wan_cases.SELECTING, every=2), steps=(0, 1)),
+        "auto, uneven heads": functools.partial(auto_of_a_batch, heads=5),
         "draft of several steps": functools.partial(
             clip, method=Draft(**wan_cases.SELECTING, refresh=2, drift=None), steps=(0, 1)
         ),

@@ -11,6 +11,7 @@ import tiny_wan
 import torch
 
 import tilewise
+from tilewise.plugins.methods.auto import Auto
 from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.methods.inward import Inward
 from tilewise.plugins.methods.neighborhood import Neighborhood
@@ -120,6 +121,7 @@ def cases() -> dict[str, Callable[..., Any]]:
         "sta, a timestep a token": case(METHODS["sta"], by_token=True, grid=(5, 7, 5), heads=6),
         "draft, a recall, unequal heads": unequal(Draft(recall=0.8, tile=(1, 4, 4), min_tokens=0)),
         "xattention, a recall, unequal heads": unequal(XAttention(recall=0.8, tile=(1, 4, 4), min_tokens=0, stride=4)),
+        "auto, unequal heads": unequal(Auto(**SELECTING, every=2)),
         "keep": case(METHODS["draft"], keep="ends", ranks=(2,)),
         **{f"error: {name}": error for name, error in ERRORS.items()},
     }

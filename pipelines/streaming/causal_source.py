@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.streaming.prompts import History, Prompts
-from tilewise.pipelines.streaming.pushed import PushedFrames
 from tilewise.pipelines.streaming.recipe import CausalRecipe
 from tilewise.pipelines.streaming.sampler import CausalSampler
 from tilewise.pipelines.streaming.source import ChunkSource, State, under
@@ -21,7 +20,6 @@ class CausalSource(ChunkSource):
         sampler, prompts, recipe: see there.
         window: latent frames of the caches. chunk: latent frames of a chunk.
         start: latents (1, C, t, h, w) that the video begins with, as of an image.
-        pushed: video that is changed, and strength: the noise level that it is brought to.
     """
 
     recipe: CausalRecipe
@@ -36,13 +34,10 @@ class CausalSource(ChunkSource):
         window: int,
         chunk: int,
         start: torch.Tensor | None = None,
-        pushed: PushedFrames | None = None,
-        strength: float = 1.0,
     ) -> None:
         self.sampler, self.prompts, self.recipe = sampler, prompts, recipe
         self.history = History(window, sampler.denoisers[0].options.sink)
         self.length, self.start = chunk, start
-        self.pushed, self.strength = pushed, strength
         self.device = sampler.device
 
     @property

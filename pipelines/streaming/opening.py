@@ -27,7 +27,7 @@ from tilewise.pipelines.streaming.windows.prompts import WindowPrompts
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.pipelines.streaming.windows.sampler import WindowSampler
 from tilewise.pipelines.streaming.windows.source import WindowSource
-from tilewise.pipelines.streaming.windows.ways.base import way_named
+from tilewise.pipelines.streaming.windows.ways.base import needs_picture, way_named
 from tilewise.plugins.config import resolve
 from tilewise.plugins.patching import denoisers_of
 from tilewise.plugins.streaming.causal_denoiser import CausalDenoiser
@@ -107,12 +107,12 @@ class CausalOpening:
 class WindowOpening:
     """Of windows of a bidirectional pipeline; see ``Opening``.
 
-    with_image: whether the video begins with a picture.
+    with_image: whether the video begins with a picture. edits: a video, and does not begin with noise.
 
     Raises as ``check_windows``, and ConfigError for a picture that the way has no place for.
     """
 
-    def __init__(self, pipe: Any, recipe: WindowRecipe, asked: Asked, with_image: bool) -> None:
+    def __init__(self, pipe: Any, recipe: WindowRecipe, asked: Asked, with_image: bool, *, edits: bool) -> None:
         height, width = asked.size
         self.pipe, self.recipe, self.asked = pipe, recipe.replace(height=height, width=width), asked
         self.way = way_named(recipe.way)
@@ -121,7 +121,7 @@ class WindowOpening:
             method=resolve("dense"), seed=asked.seed, max_sequence_length=asked.text_tokens,
         )  # fmt: skip
         self.space = check_windows(pipe, self.recipe, self.settings)
-        check_start(pipe, recipe, with_image)
+        check_start(pipe, recipe, with_image, edits)
         warn(pipe, self.recipe)
 
     def memory(self, decode_device: torch.device, own_vae: bool) -> StreamMemory:
@@ -149,6 +149,7 @@ class WindowOpening:
             device=self.asked.device,
             start=None if self.way.restarts else _encoded(self.pipe, self.space, picture, self.asked.device),
             frames=to_uint8(picture) if self.way.restarts and picture is not None else None,
+            needs_frame=needs_picture(self.pipe) is not None,
         )
 
 

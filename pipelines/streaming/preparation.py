@@ -148,6 +148,8 @@ def prepare(
     decode = resolve_decode(skeleton, shared.get("decode", OWN_VAE))
     if decode == OWN_VAE:
         streaming_decoder(skeleton.vae, fuse=False)
+    if strength is not None:
+        streaming_encoder(skeleton.vae, fuse=False)
     config = resolve(method)
     if isinstance(found, WindowRecipe):
         found = found.replace(height=height, width=width)
@@ -158,8 +160,6 @@ def prepare(
             skeleton, found, cache_of(found, options.storage), chunk=found.chunk, height=height, width=width,
             edits=strength is not None,
         )  # fmt: skip
-        if strength is not None:
-            streaming_encoder(skeleton.vae, fuse=False)
         if config.step_cache is not None:
             raise ConfigError(STEP_CACHE_REFUSED)
         if config.add is not None:
@@ -191,7 +191,7 @@ def prepare(
     )
     if isinstance(found, WindowRecipe):
         check_windows(skeleton, found, window_of(skeleton, found, settings))
-        check_start(skeleton, found, bool(files))
+        check_start(skeleton, found, "image" in files, "video" in files)
     return StreamWork(settings, options, found, checkpoint)
 
 

@@ -55,7 +55,7 @@ class PushedFrames:
         self._waiting: deque[tuple[NDArray[np.uint8], float]] = deque()  # frames, and when they came
         self._ended = self._said = False
         self._latents: torch.Tensor | None = None  # encoded, not taken
-        self._last: NDArray[np.uint8] | None = None
+        self.first: NDArray[np.uint8] | None = None  # frame, (1, H, W, 3)
         self.frames = 0  # that came
         self._encoded = 0  # of them
         self.arrived = 0.0  # when the last frame came that was needed for what was taken; `time.perf_counter`
@@ -106,6 +106,11 @@ class PushedFrames:
             return torch.zeros(1, self.space.channels(self.vae), 0, height, width, device=self.device)
         taken, self._latents = self._latents[:, :, :latents], self._latents[:, :, latents:]
         return taken
+
+    @property
+    def latents(self) -> int | None:
+        """Latent frames of the whole video, once it has ended."""
+        return 1 + -(-(self.frames - 1) // self.temporal) if self._ended and self.frames else None
 
     @property
     def space_factor(self) -> int:
@@ -160,5 +165,7 @@ class PushedFrames:
                 )
             array = np.stack([np.asarray(fitted(Image.fromarray(frame), height, width)) for frame in array])
         now = time.perf_counter()
+        if self.first is None and len(array):
+            self.first = array[:1]
         self._waiting.extend((frame, now) for frame in array)
         self.frames += len(array)

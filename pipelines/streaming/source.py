@@ -24,7 +24,8 @@ class ChunkSource(ABC):
     Attributes:
         recipe, prompts: see there.
         device: of its latents.
-        pushed: the video that it changes; None: it begins with noise alone.
+        pushed: the video that it changes, and strength: the noise level, 0 … 1, that it is brought to. None: it begins with noise
+            alone.
         restarts: whether each chunk after the first is a clip of its own, whose first frames, ``repeats`` of them, are the last
             ones that were shown.
     """
@@ -35,6 +36,7 @@ class ChunkSource(ABC):
     restarts: bool = False
     repeats: int = 0
     pushed: PushedFrames | None = None
+    strength: float = 1.0
 
     @property
     @abstractmethod

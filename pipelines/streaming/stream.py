@@ -15,7 +15,6 @@ from tilewise.pipelines.generation.settings import OWN_VAE, check_fps
 from tilewise.pipelines.generation.tiny_decoding import tiny_decoder_of
 from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.loading.model_defaults import model_defaults
-from tilewise.pipelines.streaming.causal_source import CausalSource
 from tilewise.pipelines.streaming.checks import check_negative
 from tilewise.pipelines.streaming.choice import choose_recipe
 from tilewise.pipelines.streaming.decoding import FrameDecoder
@@ -86,7 +85,7 @@ def stream(
         seed: of all noise.
         negative: what to avoid, where there is guidance.
         image: the first frame, (H, W, 3) uint8 or float in 0 … 1, at the size of the video.
-        video: that is changed, of a causal checkpoint: arrays of uint8 frames (F, H, W, 3) in order, taken as they are needed.
+        video: that is changed: arrays of uint8 frames (F, H, W, 3) in order, taken as they are needed.
             With ``strength`` alone, ``VideoStream.push_frames`` brings them. As many frames come out.
         strength: noise level that the video is brought to, 0 (it is encoded and decoded) … 1 (nothing of it stays but its
             length). Default: that of a recipe for video to video, or 0.6.
@@ -137,7 +136,7 @@ def stream(
         strength = check_edit(recipe, strength, with_image=image is not None)
     opening: Opening
     if isinstance(recipe, WindowRecipe):
-        opening = WindowOpening(pipe, recipe, asked, image is not None)
+        opening = WindowOpening(pipe, recipe, asked, image is not None, edits=edits)
     else:
         opening = CausalOpening(pipe, recipe, cache, chunk, asked, edits=edits)
     space = opening.space
@@ -163,7 +162,7 @@ def stream(
             pipe.vae.to(wanted)
         source = opening.open(undo, start_picture)
         if encoder is not None:
-            assert isinstance(source, CausalSource) and strength is not None
+            assert strength is not None
             source.strength = strength
             source.pushed = PushedFrames(
                 encoder, space, pipe.vae, size=(height, width), device=pipe.vae.device, temporal=space.factors(pipe)[1],

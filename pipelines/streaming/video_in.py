@@ -23,17 +23,12 @@ STRENGTH = 0.6  # noise level that a video is brought to, where nobody says
 def check_edit(recipe: CausalRecipe | WindowRecipe, strength: float | None, *, with_image: bool) -> float:
     """The noise level that a video is brought to, which a stream changes.
 
-    Raises ConfigError for one that cannot be, a picture beside the video, and windows.
+    Raises ConfigError for one that cannot be, and a picture beside the video.
     """
-    if isinstance(recipe, WindowRecipe):
-        raise ConfigError(
-            f"stream: windows ({recipe.way}) begin with noise, and change no video; that takes a causal checkpoint "
-            "(docs/causal-checkpoints.md lists those that load)"
-        )
     if with_image:
         raise ConfigError("stream: a video that is changed has its own first frame; leave the image out")
     if strength is None:
-        own = recipe.sigmas()[0]
+        own = 1.0 if isinstance(recipe, WindowRecipe) else recipe.sigmas()[0]
         return own if own < PURE else STRENGTH
     if not is_number(strength) or not 0 <= strength <= 1:
         raise ConfigError(f"stream: strength must be a noise level from 0 to 1, not {strength!r}")

@@ -337,7 +337,7 @@ class VideoStream(Iterator[Chunk]):
 
             def ready(latents: torch.Tensor) -> None:
                 denoised = time.perf_counter()
-                ends = self.source.restarts or self._enough(first + latents.shape[2])
+                ends = self._enough(first + latents.shape[2]) or self.source.restarts
                 frames = self.decoder.submit(latents, new_clip=again, last=ends)
                 arrived = None if self.source.pushed is None else self.source.pushed.arrived
                 self.under_way.append(_UnderWay(latents, first, self.prompt, frames, begun, denoised, arrived))

@@ -138,10 +138,11 @@ def check_windows(pipe: Any, recipe: WindowRecipe, settings: GenerateSettings) -
     return space
 
 
-def check_start(pipe: Any, recipe: WindowRecipe, with_image: bool) -> None:
-    """Raises ConfigError for a picture to begin with where the way has no place for it, or none where it needs one."""
+def check_start(pipe: Any, recipe: WindowRecipe, with_image: bool, with_video: bool) -> None:
+    """Raises ConfigError for a picture to begin with where the way has no place for it, or none where it needs one and there is
+    no video either."""
     way = way_named(recipe.way)
-    if way.restarts and not with_image and needs_picture(pipe) is not None:
+    if way.restarts and not with_image and not with_video and needs_picture(pipe) is not None:
         raise ConfigError(f"windows: the way {recipe.way} begins with a picture: give an image")
     if with_image and not (way.per_frame or way.restarts):
         raise ConfigError(f"windows: the way {recipe.way} begins with noise alone; leave the image out")

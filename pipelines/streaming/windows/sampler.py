@@ -20,6 +20,7 @@ from tilewise.pipelines.generation.stock_call import stock_call
 from tilewise.pipelines.latent_spaces.base import LatentSpace
 from tilewise.pipelines.streaming.windows.noise import level_after, noised
 from tilewise.pipelines.streaming.windows.prompts import WindowText, blended_text
+from tilewise.pipelines.streaming.windows.strength import begun_at, first_pass, schedule_of
 from tilewise.pipelines.streaming.windows.ways.base import Way
 from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
 from tilewise.plugins.models.common.registry import family_of
@@ -55,6 +56,8 @@ class WindowSampler:
         self.prefix_noise = prefix_noise
         self.generator = generator
         self.shape = space.shape(pipe, settings.height, settings.width, settings.frames)
+        self.channels = space.channels(pipe.vae)
+        self._levels: list[float] | None = None  # of the whole schedule
 
     def levels(self, overlap: int, rows: int = 10) -> dict[str, list[Any]]:
         """Noise levels of a window that goes on from `overlap` latent frames: "levels", rows at most, evenly taken, and "passes",
@@ -72,11 +75,15 @@ class WindowSampler:
         between: Callable[[], None] = lambda: None,
         *,
         frames: NDArray[np.uint8] | None = None,
+        clean: torch.Tensor | None = None,
+        strength: float = 1.0,
     ) -> torch.Tensor:
         """The next window, normalised latents (1, C, t, h, w) float32.
 
         tail: (1, C, k, h, w), the last latents of the window before; None: the first window, the stock pipeline's clip.
         frames: (F, H, W, 3) that it begins with, by a way that restarts.
+        clean: (1, C, t, h, w) that it is to be made from, and strength: 0 … 1, the noise level that they are brought to, or
+            the nearest of the schedule.
         between: called after every pass; may raise, and the window is dropped then.
         """
         between()
@@ -86,9 +93,16 @@ class WindowSampler:
         given: dict[str, Any] = {"generator": self.generator, "output_type": "latent"}
         if frames is not None:
             given |= self.way.arguments(self.pipe, frames, settings.frames)
-        held = None if tail is None else _Held(self, tail)
-        if held is not None:
-            given["latents"] = self.space.packed(self.pipe, held.begin)
+        first, sigma = self._begin(settings, given, strength) if clean is not None else (0, 1.0)
+        noise = None if tail is None and clean is None else self._noise()
+        held = None if tail is None or noise is None else _Held(self, tail, noise)
+        if noise is not None:
+            begin = noise if clean is None else noised(self.pipe.scheduler, clean, noise.to(clean), sigma)
+            if held is not None:
+                begin = held.within(begin.to(held.tail), sigma)
+            if sigma == 0:
+                return begin
+            given["latents"] = self.space.packed(self.pipe, begin)
 
         def done(step: int, steps: int, latents: torch.Tensor) -> None:
             if held is not None:
@@ -100,23 +114,37 @@ class WindowSampler:
             temporary_attribute(self.pipe, "_progress_bar_config", bar),
             blended_text(self.pipe, text),
             contextlib.nullcontext() if held is None else held.timesteps(),
+            contextlib.nullcontext() if not first else begun_at(self.pipe, first),
         ):
             out = stock_call(self.pipe, settings, done, **given)
         return self.space.unpacked(self.pipe, out, self.shape).float()
+
+    def _noise(self) -> torch.Tensor:
+        size = (1, self.channels, *self.shape)
+        return torch.randn(size, generator=self.generator, device=self.generator.device)
+
+    def _begin(self, settings: GenerateSettings, given: dict[str, Any], strength: float) -> tuple[int, float]:
+        """The pass that a window begins with, and its noise level."""
+        if self._levels is None:
+            own = {**given, "generator": torch.Generator(self.generator.device)}
+            self._levels = schedule_of(self.pipe, lambda: stock_call(self.pipe, settings, lambda *_: None, **own))
+        first = first_pass(self._levels, strength)
+        return first, self._levels[first]
 
 
 class _Held:
     """The columns of a window that its tail is held in."""
 
-    def __init__(self, sampler: WindowSampler, tail: torch.Tensor) -> None:
+    def __init__(self, sampler: WindowSampler, tail: torch.Tensor, noise: torch.Tensor) -> None:
         self.sampler, self.tail = sampler, tail
-        way, k = sampler.way, tail.shape[2]
-        size = (1, tail.shape[1], *sampler.shape)
-        noise = torch.randn(size, generator=sampler.generator, device=sampler.generator.device)
+        k = tail.shape[2]
         self.noise = noise[:, :, :k].to(tail, copy=True)
-        self.share = way.shares(k).to(tail).view(1, 1, -1, 1, 1)
-        self.begin = noise.to(tail)
-        self.begin[:, :, :k] = self._mixed(self.begin[:, :, :k], 1.0)
+        self.share = sampler.way.shares(k).to(tail).view(1, 1, -1, 1, 1)
+
+    def within(self, window: torch.Tensor, sigma: float) -> torch.Tensor:
+        """A window at noise level sigma with these columns in it."""
+        k = self.tail.shape[2]
+        return torch.cat([self._mixed(window[:, :, :k], sigma), window[:, :, k:]], 2)
 
     def _mixed(self, own: torch.Tensor, sigma: float) -> torch.Tensor:
         """The columns at the window's noise level sigma."""
@@ -125,10 +153,9 @@ class _Held:
 
     def put(self, latents: torch.Tensor, sigma: float) -> None:
         """Write the columns into what the pipeline holds, in place."""
-        space, pipe, k = self.sampler.space, self.sampler.pipe, self.tail.shape[2]
-        whole = space.unpacked(pipe, latents, self.sampler.shape).clone()
-        whole[:, :, :k] = self._mixed(whole[:, :, :k].float(), sigma).to(whole)
-        latents.copy_(space.packed(pipe, whole))
+        space, pipe = self.sampler.space, self.sampler.pipe
+        whole = space.unpacked(pipe, latents, self.sampler.shape)
+        latents.copy_(space.packed(pipe, self.within(whole.float(), sigma).to(whole)))
 
     @contextlib.contextmanager
     def timesteps(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import tilewise
+from tests.helpers.tiny_conditioned import without_ftfy
 from tests.helpers.tiny_wan import tiny_pipeline
 from tilewise.pipelines.latent_spaces.base import latent_spaces
 from tilewise.pipelines.streaming.pushed import PushedFrames
@@ -136,13 +138,85 @@ def test_a_recipe_for_video_to_video_has_its_own_strength(pipe):
     [
         ({"strength": 1.5}, "from 0 to 1"),
         ({"strength": 0.5, "image": clip(1)[0]}, "its own first frame"),
-        ({"strength": 0.5, "recipe": None}, "takes a causal checkpoint"),
     ],
 )
 def test_what_is_refused(pipe, given, words):
     with pytest.raises(tilewise.ConfigError, match=words):
         edited(pipe, **given)
     assert not tilewise.is_patched(pipe)
+
+
+def windowed(pipe, **kwargs):
+    return edited(
+        pipe, **{"recipe": None, "window": 5, "overlap": 2, "height": 32, "width": 48, "steps": 3, "fps": 8, **kwargs}
+    )
+
+
+@pytest.mark.filterwarnings("ignore:nothing says that these weights:UserWarning")
+@pytest.mark.parametrize("way", ["prefix", "renoised"])
+@pytest.mark.parametrize("frames", [1, 8, 9, 15, 20])
+def test_windows_change_a_video(pipe, way, frames):
+    """As many frames as went in, in windows that are full, partly full and not full; of no strength they are the video's."""
+    video = clip(frames)
+    padded = np.concatenate([video, np.repeat(video[-1:], 1 + 4 * -(-(frames - 1) // 4) - frames, 0)])
+    space = latent_spaces()["WanPipeline"]
+    wanted = space.encode(pipe, padded.astype(np.float32) / 255)[:, :, : 1 + -(-(frames - 1) // 2)]
+    far = []
+    for strength in (0, 0.35, 1.0):
+        chunks = list(windowed(pipe, way=way, video=[video], strength=strength, seed=3))
+        assert np.concatenate([chunk.frames for chunk in chunks]).shape == video.shape
+        latents = torch.cat([chunk.latents for chunk in chunks], 2)
+        assert latents.shape == wanted.shape
+        far.append(float((latents - wanted).norm()))
+    assert far[0] < 1e-3 < far[1] < far[2]
+
+
+def test_windows_begin_at_the_strengths_noise_level(pipe):
+    """The first forward has the video's latents at the level of the schedule that is nearest, and its timestep."""
+    video, seen = clip(9), []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((kwargs["hidden_states"].clone(), float(kwargs["timestep"].max()))),
+        with_kwargs=True,
+    )
+    with windowed(pipe, way="renoised", video=[video], strength=0.6, steps=4, guidance=1.0, seed=1) as stream:
+        next(stream)
+        sigma = float(pipe.scheduler.sigmas[0])
+        clean = stream.source._clean
+    handle.remove()
+    whole = copy.deepcopy(pipe.scheduler)
+    whole.set_timesteps(4)
+    assert abs(sigma - 0.6) == pytest.approx(float((whole.sigmas - 0.6).abs().min()), abs=1e-6) and len(seen) < 4
+    assert [at / 1000 for _, at in seen] == pytest.approx(pipe.scheduler.sigmas[:-1].tolist(), abs=1e-3)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(seen[0][0].float(), (1 - sigma) * clean + sigma * noise, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:nothing says that these weights:UserWarning")
+def test_windows_wait_for_frames_that_are_pushed(pipe):
+    """What is held back of the last window comes when the end is known; the sink has keys of each pass that there is."""
+    video, got = clip(17), []
+    with windowed(pipe, way="renoised", strength=0.5, sink=1) as stream:
+        stream.push_frames(video)
+        got += [next(stream).frames, next(stream).frames]
+        kept = stream.cache_bytes["total"]
+        assert sum(map(len, got)) == 15 - 4
+        stream.end_frames()
+        got += [chunk.frames for chunk in stream]
+    assert np.concatenate(got).shape == video.shape and kept > 0
+
+
+def test_a_video_gives_the_first_picture_of_a_model_that_needs_one(monkeypatch):
+    without_ftfy(monkeypatch)
+    pipe, video, seen = tiny_pipeline(image=True), clip(12), []
+    preprocess = pipe.video_processor.preprocess
+    monkeypatch.setattr(
+        pipe.video_processor,
+        "preprocess",
+        lambda image, **k: (seen.append(np.asarray(image)), preprocess(image, **k))[1],
+    )
+    chunks = list(windowed(pipe, overlap=None, video=[video], strength=0.9, steps=2))
+    assert np.concatenate([chunk.frames for chunk in chunks]).shape == video.shape
+    assert np.array_equal(seen[0], video[0]) and np.array_equal(seen[-1], chunks[-2].frames[-1])
 
 
 def test_frames_of_another_kind_and_streams_without_a_video(pipe):

@@ -7,6 +7,7 @@ import pytest
 import test_cogvideox
 import torch
 from diffusers import (
+    AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -146,6 +147,9 @@ def test_models_that_go_none_of_the_ways(case):
         tilewise.UnsupportedModelError, match=r"FluxPipeline goes none of the ways \(.*prefix, renoised\)"
     ):
         tilewise.stream(image_pipe, "a star")
+    if not isinstance(pipe.vae, AutoencoderKLWan):
+        with pytest.raises(tilewise.UnsupportedModelError, match=r"cannot encode a clip bit by bit here"):
+            tilewise.stream(pipe, "a star", strength=0.5, **options)
     if way == "renoised" and type(pipe).__name__ != "SkyReelsV2Pipeline":
         with pytest.raises(tilewise.UnsupportedModelError, match="cannot go the way prefix: the family"):
             tilewise.stream(pipe, "a star", way="prefix", **options)

@@ -157,11 +157,17 @@ def test_a_video_is_changed_and_again(model, tmp_path):
     assert f"damaged after {kept} frame" in told
     again = run("--from", out, "--out", tmp_path / "again.mp4")
     assert f"frames of {out}: the same, bit for bit" in again.stdout, again.output
+    words = ["--video", broken, "--way", "renoised", "--window", 3, "--sink", 1, "--strength", 0.7]
+    windows = run(RED, "--stream", "--model", model, *words, "--steps", 2, "--out", tmp_path / "windows.mp4")
+    assert windows.exit_code == 0, windows.output
+    assert read_frames(tmp_path / "windows.mp4").shape == (kept, 64, 64, 3) and "strength 0.7" in windows.stdout
+    again = run("--from", tmp_path / "windows.mp4", "--out", tmp_path / "windows_again.mp4")
+    assert "the same, bit for bit" in again.stdout, again.output
     short = run(RED, "--stream", "--model", model, "--video", video, "--seconds", 0.5, "--out", tmp_path / "short.mp4")
     assert short.exit_code == 0 and read_settings(tmp_path / "short.mp4")["frames"] == 5, short.output
     for words, said in (
         (["--strength", 0.5, "--seconds", 1], "give --video too"),
-        (["--video", video, "--way", "prefix"], "takes a causal checkpoint"),
+        (["--video", video, "--way", "prefix", "--window", 3, "--overlap", 3], "leaves nothing new in a window of 3"),
         (["--video", video, "--image", picture(tmp_path / "a.png", (32, 32))], "its own first frame"),
     ):
         refused = run(RED, "--stream", "--model", model, *words, "--dry-run")

@@ -26,7 +26,7 @@ from .model_card import write_card
 from .scoring import score_folder
 from .text_training import train_text
 from .vae_training import train_decoder, train_vae
-from .windowed import stream_windows
+from .windowed import COLUMNS, stream_windows
 
 TRAINING: dict[str, Callable[[Run, Config, Limits], bool]] = {
     "text": train_text,
@@ -104,13 +104,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--model", type=Path, default=Path("pipelines/demo_model"))
     command.add_argument(
         "--columns",
-        default="prefix,prefix adain=1,prefix prefix_noise=0.02,renoised,renoised adain=1,clips,frozen",
-        help="way and options of each column, comma-separated; clips and frozen are baselines",
+        default=",".join(COLUMNS),
+        help="way and options of each column, comma-separated; strength=0.8 changes a video; clips and frozen are baselines",
     )
     command.add_argument("--prompts", type=int, default=64)
     command.add_argument("--windows", type=int, default=20, help="of a clip")
+    command.add_argument("--frames", type=int, help="of a clip, in place of its windows")
     command.add_argument("--steps", type=int, help="default: the model's own")
     command.add_argument("--overlap", type=int, help="latent frames; default: the way's own")
+    command.add_argument("--workers", type=int, default=1, help="processes, which share the GPUs")
+    command.add_argument("--dtype", default="auto", help="of the model: float32, bfloat16 or auto")
     command.add_argument("--seconds", type=float, help="begin no clip after this long")
     text = "score an exported folder with attention methods; writes its evaluation.json and model card"
     command = machine(commands.add_parser("score", help=text, description=text))
@@ -215,9 +218,12 @@ def main(arguments: list[str] | None = None) -> int:
             columns=options.columns.split(","),
             prompts=options.prompts,
             windows=options.windows,
+            frames=options.frames,
             steps=options.steps,
             overlap=options.overlap,
             seconds=options.seconds,
+            workers=options.workers,
+            dtype=options.dtype,
         )
     elif options.command == "export":
         export(run, config, options.to, options.scheduler)

@@ -24,6 +24,7 @@ from tilewise.pipelines.streaming.source import ChunkSource
 from tilewise.pipelines.streaming.windows.earlier import earlier_keys
 from tilewise.pipelines.streaming.windows.plan import check_start, check_windows, warn, window_settings, window_space
 from tilewise.pipelines.streaming.windows.prompts import WindowPrompts
+from tilewise.pipelines.streaming.windows.queue import FrameQueue
 from tilewise.pipelines.streaming.windows.recipe import WindowRecipe
 from tilewise.pipelines.streaming.windows.sampler import WindowSampler
 from tilewise.pipelines.streaming.windows.source import WindowSource
@@ -132,15 +133,20 @@ class WindowOpening:
 
     def open(self, undo: contextlib.ExitStack, picture: NDArray[np.float32] | None) -> ChunkSource:
         frames, temporal = self.asked.frames, self.space.factors(self.pipe)[1]
+        generator, recipe = torch.Generator("cpu").manual_seed(self.asked.seed), self.recipe
         sampler = WindowSampler(
             self.pipe,
             self.space,
             self.settings,
             self.way,
-            prefix_noise=self.recipe.prefix_noise,
-            earlier=undo.enter_context(earlier_keys(self.pipe, self.recipe)),
-            generator=torch.Generator("cpu").manual_seed(self.asked.seed),
+            prefix_noise=recipe.prefix_noise,
+            earlier=undo.enter_context(earlier_keys(self.pipe, recipe)),
+            generator=generator,
         )
+        if self.way.queued:
+            sampler.queue = FrameQueue(
+                self.pipe, self.space, sampler.shape, chunk=recipe.chunk, steps=recipe.steps, generator=generator
+            )
         return WindowSource(
             sampler,
             WindowPrompts(lambda _: None, self.asked.prompt),

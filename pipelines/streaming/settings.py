@@ -17,7 +17,7 @@ from tilewise.plugins.streaming.kv_cache import SINK_POSITIONS, STORAGES
 CHANGES = ("recache", "flush", "blend")
 POLICIES = ("adaptive", "dual_ema", "ema", "fixed", "reference", "shot")
 MOST_SECONDS = 10**7
-WAYS = ("condition", "prefix", "renoised")
+WAYS = ("condition", "diagonal", "prefix", "renoised")
 RECIPES_OWN = "the recipe's"
 LEAST = {"chunk": 1, "window": 1, "sink": 0, "memory": 0, "overlap": 1, "previous": 0, "steps": 1, "prompt_over": 1}
 OF_WINDOWS = ("way", "window", "overlap", "adain", "prefix_noise", "sink", "previous", "steps")

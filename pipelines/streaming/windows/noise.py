@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+TRAIN_STEPS = 1000.0  # timesteps are counted from 0 (clean) to this (pure noise)
+
 
 def is_diffusion(scheduler: Any) -> bool:
     """Whether noise keeps the variance, as of the schedulers of CogVideoX, and not the sum of the shares."""

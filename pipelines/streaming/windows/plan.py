@@ -21,7 +21,8 @@ from tilewise.plugins.models.common.family import Size
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
 
-UNTRAINED = "(an overlap of .* is longer than|nothing says that these weights)"  # how the notes of `window_notes` begin
+# How the notes of `window_notes` begin.
+UNTRAINED = "(an overlap of .* is longer than|nothing says that these weights|the way .* is experimental)"
 
 
 def window_space(pipe: Any) -> LatentSpace:
@@ -95,11 +96,15 @@ def window_recipe(
     window = (own.frames - 1) // temporal + 1 if window is None else window
     if overlap is None and isinstance(window, int) and window > 1:
         overlap = chosen.usual_overlap(pipe, window)
+    overlap = 1 if overlap is None else overlap
+    if steps is None:
+        whole = isinstance(window, int) and isinstance(overlap, int) and overlap < window
+        steps = chosen.usual_steps(own.steps, window - overlap) if whole else own.steps
     return WindowRecipe(
         way=chosen.name,
         window=window,
-        overlap=1 if overlap is None else overlap,
-        steps=own.steps if steps is None else steps,
+        overlap=overlap,
+        steps=steps,
         guidance=own.guidance if guidance is None else guidance,
         fps=own.fps if fps is None else fps,
         height=own.height if height is None else height,
@@ -128,6 +133,12 @@ def check_windows(pipe: Any, recipe: WindowRecipe, settings: GenerateSettings) -
             f"windows: by the way {way.name} a window of a {type(pipe).__name__} goes on from one frame: overlap must be {most}, "
             f"not {recipe.overlap}"
         )
+    if (why := way.refuses_steps(recipe.steps, recipe.chunk)) is not None:
+        raise ConfigError(f"windows: by the way {way.name} {why}")
+    if way.queued and (recipe.sink or recipe.previous):
+        raise ConfigError(
+            f"windows: sink and previous keep keys of each pass of a window, and by the way {way.name} its frames are at many"
+        )
     if recipe.prefix_noise and not way.per_frame:
         raise ConfigError(f"windows: prefix_noise is of the way prefix, and this stream goes the way {way.name}")
     for denoiser in denoisers_of(pipe).values():
@@ -144,23 +155,31 @@ def check_start(pipe: Any, recipe: WindowRecipe, with_image: bool, with_video: b
     way = way_named(recipe.way)
     if way.restarts and not with_image and not with_video and needs_picture(pipe) is not None:
         raise ConfigError(f"windows: the way {recipe.way} begins with a picture: give an image")
+    if with_video and way.queued:
+        raise ConfigError(
+            f"windows: the way {recipe.way} begins its frames as noise, and changes no video; give another way"
+        )
     if with_image and not (way.per_frame or way.restarts):
         raise ConfigError(f"windows: the way {recipe.way} begins with noise alone; leave the image out")
 
 
 def window_notes(pipe: Any, recipe: WindowRecipe) -> list[str]:
     """What a recipe asks of a model that its training says nothing of."""
-    trained = way_named(recipe.way).trained(pipe)
+    way = way_named(recipe.way)
+    trained = way.trained(pipe)
+    notes = [f"the way {way.name} is experimental: it {way.experimental}"] if way.experimental else []
     if trained is None or recipe.overlap <= trained:
-        return []
+        return notes
     model = type(next(iter(denoisers_of(pipe).values()))).__name__
     if trained == 0:
         return [
+            *notes,
             f"nothing says that these weights of {model} were trained with clean frames in front of noisy ones, which the way "
-            f"{recipe.way} gives it ({recipe.overlap} latent frames): what it draws after them may be noise"
+            f"{recipe.way} gives it ({recipe.overlap} latent frames): what it draws after them may be noise",
         ]
     return [
-        f"an overlap of {recipe.overlap} latent frames is longer than the {trained} that {model} was trained to go on from"
+        *notes,
+        f"an overlap of {recipe.overlap} latent frames is longer than the {trained} that {model} was trained to go on from",
     ]
 
 

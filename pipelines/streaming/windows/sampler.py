@@ -18,16 +18,15 @@ from numpy.typing import NDArray
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.generation.stock_call import stock_call
 from tilewise.pipelines.latent_spaces.base import LatentSpace
-from tilewise.pipelines.streaming.windows.noise import level_after, noised
+from tilewise.pipelines.streaming.windows.noise import TRAIN_STEPS, level_after, noised
 from tilewise.pipelines.streaming.windows.prompts import WindowText, blended_text
+from tilewise.pipelines.streaming.windows.queue import FrameQueue
 from tilewise.pipelines.streaming.windows.strength import begun_at, first_pass, schedule_of
 from tilewise.pipelines.streaming.windows.ways.base import Way
 from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
 from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
 from tilewise.plugins.runtime.earlier_keys import EarlierKeys
-
-TRAIN_STEPS = 1000.0  # timesteps are counted from 0 (clean) to this (pure noise)
 
 
 class WindowSampler:
@@ -38,6 +37,9 @@ class WindowSampler:
         way: how a window goes on. prefix_noise: see ``WindowRecipe``.
         generator: of all noise, on the CPU: the first window's is drawn by the pipeline, as in a call of it.
         earlier: keys of earlier windows that the denoisers keep.
+
+    Attributes:
+        queue: of frames, by a way that has one, set after it is made.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class WindowSampler:
     ) -> None:
         self.pipe, self.space, self.settings, self.way = pipe, space, settings, way
         self.earlier = list(earlier)
+        self.queue: FrameQueue | None = None
         self.prefix_noise = prefix_noise
         self.generator = generator
         self.shape = space.shape(pipe, settings.height, settings.width, settings.frames)
@@ -63,10 +66,11 @@ class WindowSampler:
         """Noise levels of a window that goes on from `overlap` latent frames: "levels", rows at most, evenly taken, and "passes",
         the number of each. They are those of the schedule that the scheduler has."""
         scheduler = self.pipe.scheduler
-        steps = len(scheduler.timesteps)
-        passes = sorted({round(i * steps / (rows - 1)) for i in range(rows)})
-        sigmas = [level_after(scheduler, step) for step in passes]
-        return {"levels": self.way.matrix(sigmas, self.shape[0], overlap, self.prefix_noise).tolist(), "passes": passes}
+        sigmas = [] if self.queue is None else self.queue.levels
+        sigmas = sigmas or [level_after(scheduler, step) for step in range(len(scheduler.timesteps) + 1)]
+        passes = sorted({round(i * (len(sigmas) - 1) / (rows - 1)) for i in range(rows)})
+        levels = self.way.matrix(sigmas, self.shape[0], overlap, self.prefix_noise)
+        return {"levels": levels[passes].tolist(), "passes": passes}
 
     def window(
         self,
@@ -90,6 +94,8 @@ class WindowSampler:
         for kept in self.earlier:
             kept.begin_window()
         settings = dataclasses.replace(self.settings, prompt=text.prompt)
+        if self.queue is not None and tail is not None:
+            return self._queued(self.queue, settings, tail, text, between)
         given: dict[str, Any] = {"generator": self.generator, "output_type": "latent"}
         if frames is not None:
             given |= self.way.arguments(self.pipe, frames, settings.frames)
@@ -109,15 +115,37 @@ class WindowSampler:
                 held.put(latents, level_after(self.pipe.scheduler, step))
             between()
 
-        bar = {**getattr(self.pipe, "_progress_bar_config", {}), "disable": True}
         with (
-            temporary_attribute(self.pipe, "_progress_bar_config", bar),
-            blended_text(self.pipe, text),
+            self._calling(text),
             contextlib.nullcontext() if held is None else held.timesteps(),
             contextlib.nullcontext() if not first else begun_at(self.pipe, first),
         ):
             out = stock_call(self.pipe, settings, done, **given)
         return self.space.unpacked(self.pipe, out, self.shape).float()
+
+    @contextlib.contextmanager
+    def _calling(self, text: WindowText) -> Iterator[None]:
+        bar = {**getattr(self.pipe, "_progress_bar_config", {}), "disable": True}
+        with temporary_attribute(self.pipe, "_progress_bar_config", bar), blended_text(self.pipe, text):
+            yield
+
+    def _queued(
+        self,
+        queue: FrameQueue,
+        settings: GenerateSettings,
+        tail: torch.Tensor,
+        text: WindowText,
+        between: Callable[[], None],
+    ) -> torch.Tensor:
+        """A window of which the queue finished the frames behind the tail."""
+        if text.flush:
+            queue.clear()
+        queue.begin(tail)
+        given = {"latents": self.space.packed(self.pipe, queue.window()), "output_type": "latent"}
+        given["generator"] = torch.Generator(self.generator.device)  # all noise is the queue's own
+        with self._calling(text), queue.scheduling(), told_timesteps(self.pipe, queue.timesteps):
+            stock_call(self.pipe, settings, lambda *_: between(), **given)
+        return queue.finished(tail.shape[2]).float()
 
     def _noise(self) -> torch.Tensor:
         size = (1, self.channels, *self.shape)
@@ -157,23 +185,27 @@ class _Held:
         whole = space.unpacked(pipe, latents, self.sampler.shape)
         latents.copy_(space.packed(pipe, self.within(whole.float(), sigma).to(whole)))
 
-    @contextlib.contextmanager
-    def timesteps(self) -> Iterator[None]:
-        """Run a block in which the denoisers are told the columns' own noise levels."""
+    def timesteps(self) -> contextlib.AbstractContextManager[None]:
+        """For a block in which the denoisers are told the columns' own noise levels."""
         if not self.sampler.way.per_frame:
-            yield
-            return
+            return contextlib.nullcontext()
         noise = self.sampler.prefix_noise * TRAIN_STEPS
         lead = torch.full((self.tail.shape[2],), noise, device=self.tail.device)
-        with contextlib.ExitStack() as undo:
-            for denoiser in denoisers_of(self.sampler.pipe).values():
-                family = family_of(denoiser)
-                assert family is not None
+        return told_timesteps(self.sampler.pipe, lambda: lead)
 
-                def before(module: Any, args: tuple, kwargs: dict[str, Any], family: Any = family) -> Any:
-                    return family.with_lead_timesteps(module, args, kwargs, lead)
 
-                # First of all: what else looks at the timesteps sees these.
-                handle = denoiser.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-                undo.callback(handle.remove)
-            yield
+@contextlib.contextmanager
+def told_timesteps(pipe: Any, lead: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """Run a block in which the denoisers are told other timesteps of the first latent frames; see ``with_lead_timesteps``."""
+    with contextlib.ExitStack() as undo:
+        for denoiser in denoisers_of(pipe).values():
+            family = family_of(denoiser)
+            assert family is not None
+
+            def before(module: Any, args: tuple, kwargs: dict[str, Any], family: Any = family) -> Any:
+                return family.with_lead_timesteps(module, args, kwargs, lead())
+
+            # First of all: what else looks at the timesteps sees these.
+            handle = denoiser.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+            undo.callback(handle.remove)
+        yield

@@ -70,7 +70,8 @@ class WindowSource(ChunkSource):
         before = self._last
         overlap = 0
         if before is not None:
-            most = FLUSH_KEEPS if text.flush and not self.restarts else self.recipe.window
+            few = text.flush and not self.restarts and self.sampler.queue is None  # which forgets its frames
+            most = FLUSH_KEEPS if few else self.recipe.window
             overlap = min(self.recipe.overlap, most, before.shape[2])
         clean, length = self._video(overlap, between)
         if length:
@@ -159,7 +160,7 @@ class WindowSource(ChunkSource):
         tensors |= {} if self._last is None else {"last": self._last}
         tensors |= {} if self._first is None else {"first": self._first}
         tensors |= {} if self._frames is None else {"frames": torch.from_numpy(self._frames)}
-        values = {"small": small, "given": self._given, "end": self._end}
+        values: dict[str, Any] = {"small": small, "given": self._given, "end": self._end}
         earlier = self.sampler.earlier
         if earlier and small:
             raise ConfigError(
@@ -169,6 +170,8 @@ class WindowSource(ChunkSource):
         for i, kept in enumerate(earlier):
             tensors |= {f"earlier.{i}.{name}": tensor for name, tensor in kept.state().items()}
             values["windows"] = kept.window
+        if (queue := self.sampler.queue) is not None and queue.latents is not None:
+            tensors["queue"], values["passed"] = queue.latents, queue.passed
         return values, tensors
 
     def load_state(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -177,5 +180,8 @@ class WindowSource(ChunkSource):
         self._last = tensors["last"].to(self.device) if "last" in tensors else None
         self._first = tensors["first"].to(self.device) if "first" in tensors else None
         self._frames = tensors["frames"].cpu().numpy() if "frames" in tensors else None
+        if self.sampler.queue is not None and "queue" in tensors:
+            self.sampler.queue.latents = tensors["queue"].to(self.device)
+            self.sampler.queue.passed = list(values["passed"])
         for i, kept in enumerate(self.sampler.earlier):
             kept.load_state(values["windows"], under(f"earlier.{i}", tensors), self.device)

@@ -29,6 +29,7 @@ from tests.pipelines.highres.test_models import (
     skyreels,
 )
 from tilewise.pipelines.streaming.windows.noise import level_after, noised
+from tilewise.pipelines.streaming.windows.ways.base import way_named
 from tilewise.plugins.models.common.native_size import call_parameters
 from tilewise.plugins.models.common.registry import family_of
 
@@ -153,6 +154,13 @@ def test_models_that_go_none_of_the_ways(case):
     if way == "renoised" and type(pipe).__name__ != "SkyReelsV2Pipeline":
         with pytest.raises(tilewise.UnsupportedModelError, match="cannot go the way prefix: the family"):
             tilewise.stream(pipe, "a star", way="prefix", **options)
+    if (why := way_named("diagonal").refuses(pipe)) is None:
+        assert type(pipe).__name__ in ("LTXPipeline", "SkyReelsV2Pipeline")
+        with tilewise.stream(pipe, "a star", way="diagonal", **{**options, "steps": 3}) as video:
+            latents = torch.cat([next(video).latents for _ in range(3)], 2)
+        assert latents.shape[2] == 11 and latents.isfinite().all()
+    else:
+        assert why.startswith("the family") or "none of flow matching" in why
     pipe.scheduler = FlowMatchHeunDiscreteScheduler()
     with pytest.raises(tilewise.UnsupportedModelError, match="takes 2 forwards a step"):
         tilewise.stream(pipe, "a star", **options)

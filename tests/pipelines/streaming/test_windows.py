@@ -147,6 +147,8 @@ def test_the_ways_are_matrices():
     sigmas = [1.0, 0.6, 0.0]
     prefix = way_named("prefix").matrix(sigmas, 4, 2, 0.1)
     assert prefix.tolist() == torch.tensor([[0.1, 0.1, 1, 1], [0.1, 0.1, 0.6, 0.6], [0, 0, 0, 0]]).tolist()
+    diagonal = way_named("diagonal").matrix([1.0, 0.9, 0.6, 0.3, 0.0], 4, 2)
+    assert diagonal.tolist() == torch.tensor([[0, 0, 0.3, 0.6]]).expand(5, 4).tolist()
     renoised = way_named("renoised")
     assert renoised.matrix(sigmas, 3, 1).tolist() == torch.tensor(sigmas)[:, None].expand(3, 3).tolist()
     assert renoised.shares(4).tolist() == [1, 0.75, 0.5, 0.25]
@@ -170,6 +172,50 @@ def test_all_frames_come_once_and_memory_is_flat(pipe, way):
     assert [(first, latent) for first, _, latent, _ in chunks[1:]] == ends[:-1]
     assert len(set(kept[1:])) == 1
     assert sum(ref() is not None for ref in tensors) <= 2
+
+
+def test_diagonal_takes_each_frame_of_a_queue_down_by_itself(pipe):
+    """FIFO with two parts and lookahead, as plain code over the denoiser has it; the first window is the stock clip."""
+    options = {"way": "diagonal", "window": 5, "overlap": 2, "steps": 6, "guidance": 1.0, "seed": 4}
+    with pytest.warns(UserWarning, match="the way diagonal is experimental"):
+        video = stream(pipe, **options)
+    with video:
+        chunks = [next(video)]
+        sigmas = pipe.scheduler.sigmas.tolist()
+        chunks += [next(video) for _ in range(2)]
+        assert video.source.view()["levels"][0] == pytest.approx([0, 0, sigmas[5], sigmas[4], sigmas[3]])
+    text = pipe.encode_prompt(RED, do_classifier_free_guidance=False, max_sequence_length=16)[0]
+
+    def velocity(frames: torch.Tensor, levels: list[float]) -> torch.Tensor:
+        timestep = torch.tensor(levels).repeat_interleave(16)[None] * 1000
+        with torch.no_grad():
+            return pipe.transformer(frames, timestep, text, return_dict=False)[0]
+
+    generator = torch.Generator().manual_seed(4)
+    first = torch.randn(chunks[0].latents.shape, generator=generator)  # the first window's noise
+    assert first.shape[2] == 5
+    done, passed = chunks[0].latents.clone(), [0] * 6
+    queue = torch.randn(1, 4, 6, 8, 8, generator=generator)
+    while done.shape[2] < 11:
+        before = torch.cat([done, queue], 2)
+        levels = [0.0] * done.shape[2] + [sigmas[count] for count in passed]
+        for part in (0, 3):
+            end = done.shape[2] + part + 3
+            if all(count == 0 for count in passed[: part or 1]) and part:
+                continue
+            found = velocity(before[:, :, end - 5 : end], levels[end - 5 : end])
+            for frame in range(part, part + 3):
+                if frame == 0 or passed[frame - 1] > passed[frame]:
+                    by = sigmas[passed[frame] + 1] - sigmas[passed[frame]]
+                    queue[:, :, frame] += by * found[:, :, 2 + frame - part]
+        passed = [count + (frame == 0 or passed[frame - 1] > count) for frame, count in enumerate(passed)]
+        if passed[0] == 6:
+            done = torch.cat([done, queue[:, :, :1]], 2)
+            queue = torch.cat([queue[:, :, 1:], torch.randn(1, 4, 1, 8, 8, generator=generator)], 2)
+            passed = [*passed[1:], 0]
+    got = torch.cat([chunk.latents for chunk in chunks], 2)
+    torch.testing.assert_close(got, done, atol=1e-4, rtol=1e-4)
+    assert not pipe.transformer._forward_pre_hooks and not tilewise.is_patched(pipe)
 
 
 def test_adain_brings_statistics_back(pipe):
@@ -225,10 +271,11 @@ def test_a_prompt_changes_at_a_window(pipe, how):
     assert torch.allclose(texts[4], blue)
 
 
-@pytest.mark.parametrize("way", ["prefix", "renoised"])
+@pytest.mark.parametrize("way", ["prefix", "renoised", "diagonal"])
 def test_the_state_goes_on_bit_for_bit(pipe, way, tmp_path):
     earlier = {"sink": 2, "previous": 1} if way == "prefix" else {}
-    options = {"way": way, "seconds": 31 / 8, "seed": 3, "adain": 0.5, **earlier}
+    steps = {"steps": 3} if way == "diagonal" else {}
+    options = {"way": way, "seconds": 31 / 8, "seed": 3, "adain": 0.5, **earlier, **steps}
     with stream(pipe, **options) as video:
         next(video)
         video.set_prompt(BLUE, "blend", over=3)
@@ -310,6 +357,10 @@ def test_a_close_and_an_error_in_the_middle_of_a_window(pipe):
         ({"cache": tilewise.KVCache(window=6)}, "give window and overlap"),
         ({"height": 30}, "height"),
         ({"steps": 0}, "steps must be a whole number"),
+        ({"way": "diagonal"}, "a queue of 2 steps is not in parts of 3 new latent frames; give 3 steps"),
+        ({"way": "diagonal", "steps": 3, "sink": 1}, "by the way diagonal its frames are at many"),
+        ({"way": "diagonal", "steps": 3, "strength": 0.5}, "changes no video"),
+        ({"way": "diagonal", "steps": 3, "prefix_noise": 0.1}, "prefix_noise is of the way prefix"),
         ({"sink": 6}, "a sink of 6 latent frames is longer than the first window, 5"),
         ({"sink": -1}, "sink must be a whole number"),
         ({"previous": 4}, "give at most 3"),

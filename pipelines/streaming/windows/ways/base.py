@@ -38,12 +38,16 @@ class Way(ABC):
         per_frame: whether the denoiser is told M by a timestep for each latent frame.
         restarts: whether a window is a clip of its own, which begins with the last frames of the one before as pictures.
         holds_back: whether the next window still changes the columns that it shares with this one.
+        queued: whether frames go through a queue, see ``windows/queue.py``, and not all of a window at once.
+        experimental: what is unproven of it; "": nothing.
     """
 
     name: ClassVar[str]
     per_frame: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
     holds_back: ClassVar[bool] = False
+    queued: ClassVar[bool] = False
+    experimental: ClassVar[str] = ""
 
     @abstractmethod
     def refuses(self, pipe: Any) -> str | None:
@@ -56,6 +60,14 @@ class Way(ABC):
     @abstractmethod
     def usual_overlap(self, pipe: Any, window: int) -> int:
         """Latent frames, less than window."""
+
+    def usual_steps(self, steps: int, chunk: int) -> int:
+        """Steps of a window, where nobody names them and the model has so many; chunk: its new latent frames."""
+        return steps
+
+    def refuses_steps(self, steps: int, chunk: int) -> str | None:
+        """Why a window cannot have so many steps, or None."""
+        return None
 
     def most(self, pipe: Any) -> int | None:
         """The longest overlap in latent frames that a pipeline can have; None: any shorter than the window."""

@@ -8,6 +8,7 @@ of ideal       time of the fastest dense peer · density / time: 1 where nothing
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks import flex, peers
 from benchmarks.rows import Row, visible
 from benchmarks.timing import measure
 from tilewise.kernels.attention.dispatch import available_backends, block_sparse_attention, choose_backend
-from tilewise.kernels.attention.dispatch_8bit import VALUES, block_sparse_attention_8bit
+from tilewise.kernels.attention.dispatch_8bit import KERNELS, VALUES, block_sparse_attention_8bit
 from tilewise.kernels.attention.naive import masked_attention
 from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.plans.block_plan import BlockPlan
@@ -83,7 +84,7 @@ def run_row(
     def attempt(name: str, kind: str, prepare: Callable[[], peers.Call], mask: Mask | None, **more: Any) -> None:
         try:
             call = prepare()
-            error = check(call(), q, k, v, mask, peers.TOLERANCES.get(name, tolerance))
+            error = check(call(), q, k, v, mask, peers.TOLERANCES.get(name.removesuffix(", portable"), tolerance))
             timing = measure(call, device, seconds=seconds, warmup=0)
         except Exception as error_:  # a fact about this implementation on this row: kept, by name
             missing[name] = peers.reason(error_)
@@ -106,11 +107,15 @@ def run_row(
         elif device.type == "cuda" and name != "torch":
             missing[name] = why
     # Quantization is part of the call.
-    for precision in VALUES if device.type == "cuda" else ():
+    for backend, precision in itertools.product(KERNELS, VALUES) if device.type == "cuda" else ():
         attempt(
-            precision,
+            precision if backend == "gluon" else f"{precision}, portable",
             "8-bit",
-            lambda precision=precision: lambda: block_sparse_attention_8bit(q, k, v, plan, precision=precision),  # type: ignore[misc]
+            lambda precision=precision, backend=backend: (
+                lambda: block_sparse_attention_8bit(  # type: ignore[misc]
+                    q, k, v, plan, precision=precision, backend=backend
+                )
+            ),
             in_tiles,
         )
     for order in row.flex:

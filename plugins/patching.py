@@ -74,7 +74,7 @@ def patch(
         fuse: run norms, rotary embedding, modulation and gates in exact fused kernels where the model's family has them and they
             can run. Default: what the preset or config says, otherwise True: ``patch(pipe, "dense")`` is exact attention in
             a faster step.
-        precision: "int8" or "fp8": the method's attention calls with 8-bit products, on a Hopper GPU; see ``Config``.
+        precision: "int8" or "fp8": the method's attention calls with 8-bit products; see ``Config``.
         min_tokens: attention calls over fewer tokens stay dense, counted as "short"; see ``Config``.
         vae: take a pipeline's ``AutoencoderKLWan`` along: it decodes and encodes in exact fused kernels, where they can run.
             Default: what the preset or config says, otherwise True.

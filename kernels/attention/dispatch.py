@@ -24,10 +24,11 @@ MAX_HEAD_DIM = 256  # any from 1 on: a kernel's products are wider where they mu
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, and the reason it was chosen."""
+    """A backend, and the reason it was chosen. ``means``: it takes means in the same launch."""
 
     backend: str
     reason: str
+    means: bool = False
 
 
 def _triton_unavailable(device: torch.device) -> str | None:
@@ -175,7 +176,7 @@ def _choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, 
             raise ValueError(f"{_where(q, k, v)}: unknown backend {backend!r}; there are {', '.join(known)}")
         if reason := _unavailable(known[backend], q.device) or known[backend].unsupported(q, k, v, plan):
             raise UnsupportedPlanError(f"{_where(q, k, v)}: backend {backend!r} cannot run this: {reason}")
-        return Choice(backend, "asked for")
+        return Choice(backend, "asked for", backend == "gluon")
     unsupported: list[str] = []  # what runs here and would have been preferred, but does not take this call
     unavailable: list[str] = []
     for candidate in BACKENDS:
@@ -184,7 +185,7 @@ def _choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, 
         elif reason := candidate.unsupported(q, k, v, plan):
             unsupported.append(f"{candidate.name} does not take this: {reason}")
         else:
-            return Choice(candidate.name, "; ".join([candidate.about, *unsupported]))
+            return Choice(candidate.name, "; ".join([candidate.about, *unsupported]), candidate.name == "gluon")
     raise UnsupportedPlanError(
         f"{_where(q, k, v)}: no backend takes this here. " + "; ".join([*unavailable, *unsupported])
     )
@@ -263,7 +264,7 @@ def block_sparse_attention(
 def takes_means(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: Choice) -> bool:
     """Whether what was chosen for a call takes means in the same launch: ``block_sparse_attention_with_means``, or in 8 bits
     ``block_sparse_attention_8bit_with_means``."""
-    return choice.backend in ("gluon", "int8", "fp8") and q.is_cuda and _plain(q, k, v)
+    return choice.means and q.is_cuda and _plain(q, k, v)
 
 
 def block_sparse_attention_with_means(

@@ -1,4 +1,4 @@
-"""Block-sparse attention in 8 bits: faster than 16 bits on Hopper, at an error that the caller accepts by calling it.
+"""Block-sparse attention in 8 bits: faster than 16 bits, at an error that the caller accepts by calling it.
 
 Scores are int8 products, weights × values int8 (``"int8"``) or e4m3 (``"fp8"``) ones; quantize.py has the formulas.
 Relative error ‖out − exact‖ / ‖out‖ on unit-variance inputs, 10 368 keys, simulated (test_8bit.py bounds it):
@@ -12,6 +12,9 @@ Relative error ‖out − exact‖ / ‖out‖ on unit-variance inputs, 10 368 k
 
 e4m3 keeps 3 bits behind the leading one whatever the size, int8 7 bits of the largest: normal inputs, cut into blocks of
 128 keys, are better off with the latter once weights are measured from their own block's maximum.
+
+Two kernels run it: one for Hopper (backends/hopper_8bit.py), which also takes means in the same launch, and a portable one
+(backends/triton_8bit.py), which takes blocks of other sizes too.
 """
 
 from __future__ import annotations
@@ -21,27 +24,45 @@ import math
 import torch
 
 from tilewise.kernels.attention.block_compensation import BlockCompensation
-from tilewise.kernels.attention.dispatch import _gluon_unavailable, check_means, choose_backend
+from tilewise.kernels.attention.dispatch import _gluon_unavailable, _triton_unavailable, check_means, choose_backend
 from tilewise.kernels.attention.quantize import VALUES, Precision, Quantized, key_order, quantize
+from tilewise.kernels.device import runs_triton
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan
 
-BLOCK = 128  # rows that a block of the plan must have room for
+BLOCK = 128  # rows that a block of the plan must have room for in the Hopper kernel
+SMALLEST_BLOCK = 32  # and in the portable one, whose 8-bit products take keys by 32
 HEAD_DIMS = (64, 128)
 TOP = {"int8": 127.0, "fp8": 256.0}  # what a block's largest weight becomes
+KERNELS = ("gluon", "triton")  # the preferred one first
 
 
-def unavailable_8bit(device: torch.device) -> str | None:
-    """Why 8-bit attention cannot run on a device, or None if it can. A CPU computes it naively: for tests, not for speed."""
-    return None if device.type == "cpu" else _gluon_unavailable(device)
+def unavailable_8bit(device: torch.device, precision: Precision) -> str | None:
+    """Why no GPU kernel runs in a precision on a device, or None if one does."""
+    if reason := _triton_unavailable(device):
+        return reason
+    if precision == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+        return (
+            f"e4m3 products need compute capability 8.9 or later, not {torch.cuda.get_device_name(device)}; int8 runs"
+        )
+    return None
 
 
-def unsupported_8bit(q: torch.Tensor, k: torch.Tensor, plan: BlockPlan) -> str | None:
+def unsupported_8bit(q: torch.Tensor, plan: BlockPlan) -> str | None:
     """Why these tensors or this plan cannot run in 8 bits, or None if they can. Shapes were validated before."""
     if q.shape[3] not in HEAD_DIMS:
         return f"head dimension {q.shape[3]} is not 64 or 128"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"{q.dtype} is not a 16-bit type"
+    if plan.block < SMALLEST_BLOCK:
+        return f"the plan's blocks have room for {plan.block} rows, fewer than {SMALLEST_BLOCK}"
+    return None
+
+
+def takes_hopper_8bit(q: torch.Tensor, k: torch.Tensor, plan: BlockPlan) -> str | None:
+    """Why a call that runs in 8 bits does not run in the Hopper kernel, or None if it does."""
+    if reason := _gluon_unavailable(q.device):
+        return reason
     if plan.block != BLOCK:
         return f"the plan's blocks have room for {plan.block} rows, not {BLOCK}"
     for name, x, blocks in (("q", q, plan.q_start), ("k", k, plan.k_start)):
@@ -58,16 +79,20 @@ def block_sparse_attention_8bit(
     *,
     precision: Precision = "int8",
     scale: float | None = None,
+    backend: str | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale · q kᵀ) v over the key blocks that ``plan`` lists, quantized to 8 bits on the way.
 
+    A CPU computes it naively: for tests, not for speed.
+
     Args:
         q: (B, Sq, H, D) float16 or bfloat16, any strides with a contiguous D, D 64 or 128.
         k, v: (B, Sk, Hk, D), Hk dividing H (grouped-query attention).
-        plan: on the same device, of blocks with room for 128 rows.
+        plan: on the same device, of blocks with room for 32 rows or more.
         precision: of weights and values: "int8" (more exact) or "fp8" (e4m3; fewer instructions). Scores are int8 in both.
         scale: default 1/√D.
+        backend: "gluon" (Hopper; blocks with room for 128 rows) or "triton"; None: the first of them that takes this call.
         return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, Sq) float32.
 
     Returns:
@@ -76,18 +101,26 @@ def block_sparse_attention_8bit(
     Raises:
         UnsupportedPlanError: this device, these tensors or this plan do not run in 8 bits, with the reason; use
             ``block_sparse_attention`` then.
-        ValueError: as ``choose_backend``, or an unknown precision.
+        ValueError: as ``choose_backend``, or an unknown precision or backend.
     """
     where = f"block_sparse_attention_8bit(q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)})"
     if precision not in VALUES:
         raise ValueError(f"{where}: precision must be one of {', '.join(VALUES)}, got {precision!r}")
+    if backend not in (None, *KERNELS):
+        raise ValueError(f"{where}: backend must be one of {', '.join(KERNELS)}, got {backend!r}")
     choose_backend(q, k, v, plan)  # whatever it chooses: the shapes, dtypes, devices and strides are checked
-    if reason := unavailable_8bit(q.device) or unsupported_8bit(q, k, plan):
+    on_cpu = q.device.type == "cpu"
+    reason = unsupported_8bit(q, plan) or (
+        None if on_cpu and backend is None else unavailable_8bit(q.device, precision)
+    )
+    if reason is None and backend == "gluon":
+        reason = takes_hopper_8bit(q, k, plan)
+    if reason:
         raise UnsupportedPlanError(f"{where}: cannot run in 8 bits: {reason}; use block_sparse_attention")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     out, lse = block_sparse_8bit_op(
         q, k, v, plan.q_start, plan.q_rows, plan.k_start, plan.k_rows, plan.index, plan.key_start, plan.ends,
-        plan.head_set, plan.key_encoding, plan.row_encoding, plan.guard_bits, plan.block, scale, precision,
+        plan.head_set, plan.key_encoding, plan.row_encoding, plan.guard_bits, plan.block, scale, precision, backend or "",
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -130,6 +163,7 @@ def block_sparse_8bit_op(
     block: int,
     scale: float,
     precision: str,
+    backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantization and kernel as one PyTorch operator (a BlockPlan's tensors one by one), whole under torch.compile."""
     plan = BlockPlan(
@@ -138,11 +172,15 @@ def block_sparse_8bit_op(
         head_set=head_set, key_encoding=key_encoding, row_encoding=row_encoding, guard_bits=guard_bits,
     )  # fmt: skip
     small = quantize(q, k, v, plan, scale, precision)  # type: ignore[arg-type]
-    if q.device.type == "cpu":
+    if not runs_triton(q.device):
         return forward_8bit_naive(small, plan, scale, q.shape[1], q.dtype)
-    from tilewise.kernels.attention.backends.hopper_8bit import (
-        hopper_8bit_forward,  # imports Triton's Gluon: only where it is there
-    )
+    if backend == "triton" or takes_hopper_8bit(q, k, plan):
+        from tilewise.kernels.attention.backends.triton_8bit import (
+            triton_8bit_forward,  # imports Triton: only where it is
+        )
+
+        return triton_8bit_forward(small, plan, scale, q.shape[1], q.dtype)
+    from tilewise.kernels.attention.backends.hopper_8bit import hopper_8bit_forward
 
     return hopper_8bit_forward(small, plan, scale, q.shape[1], q.dtype)
 

@@ -46,7 +46,7 @@ class HighresSettings:
         window: native height and width in pixels that the window stands for; None: the native stage's.
         far: "cells" or "tiles": means of small cells, or one a tile, stand for what the window leaves out; None: nothing does.
         rope: "ntk" or "yarn" for height and width; None: unchanged. rope_time: "riflex", "ntk" or "yarn".
-        precision: "int8" or "fp8": the target's attention with 8-bit products on a Hopper GPU, see ``Config``; a full path that
+        precision: "int8" or "fp8": the target's attention with 8-bit products, see ``Config``; a full path that
             is dense or pooled stays in the model's 16 bits. None: all of it.
         max_memory: bytes on the device, or text such as "24GB"; None: what is free.
 
@@ -89,7 +89,7 @@ class HighresSettings:
         None, help="Rotary scaling of time (Wan).", choices=ROPE_TIME, shown_default="unchanged"
     )
     precision: str | None = option(
-        None, help="8-bit attention in the second stage, on a Hopper GPU.", choices=PRECISIONS,
+        None, help="8-bit attention in the second stage.", choices=PRECISIONS,
         shown_default="the model's 16 bits",
     )  # fmt: skip
     max_memory: int | None = option(None, kind="text", help="Memory limit, such as 24GB.", shown_default="what is free")

@@ -25,6 +25,7 @@ from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
 from tilewise.kernels.attention.dispatch_8bit import (
     block_sparse_attention_8bit,
     block_sparse_attention_8bit_with_means,
+    takes_hopper_8bit,
     unavailable_8bit,
     unsupported_8bit,
 )
@@ -72,10 +73,10 @@ def choose(qkv: QKV, plan: BlockPlan, precision: str | None) -> tuple[Choice, st
     if precision is None:
         return choice, ""
     q, k, _ = qkv
-    why = "needs a Hopper GPU" if q.device.type == "cpu" else unavailable_8bit(q.device) or unsupported_8bit(q, k, plan)
-    if why:
+    wanted: Any = precision
+    if why := unavailable_8bit(q.device, wanted) or unsupported_8bit(q, plan):
         return choice, f"not in {precision}: {why}"
-    return Choice(precision, "asked for"), ""
+    return Choice(precision, "asked for", takes_hopper_8bit(q, k, plan) is None), ""
 
 
 def run_plan(qkv: QKV, plan: BlockPlan, choice: Choice, scale: float | None, return_lse: bool = False) -> Any:

@@ -10,13 +10,19 @@ import pytest
 import torch
 from plan_cases import CHUNK_IDS, CHUNKS, Case
 
-from tilewise.kernels.attention.dispatch_8bit import block_sparse_8bit_op, block_sparse_attention_8bit
+from tilewise.kernels.attention.dispatch_8bit import (
+    block_sparse_8bit_op,
+    block_sparse_attention_8bit,
+    forward_8bit_naive,
+)
 from tilewise.kernels.attention.naive import masked_attention
 from tilewise.kernels.attention.quantize import key_order, quantize, quantize_naive, sample_statistics
 from tilewise.kernels.plans.block_plan import dense_plan
 from tilewise.kernels.plans.layout import Grid
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from tilewise.kernels.attention.backends.triton_8bit import triton_8bit_forward
 # Tiles of 65 to 120 tokens: blocks with room for 128 rows, most of them ragged.
 SMALL = [
     Case("aligned", Grid(4, 8, 8), (2, 8, 8), ((2, 1, 1),), head_dim=64, block=128),
@@ -26,6 +32,22 @@ SMALL = [
     Case("partial", Grid(4, 10, 12, text=9), (4, 5, 6), ((3, 7, 5),), unit="token", head_dim=64, block=128),
 ]
 QUANTIZED = [SMALL[1], SMALL[2]]
+# Blocks with room for 64 and 32 rows too, which the Hopper kernel does not take.
+INTERPRETED_CASES = [
+    Case("windows, 64 rows, batch", Grid(2, 7, 9), (1, 6, 7), ((2, 1, 1), (1, 2, 1)), head_dim=64, block=64, batch=2),
+    Case("grouped, text, 32 rows", Grid(2, 5, 12, text=9), (1, 5, 6), ((1, 1, 1),), heads=4, head_dim=64, block=32),
+    Case(
+        "partial, 128 rows",
+        Grid(4, 5, 12),
+        (4, 5, 6),
+        ((3, 5, 5),),
+        unit="token",
+        heads=1,
+        kv_heads=1,
+        head_dim=128,
+        block=128,
+    ),
+]
 
 
 def relative(out, want):
@@ -84,6 +106,27 @@ def test_triton_quantizes_like_the_formulas(case, dtype):
         # A quotient at a tie may fall to either side.
         assert int(different.max()) <= 1
         assert float((different > 0).float().mean()) < 1e-3
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter, started below")
+@pytest.mark.parametrize("case", INTERPRETED_CASES, ids=[c.name for c in INTERPRETED_CASES])
+def test_the_portable_kernel_computes_like_the_formulas(case):
+    """The kernel's arithmetic is that of the naive path: both measure weights from the block's own maximum."""
+    plan, scale = case.plan(), case.head_dim**-0.5
+    q, k, v = case.tensors(torch.float16)
+    small = quantize(q, k, v, plan, scale, "int8")
+    out, lse = triton_8bit_forward(small, plan, scale, q.shape[1], torch.float32)
+    want, want_lse = forward_8bit_naive(small, plan, scale, q.shape[1], torch.float32)
+    assert relative(out, want.double()) < 2e-3  # weights at a tie
+    torch.testing.assert_close(lse, want_lse, atol=5e-3, rtol=0)
+    exact, exact_lse = masked_attention(q, k, v, plan.to_mask(case.heads))
+    assert relative(out, exact) < 0.03
+    torch.testing.assert_close(lse.double(), exact_lse, atol=0.03, rtol=0)
+    assert torch.equal(block_sparse_attention_8bit(q, k, v, plan), out.to(q.dtype))  # what the public function runs
+    nothing = dataclasses.replace(plan, ends=torch.zeros_like(plan.ends))
+    out, lse = triton_8bit_forward(small, nothing, scale, q.shape[1], torch.float32)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter itself")
@@ -174,7 +217,7 @@ class TestAttention:
             p.key_encoding,
             p.row_encoding,
         )
-        torch.library.opcheck(block_sparse_8bit_op, (q, k, v, *tables, p.guard_bits, p.block, 0.1, precision))
+        torch.library.opcheck(block_sparse_8bit_op, (q, k, v, *tables, p.guard_bits, p.block, 0.1, precision, ""))
 
     def test_errors_say_what_to_do(self):
         case = SMALL[0]
@@ -185,7 +228,11 @@ class TestAttention:
             block_sparse_attention_8bit(q.float(), k.float(), v.float(), case.plan())
         with pytest.raises(RuntimeError, match="head dimension 32 is not 64 or 128"):
             block_sparse_attention_8bit(*(x[..., :32] for x in (q, k, v)), case.plan())
-        with pytest.raises(RuntimeError, match="room for 64 rows, not 128"):
-            block_sparse_attention_8bit(q, k, v, dataclasses.replace(case, block=64).plan())
+        with pytest.raises(RuntimeError, match="room for 16 rows, fewer than 32"):
+            block_sparse_attention_8bit(q, k, v, dataclasses.replace(case, tile=(1, 4, 4), block=16).plan())
+        with pytest.raises(ValueError, match="backend must be one of gluon, triton, got 'fa4'"):
+            block_sparse_attention_8bit(q, k, v, case.plan(), backend="fa4")
+        with pytest.raises(RuntimeError, match="Triton kernels need a CUDA device, not cpu"):
+            block_sparse_attention_8bit(q, k, v, case.plan(), backend="triton")
         with pytest.raises(ValueError, match="build one for this grid"):
             block_sparse_attention_8bit(q[:, :-1], k, v, case.plan())

@@ -98,8 +98,9 @@ class Config:
             GPU that Triton serves and under ``torch.no_grad()``; and, on a Hopper GPU, the attention that stays dense in our
             kernel if no other diffusers backend was chosen. False: the stock code.
         precision: "int8" or "fp8": the method's attention calls with 8-bit products, for head dimensions 64 and 128, on GPUs of
-            compute capability 8.0 or later ("fp8": 8.9) (dispatch_8bit.py). About 2 % ("int8") and 3.6 % ("fp8") relative error of a call on unit-variance
-            inputs. Calls that cannot run so run in 16 bits, and ``summary`` says why. None: the model's own 16 bits.
+            compute capability 8.0 or later ("fp8": 8.9) (dispatch_8bit.py). About 2 % ("int8") and 3.6 % ("fp8") relative error
+            of a call on unit-variance inputs. Calls that cannot run so run in 16 bits, and ``summary`` says why. None: the
+            model's own 16 bits.
 
         min_tokens: attention calls over fewer tokens stay dense, and ``summary`` counts them as "short". None: 4096 for layers
             with a feature map of their own (UNets; with ``strict``, such a layer is an error until a number is given), no limit

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from tilewise.kernels.plans.layout import Grid
+from tilewise.pipelines.conditioning.files import flag
+from tilewise.pipelines.conditioning.inputs import files_of
 from tilewise.pipelines.generation.resolve import resolve_settings
 from tilewise.pipelines.generation.settings import OWN_VAE, GenerateSettings
 from tilewise.pipelines.generation.stock_call import call_arguments
@@ -124,6 +126,9 @@ def prepare(
             )
         plan = plan_memory(pipe, grid, **planned, draft=layout)
         check_plan(plan, what)
+    for role in files_of(vars(first)):
+        if role in space.unserved:
+            raise ConfigError(f"highres takes no {flag(role)} with {type(pipe).__name__}: {space.unserved[role]}")
     target = resolve_settings(
         pipe, prompt, method=Config(method, steps=(0.0, 1.0), precision=options.precision),
         **{**shared, "height": height, "width": width},

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tilewise.pipelines.conditioning.roles import share_of_steps
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.generate import Clip, Progress, content_score, refuse_patched
 from tilewise.pipelines.generation.settings import GenerateSettings
@@ -47,6 +49,7 @@ from tilewise.plugins.config import MethodLike
 from tilewise.plugins.errors import ConfigError
 from tilewise.plugins.guidance.dual_path import two_paths
 from tilewise.plugins.guidance.rope_scaling import scaled_rope
+from tilewise.plugins.hooks.temporary_attribute import temporary_attribute
 from tilewise.plugins.patching import denoisers_of, patched
 from tilewise.plugins.summary import summary
 
@@ -104,6 +107,11 @@ def highres(
     steps: int | None = None,
     guidance: float | None = None,
     seed: int = 0,
+    image: str | None = None,
+    last_image: str | None = None,
+    video: str | None = None,
+    mask: str | None = None,
+    reference: Sequence[str] = (),
     **given: Any,
 ) -> HighresClip | OneStageClip:
     """Makes a clip of 2–4 times the side length that the model was trained at. A UNet's is made in one stage (``one_stage``),
@@ -111,8 +119,8 @@ def highres(
 
     Args:
         pipe: a loaded pipeline of a kind in ``latent_spaces`` (Wan, SkyReels-V2, LTX, Kandinsky 5, HunyuanVideo, 1.5,
-            EasyAnimate, Mochi, Flux, Flux.2, Chroma, Qwen-Image, SD 3, Z-Image), or with the UNet of SD 1.5, SD 2.1 or SDXL; not
-            patched; left as it was found, whatever happens.
+            EasyAnimate, Mochi, Flux, Flux.2, Chroma, Qwen-Image, SD 3, Z-Image; some from pictures too, see docs/models.md), or
+            with the UNet of SD 1.5, SD 2.1 or SDXL; not patched; left as it was found, whatever happens.
         prompt: one prompt. height, width: of the clip, pixels.
         native: (height, width) of the first stage, pixels; default: the model's own, or where the clip has another shape,
             one like it of about as many pixels. One that is given and has another shape than the clip is a UserWarning.
@@ -121,6 +129,8 @@ def highres(
         on_native: called with the first stage's clip as soon as it is there, to be written or shown.
         options: the second stage; single ones may be given by name instead (``strength=0.6``).
         negative, frames, steps, guidance, seed: as for ``resolve_settings``; both stages have the same.
+        image, last_image, video, mask, reference: paths of files that the clip is made from, where the pipeline takes them. Each
+            stage fits and encodes them at its own size. ``strength`` is the second stage's, whatever the pipeline's own says.
 
     Raises:
         ConfigError: a size that the model does not take (with the nearest one that it does), one smaller than native, a plan of
@@ -131,6 +141,7 @@ def highres(
         raise ConfigError("highres makes one clip of one prompt; for several, call it for each")
     shared = {
         "model": model, "negative": negative, "frames": frames, "steps": steps, "guidance": guidance, "seed": seed,
+        "image": image, "last_image": last_image, "video": video, "mask": mask, "reference": reference,
     }  # fmt: skip
     if in_one_stage(pipe):
         said = {**given, "native": native, "options": options, "on_native": on_native}
@@ -221,11 +232,19 @@ def _stage(
     """One run of the pipeline, from and to latents (1, C, t, h, w); seconds by phase; what attention did, None if stock."""
 
     space = latent_space(pipe)
-    given = {} if latents is None else {"latents": space.packed(pipe, latents)}
+    given: dict[str, Any] = {}
+    mixed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if latents is not None and space.mixes:
+        prepare = functools.partial(space.begun, pipe, pipe.prepare_latents, latents)
+        mixed = temporary_attribute(pipe, "prepare_latents", prepare)
+    elif latents is not None:
+        given["latents"] = space.packed(pipe, latents)
+    if latents is not None and share_of_steps(pipe, None) is not None:
+        given["strength"] = 1.0  # of the steps that are left: the picture that is changed is what the stage begins with
     method = contextlib.nullcontext(pipe) if settings.is_dense else patched(pipe, settings.method)
     owner = latents is None  # the second stage is patched around the paths already
     start = time.perf_counter()
-    with method if owner else contextlib.nullcontext(pipe):
+    with mixed, method if owner else contextlib.nullcontext(pipe):
         out = stock_call(
             pipe, settings, lambda done, total, _: tell("denoise", done, total), output_type="latent", **given
         )

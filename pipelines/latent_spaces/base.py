@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
@@ -24,6 +24,10 @@ from numpy.typing import NDArray
 import tilewise.pipelines.latent_spaces
 from tilewise.plugins.diffusers_compat import execution_device
 from tilewise.plugins.errors import UnsupportedModelError
+from tilewise.plugins.models.common.native_size import call_parameters
+
+NO_LATENTS = "it needs latents that it can encode and enter the schedule with"
+NO_SIZE = "its call takes no size, and a larger one cannot be asked for"
 
 Statistics = tuple[torch.Tensor | float, torch.Tensor | float]
 
@@ -38,6 +42,9 @@ class LatentSpace:
         still: the pipeline makes an image.
         flat: its VAE takes (B, C, H, W).
         encoder_run: the encoder takes frames in runs of so many after the first, and drops what is over; 1: as they come.
+        mixes: the pipeline puts the pictures that it is given among the latents that it begins with, and would not do so with
+            latents of somebody else's: ``begun`` does.
+        unserved: roles of files (``conditioning.files.ROLES``) that the second stage cannot have, with the reason.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -46,6 +53,8 @@ class LatentSpace:
     still: ClassVar[bool] = False
     flat: ClassVar[bool] = False
     encoder_run: ClassVar[int] = 1
+    mixes: ClassVar[bool] = False
+    unserved: ClassVar[Mapping[str, str]] = {}
 
     def factors(self, pipe: Any) -> tuple[int, int]:
         """Pixels to a latent: (along height and width, in time)."""
@@ -82,6 +91,13 @@ class LatentSpace:
     def unpacked(self, pipe: Any, latents: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
         """What the call gave, as (1, C, t, h, w); shape: (t, h, w)."""
         return latents[:, :, None] if self.flat else latents
+
+    def begun(self, pipe: Any, prepare: Callable[..., Any], latents: torch.Tensor, /, *args: Any, **kwargs: Any) -> Any:
+        """What ``prepare``, the pipeline's ``prepare_latents``, gives with its own arguments, with ``latents`` for its noise.
+
+        Only where ``mixes``. latents: (1, C, t, h, w), noised.
+        """
+        raise NotImplementedError
 
     def decode_vae(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """(1, C, t, h, w) of the VAE's own scale to pixels (1, 3, T, H, W) in −1 … 1."""
@@ -177,9 +193,10 @@ def latent_space(pipe: Any) -> LatentSpace:
     """
     spaces, kind = latent_spaces(), type(pipe).__name__
     if kind not in spaces:
+        unsized = "height" not in call_parameters(pipe)
         raise UnsupportedModelError(
-            f"highres serves {', '.join(sorted(spaces))}, not {kind}: it needs latents that it can encode and enter the schedule "
-            "with. tilewise.patch(pipe, 'inward') gives the window alone, and tilewise.patch(pipe, 'hidiffusion') makes larger "
+            f"highres serves {', '.join(sorted(spaces))}, not {kind}: {NO_SIZE if unsized else NO_LATENTS}. "
+            "tilewise.patch(pipe, 'inward') gives the window alone, and tilewise.patch(pipe, 'hidiffusion') makes larger "
             "pictures with the UNet of SD 1.5, SD 2.1 or SDXL"
         )
     space = spaces[kind]

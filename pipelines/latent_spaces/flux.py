@@ -1,8 +1,8 @@
-"""Flux.1: images, whose latents are packed into tokens of 2×2."""
+"""Flux.1, from text, from a picture that it changes, and Kontext: images, whose latents are packed into tokens of 2×2."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,7 +11,7 @@ from tilewise.plugins.diffusers_compat import pack_latents, unpack_latents
 
 
 class FluxLatents(LatentSpace):
-    pipelines = ("FluxPipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxKontextPipeline", "FluxImg2ImgPipeline")
     still = flat = distilled = True
 
     def packed(self, pipe: Any, latents: torch.Tensor) -> torch.Tensor:

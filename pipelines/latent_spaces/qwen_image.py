@@ -1,4 +1,4 @@
-"""Qwen-Image: packed as Flux's, from a video VAE that is given one frame."""
+"""Qwen-Image and its Edit models: packed as Flux's, from a video VAE that is given one frame."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from tilewise.pipelines.latent_spaces.flux import FluxLatents
 
 
 class QwenImageLatents(FluxLatents):
-    pipelines = ("QwenImagePipeline",)
+    pipelines = (
+        "QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageImg2ImgPipeline",
+    )  # fmt: skip
     flat = distilled = False
 
     def channels(self, vae: Any) -> int:

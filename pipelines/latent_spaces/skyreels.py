@@ -1,4 +1,4 @@
-"""SkyReels-V2: Wan's latents."""
+"""SkyReels-V2, from text and pictures: Wan's latents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tilewise.pipelines.latent_spaces.wan import WanLatents
 
 
 class SkyReelsLatents(WanLatents):
-    pipelines = ("SkyReelsV2Pipeline",)
+    pipelines = ("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline")
 
 
 SPACE = SkyReelsLatents()

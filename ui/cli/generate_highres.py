@@ -11,6 +11,7 @@ import torch
 
 from tilewise.pipelines.batch.job import Stages
 from tilewise.pipelines.batch.two_stage_jobs import stages_of
+from tilewise.pipelines.conditioning.inputs import Inputs, input_notes
 from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import ClipMetadata, begin_run, clip_metadata
 from tilewise.pipelines.generation.generate import Clip
@@ -60,7 +61,7 @@ def dry_run_highres(request: Request) -> None:
     print_settings(found.work.target, device, found.dtype, [target])
     say(explain_settings(found.skeleton, found.work.target))
     say(f"{found.work.plan}; without the text encoder, which was not loaded")
-    for note in found.work.notes:
+    for note in [*found.work.notes, *input_notes(found.skeleton, Inputs.of(found.work.target))]:
         say(f"note: {note}")
 
 
@@ -79,7 +80,7 @@ def generate_highres(request: Request) -> None:
         work = _tiled(prepare(pipe, *found.arguments), found.origin, found.memory)
         target = work.target
         notes.print(str(work.plan), style="yellow", soft_wrap=True)
-        for note in [*prompt_notes(pipe, target), *work.notes]:
+        for note in [*prompt_notes(pipe, target), *work.notes, *input_notes(pipe, Inputs.of(target))]:
             notes.note(note)
 
         with found.outputs.claimed() as files:

@@ -382,7 +382,7 @@ def test_other_bad_input(pipe):
     with pytest.raises(ConfigError, match="one prompt"):
         highres(pipe, ["a", "b"], height=128, width=128)
     image = tiny_wan.tiny_pipeline(image=True)
-    with pytest.raises(UnsupportedModelError, match="not WanImageToVideoPipeline"):
+    with pytest.raises(ConfigError, match="WanImageToVideoPipeline needs a file for --image"):
         make(image)
     tilewise.patch(pipe, "sta")
     with pytest.raises(ConfigError, match="already patched"):

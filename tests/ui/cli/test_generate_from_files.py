@@ -103,6 +103,25 @@ def test_a_batch_reads_files_from_columns_and_notices_a_changed_one(models, tmp_
     assert len({line["run"]["batch"]["key"] for line in lines()}) == 6
 
 
+def test_past_the_training_size(models, tmp_path, monkeypatch):
+    """Both stages from the picture, alone and in a batch, and again from the clip's file."""
+    monkeypatch.setattr("tilewise.pipelines.memory.plan.vae_bytes", lambda *args: 0)  # it takes the longest
+    start, out = picture(tmp_path / "start.png", (64, 64), mode="RGBA"), tmp_path / "out.mp4"
+    large = ["--highres", "--height", 64, "--width", 64, "--steps", 2]
+    result = run("generate", PROMPT, "--model", models["i2v"], "--image", start, *large, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "start.png is transparent in parts, which are shown on white" in result.stderr
+    again = run("generate", "--from", out, "--out", tmp_path / "again.mp4")
+    assert f"frames of {out}: the same, bit for bit" in again.stdout, again.output
+    table = tmp_path / "in.csv"
+    table.write_text(f"prompt,image\n{PROMPT},{start}\n")
+    batch = run("batch", table, "--model", models["i2v"], *large, "--out", tmp_path / "clips")
+    assert batch.exit_code == 0, batch.output
+    made = list((tmp_path / "clips").glob("*.mp4"))
+    assert len(made) == 2  # the native one too
+    assert all(read_settings(path)["image"].startswith(f"{start}@sha256:") for path in made)
+
+
 def test_verify_takes_them_too(models, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n")
     words = ["--model", models["i2v"], "--method", "sta", "--steps", 2, "--out", tmp_path / "report.html"]

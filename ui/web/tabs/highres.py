@@ -14,6 +14,7 @@ import gradio as gr
 from tilewise.pipelines.batch.manifest import NAME
 from tilewise.pipelines.batch.two_stage_clip import TwoStages
 from tilewise.pipelines.batch.two_stage_jobs import stages_flop, stages_of
+from tilewise.pipelines.conditioning.inputs import Inputs, input_notes
 from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.resolve import prompt_notes
 from tilewise.pipelines.highres.preparation import Work
@@ -98,7 +99,7 @@ class HighresStudio:
         flop = stages_flop(self.skeleton(model), work)
         with self.store.alone():
             place = self.store.place(work.target, flop, stages_of(work))
-        notes = [*prompt_notes(pipe, work.target), *work.notes]
+        notes = [*prompt_notes(pipe, work.target), *work.notes, *input_notes(pipe, Inputs.of(work.target))]
         run = {name: value for name, value in told.items() if name != "load"}  # of both clips
 
         def show(native: Mapping[str, Any]) -> None:

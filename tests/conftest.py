@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,13 @@ import pytest
 HERE = Path(__file__).parent
 # Markers that every test in a folder has. A file with one kind of tests sets ``pytestmark`` itself.
 MARKERS = {"ui/cli": "cli", "ui/web": "web", "examples": "slow", "benchmarks": "slow"}
+LONG = ("slow", "compile", "cli", "web")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist would hand out the files with the most tests first, and those with a few tests of many seconds last.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for folder, marker in MARKERS.items():
             if item.path.is_relative_to(HERE / folder):
                 item.add_marker(marker)
+    long_files_first(items)
     import torch
 
     if torch.cuda.is_available():
@@ -39,6 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+def long_files_first(items: list[pytest.Item]) -> None:
+    """Files with long tests first, those with many of them before others: all processes then end at about the same time."""
+    tests = Counter(item.path for item in items)
+    long = Counter(item.path for item in items if any(item.get_closest_marker(name) for name in LONG))
+    items.sort(key=lambda item: (-long[item.path], -tests[item.path], item.path))
 
 
 @pytest.fixture(scope="module", autouse=True)

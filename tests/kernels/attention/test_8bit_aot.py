@@ -1,23 +1,18 @@
 """The 8-bit Hopper kernel compiles without a GPU: 8-bit wgmma, operands that stay where they are, everything in registers."""
 
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from test_triton_aot import ptxas_usage
+from ahead_of_time import compile_for, report, usage
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-triton = pytest.importorskip("triton", minversion="3.6")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.experimental.gluon import language as gl  # noqa: E402
-from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
-
-from tilewise.kernels.attention import triton_quantize  # noqa: E402
-from tilewise.kernels.attention.backends.hopper_8bit import _descriptor, hopper_8bit_kernel, launch_config  # noqa: E402
-from tilewise.kernels.attention.dispatch_8bit import BLOCK  # noqa: E402
-from tilewise.kernels.attention.quantize import VALUES  # noqa: E402
+from tilewise.kernels.attention import triton_quantize
+from tilewise.kernels.attention.backends.hopper_8bit import _descriptor, hopper_8bit_kernel, launch_config
+from tilewise.kernels.attention.dispatch_8bit import BLOCK
+from tilewise.kernels.attention.quantize import VALUES
 
 pytestmark = pytest.mark.compile
 
@@ -55,7 +50,7 @@ def compiled(precision: str, head_dim: int, intervals: bool, heads: bool, means:
         if signature[name].startswith("*") or name.startswith("stride_o"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(hopper_8bit_kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return compile_for(source, 90, num_warps=4)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +62,7 @@ def compiled(precision: str, head_dim: int, intervals: bool, heads: bool, means:
         ("fp8", 128, False, False, True),
     ],
 )
-def test_compiles(precision, head_dim, intervals, heads, means, tmp_path):
+def test_compiles(precision, head_dim, intervals, heads, means):
     kernel = compiled(precision, head_dim, intervals, heads, means)
     ptx = kernel.asm["ptx"]
     assert kernel.metadata.shared <= 227 * 1024
@@ -77,20 +72,16 @@ def test_compiles(precision, head_dim, intervals, heads, means, tmp_path):
     assert re.search(rf"m64n{head_dim}k32\.{re.escape(values)} \{{[^}}]*\}}, \{{%r\d+,%r\d+,%r\d+,%r\d+\}}", ptx)
     assert "setmaxnreg" in ptx  # the consumers take the producer's registers
     assert "st.shared.b8" not in ptx  # the weights are not exchanged through memory
-    usage = ptxas_usage(ptx, 90, tmp_path)
+    used = usage(kernel)
     # The interval test keeps a few loop-invariant addresses in local memory; the accumulators stay in registers.
-    assert usage["spill stores"] <= (64 if intervals else 0), usage
-
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    command = [ptxas, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "serialized" not in report, report
+    assert used["spill stores"] <= (64 if intervals else 0), used
+    assert "serialized" not in report(kernel), report(kernel)
 
 
 @pytest.mark.parametrize(
     ("name", "precision"), [("queries", "int8"), ("keys", "int8"), ("values", "int8"), ("values", "fp8")]
 )
-def test_quantization_compiles(name, precision, tmp_path):
+def test_quantization_compiles(name, precision):
     kernel = getattr(triton_quantize, f"quantize_{name}_kernel")
     dtype, largest = VALUES[precision]
     constants = {"D": 128, "R": BLOCK, "INTEGER": dtype == torch.int8, "LARGEST": largest}
@@ -114,7 +105,6 @@ def test_quantization_compiles(name, precision, tmp_path):
         if signature[argument].startswith("*") or argument.startswith("stride"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    usage = ptxas_usage(done.asm["ptx"], 90, tmp_path)
-    assert usage["spill stores"] == 0, usage
+    done = compile_for(source, 90, num_warps=4)
+    assert usage(done)["spill stores"] == 0, usage(done)
     assert "st.global.v4" in done.asm["ptx"]  # whole rows of bytes, transposed or not

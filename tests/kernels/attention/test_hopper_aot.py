@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from test_triton_aot import ptxas_usage
+from ahead_of_time import compile_for, report, usage
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-triton = pytest.importorskip("triton", minversion="3.6")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.experimental.gluon import language as gl  # noqa: E402
-from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
-
-from tilewise.kernels.attention.backends.hopper import BLOCK, as_rows, hopper_kernel, launch_config  # noqa: E402
+from tilewise.kernels.attention.backends.hopper import BLOCK, as_rows, hopper_kernel, launch_config
 
 pytestmark = pytest.mark.compile
 
@@ -17,7 +14,7 @@ PLAN = ["q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set",
 MEANS = ["mean_index", "mean_ends"]
 
 
-def compiled(dtype: str, head_dim: int, intervals: bool, heads: bool, means: bool = False):
+def compiled(dtype: str, head_dim: int, intervals: bool, heads: bool, means: bool):
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     constants = {
         "D": head_dim, "BLOCK_N": BLOCK, "SHARED_SET": not heads, "HAS_HEAD_SET": heads, "HAS_INTERVALS": intervals,
@@ -40,7 +37,7 @@ def compiled(dtype: str, head_dim: int, intervals: bool, heads: bool, means: boo
         if signature[name].startswith("*") or name.startswith("stride_o"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(hopper_kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return compile_for(source, 90, num_warps=4)
 
 
 @pytest.mark.parametrize(
@@ -48,32 +45,23 @@ def compiled(dtype: str, head_dim: int, intervals: bool, heads: bool, means: boo
     [
         ("bf16", 128, False, False, False),
         ("bf16", 128, False, False, True),
+        ("bf16", 128, True, False, False),
         ("bf16", 128, True, True, True),
         ("bf16", 64, False, True, False),
         ("fp16", 64, True, False, True),
         ("fp16", 128, False, False, False),
     ],
 )
-def test_compiles(dtype, head_dim, intervals, heads, means, tmp_path):
+def test_compiles(dtype, head_dim, intervals, heads, means):
     kernel = compiled(dtype, head_dim, intervals, heads, means)
     assert kernel.metadata.shared <= 227 * 1024
     assert "wgmma" in kernel.asm["ptx"]
     assert "setmaxnreg" in kernel.asm["ptx"]  # the consumers take the producer's registers
-    usage = ptxas_usage(kernel.asm["ptx"], 90, tmp_path)
+    used = usage(kernel)
     # The interval test keeps a few loop-invariant addresses in local memory; the accumulators stay in registers.
-    assert usage["spill stores"] <= (64 if intervals else 0), usage
-
-
-def test_products_are_not_serialised(tmp_path):
-    """ptxas says so where it puts a wait behind every wgmma: half of the speed would be gone without any other sign."""
-    import subprocess
-    from pathlib import Path
-
-    (tmp_path / "kernel.ptx").write_text(compiled("bf16", 128, True, False).asm["ptx"])
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    command = [ptxas, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "serialized" not in report, report
+    assert used["spill stores"] <= (64 if intervals else 0), used
+    # ptxas says so where it puts a wait behind every wgmma: half of the speed would be gone without any other sign.
+    assert "serialized" not in report(kernel), report(kernel)
 
 
 def test_only_what_the_copy_engine_cannot_read_is_copied():

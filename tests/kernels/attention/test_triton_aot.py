@@ -1,16 +1,10 @@
 """The Triton kernel compiles ahead of time for Ampere and Hopper, without a GPU, and keeps everything in registers."""
 
-import re
-import subprocess
-from pathlib import Path
-
 import pytest
+from ahead_of_time import compile_for, usage
+from triton.compiler import ASTSource
 
-triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from tilewise.kernels.attention.backends.triton import forward_kernel, launch_config  # noqa: E402
+from tilewise.kernels.attention.backends.triton import forward_kernel, launch_config
 
 pytestmark = pytest.mark.compile
 
@@ -44,8 +38,7 @@ def compiled(capability: int, dtype: str, head_dim: int, intervals: bool):
         if signature[name].startswith("*") or name.startswith("stride_"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(forward_kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compile_for(source, capability, num_warps=config["num_warps"], num_stages=config["num_stages"])
 
 
 @pytest.mark.parametrize("intervals", [False, True])
@@ -53,21 +46,21 @@ def compiled(capability: int, dtype: str, head_dim: int, intervals: bool):
     ("dtype", "head_dim"), [("bf16", 64), ("bf16", 96), ("bf16", 128), ("fp16", 128), ("fp16", 256)]
 )
 @pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_without_spills(capability, dtype, head_dim, intervals, tmp_path):
+def test_compiles_without_spills(capability, dtype, head_dim, intervals):
     kernel = compiled(capability, dtype, head_dim, intervals)
     assert kernel.metadata.shared <= SHARED_KIB[capability] * 1024
     if capability == 90:
         assert "wgmma" in kernel.asm["ptx"]  # Hopper's own matrix instructions, not Ampere's
-    usage = ptxas_usage(kernel.asm["ptx"], capability, tmp_path)
-    assert usage["spill stores"] == usage["spill loads"] == 0, usage
+    used = usage(kernel)
+    assert used["spill stores"] == used["spill loads"] == 0, used
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_head_dims_below_the_narrowest_product_compile(capability, tmp_path):
+def test_head_dims_below_the_narrowest_product_compile(capability):
     """tl.dot takes no less than 16 channels, which only a compiler minds: the interpreter takes any number."""
     kernel = compiled(capability, "bf16", 8, intervals=True)
-    usage = ptxas_usage(kernel.asm["ptx"], capability, tmp_path)
-    assert usage["spill stores"] == usage["spill loads"] == 0, usage
+    used = usage(kernel)
+    assert used["spill stores"] == used["spill loads"] == 0, used
 
 
 @pytest.mark.parametrize(("head_dim", "capability"), [(64, 80), (128, 80), (256, 90)])
@@ -75,17 +68,3 @@ def test_single_precision_compiles_and_fits(capability, head_dim):
     """Exact fp32 products run without matrix units and may spill; they must fit all the same."""
     kernel = compiled(capability, "fp32", head_dim, intervals=True)
     assert kernel.metadata.shared <= SHARED_KIB[capability] * 1024
-
-
-def ptxas_usage(ptx: str, capability: int, folder: Path) -> dict[str, int]:
-    """Assemble again with a report: the compiled kernel knows its spills only once it is loaded on a GPU."""
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    (folder / "kernel.ptx").write_text(ptx)
-    arch = f"sm_{capability}{'a' if capability == 90 else ''}"
-    command = [ptxas, "-v", f"--gpu-name={arch}", folder / "kernel.ptx", "-o", folder / "kernel.cubin"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert found, report
-    registers = re.search(r"Used (\d+) registers", report)
-    assert registers, report
-    return {"spill stores": int(found[1]), "spill loads": int(found[2]), "registers": int(registers[1])}

@@ -120,7 +120,7 @@ class TestEntryPoints:
 @pytest.mark.parametrize("channels", [96, 384])
 class TestAheadOfTime:
     @pytest.mark.parametrize("absent", ["bias residual", "bias", "weight out", ""], ids=lambda x: f"no {x}")
-    def test_rms_norm_silu(self, channels, absent, capability, tmp_path):
+    def test_rms_norm_silu(self, channels, absent, capability):
         pytest.importorskip("triton")
         from tilewise.kernels.fused.triton_rms_norm_silu import launch_config, rms_norm_silu_kernel
 
@@ -129,14 +129,14 @@ class TestAheadOfTime:
         constants = {"C": channels, "KEEP_SUM": absent != "bias residual", "SILU": True, **config}
         constants |= {f"{name}_ptr": None for name in absent.split()}
         kernel = compiled(rms_norm_silu_kernel, constants, "bf16", capability, warps)
-        check_code(kernel, capability, tmp_path)
+        check_code(kernel)
 
     @pytest.mark.parametrize("frames", [1, 2])
-    def test_upsample_nearest(self, channels, frames, capability, tmp_path):
+    def test_upsample_nearest(self, channels, frames, capability):
         pytest.importorskip("triton")
         from tilewise.kernels.fused.triton_upsample_nearest import launch_config, upsample_nearest_kernel
 
         config = launch_config(channels)
         warps = config.pop("num_warps")
         kernel = compiled(upsample_nearest_kernel, {"K": frames, "C": channels, **config}, "bf16", capability, warps)
-        check_code(kernel, capability, tmp_path)
+        check_code(kernel)

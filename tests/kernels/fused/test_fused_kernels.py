@@ -491,7 +491,7 @@ def compiled(
     kernel, constants: dict, dtype: str, capability: int, warps: int, single: tuple[str, ...] = (), fp8: str = ""
 ):
     """A kernel compiled for a GPU that need not be there; ``single``: which of its pointers are to float32, ``fp8``: to e4m3."""
-    from triton.backends.compiler import GPUTarget
+    from ahead_of_time import compile_for
     from triton.compiler import ASTSource
 
     signature, attributes = {}, {}
@@ -514,18 +514,15 @@ def compiled(
             attributes[(position,)] = [["tt.divisibility", 16]]
     attributes = {at: value for at, value in attributes.items() if signature[kernel.arg_names[at[0]]] != "constexpr"}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    import triton
-
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return compile_for(source, capability, num_warps=warps)
 
 
-def check_code(kernel, capability: int, folder: Path) -> None:
+def check_code(kernel) -> None:
     """No spills; and every access to a row is 16 bytes a thread (a table row of few channels may be less)."""
-    from test_triton_aot import ptxas_usage
+    from ahead_of_time import usage
 
-    ptx = kernel.asm["ptx"]
-    usage = ptxas_usage(ptx, capability, folder)
-    assert usage["spill stores"] == usage["spill loads"] == 0, usage
+    ptx, used = kernel.asm["ptx"], usage(kernel)
+    assert used["spill stores"] == used["spill loads"] == 0, used
     stores = re.findall(r"st\.global\S*", ptx)
     assert stores
     assert all(".v4" in store for store in stores), stores
@@ -541,7 +538,7 @@ class TestAheadOfTime:
         ("heads", "depth", "order"),
         [(12, 128, False), (12, 128, True), (40, 128, True), (24, 64, False), (32, 96, True)],
     )
-    def test_qk_norm_rope(self, heads, depth, across, order, capability, tmp_path):
+    def test_qk_norm_rope(self, heads, depth, across, order, capability):
         pytest.importorskip("triton")
         from tilewise.kernels.fused.triton_qk_norm_rope import launch_config, qk_norm_rope_kernel
 
@@ -552,13 +549,13 @@ class TestAheadOfTime:
             **config, **({} if order else {"order_ptr": None}),
         }  # fmt: skip
         kernel = compiled(qk_norm_rope_kernel, constants, "bf16", capability, warps, ("cos_ptr", "sin_ptr"))
-        check_code(kernel, capability, tmp_path)
+        check_code(kernel)
 
     @pytest.mark.parametrize(
         "absent", ["y gate gate_base weight bias", "gate_base scale shift", ""], ids=lambda x: f"no {x}"
     )
     @pytest.mark.parametrize("channels", [1536, 3072, 5120, 8192])
-    def test_residual_norm(self, channels, absent, capability, tmp_path):
+    def test_residual_norm(self, channels, absent, capability):
         pytest.importorskip("triton")
         from tilewise.kernels.fused.triton_residual_norm import launch_config, residual_norm_kernel
 
@@ -569,10 +566,10 @@ class TestAheadOfTime:
             **config, **{f"{name}_ptr": None for name in absent.split()},
         }  # fmt: skip
         single = ("gate_ptr", "gate_base_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr")
-        check_code(compiled(residual_norm_kernel, constants, "bf16", capability, warps, single), capability, tmp_path)
+        check_code(compiled(residual_norm_kernel, constants, "bf16", capability, warps, single))
 
     @pytest.mark.parametrize("columns", [5120, 13824])
-    def test_quantize_rows(self, columns, capability, tmp_path):
+    def test_quantize_rows(self, columns, capability):
         pytest.importorskip("triton")
         from tilewise.kernels.fused.triton_quantize_rows import launch_config, quantize_rows_kernel
 
@@ -582,10 +579,10 @@ class TestAheadOfTime:
         warps = config.pop("num_warps")
         constants = {"K": columns, "LARGEST": 448.0, **config}
         kernel = compiled(quantize_rows_kernel, constants, "bf16", capability, warps, ("scale_ptr",), "q_ptr")
-        from test_triton_aot import ptxas_usage
+        from ahead_of_time import usage
 
-        usage = ptxas_usage(kernel.asm["ptx"], capability, tmp_path)
-        assert usage["spill stores"] == usage["spill loads"] == 0, usage
+        used = usage(kernel)
+        assert used["spill stores"] == used["spill loads"] == 0, used
         stores = re.findall(r"st\.global\S*", kernel.asm["ptx"])
         assert sum(".v4" not in store for store in stores) == 1  # the scale
         assert all(".v4" in load for load in re.findall(r"ld\.global\S*", kernel.asm["ptx"]))
@@ -594,7 +591,7 @@ class TestAheadOfTime:
     @pytest.mark.parametrize(
         ("words", "head"), [(768, 768), (2560, 2560), (1536, 64), (160, 20)], ids=lambda x: f"{4 * x} bytes"
     )
-    def test_reorder(self, words, head, tensors, capability, tmp_path):
+    def test_reorder(self, words, head, tensors, capability):
         pytest.importorskip("triton")
         from tilewise.kernels.fused.triton_reorder import TENSORS, launch_config, reorder_kernel
 
@@ -603,7 +600,7 @@ class TestAheadOfTime:
         absent = {f"{name}{i}_ptr": None for name in ("x", "out") for i in range(tensors, TENSORS)}
         constants = {"W": words, "HEAD": head, **config, **absent}
         kernel = compiled(reorder_kernel, constants, "i32", capability, warps)
-        check_code(kernel, capability, tmp_path)
+        check_code(kernel)
         assert kernel.metadata.shared == 0  # nothing is exchanged: the order is loaded where it is needed
         # Each thread loads the order once a row, and nothing but the order in less than 16 bytes.
         loads = re.findall(r"ld\.global\S*", kernel.asm["ptx"])

@@ -567,8 +567,7 @@ def test_in_the_interpreter():
 
 
 def compiled(kernel, capability: int, constants: dict, types: dict[str, str], warps: int):
-    import triton
-    from triton.backends.compiler import GPUTarget
+    from ahead_of_time import compile_for
     from triton.compiler import ASTSource
 
     signature, attributes = {}, {}
@@ -577,7 +576,7 @@ def compiled(kernel, capability: int, constants: dict, types: dict[str, str], wa
         if signature[name].startswith("*") or (name.startswith("stride_") and name not in constants):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return compile_for(source, capability, num_warps=warps)
 
 
 @pytest.mark.compile
@@ -590,13 +589,13 @@ class TestAheadOfTime:
     def triton_is_there(self):
         pytest.importorskip("triton")
 
-    def check(self, kernel, capability, folder):
-        from test_triton_aot import ptxas_usage
+    def check(self, kernel):
+        from ahead_of_time import usage
 
-        usage = ptxas_usage(kernel.asm["ptx"], capability, folder)
-        assert usage["spill stores"] == usage["spill loads"] == 0, usage
+        used = usage(kernel)
+        assert used["spill stores"] == used["spill loads"] == 0, used
 
-    def test_block_stats(self, capability, tmp_path):
+    def test_block_stats(self, capability):
         from tilewise.kernels.selection.triton_block_stats import block_stats_kernel
 
         types = {
@@ -607,10 +606,10 @@ class TestAheadOfTime:
             "variance_ptr": "*fp32",
         }
         constants = {"D": 128, "BLOCK_D": 128, "BLOCK": 128}
-        self.check(compiled(block_stats_kernel, capability, constants, types, 4), capability, tmp_path)
+        self.check(compiled(block_stats_kernel, capability, constants, types, 4))
 
     @pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 96)])
-    def test_block_share(self, dtype, head_dim, capability, tmp_path):
+    def test_block_share(self, dtype, head_dim, capability):
         from tilewise.kernels.selection.triton_block_share import block_share_kernel, launch_config
 
         types = dict.fromkeys(["q_ptr", "mean_ptr", "variance_ptr"], f"*{dtype}")
@@ -623,11 +622,11 @@ class TestAheadOfTime:
         constants = {"D": head_dim, "BLOCK_D": width, "ROWS": 128, "QUERIES": 32}
         constants |= {"BLOCK_N": config["BLOCK_N"], "PRECISION": "tf32"}
         kernel = compiled(block_share_kernel, capability, constants, types, config["num_warps"])
-        self.check(kernel, capability, tmp_path)
+        self.check(kernel)
         assert kernel.metadata.shared <= (227 if capability >= 90 else 99) * 1024
 
     @pytest.mark.parametrize("kind", ["block_logits", "error_logits", "summary_bias"])
-    def test_maps(self, kind, capability, tmp_path):
+    def test_maps(self, kind, capability):
         from tilewise.kernels.selection import triton_block_scores as triton_block_map
 
         kernel = getattr(triton_block_map, f"{kind}_kernel")
@@ -635,18 +634,18 @@ class TestAheadOfTime:
         types = dict.fromkeys(floats, "*fp32") | {"rows_ptr": "*i32", "seen_ptr": "*u8"}
         types |= dict.fromkeys(["scale", "least_s2", "least"], "fp32")
         types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
-        self.check(compiled(kernel, capability, {"CHUNK": 1024}, types, 4), capability, tmp_path)
+        self.check(compiled(kernel, capability, {"CHUNK": 1024}, types, 4))
 
-    def test_lists(self, capability, tmp_path):
+    def test_lists(self, capability):
         from tilewise.kernels.plans.triton_dynamic_plan import lists_kernel
 
         types = dict.fromkeys(["start_ptr", "rows_ptr", "index_ptr", "key_start_ptr", "ends_ptr"], "*i32")
         types |= {"kept_ptr": "*u8", "text_ptr": "*u8", "query_text_ptr": "*u8", "tokens_ptr": "*fp32"}
-        self.check(compiled(lists_kernel, capability, {"CHUNK": 1024}, types, 4), capability, tmp_path)
+        self.check(compiled(lists_kernel, capability, {"CHUNK": 1024}, types, 4))
 
     @pytest.mark.parametrize(("by_mass", "by_head"), [(True, False), (False, False), (False, True)])
     @pytest.mark.parametrize("width", [1024, 8192])
-    def test_select_rows(self, by_mass, by_head, width, capability, tmp_path):
+    def test_select_rows(self, by_mass, by_head, width, capability):
         from tilewise.kernels.selection.triton_select import ROUNDS, select_rows_kernel, warps_of
 
         types = {
@@ -658,10 +657,10 @@ class TestAheadOfTime:
         }
         types |= {"target": "*fp32" if by_head else "fp32", "golden": "fp32"}
         constants = {"BY_MASS": by_mass, "BY_HEAD": by_head, "BLOCK_N": width, "ROUNDS": ROUNDS}
-        self.check(compiled(select_rows_kernel, capability, constants, types, warps_of(width)), capability, tmp_path)
+        self.check(compiled(select_rows_kernel, capability, constants, types, warps_of(width)))
 
     @pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("bf16", 128), ("fp16", 96)])
-    def test_add_block_compensation(self, dtype, head_dim, capability, tmp_path):
+    def test_add_block_compensation(self, dtype, head_dim, capability):
         from tilewise.kernels.attention.triton_block_compensation import add_block_compensation_kernel, launch_config
 
         types = dict.fromkeys(["q_ptr", "seen_ptr", "key_ptr", "value_ptr", "out_ptr"], f"*{dtype}")
@@ -673,7 +672,7 @@ class TestAheadOfTime:
         for online in (False, True):
             constants["ONLINE"] = online
             kernel = compiled(add_block_compensation_kernel, capability, constants, types, config["num_warps"])
-            self.check(kernel, capability, tmp_path)
+            self.check(kernel)
 
 
 @pytest.mark.gpu

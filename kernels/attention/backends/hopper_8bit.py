@@ -16,8 +16,9 @@ that a block of small weights cannot overflow it.
 A consumer issues the values of block j − 1 and the scores of block j together, adds up while the latter run, and leaves
 its softmax to be covered by the other consumer's products.
 
-Means that stand for keys which a list leaves out are further key blocks, as in hopper.py. Their bias is added to the integer
-scores, in units of c·s: it is exact to half a unit, as the scores are.
+Means that stand for keys which a list leaves out are further key blocks, as in hopper.py. A bias that all means of a block share
+is added to the integer scores, in units of c·s: it is exact to half a unit, as the scores are. Where each mean has one of its
+own, the scores are turned into fp32 first: turning each bias into an integer takes four times as long.
 
 An 8-bit operand in registers holds four neighbouring keys a thread, an accumulator two and two: the values' keys are stored in
 the order that makes the weights' registers the operand's (``key_order`` in quantize.py), so that nothing is exchanged.
@@ -102,31 +103,40 @@ def _hide_intervals(s, encoded, row_lo, row_hi, guard_bits):
 
 
 @gluon.jit
-def _units(bias, unit):
-    """A bias (base 2) as a number of score units, which are at least SMALLEST; within 2³⁰, far beyond any score."""
-    number = bias / gl.maximum(unit, SMALLEST)
+def _units(bias, per_unit):
+    """A bias (base 2) as a number of score units, ``per_unit`` of them a 1; within 2³⁰, far beyond any score."""
+    number = bias * per_unit
     return gl.minimum(gl.maximum(number, -1073741824.0), 1073741824.0).to(gl.int32)
 
 
 @gluon.jit
-def _add_bias(s, bias, unit):
-    """Integer scores with the bias of each mean; NOTHING where that is −inf."""
-    biased = s + _units(bias[None, :], unit[:, None])
-    return gl.where((bias == float("-inf"))[None, :], NOTHING, biased)
+def _per_unit(unit):
+    """How many score units are 1, of rows whose unit is at least SMALLEST: a division a row, not one for each of its scores."""
+    return 1.0 / gl.maximum(unit, SMALLEST)
+
+
+@gluon.jit
+def _scaled(s, scale):
+    """Integer scores in fp32 (base 2), −inf for NOTHING."""
+    scale = gl.maximum(scale, SMALLEST)
+    return gl.where(s == NOTHING, float("-inf"), s.to(gl.float32) * scale[:, None])
 
 
 @gluon.jit
 def _weigh(s, scale, row_max, base, MASKED: gl.constexpr, TOP: gl.constexpr):
     """Weights 2^(score − base′ + TOP) of a block, the new maximum and base′, and the factor for what was summed before.
 
-    The scores stay integers until here: of three of them the maximum is one instruction.
+    Integer scores, times ``scale``, stay so until here: of three the maximum is one instruction. fp32 ones have been scaled.
     """
     # A scale this small means scores that are all alike. NOTHING times it is still 16 below them, which rounds to 0.
     scale = gl.maximum(scale, SMALLEST)
     peak = gl.max(s, 1)
-    block_max = peak.to(gl.float32) * scale
-    if MASKED:
-        block_max = gl.where(peak == NOTHING, float("-inf"), block_max)
+    if s.dtype == gl.float32:
+        block_max = peak
+    else:
+        block_max = peak.to(gl.float32) * scale
+        if MASKED:
+            block_max = gl.where(peak == NOTHING, float("-inf"), block_max)
     row_max = gl.maximum(row_max, block_max)
     new = gl.maximum(block_max, row_max - DROP)
     start = new
@@ -134,7 +144,10 @@ def _weigh(s, scale, row_max, base, MASKED: gl.constexpr, TOP: gl.constexpr):
         # A row that sees nothing here keeps to its maximum; one that has seen nothing at all has none, and is measured from 0.
         new = gl.where(block_max == float("-inf"), row_max, new)
         start = gl.where(new == float("-inf"), 0.0, new)
-    weights = gl.exp2(s.to(gl.float32) * scale[:, None] - (start - TOP)[:, None])
+    if s.dtype == gl.float32:
+        weights = gl.exp2(s - (start - TOP)[:, None])
+    else:
+        weights = gl.exp2(s.to(gl.float32) * scale[:, None] - (start - TOP)[:, None])
     return weights, row_max, new, gl.exp2(base - start)
 
 
@@ -252,9 +265,9 @@ def _steps(
         elif MASK_ROWS:
             s = _hide_rows(s, rows, S_LAYOUT)
         if MEANS == "even":
-            s += _units(even_bias, scale * next_k_scale)[:, None]
+            s += _units(even_bias, _per_unit(scale * next_k_scale))[:, None]
         elif MEANS == "uneven":
-            s = _add_bias(s, of_mean, scale * next_k_scale)
+            s = s.to(gl.float32) * gl.maximum(scale * next_k_scale, SMALLEST)[:, None] + of_mean[None, :]
         block = following
         if MEANS != "no":
             block += first_mean
@@ -359,6 +372,7 @@ def _consume(
             mean_index, last, key_start, k_rows, kv_scales, key_encoding, row_lo, row_hi, guard_bits, row_scale,
             first_mean, bias, means, even_bias, False, False, "even", STAGES, TOP, S_LAYOUT, O_LAYOUT, P_LAYOUT,
         )  # fmt: skip
+        s = _scaled(s, row_scale * k_scale)
         acc, s, row_max, base, row_sum, k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit = _steps(
             acc, s, row_max, base, row_sum, even_means, mean_count,
             k_stage, k_phase, v_stage, v_phase, block, k_scale, v_scale, v_unit,

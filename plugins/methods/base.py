@@ -8,7 +8,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from tilewise.kernels.plans.window_keys import WindowKeys
 from tilewise.plugins.errors import ConfigError, unknown
 from tilewise.plugins.methods.head_part import HeadPart
 from tilewise.plugins.models.common.family import AttentionLayer
+
+if TYPE_CHECKING:
+    from tilewise.plugins.runtime.forward_state import ForwardState
 
 _REGISTRY: dict[str, type[Method]] = {}
 
@@ -90,6 +93,22 @@ class Method:
             ConfigError: if the denoiser does not say what the method needs, or the method does not fit it.
         """
         return self
+
+    def put_on(self, state: ForwardState, denoiser: nn.Module, handles: list[Any]) -> Callable[[], str | None] | None:
+        """Put on a denoiser what the method reads beside its own calls. Default: nothing.
+
+        state: of the patch. handles: get each change as soon as it is made, with ``remove()``; see ``Addition`` for what they may
+        be. Returns what says in one line for ``summary`` what was read.
+
+        Raises:
+            ConfigError: where it cannot be read.
+        """
+        return None
+
+    @property
+    def follows_runs(self) -> bool:
+        """Whether what ``put_on`` put on goes by the step and the branch of forwards."""
+        return False
 
     def check(self, heads: int) -> None:
         """Refuse, before anything runs, options that do not fit a layer with ``heads`` heads.

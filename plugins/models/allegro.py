@@ -20,6 +20,7 @@ from tilewise.plugins.models.common.registry import register_family
 
 class AllegroFamily(Family):
     name = "allegro"
+    prompt_tokens: ClassVar[bool] = True
     classes: tuple[str, ...] = ("AllegroTransformer3DModel",)
     guidance_in_batch: ClassVar[bool] = True
 

@@ -34,6 +34,7 @@ ANY_NUMBER = 1 << 20  # of clean latent frames: trained with conditions of any l
 
 class LTXFamily(Family):
     name = "ltx"
+    prompt_tokens: ClassVar[bool] = True
     classes: tuple[str, ...] = ("LTXVideoTransformer3DModel",)
     guidance_in_batch: ClassVar[bool] = True
     streams: ClassVar = {"LTXVideoTransformer3DModel": Streams(("transformer_blocks",), text=1)}

@@ -22,6 +22,7 @@ from tilewise.plugins.models.common.sizes import Rule, refuse, wrong_sizes
 
 class UNetFamily(Family):
     name = "unet"
+    prompt_tokens: ClassVar[bool] = True
     classes: tuple[str, ...] = ("UNet2DConditionModel", "UNetMotionModel", "UNetSpatioTemporalConditionModel")
     guidance_in_batch: ClassVar[bool] = True
     per_frame: ClassVar[tuple[str, ...]] = (

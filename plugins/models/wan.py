@@ -28,6 +28,7 @@ ROPE_BASE = 10_000.0  # of every Wan model; a rotary module does not keep it
 
 class WanFamily(Family):
     name = "wan"
+    prompt_tokens: ClassVar[bool] = True
     classes: tuple[str, ...] = ("WanTransformer3DModel",)
     streams: ClassVar = {"WanTransformer3DModel": Streams(("blocks",), text=2)}
     stacks: ClassVar[tuple[str, ...]] = ("blocks",)

@@ -259,7 +259,8 @@ class ForwardState:
     def _follow(self, timestep: torch.Tensor) -> None:
         """Keep count of runs, steps and branches, where somebody goes by them; a bare denoiser's timestep is read for it."""
         forward, method = self.forward, self.config.method
-        wanted = self.observers or method.needs_step or (isinstance(method, DynamicMethod) and method.keeps_memory)
+        wanted = self.observers or method.needs_step or method.follows_runs
+        wanted = wanted or (isinstance(method, DynamicMethod) and method.keeps_memory)
         if self.window is not None:
             forward.step = self.window.step
             self.memories.begin(None)

@@ -61,7 +61,7 @@ class Patch:
         self._handles: list[Any] = []
         self._replacing = threading.Lock()
         self.cache: CacheDriver | None = None
-        self.reports: list[Report] = []  # of the additions
+        self.reports: list[Report] = []  # of the method and the additions
         self.left_alone: dict[str, Any] = {}  # processors that are not taken over, by layer name
         # What the pipeline's VAE got with it, and that VAE; it is not kept alive.
         self.vae: tuple[VaePatch, weakref.ref[nn.Module]] | None = None
@@ -78,6 +78,8 @@ class Patch:
             self._handles += self.family.hooks(denoiser)
             if self.config.fuse:
                 self._handles += self.family.fuse(denoiser, self.calls)
+            if (report := self.config.method.put_on(self.state, denoiser, self._handles)) is not None:
+                self.reports.append(report)
             self.reports += [one.put_on(self.state, denoiser, self._handles) for one in self.config.additions]
             if self.config.step_cache is not None:  # last: its hooks wrap what is on the blocks
                 names = [layer.name for layer in self.layers]

@@ -27,7 +27,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
@@ -126,6 +126,11 @@ class StepIndex:
         running = self._calling()
         return self.pipe() if running is None else running
 
+    def argument(self, name: str) -> Any:
+        """What the pipeline that is calling the denoiser in this thread was given as an argument of its call; None: nothing."""
+        denoiser = self._denoiser()
+        return None if denoiser is None else argument_of_run(denoiser, name)
+
     def noise(self, timestep: torch.Tensor) -> float:
         """The noise level of the forward that has just begun, from 1 (noise alone) to 0: its timestep ÷ those of training.
 
@@ -211,14 +216,26 @@ def by_noise_level(timestep: torch.Tensor) -> Position:
 
 def running_pipeline(denoiser: nn.Module) -> Any:
     """The diffusers pipeline that is calling ``denoiser`` in this thread, or None."""
+    return next((pipe for pipe, _ in _running(denoiser)), None)
+
+
+def argument_of_run(denoiser: nn.Module, name: str) -> Any:
+    """What that pipeline was given as an argument of its ``__call__``, as far as it was not assigned anew; None: nothing."""
+    for _, frame in _running(denoiser):
+        if frame.f_code.co_name == "__call__" and name in frame.f_code.co_varnames:
+            return local_variable(frame, name)
+    return None
+
+
+def _running(denoiser: nn.Module) -> Iterator[tuple[Any, FrameType]]:
+    """The pipelines that hold ``denoiser`` and whose methods are running in this thread, innermost first, and their frames."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if _is_pipelines(frame):
             pipe = first_argument(frame)
             if isinstance(pipe, pipeline_classes()) and _holds(pipe, denoiser):
-                return pipe
+                yield pipe, frame
         frame = frame.f_back
-    return None
 
 
 @cache
@@ -243,8 +260,13 @@ def _is_pipelines(frame: FrameType) -> bool:
 
 def first_argument(frame: FrameType) -> Any:
     """What a frame of a method has as ``self``, or None."""
+    return local_variable(frame, "self")
+
+
+def local_variable(frame: FrameType, name: str) -> Any:
+    """A variable of a frame, or None."""
     variables = frame.f_locals
-    found = variables.get("self")
+    found = variables.get(name)
     # Before Python 3.13 these are a copy that the frame keeps, and with it all tensors that it names. Emptied, unless somebody
     # else has it: ``locals()`` gives the same one. (Counted are the frame's reference, ours and the call's.)
     if sys.version_info < (3, 13) and sys.getrefcount(variables) <= 3:

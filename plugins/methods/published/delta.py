@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from tilewise.plugins.methods.base import Around, DynamicMethod, Method, Planned
 from tilewise.plugins.methods.dynamic.options import whole_number
 from tilewise.plugins.methods.head_part import HeadPart
 from tilewise.plugins.models.common.family import AttentionLayer
+
+if TYPE_CHECKING:
+    from tilewise.plugins.runtime.forward_state import ForwardState
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -68,6 +71,14 @@ class Delta(DynamicMethod):
 
     def prepare(self, target: Any, denoiser: nn.Module) -> Self:
         return dataclasses.replace(self, base=self.base.prepare(target, denoiser))
+
+    def put_on(self, state: ForwardState, denoiser: nn.Module, handles: list[Any]) -> Callable[[], str | None] | None:
+        found: Callable[[], str | None] | None = self.base.put_on(state, denoiser, handles)
+        return found
+
+    @property
+    def follows_runs(self) -> bool:
+        return bool(self.base.follows_runs)
 
     def check(self, heads: int) -> None:
         self.base.check(heads)

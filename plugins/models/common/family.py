@@ -119,6 +119,9 @@ class Family(ABC):
     # Whether its pipelines give both branches of classifier-free guidance to one forward, as two halves of its batch. Otherwise
     # they call the denoiser once for each.
     guidance_in_batch: ClassVar[bool] = False
+    # Whether the text of its cross-attention is the tokens of the prompt by the pipeline's ``tokenizer``, in their order from the
+    # first on: no template stands before them.
+    prompt_tokens: ClassVar[bool] = False
     # Parameters of the forward that may hold a row for each frame of each sample along their first axis.
     per_frame: ClassVar[tuple[str, ...]] = ()
 

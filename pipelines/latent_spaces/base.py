@@ -40,6 +40,7 @@ class LatentSpace:
         one_batch: guidance runs both texts in one forward.
         distilled: guidance is a number that the denoiser takes: one forward a step, of the prompt alone.
         still: the pipeline makes an image.
+        left_out: what else the pipeline makes, which a stream of windows leaves out; "": nothing.
         flat: its VAE takes (B, C, H, W).
         encoder_run: the encoder takes frames in runs of so many after the first, and drops what is over; 1: as they come.
         mixes: the pipeline puts the pictures that it is given among the latents that it begins with, and would not do so with
@@ -55,6 +56,7 @@ class LatentSpace:
     encoder_run: ClassVar[int] = 1
     mixes: ClassVar[bool] = False
     unserved: ClassVar[Mapping[str, str]] = {}
+    left_out: ClassVar[str] = ""
 
     def factors(self, pipe: Any) -> tuple[int, int]:
         """Pixels to a latent: (along height and width, in time)."""
@@ -98,6 +100,10 @@ class LatentSpace:
         Only where ``mixes``. latents: (1, C, t, h, w), noised.
         """
         raise NotImplementedError
+
+    def finished(self, pipe: Any, out: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+        """What the call returned with output_type="latent", as normalised (1, C, t, h, w)."""
+        return self.unpacked(pipe, out, shape)
 
     def decode_vae(self, vae: Any, latents: torch.Tensor) -> torch.Tensor:
         """(1, C, t, h, w) of the VAE's own scale to pixels (1, 3, T, H, W) in −1 … 1."""

@@ -21,6 +21,7 @@ from tilewise.pipelines.memory.plan import decode_peak, free_bytes
 from tilewise.pipelines.memory.units import amount
 from tilewise.plugins.diffusers_compat import unwrapped
 from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.patching import denoisers_of
 
 # Copies of a latent's frames at the decoder's full width that are alive at its peak: 12.7 in Wan 2.1's at 480×832, float32.
 MOST_COPIES = 20
@@ -118,7 +119,7 @@ def plan_stream(
         exact: False: where there is room for more than a decode can take, that much is said instead of a count, which takes
             seconds.
     """
-    denoiser: Any = pipe.transformer
+    denoiser: Any = next(iter(denoisers_of(pipe).values()))
     parts, notes = weight_bytes(pipe, denoiser.dtype) if denoiser.device.type == "meta" else ([], [])
     to_load = sum(parts)
     forward = max(forward_bytes(pipe, tokens, denoiser.dtype), between)

@@ -118,10 +118,11 @@ def window_memory(
     if device is None:
         device = expected_device(first) if first.device.type == "meta" else execution_device(pipe, pipe.device)
     latents = space.shape(pipe, settings.height, settings.width, settings.frames)[0]
+    tokens = grid.video * (latents if grid.t == 1 else 1)  # a UNet's grid is of one picture
     earlier = earlier_bytes(pipe, recipe, grid)
     more = ("a smaller sink, or previous, whose keys are kept for each step",) if earlier else ()
     return plan_stream(
-        pipe, space, cache=earlier, latent=0, between=0, tokens=grid.video, chunk=latents, window=latents, sink=0,
+        pipe, space, cache=earlier, latent=0, between=0, tokens=tokens, chunk=latents, window=latents, sink=0,
         size=(settings.height, settings.width), device=torch.device(device),
         decode_device=None if decode_device is None else torch.device(decode_device), own_vae=own_vae, more=more, exact=False,
     )  # fmt: skip

@@ -33,7 +33,7 @@ class PushedFrames:
     Args:
         encoder: of one clip. space, vae: whose latents they are. device: that encodes.
         size: height and width of the stream in pixels; other frames are scaled to cover it, cut, and this is said once.
-        temporal: frames a latent frame, but for the first one.
+        factors: pixels to a latent along height and width, and frames to a latent frame but for the first one.
         more: where frames come from by themselves; None: ``push`` brings them.
     """
 
@@ -45,11 +45,12 @@ class PushedFrames:
         *,
         size: tuple[int, int],
         device: torch.device,
-        temporal: int,
+        factors: tuple[int, int],
         more: Iterable[NDArray[np.uint8]] | None = None,
     ) -> None:
         self.encoder, self.space, self.vae = encoder, space, vae
-        self.size, self.device, self.temporal = size, device, temporal
+        self.size, self.device = size, device
+        self.spatial, self.temporal = factors
         self._more: Iterator[NDArray[np.uint8]] | None = None if more is None else iter(more)
         self._changed = threading.Condition()
         self._waiting: deque[tuple[NDArray[np.uint8], float]] = deque()  # frames, and when they came
@@ -102,7 +103,7 @@ class PushedFrames:
                 break
             self._encode(np.stack(frames + [frames[-1]] * (count - len(frames))), len(frames))
         if self._latents is None:
-            height, width = (side // self.space_factor for side in self.size)
+            height, width = (side // self.spatial for side in self.size)
             return torch.zeros(1, self.space.channels(self.vae), 0, height, width, device=self.device)
         taken, self._latents = self._latents[:, :, :latents], self._latents[:, :, latents:]
         return taken
@@ -111,10 +112,6 @@ class PushedFrames:
     def latents(self) -> int | None:
         """Latent frames of the whole video, once it has ended."""
         return 1 + -(-(self.frames - 1) // self.temporal) if self._ended and self.frames else None
-
-    @property
-    def space_factor(self) -> int:
-        return int(self.vae.config.scale_factor_spatial)
 
     @property
     def _there(self) -> int:

@@ -165,7 +165,7 @@ def stream(
             assert strength is not None
             source.strength = strength
             source.pushed = PushedFrames(
-                encoder, space, pipe.vae, size=(height, width), device=pipe.vae.device, temporal=space.factors(pipe)[1],
+                encoder, space, pipe.vae, size=(height, width), device=pipe.vae.device, factors=space.factors(pipe),
                 more=video,
             )  # fmt: skip
         return VideoStream(

@@ -16,7 +16,7 @@ from tilewise.plugins.errors import ConfigError
 
 SERVED = (
     "AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15", "AutoencoderKLLTXVideo", "AutoencoderKLMochi",
-    "AutoencoderKLCosmos", "AutoencoderKLMagvit",
+    "AutoencoderKLCosmos", "AutoencoderKLMagvit", "AutoencoderKLLTX2Video",
 )  # fmt: skip
 
 

@@ -12,9 +12,12 @@ import torch
 
 from tilewise.plugins.autoencoders.blended import SERVED, BlendedStreamingDecoder
 from tilewise.plugins.autoencoders.cogvideox import CogVideoXStreamingDecoder
+from tilewise.plugins.autoencoders.pictures import PictureStreamingDecoder, PictureStreamingEncoder
 from tilewise.plugins.autoencoders.wan import WanStreamingDecoder, WanStreamingEncoder
 from tilewise.plugins.diffusers_compat import unwrapped, wan_vae_modules
 from tilewise.plugins.errors import UnsupportedModelError
+
+PICTURES = "AutoencoderKL"  # whose latents are a frame each
 
 
 class StreamingDecoder(Protocol):
@@ -85,7 +88,8 @@ class StreamingEncoder(Protocol):
 
 
 def streaming_decoder(vae: Any, *, fuse: bool = True) -> StreamingDecoder:
-    """The decoder of one clip for a VAE: exact for Wan's and CogVideoX's, blended (``exact`` is False) for others with frames.
+    """The decoder of one clip for a VAE: exact for Wan's, CogVideoX's and those of pictures (AutoencoderKL), blended (``exact``
+    is False) for others with frames.
 
     It does not tile, except where a blended one calls a VAE's own ``decode``.
 
@@ -102,11 +106,13 @@ def streaming_decoder(vae: Any, *, fuse: bool = True) -> StreamingDecoder:
         return WanStreamingDecoder(vae, fuse)
     if name == "AutoencoderKLCogVideoX":
         return CogVideoXStreamingDecoder(vae)
+    if name == PICTURES:
+        return PictureStreamingDecoder(vae)
     if name in SERVED:
         return BlendedStreamingDecoder(vae)
     raise UnsupportedModelError(
-        f"streaming: {name} cannot decode a clip bit by bit: it decodes images, or is not known here. "
-        f"Served exactly: AutoencoderKLWan, AutoencoderKLCogVideoX; "
+        f"streaming: {name} cannot decode a clip bit by bit: it is not known here. "
+        f"Served exactly: AutoencoderKLWan, AutoencoderKLCogVideoX, {PICTURES}; "
         f"blended: {', '.join(SERVED)}"
     )
 
@@ -116,6 +122,8 @@ def streaming_encoder(vae: Any, *, fuse: bool = True) -> StreamingEncoder:
     vae = unwrapped(vae)
     if type(vae) is wan_vae_modules().autoencoder:
         return WanStreamingEncoder(vae, fuse)
+    if type(vae).__name__ == PICTURES:
+        return PictureStreamingEncoder(vae)
     raise UnsupportedModelError(
-        f"streaming: {type(vae).__name__} cannot encode a clip bit by bit here; AutoencoderKLWan can"
+        f"streaming: {type(vae).__name__} cannot encode a clip bit by bit here; AutoencoderKLWan and {PICTURES} can"
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from tilewise.kernels.plans.layout import Grid
@@ -70,8 +71,17 @@ class LTX2Family(LTXFamily):
         names = ("attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn")
         return [getattr(block, name) for block in model.transformer_blocks for name in names]
 
-    def clean_frames(self, denoiser: nn.Module, pipe: Any) -> int | str:
-        return "LTX-2 has a timestep for its sound beside that of its video"
+    def with_lead_timesteps(
+        self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any], lead: torch.Tensor
+    ) -> tuple[tuple, dict[str, Any]]:
+        # Its sound has the video's timestep where it has none of its own.
+        sound = self._argument("audio_timestep", args, kwargs)
+        own = self.timestep(args, kwargs) if sound is None else sound
+        args, kwargs = super().with_lead_timesteps(denoiser, args, kwargs, lead)
+        at = self.arguments.index("audio_timestep")
+        if at < len(args):
+            return (*args[:at], own, *args[at + 1 :]), kwargs
+        return args, {**kwargs, "audio_timestep": own}
 
 
 register_family(LTX2Family())

@@ -25,6 +25,8 @@ def untold_noise(scheduler: Any) -> str | None:
     """Why the noise level after a pass cannot be told of a scheduler, or None."""
     if (order := getattr(scheduler, "order", 1)) != 1:
         return f"takes {order} forwards a step"
+    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
+        return "has latents that are larger the more noise is in them; DDIMScheduler's are not"
     if not (is_diffusion(scheduler) or hasattr(scheduler, "sigmas")):
         return "has no noise levels that are known before they are reached"
     return None

@@ -22,7 +22,9 @@ from tilewise.plugins.models.common.registry import family_of
 from tilewise.plugins.patching import denoisers_of
 
 # How the notes of `window_notes` begin.
-UNTRAINED = "(an overlap of .* is longer than|nothing says that these weights|the way .* is experimental)"
+UNTRAINED = (
+    "(an overlap of .* is longer than|nothing says that these weights|the way .* is experimental|this .* makes )"
+)
 
 
 def window_space(pipe: Any) -> LatentSpace:
@@ -135,6 +137,14 @@ def check_windows(pipe: Any, recipe: WindowRecipe, settings: GenerateSettings) -
         )
     if (why := way.refuses_steps(recipe.steps, recipe.chunk)) is not None:
         raise ConfigError(f"windows: by the way {way.name} {why}")
+    if (recipe.sink or recipe.previous) and not any(
+        layer.downsample is None
+        for one in denoisers_of(pipe).values()
+        for layer in family_of(one).layers(one)  # type: ignore[union-attr]
+    ):
+        raise ConfigError(
+            f"windows: a {type(pipe).__name__} attends within each frame, without keys of others; leave sink and previous out"
+        )
     if way.queued and (recipe.sink or recipe.previous):
         raise ConfigError(
             f"windows: sink and previous keep keys of each pass of a window, and by the way {way.name} its frames are at many"
@@ -168,6 +178,8 @@ def window_notes(pipe: Any, recipe: WindowRecipe) -> list[str]:
     way = way_named(recipe.way)
     trained = way.trained(pipe)
     notes = [f"the way {way.name} is experimental: it {way.experimental}"] if way.experimental else []
+    if left_out := window_space(pipe).left_out:
+        notes.append(f"this {type(pipe).__name__} makes {left_out}")
     if trained is None or recipe.overlap <= trained:
         return notes
     model = type(next(iter(denoisers_of(pipe).values()))).__name__

@@ -121,7 +121,7 @@ class WindowSampler:
             contextlib.nullcontext() if not first else begun_at(self.pipe, first),
         ):
             out = stock_call(self.pipe, settings, done, **given)
-        return self.space.unpacked(self.pipe, out, self.shape).float()
+        return self.space.finished(self.pipe, out, self.shape).float()
 
     @contextlib.contextmanager
     def _calling(self, text: WindowText) -> Iterator[None]:

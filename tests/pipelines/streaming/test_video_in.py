@@ -45,7 +45,7 @@ def test_latents_that_are_taken_are_those_of_the_whole_clip(pipe, frames):
     """Whatever the sizes that frames come in and latents go out; the end is made up with copies of the last frame."""
     space, video = latent_spaces()["WanPipeline"], clip(frames)
     pushed = PushedFrames(
-        streaming_encoder(pipe.vae), space, pipe.vae, size=(32, 48), device=torch.device("cpu"), temporal=2
+        streaming_encoder(pipe.vae), space, pipe.vae, size=(32, 48), device=torch.device("cpu"), factors=(4, 2)
     )
     for part in np.array_split(video, min(3, frames)):
         pushed.push(part)

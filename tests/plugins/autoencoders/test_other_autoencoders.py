@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tilewise
+from tests.helpers.tiny_unets import tiny_vae
 from tilewise.plugins.autoencoders.blended import SERVED, BlendedStreamingDecoder
 from tilewise.plugins.autoencoders.streaming import streaming_decoder, streaming_encoder
 
@@ -28,6 +29,12 @@ BLENDED: dict[str, dict[str, Any]] = {
         "spatio_temporal_scaling": (True, True, False, False), "decoder_inject_noise": (False,) * 5,
         "decoder_spatio_temporal_scaling": (True, True, False, False), "upsample_factor": (1,) * 4, "patch_size": 1,
         "patch_size_t": 1,
+    },
+    "AutoencoderKLLTX2Video": {
+        "latent_channels": 4, "block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,), "layers_per_block": (1,) * 5,
+        "decoder_layers_per_block": (1, 1), "decoder_spatio_temporal_scaling": (True,), "decoder_inject_noise": (False,) * 2,
+        "upsample_type": ("spatiotemporal",), "upsample_residual": (False,), "upsample_factor": (1,), "patch_size": 1,
+        "spatial_compression_ratio": 2, "temporal_compression_ratio": 2,
     },
     "AutoencoderKLMochi": {
         "latent_channels": 4, "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4,
@@ -96,6 +103,23 @@ class TestCogVideoX:
             decoder.load_state_dict({"begun": torch.tensor(True)})
 
 
+def test_pictures_are_decoded_and_encoded_one_by_one():
+    """Of AnimateDiff: as each alone, in any batch of them."""
+    vae, z = tiny_vae(), latents(7)
+    decoder, encoder = streaming_decoder(vae), streaming_encoder(vae)
+    frames = torch.cat([decoder.decode(part) for part in z.split([1, 6], 2)], 2)
+    wanted = torch.stack([vae.decode(z[:, :, i], return_dict=False)[0].clamp(-1, 1) for i in range(7)], 2)
+    torch.testing.assert_close(frames, wanted)
+    own = torch.cat([encoder.encode(part) for part in frames.split([2, 5], 2)], 2)
+    wanted = torch.stack([vae.encode(frames[:, :, i]).latent_dist.mode() for i in range(7)], 2)
+    torch.testing.assert_close(own, wanted)
+    assert decoder.exact and encoder.group == 1 and decoder.flush() is None and decoder.state_dict() == {}
+    with pytest.raises(tilewise.ConfigError, match=r"needs \(B, 4, T"):
+        decoder.decode(z[:, :3])
+    with pytest.raises(tilewise.ConfigError, match="no state of a VAE of pictures: it has x"):
+        decoder.load_state_dict({"x": z})
+
+
 def test_every_class_that_is_served_is_tested():
     assert set(SERVED) == set(BLENDED)
 
@@ -161,9 +185,7 @@ def test_the_overlap_fades_from_one_window_into_the_next():
 
 
 def test_what_cannot_be_decoded_in_parts_is_refused():
-    with pytest.raises(
-        tilewise.UnsupportedModelError, match="Linear cannot decode a clip bit by bit: it decodes images"
-    ):
+    with pytest.raises(tilewise.UnsupportedModelError, match="Linear cannot decode a clip bit by bit: it is not known"):
         streaming_decoder(torch.nn.Linear(1, 1))
     with pytest.raises(tilewise.UnsupportedModelError, match="cannot encode"):
         streaming_encoder(made("AutoencoderKLCogVideoX", COGVIDEOX))

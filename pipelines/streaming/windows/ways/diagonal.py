@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tilewise.pipelines.streaming.windows.noise import is_diffusion
+from tilewise.pipelines.streaming.windows.spaces import window_spaces
 from tilewise.pipelines.streaming.windows.ways.base import register
 from tilewise.pipelines.streaming.windows.ways.prefix import Prefix
 from tilewise.plugins.patching import denoisers_of
@@ -32,6 +33,9 @@ class Diagonal(Prefix):
             return "its denoisers are for different noise levels, which the frames of one window have"
         if is_diffusion(pipe.scheduler):
             return f"its {type(pipe.scheduler).__name__} is none of flow matching"
+        space = window_spaces().get(type(pipe).__name__)
+        if space is not None and space.left_out:
+            return f"it makes {space.left_out.partition(',')[0]} too, by the same schedule"
         return super().refuses(pipe)
 
     def usual(self, pipe: Any) -> bool:

@@ -5,6 +5,7 @@ Every row is written as soon as it is measured. ``--only`` and ``--rows`` measur
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import time
@@ -27,6 +28,7 @@ from benchmarks import (
     rows,
     step,
     streaming,
+    streaming_windows,
     vae,
 )
 from benchmarks.header import header
@@ -38,7 +40,7 @@ SECTIONS = {
     "step": "whole denoiser forwards (GPU)",
     "families": "denoiser forwards of other families (GPU)",
     "fused": "the fused kernels around attention",
-    "streaming": "chunks of a stream against a full KV cache, and end to end (GPU)",
+    "streaming": "chunks of a stream against a full KV cache, and end to end; windows of LTX-Video (GPU)",
     "vae": "Wan's VAE: a chunk of a clip decoded, and encoded (GPU)",
     "launch": "launch configurations of the Triton kernel (GPU)",
 }
@@ -68,8 +70,9 @@ def work(section: str, device: torch.device, tiny: bool) -> list[tuple[str, Any]
         widths = fused.TINY if tiny else fused.SIZES if on_gpu else []
         return [(f"{size.name}: {op.name}", (size, op)) for size in widths for op in fused.OPERATIONS]
     if section == "streaming":
-        streams = streaming.TINY if tiny else streaming.WORKS if on_gpu else []
-        return [(stream.name, stream) for stream in streams]
+        chunks = streaming.TINY if tiny else streaming.WORKS if on_gpu else []
+        windows = streaming_windows.TINY if tiny else streaming_windows.WORKS if on_gpu else []
+        return [(stream.name, stream) for stream in (*chunks, *windows)]
     if section == "vae":
         clips = vae.TINY if tiny else vae.WORKS if on_gpu else []
         return [(clip.name, clip) for clip in clips]
@@ -96,7 +99,11 @@ def measured(
     if section == "fused":
         return fused.run(device, seconds, items, backend)
     if section == "streaming":
-        return streaming.run(device, seconds * STEP_SECONDS, items)
+        windows = [item for item in items if isinstance(item, streaming_windows.WindowWork)]
+        chunks = [item for item in items if item not in windows]
+        return itertools.chain(
+            streaming.run(device, seconds * STEP_SECONDS, chunks), streaming_windows.run(device, windows)
+        )
     if section == "vae":
         return vae.run(device, seconds * STEP_SECONDS, items)
     return launch.run(device, seconds / 2, items)

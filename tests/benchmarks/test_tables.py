@@ -14,7 +14,20 @@ from torch.nn.attention.flex_attention import create_block_mask
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import attention, families, flex, fused, launch, profiling, render, results, rows, step, unets  # noqa: E402
+from benchmarks import (  # noqa: E402
+    attention,
+    families,
+    flex,
+    fused,
+    launch,
+    profiling,
+    render,
+    results,
+    rows,
+    step,
+    streaming_windows,
+    unets,
+)
 from benchmarks.layers import shortened  # noqa: E402
 from benchmarks.timing import measure  # noqa: E402
 from tilewise.kernels.plans.layout import Grid  # noqa: E402
@@ -261,6 +274,16 @@ def test_warming_up_and_compiling_leave_the_model_as_it_was():
         assert all(block._compiled_call_impl is not None for block in model.blocks)
     assert model.blocks is blocks
     assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_windows_of_a_stream_are_measured(tiny_run):
+    result, printed, _ = tiny_run
+    (work,) = streaming_windows.TINY
+    (row,) = (one for one in result["sections"]["streaming"] if one["name"] == work.name)
+    stock, sparse = row["variants"]
+    assert (stock["runs"], sparse["runs"], stock["frames"]) == (2, work.windows, 2 * 8 * (work.window - work.overlap))
+    assert stock["density"] == 1 > sparse["density"] and not sparse["fallbacks"] and row["missing"] == {}
+    assert work.name in printed
 
 
 def test_every_family_is_measured_and_a_full_window_is_stock(tiny_run):

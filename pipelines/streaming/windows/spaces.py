@@ -59,7 +59,8 @@ class AnimateDiffLatents(LatentSpace):
 
 def window_spaces() -> dict[str, LatentSpace]:
     """Pipeline class name → its latent space."""
-    spaces = {name: space for name, space in latent_spaces().items() if not space.still}
+    # Those that mix pictures into what they begin with would do so with the latents of a window.
+    spaces = {name: space for name, space in latent_spaces().items() if not space.still and not space.mixes}
     for own in (CogVideoXLatents(), LTX2Latents(), AnimateDiffLatents()):
         spaces |= dict.fromkeys(own.pipelines, own)
     return {**spaces, **{name: spaces[like] for name, like in ALIKE.items()}}

@@ -3,8 +3,8 @@
 ``python -m benchmarks.render`` rewrites the tables of README.md and docs/*.md: each stands between ``<!-- results FILE -->`` and
 ``<!-- /results -->`` and is made of that file in benchmarks/results. Behind FILE may stand the tables that are wanted, some of
 
-    glance headline others attention implementations dynamic windows quality presets methods errors method_errors gist highres
-    coherence paths step families time fused streaming vae gpus unets launch missing
+    glance headline others attention implementations dynamic windows quality presets few_steps clips methods errors method_errors
+    gist highres coherence paths step families time fused streaming vae gpus unets launch missing
 
 and without any, all of them do. A file may have notes, written by hand: section → sentences that stand below its tables.
 """
@@ -16,6 +16,8 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.recipe_tables import clips_lines, few_steps_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- results (\S+)((?: \w+)*) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -497,7 +499,9 @@ def missing_list(rows: Rows) -> str:
 
 # section → what its command has in it, where that is not --only and its name
 MADE_BY = {
-    "quality": "benchmarks.quality ", "presets": "benchmarks.presets ", "highres": "benchmarks.highres ",
+    "quality": "benchmarks.quality ", "presets": "benchmarks.presets ",
+    "few steps": "benchmarks.few_steps ", "clips": "benchmarks.clips ",
+    "highres": "benchmarks.highres ",
     "attention error": "benchmarks.attention_error ", "quality, methods": "benchmarks.quality ",
     "attention error, methods": "benchmarks.attention_error ",
     "context parallel": "benchmarks.context_parallel", "unets": "benchmarks.unets",
@@ -514,6 +518,8 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "windows": ("far-field", far_field_table),
     "quality": ("quality", quality_table),
     "presets": ("presets", presets_table),
+    "few_steps": ("few steps", lambda rows: _markdown(few_steps_lines(rows))),
+    "clips": ("clips", lambda rows: _markdown(clips_lines(rows))),
     "methods": ("quality, methods", methods_table),
     "errors": ("attention error", errors_table),
     "method_errors": ("attention error, methods", errors_table),

@@ -39,6 +39,7 @@ SHARED_OPTIONS: Mapping[str, Any] = {
     "strict": bool,
     "fuse": bool,
     "precision": str | None,
+    "dense_precision": str | None,
     "min_tokens": int | None,
     "vae": bool,
     "cache": str | None,
@@ -101,7 +102,8 @@ class Config:
             compute capability 8.0 or later ("fp8": 8.9) (dispatch_8bit.py). About 2 % ("int8") and 3.6 % ("fp8") relative error
             of a call on unit-variance inputs. Calls that cannot run so run in 16 bits, and ``summary`` says why. None: the
             model's own 16 bits.
-
+        dense_precision: the same for the self-attention of steps and layers that the method leaves dense, on a Hopper GPU. Calls
+            that cannot run so run in 16 bits, with the reason, with ``strict`` too: they are dense as they should be.
         min_tokens: attention calls over fewer tokens stay dense, and ``summary`` counts them as "short". None: 4096 for layers
             with a feature map of their own (UNets; with ``strict``, such a layer is an error until a number is given), no limit
             for others. Dynamic methods have one of their own beside it.
@@ -131,6 +133,7 @@ class Config:
     cache: CacheLike | None = None
     keep: str | None = None
     add: AddLike | None = None
+    dense_precision: str | None = None
 
     def __post_init__(self) -> None:
         steps = checked_steps(self.steps)
@@ -146,8 +149,10 @@ class Config:
                 f"blocks has {len(self.blocks):,} characters, at most {MOST_BLOCKS:,} are taken; write ranges such as 0:40, not "
                 "each number"
             )
-        if self.precision is not None and (not isinstance(self.precision, str) or self.precision not in PRECISIONS):
-            raise unknown("precision", self.precision, PRECISIONS)
+        for name in ("precision", "dense_precision"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or value not in PRECISIONS):
+                raise unknown(name, value, PRECISIONS)
         least = self.min_tokens
         if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
             raise ConfigError(f"min_tokens must be a whole number of at least 0, got {least!r}")
@@ -186,7 +191,8 @@ class Config:
     @property
     def is_stock(self) -> bool:
         """Whether nothing but exact attention is asked for: the method is dense, with no step cache and no addition."""
-        return self.method.name == "dense" and self.cache is None and self.add is None
+        beside = (self.cache, self.add, self.dense_precision)
+        return self.method.name == "dense" and all(one is None for one in beside)
 
     @property
     def label(self) -> str:
@@ -255,6 +261,7 @@ class Config:
             "vae": self.vae,
             **({} if self.step_cache is None else {"cache": self.step_cache.to_dict()}),
             **({} if self.keep is None else {"keep": self.keep}),
+            **({} if self.dense_precision is None else {"dense_precision": self.dense_precision}),
             **({} if self.add is None else {"add": [one.to_dict() for one in self.additions]}),
         }
 
@@ -302,6 +309,7 @@ def resolve(
     cache: CacheLike | None = None,
     keep: str | None = None,
     add: AddLike | None = None,
+    dense_precision: str | None = None,
 ) -> Config:
     """The config for a method name, preset name, ``.json`` file, method object or config, with the given options on top.
 
@@ -327,6 +335,7 @@ def resolve(
     given: dict[str, Any] = {
         "steps": steps, "blocks": blocks, "strict": strict, "fuse": fuse, "precision": precision,
         "min_tokens": min_tokens, "vae": vae, "cache": cache, "keep": keep, "add": add,
+        "dense_precision": dense_precision,
     }  # fmt: skip
     return dataclasses.replace(config, **{key: value for key, value in given.items() if value is not None})
 

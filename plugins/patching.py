@@ -51,6 +51,7 @@ def patch(
     strict: bool | None = None,
     fuse: bool | None = None,
     precision: str | None = None,
+    dense_precision: str | None = None,
     min_tokens: int | None = None,
     vae: bool | None = None,
     cache: CacheLike | None = None,
@@ -75,6 +76,7 @@ def patch(
             can run. Default: what the preset or config says, otherwise True: ``patch(pipe, "dense")`` is exact attention in
             a faster step.
         precision: "int8" or "fp8": the method's attention calls with 8-bit products; see ``Config``.
+        dense_precision: the same for what the method leaves dense, on a Hopper GPU.
         min_tokens: attention calls over fewer tokens stay dense, counted as "short"; see ``Config``.
         vae: take a pipeline's ``AutoencoderKLWan`` along: it decodes and encodes in exact fused kernels, where they can run.
             Default: what the preset or config says, otherwise True.
@@ -106,6 +108,7 @@ def patch(
         strict=strict,
         fuse=fuse,
         precision=precision,
+        dense_precision=dense_precision,
         min_tokens=min_tokens,
         vae=vae,
         cache=cache,
@@ -212,6 +215,7 @@ def patched(
     strict: bool | None = None,
     fuse: bool | None = None,
     precision: str | None = None,
+    dense_precision: str | None = None,
     min_tokens: int | None = None,
     vae: bool | None = None,
     cache: CacheLike | None = None,
@@ -232,6 +236,7 @@ def patched(
         strict=strict,
         fuse=fuse,
         precision=precision,
+        dense_precision=dense_precision,
         min_tokens=min_tokens,
         vae=vae,
         cache=cache,

@@ -17,11 +17,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "auto-quality": {"method": {"name": "auto", "density": 0.25}, "steps": (0.25, 1.0), "blocks": ":"},
     "auto-balanced": {"method": {"name": "auto", "density": 0.15}, "steps": (0.2, 1.0), "blocks": ":"},
     "auto-fast": {"method": {"name": "auto", "density": 0.15}, "steps": (0.15, 1.0), "blocks": ":"},
-    # For models that need 8 steps or fewer: no later step makes up for what one leaves out, so that each keeps more.
+    # For models that need 8 steps or fewer: no later step makes up for what one leaves out, so that each keeps more. Its dense
+    # calls are a large part of so few steps: in 8 bits, where they run.
     "draft-few-steps": {
         "method": {"name": "draft", "density": 0.6, "compensate": True},
         "steps": (0.25, 1.0),
         "blocks": "1:",
+        "dense_precision": "int8",
     },
     # UNets past their training size (HiDiffusion, arXiv 2311.17528): both halves of the paper, at its thresholds.
     "hidiffusion": {

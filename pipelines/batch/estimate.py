@@ -42,8 +42,13 @@ class Estimate:
 
 
 def denoising_flop(pipe: Any, settings: GenerateSettings, explanation: Explanation) -> float:
-    """Operations of all denoising steps. `pipe` may be a skeleton. With several denoisers, steps count as shared equally."""
-    dense = sparse = 0.0
+    """Operations of all denoising steps. `pipe` may be a skeleton. With several denoisers, steps count as shared equally.
+
+    Steps that a step cache reuses count without what it skips, where `explain` foretells how many those are; spread evenly over
+    dense and sparse ones.
+    """
+    cache = settings.method.step_cache
+    dense = sparse = reused = 0.0
     denoisers = denoisers_of(pipe)
     rows = iter(explanation.rows)
     for denoiser in denoisers.values():
@@ -56,6 +61,9 @@ def denoising_flop(pipe: Any, settings: GenerateSettings, explanation: Explanati
         linear = 2.0 * sum(weight.numel() for weight in denoiser.parameters()) * tokens
         dense += linear
         sparse += linear
+        if cache is not None and cache.skips != "blocks":
+            skipped = sum(weight.numel() for layer in layers for weight in layer.module.parameters())
+            reused += linear - 2.0 * skipped * tokens
         for layer in layers:
             row = level[layer.downsample]
             full = 4.0 * row.tokens**2 * layer.heads * layer.head_dim
@@ -63,9 +71,11 @@ def denoising_flop(pipe: Any, settings: GenerateSettings, explanation: Explanati
             # A dynamic method knows what it will compute by its density at best, and by a recall not at all: then as dense.
             work = next((share for share in (row.work, row.density) if not math.isnan(share)), 1.0)
             sparse += full * work if layer.block in _chosen(row.sparse_blocks) else full
-    dense, sparse = dense / len(denoisers), sparse / len(denoisers)
+    dense, sparse, reused = (flop / len(denoisers) for flop in (dense, sparse, reused))
     passes = 2 if settings.guidance > 1 else 1
-    return passes * (dense * explanation.dense_steps + sparse * explanation.sparse_steps)
+    computed = dense * explanation.dense_steps + sparse * explanation.sparse_steps
+    share = (explanation.reused_steps or 0) / max(1, explanation.dense_steps + explanation.sparse_steps)
+    return passes * (computed * (1 - share) + reused * share * (explanation.dense_steps + explanation.sparse_steps))
 
 
 def windows_flop(pipe: Any, settings: GenerateSettings, explanation: WindowExplanation) -> float:

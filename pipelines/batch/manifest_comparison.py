@@ -15,6 +15,7 @@ from tilewise.pipelines.conditioning.inputs import files_of
 from tilewise.pipelines.errors import OutputError
 from tilewise.pipelines.generation.clip_metadata import cost_of
 from tilewise.pipelines.highres.settings import HighresSettings
+from tilewise.pipelines.loading.loras import LoraChoice
 from tilewise.pipelines.media.video import read_frames
 from tilewise.pipelines.quality.metrics import SMALLEST, psnr, ssim
 from tilewise.plugins.additions.base import additions, additions_text
@@ -58,7 +59,7 @@ class ComparedClip:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Clips of one prompt, seed, size, model: the same but for the method; the dense one first, if there is one."""
+    """Clips of one prompt, seed, size, model and LoRAs: the same but for the method; the dense one first, if there is one."""
 
     clips: list[ComparedClip]
 
@@ -211,7 +212,14 @@ def _same_but_method(line: Line) -> str:
         "strength",
     )
     files = [[role, *(file.sha256 for file in several)] for role, several in files_of(line).items()]
-    same = [*(line.get(name) for name in names), files, line["run"]["batch"]["revision"], "stream" in line["run"]]
+    loras = [(one.sha256, one.weight) for one in map(LoraChoice.parse, line.get("lora") or ())]
+    same = [
+        *(line.get(name) for name in names),
+        files,
+        loras,
+        line["run"]["batch"]["revision"],
+        "stream" in line["run"],
+    ]
     return json.dumps(same)
 
 

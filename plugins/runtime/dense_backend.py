@@ -9,10 +9,16 @@ are hidden themselves, which nobody sees.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from tilewise.kernels.attention.dispatch import BACKENDS, Backend, block_sparse_attention
+from tilewise.kernels.attention.dispatch_8bit import (
+    block_sparse_attention_8bit,
+    takes_hopper_8bit,
+    unsupported_8bit,
+)
 from tilewise.kernels.plans.block_plan import BlockPlan
 from tilewise.plugins.diffusers_compat import is_default_backend
 from tilewise.plugins.masks.padding_mask import Group
@@ -45,24 +51,54 @@ def attend(
     request: AttentionRequest,
     scale: float | None,
     plan_of: Callable[[int, torch.device], BlockPlan],
-) -> torch.Tensor | None:
-    """Each group of samples over the tokens that it keeps, (B, S, H, D), with 0 for the others; None where the kernel does not
-    take the tensors. plan_of: gives the plan of dense attention over so many tokens, on a device."""
+    precision: str | None = None,
+) -> torch.Tensor | str:
+    """Each group of samples over the tokens that it keeps, (B, S, H, D), with 0 for the others; or why the kernel does not take
+    the tensors.
+
+    plan_of: gives the plan of dense attention over so many tokens, on a device. precision: "int8" or "fp8"; None: 16 bits.
+    """
     query = request.query
     taken = [group.take(query, request.key, request.value) for group in groups]
     plans = [plan_of(part[0].shape[1], query.device) for part in taken]
-    if any(HOPPER.unsupported(*part, plan) is not None for part, plan in zip(taken, plans, strict=True)):
-        return None
-    found = (
-        block_sparse_attention(*part, plan, scale=scale, backend=HOPPER.name)
-        for part, plan in zip(taken, plans, strict=True)
-    )
+    for qkv, plan in zip(taken, plans, strict=True):
+        if precision is None:
+            why = HOPPER.unsupported(*qkv, plan)
+        else:
+            why = unsupported_8bit(qkv[0], plan) or (takes_hopper_8bit(*qkv[:2], plan) if qkv[0].is_cuda else None)
+        if why is not None:
+            return why
+    found = (_run(part, plan, scale, precision) for part, plan in zip(taken, plans, strict=True))
     if len(groups) == 1 and groups[0].tokens is None:
         return next(found)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     for group, part in zip(groups, found, strict=True):
         group.put(out, part)
     return out
+
+
+def _run(qkv: tuple[torch.Tensor, ...], plan: BlockPlan, scale: float | None, precision: Any) -> torch.Tensor:
+    q, k, v = qkv
+    if precision is None:
+        return block_sparse_attention(q, k, v, plan, scale=scale, backend=HOPPER.name)
+    out = block_sparse_attention_8bit(q, k, v, plan, precision=precision, scale=scale)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def not_in_8_bits(request: AttentionRequest) -> str | None:
+    """Why a dense call does not run in 8 bits, whatever its mask and the size of its heads, or None.
+
+    In the Hopper kernel alone: others are not known to be faster than dense attention in 16 bits.
+    """
+    query, keys = request.query, request.key.shape[1]
+    if HOPPER.unavailable(query.device) is not None:
+        return "needs a Hopper GPU"
+    if query.shape[1] != keys:
+        return f"{query.shape[1]} queries and {keys} keys are no self-attention"
+    if not MIN_TOKENS <= keys <= MAX_TOKENS:
+        return f"{keys} tokens, not {MIN_TOKENS} to {MAX_TOKENS}"
+    return None if takes(request) else "the call is causal, has dropout, or another backend was chosen for it"
 
 
 def attend_window(

@@ -11,9 +11,11 @@ from tilewise.plugins.errors import FallbackError
 from tilewise.plugins.models.common.family import AttentionLayer
 from tilewise.plugins.runtime import dense_backend
 from tilewise.plugins.runtime.attention_request import AttentionRequest
-from tilewise.plugins.runtime.call_stats import FALLBACK, SHORT, CallKind
+from tilewise.plugins.runtime.call_stats import DENSE_LAYER, DENSE_STEP, FALLBACK, SHORT, CallKind
 from tilewise.plugins.runtime.forward_state import ForwardState
 from tilewise.plugins.torch_compat import overriding_mode
+
+ON_PURPOSE = (DENSE_STEP, DENSE_LAYER)  # what a method leaves dense
 
 Stock = Callable[..., torch.Tensor]
 
@@ -36,13 +38,19 @@ def attend_dense(
     state: ForwardState, number: int, kind: CallKind, request: AttentionRequest, stock: Stock
 ) -> torch.Tensor:
     """The output (B, Sq, H, D) of a dense call of layer ``number``, whose tokens are in the model's own order."""
+    precision = state.config.dense_precision
+    if precision is not None and kind.kind in ON_PURPOSE:
+        out = _in_8_bits(state, number, kind, request, precision)
+        if isinstance(out, torch.Tensor):
+            return out
+        kind = replace(kind, reason=f"not in {precision}: {out}")
     if state.config.fuse and dense_backend.takes(request) and overriding_mode() is None:
         groups = state.forward.masks.shown(request.attn_mask, state.forward.grid, request.query)
         with state.call_stats.record(number, None, request.query, request.key) as call:
-            out = dense_backend.attend(groups, request, request.scale, state.plans.dense_plan) if groups else None
-            if out is not None:
+            out = dense_backend.attend(groups, request, request.scale, state.plans.dense_plan) if groups else "a mask"
+            if isinstance(out, torch.Tensor):
                 call.kind = replace(kind, backend=dense_backend.HOPPER.name)
-        if out is not None:
+        if isinstance(out, torch.Tensor):
             state.observe(number, kind.kind, request.qkv)
             return out
     with state.call_stats.record(number, kind, request.query, request.key):
@@ -51,6 +59,26 @@ def attend_dense(
             attention_kwargs=request.attention_kwargs, backend=request.backend, parallel_config=request.parallel_config,
         )  # fmt: skip
     state.observe(number, kind.kind, request.qkv)
+    return out
+
+
+def _in_8_bits(
+    state: ForwardState, number: int, kind: CallKind, request: AttentionRequest, precision: str
+) -> torch.Tensor | str:
+    """The output of a dense call in 8 bits, or why it cannot run so."""
+    if (why := dense_backend.not_in_8_bits(request)) is not None:
+        return why
+    if (mode := overriding_mode()) is not None:
+        return f"a torch function mode, {mode}, may answer the call itself"
+    groups = state.forward.masks.shown(request.attn_mask, state.forward.grid, request.query)
+    if not groups:
+        return "its mask does more than hide padding"
+    with state.call_stats.record(number, None, request.query, request.key) as call:
+        out = dense_backend.attend(groups, request, request.scale, state.plans.dense_plan, precision)
+        if isinstance(out, torch.Tensor):
+            call.kind = replace(kind, backend=precision)
+    if isinstance(out, torch.Tensor):
+        state.observe(number, kind.kind, request.qkv)
     return out
 
 

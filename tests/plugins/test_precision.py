@@ -1,9 +1,11 @@
 """``precision``: 8-bit products where they run, 16 bits with the reason where not; the kernels have tests of their own."""
 
 import pytest
+import tiny_wan
+import torch
 
 import tilewise
-from tilewise.plugins.runtime import sparse_call
+from tilewise.plugins.runtime import dense_backend, sparse_call
 
 
 def test_where_it_cannot_run_16_bits_do_and_it_is_said(tiny_pipe):
@@ -38,6 +40,31 @@ def test_where_it_runs_it_is_what_runs(tiny_pipe, monkeypatch):
     tiny_pipe("a", height=64, width=64, num_frames=9, num_inference_steps=2)
     assert set(asked) == {"int8"}
     assert {row.backend for row in tilewise.summary(tiny_pipe).rows} == {"int8"}
+
+
+def test_what_stays_dense_runs_in_8_bits(monkeypatch):
+    """The first step and the first block, on a CPU that passes for a GPU, by the naive form of the 8-bit product."""
+    pipe = tiny_wan.tiny_pipeline(num_attention_heads=1, attention_head_dim=64)
+    pipe.transformer.to(torch.bfloat16)
+    call = {
+        "prompt": "a", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent",
+        "guidance_scale": 1.0,
+    }  # fmt: skip
+    config = tilewise.Config.from_dict(tilewise.presets()["draft-few-steps"].to_dict())
+    assert config.dense_precision == "int8" and not tilewise.Config(tilewise.Dense(), dense_precision="fp8").is_stock
+    found = {}
+    for where in ("a CPU", "a GPU"):
+        if where == "a GPU":
+            monkeypatch.setattr(dense_backend, "not_in_8_bits", lambda request: None)
+        tilewise.patch(pipe, config, min_tokens=0, steps="1:")
+        found[where] = pipe(**call, generator=torch.Generator().manual_seed(0)).frames.float()
+        rows = [row for row in tilewise.summary(pipe).rows if row.kind.startswith("dense")]
+        assert {row.kind for row in rows} == {"dense step", "dense layer"}
+        said = ("int8", "") if where == "a GPU" else ("stock", "not in int8: needs a Hopper GPU")
+        assert {(row.backend, row.reason) for row in rows} == {said}
+        assert not tilewise.summary(pipe).fallbacks
+    error = float((found["a GPU"] - found["a CPU"]).norm() / found["a CPU"].norm())
+    assert 1e-4 < error < 0.05
 
 
 def test_unknown_precision_is_refused():

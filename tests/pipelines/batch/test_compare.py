@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -54,6 +55,20 @@ class Page(HTMLParser):
 
     def all(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_clips_with_other_loras_are_of_another_group(folders, tmp_path):
+    """What a LoRA changes is no method's doing, whatever its file is called."""
+    lines = [json.loads(line) for line in (folders[0] / "manifest.jsonl").read_text().splitlines()]
+    made = [line for line in lines if line["status"] == "done"]
+    for number, line in enumerate(made):
+        weight = 1.0 if line["method"]["method"]["name"] == "dense" else 0.5
+        line["lora"] = [f"style {number}.safetensors:{weight}@sha256:{'0' * 64}"]
+        shutil.copy(folders[0] / line["file"], tmp_path / line["file"])
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in made))
+    groups = read_groups([tmp_path])
+    assert {len({clip.line["lora"][0].split(":")[1] for clip in group.clips}) for group in groups} == {1}
+    assert len(groups) == sum(len(group.clips) for group in groups) == len(made) == 4
 
 
 def test_clips_are_measured_against_dense_of_the_same_prompt_and_seed(folders):

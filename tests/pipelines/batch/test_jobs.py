@@ -283,6 +283,14 @@ def test_the_operations_of_a_denoising(tiny_pipe_dir):
     explanation = explain_settings(skeleton, sparse)
     saved = explanation.sparse_steps * 4 * 320**2 * 32 * (1 - explanation.rows[0].work)
     assert denoising_flop(skeleton, sparse, explanation) == pytest.approx(4 * per_pass - saved)
+    # Of 4 steps, taylor reuses one, in which attention layers with their projections do not run, or nothing does.
+    skipped = sum(p.numel() for block in skeleton.transformer.blocks for p in block.attn1.parameters())
+    for lite, left in ((False, 2 * (parameters - skipped) * 320), (True, 0)):
+        cache = {"name": "taylor", "cache_interval": 2, "disable_cache_before_step": 2, "use_lite_mode": lite}
+        cached = dataclasses.replace(dense, method=tilewise.resolve("dense", cache=cache))
+        told = explain_settings(skeleton, cached)
+        assert told.reused_steps == 1
+        assert denoising_flop(skeleton, cached, told) == pytest.approx(2 * (3 * per_pass + left))
     # Methods that decide at each call: by the density that they were asked for, and by a recall as if dense.
     for options, cheaper in (({"density": 0.25}, True), ({"recall": 0.9}, False)):
         dynamic = dataclasses.replace(sparse, method=tilewise.Config(tilewise.Draft(min_tokens=0, **options)))

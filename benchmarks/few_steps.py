@@ -1,8 +1,8 @@
 """``python -m benchmarks.few_steps``: what methods cost in quality where a clip has few steps.
 
 Clips of the demo model with 4 and with 8 steps, the same prompts and noise as dense clips of as many steps: PSNR and SSIM to
-them, and what the clip-content detector reads, against what it reads in the dense clips. The model was not distilled to few
-steps: its own dense clips of 4 steps show less of what was asked for than those of 20, and rows are to be compared with each other.
+them, and what the clip-content detector reads, against what it reads in the dense clips. The model was not distilled to
+few steps: its own dense clips of 4 steps show less of what was asked for than those of 20. Compare the rows with each other.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import global_state
 import gradio as gr
 
 from tilewise.ui.web.common.safety import Limits
-from tilewise.ui.web.forms.controls import METHOD, Controls, prompt_box
-from tilewise.ui.web.forms.form_parsing import FIELDS, settings_of
+from tilewise.ui.web.forms.controls import Controls, prompt_box
+from tilewise.ui.web.forms.form_parsing import FIELDS, FIRST, settings_of
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.tabs.examples import Examples, examples, examples_html, timing
 from tilewise.ui.web.tabs.job_view import job_box
@@ -52,7 +52,7 @@ def test_its_settings_fill_the_controls(models):
     values = built(models).load()
     assert len(values) == len(FIELDS)
     assert settings_of(models, Limits(), dict(zip(FIELDS, values, strict=True))) == examples()[1].settings
-    assert dict(zip(FIELDS, values, strict=True))["method"] == METHOD
+    assert dict(zip(FIELDS, values, strict=True))["method"] == FIRST
 
 
 def test_it_is_shown_where_there_is_no_job_and_its_model_is_offered(models, tiny_pipe_dir):

@@ -25,7 +25,8 @@ from tilewise.ui.common.shares import shares_words
 from tilewise.ui.web.common import media
 from tilewise.ui.web.common.safety import Limits, RefusedError
 from tilewise.ui.web.common.summary_table import summary_html
-from tilewise.ui.web.forms.form_parsing import config_of, method_values
+from tilewise.ui.web.forms.controls import read_calibration
+from tilewise.ui.web.forms.form_parsing import config_of, method_values, name_of
 from tilewise.ui.web.forms.method_controls import MethodControls, measures_of
 from tilewise.ui.web.forms.snippets import method_words
 from tilewise.ui.web.forms.url_state import UrlState
@@ -66,6 +67,30 @@ def test_a_step_cache_has_a_control(method, cache):
     assert config_of(said) == config
     with pytest.raises(tilewise.ConfigError, match="Did you mean 'taylor'"):
         config_of(said | {"cache": "tailor"})
+
+
+def test_steps_by_number_have_a_control():
+    config = tilewise.resolve("draft-fast", steps="1:")
+    said = {"method": "draft-fast", **json.loads(json.dumps(method_values(config)))}
+    assert said["step_numbers"] == "1:" and config_of(said) == config
+    assert config_of(said | {"step_numbers": " "}).steps == (0.25, 1.0)  # by the shares
+    with pytest.raises(tilewise.ConfigError, match="steps"):
+        config_of(said | {"step_numbers": "first"})
+
+
+def test_a_calibration_has_a_control(tmp_path):
+    table = {"denoiser": {"model": "M", "heads": [2, 2], "weights": []}, "heads": [["01", "10"]]}
+    made = {"name": "calibrated", "base": {"name": "draft"}, "densities": [0.25, 1.0], "noise": [], "tables": [table]}
+    config = tilewise.Config.from_dict({"method": made, "steps": "2:", "blocks": "1:", "cache": "pab"})
+    said = {"method": name_of(config), **json.loads(json.dumps(method_values(config)))}
+    assert said["method"] in tilewise.presets() and config_of(said) == config
+    assert config_of(said | {"cache": "none"}).cache is None
+    file = tmp_path / "calibration.json"
+    tilewise.save_config(config, file)
+    assert config_of(said | {"calibration": read_calibration(str(file))}) == config
+    tilewise.save_config("sta", file)
+    with pytest.raises(gr.Error, match="'sta' is no calibration"):
+        read_calibration(str(file))
 
 
 @pytest.mark.parametrize("method", ["dense", "sta"])

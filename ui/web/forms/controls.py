@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,14 +20,22 @@ from tilewise.ui.web.common.messages import error_html, log_unexpected
 from tilewise.ui.web.common.safety import Limits
 from tilewise.ui.web.forms import plan_panel
 from tilewise.ui.web.forms.file_controls import FileControls
-from tilewise.ui.web.forms.form_parsing import FIELDS, METHOD_FIELDS, SETTINGS, choices, method_values, settings_of
+from tilewise.ui.web.forms.form_parsing import (
+    FIELDS,
+    FIRST,
+    METHOD_FIELDS,
+    SETTINGS,
+    calibration,
+    choices,
+    method_values,
+    settings_of,
+)
 from tilewise.ui.web.forms.method_controls import MethodControls
 from tilewise.ui.web.forms.option_controls import control
 from tilewise.ui.web.forms.slider import Slider
 from tilewise.ui.web.jobs.models import Models
 
 PROMPT = "a red circle moving right on a blue background"  # in the words of the demo model
-METHOD = "sta-balanced"
 PLANNING = '<p class="tw-quiet">planning …</p>'  # until the first plan is there: diffusers may still be imported
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 SIZED = ("height", "width", "frames", "steps", "guidance", "fps", "max_sequence_length")  # controls that a model sets
@@ -42,13 +51,13 @@ class Controls:
     def __init__(self, models: Models, limits: Limits, prompt: Any) -> None:
         self.models, self.limits = models, limits
         native = models.defaults(models.names[0])
-        first = method_values(resolve(METHOD))
+        first = method_values(resolve(FIRST))
         made: dict[str, Any] = {"prompt": prompt}
         made["model"] = gr.Dropdown(
             models.names, value=models.names[0], label="Model", elem_id="model", visible=len(models.names) > 1
         )
-        made["method"] = gr.Dropdown(choices(), value=METHOD, label="Attention method", elem_id="method")
-        self.kept = MethodControls(resolve(METHOD))
+        made["method"] = gr.Dropdown(choices(), value=FIRST, label="Attention method", elem_id="method")
+        self.kept = MethodControls(resolve(FIRST))
         made |= self.kept.components
         self.files = FileControls(limits.inputs)
         made |= self.files.components
@@ -76,6 +85,10 @@ class Controls:
                 made["to_step"] = Slider(
                     0, 1, first["to_step"], step=0.05, label="Sparse to (share of the steps)", elem_id="to-step"
                 )
+            made["step_numbers"] = gr.Textbox(
+                first["step_numbers"], label="Sparse steps by number, such as 1: (empty: by the shares above)",
+                elem_id="step-numbers",
+            )  # fmt: skip
             made["blocks"] = gr.Textbox(first["blocks"], label="Sparse blocks, such as 1: or 0,3:9", elem_id="blocks")
             made["cache"] = gr.Dropdown(
                 [NONE, *CACHES], value=first["cache"], allow_custom_value=True, elem_id="cache",
@@ -85,6 +98,16 @@ class Controls:
                 [NONE, *all_additions()], value=first["add"], allow_custom_value=True, elem_id="add",
                 label="Put on the model beside it, with options such as broadway:alpha=0.6, joined by +",
             )  # fmt: skip
+            made["calibration"] = gr.Textbox(
+                first["calibration"], label="Calibration, in place of the method, its steps and its blocks", lines=1,
+                max_lines=3, elem_id="calibration",
+            )  # fmt: skip
+            self.calibrated = gr.UploadButton(
+                "Calibration file (JSON, of tilewise calibrate)",
+                file_types=[".json"],
+                elem_id="calibration-file",
+                size="sm",
+            )
             with gr.Row():
                 made["fps"] = gr.Number(native.fps, label="Frames per second", elem_id="fps")
                 made["max_sequence_length"] = gr.Number(
@@ -120,6 +143,7 @@ class Controls:
         own = [self.components[name] for name in METHOD_FIELDS[1:]]
         # .input is for the user's own choice: settings that are loaded as a whole bring their options along.
         self.components["method"].input(self.method_chosen, [self.components["method"]], own, **QUIET)
+        self.calibrated.upload(read_calibration, [self.calibrated], [self.components["calibration"]], **QUIET)
         sized, model = [self.components[name] for name in SIZED], self.components["model"]
         model.input(self.model_chosen, [model], sized, **QUIET)
         opened.then(self.files_shown, [model], self.files.shown, **QUIET)
@@ -179,6 +203,16 @@ class Controls:
 def prompt_box() -> Any:
     """The prompt, inside a gr.Blocks."""
     return gr.Textbox(PROMPT, label="Prompt", lines=3, max_lines=8, elem_id="prompt")
+
+
+def read_calibration(file: str) -> str:
+    """The text of a calibration that was uploaded. Raises gr.Error for another file."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        calibration(text)
+    except (OSError, ValueError, TilewiseError) as error:
+        raise gr.Error(str(error)) from error
+    return text
 
 
 def random_seed() -> str:

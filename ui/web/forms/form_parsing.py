@@ -27,7 +27,10 @@ from tilewise.ui.web.forms.method_controls import FIELDS as MEASURE_FIELDS
 from tilewise.ui.web.forms.method_controls import MEASURES, is_per_head, measure_values, measured, measures_of
 from tilewise.ui.web.jobs.models import Models
 
-METHOD_FIELDS = ("method", *MEASURE_FIELDS, "options", "from_step", "to_step", "blocks", "cache", "add")
+METHOD_FIELDS = (
+    "method", *MEASURE_FIELDS, "options", "from_step", "to_step", "step_numbers", "blocks", "cache", "add", "calibration",
+)  # fmt: skip
+FIRST = "sta-balanced"  # what the page begins with, and shows beside a calibration
 # Visitors name no files of the server; those that they upload are kept by the page (`uploads.py`).
 SETTINGS = {
     name: option for name, option in options_of(GenerateSettings).items() if not option.names_file or name in ROLES
@@ -67,6 +70,9 @@ def said_of(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 def config_of(values: Mapping[str, Any]) -> Config:
     """The method of the controls with its options and schedule. Raises ConfigError."""
+    beside: dict[str, Any] = {name: str(values[name] or NONE) for name in ("cache", "add")}
+    if text := str(values.get("calibration") or "").strip():
+        return dataclasses.replace(calibration(text), **beside)
     name = str(values["method"])
     base = resolve(name) if name in (*presets(), *methods()) else None
     if base is None:
@@ -75,7 +81,7 @@ def config_of(values: Mapping[str, Any]) -> Config:
     if base.method.name == "dense":
         if options:
             raise ConfigError(f"dense has no options, not {', '.join(options)}")
-        return resolve("dense", cache=str(values["cache"] or NONE), add=str(values["add"] or NONE))
+        return resolve("dense", **beside)
     for measure in measures_of(name):
         if measure in options and not is_per_head(options[measure]):
             raise ConfigError(
@@ -87,9 +93,17 @@ def config_of(values: Mapping[str, Any]) -> Config:
     replaced = {one for group in base.method.exclusive if given.intersection(group) for one in group}
     kept = {measure: value for measure, value in kept.items() if measure not in replaced}
     method = make_method(base.method.name, {**options, **kept})
-    steps = (_number("from", values["from_step"]), _number("to", values["to_step"]))
-    beside: dict[str, Any] = {name: str(values[name] or NONE) for name in ("cache", "add")}
+    numbers = str(values.get("step_numbers") or "").strip()
+    steps = numbers or (_number("from", values["from_step"]), _number("to", values["to_step"]))
     return dataclasses.replace(base, method=method, steps=steps, blocks=str(values["blocks"] or ":"), **beside)
+
+
+def calibration(text: str) -> Config:
+    """A method that stands in a file of `tilewise calibrate`, with its schedule, from the file's text. Raises ConfigError."""
+    config = Config.from_dict(json_object(text))
+    if config.method.made_by is None:
+        raise ConfigError(f"{config.method.name!r} is no calibration: a file of `tilewise calibrate` holds one")
+    return config
 
 
 def values_of(settings: GenerateSettings) -> dict[str, Any]:
@@ -127,23 +141,31 @@ def refuse_lost(lost: Mapping[str, Any]) -> None:
 
 def method_values(config: Config) -> dict[str, Any]:
     """Options and schedule of a method, for their controls."""
+    if config.method.made_by is not None:
+        given = dataclasses.replace(config, cache=None, add=None)
+        first = method_values(dataclasses.replace(resolve(FIRST), cache=config.cache, add=config.add))
+        return {**first, "calibration": json.dumps(given.to_dict())}
     own = {key: value for key, value in config.method.to_dict().items() if key != "name"}
     measures = measures_of(config.method.name)
     options = {key: value for key, value in own.items() if key not in measures or is_per_head(value)}
-    low, high = DEFAULT_STEPS if isinstance(config.steps, str) else config.steps  # no control takes numbers of steps
+    low, high = DEFAULT_STEPS if isinstance(config.steps, str) else config.steps
     return {
         **measure_values(config),
         "options": json.dumps(options) if options else "{}",
         "from_step": low,
         "to_step": high,
+        "step_numbers": config.steps if isinstance(config.steps, str) else "",
         "blocks": config.blocks,
         "cache": NONE if config.cache is None else str(config.cache),
         "add": additions_text(config.additions),
+        "calibration": "",
     }
 
 
 def name_of(config: Config) -> str:
-    """The preset that a config is, or its method's name."""
+    """The preset that a config is, or its method's name; of a calibration, which is none of them, the method beside it."""
+    if config.method.made_by is not None:
+        return FIRST
     return next((name for name, preset in presets().items() if preset == config), config.method.name)
 
 

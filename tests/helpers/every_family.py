@@ -9,20 +9,24 @@ from typing import Any
 import test_allegro as allegro
 import test_chroma as chroma
 import test_cogvideox as cogvideox
+import test_cogview4 as cogview4
 import test_cosmos as cosmos
 import test_easyanimate as easyanimate
 import test_flux as flux
 import test_flux2 as flux2
+import test_flux_like as flux_like
 import test_hunyuan_framepack as framepack
 import test_hunyuan_video as hunyuan_video
 import test_hunyuan_video15 as hunyuan_video15
 import test_kandinsky5 as kandinsky5
 import test_ltx as ltx
 import test_mochi as mochi
+import test_pixart as pixart
 import test_qwen_image as qwen_image
 import test_sd3 as sd3
 import test_skyreels as skyreels
 import test_wan_animate as animate
+import test_wan_like as wan_like
 import test_wan_vace as vace
 import test_z_image as z_image
 import torch
@@ -102,6 +106,14 @@ CASES = {
     "SD 3": Case(lambda: sd3.tiny(num_layers=1), lambda m: sd3.inputs(*IMAGE[1:]), "bchw"),
     "SD 3.5": Case(lambda: sd3.tiny(**sd3.SD35 | {"num_layers": 1}), lambda m: sd3.inputs(*IMAGE[1:]), "bchw"),
     "Qwen-Image": Case(lambda: qwen_image.tiny(num_layers=1), lambda m: qwen_image.inputs(IMAGE), "bnc"),
+    "Bria": Case(lambda: flux_like.bria(num_single_layers=0), lambda m: flux_like.inputs(*IMAGE[1:]), "bnc"),
+    "Krea 2": Case(lambda: flux_like.krea2(num_layers=1), lambda m: flux_like.krea2_inputs(*IMAGE[1:]), "bnc"),
+    "CogView 4": Case(lambda: cogview4.tiny(num_layers=1), lambda m: cogview4.inputs(*IMAGE[1:]), "bchw"),
+    "PixArt": Case(lambda: pixart.pixart(num_layers=1), lambda m: pixart.inputs(8, 8), "bchw"),
+    "ChronoEdit": Case(lambda: wan_like.chronoedit(num_layers=1), lambda m: wan_like.inputs(*VIDEO)),
+    "AnyFlow": Case(
+        lambda: wan_like.anyflow(num_layers=1), lambda m: wan_like.inputs(*VIDEO, frames_first=True), "btchw"
+    ),
     "Z-Image": Case(
         lambda: z_image.tiny(n_layers=1, n_refiner_layers=0),
         lambda m: z_image.inputs(*IMAGE[1:]),

@@ -362,5 +362,5 @@ def test_layers_with_grids_of_their_own_are_counted():
     assert [row.tokens for row in explanation.rows] == [32 * 32, 16 * 16]
     attention = 3 * 4 * 1024**2 * 32 + 4 * 4 * 256**2 * 64  # one layer down, two up; the same and one in the middle
     linear = 2 * sum(p.numel() for p in unet.parameters()) * 1024
-    unguided: Any = SimpleNamespace(guidance=1.0)
+    unguided: Any = SimpleNamespace(guidance=1.0, method=tilewise.resolve("dense"))
     assert denoising_flop(unet, unguided, explanation) == 3 * (linear + attention)

@@ -15,9 +15,9 @@ LOOSE_FILES = 10  # at most, in a room: more belong in folders
 # What a folder holds: groups of its folders and files, lowest first. A group imports from those before it, not from one
 # after it and not from a neighbor in its own group. A new folder or file must be put in its place here.
 ORDER: dict[str, list[tuple[str, ...]]] = {
-    "kernels": [("device", "errors"), ("plans",), ("selection",), ("attention",), ("fused",)],
+    "kernels": [("chips", "device", "errors"), ("plans",), ("selection",), ("attention",), ("fused",)],
     "plugins": [
-        ("errors", "text_format", "torch_compat"),
+        ("errors", "text_format", "torch_compat", "tuning"),
         ("diffusers_compat",),
         ("hooks",),
         ("autoencoders", "masks"),
@@ -37,7 +37,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("latent_spaces",),
         ("loading",),
         ("quality", "conditioning"),
-        ("generation",),
+        ("generation", "tuning"),
         ("calibration", "memory", "parallel"),
         ("streaming",),
         ("highres",),

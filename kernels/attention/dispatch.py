@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -12,9 +11,12 @@ from typing import Literal, overload
 
 import torch
 
+from tilewise.kernels.attention import tuned
 from tilewise.kernels.attention.backends.fa4 import fa4_forward, fa4_unavailable, fa4_unsupported
 from tilewise.kernels.attention.backends.torch import torch_forward
 from tilewise.kernels.attention.block_compensation import BlockCompensation
+from tilewise.kernels.chips import chip_of
+from tilewise.kernels.device import triton_unavailable as _triton_unavailable
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.block_plan import BlockPlan
 
@@ -31,27 +33,11 @@ class Choice:
     means: bool = False
 
 
-def _triton_unavailable(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on a device, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed"
-    if device.type != "cuda":
-        return f"Triton kernels need a CUDA device, not {device.type}"
-    if torch.version.hip is not None:
-        return "the kernel has not been tried on ROCm"
-    if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"needs compute capability 8.0 or later, {torch.cuda.get_device_name(device)} has {major}.{minor}"
-    return None
-
-
 def _gluon_unavailable(device: torch.device) -> str | None:
     """Why the Hopper kernel cannot run on a device, or None if it can."""
     if reason := _triton_unavailable(device):
         return reason
-    if torch.cuda.get_device_capability(device) != (9, 0):
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
         return f"needs a Hopper GPU (compute capability 9.0), not {torch.cuda.get_device_name(device)}"
     import triton
 
@@ -79,12 +65,21 @@ def _gluon_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: 
     return hopper_unsupported(q, k, v, plan)
 
 
-# In order of preference. On aligned plans FlashAttention-4 is up to 8 % faster than ours, on ragged and partial ones slower
+def _triton_unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan) -> str | None:
+    from tilewise.kernels.attention.backends.tiles import no_tile
+
+    return no_tile("triton", chip_of(q.device), q.shape[3])
+
+
+# In order of preference, unless ``tilewise tune`` has measured another on this machine.
+# On aligned plans FlashAttention-4 is up to 8 % faster than ours, on ragged and partial ones slower
 # (benchmarks/results), and its first call costs seconds: ours comes first where it runs.
 BACKENDS = (
     Backend("gluon", "Hopper kernel in Triton's Gluon dialect", _gluon_unavailable, _gluon_unsupported),
     Backend("fa4", "FlashAttention-4's block-sparse kernel, Hopper and Blackwell", fa4_unavailable, fa4_unsupported),
-    Backend("triton", "portable Triton kernel, compute capability 8.0 and later", _triton_unavailable),
+    Backend(
+        "triton", "portable Triton kernel, compute capability 8.0 and later", _triton_unavailable, _triton_unsupported
+    ),
     Backend(
         "torch",
         "gathered blocks through PyTorch's CPU flash attention",
@@ -179,13 +174,18 @@ def _choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, 
         return Choice(backend, "asked for", backend == "gluon")
     unsupported: list[str] = []  # what runs here and would have been preferred, but does not take this call
     unavailable: list[str] = []
-    for candidate in BACKENDS:
+    order = tuned.backends(q.device, q.shape[3], plan.row_encoding is not None)
+    candidates = dict.fromkeys((*(known[name] for name in order if name in known), *BACKENDS)) if order else BACKENDS
+    for candidate in candidates:
         if reason := _unavailable(candidate, q.device):
             unavailable.append(f"{candidate.name}: {reason}")
         elif reason := candidate.unsupported(q, k, v, plan):
             unsupported.append(f"{candidate.name} does not take this: {reason}")
         else:
-            return Choice(candidate.name, "; ".join([candidate.about, *unsupported]), candidate.name == "gluon")
+            measured = ["the fastest that tilewise tune measured here"] if candidate.name in order else []
+            return Choice(
+                candidate.name, "; ".join([candidate.about, *measured, *unsupported]), candidate.name == "gluon"
+            )
     raise UnsupportedPlanError(
         f"{_where(q, k, v)}: no backend takes this here. " + "; ".join([*unavailable, *unsupported])
     )

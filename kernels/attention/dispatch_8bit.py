@@ -41,6 +41,8 @@ def unavailable_8bit(device: torch.device, precision: Precision) -> str | None:
     """Why no GPU kernel runs in a precision on a device, or None if one does."""
     if reason := _triton_unavailable(device):
         return reason
+    if torch.version.hip is not None:
+        return "the kernels in 8 bits have instructions that only NVIDIA GPUs have"
     if precision == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
         return (
             f"e4m3 products need compute capability 8.9 or later, not {torch.cuda.get_device_name(device)}; int8 runs"

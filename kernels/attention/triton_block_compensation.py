@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tilewise.kernels.chips import has_large_memory
 from tilewise.kernels.plans.mean_lists import with_rows_in_line
 from tilewise.kernels.selection.triton_block_stats import by_head
 
@@ -26,7 +27,7 @@ def add_block_compensation_kernel(
     q_ptr, seen_ptr, lse_ptr, key_ptr, value_ptr, bias_ptr, start_ptr, rows_ptr, out_ptr, heavy_ptr,
     stride_qb, stride_qs, stride_qh, stride_ob, stride_os, stride_oh, stride_bb, stride_bh,
     S, H, N, padded, group, scale_log2, log2e,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ONLINE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, B·H). N: key blocks. key and value: (B, Hk, padded, D) in q's dtype, padded ≥ N a multiple of BLOCK_N.
@@ -56,7 +57,7 @@ def add_block_compensation_kernel(
         bias = tl.load(bias_at + j, mask=j < N, other=float("-inf")) * log2e
         means = means_at + j[:, None] * D
         keys = tl.load(key_ptr + means, mask=width[None, :], other=0.0)
-        x = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2 + bias[None, :]
+        x = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale_log2 + bias[None, :]
         if ONLINE:
             new = tl.maximum(m, tl.max(x, 1))
             shrink = tl.exp2(m - new)
@@ -66,7 +67,7 @@ def add_block_compensation_kernel(
         p = tl.exp2(x - m[:, None])
         total += tl.sum(p, 1)
         values = tl.load(value_ptr + means, mask=width[None, :], other=0.0)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+        acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
     if not ONLINE:
         tl.store(heavy_ptr + block, (tl.max(tl.where(there, total, 0.0), 0) >= MOST).to(tl.int8))
     acc = acc / total[:, None]
@@ -88,8 +89,7 @@ def triton_add_block_compensation(
     """As ``add_block_compensation``. The means are rounded to q's dtype, as keys and values are."""
     B, S, H, D = q.shape
     N, Hk = key_mean.shape[1:3]
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
-    config = launch_config(D, q.element_size(), hopper)
+    config = launch_config(D, q.element_size(), has_large_memory(q.device))
     keys, values = (by_head(x, q.dtype, config["BLOCK_N"]) for x in (key_mean, value_mean))
     merged = torch.empty((B, S, H, D), dtype=out.dtype, device=out.device)
     if out.stride(3) != 1:
@@ -103,8 +103,7 @@ def triton_add_block_compensation(
                     q, out, lse.contiguous(), keys, values, bias, start, rows, merged, heavy,
                     q.stride(0), q.stride(1), q.stride(2), out.stride(0), out.stride(1), out.stride(2),
                     bias.stride(0), bias.stride(1), S, H, N, keys.shape[2], H // Hk, scale * LOG2E, LOG2E,
-                    D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_M=128, ONLINE=online,
-                    PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **config,
+                    D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_M=128, ONLINE=online, **config,
                 )  # fmt: skip
     return merged
 

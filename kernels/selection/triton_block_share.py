@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tilewise.kernels.chips import has_large_memory
 from tilewise.kernels.selection.triton_block_scores import term
 from tilewise.kernels.selection.triton_block_stats import by_head
 
@@ -21,16 +22,16 @@ ROWS = 128  # queries of a program
 
 
 @triton.jit
-def scores(q, q2, mean_ptr, variance_ptr, log_rows_ptr, base, j, N, column, D: tl.constexpr, PRECISION: tl.constexpr):
+def scores(q, q2, mean_ptr, variance_ptr, log_rows_ptr, base, j, N, column, D: tl.constexpr):
     """x[s, j] · log2(e), (ROWS, BLOCK_N) float32; −inf past the last block. Means lie padded to whole BLOCK_N."""
     at = base + j[None, :] * D + column[:, None]
     narrow = (column < D)[:, None]
     mean = tl.load(mean_ptr + at, mask=narrow, other=0.0)
     log_n = tl.load(log_rows_ptr + j)[None, :]
-    x = tl.dot(q, mean, input_precision=PRECISION) + log_n
+    x = tl.dot(q, mean, input_precision="ieee") + log_n
     if variance_ptr is not None:
         variance = tl.load(variance_ptr + at, mask=narrow, other=0.0)
-        x += term(tl.dot(q2, variance, input_precision=PRECISION), log_n)
+        x += term(tl.dot(q2, variance, input_precision="ieee"), log_n)
     return tl.where((j < N)[None, :], x, float("-inf"))
 
 
@@ -39,7 +40,6 @@ def block_share_kernel(
     q_ptr, mean_ptr, variance_ptr, log_rows_ptr, start_ptr, rows_ptr, share_ptr,
     stride_b, stride_s, stride_h, H, Hk, M, N, padded, scale, square,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (⌈M / (ROWS / QUERIES)⌉, B·H). M, N: query and key blocks. mean and variance: (B, Hk, padded, D);
     variance_ptr: None without."""
@@ -65,7 +65,7 @@ def block_share_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     for begin in range(0, N, BLOCK_N):
         j = begin + tl.arange(0, BLOCK_N)
-        x = scores(q, q2, mean_ptr, variance_ptr, log_rows_ptr, base, j, N, column, D, PRECISION)
+        x = scores(q, q2, mean_ptr, variance_ptr, log_rows_ptr, base, j, N, column, D)
         new = tl.maximum(most, tl.max(x, 1))
         total = total * tl.exp2(most - new) + tl.sum(tl.exp2(x - new[:, None]), 1)
         most = new
@@ -74,7 +74,7 @@ def block_share_kernel(
     out = share_ptr + (tl.program_id(1).to(tl.int64) * M + mine[:, None]) * N
     for begin in range(0, N, BLOCK_N):
         j = begin + tl.arange(0, BLOCK_N)
-        x = scores(q, q2, mean_ptr, variance_ptr, log_rows_ptr, base, j, N, column, D, PRECISION)
+        x = scores(q, q2, mean_ptr, variance_ptr, log_rows_ptr, base, j, N, column, D)
         p = tl.exp2(x - most[:, None]) * weight[:, None]
         share = tl.sum(tl.reshape(p, (GROUP, QUERIES, BLOCK_N)), 1)
         tl.store(out + j[None, :], share, mask=(mine < M)[:, None] & (j < N)[None, :])
@@ -103,8 +103,7 @@ def triton_block_share(
     """(B, H, Nq, Nk) float32; arguments as in ``block_share``. Means and variances are rounded to query's dtype."""
     B, _, H, D = query.shape
     M, N = len(start), len(key_rows)
-    hopper = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
-    config = launch_config(D, query.element_size(), hopper)
+    config = launch_config(D, query.element_size(), has_large_memory(query.device))
     means = by_head(key_mean, query.dtype, config["BLOCK_N"])
     variances = None if key_variance is None else by_head(key_variance, query.dtype, config["BLOCK_N"])
     padded = means.shape[2]
@@ -117,7 +116,6 @@ def triton_block_share(
                 query, means, variances, log_rows, start, rows, share,
                 query.stride(0), query.stride(1), query.stride(2), H, key_mean.shape[2], M, N, padded,
                 scale * LOG2E, scale * scale * LOG2E,
-                D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), ROWS=ROWS, QUERIES=queries,
-                PRECISION="ieee" if query.dtype == torch.float32 else "tf32", **config,
+                D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), ROWS=ROWS, QUERIES=queries, **config,
             )  # fmt: skip
     return share

@@ -8,15 +8,21 @@ three loops, so that the first needs no mask:
     ragged     the same, columns past the block's rows masked
     partial    the same, and keys outside the row's intervals masked
 
+Products of float32 are exact ones ("ieee"), not tf32; in 16 bits the option changes nothing, and AMD knows no other.
+
 Inputs keep the (B, S, H, D) strides that they come with; offsets that can pass 2³¹ are computed in 64 bits.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from tilewise.kernels.attention.backends.tiles import SINGLE, Tile, tile_of, width_of
+from tilewise.kernels.chips import Chip, chip_of
 from tilewise.kernels.plans.block_plan import BlockPlan
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -31,7 +37,7 @@ def _attend(
     key_encoding, row_lo, row_hi, guard_bits,
     begin, end, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
-    MASK_ROWS: tl.constexpr, MASK_INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over entries begin … end − 1 of one list; each key block is PARTS pieces of BLOCK_N columns."""
     columns = tl.arange(0, BLOCK_N)
@@ -53,7 +59,7 @@ def _attend(
         else:
             k = tl.load(k_at, mask=(depth < D)[:, None], other=0.0)
             v = tl.load(v_at, mask=(depth < D)[None, :], other=0.0)
-        scores = tl.dot(q, k, input_precision=PRECISION)
+        scores = tl.dot(q, k, input_precision="ieee")
         if MASK_INTERVALS:
             # Two subtractions test six inequalities, and the block's missing rows too: see kernels/plans/interval_encoding.py.
             at = tl.load(key_encoding + keys, mask=inside, other=guard_bits)
@@ -72,7 +78,7 @@ def _attend(
         rescale = tl.exp2(row_max - base)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None]
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
         row_max = new_max
     return acc, row_max, row_sum
 
@@ -89,7 +95,7 @@ def forward_kernel(
     stride_plan, sets, q_blocks, longest,
     heads, group, q_len, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
-    SHARED_SET: tl.constexpr, HAS_HEAD_SET: tl.constexpr, HAS_INTERVALS: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED_SET: tl.constexpr, HAS_HEAD_SET: tl.constexpr, HAS_INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks × pieces of BLOCK_M rows, batch × heads). ``scale`` includes log2(e)."""
     SPLIT: tl.constexpr = BLOCK // BLOCK_M
@@ -131,12 +137,12 @@ def forward_kernel(
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, k_base, v_base, stride_ks, stride_vs, index, key_start, k_rows,
         key_encoding, row, row, guard_bits, 0, complete_end, scale,
-        D, BLOCK_D, BLOCK_N, PARTS, False, False, PRECISION,
+        D, BLOCK_D, BLOCK_N, PARTS, False, False,
     )  # fmt: skip
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, k_base, v_base, stride_ks, stride_vs, index, key_start, k_rows,
         key_encoding, row, row, guard_bits, complete_end, ragged_end, scale,
-        D, BLOCK_D, BLOCK_N, PARTS, True, False, PRECISION,
+        D, BLOCK_D, BLOCK_N, PARTS, True, False,
     )  # fmt: skip
     if HAS_INTERVALS:
         row_encoding_at = row_encoding + set_of_head * 2 * q_len + queries
@@ -145,7 +151,7 @@ def forward_kernel(
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, k_base, v_base, stride_ks, stride_vs, index, key_start, k_rows,
             key_encoding, row_lo, row_hi, guard_bits, ragged_end, partial_end, scale,
-            D, BLOCK_D, BLOCK_N, PARTS, True, True, PRECISION,
+            D, BLOCK_D, BLOCK_N, PARTS, True, True,
         )  # fmt: skip
 
     # A row that saw no key: output 0, log-sum-exp −inf.
@@ -157,37 +163,35 @@ def forward_kernel(
     tl.store(lse_ptr + (batch * heads + head) * q_len + queries, lse, mask=in_block)
 
 
-def launch_config(head_dim: int, block: int, itemsize: int, intervals: bool, large_memory: bool) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages for a head dimension, block size and element size in bytes.
-
-    Chosen by rule, not by ``triton.autotune``: the first call of a shape costs one compilation, and the CPU interpreter runs
-    the same code. The 16-bit rules are the largest tiles that compile without register spills (test_triton_aot.py).
+def launch_config(head_dim: int, block: int, itemsize: int, intervals: bool, chip: Chip) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages for a head dimension, block size and element size in bytes: those of ``tiles.py``,
+    and at most a block of the plan.
 
     Args:
         intervals: whether the plan has partial blocks, whose test needs registers of its own.
-        large_memory: data-centre Hopper and Blackwell (sm_90, sm_100): 227 KiB of shared memory a block. The other rules
-            stay within the 99 KiB of consumer GPUs.
     """
-    depth = triton.next_power_of_2(max(head_dim, 16))
-    row_bytes = depth * itemsize
-    if row_bytes <= 256:  # head dim ≤ 128 in 16 bit
-        if large_memory:
-            m, n, stages = 128, 64, 5
-        elif depth <= 64:
-            m, n, stages = 128, 64, 3
-        else:
-            m, n, stages = (64, 64, 2) if intervals else (128, 32, 2)
-    elif row_bytes <= 512 and itemsize == 2:  # head dim ≤ 256 in 16 bit
-        m, n, stages = (64, 64, 3) if large_memory else (64, 32, 2)
-    else:
-        m, n, stages = (64, 32, 2) if row_bytes <= 512 else (32, 32, 1)
+    tile = SINGLE[width_of(head_dim)] if itemsize > 2 else tile_of("triton", chip, head_dim, intervals)
+    rows = min(tile.rows, block)
     return {
-        "BLOCK_D": depth,
-        "BLOCK_M": min(m, block),
-        "BLOCK_N": min(n, block),
-        "num_stages": stages,
-        "num_warps": 8 if min(m, block) >= 64 else 4,
+        "BLOCK_D": triton.next_power_of_2(max(head_dim, 16)),
+        "BLOCK_M": rows,
+        "BLOCK_N": min(tile.keys, block),
+        "num_stages": tile.stages,
+        "num_warps": tile.warps if rows >= 64 else 4,
     }
+
+
+def specialisation(
+    head_dim: int, intervals: bool, tile: Tile, dtype: str
+) -> tuple[triton.JITFunction, dict[str, Any], dict[str, str]]:
+    """What ``triton_forward`` asks Triton for, to compile it ahead of time: the kernel, its constants, and types by parameter."""
+    constants = {
+        "D": head_dim, "BLOCK_D": triton.next_power_of_2(max(head_dim, 16)), "BLOCK_M": tile.rows, "BLOCK_N": tile.keys,
+        "BLOCK": 128, "SHARED_SET": True, "HAS_HEAD_SET": False, "HAS_INTERVALS": intervals,
+    }  # fmt: skip
+    plan = ("q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_encoding", "row_encoding")
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}") | dict.fromkeys(plan, "*i32")
+    return forward_kernel, constants, types | {"lse_ptr": "*fp32", "scale": "fp32"}
 
 
 def triton_forward(
@@ -197,8 +201,7 @@ def triton_forward(
     B, Sq, H, D = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((B, H, Sq), dtype=torch.float32, device=q.device)
-    large_memory = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    config = launch_config(D, plan.block, q.element_size(), plan.row_encoding is not None, large_memory)
+    config = launch_config(D, plan.block, q.element_size(), plan.row_encoding is not None, chip_of(q.device))
     per_set, q_blocks, longest = plan.sets, plan.index.shape[2], plan.index.shape[3]
     unused = plan.index  # a pointer that a specialised kernel never reads
     grid = (q_blocks * (plan.block // config["BLOCK_M"]), B * H)
@@ -220,7 +223,6 @@ def triton_forward(
             H, H // k.shape[2], Sq, scale * LOG2E.value,
             D=D, BLOCK=plan.block,
             SHARED_SET=per_set == 1, HAS_HEAD_SET=plan.head_set is not None, HAS_INTERVALS=plan.row_encoding is not None,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             **config,
         )  # fmt: skip
     return out, lse

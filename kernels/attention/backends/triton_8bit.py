@@ -19,11 +19,15 @@ Three details save most of the work beside the products:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from tilewise.kernels.attention.backends.tiles import Tile, tile_of
 from tilewise.kernels.attention.quantize import Quantized
+from tilewise.kernels.chips import Chip, chip_of
 from tilewise.kernels.plans.block_plan import BlockPlan
 
 LOG2E = 1.4426950408889634
@@ -212,17 +216,29 @@ def forward_8bit_kernel(
     tl.store(lse_ptr + (batch * heads + head) * q_len + queries, lse, mask=in_block)
 
 
-def launch_config(block: int, capability: tuple[int, int]) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages for plans whose blocks have room for ``block`` rows.
+def launch_config(head_dim: int, block: int, intervals: bool, chip: Chip) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages for plans whose blocks have room for ``block`` rows: those of ``tiles.py``."""
+    tile = tile_of("triton-8bit", chip, head_dim, intervals)
+    rows = min(tile.rows, block)
+    warps = tile.warps if rows == tile.rows else 4
+    return {"BLOCK_M": rows, "BLOCK_N": min(tile.keys, block), "STAGES": tile.stages, "num_warps": warps}
 
-    Dense 115,200 × 24 × 128 on an H200, with the best warps and stages of each: (64, 128) 272 ms, (128, 128) 343, (128, 64) 476,
-    (64, 64) 394. With mma.sync (all but sm_90 and sm_100), (128, 64) is the largest that does not spill.
-    """
-    if capability[0] in (9, 10):
-        m, n = min(64, block), min(128, block)
-    else:
-        m, n = min(128, block), min(64, block)
-    return {"BLOCK_M": m, "BLOCK_N": n, "STAGES": 2, "num_warps": 8 if m == 128 else 4}
+
+def specialisation(
+    head_dim: int, intervals: bool, tile: Tile, dtype: str
+) -> tuple[triton.JITFunction, dict[str, Any], dict[str, str]]:
+    """What ``triton_8bit_forward`` asks Triton for, to compile it ahead of time: the kernel, its constants, types by parameter.
+
+    dtype: of weights and values, "int8" or "fp8"."""
+    constants = {
+        "D": head_dim, "BLOCK": 128, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "STAGES": tile.stages, "SHARED_SET": True,
+        "HAS_HEAD_SET": False, "HAS_INTERVALS": intervals, "INTERPRETED": False,
+    }  # fmt: skip
+    plan = ("q_start", "q_rows", "k_rows", "index", "key_start", "ends", "head_set", "key_encoding", "row_encoding")
+    types = dict.fromkeys(plan, "*i32") | dict.fromkeys(("q_facts", "kv_scales", "v_facts", "lse_ptr"), "*fp32")
+    values = {"int8": "*i8", "fp8": "*fp8e4nv"}[dtype]
+    types |= {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": values, "out_ptr": "*bf16", "scale": "fp32"}
+    return forward_8bit_kernel, constants, types
 
 
 def triton_8bit_forward(
@@ -235,8 +251,9 @@ def triton_8bit_forward(
     out = torch.empty((B, q_len, H, D), dtype=dtype, device=device)
     lse = torch.empty((B, H, q_len), dtype=torch.float32, device=device)
     unused = plan.index  # a pointer that a specialised kernel never reads
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    config = launch_config(plan.block, capability)
+    config = launch_config(D, plan.block, plan.row_encoding is not None, chip_of(device))
+    if device.type == "cpu":  # in the interpreter, weights of a whole block at once, as in the naive path
+        config["BLOCK_N"] = plan.block
     with torch.cuda.device_of(out):  # Triton launches on the current device
         forward_8bit_kernel[(Nq * (plan.block // config["BLOCK_M"]), B * H)](
             x.q, x.q_facts, x.k, x.v, x.kv_scales, x.v_facts, out, lse,

@@ -617,10 +617,10 @@ class TestAheadOfTime:
             ["start_ptr", "rows_ptr"], "*i32"
         )
         types |= {"scale": "fp32", "square": "fp32"}
-        config = launch_config(head_dim, 2, hopper=capability >= 90)
+        config = launch_config(head_dim, 2, hopper=capability == 90)
         width = 128 if head_dim > 64 else 64
         constants = {"D": head_dim, "BLOCK_D": width, "ROWS": 128, "QUERIES": 32}
-        constants |= {"BLOCK_N": config["BLOCK_N"], "PRECISION": "tf32"}
+        constants |= {"BLOCK_N": config["BLOCK_N"]}
         kernel = compiled(block_share_kernel, capability, constants, types, config["num_warps"])
         self.check(kernel)
         assert kernel.metadata.shared <= (227 if capability >= 90 else 99) * 1024
@@ -667,8 +667,8 @@ class TestAheadOfTime:
         types |= {"lse_ptr": "*fp32", "bias_ptr": "*fp32", "start_ptr": "*i32", "rows_ptr": "*i32", "heavy_ptr": "*i8"}
         types |= {"scale_log2": "fp32", "log2e": "fp32"}
         width = 128 if head_dim > 64 else 64
-        config = launch_config(head_dim, 2, hopper=capability >= 90)
-        constants = {"D": head_dim, "BLOCK_D": width, "BLOCK_M": 128, "BLOCK_N": config["BLOCK_N"], "PRECISION": "tf32"}
+        config = launch_config(head_dim, 2, hopper=capability == 90)
+        constants = {"D": head_dim, "BLOCK_D": width, "BLOCK_M": 128, "BLOCK_N": config["BLOCK_N"]}
         for online in (False, True):
             constants["ONLINE"] = online
             kernel = compiled(add_block_compensation_kernel, capability, constants, types, config["num_warps"])

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from tilewise.kernels.attention.dispatch_8bit import VALUES as PRECISIONS
 from tilewise.kernels.plans.layout import Grid
 from tilewise.plugins.additions.base import Addition, AddLike, additions
 from tilewise.plugins.errors import ConfigError, unknown
-from tilewise.plugins.methods.base import Method, make_method, methods
+from tilewise.plugins.methods.base import DynamicMethod, Method, make_method, methods
 from tilewise.plugins.methods.option_text import option_types, parse_value
 from tilewise.plugins.presets import PRESETS
 from tilewise.plugins.schedule.steps import Steps, checked_steps, runs_at
 from tilewise.plugins.step_caches.options import CacheLike, StepCache, step_cache
+from tilewise.plugins.tuning.in_use import least_tokens
 
 DEFAULT_STEPS = (0.25, 1.0)
 DEFAULT_BLOCKS = ":"
@@ -106,7 +108,7 @@ class Config:
             that cannot run so run in 16 bits, with the reason, with ``strict`` too: they are dense as they should be.
         min_tokens: attention calls over fewer tokens stay dense, and ``summary`` counts them as "short". None: 4096 for layers
             with a feature map of their own (UNets; with ``strict``, such a layer is an error until a number is given), no limit
-            for others. Dynamic methods have one of their own beside it.
+            for others; or what ``tilewise tune`` measured on this machine. Dynamic methods have one of their own beside it.
         vae: a pipeline's ``AutoencoderKLWan`` decodes and encodes in exact fused kernels too, on a GPU that Triton serves and
             under ``torch.no_grad()``. False: it stays stock.
         cache: a step cache of diffusers that runs beside the method, dense included: "first-block", "taylor", "mag", "sea" or
@@ -167,11 +169,17 @@ class Config:
         """Whether the method runs at step ``step`` of ``total``, counted from 0."""
         return runs_at(self.steps, step, total)
 
-    def too_few(self, tokens: int, own_map: bool) -> str | None:
+    def too_few(self, tokens: int, own_map: bool, device: torch.device | None = None) -> str | None:
         """Why an attention call over so many tokens stays dense, or None. own_map: over a feature map, not the
-        denoiser's token sequence."""
-        least = self.min_tokens if self.min_tokens is not None else MIN_MAP_TOKENS if own_map else 0
-        return f"{tokens} tokens, fewer than min_tokens={least}" if tokens < least else None
+        denoiser's token sequence. device: where it runs, for what was tuned there; None: without."""
+        least, tuned = self.min_tokens, ""
+        # A dynamic method asks for itself (``DynamicMethod.stays_dense``): it may have a limit of its own.
+        if least is None and device is not None and not isinstance(self.method, DynamicMethod):
+            least = least_tokens(self.method.name, device)
+            tuned = "" if least is None else ", as tuned here"
+        if least is None:
+            least = MIN_MAP_TOKENS if own_map else 0
+        return f"{tokens} tokens, fewer than min_tokens={least}{tuned}" if tokens < least else None
 
     def kept(self, grid: Grid) -> Grid:
         """The grid that the method selects in: without the latent frames of ``keep``, whose tokens count as text at its side.

@@ -33,6 +33,7 @@ from tilewise.plugins.schedule.steps import Steps, steps_words
 from tilewise.plugins.step_caches.forecast import foretell
 from tilewise.plugins.step_caches.support import foreign_note
 from tilewise.plugins.text_format import counted, ranges, render
+from tilewise.plugins.tuning.in_use import load as load_tuned
 
 # Of a forward, 200 times those of 81 frames of 720×1280: queries, keys and values of a layer are 100 GiB or more.
 MOST_TOKENS = 2**24
@@ -192,6 +193,7 @@ def explain(
         num_inference_steps = usual_steps(target)
     if num_inference_steps < 1:
         raise ConfigError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    load_tuned()
     denoisers = denoisers_of(target)
     patches = patches_of(target)
     if method is None:
@@ -222,7 +224,7 @@ def explain(
         if gpus > 1:
             cfg, parts = parallel == CFG, token_parts(gpus, parallel)
             (check_cfg if cfg else check_denoiser)(name, denoiser, gpus)
-            ranks.append(_rank_plan(name, family, layers, config, grid, gpus, parts))
+            ranks.append(_rank_plan(name, family, layers, config, grid, gpus, parts, expected_device(denoiser)))
             why = config.method.refuses_some_heads() if parts > 1 else None
             if cfg and getattr(denoiser.config, "guidance_embeds", False):
                 notes.append(
@@ -273,10 +275,17 @@ def explain(
 
 
 def _rank_plan(
-    name: str, family: Family, layers: list[AttentionLayer], config: Config, grid: Grid, gpus: int, parts: int
+    name: str,
+    family: Family,
+    layers: list[AttentionLayer],
+    config: Config,
+    grid: Grid,
+    gpus: int,
+    parts: int,
+    device: torch.device,
 ) -> RankPlan:
     layout = config.method.layout(config.kept(grid))
-    if layout is not None and config.too_few(grid.tokens, False):
+    if layout is not None and config.too_few(grid.tokens, False, device):
         layout = None
     segments = segments_of(grid, family.one_tensor)
     return rank_plan(name, layers[0].heads, config.method, layout, parts, segments, branches=gpus // parts)
@@ -390,7 +399,8 @@ def expected_backend(denoiser: torch.nn.Module, layer: AttentionLayer) -> tuple[
     for backend, usable, reason in available_backends(device):
         if usable:
             return backend, reason
-    return "stock", f"every call would fall back: no backend runs on {device.type}"
+    why = "; ".join(f"{name}: {reason}" for name, _, reason in available_backends(device) if name != "torch")
+    return "stock", f"every call would fall back: no backend runs on {device.type}: {why}"
 
 
 def family_layers(denoiser: torch.nn.Module) -> list[AttentionLayer]:
@@ -416,7 +426,7 @@ def _explain_row(
     model = type(denoiser).__name__
     own_map = layers[0].downsample is not None
     layout = config.method.map_layout(grid, layers[0], 0) if own_map else config.method.layout(grid)
-    short = config.too_few(grid.tokens, own_map)
+    short = config.too_few(grid.tokens, own_map, expected_device(denoiser))
     if layout is not None and isinstance(config.method, DynamicMethod):
         short = short or config.method.stays_dense(grid.tokens, expected_device(denoiser))
         if why := config.method.refuses_call(layout):

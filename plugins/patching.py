@@ -32,6 +32,7 @@ from tilewise.plugins.schedule.steps import Steps
 from tilewise.plugins.step_caches.options import CacheLike
 from tilewise.plugins.step_caches.support import check_cache
 from tilewise.plugins.torch_compat import forget_compiled, is_compiled_module, runs_compiled
+from tilewise.plugins.tuning.in_use import load as load_tuned
 
 T = TypeVar("T")
 
@@ -101,6 +102,7 @@ def patch(
             with a scheduler of its own, but not patch it.
         In each case nothing was changed.
     """
+    load_tuned()
     config = resolve(
         method,
         steps=steps,

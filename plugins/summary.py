@@ -19,6 +19,7 @@ from tilewise.plugins.runtime.call_stats import FALLBACK, OTHER_REASONS, SPARSE,
 from tilewise.plugins.runtime.patched_denoiser import Patch
 from tilewise.plugins.step_caches.support import foreign_note
 from tilewise.plugins.text_format import counted, ranges, render
+from tilewise.plugins.tuning.in_use import words as tuned_words
 
 ALIKE = 0.02  # heads whose densities differ by less need no words
 
@@ -339,6 +340,9 @@ def summary(target: Any, *, reset: bool = False) -> Summary:
     for name, patch in patches.items():
         notes += tuple(f"{name}: {told}" for report in patch.reports if (told := report()) is not None)
         notes += tuple(foreign_note(name, denoisers[name], patch.config))
+    notes += tuple(
+        filter(None, map(tuned_words, {next(denoiser.parameters()).device for denoiser in denoisers.values()}))
+    )
     cache = tuple(row for name, patch in patches.items() if (row := _cache(name, patch, reset)) is not None)
     vae, more = _vae(target, reset)
     begun = since.isoformat(timespec="seconds")

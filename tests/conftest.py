@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 # Before torch is imported, and inherited by the programs that tests start: on tiny tensors, and with several test
 # processes on few cores, threads mostly wait for each other (measured: 5 s instead of 40 for the same tests).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What `tilewise tune` found on this machine is not for tests to go by.
+os.environ["XDG_CONFIG_HOME"] = str(Path(tempfile.gettempdir()) / "tilewise-tests-config")
 
 # A shell starts what it puts in the background with SIGINT ignored, and so would be what tests start in order to interrupt it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

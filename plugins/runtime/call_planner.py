@@ -104,7 +104,7 @@ class CallPlanner:
             layout = with_text_of(forward.layout, request)
         if layout is None:
             return CallKind(DENSE_LAYER)
-        short = config.too_few(request.query.shape[1], own)
+        short = config.too_few(request.query.shape[1], own, request.query.device)
         return layout if short is None else CallKind(SHORT, reason=short)
 
     def scale(self, layout: Layout | None, request: AttentionRequest) -> float | None:

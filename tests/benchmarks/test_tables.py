@@ -20,6 +20,7 @@ from benchmarks import (  # noqa: E402
     flex,
     fused,
     launch,
+    memory,
     profiling,
     render,
     results,
@@ -30,6 +31,7 @@ from benchmarks import (  # noqa: E402
 )
 from benchmarks.layers import shortened  # noqa: E402
 from benchmarks.timing import measure  # noqa: E402
+from tilewise.kernels.chips import CHIPS  # noqa: E402
 from tilewise.kernels.plans.layout import Grid  # noqa: E402
 from tilewise.plugins.methods.sta import STA  # noqa: E402
 
@@ -363,7 +365,7 @@ def test_the_sweep_overrides_the_rules_and_keeps_what_fails(monkeypatch):
     from tilewise.kernels.attention.backends.torch import torch_forward
 
     def forward(q, k, v, plan, scale):
-        config = kernel.launch_config(q.shape[3], plan.block, q.element_size(), False, True)
+        config = kernel.launch_config(q.shape[3], plan.block, q.element_size(), False, CHIPS["sm_90"])
         if config["num_stages"] == 7:
             raise RuntimeError("out of shared memory")
         assert config["BLOCK_D"] == q.shape[3]  # what is not swept stays as the rule has it
@@ -426,3 +428,12 @@ def test_unets_run_through_the_published_schedule(tmp_path, capsys):
     assert row["runs"]["hidiffusion"] == pytest.approx(want / 1000)
     assert f"| {want / 1000:.1f} |" in render.unets_table([row])
     assert "hidiffusion, 50 steps" in capsys.readouterr().out
+
+
+def test_peaks_of_memory(tmp_path, capsys):
+    memory.main("cpu", 1.0, True, tmp_path)
+    (file,) = tmp_path.glob("*-tiny.json")
+    (row,) = json.loads(file.read_text("utf-8"))["sections"]["memory"]
+    assert not row["missing"] and [one["name"] for one in row["peaks"]] == [memory.STOCK, *memory.METHODS]
+    assert all(one["first"] > 0 and one["over_stock"] > 0 for one in row["peaks"])
+    assert "1.000 × stock" in capsys.readouterr().out

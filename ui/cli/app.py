@@ -1,5 +1,6 @@
 """The command line: `tilewise generate`, `tilewise batch`, `tilewise compare`, `tilewise verify`,
-`tilewise calibrate`, `tilewise rank-heads`, `tilewise explain`, `tilewise methods`, `tilewise presets`, `tilewise env`.
+`tilewise calibrate`, `tilewise rank-heads`, `tilewise explain`, `tilewise tune`, `tilewise methods`, `tilewise presets`,
+`tilewise env`.
 
 Only typer and rich are imported here; torch and diffusers come in with the command that needs them, so that --help and
 usage errors answer at once.
@@ -51,6 +52,8 @@ CALIBRATED_METHOD = dataclasses.replace(
 )
 SCORE_HELP = "brightness, contrast, detector (of the demo model's world), or FILE.py:FUNCTION of frames and prompt."
 PARTS_HELP = "Parts of the run, each with densities of its own."
+SHAPE_HELP = "A call instead of a model: frames x rows x columns of latent tokens, heads x head dimension. Repeatable."
+TUNED_HELP = "A method or preset to time. Repeatable. Default: sta-balanced and draft-balanced."
 LPIPS_HELP = "Measure LPIPS too (pip install lpips)."
 OF_BOTH = [*CLIP_OPTIONS.values(), *MEMORY_OPTIONS.values(), HIGHRES, *TWO_STAGE_OPTIONS.values()]
 EXPLAINED = ("model", "method", *METHOD_OPTIONS, SET.name, "height", "width", "frames", "steps")  # options of `explain`
@@ -301,6 +304,32 @@ def rank_heads(
 
     request = RankRequest(prompts, score, options, layers, u, scale, rounds, keep, lowest, out, device, force)
     (dry_run_rank_heads if dry_run else rank_heads_request)(request)
+
+
+@app.command()
+@exit_codes
+@declared_options(CLIP_OPTIONS[name] for name in ("model", "height", "width", "frames"))
+def tune(
+    options: dict[str, Any],
+    shape: Annotated[list[str] | None, typer.Option(help=SHAPE_HELP, metavar="TxHxW:HEADSxDIM")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=TUNED_HELP, metavar="METHOD")] = None,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    seconds: Annotated[float, typer.Option(help="How long each thing is timed.")] = 0.3,
+    max_spread: Annotated[
+        float, typer.Option(help="How far runs of one call may differ for a result to be kept.")
+    ] = 0.3,
+    reset: Annotated[bool, typer.Option("--reset", help="Forget what was tuned on the device.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=DRY_RUN_HELP)] = False,
+) -> None:
+    """Time what runs on this machine for a model and size, and remember the fastest: backends, tiles, and from which length on a
+    method pays. tilewise.patch goes by it.
+
+    Reads no weights. On a GPU about two minutes; nothing else should use it meanwhile.
+    """
+    from tilewise.ui.cli.tune import TuneRequest, tune_request
+
+    given = tuple(shape or ()), tuple(method or ())
+    tune_request(TuneRequest(options, *given, device, seconds, max_spread, reset, dry_run))
 
 
 @app.command()

@@ -11,10 +11,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tilewise.kernels.attention.backends.tiles import TILES
 from tilewise.kernels.attention.dispatch import available_backends
+from tilewise.kernels.chips import chip_name, chip_of
+from tilewise.kernels.device import triton_unavailable
 from tilewise.pipelines.errors import FFmpegError
 from tilewise.pipelines.loading.model_folder import DEMO_FOLDER
 from tilewise.pipelines.media.video import ffmpeg_path
+from tilewise.plugins.tuning.in_use import words_of
+from tilewise.plugins.tuning.record import UnusableError, file_of, read
 from tilewise.ui.common.terminal import standard_output
 
 LIBRARIES = ("tilewise", "torch", "triton", "diffusers", "transformers", "accelerate", "safetensors", "imageio-ffmpeg")
@@ -56,6 +61,36 @@ def _print_devices(out: Console) -> None:
         for name, usable, reason in rows:
             table.add_row("", name, "chosen" if name == chosen else ("yes" if usable else "no"), reason)
     out.print(table)
+    for name in devices:
+        out.print(f"{name}: {_chip(torch.device(name))}", soft_wrap=True)
+        out.print(f"{name}: {_tuned(torch.device(name))}", soft_wrap=True)
+
+
+def _chip(device: torch.device) -> str:
+    """What is known of our kernels on a device's chip: compiled and checked, or run as well."""
+    if device.type != "cuda":
+        return "computed by PyTorch; our kernels are tested here in Triton's interpreter"
+    if why := triton_unavailable(device):
+        return f"attention is dense, our kernels do not run here: {why}"
+    chip = chip_of(device)
+    own = chip.name == chip_name(device)
+    rules = f"tiles of {chip.name}" if own else f"no tiles of its own, runs with those of {chip.name}"
+    known = f"compiled ahead of time and checked for spills and shared memory ({', '.join(TILES)}; docs/tiles.md)"
+    run = (
+        f"run and measured on {chip.run}" if chip.run and own else "never run on such a card by us: tell us how it goes"
+    )
+    return f"{rules}, {known}; {run}"
+
+
+def _tuned(device: torch.device) -> str:
+    """What was tuned on a device, or why that is not used."""
+    try:
+        found = read(device)
+    except UnusableError as error:
+        return f"{file_of(device)} is not used: {error}"
+    if found is None:
+        return "not tuned: `tilewise tune` measures which backends and tiles are fastest here, and from which length methods pay"
+    return f"{words_of(found)} ({file_of(device)})"
 
 
 def _ffmpeg() -> str:

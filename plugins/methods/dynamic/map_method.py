@@ -44,6 +44,7 @@ from tilewise.plugins.methods.dynamic.tiles import (
     default_tile,
 )
 from tilewise.plugins.methods.dynamic.windowed_selection import Bounds, bounds_of, plan_within
+from tilewise.plugins.tuning.in_use import least_tokens
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,10 @@ class MapMethod(DynamicMethod):
         return f"tile {layout.tile} cuts {layout.grid} into {layout.blocks} blocks, more than {MAX_BLOCKS}; {try_this}"
 
     def stays_dense(self, tokens: int, device: torch.device) -> str | None:
-        least = MIN_TOKENS.get(device.type, 0) if self.min_tokens is None else self.min_tokens
+        least = self.min_tokens
+        if least is None:
+            tuned = least_tokens(self.name, device)
+            least = MIN_TOKENS.get(device.type, 0) if tuned is None else tuned
         return None if tokens >= least else f"{tokens} tokens, {self.name} pays from {least} on"
 
     def refuses_window(self) -> str | None:

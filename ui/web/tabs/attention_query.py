@@ -108,7 +108,7 @@ def seen_from(
     layout = method.layout(extent.grid)
     if layout is None:
         return Seen(place, extent, everything, f"{method.name} sees everything")
-    if short := config.too_few(extent.grid.tokens, layer.downsample is not None):
+    if short := config.too_few(extent.grid.tokens, layer.downsample is not None, torch.device(device)):
         return Seen(place, extent, everything, f"dense: {short}")
     if not config.runs_at(place.step - 1, settings.steps):
         steps = config.steps

@@ -113,6 +113,8 @@ def launch_config(head_dim: int, itemsize: int, hopper: bool) -> dict[str, int]:
     time or 8 warps 4.7, the running maximum in every block 4.0. Before Hopper, whose products read the queries from shared
     memory, heads wider than 64 need the registers of 8 warps; and so do wide rows everywhere."""
     wide = head_dim * itemsize > (256 if hopper else 128)
+    if wide and not hopper and head_dim * itemsize > 256:  # 99 KiB, of which the queries take 64
+        return {"BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
     if wide:
         return {"BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_N": 32, "num_warps": 4, "num_stages": 3}

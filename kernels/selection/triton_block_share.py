@@ -18,7 +18,7 @@ from tilewise.kernels.selection.triton_block_scores import term
 from tilewise.kernels.selection.triton_block_stats import by_head
 
 LOG2E = 1.4426950408889634
-ROWS = 128  # queries of a program
+ROWS, FEWER_ROWS = 128, 64  # queries of a program; where shared memory has no room for more
 
 
 @triton.jit
@@ -80,14 +80,15 @@ def block_share_kernel(
         tl.store(out + j[None, :], share, mask=(mine < M)[:, None] & (j < N)[None, :])
 
 
-def launch_config(head_dim: int, itemsize: int, hopper: bool) -> dict[str, int]:
-    """Key blocks at a time, warps and pipeline stages: what fits into registers, where products hold their queries before
-    Hopper, and into the 99 KiB of shared memory that GPUs for consumers have. On an H100 at 115,200 tokens and 24 heads × 128:
-    2.2 ms; 64 key blocks at a time 2.6, 128 2.8."""
+def launch_config(head_dim: int, itemsize: int, hopper: bool, queries: int) -> dict[str, int]:
+    """Queries and key blocks at a time, warps and pipeline stages: what fits into registers, where products hold their queries
+    before Hopper, and into the 99 KiB of shared memory that GPUs for consumers have. On an H100 at 115,200 tokens and 24 heads
+    of 128: 2.2 ms; 64 key blocks at a time 2.6, 128 2.8."""
     wide = head_dim * itemsize > 256
     if hopper:
-        return {"BLOCK_N": 32, "num_warps": 8, "num_stages": 2 if wide else 3}
-    return {"BLOCK_N": 16 if head_dim * itemsize > 128 else 32, "num_warps": 8, "num_stages": 2}
+        return {"ROWS": ROWS, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2 if wide else 3}
+    rows = max(FEWER_ROWS, queries) if wide else ROWS  # queries of one block stay together
+    return {"ROWS": rows, "BLOCK_N": 16 if head_dim * itemsize > 128 else 32, "num_warps": 8, "num_stages": 2}
 
 
 def triton_block_share(
@@ -103,7 +104,7 @@ def triton_block_share(
     """(B, H, Nq, Nk) float32; arguments as in ``block_share``. Means and variances are rounded to query's dtype."""
     B, _, H, D = query.shape
     M, N = len(start), len(key_rows)
-    config = launch_config(D, query.element_size(), has_large_memory(query.device))
+    config = launch_config(D, query.element_size(), has_large_memory(query.device), queries)
     means = by_head(key_mean, query.dtype, config["BLOCK_N"])
     variances = None if key_variance is None else by_head(key_variance, query.dtype, config["BLOCK_N"])
     padded = means.shape[2]
@@ -112,10 +113,10 @@ def triton_block_share(
     share = torch.empty((B, H, M, N), dtype=torch.float32, device=query.device)
     if share.numel():
         with torch.cuda.device_of(query):
-            block_share_kernel[(triton.cdiv(M, ROWS // queries), B * H)](
+            block_share_kernel[(triton.cdiv(M, config["ROWS"] // queries), B * H)](
                 query, means, variances, log_rows, start, rows, share,
                 query.stride(0), query.stride(1), query.stride(2), H, key_mean.shape[2], M, N, padded,
                 scale * LOG2E, scale * scale * LOG2E,
-                D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), ROWS=ROWS, QUERIES=queries, **config,
+                D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), QUERIES=queries, **config,
             )  # fmt: skip
     return share

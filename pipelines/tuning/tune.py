@@ -2,7 +2,7 @@
 
 For each shape, with plans of whole blocks (windows of tiles) and with partial ones (windows of tokens):
 
-    backend   every one that takes the call; a portable kernel with each tile of its chip
+    backend   every one that takes the call; a portable kernel with each tile of its chip; those in 8 bits for comparison
     method    the whole call of a method: tokens reordered, planned, run, put back. From the shape downwards, until it is not
               faster than stock: the shortest call that was is what ``min_tokens`` becomes
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,14 @@ import torch
 import torch.nn.functional as F
 
 from tilewise.kernels.attention import tuned
-from tilewise.kernels.attention.backends.tiles import TILES, Tile, tiles_of, width_of
+from tilewise.kernels.attention.backends.tiles import TILES, Tile, no_tile, tiles_of, width_of
 from tilewise.kernels.attention.dispatch import BACKENDS, available_backends, block_sparse_attention
+from tilewise.kernels.attention.dispatch_8bit import (
+    block_sparse_attention_8bit,
+    takes_hopper_8bit,
+    unavailable_8bit,
+    unsupported_8bit,
+)
 from tilewise.kernels.attention.tuned import TunedKernels
 from tilewise.kernels.chips import chip_of
 from tilewise.kernels.errors import UnsupportedPlanError
@@ -41,6 +48,7 @@ from tilewise.plugins.runtime.sparse_call import QKV, choose, reordered, run_pla
 from tilewise.plugins.tuning.record import Tuned, chip_title, device_title, versions_here
 
 TOLERANCE = 2e-2  # relative, between two results in 16 bits
+TOLERANCE_8BIT = 6e-2  # from one in 8 bits, whose own error is about 2 %
 Tell = Callable[[str], None]
 
 
@@ -70,11 +78,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A way to run a plan. table: the kernel in the table of tiles; tile: of it. exact: in 16 bits or more."""
+
+    name: str
+    run: Callable[[], Any]
+    table: str = ""
+    tile: Tile | None = None
+    exact: bool = True
+
+
+@dataclass(frozen=True)
 class Findings:
-    """rows: everything that was timed. tuned: what follows from it."""
+    """rows: everything that was timed. tuned: what follows from it. notes: what was not timed, and why."""
 
     rows: list[Row]
     tuned: Tuned
+    notes: list[str]
 
 
 def nothing_runs(device: torch.device) -> str | None:
@@ -100,7 +120,8 @@ def tune(
         bench = _Bench(device, dtype, seconds, tell)
         for shape in shapes:
             bench.backends(shape)
-        least = {config.method.name: bench.pays_from(config, shapes) for config in configs}
+        found = {config.method.name: bench.pays_from(config, shapes) for config in configs}
+        least = {name: tokens for name, tokens in found.items() if tokens is not None}
     finally:
         tuned.use(before)
     # Of calls as long as was asked for, and of kernels alone: short calls and planning take the host's time, which varies.
@@ -111,13 +132,14 @@ def tune(
         device_title(device), chip_title(device), versions_here(), TunedKernels(bench.tiles, bench.order), least, made,
         spread, [dataclasses.asdict(row) for row in bench.rows],
     )  # fmt: skip
-    return Findings(bench.rows, record)
+    return Findings(bench.rows, record, bench.notes)
 
 
 class _Bench:
     def __init__(self, device: torch.device, dtype: torch.dtype, seconds: float, tell: Tell) -> None:
         self.device, self.dtype, self.seconds, self.tell = device, dtype, seconds, tell
         self.rows: list[Row] = []
+        self.notes: list[str] = []
         self.tiles: dict[tuple[str, int, bool], tuple[int, int, int, int]] = {}
         self.order: dict[tuple[int, bool], tuple[str, ...]] = {}
 
@@ -128,53 +150,57 @@ class _Bench:
             kind = "partial" if partial else "whole"
             first: torch.Tensor | None = None
             best: dict[str, float] = {}
-            for name, tile in self._variants(qkv, shape, partial, plan):
-                key = (name, width_of(shape.head_dim), partial)
-                if tile is not None:
-                    self._use({**self.tiles, key: tuple(tile)})  # type: ignore[dict-item]
-
-                def run(name: str = name, plan: BlockPlan = plan) -> torch.Tensor:
-                    return block_sparse_attention(*qkv, plan, backend=name)
-
-                title = name if tile is None else f"{name}, {tile}"
-                out, timing, wrong = self._timed(run, f"{title} on {shape}, {kind} blocks", first)
+            for variant in self._variants(qkv, shape, partial, plan):
+                key = (variant.table, width_of(shape.head_dim), partial)
+                if variant.tile is not None:
+                    self._use({**self.tiles, key: variant.tile})
+                title = variant.name if variant.tile is None else f"{variant.name}, {variant.tile}"
+                tolerance = TOLERANCE if variant.exact else TOLERANCE_8BIT
+                out, timing, wrong = self._timed(variant.run, f"{title} on {shape}, {kind} blocks", first, tolerance)
                 if timing is None:
                     continue
                 first = out if first is None else first
-                row = self._row("backend" if tile is None else "tile", title, shape, kind, timing, stock, wrong)
-                if not wrong and timing.median < best.get(name, float("inf")):
-                    best[name] = row.ms
-                    if tile is not None:
-                        self.tiles[key] = tuple(tile)  # type: ignore[assignment]
+                self._row("backend" if variant.tile is None else "tile", title, shape, kind, timing, stock, wrong)
+                if not wrong and timing.median < best.get(variant.name, float("inf")):
+                    best[variant.name] = timing.median
+                    if variant.tile is not None:
+                        self.tiles[key] = variant.tile
             self._use(self.tiles)
-            if len(best) > 1:
-                self.order[shape.head_dim, partial] = tuple(sorted(best, key=best.__getitem__))
+            exact = [name for name in best if name in {backend.name for backend in BACKENDS}]
+            if len(exact) > 1:
+                self.order[shape.head_dim, partial] = tuple(sorted(exact, key=best.__getitem__))
 
-    def pays_from(self, config: Config, shapes: list[Shape]) -> int:
-        """From how many tokens on a method's call is faster than stock, over all shapes: one more than the longest if none is."""
-        least = 0
+    def pays_from(self, config: Config, shapes: list[Shape]) -> int | None:
+        """From how many tokens on a method's call is faster than stock, over all shapes: one more than the longest if none is.
+        None: it takes none of them."""
+        least = None
         for shape in shapes:
-            pays = shape.grid.tokens + 1
+            pays = None
             for shorter in shape.shorter():
                 faster = self._method(config, shorter)
+                if faster is False and pays is None:
+                    pays = shape.grid.tokens + 1
                 if not faster:
                     break
                 pays = shorter.grid.tokens
-            least = max(least, pays)
+            least = pays if least is None else max(least, pays or 0)
         return least
 
-    def _method(self, config: Config, shape: Shape) -> bool:
+    def _method(self, config: Config, shape: Shape) -> bool | None:
+        """Whether a method's call is faster than stock; None: it does not take the shape, or leaves it dense."""
         qkv, stock = self._stock(shape)
         try:
             run = method_call(config, shape, *qkv)
         except (ConfigError, UnsupportedPlanError) as error:
-            self.tell(f"{config.method.name} does not take {shape}: {error}")
-            return False
+            self.notes.append(f"{config.method.name} does not take {shape}: {error}")
+            return None
         if run is None:
-            self.tell(f"{config.method.name} leaves {shape} dense")
-            return False
+            self.notes.append(f"{config.method.name} leaves {shape} dense")
+            return None
         _, timing, _ = self._timed(run, f"{config.method.name} on {shape}", None)
-        return timing is not None and self._row("method", config.method.name, shape, "", timing, stock).over_stock > 1
+        if timing is None:
+            return None
+        return self._row("method", config.method.name, shape, "", timing, stock).over_stock > 1
 
     def _stock(self, shape: Shape) -> tuple[QKV, Timing]:
         """Random tensors of a call, (1, S, H, D) each, and PyTorch's time for them."""
@@ -194,23 +220,42 @@ class _Bench:
         self._row("stock", "PyTorch", shape, "", timing, timing)
         return (q, k, v), timing
 
-    def _variants(self, qkv: QKV, shape: Shape, partial: bool, plan: BlockPlan) -> Iterator[tuple[str, Tile | None]]:
-        """(backend, tile) of all that takes a call; None: a backend that has no table of tiles."""
+    def _variants(self, qkv: QKV, shape: Shape, partial: bool, plan: BlockPlan) -> Iterator[Variant]:
+        """All that takes a call: backends, and then the kernels in 8 bits, which are chosen by ``precision`` and not by speed."""
         for backend in BACKENDS:
             if backend.unavailable(self.device):
                 continue
             if why := backend.unsupported(*qkv, plan):
-                self.tell(f"{backend.name} does not take {shape}: {why}")
+                self.notes.append(f"{backend.name} does not take {shape}: {why}")
                 continue
-            by_table = backend.name in TILES and self.dtype != torch.float32
-            tiles = tiles_of(backend.name, chip_of(self.device), shape.head_dim, partial) if by_table else (None,)
-            yield from ((backend.name, tile) for tile in tiles)
+            run = functools.partial(block_sparse_attention, *qkv, plan, backend=backend.name)
+            yield from self._with_tiles(Variant(backend.name, run, backend.name), shape, partial)
+        if self.device.type == "cpu" or unavailable_8bit(self.device, "int8") or unsupported_8bit(qkv[0], plan):
+            return  # a CPU computes 8 bits naively
+        for name, table in (("gluon", ""), ("triton", "triton-8bit")):
+            if name == "gluon" and takes_hopper_8bit(qkv[0], qkv[1], plan):
+                continue
+            small: Callable[..., Any] = functools.partial(block_sparse_attention_8bit, *qkv, plan, backend=name)
+            yield from self._with_tiles(Variant(f"int8, {name}", small, table, exact=False), shape, partial)
+
+    def _with_tiles(self, variant: Variant, shape: Shape, partial: bool) -> Iterator[Variant]:
+        """A variant with each tile that the chip's table has for it; as it is, where it has no table."""
+        chip = chip_of(self.device)
+        if variant.table not in TILES or self.dtype == torch.float32 or no_tile(variant.table, chip, shape.head_dim):
+            yield variant
+            return
+        for tile in tiles_of(variant.table, chip, shape.head_dim, partial):
+            yield dataclasses.replace(variant, tile=tile)
 
     def _use(self, tiles: dict[tuple[str, int, bool], tuple[int, int, int, int]]) -> None:
         tuned.use({tuned.device_key(self.device): (chip_title(self.device), TunedKernels(tiles, self.order))})
 
     def _timed(
-        self, run: Callable[[], torch.Tensor], what: str, first: torch.Tensor | None
+        self,
+        run: Callable[[], torch.Tensor],
+        what: str,
+        first: torch.Tensor | None,
+        tolerance: float = TOLERANCE,
     ) -> tuple[torch.Tensor | None, Timing | None, str]:
         """One result, its time, and what is wrong with it; a call that fails is told and has no time."""
         self.tell(what)
@@ -218,12 +263,12 @@ class _Bench:
             out = run()
             timing = measure(run, self.device, seconds=self.seconds)
         except Exception as error:  # of other people's kernels too, and out of memory: a fact about this call
-            self.tell(f"{what} failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            self.notes.append(f"{what} failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             return None, None, ""
         if first is None:
             return out, timing, ""
         error_ = float((out.float() - first.float()).norm() / first.float().norm())
-        return out, timing, "" if error_ < TOLERANCE else f"differs by {error_:.1%}"
+        return out, timing, "" if error_ < tolerance else f"differs by {error_:.1%}"
 
     def _row(
         self, what: str, name: str, shape: Shape, plan: str, timing: Timing, stock: Timing, wrong: str = ""

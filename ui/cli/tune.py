@@ -79,6 +79,8 @@ def tune_request(request: TuneRequest) -> None:
             work.shapes, work.configs, work.device, work.dtype, request.seconds, lambda what: status.update(what)
         )
     _print(found)
+    for note in dict.fromkeys(found.notes):
+        notes.note(note)
     spread = found.tuned.spread
     say(f"runs of one call differed by up to {spread:.0%}")
     if spread > request.max_spread:

@@ -10,12 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 from tilewise.kernels.attention import dispatch
+from tilewise.kernels.attention.backends.tiles import Tile
 from tilewise.kernels.device import ROCM, runs_triton
 from tilewise.pipelines.tuning import tune as tuning
 from tilewise.pipelines.tuning.shapes import Shape
 from tilewise.pipelines.tuning.timing import Timing
 from tilewise.plugins.config import resolve
 from tilewise.plugins.errors import ConfigError
+from tilewise.plugins.methods.sta import STA
 from tilewise.plugins.tuning import in_use
 from tilewise.plugins.tuning.record import file_of
 from tilewise.ui.cli import environment
@@ -139,27 +141,42 @@ def test_the_shortest_call_that_pays(cost, least, monkeypatch):
 
 def test_the_fastest_backend_and_tile_are_chosen_and_wrong_ones_are_not(monkeypatch):
     """On a GPU that stands in for one: three tiles and two backends, of which one is fast and wrong."""
-    times = {
-        "triton, 128×32, 2 stages, 8 warps": 5.0,
-        "triton, 128×64, 2 stages, 8 warps": 4.0,
-        "fast": 1.0,
-        "slow": 9.0,
-    }
-    from tilewise.kernels.attention.backends.tiles import Tile
-
-    variants = [("triton", Tile(128, 32, 2, 8)), ("triton", Tile(128, 64, 2, 8)), ("fast", None), ("slow", None)]
+    times = {"triton, 128×32, 2 stages, 8 warps": 5.0, "triton, 128×64, 2 stages, 8 warps": 4.0}
+    times |= {"gluon": 1.0, "fa4": 9.0, "int8, triton, 64×64, 2 stages, 4 warps": 2.0}
+    tiles = (Tile(128, 32, 2, 8), Tile(128, 64, 2, 8))
+    variants = [tuning.Variant("triton", lambda: None, "triton", tile) for tile in tiles]
+    variants += [tuning.Variant(name, lambda: None) for name in ("gluon", "fa4")]
+    variants += [tuning.Variant("int8, triton", lambda: None, "triton-8bit", Tile(64, 64, 2, 4), exact=False)]
     monkeypatch.setattr(tuning._Bench, "_variants", lambda *_: iter(variants))
     monkeypatch.setattr(
         tuning._Bench,
         "_timed",
-        lambda bench, run, what, first: (
-            torch.ones(1), Timing(times[what.split(" on ")[0]], 0, 0, 1), "differs by 30%" if "fast" in what else ""
+        lambda bench, run, what, first, tolerance: (
+            torch.ones(1), Timing(times[what.split(" on ")[0]], 0, 0, 1), "differs by 30%" if "gluon" in what else ""
         ),
     )  # fmt: skip
     bench = tuning._Bench(CPU, torch.float32, 0.001, lambda _: None)
     bench.backends(Shape.parse("2x16x16:2x64"))
-    assert bench.tiles == {("triton", 64, False): (128, 64, 2, 8), ("triton", 64, True): (128, 64, 2, 8)}
-    assert bench.order == {(64, False): ("triton", "slow"), (64, True): ("triton", "slow")}
+    chosen = {("triton", 64): (128, 64, 2, 8), ("triton-8bit", 64): (64, 64, 2, 4)}
+    assert bench.tiles == {(*key, partial): tile for key, tile in chosen.items() for partial in (False, True)}
+    assert bench.order == {
+        (64, partial): ("triton", "fa4") for partial in (False, True)
+    }  # in 8 bits is asked for, not chosen
+
+
+def test_what_is_not_timed_is_said():
+    """A window for each of 3 heads, where the call has 2; and a kernel that fails."""
+    config = resolve(STA(window=((1, 1, 1), (1, 1, 2), (1, 2, 1))))
+    shape = Shape.parse("2x16x16:2x16")
+    bench = tuning._Bench(CPU, torch.float32, 0.001, lambda _: None)
+    assert bench.pays_from(config, [shape]) is None
+    assert [note for note in bench.notes if "sta does not take 2×16×16, 2 heads × 16" in note]
+
+    def failing():
+        raise RuntimeError("out of memory\nand more")
+
+    assert bench._timed(failing, "triton on a shape", None) == (None, None, "")
+    assert bench.notes[-1] == "triton on a shape failed: out of memory"
 
 
 def test_shapes_are_read_as_they_are_written():

@@ -11,6 +11,7 @@ from torch import nn
 
 from tilewise.plugins.step_caches.options import MagCache, PyramidAttention, StepCache, TaylorSeer
 from tilewise.plugins.step_caches.support import attention_kinds
+from tilewise.plugins.text_format import counted
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ def foretell(
     if found is None:
         why = "the activations" if shares is not None else "which denoiser runs when"
         return None, [f"cache {name}: how many of {total - first} steps are reused depends on {why}", *told]
+    if not found and not (isinstance(cache, MagCache) and cache.calibrate):
+        told.append(
+            f"cache {name} reuses nothing in {counted(total - first, 'step')}: give more steps, or leave it out"
+        )
     shifted = isinstance(cache, PyramidAttention) and _shifts(pipe)
     about = "about " if shifted else ""
     return found, [f"cache {name}: {about}{found} of {total - first} steps reused", *told]

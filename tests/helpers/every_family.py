@@ -16,11 +16,13 @@ import test_flux as flux
 import test_flux2 as flux2
 import test_flux_like as flux_like
 import test_hunyuan_framepack as framepack
+import test_hunyuan_image as hunyuan_image
 import test_hunyuan_video as hunyuan_video
 import test_hunyuan_video15 as hunyuan_video15
 import test_kandinsky5 as kandinsky5
 import test_ltx as ltx
 import test_mochi as mochi
+import test_motif_video as motif_video
 import test_pixart as pixart
 import test_qwen_image as qwen_image
 import test_sd3 as sd3
@@ -108,6 +110,12 @@ CASES = {
     "Qwen-Image": Case(lambda: qwen_image.tiny(num_layers=1), lambda m: qwen_image.inputs(IMAGE), "bnc"),
     "Bria": Case(lambda: flux_like.bria(num_single_layers=0), lambda m: flux_like.inputs(*IMAGE[1:]), "bnc"),
     "Krea 2": Case(lambda: flux_like.krea2(num_layers=1), lambda m: flux_like.krea2_inputs(*IMAGE[1:]), "bnc"),
+    "Motif-Video": Case(
+        lambda: motif_video.tiny(num_single_layers=0), lambda m: motif_video.inputs(*VIDEO, padded=False)
+    ),
+    "HunyuanImage": Case(
+        lambda: hunyuan_image.tiny(num_single_layers=0), lambda m: hunyuan_image.inputs(*IMAGE[1:]), "bchw"
+    ),
     "CogView 4": Case(lambda: cogview4.tiny(num_layers=1), lambda m: cogview4.inputs(*IMAGE[1:]), "bchw"),
     "PixArt": Case(lambda: pixart.pixart(num_layers=1), lambda m: pixart.inputs(8, 8), "bchw"),
     "ChronoEdit": Case(lambda: wan_like.chronoedit(num_layers=1), lambda m: wan_like.inputs(*VIDEO)),

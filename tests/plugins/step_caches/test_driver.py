@@ -174,6 +174,18 @@ def test_the_border_is_foretold(text, border):
     assert f"step {int(border * STEPS)} reuses nothing" in str(foretold)
 
 
+@pytest.mark.parametrize("text", ["taylor", "pab", "mag:mag_ratios=1,1,1,1", "first-block"])
+def test_fewer_steps_than_it_needs(text):
+    """One step runs as without a cache, and it is said that nothing can be reused, where that is known before."""
+    pipe = pipeline()
+    dense = call(pipe, steps=1, guidance=1.0)
+    tilewise.patch(pipe, "dense", cache=text)
+    foretold = tilewise.explain(pipe, height=64, width=64, frames=5, num_inference_steps=1)
+    assert torch.equal(call(pipe, steps=1, guidance=1.0), dense)
+    assert counted(pipe) == (0, 1)
+    assert ("reuses nothing in 1 step: give more steps" in str(foretold)) == (text != "first-block")
+
+
 @pytest.mark.parametrize("text", ["taylor:cache_interval=2", f"mag:mag_ratios={'1,' * 14}1", "pab"])
 def test_a_solver_that_calls_twice_a_step(text):
     """Heun calls the denoiser at 2n − 1 timesteps, each a step to the cache."""

@@ -109,6 +109,7 @@ CASES = {
     "SD 3.5": Case(lambda: sd3.tiny(**sd3.SD35 | {"num_layers": 1}), lambda m: sd3.inputs(*IMAGE[1:]), "bchw"),
     "Qwen-Image": Case(lambda: qwen_image.tiny(num_layers=1), lambda m: qwen_image.inputs(IMAGE), "bnc"),
     "Bria": Case(lambda: flux_like.bria(num_single_layers=0), lambda m: flux_like.inputs(*IMAGE[1:]), "bnc"),
+    "Flux.3": Case(flux_like.flux3, lambda m: flux_like.flux3_inputs(*IMAGE[1:]), "bnc"),
     "Krea 2": Case(lambda: flux_like.krea2(num_layers=1), lambda m: flux_like.krea2_inputs(*IMAGE[1:]), "bnc"),
     "Motif-Video": Case(
         lambda: motif_video.tiny(num_single_layers=0), lambda m: motif_video.inputs(*VIDEO, padded=False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import (
     BriaTransformer2DModel,
+    Flux3Transformer2DModel,
     Krea2Transformer2DModel,
     LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
@@ -38,6 +39,22 @@ def longcat(**overrides):
 
 def ovis(**overrides):
     return image_checks.random_weights(OvisImageTransformer2DModel(**FLUX | {"out_channels": 4} | overrides))
+
+
+def flux3(**overrides):
+    config = {
+        "in_channels": 4, "cond_in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": TEXT_DIM, "timestep_channels": 16, "axes_dims_rope": (4, 4, 4, 4),
+    }  # fmt: skip
+    return image_checks.random_weights(Flux3Transformer2DModel(**config | overrides))
+
+
+def flux3_inputs(h, w, reference=None):
+    given = inputs(h, w) | {"img_ids": image_checks.positions(h, w, columns=4), "txt_ids": torch.zeros(TEXT, 4)}
+    if reference is not None:
+        ids = image_checks.positions(*reference, number=10, columns=4)
+        given |= {"image_cond_hidden_states": image_checks.random(2, len(ids), 4, seed=3), "image_cond_ids": ids}
+    return given
 
 
 def krea2(**overrides):
@@ -91,6 +108,14 @@ def test_flux_like(make):
 def test_an_image_to_edit_counts_as_text():
     grid = Grid(1, 8, 10, text=TEXT + 15, text_first=True, opposite=15)
     check(longcat(), inputs(8, 10, reference=(3, 5)), grid)
+
+
+@pytest.mark.parametrize("reference", [None, (3, 5)])
+def test_flux3(reference):
+    """Blocks over the image alone, and over text, image and reference images."""
+    others = 0 if reference is None else 15
+    grid = Grid(1, 8, 11, text=TEXT + others, text_first=True, opposite=others)
+    check(flux3(), flux3_inputs(8, 11, reference), grid)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -20,7 +20,7 @@ PARAMETERS = (
     "hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "image_cond_hidden_states", "image_cond_ids",
 )  # fmt: skip
 PIXELS = 16  # of a token, where only a denoiser is known
-MAX_TEXT = 512
+MAX_TEXT = 512  # what ``explain`` counts: prompts are padded to the length that they need, up to 8,192
 
 
 class Flux3Family(Family):

@@ -48,7 +48,7 @@ class HunyuanVideoFramepackFamily(HunyuanVideoFamily):
         ):
             part = args[position] if len(args) > position else kwargs.get(name)
             if part is not None:
-                history += _history_tokens(part.shape[2:], scale)
+                history += history_tokens(part.shape[2:], scale)
         text = history + image.shape[1] + prompt
         return Grid(*patches(denoiser, latents.shape[2:]), text=text, opposite=history)
 
@@ -59,14 +59,14 @@ class HunyuanVideoFramepackFamily(HunyuanVideoFamily):
         spatial, temporal = vae_factors(pipe, 8)
         checked = grid_of(denoiser, size, spatial, temporal, text=0, smallest=16, any_length=True)
         latent = size.height // spatial, size.width // spatial
-        history = sum(_history_tokens((frames, *latent), scale) for scale, frames in enumerate(HISTORY))
+        history = sum(history_tokens((frames, *latent), scale) for scale, frames in enumerate(HISTORY))
         encoder = getattr(getattr(pipe, "image_encoder", None), "config", None)
         image = IMAGE_TOKENS if encoder is None else (encoder.image_size // encoder.patch_size) ** 2
         window, _, _ = patches(denoiser, (WINDOW, *latent))
         return Grid(window, checked.h, checked.w, text=history + image + PROMPT, opposite=history)
 
 
-def _history_tokens(latent: Any, scale: int) -> int:
+def history_tokens(latent: Any, scale: int) -> int:
     """Tokens of a history of that many latent (frames, rows, columns): patches of (1, 2, 2), (2, 4, 4) or (4, 8, 8)."""
     t, h, w = latent
     if scale == 0:

@@ -120,6 +120,7 @@ CASES = {
     "CogView 4": Case(lambda: cogview4.tiny(num_layers=1), lambda m: cogview4.inputs(*IMAGE[1:]), "bchw"),
     "PixArt": Case(lambda: pixart.pixart(num_layers=1), lambda m: pixart.inputs(8, 8), "bchw"),
     "ChronoEdit": Case(lambda: wan_like.chronoedit(num_layers=1), lambda m: wan_like.inputs(*VIDEO)),
+    "Helios": Case(lambda: wan_like.helios(num_layers=1), lambda m: wan_like.helios_inputs(*VIDEO)),
     "AnyFlow": Case(
         lambda: wan_like.anyflow(num_layers=1), lambda m: wan_like.inputs(*VIDEO, frames_first=True), "btchw"
     ),

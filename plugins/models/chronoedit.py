@@ -28,6 +28,9 @@ class ChronoEditFamily(WanFamily):
     def clean_frames(self, denoiser: nn.Module, pipe: Any) -> int | str:
         return "ChronoEdit is conditioned by a picture in channels of its own"
 
+    def context_parallel_plan(self, denoiser: nn.Module) -> dict[str, Any] | str:
+        return "a split sequence of ChronoEdit was not compared with one process"
+
     def fuse(self, denoiser: nn.Module, state: FusedState) -> list[Any]:
         return Family.fuse(self, denoiser, state)
 

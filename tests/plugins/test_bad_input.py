@@ -12,7 +12,7 @@ import pytest
 import test_flux
 import tiny_wan
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet1DModel, UNet2DConditionModel
 from family_checks import FULL, SMALL, forward, traces
 
 import tilewise
@@ -59,9 +59,9 @@ def without_attention() -> Any:
         (fused_stack, r"FusedStack.* has no attribute 'attn'.*Load the model with diffusers alone"),
         (fused_attention, r"blocks\.1\.attn1 is a FusedAttention without an attention processor"),
         (without_attention, r"no self-attention layer"),
-        (lambda: UNet2DModel(sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False),
-         r"UNet2DModel, which no family adapter serves.*register_family"),
+        (lambda: UNet1DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock1D",),
+            up_block_types=("UpBlock1D",), mid_block_type="UNetMidBlock1D", extra_in_channels=0),
+         r"UNet1DModel, which no family adapter serves.*register_family"),
     ],
     ids=["fused stack", "fused attention", "no attention", "another class"],
 )  # fmt: skip

@@ -96,7 +96,7 @@ def attention_layers(denoiser: nn.Module, name: str = "denoiser") -> list[Attent
     if not layers:
         raise UnsupportedModelError(
             f"{name}: this {model} has no self-attention layer, so there is nothing to patch; a UNet has them in blocks whose "
-            "type has CrossAttn in its name"
+            "type has CrossAttn or Attn in its name"
         )
     return layers
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import tiny_wan
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DanceDiffusionPipeline, IPNDMScheduler, UNet1DModel
 from typer.testing import CliRunner
 
 import tilewise
@@ -486,14 +486,14 @@ def test_exit_codes_of_the_program(tiny_pipe_dir, tmp_path, monkeypatch, capsys)
 
 
 def test_a_pipeline_that_no_family_serves(tmp_path, monkeypatch):
-    unet = UNet2DModel(8, 3, 3, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
-                       down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))  # fmt: skip
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    unet = UNet1DModel(sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock1D",),
+                       up_block_types=("UpBlock1D",), mid_block_type="UNetMidBlock1D", extra_in_channels=0)  # fmt: skip
+    DanceDiffusionPipeline(unet, IPNDMScheduler()).save_pretrained(tmp_path / "sound")
     monkeypatch.chdir(tmp_path)
     for words in (["generate", PROMPT, "--out", "c.mp4"], ["explain"]):
-        result = CliRunner().invoke(app, [*words, "--model", "ddpm"])
+        result = CliRunner().invoke(app, [*words, "--model", "sound"])
         assert result.exit_code == 1
-        assert "UNet2DModel" in result.stderr
+        assert "UNet1DModel" in result.stderr
     assert not Path("c.mp4").exists()
 
 

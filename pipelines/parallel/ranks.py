@@ -95,6 +95,16 @@ class Ranks:
         if self.count > 1:
             self.together(lambda: (enable_cfg_parallel if way == CFG else enable_context_parallel)(pipe))
 
+    def lost(self, error: BaseException) -> TilewiseError | None:
+        """What to raise for an exchange that failed as another process is gone; None for any other error."""
+        if not isinstance(error, RuntimeError) or not re.search("(?i)gloo|nccl", str(error)):
+            return None
+        kind = TilewiseError if self.first else OtherRankError
+        return kind(
+            f"another of the {self.count} processes ended in the middle of an exchange: its own message, or that of "
+            f"torchrun, says why ({str(error).splitlines()[0][:160]})"
+        )
+
     @contextlib.contextmanager
     def exchanging(self) -> Iterator[None]:
         """For a block in which the processes exchange tensors: signals end this one at once. In the first, Ctrl-C raises.
@@ -109,13 +119,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if not re.search("(?i)gloo|nccl", str(error)):
+            if (lost := self.lost(error)) is None:
                 raise
-            kind = TilewiseError if self.first else OtherRankError
-            raise kind(
-                f"another of the {self.count} processes ended in the middle of an exchange: its own message, or that of "
-                f"torchrun, says why ({str(error).splitlines()[0][:160]})"
-            ) from error
+            raise lost from error
         finally:
             for which, handler in before.items():
                 signal.signal(which, handler)

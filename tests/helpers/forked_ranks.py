@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 TESTS = ("tests/helpers", "tests/plugins/models", "tests/plugins/context_parallel", "src", ".")
 
 
-def run_cases(modules: str, ranks: int, timeout: float = 120) -> dict[str, Any]:
+def run_cases(modules: str, ranks: int, timeout: float = 300) -> dict[str, Any]:
     """What the program wrote, for a test. Raises AssertionError if it failed."""
     root = HERE.parents[1]
     path = os.pathsep.join(str(root / folder) for folder in TESTS)

@@ -87,7 +87,7 @@ def _version(wanted: bool) -> None:
 
 
 # What several processes can share; each of them would do the whole of any other command.
-BY_SEVERAL = ("generate", "batch", "explain", "methods", "presets", "env")
+BY_SEVERAL = ("generate", "batch", "ui", "explain", "methods", "presets", "env")
 
 
 @app.callback()

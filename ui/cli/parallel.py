@@ -6,22 +6,14 @@ import dataclasses
 import os
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from tilewise import __version__
-from tilewise.pipelines.generation.clip_metadata import versions
 from tilewise.pipelines.generation.settings import GenerateSettings
-from tilewise.pipelines.generation.stock_call import guidance_is_an_input
-from tilewise.pipelines.loading.device import device_name, resolve_device
+from tilewise.pipelines.loading.device import resolve_device
 from tilewise.pipelines.memory.options import MemoryOptions
+from tilewise.pipelines.parallel.checks import check_shared, check_way_for, machine_facts
 from tilewise.pipelines.parallel.ranks import Ranks
-from tilewise.plugins.context_parallel.enable import check_denoiser
-from tilewise.plugins.context_parallel.enable_cfg import check_cfg
-from tilewise.plugins.context_parallel.ways import CFG, check_way
 from tilewise.plugins.errors import ConfigError
-from tilewise.plugins.patching import denoisers_of
-from tilewise.plugins.step_caches.support import why_not_divided
 from tilewise.plugins.text_format import render
 from tilewise.ui.cli.request import Request
 from tilewise.ui.common.terminal import Terminal, say, standard_error
@@ -42,45 +34,17 @@ def check_parallel(
 ) -> None:
     """Raises ConfigError for what several processes cannot do together, and UnsupportedModelError for a model that they cannot
     share."""
-    check_way(request.parallel)
+    check_way_for(request.parallel, ranks)
     if ranks.count == 1:
-        if request.parallel == CFG:
-            raise ConfigError(
-                "--parallel cfg divides guidance between processes, and there is one: start it with torchrun --nproc-per-node 2 "
-                "-m tilewise …"
-            )
         return
     for name, asked, why in (
         ("--compare", request.compare, "times both clips in one process"),
         ("--offload", memory.offload != "none", "moves weights while other processes wait for an exchange"),
         ("--retry-oom", memory.retry_oom, "would begin again in one process while the others go on"),
-        (
-            "--add",
-            settings.method.add is not None,
-            "changes forwards of whole sequences",
-        ),
     ):
         if asked:
             raise ConfigError(f"{name} cannot be used with {ranks.count} processes: it {why}. Leave it out")
-    cfg, parts = request.parallel == CFG, ranks.parts(request.parallel)
-    if cfg and (settings.guidance <= 1 or guidance_is_an_input(skeleton)):
-        why = (
-            f"guidance {settings.guidance:g} is off"
-            if settings.guidance <= 1
-            else "the model takes guidance as an input"
-        )
-        raise ConfigError(
-            f"--parallel cfg: {why}, so that each step has one forward, which cannot be divided by branches of guidance. Leave "
-            "--parallel out: the processes split the tokens then"
-        )
-    for name, denoiser in denoisers_of(skeleton).items():
-        (check_cfg if cfg else check_denoiser)(name, denoiser, ranks.count)
-        if (
-            why_not := why_not_divided(settings.method.step_cache, denoiser, tokens=parts > 1, guidance=cfg)
-        ) is not None:
-            raise ConfigError(
-                f"--cache cannot be used with {ranks.count} processes: {name} is a model {why_not}. Leave it out"
-            )
+    check_shared(skeleton, settings, ranks, request.parallel)
 
 
 def refuse_parallel(request: Request, ranks: Ranks) -> None:
@@ -124,13 +88,4 @@ def print_shares(shares: list[dict[str, Any]]) -> None:
 
 def facts_of(settings: GenerateSettings, dtype: str, request: Request) -> dict[str, Any]:
     """What processes must have in common to make one clip."""
-    device = resolve_device(request.device)
-    return {
-        "tilewise": __version__,
-        **{name: version for name, version in versions().items() if name != "python"},
-        "device": device_name(device),
-        "dtype": dtype,
-        "parallel": request.parallel,
-        **settings.to_dict(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
+    return {**machine_facts(resolve_device(request.device), dtype, request.parallel), **settings.to_dict()}

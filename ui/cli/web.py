@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +20,9 @@ MODELS_HELP = (
 OUTPUTS_HELP = "Folder of clips. Whoever opens the page can fetch every file in it, and no other file."
 AUTH_HELP = "USER:PASSWORD that the page asks for."
 FORCE_HELP = "Listen on another interface without a password."
+PARALLEL_HELP = (
+    "Started by torchrun, how the processes divide a clip. context: all split its tokens. cfg: half for each branch."
+)
 CAP_HELP = "Most height x width x frames x steps of one clip."
 
 
@@ -34,8 +38,10 @@ def ui(
     queue: Annotated[int, typer.Option(help="Jobs that may wait for the device, of all visitors together.")] = 8,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    parallel: Annotated[str, typer.Option(help=PARALLEL_HELP)] = "context",
 ) -> None:
     """Serve a page: make clips, compare them with dense, see what each query attends to. Needs Gradio: the extra ui."""
+    from tilewise.pipelines.parallel.world import world_from_environment
     from tilewise.plugins.errors import ConfigError
     from tilewise.ui.web.common.safety import Address, Limits, parse_auth
 
@@ -43,6 +49,27 @@ def ui(
         raise ConfigError(f"--max-pixels-frames-steps takes a number such as 1e10, not {max_pixels_frames_steps}")
     address = Address(host, port, parse_auth(auth), force)
     limits = Limits(int(max_pixels_frames_steps), queue)
+    names, world = model or ["demo"], world_from_environment()
+    if world.size == 1:
+        if parallel != "context":
+            from tilewise.pipelines.parallel.checks import check_way_for
+            from tilewise.pipelines.parallel.ranks import Ranks
+
+            check_way_for(parallel, Ranks(world))
+        with _served(names, outputs, address, limits, device, dtype):
+            threading.Event().wait()
+    from tilewise.ui.cli.web_ranks import shared_clips
+
+    with shared_clips(world, names, device, dtype, parallel) as shared:
+        if shared is not None:
+            with _served(names, outputs, address, limits, world.device(device), dtype, shared):
+                shared.wait()
+
+
+@contextlib.contextmanager
+def _served(
+    names: list[str], outputs: Path, address: Any, limits: Any, device: str, dtype: str, shared: Any = None
+) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with no_collections():
             try:
@@ -53,8 +80,9 @@ def ui(
             from tilewise.ui.cli.progress import quiet_libraries
             from tilewise.ui.web.server import serving
 
-            names = model or ["demo"]
-            page = serving(names, outputs, address, limits, device=device, dtype=dtype, libraries=quiet_libraries)
+            page = serving(
+                names, outputs, address, limits, device=device, dtype=dtype, libraries=quiet_libraries, shared=shared
+            )
             url = stack.enter_context(page)
         print(f"tilewise ui: {url}  (Ctrl-C ends it)", flush=True)
-        threading.Event().wait()
+        yield

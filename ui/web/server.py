@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tilewise.pipelines.errors import SetupError
@@ -19,6 +19,9 @@ from tilewise.ui.web.common.safety import Address, Limits, check_outputs
 from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.live.routes import PREFIX, LiveRoutes
+
+if TYPE_CHECKING:
+    from tilewise.ui.web.jobs.shared_clips import SharedClips
 
 # Nothing is fetched from elsewhere, nothing is sent elsewhere, and no other site may show the page in a frame.
 POLICY = (
@@ -124,22 +127,28 @@ def serving(
     device: str = "auto",
     dtype: str = "auto",
     libraries: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    shared: SharedClips | None = None,
 ) -> Iterator[str]:
     """Serves the page while the block runs; gives its URL. A job under way is interrupted at the end, and the list of jobs kept.
 
     libraries: a context for what is done with diffusers, entered before its models are imported. That may be after the page
     answers (see `Models`): it begins at once then, and plans and jobs wait for it.
+    shared: where several processes make the clips; the others follow until this one closes the page.
     Raises ConfigError and SetupError before anything listens, for what cannot be: models, outputs, device.
     """
     folder = check_outputs(outputs)
     with contextlib.ExitStack() as stack:
+        if shared is not None:
+            stack.callback(shared.close)
         private = stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewise-ui-"))
         stack.enter_context(_environment(private))
         with_libraries = stack.enter_context(contextlib.ExitStack())
-        models = Models(model_names, device, dtype, lambda: with_libraries.enter_context(libraries()))
+        models = Models(model_names, device, dtype, lambda: with_libraries.enter_context(libraries()), shared)
         from tilewise.ui.web.page import Page, look, theme
 
-        job_queue = JobQueue(limits.waiting, folder)
+        job_queue = JobQueue(
+            limits.waiting, folder, refuses=lambda kind: None if shared is None else shared.refuses(kind)
+        )
         stack.callback(models.unload)
         stack.callback(job_queue.close)
         built = Page(models, limits, job_queue, folder)

@@ -27,7 +27,7 @@ RUNS = [f"{name}, {n} ranks" for name, case in CASES.items() for n in getattr(ca
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return forked_ranks.run_cases("wan_cases,family_cases_split,compose_cases,cfg_cases", 4)
+    return forked_ranks.run_cases("wan_cases,family_cases_split,compose_cases,cfg_cases,page_cases", 4)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith(("error", "refused", "CFG", "row"))])
@@ -91,6 +91,18 @@ def test_a_row_of_the_benchmark_with_guidance(found):
             assert variant["error"] <= 1e-5 and variant["speed_up"] > 0
             assert variant["split"]["density"] == pytest.approx(variant["one"]["density"])
             assert 0 < variant["split"]["exchange_share"] < 1 <= variant["split"]["balance"] <= 2
+
+
+def test_jobs_of_the_page(found):
+    first, others = found["row: page, 2 ranks"]["said"]
+    one = found["one process"]["row: page"]
+    assert first["frames"] == one["frames"] and first["files"] == one["files"] == 2
+    assert (first["run"], others) == ({"gpus": 2, "parallel": "context"}, ["loaded"])
+    assert (first["clip"], first["cancelled"], first["again"]) == (["done", None], ["cancelled", None], ["done", None])
+    assert first["fails"][0] == first["cache"][0] == "failed"  # and the page goes on
+    assert "select='shared' chooses among the pairs of all heads" in first["fails"][1]
+    assert "--cache cannot be used with 2 processes" in first["cache"][1]
+    assert "this page makes clips by 2 processes together" in first["refused"]
 
 
 @pytest.mark.parametrize(

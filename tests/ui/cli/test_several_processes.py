@@ -104,7 +104,8 @@ def test_a_process_that_is_ended_ends_the_others_and_leaves_nothing(found, folde
     assert run["codes"][1 - rank] not in (0, None)
     assert run["seconds_after_failure"] < 30
     said = {"SIGINT": "interrupted; nothing was left half-written", "SIGKILL": "another of the 2 processes ended"}
-    assert said[by] in run["output"][0] or run["codes"][0] == -signal.SIGTERM
+    # Or the launcher ended it first: within an exchange, or just after one failed.
+    assert said[by] in run["output"][0] or run["codes"][0] in (-signal.SIGTERM, 143)
     # A signal that comes while an object is deleted leaves Python's own words.
     other = re.sub(r"Exception ignored in.*?SystemExit: \d+\n?", "", run["output"][1], flags=re.DOTALL)
     assert "wrote" not in run["output"][0] and other == ""
@@ -191,7 +192,9 @@ def test_what_one_process_finds_ends_the_other_too():
         Told(0, {"torch": "2.12"}).agree({"torch": "2.13"})
 
 
-@pytest.mark.parametrize("arguments", [["ui"], ["verify", "--prompts", "x.txt"], ["calibrate", "--prompts", "x.txt"]])
+@pytest.mark.parametrize(
+    "arguments", [["rank-heads"], ["verify", "--prompts", "x.txt"], ["calibrate", "--prompts", "x.txt"]]
+)
 def test_other_commands_are_for_one_process(arguments, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = CliRunner().invoke(app, arguments)

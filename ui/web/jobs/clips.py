@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tilewise.pipelines.conditioning.inputs import Inputs, input_notes
 from tilewise.pipelines.generation.cancellation import cancellable
 from tilewise.pipelines.generation.clip_metadata import read_clip_metadata
 from tilewise.pipelines.generation.compare import compare
-from tilewise.pipelines.generation.generate import Clip, add_content_score, generate, run
+from tilewise.pipelines.generation.generate import Clip, Progress, add_content_score, generate, run
 from tilewise.pipelines.generation.resolve import explain_settings, prompt_notes
 from tilewise.pipelines.generation.settings import GenerateSettings
 from tilewise.pipelines.media.files import check_writable
@@ -73,7 +74,20 @@ class Studio:
         return find_clip(self.outputs, name)
 
     def clip(self, settings: GenerateSettings, job: Job) -> Made:
-        """One clip. On the worker's thread; raises Cancelled soon after the job is cancelled."""
+        """One clip. On the worker's thread; raises Cancelled soon after the job is cancelled, and after the step where several
+        processes make it."""
+        if (shared := self.models.shared) is not None:
+            with shared.making(settings, job) as tell:
+                pipe, clip, run = self._clip(settings, job, tell, lambda: False)
+            run |= {"gpus": shared.ranks.count, "parallel": shared.way}
+        else:
+            pipe, clip, run = self._clip(settings, job, job.tell, job.cancelled)
+        return self._write(pipe, clip, run)
+
+    def _clip(
+        self, settings: GenerateSettings, job: Job, tell: Progress, stop: Callable[[], bool]
+    ) -> tuple[Any, Clip, dict[str, Any]]:
+        """The pipeline, the clip and how the run went."""
         pipe, told, notes = self._prepare(settings, job)
         preview = self.models.pipeline(settings.model)[1]
         if preview is not None:
@@ -89,9 +103,9 @@ class Studio:
 
         peak = PeakMemory(pipe.device)
         peak.start()
-        with cancellable(pipe, job.cancelled):
-            clip = generate(pipe, settings, job.tell, preview=show)
-        return self._write(pipe, clip, {**told, "peak_memory": peak.read(), "notes": notes})
+        with cancellable(pipe, stop):
+            clip = generate(pipe, settings, tell, preview=show)
+        return pipe, clip, {**told, "peak_memory": peak.read(), "notes": notes}
 
     def pair(self, settings: GenerateSettings, job: Job) -> tuple[Made, Made, dict[str, Any]]:
         """The clip of the method and the dense one, from the same noise, timed fairly (see `compare`), and the numbers."""

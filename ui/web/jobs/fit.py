@@ -12,10 +12,13 @@ from tilewise.ui.web.jobs.models import Models
 
 
 def check_fits(models: Models, settings: GenerateSettings) -> None:
-    """Raises RefusedError, with the numbers, for a clip that needs more memory than the device has now."""
+    """Raises RefusedError, with the numbers, for a clip that needs more memory than the device has now; and ConfigError or
+    UnsupportedModelError for one that the page's processes cannot make together."""
     skeleton = models.skeleton(settings.model)
+    if models.shared is not None:
+        models.shared.check(skeleton, settings)
     dtype = resolve_dtype(models.dtype, models.device)
     try:
-        check_fit(skeleton, settings, explain_settings(skeleton, settings), dtype, models.device)
+        check_fit(skeleton, settings, explain_settings(skeleton, settings), dtype, models.device, gpus=models.parts)
     except ConfigError as error:
         raise RefusedError(str(error)) from error

@@ -95,6 +95,10 @@ class Job:
         """As the progress of `generate`; raises Cancelled if that was asked for. all_left: as in `State`."""
         if self.cancelled():
             raise Cancelled("stopped on request")
+        self.report(phase, done, total, all_left)
+
+    def report(self, phase: str, done: int, total: int, all_left: float | None = None) -> None:
+        """The same of work that goes on, for now, even if it was cancelled."""
         if phase != self._state.phase or done == 0:
             self._phase_began = time.perf_counter()
         self.touch(phase=phase, done=done, total=total, all_left=all_left)

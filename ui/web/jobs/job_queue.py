@@ -24,14 +24,20 @@ Work: TypeAlias = Callable[[Mapping[str, Any], Job], Mapping[str, Any]]
 """Does a job from its values, which are checked anew: they may come from an edited file. Gives the result, JSON values."""
 
 
+def _no(kind: str) -> str | None:
+    return None
+
+
 class JobQueue:
-    """waiting: how many may wait at a time; one more is refused. folder: where the list is kept; None: nowhere.
+    """waiting: how many may wait at a time; one more is refused. folder: where the list is kept; None: nowhere. refuses: why this
+    server does no jobs of a kind, or None.
 
     problems: what was wrong with the list on disk, in sentences.
     """
 
-    def __init__(self, waiting: int, folder: Path | None = None) -> None:
+    def __init__(self, waiting: int, folder: Path | None = None, refuses: Callable[[str], str | None] = _no) -> None:
         self.waiting = waiting
+        self.refuses = refuses
         self.problems: list[str] = []
         self.version = 0  # of the list: another one after each change
         self._kinds: dict[str, Work] = {}
@@ -65,7 +71,9 @@ class JobQueue:
             self._save()
 
     def submit(self, kind: str, title: str, values: Mapping[str, Any]) -> Job:
-        """Queues work. Raises RefusedError if too many wait."""
+        """Queues work. Raises RefusedError if too many wait, or for a kind that this server does not do."""
+        if why := self.refuses(kind):
+            raise RefusedError(why)
         job = Job(kind, title, values)
         job.on_keep = self._save
         with self._lock:
@@ -151,6 +159,8 @@ class JobQueue:
         try:
             if job.kind not in self._kinds:
                 raise RefusedError(f"this version of the page has no jobs of the kind {job.kind!r:.40}")
+            if why := self.refuses(job.kind):  # of a list that another server left
+                raise RefusedError(why)
             job.keep(**self._kinds[job.kind](job.values, job))
         except Cancelled:
             status = CANCELLED

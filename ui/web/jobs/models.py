@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilewise.pipelines.generation.clip_metadata import begin_run
 from tilewise.pipelines.generation.preview import LatentPreview
@@ -21,12 +22,15 @@ from tilewise.plugins.errors import ConfigError
 from tilewise.ui.web.common.safety import RefusedError
 from tilewise.ui.web.jobs.job import Job
 
+if TYPE_CHECKING:
+    from tilewise.ui.web.jobs.shared_clips import SharedClips
+
 
 class Models:
     """An allow-list of models.
 
     names: as given at start: "demo", folders, hub ids. device, dtype: as for `load_pipeline`. before_import: called once,
-    before diffusers' models are imported for the first skeleton.
+    before diffusers' models are imported for the first skeleton. shared: where several processes make clips together.
 
     A model whose folder states its defaults has its files checked at once, and its skeleton is made when somebody first asks
     for it: importing diffusers takes longer than all else that the page needs to start. Other models' are made at once.
@@ -39,12 +43,14 @@ class Models:
         device: str = "auto",
         dtype: str = "auto",
         before_import: Callable[[], object] = lambda: None,
+        shared: SharedClips | None = None,
     ) -> None:
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"--model must name each model of the page once, got {list(names)}")
         self.names = list(names)
         self.device = resolve_device(device)
         self.dtype = str(resolve_dtype(dtype, self.device)).removeprefix("torch.")
+        self.shared = shared
         self._lock = threading.Lock()
         self._before_import = before_import
         self._making = threading.Lock()
@@ -89,6 +95,11 @@ class Models:
                 self._revisions[name] = model_revision(name)
             return self._revisions[name]
 
+    @property
+    def parts(self) -> int:
+        """Over how many processes the tokens of a clip are split."""
+        return 1 if self.shared is None else self.shared.ranks.parts(self.shared.way)
+
     def is_loaded(self, name: str, causal: Path | None = None) -> bool:
         return self._loaded is not None and self._loaded[0] == (name, causal)
 
@@ -101,7 +112,8 @@ class Models:
         causal = None if work is None else work.checkpoint
         if self._loaded is None or self._loaded[0] != (name, causal):
             self.unload()
-            pipe = load_pipeline(name, device=str(self.device), dtype=self.dtype)
+            load = functools.partial(load_pipeline, name, device=str(self.device), dtype=self.dtype)
+            pipe = load() if self.shared is None else self.shared.load(load)
             if work is not None:
                 put_weights(pipe, work)
             try:
@@ -124,7 +136,7 @@ class Models:
 
         def tell(model: str) -> None:
             if loads:
-                job.tell(f"loading {model}", 0, 1)
+                job.report(f"loading {model}", 0, 1)
 
         return begin_run(name, self.dtype, lambda: self.pipeline(name, work)[0], tell)
 

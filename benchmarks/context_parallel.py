@@ -9,6 +9,7 @@ the processes.
 
     speed-up     one GPU ÷ split, the same variant
     balance      seconds in attention of the slowest rank ÷ the mean of all
+    peak         most memory of a forward, weights included: of one GPU, and of each rank; all of it in rows of whole models
     exchange     seconds in exchanges ÷ seconds of the forward, of the rank with the most; waiting for the others included
     error        ‖split − one GPU‖ ÷ ‖one GPU‖
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import math
 import os
 import re
@@ -27,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -37,6 +40,7 @@ from benchmarks import family_inputs, render, results, step
 from benchmarks.header import header
 from benchmarks.layers import shortened
 from benchmarks.peers import reason
+from tilewise.plugins.context_parallel import head_dealing
 from tilewise.plugins.context_parallel.ways import CFG, CONTEXT, token_parts
 from tilewise.plugins.diffusers_compat import context_parallel
 from tilewise.plugins.models.common.registry import attention_layers
@@ -47,7 +51,10 @@ METHODS: dict[str, Any] = {
     "tilewise, dense": "dense",
     "tilewise, STA window (3,3,3)": tilewise.STA(),
     "tilewise, draft density 0.25": tilewise.Draft(density=0.25, min_tokens=0),
+    "tilewise, draft recall 0.9": tilewise.Draft(recall=0.9, min_tokens=0),
+    "tilewise, draft recall 0.9, heads in order": tilewise.Draft(recall=0.9, min_tokens=0),
 }
+USUAL = "stock|dense|STA|density"
 EXACT = (
     STOCK,
     "tilewise, dense",
@@ -61,7 +68,8 @@ WRONG = {torch.bfloat16: 0.05, torch.float32: 1e-4}  # a larger error is no roun
 class Work:
     """A row: a Wan config with some of its layers, or a work of ``family_inputs``; and latent frames, height and width.
 
-    guided: a step with both branches of guidance, by CFG parallelism.
+    guided: a step with both branches of guidance, by CFG parallelism. whole: all layers, for its memory: one timed forward. only:
+    the variants in whose name it is found. unequal: the first heads attend to little and the last ones to much.
     """
 
     name: str
@@ -71,6 +79,9 @@ class Work:
     config: dict[str, Any] = field(default_factory=dict)
     tiny: bool = False
     guided: bool = False
+    whole: bool = False
+    only: str = USUAL
+    unequal: bool = False
 
     @property
     def of_family(self) -> family_inputs.Work | None:
@@ -87,11 +98,19 @@ WORKS = [
     Work("HunyuanVideo 768×1280×117", "HunyuanVideo 117×768×1280", 0),
     Work("Wan2.1-1.3B 720×1280×81, guidance", "Wan2.1-1.3B", 10, HD, guided=True),
     Work("Wan2.1-14B 720×1280×81, guidance", "Wan2.1-14B", 4, HD, guided=True),
+    Work("Wan2.1-14B 720×1280×81, unequal heads", "Wan2.1-14B", 2, HD, only="recall", unequal=True),
+    Work("Wan2.1-1.3B 720×1280×81, whole", "Wan2.1-1.3B", 30, HD, whole=True, only="dense|STA"),
+    Work("Wan2.1-14B 720×1280×81, whole", "Wan2.1-14B", 40, HD, whole=True, only="dense|STA"),
+    Work("Wan2.1-14B 1080×1920×81, whole", "Wan2.1-14B", 40, FULL_HD, whole=True, only="STA"),
 ]
 TINY = [
     Work("tiny Wan", "tiny", 2, (5, 14, 16), {"num_attention_heads": 3}, tiny=True),
     Work("tiny HunyuanVideo", "tiny HunyuanVideo 117×768×1280", 0, tiny=True),
     Work("tiny Wan, guidance", "tiny", 2, (5, 14, 16), {"num_attention_heads": 3}, tiny=True, guided=True),
+    Work(
+        "tiny Wan, unequal heads", "tiny", 2, (5, 14, 16), {"num_attention_heads": 4}, True, only="recall", unequal=True
+    ),
+    Work("tiny Wan, whole", "tiny", 3, (5, 14, 16), {"num_attention_heads": 3}, tiny=True, whole=True, only="STA"),
 ]
 
 
@@ -133,7 +152,7 @@ class Bench:
     """One row: a model on this rank's device, and what was measured."""
 
     def __init__(self, work: Work, ranks: Ranks, runs: int) -> None:
-        self.work, self.ranks, self.runs = work, ranks, runs
+        self.work, self.ranks, self.runs = work, ranks, 1 if work.whole else runs
         self.dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
         self.model, self.inputs, self.layers = built(work, ranks.device, self.dtype)
         self.alone: dict[str, Any] = {}  # name → output
@@ -182,7 +201,8 @@ class Bench:
             with context():
                 with shortened(self.model, lambda n: min(n, 1)):
                     self.forward()
-                self.forward()
+                if not self.work.whole:
+                    self.forward()
                 if tilewise.is_patched(self.model):
                     tilewise.summary(self.model, reset=True)
                 if ranks.device.type == "cuda":
@@ -210,10 +230,11 @@ class Bench:
                 self.wrong.append(f"{name}: error {of['error']:.3g}")
 
     def facts_of_ranks(self, ms: float) -> dict[str, Any]:
-        """Peak memory of the slowest rank, and for a patched denoiser its density, balance and share of exchanges."""
+        """Peak memory of each rank, and for a patched denoiser its density, balance and share of exchanges."""
         cuda = self.ranks.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.ranks.device) / 2**30 if cuda else 0.0
-        found: dict[str, Any] = {"peak_gib": max(self.ranks.all(peak))}
+        peaks = self.ranks.all(round(peak, 3))
+        found: dict[str, Any] = {"peak_gib": max(peaks), "peak_gib_of_ranks": peaks}
         if not tilewise.is_patched(self.model):
             return found
         told = tilewise.summary(self.model)
@@ -253,6 +274,11 @@ def built(work: Work, device: torch.device, dtype: torch.dtype) -> tuple[Any, di
         given = family.inputs(family_inputs.Call(device, dtype, family.size, family.text, model))
         return model, given, len(attention_layers(model, work.name))
     model = step.build({**step.CONFIGS[work.model], "num_layers": work.layers, **work.config}, device, dtype)
+    if work.unequal:
+        heads = model.config.num_attention_heads
+        for block in model.blocks:
+            for norm in (block.attn1.norm_q, block.attn1.norm_k):
+                norm.weight.data.view(heads, -1).mul_(torch.linspace(12, 0.5, heads, device=device)[:, None])
     generator = torch.Generator(device).manual_seed(0)
     given = {
         "hidden_states": torch.randn(1, 16, *work.latents, generator=generator, device=device).to(dtype),
@@ -267,7 +293,7 @@ def built(work: Work, device: torch.device, dtype: torch.dtype) -> tuple[Any, di
 def run_work(work: Work, ranks: Ranks, runs: int, only: str = "") -> dict[str, Any]:
     """All variants of a work, on one GPU and split; or those in whose name ``only`` is found."""
     bench = Bench(work, ranks, runs)
-    wanted = {name: method for name, method in METHODS.items() if re.search(only, name)}
+    wanted = {name: method for name, method in METHODS.items() if re.search(only, name) and re.search(work.only, name)}
     for split in (False, True):
         if split:
             if work.guided:
@@ -276,13 +302,22 @@ def run_work(work: Work, ranks: Ranks, runs: int, only: str = "") -> dict[str, A
                 tilewise.enable_context_parallel(bench.model)
             at, parts = context_parallel(bench.model), token_parts(ranks.count, CFG if work.guided else CONTEXT)
             assert parts == (1 if at is None else at.ulysses)
-        if re.search(only, STOCK):
+        if re.search(only, STOCK) and re.search(work.only, STOCK):
             bench.variant(STOCK, bench.stock, split)
         for name, method in wanted.items():
-            bench.variant(
-                name, lambda method=method: tilewise.patched(bench.model, method, steps=(0, 1), strict=True), split
-            )  # type: ignore[misc]
+            with mock.patch.object(head_dealing, "PAYS", math.inf) if "in order" in name else contextlib.nullcontext():
+                bench.variant(
+                    name, lambda method=method: tilewise.patched(bench.model, method, steps=(0, 1), strict=True), split
+                )  # type: ignore[misc]
     return bench.row()
+
+
+def measured_on(result: dict[str, Any], folder: Path, gpus: int) -> set[str]:
+    """Names of the works that the result files of this device have, of any day."""
+    files = folder.glob(results.path_of({**result, "date": "*"}, folder).name)
+    told = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    rows = [row["name"] for each in told for row in each["sections"].get(SECTION, [])]
+    return {name.removesuffix(f", {gpus} GPUs") for name in rows if name.endswith(f", {gpus} GPUs")}
 
 
 def main(
@@ -296,15 +331,17 @@ def main(
     if "LOCAL_RANK" not in os.environ:
         raise typer.BadParameter("start it with: torchrun --nproc-per-node 2 -m benchmarks.context_parallel")
     ranks = Ranks()
-    works = [work for work in (TINY if tiny else WORKS) if re.search(rows, work.name)]
+    every = TINY if tiny else WORKS
+    works = [work for work in every if re.search(rows, work.name)]
     works = [work for work in works if not work.guided or not ranks.count % 2]
     if not works:
         raise typer.BadParameter(f"no work has {rows!r} in its name")
     wrong: list[str] = []
     result = header(ranks.device, "benchmarks.context_parallel", sys.argv[1:], tiny)
     result["commands"] = [f"torchrun --nproc-per-node {ranks.count} {result['commands'][0].removeprefix('python ')}"]
-    for order, work in enumerate(works):
-        row = run_work(work, ranks, runs, variants) | {"order": order}
+    measured = ranks.all(measured_on(result, out, ranks.count))[0]
+    for work in sorted(works, key=lambda work: work.name in measured):  # what is missing comes first
+        row = run_work(work, ranks, runs, variants) | {"order": every.index(work)}
         wrong += row["wrong"]
         if ranks.rank == 0:
             path = results.write({**result, "sections": {SECTION: [row]}}, out)

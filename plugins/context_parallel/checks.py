@@ -35,7 +35,7 @@ def why_halves_are_dense(denoiser: nn.Module, method: Method) -> str | None:
 def check_sharded(
     name: str, denoiser: nn.Module, layers: Sequence[AttentionLayer], grid: Grid | None, one_tensor: bool
 ) -> None:
-    """Raises TilewiseError for more ranks than heads, and for lengths that are to be split evenly and cannot.
+    """Raises TilewiseError for more ranks than heads or tokens, and for lengths that are to be split evenly and cannot.
 
     name: the denoiser's, for messages. grid: of the forward that begins; None: unknown. one_tensor: see ``Family``.
     """
@@ -47,11 +47,13 @@ def check_sharded(
             f"Use at most {heads} ranks"
         )
     ranks = ulysses * ring
-    uneven = (
-        [length for length in segments_of(grid, one_tensor) if length % ranks]
-        if grid is not None and not anything
-        else []
-    )
+    segments = segments_of(grid, one_tensor) if grid is not None else ()
+    if few := [length for length in segments if length < ranks]:
+        raise TilewiseError(
+            f"{name}: {few[0]} tokens of the grid {grid} cannot be split over {ranks} ranks, each of which needs one of the text "
+            f"and one of the picture. Use at most {few[0]} ranks, or a longer prompt"
+        )
+    uneven = [length for length in segments if length % ranks and not anything]
     if uneven:
         raise TilewiseError(
             f"{name}: {uneven[0]} tokens of the grid {grid} cannot be split evenly over {ranks} ranks. Enable context "

@@ -1,8 +1,9 @@
 """Runs cases in one process and split over several, on the CPU, and compares: ``python forked_ranks.py MODULES MOST OUT``.
 
 Importing takes seconds a process, so all cases of some modules (with commas between) run in one program: it imports, runs each
-case as one process does, and forks 2, 3, … MOST processes with a gloo group. OUT gets a JSON object: for each case and number of
-ranks the largest difference from one process, over all ranks, and what the case said on each, or its error.
+case as one process does, and forks 2, 3, … MOST processes with a gloo group, and as many as a case asks for. OUT gets a JSON
+object: for each case and number of ranks the largest difference from one process, over all ranks, and what the case said on
+each, or its error.
 
 A module has ``cases()``, functions by name. Each takes ``split``, None or a function that enables context parallelism on a
 pipeline or denoiser, and returns (tensor, what it has to say in JSON). Its attribute ``ranks``, if there is one, says which
@@ -71,7 +72,11 @@ def worker(rank: int, ranks: int, cases: dict[str, Any], alone: dict[str, Any], 
         out, said = attempt(case, cfg if getattr(case, "cfg", False) else split)
         one = alone[name][0]
         same = out is not None and one is not None and out.shape == one.shape
-        found[name] = {"error": float((out - one).abs().max()) if same else None, "said": said}
+        found[name] = {
+            "error": float((out - one).abs().max()) if same else None,
+            "largest": float(one.abs().max()) if same else None,
+            "said": said,
+        }
     dist.barrier()
     dist.destroy_process_group()
     return found
@@ -110,15 +115,20 @@ def main(modules: str, most: int, out: str) -> None:
     with torch.no_grad():
         alone = {name: attempt(case, None) for name, case in cases.items()}
         whole: dict[str, Any] = {"one process": {name: said for name, (_, said) in alone.items()}}
-        for ranks in range(2, most + 1):
-            some = {name: case for name, case in cases.items() if ranks in getattr(case, "ranks", range(2, most + 1))}
+        usual = range(2, most + 1)
+        for ranks in sorted({*usual, *(number for case in cases.values() for number in getattr(case, "ranks", ()))}):
+            some = {name: case for name, case in cases.items() if ranks in getattr(case, "ranks", usual)}
             if not some:
                 continue
             each = forked(ranks, some, alone, Path(out).parent)
             for name in some:
                 errors = [found[name]["error"] for found in each]
                 said = [found[name]["said"] for found in each]
-                whole[f"{name}, {ranks} ranks"] = {"error": None if None in errors else max(errors), "said": said}
+                whole[f"{name}, {ranks} ranks"] = {
+                    "error": None if None in errors else max(errors),
+                    "largest": each[0][name]["largest"],  # value of the output
+                    "said": said,
+                }
     Path(out).write_text(json.dumps(whole))
 
 

@@ -118,6 +118,10 @@ def test_jobs_of_the_page(found):
         ("Cosmos of one block, 2", "UnsupportedModelError: .*it has one block"),
         ("Z-Image, 2", "UnsupportedModelError: .*joins text and image sample by sample"),
         ("controlnet, 2", "TilewiseError: .*block_controlnet_hidden_states of SD3Transformer2DModel .*of all tokens"),
+        (
+            "short_text, 2",
+            "TilewiseError: denoiser: 1 tokens of the grid .* cannot be split over 2 ranks.* a longer prompt",
+        ),
         ("unpatched, 2", "TilewiseError: .*its stock attention does not exchange tokens"),
         (
             "with_measuring_cache, 2",

@@ -19,16 +19,17 @@ from tilewise.plugins.methods.sta import STA
 from tilewise.plugins.methods.xattention import XAttention
 
 SELECTING = {"density": 0.4, "tile": (1, 4, 4), "min_tokens": 0}
+WINDOWS = ((3, 1, 3), (1, 3, 1), (1, 1, 1), (3, 3, 1))
 METHODS = {
     "dense": "dense",
     "sta": STA(window=(3, 1, 3), tile=(2, 3, 4)),
-    "sta, a window a head": STA(window=((3, 1, 3), (1, 3, 1), (1, 1, 1), (3, 3, 1)), tile=(2, 3, 4)),
+    "sta, a window a head": STA(window=WINDOWS, tile=(2, 3, 4)),
     "sta, far field": STA(window=(1, 1, 3), tile=(2, 3, 4), far="tiles"),
     "inward": Inward(native=(4, 4)),
     "neighborhood": Neighborhood(window=(3, 3, 5)),
     "draft": Draft(**SELECTING),
     "draft, a density a head": Draft(head_density=(0.2, 0.4, 0.6, 0.9), tile=(1, 4, 4), min_tokens=0),
-    "draft within sta": Draft(**SELECTING, within=STA(window=((3, 1, 3), (1, 3, 1), (1, 1, 1), (3, 3, 1)))),
+    "draft within sta": Draft(**SELECTING, within=STA(window=WINDOWS)),
     "xattention": XAttention(**SELECTING, stride=4),
 }
 
@@ -78,15 +79,18 @@ def forward(
     return torch.cat([out, stock]), said
 
 
-def unequal_heads(split: Callable[[Any], Any] | None, method: Any) -> tuple[torch.Tensor, Any]:
+def unequal_heads(
+    split: Callable[[Any], Any] | None, method: Any, heads: int = 4, strict: bool = True
+) -> tuple[torch.Tensor, Any]:
     """Forwards of a model whose first heads attend to little, and whose last ones to almost everything."""
-    model = tiny_wan.tiny_transformer(num_attention_heads=4)
+    model = tiny_wan.tiny_transformer(num_attention_heads=heads)
+    weights = torch.tensor([5.0, 4.0, 1.0, 0.5]).repeat_interleave(heads // 4)
     for block in model.blocks:
         for norm in (block.attn1.norm_q, block.attn1.norm_k):
-            norm.weight.view(4, -1).mul_(torch.tensor([5.0, 4.0, 1.0, 0.5])[:, None])
+            norm.weight.view(heads, -1).mul_(weights[:, None])
     if split:
         split(model)
-    tilewise.patch(model, method, steps=(0, 1), strict=True)
+    tilewise.patch(model, method, steps=(0, 1), strict=strict)
     given, out, balance = inputs((5, 6, 8)), [], []
     for timestep in (500.0, 480.0, 460.0):
         out.append(model(**given | {"timestep": torch.tensor([timestep] * 2)}, return_dict=False)[0])
@@ -103,9 +107,9 @@ def case(method: Any, *, ranks: tuple[int, ...] | None = None, **options: Any) -
     return run
 
 
-def unequal(method: Any) -> Callable[..., Any]:
-    run: Any = functools.partial(unequal_heads, method=method)
-    run.ranks = (2,)
+def unequal(method: Any, ranks: tuple[int, ...] = (2,), heads: int = 4) -> Callable[..., Any]:
+    run: Any = functools.partial(unequal_heads, method=method, heads=heads)
+    run.ranks = ranks
     return run
 
 
@@ -122,6 +126,8 @@ def cases() -> dict[str, Callable[..., Any]]:
         "draft, a recall, unequal heads": unequal(Draft(recall=0.8, tile=(1, 4, 4), min_tokens=0)),
         "xattention, a recall, unequal heads": unequal(XAttention(recall=0.8, tile=(1, 4, 4), min_tokens=0, stride=4)),
         "auto, unequal heads": unequal(Auto(**SELECTING, every=2)),
+        "auto, 12 heads of 8 ranks": unequal(Auto(**SELECTING, every=2), heads=12, ranks=(8,)),
+        "sta, 12 windows of 8 ranks": unequal(STA(window=WINDOWS * 3, tile=(2, 3, 4)), heads=12, ranks=(8,)),
         "keep": case(METHODS["draft"], keep="ends", ranks=(2,)),
         **{f"error: {name}": error for name, error in ERRORS.items()},
     }

@@ -29,20 +29,19 @@ class TunedKernels:
 Found: TypeAlias = Mapping[
     str, tuple[str, TunedKernels]
 ]  # device, as PyTorch names it ("cpu", "cuda:0") → (chip, choices)
-_FOUND: dict[str, tuple[str, TunedKernels]] = {}
+_found: Found = {}  # replaced and never changed: other threads may be looking things up
 
 
 def use(found: Found) -> Found:
     """From here on, devices run by these choices and by no others; returns those before."""
-    before = dict(_FOUND)
-    _FOUND.clear()
-    _FOUND.update(found)
+    global _found
+    before, _found = _found, dict(found)
     return before
 
 
 def tile(kernel: str, chip: str, width: int, intervals: bool) -> tuple[int, int, int, int] | None:
     """The tile chosen for a kernel on a chip, or None."""
-    for its_chip, choices in _FOUND.values():
+    for its_chip, choices in _found.values():
         if its_chip == chip:
             return choices.tiles.get((kernel, width, intervals))
     return None
@@ -50,9 +49,9 @@ def tile(kernel: str, chip: str, width: int, intervals: bool) -> tuple[int, int,
 
 def backends(device: torch.device, head_dim: int, intervals: bool) -> tuple[str, ...]:
     """Names of backends in the order that was measured on a device, the fastest first; () where nothing was."""
-    if not _FOUND:
+    if not _found:
         return ()
-    _, choices = _FOUND.get(device_key(device), ("", None))
+    _, choices = _found.get(device_key(device), ("", None))
     return () if choices is None else choices.backends.get((head_dim, intervals), ())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 
@@ -10,8 +11,7 @@ from tilewise.kernels.attention import tuned
 from tilewise.kernels.attention.tuned import TunedKernels
 from tilewise.plugins.tuning.record import Tuned, UnusableError, file_of, folder, read
 
-_LEAST: dict[str, dict[str, int]] = {}  # device → method → tokens
-_IN_USE: dict[str, Tuned] = {}
+_in_use: Mapping[str, Tuned] = {}  # by device; replaced and never changed: other threads may be looking things up
 _WARNED: set[str] = set()
 
 
@@ -24,8 +24,8 @@ def devices_here() -> list[torch.device]:
 def load() -> None:
     """Read what was tuned on the devices of this machine, and run by it from here on. A file that says nothing here is left out,
     with one warning a process."""
-    _LEAST.clear()
-    _IN_USE.clear()
+    global _in_use
+    records: dict[str, Tuned] = {}
     kernels: dict[str, tuple[str, TunedKernels]] = {}
     for device in devices_here() if folder().is_dir() else ():
         try:
@@ -39,19 +39,20 @@ def load() -> None:
         if found is not None:
             name = tuned.device_key(device)
             kernels[name] = found.chip, found.kernels
-            _LEAST[name] = found.least
-            _IN_USE[name] = found
+            records[name] = found
+    _in_use = records
     tuned.use(kernels)
 
 
 def least_tokens(method: str, device: torch.device) -> int | None:
     """From how many tokens on a method's attention was faster than stock on a device; None if that was not measured."""
-    return _LEAST.get(tuned.device_key(device), {}).get(method) if _LEAST else None
+    found = in_use(device)
+    return None if found is None else found.least.get(method)
 
 
 def in_use(device: torch.device) -> Tuned | None:
     """What a device runs by; None: the usual rules."""
-    return _IN_USE.get(tuned.device_key(device))
+    return _in_use.get(tuned.device_key(device)) if _in_use else None
 
 
 def words(device: torch.device) -> str | None:

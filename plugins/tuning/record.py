@@ -111,7 +111,12 @@ def _tile(value: Any) -> tuple[int, int, int, int]:
 def folder() -> Path:
     """Where files of what was tuned are: the XDG base directory for configuration, which must be absolute to count."""
     base = os.environ.get("XDG_CONFIG_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".config") / "tilewise"
+    if Path(base).is_absolute():
+        return Path(base) / "tilewise"
+    try:
+        return Path.home() / ".config" / "tilewise"
+    except RuntimeError:  # a user without a home, as in some containers: where nothing is, and nothing can be written
+        return Path(os.devnull) / "tilewise"
 
 
 def device_title(device: torch.device) -> str:
@@ -152,7 +157,7 @@ def read(device: torch.device) -> Tuned | None:
         if file.stat().st_size > BYTES:
             raise UnusableError(f"it has {file.stat().st_size:,} bytes")
         data = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UnusableError(f"it cannot be read ({error.strerror})") from error

@@ -14,6 +14,7 @@ from tilewise.pipelines.generation.settings import DEFAULT_MODEL
 from tilewise.pipelines.loading.device import resolve_device, resolve_dtype
 from tilewise.pipelines.loading.load import load_skeleton
 from tilewise.pipelines.loading.model_defaults import model_defaults
+from tilewise.pipelines.media.files import check_writable
 from tilewise.pipelines.memory.units import gib
 from tilewise.pipelines.tuning.shapes import Shape, shapes_of_model
 from tilewise.pipelines.tuning.tune import Findings, nothing_runs, tune
@@ -71,6 +72,7 @@ def tune_request(request: TuneRequest) -> None:
             say(f"  {shape}, {shape.grid.tokens:,} tokens")
         say(f"would write {file_of(work.device)}")
         return
+    check_writable(file_of(work.device), suffix=".json")  # before minutes of timing
     notes = standard_error()
     if (held := _held_by_others(work.device)) > BY_OTHERS:
         notes.note(f"other programs hold {gib(held)} of this GPU: what is measured beside them may be wrong")

@@ -13,7 +13,7 @@ import tilewise
 from tilewise.kernels.attention import tuned
 from tilewise.kernels.attention.dispatch import choose_backend
 from tilewise.kernels.attention.tuned import TunedKernels
-from tilewise.plugins.tuning import in_use
+from tilewise.plugins.tuning import in_use, record
 from tilewise.plugins.tuning.record import Tuned, device_title, file_of, folder, read, remove, versions_here, write
 
 CPU = torch.device("cpu")
@@ -138,3 +138,19 @@ def test_where_it_is_when_the_variable_is_not_a_folder(monkeypatch, tmp_path):
     for value in ("", "relative/path"):
         monkeypatch.setenv("XDG_CONFIG_HOME", value)
         assert folder() == tmp_path / ".config" / "tilewise"
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(record.Path, "home", no_home)
+    assert not folder().exists() and read(CPU) is None
+
+
+def test_other_threads_may_look_things_up_while_files_are_read():
+    write(found(), CPU)
+    in_use.load()
+    before = tuned.use({})
+    assert tuned.backends(CPU, 64, True) == () and before["cpu"][1] == found().kernels
+    found_by_others = before["cpu"]  # what another thread holds is not changed under it
+    in_use.load()
+    assert before["cpu"] is found_by_others and tuned.backends(CPU, 64, True) == ("triton", "gluon")

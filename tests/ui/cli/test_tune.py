@@ -72,6 +72,13 @@ def test_a_device_that_others_use_is_not_saved(monkeypatch):
     assert not file_of(CPU).exists()
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_timed(monkeypatch, tmp_path):
+    (tmp_path / "tilewise").write_text("a file")
+    monkeypatch.setattr(tuning, "measure", lambda *_, **__: pytest.fail("something was timed"))
+    result, said = invoke("tune", *SHORT)
+    assert result.exit_code != 0 and "cannot write" in said and "is a file, not a directory" in said, said
+
+
 @pytest.mark.parametrize(
     ("words", "code", "why"),
     [

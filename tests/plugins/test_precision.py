@@ -67,6 +67,25 @@ def test_what_stays_dense_runs_in_8_bits(monkeypatch):
     assert 1e-4 < error < 0.05
 
 
+@pytest.mark.gpu
+def test_what_stays_dense_runs_in_8_bits_on_hopper():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    model = tiny_wan.tiny_transformer(num_attention_heads=2, attention_head_dim=64).to("cuda", torch.bfloat16)
+    generator = torch.Generator("cuda").manual_seed(0)
+    latents = torch.randn(1, 4, 5, 64, 64, generator=generator, device="cuda", dtype=torch.bfloat16)
+    text = torch.randn(1, 16, tiny_wan.TEXT_DIM, generator=generator, device="cuda", dtype=torch.bfloat16)
+    found = {}
+    for precision in (None, "int8", "fp8"):
+        with tilewise.patched(model, "dense", dense_precision=precision), torch.no_grad():
+            found[precision] = model(latents, torch.tensor([500.0], device="cuda"), text).sample.float()
+            (row,) = tilewise.summary(model).rows
+            assert precision is None or (row.backend, row.reason) == (precision, "")
+    for precision in ("int8", "fp8"):
+        error = float((found[precision] - found[None]).norm() / found[None].norm())
+        assert 1e-4 < error < 0.05
+
+
 def test_unknown_precision_is_refused():
     with pytest.raises(tilewise.ConfigError, match="unknown precision 'int4'"):
         tilewise.Config(tilewise.STA(), precision="int4")

@@ -154,7 +154,7 @@ def windowed(pipe, **kwargs):
 
 @pytest.mark.filterwarnings("ignore:nothing says that these weights:UserWarning")
 @pytest.mark.parametrize("way", ["prefix", "renoised"])
-@pytest.mark.parametrize("frames", [1, 8, 9, 15, 20])
+@pytest.mark.parametrize("frames", [1, 9, 14])
 def test_windows_change_a_video(pipe, way, frames):
     """As many frames as went in, in windows that are full, partly full and not full; of no strength they are the video's."""
     video = clip(frames)

@@ -2,9 +2,6 @@
 
 import dataclasses
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -87,7 +84,8 @@ def test_quantized_tensors_stand_for_the_originals(case, precision, v_error):
     )
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter, started below")
+@pytest.mark.interpreted
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize(("case", "dtype"), zip(QUANTIZED, (torch.float32, torch.float16), strict=True))
 def test_triton_quantizes_like_the_formulas(case, dtype):
     plan = case.plan()
@@ -108,7 +106,8 @@ def test_triton_quantizes_like_the_formulas(case, dtype):
         assert float((different > 0).float().mean()) < 1e-3
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter, started below")
+@pytest.mark.interpreted
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("case", INTERPRETED_CASES, ids=[c.name for c in INTERPRETED_CASES])
 def test_the_portable_kernel_computes_like_the_formulas(case):
     """The kernel's arithmetic is that of the naive path: both measure weights from the block's own maximum."""
@@ -127,21 +126,6 @@ def test_the_portable_kernel_computes_like_the_formulas(case):
     out, lse = triton_8bit_forward(small, nothing, scale, q.shape[1], torch.float32)
     assert not out.any()
     assert (lse == -torch.inf).all()
-
-
-@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter itself")
-@pytest.mark.slow
-def test_interpreted():
-    """The Triton kernels in Triton's CPU interpreter, in a process of its own: the variable must be set before the import."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-n", "0", "-p", "no:cacheprovider"]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    here = Path(__file__).resolve()
-    done = subprocess.run(
-        [*command, here, "-k", "like_the_formulas"], env=env, cwd=here.parents[3], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the naive path")

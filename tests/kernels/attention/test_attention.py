@@ -1,9 +1,6 @@
 """Block-sparse attention against the oracle: the CPU path here, and the same checks for Triton in its CPU interpreter."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +20,7 @@ from tilewise.kernels.plans.dilated import DilatedLayout, axes_plan, axis_window
 from tilewise.kernels.plans.layout import Grid, Layout
 from tilewise.kernels.plans.window import window_plan
 
+pytestmark = pytest.mark.interpreted
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -379,15 +377,3 @@ class TestEntryPoint:
             block_sparse_attention(*case.tensors(), case.plan(), backend="cuda")
         with pytest.raises(RuntimeError, match="cannot run this"):
             block_sparse_attention(*case.tensors(), case.plan(), backend="triton")
-
-    @pytest.mark.slow
-    def test_triton_in_the_interpreter(self):
-        """This file again, in a process where Triton kernels run on the CPU."""
-        pytest.importorskip("triton")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        environment.pop("PYTEST_ADDOPTS", None)
-        root = Path(__file__).resolve().parents[3]
-        run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-        assert " passed" in run.stdout

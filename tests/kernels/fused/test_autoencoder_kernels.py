@@ -4,9 +4,6 @@ CPU interpreter, and what compiles ahead of time for a GPU."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from tests.kernels.fused.test_fused_kernels import check_code, compiled, poisone
 from tilewise.kernels.fused.rms_norm_silu import add_in_place, rms_norm_silu
 from tilewise.kernels.fused.upsample_nearest import upsample_nearest
 
+pytestmark = pytest.mark.interpreted
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 
@@ -100,18 +98,6 @@ class TestEntryPoints:
     def test_bad_upsample_nearest(self, x, frames, error, message):
         with pytest.raises(error, match=message):
             upsample_nearest(x, frames)
-
-    @pytest.mark.slow
-    def test_triton_in_the_interpreter(self):
-        """This file again, in a process where Triton kernels run on the CPU."""
-        pytest.importorskip("triton")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        environment.pop("PYTEST_ADDOPTS", None)
-        root = Path(__file__).resolve().parents[3]
-        run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-        assert " passed" in run.stdout
 
 
 @pytest.mark.compile

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from tilewise.kernels.fused.quantize_rows import quantize_rows
 from tilewise.kernels.fused.reorder import reorder_tokens
 from tilewise.kernels.fused.residual_norm import gated_residual, layer_norm, residual_norm, residual_norm_op
 
+pytestmark = pytest.mark.interpreted
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter has no bfloat16 of its own; it is tested in the ordinary process, and on a GPU.
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
@@ -470,18 +468,6 @@ class TestEntryPoints:
             linear_gelu(x, weight.half(), bias)
         with pytest.raises(ValueError, match="one device"):
             linear_gelu(x, weight, bias.to("meta"))
-
-    @pytest.mark.slow
-    def test_triton_in_the_interpreter(self):
-        """This file again, in a process where Triton kernels run on the CPU."""
-        pytest.importorskip("triton")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        environment.pop("PYTEST_ADDOPTS", None)
-        root = Path(__file__).resolve().parents[3]
-        run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-        assert " passed" in run.stdout
 
 
 # ── compiled ahead of time ───────────────────────────────────────────────────────────────────────────────────────────

@@ -19,6 +19,7 @@ from tilewise.plugins.context_parallel.head_dealing import balance, deal
 from tilewise.plugins.context_parallel.token_shares import segments_of, shares_of, split
 from tilewise.plugins.methods.draft import Draft
 
+pytestmark = pytest.mark.slow
 WAN = wan_cases.cases()
 CFG = cfg_cases.cases()
 CASES = WAN | family_cases_split.cases() | compose_cases.cases() | CFG

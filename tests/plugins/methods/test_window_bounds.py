@@ -1,7 +1,4 @@
-"""A choice within a window: the token pairs that are counted, and a key for every query.
-
-tests/kernels/selection/test_dynamic_kernels.py runs one of these in Triton's interpreter too.
-"""
+"""A choice within a window: the token pairs that are counted, and a key for every query."""
 
 import dataclasses
 import os
@@ -65,7 +62,12 @@ RULES = {
 
 
 @pytest.mark.parametrize(
-    ("within", "rule"), [*((within, "density") for within in WINDOWS), *(("small", rule) for rule in list(RULES)[1:])]
+    ("within", "rule"),
+    [
+        pytest.param("small", "density", marks=pytest.mark.interpreted),
+        *((within, "density") for within in list(WINDOWS)[1:]),
+        *(("small", rule) for rule in list(RULES)[1:]),
+    ],
 )
 def test_every_query_sees_a_key(within, rule):
     """Whatever is chosen; nothing outside the window is seen, and what is compensated is what is not listed."""

@@ -230,7 +230,10 @@ def main(
 
 
 def _run(jobs: list[dict[str, Any]]) -> None:
-    """Every job in a process of its own, which keeps the lines of each clip."""
+    """Every job in a process of its own, which keeps the lines of each clip; one alone in this process."""
+    if len(jobs) == 1:
+        worker(jobs[0])
+        return
     command = [sys.executable, "-m", "benchmarks.highres_quality", "worker"]
     running = [subprocess.Popen([*command, json.dumps(job)], cwd=ROOT) for job in jobs]
     failed = [process.wait() for process in running]

@@ -121,8 +121,8 @@ WORKS = [
 SMALL = ("16×16", (2, 2), 4, 2, 2)
 TINY = [
     Work("tiny", *SMALL),
-    Work("tiny", *SMALL, decoded=True, changes=True, variants=(SPARSE, TINY_DECODER)),
-    Work("tiny", *SMALL, decoded=True, frames=10, variants=(SPARSE,)),
+    Work("tiny", *SMALL, decoded=True, changes=True, variants=(SPARSE,)),
+    Work("tiny", *SMALL, decoded=True, frames=10, variants=(TINY_DECODER,)),
 ]
 HOWS = ("recache", "flush", "blend")  # ways to change a prompt
 

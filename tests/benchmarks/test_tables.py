@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -43,22 +43,10 @@ TINY = {row.name: row for row in rows.TINY_ROWS}
 def tiny_run(tmp_path_factory):
     """One run of everything at tiny size through the command: (result, what it printed, its folder)."""
     folder = tmp_path_factory.mktemp("bench")
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks",
-        "--tiny",
-        "--device",
-        "cpu",
-        "--seconds",
-        "0.01",
-        "--compiler",
-        "eager",
-    ]
-    done = subprocess.run([*command, "--out", folder], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    small = ("--tiny", "--device", "cpu", "--seconds", "0.01", "--compiler", "eager")
+    printed = programs.run_module("benchmarks", *small, "--out", folder)
     (path,) = folder.glob("cpu-*-tiny.json")
-    return json.loads(path.read_text(encoding="utf-8")), done.stdout, folder
+    return json.loads(path.read_text(encoding="utf-8")), printed, folder
 
 
 # ── the README and the result files ──────────────────────────────────────────────────────────────────────────────────

@@ -1,9 +1,7 @@
 """The demo model's recipe, every stage of its command line, with a tiny preset."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -36,19 +34,9 @@ TINY = ["--preset", "tiny", "--device", "cpu", "--threads", "1"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that went through everything, by the real command line in a process of its own."""
+    """A run that went through everything, by the command line."""
     folder = tmp_path_factory.mktemp("run")
-    command = [sys.executable, "-m", "examples.train_demo_model", "all", "--run", str(folder), *TINY]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, "--to", str(folder / "model")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    assert main(["all", "--run", str(folder), *TINY, "--to", str(folder / "model")]) == 0
     return folder
 
 

@@ -89,10 +89,11 @@ def test_every_example_is_tested():
         assert path.name in tested
 
 
-def test_draw_methods(tmp_path, run):
+@pytest.mark.parametrize("script", ["draw_methods.py", "draw_additions.py"])
+def test_draw_methods(tmp_path, run, script):
     """The pictures of the documentation are what the script draws."""
-    run("draw_methods.py", str(tmp_path))
-    drawn = sorted(tmp_path.glob("*.png"))
+    run(script, str(tmp_path))
+    drawn = sorted(tmp_path.glob("*.*"))
     assert len(drawn) >= 4
     for picture in drawn:
         kept = EXAMPLES.parent / "docs/images" / picture.name

@@ -1,4 +1,4 @@
-"""``flexprefill``: a pattern for each head, by what holds a share of the mass (FlexPrefill, arXiv 2502.20766, section 3).
+"""``flexprefill``: a pattern for each head, by what holds a share of the mass (FlexPrefill, arXiv 2502.20766).
 
 The queries Q̂ of one block, the middle one, are compared with all keys:
 

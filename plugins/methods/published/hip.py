@@ -1,4 +1,4 @@
-"""``hip``: a search down a tree of ranges of key blocks, the best k of each level (HiP attention, arXiv 2406.09827, section 3).
+"""``hip``: a search down a tree of ranges of key blocks, the best k of each level (HiP attention, arXiv 2406.09827).
 
     k ranges of equal length cover the key blocks; then, until each range is one block:
         halve every range                        2k ranges

@@ -1,4 +1,4 @@
-"""``moba``: a gate that scores whole blocks, and the k best of each query block (MoBA, arXiv 2502.13189, section 2.2).
+"""``moba``: a gate that scores whole blocks, and the k best of each query block (MoBA, arXiv 2502.13189).
 
     gate[i, j] = q̄ᵢ·k̄ⱼ                       kept: the block itself, and the best of the others, k in all
 

@@ -39,6 +39,8 @@ from tilewise.ui.web.forms.highres_form import (
 from tilewise.ui.web.jobs.job import Job
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.tabs.highres import HighresStudio
+from tilewise.ui.web.tabs.highres_one_stage import SETTINGS as STAGE
+from tilewise.ui.web.tabs.highres_one_stage import OneStage
 from tilewise.ui.web.tabs.highres_result import stages_html
 from tilewise.ui.web.tabs.past_clips import past_clips
 
@@ -116,6 +118,31 @@ def test_the_plan_in_words(studio):
 def test_refusals(studio, shared, own, error, words):
     with pytest.raises(error, match=words):
         plan_for(studio, shared, **own)
+
+
+def test_a_unet_is_served_in_one_stage(tiny_sd_dir, tmp_path):
+    """By HiDiffusion, whatever method is chosen beside the tab; planned, made and said again."""
+    models = Models([str(tiny_sd_dir), "demo"], device="cpu")
+    one = OneStage(models, LIMITS, tmp_path)
+    assert one.serves(str(tiny_sd_dir)) and not one.serves("demo")
+    native = models.defaults(str(tiny_sd_dir))
+    values = {
+        **dict.fromkeys(SETTINGS), "model": str(tiny_sd_dir), "prompt": "a fox", "negative": "", "method": "sta",
+        **method_values(tilewise.resolve("sta")), "height": native.height, "width": native.width, "frames": 1, "steps": 2,
+        "guidance": 5.0, "seed": "1", "fps": native.fps,
+    }  # fmt: skip
+    size = {"height": 2 * native.height, "width": 2 * native.width}
+    settings = one.settings(values, [size.get(name) for name in FIELDS])
+    assert (settings.height, settings.width, settings.seed) == (2 * native.height, 2 * native.width, 1)
+    assert settings.method == tilewise.presets()["hidiffusion"]
+    with pytest.raises(tilewise.ConfigError, match="strength: a UNet's picture is made in one stage"):
+        one.settings(values, [{**size, "strength": 0.5}.get(name) for name in FIELDS])
+    job = Job("one", values={STAGE: settings.to_dict()})
+    job.result = one.work(job.values, job)
+    assert read_clip_metadata(tmp_path / job.result["clip"]).settings == settings
+    result, summary, told, command, program = one.result(job)
+    assert "shifted-windows" in result and "raunet (sd): of 2 forwards" in summary and "raunet" in told
+    assert "--highres" not in command and "hidiffusion" in command and "hidiffusion" in program
 
 
 def test_a_pipeline_that_is_not_served_is_refused_with_the_reason(studio):

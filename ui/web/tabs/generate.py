@@ -20,6 +20,7 @@ from tilewise.ui.web.jobs.clips import Made, Studio
 from tilewise.ui.web.jobs.fit import check_fits
 from tilewise.ui.web.jobs.job import DONE, Job
 from tilewise.ui.web.jobs.job_queue import JobQueue
+from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.tabs.examples import Examples
 from tilewise.ui.web.tabs.job_view import JobView
 
@@ -65,12 +66,16 @@ class GenerateTab:
         if job.status != DONE:
             return self.view.nothing
         made = self.studio.find(job.result["clip"])
-        models = self.controls.models
-        native = models.defaults(made.settings.model)
-        command = command_line(made.settings, native, models.dtype, made.path)
-        program = python_program(models.skeleton(made.settings.model), made.settings, models.dtype)
-        told = json.dumps(made.settings.to_dict(), indent=2)
-        return [result_html(made), summary_html(made.run.get("summary")), told, command, program, str(made.path)]
+        return [*made_again(made, self.controls.models), str(made.path)]
+
+
+def made_again(made: Made, models: Models) -> list[Any]:
+    """What is shown of a clip in one stage: result, summary, settings, command, program."""
+    native = models.defaults(made.settings.model)
+    command = command_line(made.settings, native, models.dtype, made.path)
+    program = python_program(models.skeleton(made.settings.model), made.settings, models.dtype)
+    told = json.dumps(made.settings.to_dict(), indent=2)
+    return [result_html(made), summary_html(made.run.get("summary")), told, command, program]
 
 
 def again_box(prefix: str = "") -> tuple[gr.Code, gr.Code, gr.Code]:

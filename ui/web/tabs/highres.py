@@ -38,6 +38,7 @@ from tilewise.ui.web.forms.highres_form import (
     settings_dict,
 )
 from tilewise.ui.web.forms.option_controls import control
+from tilewise.ui.web.forms.plan_panel import plan_html as one_stage_html
 from tilewise.ui.web.forms.slider import Slider
 from tilewise.ui.web.jobs.clips import find_clip
 from tilewise.ui.web.jobs.job import DONE, Job
@@ -45,6 +46,7 @@ from tilewise.ui.web.jobs.job_queue import JobQueue
 from tilewise.ui.web.jobs.models import Models
 from tilewise.ui.web.jobs.output_store import OutputStore
 from tilewise.ui.web.tabs.generate import again_box
+from tilewise.ui.web.tabs.highres_one_stage import SETTINGS, OneStage
 from tilewise.ui.web.tabs.highres_result import figure, stages_html
 from tilewise.ui.web.tabs.job_view import QUIET, JobView
 
@@ -54,7 +56,8 @@ FOLDER = "highres"  # of the output folder
 CANCELLED = "cancelled; a native clip that was finished is kept"
 ABOUT = """The settings, attention method included, make a clip at the model's own size. The clip at the target size
 starts from it: each query attends to a window of the native size, guided by a path that sees the whole frame. Both clips are
-written to the folder `highres` of the outputs."""
+written to the folder `highres` of the outputs. Pictures of Stable Diffusion 1.5, 2.1 and XL are made in one stage, by the preset
+`hidiffusion`: they take no options of a second stage, and the method beside this tab is not theirs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +136,7 @@ class HighresTab:
     ) -> None:
         self.controls, self.job_queue, self.models = controls, job_queue, models
         self.studio = HighresStudio(models, outputs)
+        self.one = OneStage(models, controls.limits, outputs)
         gr.Markdown(ABOUT)
         high, wide = self.target(models.names[0])
         with gr.Row():
@@ -183,6 +187,9 @@ class HighresTab:
         if not begun:
             return gr.skip()
         try:
+            values = {**self._values(given), "prompt": "-"}
+            if self.one.serves(str(values["model"])):
+                return one_stage_html(self.models, self.one.settings(values, given[: len(self.own)]))
             return plan_html(
                 self._planned(given, prompt="-")[1], self.studio.skeleton(str(self._values(given)["model"]))
             )
@@ -191,10 +198,16 @@ class HighresTab:
             return error_html(error)
 
     def start(self, *given: Any) -> tuple[str, dict[str, Any]]:
+        values = self._values(given)
+        if self.one.serves(str(values["model"])):
+            settings = self.one.settings(values, given[: len(self.own)])
+            return settings.prompt[:200], {SETTINGS: settings.to_dict()}
         clip_request, _ = self._planned(given)
         return clip_request.native.prompt[:200], clip_request.to_dict()
 
     def work(self, values: Mapping[str, Any], job: Job) -> dict[str, Any]:
+        if SETTINGS in values:
+            return self.one.work(values, job)
         clip_request = request_from(values, self.models, self.controls.limits)
         self._plan_of(clip_request)
         made = self.studio.clip(clip_request, job)
@@ -209,6 +222,8 @@ class HighresTab:
             told = first.settings
             words = f"native stage, {told.height}×{told.width}"
             return [figure(first.path, words, told.prompt, first.run["frames_sha256"][:12]), *self.view.nothing[1:]]
+        if SETTINGS in job.values:
+            return self.one.result(job)
         made = find_clip(self.studio.outputs, job.result["clip"])
         work = self._plan_of(request_from(job.values, self.models, self.controls.limits))
         native, dtype = self.models.defaults(work.native.model), self.models.dtype

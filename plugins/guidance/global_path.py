@@ -88,7 +88,15 @@ def _check(name: str, denoiser: nn.Module, config: Config, global_path: str) -> 
             f"two paths: {name} is a {type(denoiser).__name__}; served are {', '.join(served_streams())}. The global path guides "
             "the window path through what each block's attention gives to the text, and how its blocks are called has to be known"
         )
-    refuse_split("two paths", {name: denoiser}, "a block runs twice there, with exchanges that no plan knows")
+    # With cross-attention each process keeps what it gave for its own tokens; the rest of the two paths is of whole sequences.
+    if global_path != "dense":
+        refuse_split(
+            "two paths", {name: denoiser}, f"a global path that is {global_path} sees whole sequences; dense runs"
+        )
+    if streams.joint:
+        refuse_split(
+            "two paths", {name: denoiser}, "what the global path gives to text in the sequence is of whole sequences"
+        )
     if config.step_cache is not None:
         raise UnsupportedModelError(
             f"two paths: the step cache {config.step_cache} skips blocks of {name}, which the global path has to run. "

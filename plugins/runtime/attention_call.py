@@ -101,7 +101,8 @@ class AttentionCalls:
         beside = {
             "a KV cache": state.window is not None,
             "keys of earlier windows": state.earlier is not None,
-            "a global path": state.guide is not None or state.forward.global_path,
+            "a global path of text in the sequence": state.guide is not None,
+            "a global path": state.forward.global_path and at.ring > 1,
         }
         if what := next((name for name, there in beside.items() if there), None):
             raise TilewiseError(

@@ -121,7 +121,8 @@ def head_part(state: ForwardState) -> HeadPart | None:
 def _dealt_for(state: ForwardState, number: int, request: AttentionRequest, at: ContextParallel) -> tuple[Heads, ...]:
     """The heads of each rank, so that each has as much work, as far as that is known before the call."""
     heads, ranks = request.query.shape[2], at.ulysses
-    runs = state.forward.runs and state.layers[number].block in state.selected
+    forward = state.forward
+    runs = forward.runs and not forward.global_path and state.layers[number].block in state.selected
     method = state.method_of(number) if runs else None
     if method is None:
         return deal(heads, ranks)

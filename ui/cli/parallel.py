@@ -18,6 +18,11 @@ from tilewise.plugins.text_format import render
 from tilewise.ui.cli.request import Request
 from tilewise.ui.common.terminal import Terminal, say, standard_error
 
+BY_ONE = {
+    "stream": "each chunk waits for the one before; --decode-device gives the decoder a GPU of its own",
+    "highres": "the command plans memory and writes two clips for one; tilewise.highres in a script runs on several",
+}
+
 
 def notes_of(ranks: Ranks) -> Terminal:
     """Where progress and notes go: the first process shows them."""
@@ -49,11 +54,11 @@ def check_parallel(
 
 def refuse_parallel(request: Request, ranks: Ranks) -> None:
     """Raises ConfigError for a stream or two stages by several processes."""
-    for name in ("stream", "highres"):
+    for name, why in BY_ONE.items():
         if ranks.count > 1 and request.options.get(name):
             raise ConfigError(
-                f"--{name} is made by one process, and torchrun started {ranks.count}: start it without torchrun, or leave "
-                f"--{name} out"
+                f"--{name} is made by one process, and torchrun started {ranks.count}: {why}. Start it without torchrun, or "
+                f"leave --{name} out"
             )
 
 

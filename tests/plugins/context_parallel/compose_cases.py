@@ -83,12 +83,42 @@ def compiled(split: Any) -> tuple[torch.Tensor, Any]:
     return model(**wan_cases.inputs((5, 6, 8)), return_dict=False)[0], said(model)
 
 
-def highres(split: Any) -> tuple[torch.Tensor, Any]:
+def two_paths(split: Any, first: bool = False) -> tuple[torch.Tensor, Any]:
+    """Forwards of which every second one reuses the global path. first: it is on before the denoiser is split."""
+    model = tiny_wan.tiny_transformer(num_attention_heads=4)
+    if split and not first:
+        split(model)
+    tilewise.patch(model, Inward(native=(4, 4)), steps=(0, 1))
+    given = wan_cases.inputs((5, 6, 8))
+    with tilewise.two_paths(model, refresh=2) as paths:
+        if split and first:
+            split(model)
+        out = [model(**given | {"timestep": torch.tensor([t, t])}, return_dict=False)[0] for t in (500.0, 400.0, 300.0)]
+        counts = paths["denoiser"].counts
+        kept = paths["denoiser"].cache.on_device
+    return torch.stack(out), said(model) | {"paths": [counts.refreshed, counts.reused], "kept": kept}
+
+
+def two_paths_pooled(split: Any) -> Any:
+    if split:
+        model = tilewise.patch(split(tiny_wan.tiny_transformer()), Inward(native=(4, 4)))
+        with tilewise.two_paths(model, global_path="pooled"):
+            pass
+
+
+def two_paths_of_joint_text(split: Any) -> Any:
+    if split:
+        model, _ = family_cases_split.FAMILIES["HunyuanVideo"]()
+        with tilewise.two_paths(tilewise.patch(split(model), SMALL)):
+            pass
+
+
+def highres(split: Any, global_path: str = "none") -> tuple[torch.Tensor, Any]:
     pipe = tiny_wan.tiny_pipeline(num_attention_heads=4)
     if split:
         split(pipe)
     made = tilewise.highres(
-        pipe, "a red circle", height=80, width=64, native=(64, 64), frames=5, steps=2, global_path="none"
+        pipe, "a red circle", height=80, width=64, native=(64, 64), frames=5, steps=2, global_path=global_path
     )
     summary = made.clip.summary
     kinds = sorted({row.kind for row in summary.rows})
@@ -148,20 +178,6 @@ def with_sea_cache(split: Any) -> Any:
         tilewise.patch(split(tiny_wan.tiny_transformer()), STA, cache="sea")
 
 
-def two_paths(split: Any) -> Any:
-    if split:
-        model = tilewise.patch(split(tiny_wan.tiny_transformer()), Inward(native=(4, 4)))
-        with tilewise.two_paths(model):
-            pass
-
-
-def two_paths_before(split: Any) -> Any:
-    if split:
-        model = tilewise.patch(tiny_wan.tiny_transformer(), Inward(native=(4, 4)), steps=(0, 1))
-        with tilewise.two_paths(model):
-            split(model)(**wan_cases.inputs((5, 6, 8)))
-
-
 def stream(split: Any) -> Any:
     if split:
         tilewise.stream(split(tiny_wan.tiny_pipeline()), "a red circle")
@@ -179,6 +195,9 @@ def cases() -> dict[str, Callable[..., Any]]:
         "calibrated": calibrated,
         "compiled": compiled,
         "highres": highres,
+        "highres, global path": functools.partial(highres, global_path="dense"),
+        "two paths": two_paths,
+        "two paths, split within": functools.partial(two_paths, first=True),
         "cache pab": functools.partial(clip, cache="pab"),
         "cache taylor": functools.partial(clip, cache="taylor"),
         "cache mag": functools.partial(caches, make=wan_of_four_blocks, cache=MAG),
@@ -202,8 +221,8 @@ def cases() -> dict[str, Callable[..., Any]]:
             with_sea_cache,
             with_measuring_cache,
             with_measuring_cache_before,
-            two_paths,
-            two_paths_before,
+            two_paths_pooled,
+            two_paths_of_joint_text,
             stream,
             calibrate,
         )

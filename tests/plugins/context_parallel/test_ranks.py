@@ -94,6 +94,14 @@ def test_a_row_of_the_benchmark_with_guidance(found):
             assert 0 < variant["split"]["exchange_share"] < 1 <= variant["split"]["balance"] <= 2
 
 
+@pytest.mark.parametrize("name", ["two paths", "two paths, split within"])
+def test_each_rank_keeps_what_the_global_path_gave_for_its_tokens(found, name):
+    one = found["one process"][name]
+    for said in found[f"{name}, 2 ranks"]["said"]:
+        assert said["paths"] == one["paths"] == [2, 1]
+        assert said["kept"] == one["kept"] // 2 > 0
+
+
 def test_jobs_of_the_page(found):
     first, others = found["row: page, 2 ranks"]["said"]
     one = found["one process"]["row: page"]
@@ -130,8 +138,11 @@ def test_jobs_of_the_page(found):
         ),
         ("with_measuring_cache_before, 2", "UnsupportedModelError: cache mag: .*would measure the part of each"),
         ("with_sea_cache, 2", "UnsupportedModelError: cache sea: .*goes by whole sequences"),
-        ("two_paths, 2", "UnsupportedModelError: two paths: context parallelism splits the tokens of denoiser"),
-        ("two_paths_before, 2", "TilewiseError: denoiser: a global path does not run under context parallelism"),
+        (
+            "two_paths_pooled, 2",
+            "UnsupportedModelError: two paths: .*a global path that is pooled sees whole sequences",
+        ),
+        ("two_paths_of_joint_text, 2", "UnsupportedModelError: two paths: .*gives to text in the sequence"),
         ("stream, 2", "UnsupportedModelError: stream: .*a stream is made by one process"),
         ("calibrate, 2", "UnsupportedModelError: calibrate: .*a process has some heads"),
         ("guidance_off, 2", "TilewiseError: CFG parallelism, transformer: .* guidance is off .*read by mul"),

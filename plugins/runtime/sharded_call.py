@@ -7,8 +7,11 @@ Between the two exchanges nothing is different from a denoiser in one process bu
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -46,7 +49,7 @@ def sharding_of(state: ForwardState, number: int, request: AttentionRequest, at:
     Ranks ask each other for their number of tokens, once for each layer of a grid; at each call where masks decide it.
 
     Raises:
-        TilewiseError: there are more ranks than heads.
+        TilewiseError: there are more ranks than heads, or they have other methods, libraries or GPUs, which is asked once.
     """
     query, key, whole = request.query, request.key, state.forward.whole
     if whole is None:
@@ -56,6 +59,7 @@ def sharding_of(state: ForwardState, number: int, request: AttentionRequest, at:
         raise TilewiseError(
             f"{state.name}.{state.layers[number].name}: {heads} heads cannot be split over {ranks} ranks. Use at most {heads}"
         )
+    state.plans.rank_sizes.lookup(("alike", ranks), lambda: _check_alike(state, query, at))
     # Every rank comes here with the same grid, layer and count, whatever its own number of tokens: none asks alone.
     count = state.forward.asked[number] = state.forward.asked.get(number, 0) + 1
 
@@ -68,6 +72,26 @@ def sharding_of(state: ForwardState, number: int, request: AttentionRequest, at:
         return "queries and keys are split in different ways"
     shares = shares_of(segments_of(whole, state.one_tensor), whole, sizes)
     return shares if isinstance(shares, str) else Sharding(shares, _dealt_for(state, number, request, at), at)
+
+
+def _check_alike(state: ForwardState, query: torch.Tensor, at: ContextParallel) -> bool:
+    """Raises TilewiseError, on all ranks, where they differ in what makes a call: two methods would mix without a word."""
+    facts = {
+        "method": state.config.to_dict(),
+        "versions": {name: version(name) for name in ("torch", "diffusers")},
+        "GPU": torch.cuda.get_device_name(query.device) if query.is_cuda else query.device.type,
+    }
+    differ = []
+    for name, fact in facts.items():
+        digest = hashlib.sha256(json.dumps(fact, sort_keys=True, default=str).encode()).digest()
+        if len(set(gather_size(int.from_bytes(digest[:7]), query.device, at.ulysses, at.group))) > 1:
+            differ.append(f"{name} {fact}")
+    if differ:
+        raise TilewiseError(
+            f"{state.name}: the ranks differ; rank {at.rank} of {at.ulysses} has {'; '.join(differ)}. Patch the denoiser alike "
+            "in all processes, with the same libraries and kind of GPU"
+        )
+    return True
 
 
 def attend_by_diffusers(

@@ -119,6 +119,10 @@ def test_jobs_of_the_page(found):
     [
         ("too_many_ranks, 3", "ConfigError: .* each needs a head, and denoiser has 2"),
         ("uneven, 2", "TilewiseError: denoiser: 175 tokens of the grid 5×7×5 cannot be split evenly over 2 ranks"),
+        (
+            "other_methods, 2",
+            "TilewiseError: denoiser: the ranks differ; rank . of 2 has method .*Patch the denoiser alike",
+        ),
         ("ring, 2", "FallbackError: .*ring_degree=2 splits the keys"),
         ("all_heads_needed, 2", "FallbackError: .*select='shared' chooses among the pairs of all heads"),
         ("FramePack, 2", "UnsupportedModelError: .*its history frames join the sequence"),

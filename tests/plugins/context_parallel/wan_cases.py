@@ -9,6 +9,7 @@ from typing import Any
 
 import tiny_wan
 import torch
+import torch.distributed as dist
 
 import tilewise
 from tilewise.plugins.methods.auto import Auto
@@ -145,6 +146,13 @@ def uneven(split: Any) -> Any:
         tilewise.patch(model, METHODS["sta"])(**inputs((5, 7, 5)))
 
 
+def other_methods(split: Any) -> Any:
+    if split:
+        model = split(tiny_wan.tiny_transformer())
+        method = METHODS["sta"] if dist.get_rank() else METHODS["draft"]
+        tilewise.patch(model, method, steps=(0, 1))(**inputs((5, 6, 8)))
+
+
 def ring(split: Any) -> Any:
     if split:
         model = tilewise.patch(split(tiny_wan.tiny_transformer()), METHODS["sta"], steps=(0, 1), strict=True)
@@ -165,7 +173,9 @@ def twice(split: Any) -> Any:
         split(split(tiny_wan.tiny_transformer()))
 
 
-ERRORS: dict[str, Any] = {run.__name__: run for run in (too_many_ranks, uneven, ring, all_heads_needed, twice)}
+ERRORS: dict[str, Any] = {
+    run.__name__: run for run in (too_many_ranks, uneven, other_methods, ring, all_heads_needed, twice)
+}
 for run in ERRORS.values():
     run.ranks = (2,)
 too_many_ranks.ranks = (3,)  # type: ignore[attr-defined]

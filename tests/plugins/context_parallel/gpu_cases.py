@@ -14,6 +14,7 @@ import tiny_wan
 import torch
 
 import tilewise
+from tilewise.plugins.methods.auto import Auto
 from tilewise.plugins.methods.draft import Draft
 from tilewise.plugins.methods.sta import STA
 
@@ -68,6 +69,20 @@ def forward(split: Callable[[Any], Any] | None, make: Callable[[], Any], method:
     return out, said(model)
 
 
+def unequal_heads(split: Callable[[Any], Any] | None, method: Any) -> tuple[torch.Tensor, Any]:
+    """Forwards of a model whose first heads attend to little: the second deals heads by what they kept in the first."""
+    model, given = wan(6)
+    weights = torch.linspace(8, 0.5, 6, device=device())[:, None]
+    for block in model.blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            norm.weight.data.view(6, -1).mul_(weights)
+    if split:
+        split(model)
+    tilewise.patch(model, method, steps=(0, 1), strict=CUDA)
+    out = torch.stack([model(**given | {"timestep": given["timestep"] - n}, return_dict=False)[0] for n in (0, 9)])
+    return out, said(model) | {"balance": [row.balance for row in tilewise.summary(model).ranks]}
+
+
 def clip(split: Callable[[Any], Any] | None) -> tuple[torch.Tensor, Any]:
     """A whole run of a pipeline with guidance, its steps dense and sparse, and the decode."""
     pipe = tiny_wan.tiny_pipeline(num_attention_heads=4, attention_head_dim=HEAD_DIM)
@@ -93,6 +108,11 @@ def cases() -> dict[str, Callable[..., Any]]:
         f"Wan, {name}": functools.partial(forward, make=functools.partial(wan, 6), method=method)
         for name, method in METHODS.items()
     }
+    for name, method in (
+        ("auto", Auto(density=0.3, min_tokens=0)),
+        ("draft, a recall", Draft(recall=0.8, min_tokens=0)),
+    ):
+        found[f"Wan, {name}, unequal heads"] = functools.partial(unequal_heads, method=method)
     sta = STA(window=(1, 3, 3))
     found["Wan of 5 heads, sta"] = functools.partial(forward, make=functools.partial(wan, 5), method=sta)
     for name, method in (("sta", sta), ("draft", METHODS["draft"])):

@@ -25,7 +25,7 @@ def test_two_gpus_equal_one(found, name):
     """To rounding in bfloat16: matrix products over other numbers of rows need not sum in the same order. Where scores are all
     but equal, that changes which blocks are chosen."""
     assert found[name]["error"] is not None, found[name]["said"]
-    assert found[name]["error"] <= (0.1 if "draft" in name else 0.02)
+    assert found[name]["error"] <= (0.1 if "draft" in name or "auto" in name else 0.02)
     for said in found[name]["said"]:
         assert ("sparse" in said["kinds"]) == ("dense" not in name)
         if name.startswith("Wan"):

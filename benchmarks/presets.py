@@ -9,8 +9,8 @@ Speed      denoising of a Wan2.1-14B 720×1280×81 clip: 50 steps of two forward
                ms(step) = sparse · (1 − d) + dense · d        d: share of the blocks that stay dense
                clip     = 2 · 40/10 · Σ over steps of ms(step)
 
-           once as the preset is, once with the method's attention in int8, and once with the linear layers in fp8 too (torchao):
-           the stock clip beside them is the 16-bit one each time
+           once as the preset is, once with attention in int8, sparse and dense, and once with the linear layers in fp8 too
+           (torchao): the stock clip beside them is the 16-bit one each time
 
 ``--candidates FILE`` measures other configs, a JSON object of them by name, beside the presets.
 """
@@ -145,8 +145,9 @@ class Forwards:
             bench = self.bench
             if method is not None:
                 tilewise.patch(
-                    bench.model, method, steps=(0, 1), strict=True, precision=precision, min_tokens=min_tokens
-                )
+                    bench.model, method, steps=(0, 1), strict=True, min_tokens=min_tokens,
+                    precision=None if method == "dense" else precision, dense_precision=precision,
+                )  # fmt: skip
             times = itertools.cycle(torch.linspace(999, 0, 48).tolist())
             together = getattr(method, "every", 1)  # what is measured once in some steps is part of their time
 

@@ -9,8 +9,8 @@ from typing import Any
 # preset leaves some dense; windows have a far field, without which the backgrounds of clips lose their patterns.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "sta-quality": {"method": {"name": "sta", "density": 0.4, "far": "cells"}, "steps": (0.4, 1.0), "blocks": ":"},
-    "sta-balanced": {"method": {"name": "sta", "density": 0.4, "far": "cells"}, "steps": (0.25, 1.0), "blocks": "1:"},
-    "sta-fast": {"method": {"name": "sta", "density": 0.3, "far": "tiles"}, "steps": (0.25, 1.0), "blocks": "1:"},
+    "sta-balanced": {"method": {"name": "sta", "density": 0.4, "far": "tiles"}, "steps": (0.2, 1.0), "blocks": "1:"},
+    "sta-fast": {"method": {"name": "sta", "density": 0.4, "far": "tiles"}, "steps": (0.15, 1.0), "blocks": ":"},
     "draft-quality": {"method": {"name": "draft", "density": 0.5}, "steps": (0.25, 1.0), "blocks": "1:"},
     "draft-balanced": {"method": {"name": "draft", "density": 0.25}, "steps": (0.2, 1.0), "blocks": ":"},
     "draft-fast": {"method": {"name": "draft", "density": 0.15}, "steps": (0.15, 1.0), "blocks": "1:"},

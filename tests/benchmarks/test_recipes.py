@@ -36,19 +36,19 @@ def seconds(variant, steps):
 def test_a_clip_is_added_up_of_its_forwards():
     variant = clips.Variant
     assert seconds(variant(), 50) == pytest.approx(2 * 50 * 0.1)
-    # sta-balanced: 13 of 50 steps dense, and one block of ten in the others.
+    # sta-balanced: 10 of 50 steps dense, and one block of ten in the others.
     sparse = 0.9 * 0.04 + 0.1 * 0.1
-    assert seconds(variant(sparse=True), 50) == pytest.approx(2 * (13 * 0.1 + 37 * sparse))
-    assert seconds(variant(sparse=True, eight_bits=True), 50) == pytest.approx(13 * 0.1 + 37 * sparse)
+    assert seconds(variant(sparse=True), 50) == pytest.approx(2 * (10 * 0.1 + 40 * sparse))
+    assert seconds(variant(sparse=True, eight_bits=True), 50) == pytest.approx(10 * 0.1 + 40 * sparse)
     # taylor computes 3 steps, and then one in three: again from where attention becomes sparse.
     reused = 2 * (47 // 3) + 1
     assert seconds(variant(cache=clips.TAYLOR), 50) == pytest.approx(
         2 * ((50 - reused) * 0.1 + reused * 0.02), rel=0.02
     )
     both = clips.clip(variant(sparse=True, cache=clips.TAYLOR), 50, Forwards())
-    assert both["reused_steps"] < reused and both["dense_steps"] == 13
+    assert both["reused_steps"] < reused and both["dense_steps"] == 10
     half = seconds(variant(sparse=True, cache=clips.FIRST_BLOCK), 50)
-    assert half == pytest.approx(2 * (7 * 0.1 + 6 * 0.02 + 19 * sparse + 18 * 0.02))
+    assert half == pytest.approx(2 * (5 * 0.1 + 5 * 0.02 + 20 * sparse + 20 * 0.02))
     assert seconds(variant(sparse=True), 4) == pytest.approx(0.1 + 3 * sparse)  # draft-few-steps, without guidance
 
 

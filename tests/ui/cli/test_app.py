@@ -76,7 +76,7 @@ def test_generate_and_compare(tiny_pipe_dir, tmp_path):
     assert record == json.loads((tmp_path / "new" / "clip.json").read_text())
     settings = GenerateSettings.from_dict(record)
     assert (settings.prompt, settings.seed, settings.frames) == (PROMPT, 3, 9)
-    assert settings.method.method == tilewise.STA(window=(1, 2, 2), far="cells")
+    assert settings.method.method == tilewise.STA(window=(1, 2, 2), far="tiles")
     assert settings.method.steps == tilewise.presets()["sta-balanced"].steps
     assert GenerateSettings.from_dict(read_settings(tmp_path / "new" / "clip-dense.mp4")).is_dense
     assert record["run"]["summary"]["fallbacks"] == {}

@@ -38,7 +38,8 @@ COLUMNS = (
 )
 PLANS = ("whole blocks", "with partial blocks")
 ROW = re.compile(
-    r"\| (\w+) \| (\d+) \| ([^|]+) \| (\d+)×(\d+), (\d+) stages, (\d+) warps \| (\d+) \| (\d+) \| (\d+\.\d+) \|.*\| (\w*) \|"
+    r"\| (\w+) \| (\d+) \| ([^|]+) \| (\d+×\d+, \d+ stages, \d+ warps(?:, \d+ registers)?) \| (\d+) \| (\d+) \| (\d+\.\d+) "
+    r"\|.*\| (\w*) \|"
 )
 
 
@@ -78,8 +79,7 @@ def rows_of_page(text: str) -> dict[str, Compiled]:
         if title := re.match(r"## (\S+) on (\S+)$", line):
             kernel, chip = title[1], title[2]
         elif row := ROW.match(line):
-            dtype, head, plan, rows, keys, stages, warps, registers, spilled, shared, product = row.groups()
-            tile = f"{rows}×{keys}, {stages} stages, {warps} warps"
+            dtype, head, plan, tile, registers, spilled, shared, product = row.groups()
             partial = ", partial blocks" if plan == PLANS[1] else ""
             name = f"{kernel} on {chip}, {dtype}, head {head}{partial}, {tile}"
             found[name] = Compiled(int(registers), round(float(shared) * 1024), int(spilled), product)

@@ -134,7 +134,7 @@ def compiled(instance: Instance) -> Any:
     chip, tile = instance.chip, instance.tile
     nvidia = chip.capability is not None
     target = GPUTarget("cuda" if nvidia else "hip", chip.capability or chip.name, chip.warp)
-    return triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
+    return triton.compile(source, target=target, options={"num_stages": tile.stages, **tile.options(instance.dtype)})
 
 
 def compile_instance(instance: Instance) -> Compiled:

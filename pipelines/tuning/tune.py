@@ -153,7 +153,7 @@ class _Bench:
             for variant in self._variants(qkv, shape, partial, plan):
                 key = (variant.table, width_of(shape.head_dim), partial)
                 if variant.tile is not None:
-                    self._use({**self.tiles, key: variant.tile})
+                    self._use({**self.tiles, key: variant.tile[:4]})
                 title = variant.name if variant.tile is None else f"{variant.name}, {variant.tile}"
                 tolerance = TOLERANCE if variant.exact else TOLERANCE_8BIT
                 out, timing, wrong = self._timed(variant.run, f"{title} on {shape}, {kind} blocks", first, tolerance)
@@ -164,7 +164,7 @@ class _Bench:
                 if not wrong and timing.median < best.get(variant.name, float("inf")):
                     best[variant.name] = timing.median
                     if variant.tile is not None:
-                        self.tiles[key] = variant.tile
+                        self.tiles[key] = variant.tile[:4]
             self._use(self.tiles)
             exact = [name for name in best if name in {backend.name for backend in BACKENDS}]
             if len(exact) > 1:

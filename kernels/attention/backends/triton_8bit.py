@@ -15,6 +15,9 @@ Three details save most of the work beside the products:
   ordered as their floats are; the bits of −∞ hide a key.
 - Values are stored with their keys in ``key_order``, so that the weights are in the registers where the next product reads them.
 - Rounded weights are summed by a product with ones.
+
+The channels are summed in two halves, one after the other: the second product's result takes the registers of the first one's,
+which on Hopper leaves room for a third program on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -64,19 +67,31 @@ def _to_int8(weights, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def _product(p, v):
+    """p v of 8-bit operands, in fp32."""
+    if v.dtype == tl.int8:
+        o = tl.dot(p, v, out_dtype=tl.int32).to(tl.float32)
+    else:
+        o = tl.dot(p, v)
+    return o
+
+
+@triton.jit
 def _attend_8bit(
-    acc, row_max, base, row_sum, v_unit, q, row_scale,
+    low, high, row_max, base, row_sum, v_unit, q, row_scale,
     k_base, v_base, kv_scales, index, key_start, k_rows,
     key_encoding, row_lo, row_hi, guard_bits, begin, end,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     MASK_ROWS: tl.constexpr, MASK_INTERVALS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Entries begin … end − 1 of one list. ``v_unit``: u of the entry before. ``base``: b of the piece before."""
+    """Entries begin … end − 1 of one list. ``v_unit``: u of the entry before. ``base``: b of the piece before.
+    ``low``, ``high``: what was summed, (BLOCK_M, D/2) each."""
     PARTS: tl.constexpr = BLOCK // BLOCK_N
     IS_INT8: tl.constexpr = v_base.dtype.element_ty == tl.int8
     TOP: tl.constexpr = INT8_TOP if IS_INT8 else FP8_TOP
     columns = tl.arange(0, BLOCK_N)
     depth = tl.arange(0, D)
+    half = tl.arange(0, D // 2)
     for piece in tl.range(begin * PARTS, end * PARTS, num_stages=STAGES):
         entry = piece // PARTS
         offset = (piece % PARTS) * BLOCK_N
@@ -85,7 +100,9 @@ def _attend_8bit(
         unit = tl.load(kv_scales + 2 * block + 1)
         at = block.to(tl.int64) * (BLOCK * D)
         k = tl.load(k_base + at + (offset + columns)[None, :] * D + depth[:, None])
-        v = tl.load(v_base + at + depth[None, :] * BLOCK + (offset + columns)[:, None])
+        v_at = v_base + at + half[None, :] * BLOCK + (offset + columns)[:, None]
+        v_low = tl.load(v_at)
+        v_high = tl.load(v_at + D // 2 * BLOCK)
         s = tl.dot(q, k, tl.full([BLOCK_M, BLOCK_N], INTEGER_BITS, tl.int32), out_dtype=tl.int32)
         if MASK_ROWS:
             inside = columns < tl.load(k_rows + block) - offset
@@ -116,17 +133,26 @@ def _attend_8bit(
         ordered = tl.reshape(parts, [BLOCK_M, BLOCK_N])
         if IS_INT8:
             p = _to_int8(ordered, INTERPRETED)
-            ones = tl.full([BLOCK_N, 16], 1, tl.int8)
+            ones = tl.full([BLOCK_N, 8], 1, tl.int8)
             total = tl.max(tl.dot(p, ones, out_dtype=tl.int32), 1).to(tl.float32)
-            o = tl.dot(p, v, out_dtype=tl.int32).to(tl.float32)
         else:
             p = ordered.to(v_base.dtype.element_ty)
             total = tl.sum(weights, 1)
-            o = tl.dot(p, v)
         row_sum = row_sum * fade + total
-        acc = acc * (fade * (v_unit / unit))[:, None] + o
+        rescale = (fade * (v_unit / unit))[:, None]
+        low = low * rescale + _product(p, v_low)
+        high = high * rescale + _product(p, v_high)
         v_unit = unit
-    return acc, row_max, base, row_sum, v_unit
+    return low, high, row_max, base, row_sum, v_unit
+
+
+@triton.jit
+def _store(acc, unit, seen, in_block, out_at, v_facts, first, D: tl.constexpr):
+    """Half of the channels, from ``first`` on. The weights sum to 1: the mean taken from the values comes back whole."""
+    channel = first + tl.arange(0, D // 2)
+    out = acc * unit[:, None] * tl.load(v_facts + channel)[None, :] + tl.load(v_facts + D + channel)[None, :]
+    out = tl.where(seen[:, None], out, 0.0)
+    tl.store(out_at[:, None] + channel[None, :], out.to(out_at.dtype.element_ty), mask=in_block[:, None])
 
 
 @triton.jit
@@ -178,18 +204,19 @@ def forward_8bit_kernel(
     index += listing * longest
     key_start += listing * longest
 
-    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    low = tl.zeros([BLOCK_M, D // 2], dtype=tl.float32)
+    high = low
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     base = row_max
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     v_unit = tl.load(kv_scales + 1)  # of any block: nothing has been summed
-    acc, row_max, base, row_sum, v_unit = _attend_8bit(
-        acc, row_max, base, row_sum, v_unit, q, row_scale, k_base, v_base, kv_scales, index, key_start, k_rows,
+    low, high, row_max, base, row_sum, v_unit = _attend_8bit(
+        low, high, row_max, base, row_sum, v_unit, q, row_scale, k_base, v_base, kv_scales, index, key_start, k_rows,
         key_encoding, row, row, guard_bits, 0, complete_end,
         D, BLOCK, BLOCK_M, BLOCK_N, STAGES, False, False, INTERPRETED,
     )  # fmt: skip
-    acc, row_max, base, row_sum, v_unit = _attend_8bit(
-        acc, row_max, base, row_sum, v_unit, q, row_scale, k_base, v_base, kv_scales, index, key_start, k_rows,
+    low, high, row_max, base, row_sum, v_unit = _attend_8bit(
+        low, high, row_max, base, row_sum, v_unit, q, row_scale, k_base, v_base, kv_scales, index, key_start, k_rows,
         key_encoding, row, row, guard_bits, complete_end, ragged_end,
         D, BLOCK, BLOCK_M, BLOCK_N, STAGES, True, False, INTERPRETED,
     )  # fmt: skip
@@ -197,31 +224,29 @@ def forward_8bit_kernel(
         row_encoding_at = row_encoding + set_of_head * 2 * q_len + queries
         row_lo = tl.load(row_encoding_at, mask=in_block, other=0)
         row_hi = tl.load(row_encoding_at + q_len, mask=in_block, other=0)
-        acc, row_max, base, row_sum, v_unit = _attend_8bit(
-            acc, row_max, base, row_sum, v_unit, q, row_scale, k_base, v_base, kv_scales, index, key_start, k_rows,
+        low, high, row_max, base, row_sum, v_unit = _attend_8bit(
+            low, high, row_max, base, row_sum, v_unit, q, row_scale, k_base, v_base, kv_scales, index, key_start, k_rows,
             key_encoding, row_lo, row_hi, guard_bits, ragged_end, partial_end,
             D, BLOCK, BLOCK_M, BLOCK_N, STAGES, True, True, INTERPRETED,
         )  # fmt: skip
 
-    # A row that saw no key: output 0, log-sum-exp −inf. The weights sum to 1: the mean taken from the values comes back whole.
+    # A row that saw no key: output 0, log-sum-exp −inf.
     seen = row_sum > 0
     whole = tl.where(seen, row_sum, 1.0)
-    spread = tl.load(v_facts + depth)
-    mean = tl.load(v_facts + D + depth)
-    acc = acc * (v_unit / whole)[:, None] * spread[None, :] + mean[None, :]
-    acc = tl.where(seen[:, None], acc, 0.0)
     lse = tl.where(seen, (base + tl.log2(whole) - TOP) * LN2 + tl.load(facts + BLOCK), float("-inf"))
-    out_at = out_ptr + batch * stride_ob + head * stride_oh + queries[:, None] * stride_os + depth[None, :]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=in_block[:, None])
     tl.store(lse_ptr + (batch * heads + head) * q_len + queries, lse, mask=in_block)
+    unit = v_unit / whole
+    out_at = out_ptr + batch * stride_ob + head * stride_oh + queries * stride_os
+    _store(low, unit, seen, in_block, out_at, v_facts, 0, D)
+    _store(high, unit, seen, in_block, out_at, v_facts, D // 2, D)
 
 
-def launch_config(head_dim: int, block: int, intervals: bool, chip: Chip) -> dict[str, int]:
+def launch_config(head_dim: int, block: int, intervals: bool, chip: Chip, dtype: str) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages for plans whose blocks have room for ``block`` rows: those of ``tiles.py``."""
     tile = tile_of("triton-8bit", chip, head_dim, intervals)
     rows = min(tile.rows, block)
-    warps = tile.warps if rows == tile.rows else 4
-    return {"BLOCK_M": rows, "BLOCK_N": min(tile.keys, block), "STAGES": tile.stages, "num_warps": warps}
+    options = tile.options(dtype) if rows == tile.rows else {"num_warps": 4}
+    return {"BLOCK_M": rows, "BLOCK_N": min(tile.keys, block), "STAGES": tile.stages, **options}
 
 
 def specialisation(
@@ -251,7 +276,8 @@ def triton_8bit_forward(
     out = torch.empty((B, q_len, H, D), dtype=dtype, device=device)
     lse = torch.empty((B, H, q_len), dtype=torch.float32, device=device)
     unused = plan.index  # a pointer that a specialised kernel never reads
-    config = launch_config(D, plan.block, plan.row_encoding is not None, chip_of(device))
+    values = "int8" if x.v.dtype == torch.int8 else "fp8"
+    config = launch_config(D, plan.block, plan.row_encoding is not None, chip_of(device), values)
     if device.type == "cpu":  # in the interpreter, weights of a whole block at once, as in the naive path
         config["BLOCK_N"] = plan.block
     with torch.cuda.device_of(out):  # Triton launches on the current device

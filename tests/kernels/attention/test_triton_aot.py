@@ -154,14 +154,21 @@ def test_the_launch_goes_by_the_table_and_by_what_was_tuned():
         "BLOCK_D": 64, "BLOCK_M": 32, "BLOCK_N": 32, "num_stages": 3, "num_warps": 4,
     }  # fmt: skip
     eight = {"BLOCK_M": 64, "BLOCK_N": 64, "STAGES": 2, "num_warps": 4}
-    assert launch_config_8bit(128, 64, False, chip) == eight  # no more rows than a block of the plan has room for
+    assert (
+        launch_config_8bit(128, 64, False, chip, "int8") == eight
+    )  # no more rows than a block of the plan has room for
+    hopper = [launch_config_8bit(128, 128, False, CHIPS["sm_90"], dtype) for dtype in ("int8", "fp8")]
+    assert [config.get("maxnreg") for config in hopper] == [
+        168,
+        None,
+    ]  # three programs on a multiprocessor; e4m3 would spill
     tiles = {("triton", 128, False): (128, 64, 2, 8), ("triton", 128, True): (256, 256, 9, 8)}
     try:
         tuned.use({"cuda:0": ("sm_89", tuned.TunedKernels(tiles))})
         assert launch_config(128, 128, 2, False, chip)["BLOCK_N"] == 64
         assert launch_config(128, 128, 2, True, chip)["BLOCK_N"] == 32  # no tile of the table: it was never compiled
         assert launch_config(128, 128, 2, False, CHIPS["sm_86"]) == usual
-        assert launch_config_8bit(128, 128, False, chip)["BLOCK_N"] == 64  # another kernel's
+        assert launch_config_8bit(128, 128, False, chip, "int8")["BLOCK_N"] == 64  # another kernel's
     finally:
         tuned.use({})
 

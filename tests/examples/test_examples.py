@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -84,9 +85,9 @@ def test_draw_high_resolution(tmp_path, run):
 
 
 def test_every_example_is_tested():
-    tested = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    tested = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].glob("**/test_*.py"))
     for path in EXAMPLES.glob("*.py"):
-        assert path.name in tested
+        assert re.search(rf"\b{path.stem}\.py|from examples(\.{path.stem} import| import {path.stem}\b)", tested), path
 
 
 @pytest.mark.parametrize("script", ["draw_methods.py", "draw_additions.py"])

@@ -260,7 +260,7 @@ def test_what_the_clip_shows_is_added_once_it_is_written(shapes_dir, tmp_path, m
         assert set(record["run"]["content"]) >= {"colour", "shape", "motion"}
     assert record["run"]["comparison"]["content"]["dense"] is not None
     assert "prompt shown, dense" in result.stdout
-    assert "note: sta never runs: the only step is outside the part from 0.25 to 1" in result.stderr
+    assert "note: sta never runs: the only step is outside the part from 0.2 to 1" in result.stderr
     assert "the method never ran" in result.stdout
     assert result.stdout.count("(one run)") == 2
 

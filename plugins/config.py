@@ -169,6 +169,11 @@ class Config:
         """Whether the method runs at step ``step`` of ``total``, counted from 0."""
         return runs_at(self.steps, step, total)
 
+    @property
+    def precision_of_dense(self) -> str | None:
+        """The 8-bit precision of attention that stays dense; of all attention where the method itself is "dense"."""
+        return self.dense_precision or (self.precision if self.method.name == "dense" else None)
+
     def too_few(self, tokens: int, own_map: bool, device: torch.device | None = None) -> str | None:
         """Why an attention call over so many tokens stays dense, or None. own_map: over a feature map, not the
         denoiser's token sequence. device: where it runs, for what was tuned there; None: without."""
@@ -199,7 +204,7 @@ class Config:
     @property
     def is_stock(self) -> bool:
         """Whether nothing but exact attention is asked for: the method is dense, with no step cache and no addition."""
-        beside = (self.cache, self.add, self.dense_precision)
+        beside = (self.cache, self.add, self.precision_of_dense)
         return self.method.name == "dense" and all(one is None for one in beside)
 
     @property

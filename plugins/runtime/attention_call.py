@@ -101,6 +101,7 @@ class AttentionCalls:
         beside = {
             "a KV cache": state.window is not None,
             "keys of earlier windows": state.earlier is not None,
+            "an addition that changes what attention gives": bool(state.edits),
             "a global path of text in the sequence": state.guide is not None,
             "a global path": state.forward.global_path and at.ring > 1,
         }

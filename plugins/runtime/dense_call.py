@@ -38,7 +38,7 @@ def attend_dense(
     state: ForwardState, number: int, kind: CallKind, request: AttentionRequest, stock: Stock
 ) -> torch.Tensor:
     """The output (B, Sq, H, D) of a dense call of layer ``number``, whose tokens are in the model's own order."""
-    precision = state.config.dense_precision
+    precision = state.config.precision_of_dense
     if precision is not None and kind.kind in ON_PURPOSE:
         out = _in_8_bits(state, number, kind, request, precision)
         if isinstance(out, torch.Tensor):

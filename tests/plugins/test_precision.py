@@ -86,6 +86,14 @@ def test_what_stays_dense_runs_in_8_bits_on_hopper():
         assert 1e-4 < error < 0.05
 
 
+def test_the_method_dense_runs_in_its_precision(tiny_pipe):
+    config = tilewise.Config(tilewise.Dense(), precision="int8")
+    assert config.precision_of_dense == "int8" and not config.is_stock
+    tilewise.patch(tiny_pipe, config)
+    tiny_pipe("a", height=64, width=64, num_frames=9, num_inference_steps=1)
+    assert {row.reason for row in tilewise.summary(tiny_pipe).rows} == {"not in int8: needs a Hopper GPU"}
+
+
 def test_unknown_precision_is_refused():
     with pytest.raises(tilewise.ConfigError, match="unknown precision 'int4'"):
         tilewise.Config(tilewise.STA(), precision="int4")

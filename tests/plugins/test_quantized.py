@@ -101,7 +101,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def check(model: Any, said: str) -> None:
+def check(model: Any, said: str, tolerance: float = 0.02) -> None:
     stock = output(model)
     before = {name: type(module) for name, module in model.named_modules()}
     for method, fuse in ((FULL, True), (FULL, False), (SMALL, True)):
@@ -111,7 +111,7 @@ def check(model: Any, said: str) -> None:
             assert counted.fused_calls == (counted.calls if fuse else 0) and counted.calls == 2
             assert [said in note for note in counted.notes] == [True] * fuse
             if method is FULL:  # bfloat16, rounded elsewhere
-                assert error(ours, stock) < 0.02
+                assert error(ours, stock) < tolerance
             else:
                 assert error(ours, stock) > 0.05, "the window must matter"
     assert torch.equal(output(model), stock)
@@ -134,7 +134,8 @@ def test_a_quantized_denoiser(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_a_quantized_denoiser_on_a_gpu(tmp_path, name):
     load, said = ON_A_GPU[name]
-    check(load(tmp_path).to("cuda").eval(), said)
+    # Where the input of a layer is fp8 too, what is rounded elsewhere before it moves by a step of e4m3, a sixteenth.
+    check(load(tmp_path).to("cuda").eval(), said, tolerance=0.05 if "fp8" in name else 0.02)
 
 
 def test_a_lora_on_quantized_layers(tmp_path, monkeypatch):

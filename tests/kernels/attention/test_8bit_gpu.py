@@ -7,6 +7,7 @@ import torch
 from plan_cases import Case
 
 import tilewise
+from tilewise.kernels.attention.backends.triton_8bit import launch_config
 from tilewise.kernels.attention.dispatch import _gluon_unavailable
 from tilewise.kernels.attention.dispatch_8bit import (
     KERNELS,
@@ -16,6 +17,7 @@ from tilewise.kernels.attention.dispatch_8bit import (
 )
 from tilewise.kernels.attention.naive import masked_attention
 from tilewise.kernels.attention.quantize import quantize
+from tilewise.kernels.chips import chip_of
 from tilewise.kernels.errors import UnsupportedPlanError
 from tilewise.kernels.plans.layout import Grid
 
@@ -64,6 +66,11 @@ def test_close_to_the_oracle_and_to_its_own_arithmetic(case, precision, backend)
     assert float((out.float() - want).norm() / want.norm()) < BOUND[precision]
     torch.testing.assert_close(lse, want_lse, atol=0.03, rtol=0)
 
+    if backend == "triton":
+        chip = chip_of(q.device)
+        keys = launch_config(case.head_dim, plan.block, plan.row_encoding is not None, chip, precision)["BLOCK_N"]
+        if keys < plan.block:  # weights are measured from the maximum of a part of a block, and rounded otherwise
+            return
     small = quantize(q, k, v, plan, scale, precision)
     same, same_lse = forward_8bit_naive(small, plan, scale, q.shape[1], torch.float32)
     assert float((out.float() - same).norm() / same.norm()) < 6e-3  # bfloat16 of the output, and weights at a tie

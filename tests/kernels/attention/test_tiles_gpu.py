@@ -35,7 +35,7 @@ def test_every_tile_computes_the_same(kernel, head_dim, partial):
     plan = window_plan(cached_layout(GRID, (5, 5, 5)), [window], unit=unit, device=device)
     assert (plan.row_encoding is not None) == partial
     q, k, v = (torch.randn(2, GRID.tokens, 3, head_dim, device=device, dtype=torch.bfloat16) for _ in range(3))
-    want, want_lse = masked_attention(q, k, v, plan.to_mask(3), dtype=torch.float32)
+    want, want_lse = masked_attention(q, k, v, plan.to_mask(3).to(device), dtype=torch.float32)
     tolerance = 1e-2 if kernel == "triton" else 3.5e-2
     run = block_sparse_attention if kernel == "triton" else block_sparse_attention_8bit
     before = tuned.use({})

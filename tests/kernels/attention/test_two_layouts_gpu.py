@@ -31,7 +31,7 @@ def test_every_backend(case, backend):
 
 @pytest.mark.parametrize("case", CHUNKS, ids=CHUNK_IDS)
 def test_8_bits(case):
-    if why := unavailable_8bit(torch.device("cuda")):
+    if why := unavailable_8bit(torch.device("cuda"), "int8"):
         pytest.skip(why)
     q, k, v = case.tensors(torch.bfloat16, "cuda")
     plan = case.plan("cuda")

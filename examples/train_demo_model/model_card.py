@@ -207,7 +207,10 @@ def _provenance(methods: dict[str, Any]) -> str:
         place = f"{result['device']}, torch {result['torch']}, diffusers {result['diffusers']}, {result['date']}"
         places.setdefault(place, []).append(name)
     text = "; ".join(f"{place} ({', '.join(names)})" for place, names in places.items())
-    return f"Measured on {text}. Commands and the wrong clips: `evaluation.json`."
+    return (
+        f"Measured on {text}. Commands and the wrong clips: `evaluation.json`. A preset is named as it was on that day; "
+        "the same attributes under each of today's presets, background too: `docs/choosing.md`."
+    )
 
 
 def _guidance(report: dict[str, Any]) -> str:

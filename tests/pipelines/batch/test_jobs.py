@@ -77,7 +77,7 @@ def test_the_line_wins_over_the_sweep_and_the_sweep_over_the_command(tools, tiny
 def test_window_and_density_replace_each_other(tools, tiny_pipe_dir):
     rows = [{}, {"window": "1,2,2"}, {"density": 0.9, "method": "sta"}]
     methods = [job.settings.method.method for job in jobs_of(tools, tiny_pipe_dir, rows, density=0.5).jobs]
-    far = {"far": "cells"}  # the preset's
+    far = {"far": "tiles"}  # the preset's
     assert methods == [
         tilewise.STA(density=0.5, **far),
         tilewise.STA(window=(1, 2, 2), **far),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan
+from diffusers import AutoencoderKLWan, VQModel
 
 import tilewise
 from tests.helpers.tiny_wan import tiny_vae
@@ -66,5 +66,5 @@ def test_the_state_comes_back(after):
 
 
 def test_other_autoencoders_are_refused():
-    with pytest.raises(tilewise.UnsupportedModelError, match="AutoencoderKL cannot decode"):
-        streaming_decoder(AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
+    with pytest.raises(tilewise.UnsupportedModelError, match="VQModel cannot decode"):
+        streaming_decoder(VQModel(block_out_channels=(8,), norm_num_groups=4))

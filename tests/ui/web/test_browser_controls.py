@@ -37,7 +37,7 @@ def test_the_plan_follows_the_controls_before_anything_runs(visitor):
     page.locator("#dice").click()
     expect(page.locator("#seed :is(input, textarea)").first).not_to_have_value("0")
     before = density.inner_text()
-    visitor.method("sta-fast")
+    visitor.method("draft-fast")
     expect(density).not_to_have_text(before)
     visitor.method("dense")
     expect(plan).to_contain_text("100% of dense")
@@ -77,7 +77,7 @@ def test_a_click_moves_the_query_and_a_run_is_watched(visitor):
     visitor.fill("query-h", 6)  # from the keyboard
     expect(words).to_contain_text("row 6,")
     visitor.fill("query-step", 1)  # before the method begins
-    expect(words).to_contain_text("dense: the method runs from 25% to 100% of the steps")
+    expect(words).to_contain_text("dense: the method runs from 20% to 100% of the steps")
     expect(words).to_contain_text("100.0%")
     # a method that decides while the model runs
     page.locator("#more").get_by_role("button").first.click()

@@ -242,7 +242,9 @@ def test_a_summary_is_a_table():
 def test_a_clip_that_cannot_fit_is_refused_with_its_numbers(tiny_pipe_dir, monkeypatch):
     monkeypatch.setattr("tilewise.pipelines.memory.fit.device_bytes", lambda device: 2**30)
     skeleton = load_skeleton(tiny_pipe_dir)
-    models = SimpleNamespace(skeleton=lambda name: skeleton, dtype="float32", device=torch.device("cpu"))
+    models = SimpleNamespace(
+        skeleton=lambda name: skeleton, dtype="float32", device=torch.device("cpu"), shared=None, parts=1
+    )
     settings = resolve_settings(skeleton, "x", method="dense", height=2048, width=2048, frames=101)
     with pytest.raises(RefusedError, match=r"does not fit: it needs about 6\.61 GiB, and cpu has 1\.00 GiB"):
         fit.check_fits(models, settings)

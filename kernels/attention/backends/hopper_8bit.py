@@ -18,7 +18,7 @@ its softmax to be covered by the other consumer's products.
 
 Means that stand for keys which a list leaves out are further key blocks, as in hopper.py. A bias that all means of a block share
 is added to the integer scores, in units of c·s: it is exact to half a unit, as the scores are. Where each mean has one of its
-own, the scores are turned into fp32 first: turning each bias into an integer takes four times as long.
+own, the scores are turned into fp32 first, so that no bias is rounded to those units.
 
 An 8-bit operand in registers holds four neighbouring keys a thread, an accumulator two and two: the values' keys are stored in
 the order that makes the weights' registers the operand's (``key_order`` in quantize.py), so that nothing is exchanged.

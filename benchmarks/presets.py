@@ -47,11 +47,7 @@ from tilewise.plugins.schedule.steps import runs_at
 SECTION = "presets"
 CLIP_STEPS, FORWARDS, LAYERS = 50, 2, 40
 SIZE = next(size for size in step.SIZES if size.model == "Wan2.1-14B, 10 layers")
-CLIPS = {
-    "clip": None,
-    "clip_int8": "int8",
-    "clip_int8_fp8": "int8",
-}  # a row's clips: the precision of the method's calls
+CLIPS = {"clip": None, "clip_int8": "int8", "clip_int8_fp8": "int8"}  # a row's clips: the precision of attention
 ON_UNETS = {"hidiffusion"}  # presets of models that are not measured here
 _worker: dict[str, Any] = {}
 
@@ -167,13 +163,14 @@ class Forwards:
 
 
 def clip_of(config: tilewise.Config, forwards: Forwards, stock: float, precision: str | None) -> dict[str, Any]:
-    """Seconds of the denoising of a clip under a config, the method's calls in ``precision`` where the config names none; and of
-    the stock clip, whose forward takes ``stock`` ms."""
-    dense, _ = forwards("dense", None)
+    """Seconds of the denoising of a clip under a config, its attention in ``precision`` where the config names none; and of the
+    stock clip, whose forward takes ``stock`` ms."""
     on_gpu = forwards.bench.device.type == "cuda"
-    sparse, density = forwards(
-        config.method, (config.precision or precision) if on_gpu else None, None if on_gpu else 0
+    sparse_in, dense_in = (
+        (config.precision or precision, config.dense_precision or precision) if on_gpu else (None, None)
     )
+    dense, _ = forwards("dense", dense_in)
+    sparse, density = forwards(config.method, sparse_in, None if on_gpu else 0)
     kept = 1 - len(select_blocks(config.blocks, LAYERS)) / LAYERS
     one = sparse * (1 - kept) + dense * kept
     sparse_steps = sum(runs_at(config.steps, number, CLIP_STEPS) for number in range(CLIP_STEPS))

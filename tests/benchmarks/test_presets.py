@@ -24,7 +24,11 @@ def test_a_clip_counts_dense_steps_and_dense_blocks():
             size=SimpleNamespace(name="14B, 10 layers"),
         )
 
+        def __init__(self, asked=None):
+            self.asked = [] if asked is None else asked
+
         def __call__(self, method, precision, min_tokens=None):
+            self.asked.append((method, precision))
             return (80.0, 1.0) if method == "dense" else (20.0, 0.25)
 
     config = Config.from_dict({"method": {"name": "sta", "density": 0.25}, "steps": [0.2, 1.0], "blocks": "4:"})
@@ -33,6 +37,10 @@ def test_a_clip_counts_dense_steps_and_dense_blocks():
     assert clip["sparse_steps"] == 40
     assert clip["seconds"] == pytest.approx(8 * (10 * 80 + 40 * 26) / 1000)
     assert clip["speedup"] == pytest.approx(50 * 100 / (10 * 80 + 40 * 26))
+    # In 8 bits the dense steps are measured in 8 bits too.
+    asked = []
+    presets.clip_of(config, Forwards(asked), 100.0, "int8")
+    assert asked == [("dense", "int8"), (config.method, "int8")]
 
 
 def test_presets_are_measured_and_shown(tmp_path):
